@@ -34,17 +34,6 @@ class Look:
     hash: int
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Indices of two equal or nearly equal pictures in two sequences, and the number of bits in which their hashes differ, or -1 if they
-    are the same file.
-    """
-
-    first: int
-    second: int
-    bits: int
-
-
 def look(path: Path) -> Look | str:
     """Hash a picture, and return its hashes, or the reason why it cannot be read."""
     try:
@@ -53,16 +42,15 @@ def look(path: Path) -> Look | str:
         return str(error)
 
 
-def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[Pair]:
-    """Yield the pairs of equal or nearly equal pictures of two sequences. Flat pictures, whose hash carries
-    no information, must be equal.
+def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
+    """Yield the indices of two equal or nearly equal pictures of two sequences, and whether they are the same file. Flat pictures, whose
+    hash carries no information, must be equal.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
-        if first[i].digest == second[j].digest:
-            yield Pair(i, j, -1)
-        elif not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
-            yield Pair(i, j, (first[i].hash ^ second[j].hash).bit_count())
+        exact = first[i].digest == second[j].digest
+        if exact or not (_is_flat(first[i].hash) or _is_flat(second[j].hash)):
+            yield i, j, exact
 
 
 def _is_flat(value: int) -> bool:

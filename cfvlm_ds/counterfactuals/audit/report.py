@@ -171,10 +171,10 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
         originals.append([(split.looks[path], name) for path, name in firsts.items() if path in split.looks])
     for k, (split, own_originals) in enumerate(zip(sets, originals, strict=True)):
         own = [look for look, _ in own_originals]
-        pairs = [pair for pair in near_pairs(own, own) if pair.first < pair.second]
+        pairs = [pair for pair in near_pairs(own, own) if pair[0] < pair[1]]
         if pairs:
-            exact = sum(pair.bits < 0 for pair in pairs)
-            ids = [name for pair in pairs for name in (own_originals[pair.first][1], own_originals[pair.second][1])]
+            exact = sum(same for *_, same in pairs)
+            ids = [own_originals[k][1] for *pair, _ in pairs for k in pair]
             report.fault(
                 f"{split.name}: {len(pairs)} pairs of originals are identical ({exact}) or near duplicates ({len(pairs) - exact})", ids
             )
@@ -182,7 +182,7 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
             pairs = list(near_pairs(own, [look for look, _ in other_originals]))
             shared = {look.digest for look in split.looks.values()} & {look.digest for look in other.looks.values()}
             if pairs or shared:
-                ids = [name for pair in pairs for name in (own_originals[pair.first][1], other_originals[pair.second][1])]
+                ids = [name for i, j, _ in pairs for name in (own_originals[i][1], other_originals[j][1])]
                 report.fault(
                     f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files",
                     ids,
@@ -211,9 +211,9 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
             ours = list(split.looks.values())
             pairs = list(near_pairs(ours, theirs))
             if pairs:
-                exact = {pair.first for pair in pairs if pair.bits < 0}
-                nearly = {pair.first for pair in pairs} - exact
-                ids = [name for pair in pairs for name in split.owners[ours[pair.first].path]]
+                exact = {i for i, _, same in pairs if same}
+                nearly = {i for i, *_ in pairs} - exact
+                ids = [name for i, *_ in pairs for name in split.owners[ours[i].path]]
                 report.fault(
                     f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids
                 )
