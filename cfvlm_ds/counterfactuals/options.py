@@ -38,6 +38,17 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
     return names
 
 
+def pairs(listed: str, option: str, example: str) -> dict[str, str]:
+    """Split a list of ``NAME=VALUE``. Raises ConfigError for another form."""
+    values: dict[str, str] = {}
+    for part in filter(None, map(str.strip, listed.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"{option} {part!r}: write NAME=VALUE, as in {example}")
+        values[name] = value
+    return values
+
+
 def meaning(options: Any) -> dict[str, Any]:
     """Return the options of a step that determine its records; the others may change before the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}

@@ -19,12 +19,13 @@ from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.strict import Given, fitted
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import output_file, own_output
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
-from cfvlm_ds.counterfactuals.options import SelectOptions
+from cfvlm_ds.counterfactuals.options import SelectOptions, pairs
 from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
 from cfvlm_ds.data.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.containers.prepared import ENDING
@@ -262,15 +263,8 @@ def _row(
 
 def parse_splits(text: str) -> dict[str, float]:
     """Parse ``train=0.9,test=0.1`` to shares with sum 1. Raises ConfigError."""
-    shares: dict[str, float] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, _, share = part.partition("=")
-        try:
-            shares[name.strip()] = float(share)
-        except ValueError:
-            raise ConfigError(f"--splits {part!r}: write NAME=SHARE, as in train=0.9,test=0.1") from None
-        if not name.strip().replace("_", "").isalnum() or not shares[name.strip()] > 0:
-            raise ConfigError(f"--splits {part!r}: use a name of letters and digits, and a share above 0")
+    given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
+    shares: dict[str, float] = fitted(dict[str, float], given, "--splits", (1e-9, 1))
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
         raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} instead of 1")
     return shares

@@ -17,7 +17,7 @@ from cfvlm_ds.core.errors import ConfigError, is_failure
 from cfvlm_ds.core.reading import parse_yaml
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
-from cfvlm_ds.counterfactuals.options import EditOptions
+from cfvlm_ds.counterfactuals.options import EditOptions, pairs
 
 _MULTIPLE = 32  # pixels; every known pipeline accepts sides that are multiples of it
 OLDEST = "0.42.1"
@@ -115,12 +115,8 @@ def _padded(image: Image.Image) -> Image.Image:
 
 def call_options(text: str) -> dict[str, Any]:
     """Parse ``NAME=VALUE,...``; values are numbers, booleans or texts. Raises ConfigError."""
-    options: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, equals, value = part.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--options {part!r}: write NAME=VALUE, as in num_inference_steps=28")
-        options[name] = value
+    options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
+    for name, value in options.items():
         with contextlib.suppress(ValueError):
             options[name] = parse_yaml(value)
     return options
