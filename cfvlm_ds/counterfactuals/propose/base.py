@@ -105,4 +105,9 @@ def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataE
         for truth, candidate in zip(group.match[0], group.candidates, strict=True):
             if truth == 1:
                 number += 1
-                yield Source(group.id if number == 1 else f"{group.id}#{number}", candidate.text, picture, license if isinstance(license, str) else "")
+                yield Source(
+                    group.id if number == 1 else f"{group.id}#{number}",
+                    candidate.text,
+                    picture,
+                    license if isinstance(license, str) else "",
+                )
