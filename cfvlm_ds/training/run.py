@@ -18,7 +18,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import World, all_reduce_rate, preserve_rng, run_on_rank0, seed_everything
+from cfvlm_ds.core.distributed import World, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
@@ -106,8 +106,6 @@ def _run(config: RunConfig, world: World) -> None:
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
-    if world.size > 1:
-        world.say(f"all-reduce over {world.size} ranks: {all_reduce_rate(world.device):.1f} GB/s")
     raw, width = engine.read_json(config.deepspeed), engine.hidden_size(config)
     data = read_data(config, world)
     config = _fitted(config, data, world)

