@@ -27,7 +27,6 @@ from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # characters of a value
-_MOST_ROWS = 50  # rows of a split in the table of results
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
@@ -143,12 +142,9 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
     compared = from_table(changes) if changes else []
     types = of_types(compared)
-    left_out = sum(max(0, size - _MOST_ROWS) for size in (*map(len, tables.values()), len(types)))
-    shown = {split: rows if len(rows) <= _MOST_ROWS else [*rows[: _MOST_ROWS - 1], rows[-1]] for split, rows in tables.items()}
     first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
-    first += [*rows_table(types[:_MOST_ROWS], plain=_cell).splitlines(), ""] if types else []
-    more = ["", f"{left_out} more rows are in the run's results.md."] * bool(left_out)
-    return [*first, *_CONTROLS, "", *table(shown, _cell).splitlines(), *more]
+    first += [*rows_table(types, plain=_cell).splitlines(), ""] if types else []
+    return [*first, *_CONTROLS, "", *table(tables, _cell).splitlines()]
 
 
 _CONTROLS = (
