@@ -92,7 +92,7 @@ class Trainer:
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
         )
         limits = (self._run_dir, config.data.max_pixels)
-        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits, self.evaluator)
+        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits)
 
     @cached_property
     def sample(self) -> EvaluationSample:
