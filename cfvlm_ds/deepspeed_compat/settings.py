@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def field_names(model: str, inside: list[str]) -> list[str]:
-    """Return the field names of a pydantic model in DeepSpeed's configuration, reached from ``model`` through the fields ``inside``."""
+def field_names() -> list[str]:
+    """Return the field names of all pydantic models of DeepSpeed's configuration."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]
     for cls in classes:
         classes += cls.__subclasses__()
-    model_class: Any = next((cls for cls in classes if cls.__name__ == model), None)
-    for part in inside:
-        fields = {field.alias or name: field for name, field in model_class.model_fields.items()} if model_class else {}
-        kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())] if part in fields else []
-        model_class = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
-    return [name for key, field in model_class.model_fields.items() for name in (key, field.alias) if name] if model_class else []
+    return [name for cls in classes for key, field in cls.model_fields.items() for name in (key, field.alias) if name]
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def _parse(path: str, options: Mapping[str, Any]) -> Any:
         holders = [name for name, values in copied.items() if isinstance(values, dict) and [*inside, key][0] in values]
         section = ".".join([*([] if [*inside, key][0] in copied else holders[:1]), *inside, ""])
         if first["type"] == "extra_forbidden":
-            _refuse_key(path, section, key, settings.field_names(error.title, inside))
+            _refuse_key(path, section, key, settings.field_names())
         raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
     except Exception as error:  # outside its models, DeepSpeed asserts, compares and divides raw values
         raise unusable(path, error) from error
