@@ -58,11 +58,11 @@ class Weight:
     parts: tuple[Part, ...]
 
 
-def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any = None) -> dict[str, list[Piece]]:
+def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
     """Return the pieces of each weight in order. ``sizes`` are the numbers of elements in each rank's flat tensors. Raises ConfigError if
     they do not fit.
     """
-    return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes, paddings)
+    return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes)
 
 
 def _partitioned(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
@@ -77,14 +77,14 @@ def _partitioned(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, li
     return pieces_of
 
 
-def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]], paddings: Any) -> dict[str, list[Piece]]:
+def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
     pieces_of = {}
     for flat, group in enumerate(shapes):
         of_ranks, offset = [sizes_of_rank[flat] for sizes_of_rank in sizes], 0
-        for position, (name, shape) in enumerate(group.items()):
+        for name, shape in group.items():
             end = offset + shape.numel()
             pieces_of[name] = [Piece(rank, flat, start, stop) for rank, start, stop in _cut(offset, end, of_ranks)]
-            offset = end + (paddings[flat][position] if paddings else 0)
+            offset = end
         if not 0 <= sum(of_ranks) - offset < 2 * len(sizes):  # the end is padded to a multiple of twice the number of ranks
             raise ConfigError(f"the weights have {offset} elements, but the files have {sum(of_ranks)}")
     return pieces_of
@@ -120,10 +120,9 @@ class Shards:
         self._stage = int(zero["zero_stage"])
         flat3, flat12 = ("optimizer_state_dict", "fp32_flat_groups"), ("base_optimizer_state", "single_partition_of_fp32_groups")
         self._base, self._flat = flat3 if self._stage == 3 else flat12
-        self._paddings = zero.get("param_alignment_paddings")
         self._shapes: dict[str, torch.Size] = {name: shape for group in self._state["param_shapes"] for name, shape in group.items()}
         try:
-            self._pieces = layout(self._stage, self._state["param_shapes"], self._sizes(), self._paddings)
+            self._pieces = layout(self._stage, self._state["param_shapes"], self._sizes())
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}; use another checkpoint") from None
 
@@ -177,13 +176,8 @@ class Shards:
         """Yield (name, contents) of each file that rank number ``rank`` of ``ranks`` ranks would have. The values are the same, bit for
         bit.
 
-        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank. Raises ConfigError if a setting ties the
-        checkpoint to its number of ranks.
+        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank.
         """
-        if any(any(padding) for padding in self._paddings or ()):
-            raise ConfigError(
-                "zero_optimization.parameter_alignment ties a checkpoint to its number of ranks; start the same number of ranks"
-            )
         prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
         yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}

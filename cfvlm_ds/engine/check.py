@@ -137,6 +137,8 @@ def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
         yield "gradient_allreduce_op=sum multiplies gradients by the number of ranks; leave it out"
     if not zero.compute_grad_norm:
         yield "zero_optimization.compute_grad_norm=false omits the norm with which gradients are clipped and recorded; leave it out"
+    if zero.parameter_alignment:
+        yield "zero_optimization.parameter_alignment=true writes checkpoints that cannot be exported; leave it out"
     if not parsed.managed_gradient_accumulation:
         yield "managed_gradient_accumulation=false does not fit the way in which this training accumulates gradients; leave it out"
     if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):

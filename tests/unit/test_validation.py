@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 0": ("z3", {"zero_optimization": {"stage": 0}}),
     "gradient_allreduce_op=sum": ("z2", {"gradient_allreduce_op": "sum"}),
     "compute_grad_norm=false": ("z2", {"zero_optimization": {"compute_grad_norm": False}}),
+    "parameter_alignment=true": ("z2", {"zero_optimization": {"parameter_alignment": True}}),
     "managed_gradient_accumulation=false": ("z3", {"managed_gradient_accumulation": False}),
     "prescale_gradients": ("z3", {"prescale_gradients": True}),
     "gradient_predivide_factor": ("z3", {"gradient_predivide_factor": 2}),
