@@ -43,14 +43,10 @@ def _held(lock: Path) -> str | None:
     import psutil
 
     with contextlib.suppress(OSError):
-        identity = lock.stat()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        other = entry.stat()
-                        if (other.st_dev, other.st_ino) == (identity.st_dev, identity.st_ino):
-                            return "process"
+                if any(Path(file.path) == lock.resolve() for file in process.open_files()):
+                    return "process"
         mounts = [p for p in psutil.disk_partitions(all=True) if lock.resolve().is_relative_to(p.mountpoint)]
         mount = max(mounts, key=lambda p: len(p.mountpoint))
         newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
