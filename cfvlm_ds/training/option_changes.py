@@ -7,16 +7,13 @@ anything.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
-from cfvlm_ds.core.journal import append
 from cfvlm_ds.core.options import OnResume, declared, flat
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
@@ -123,16 +120,6 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
             f"train.resume_changes=allow to continue with the new options after step {step}"
         )
     return None
-
-
-def note(path: Path, step: int, changes: Sequence[Change], say: Callable[[str], object]) -> None:
-    """Append the changes at a step to a file in the run folder, unless it already ends with them, because a start may be repeated."""
-    line = json.dumps({"step": step, "changes": {change.option: [change.before, change.now] for change in changes}})
-    lines: list[str] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = path.read_text().splitlines()
-    if lines[-1:] != [line]:
-        append(path, line, say)
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:

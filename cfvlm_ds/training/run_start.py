@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.journal import append
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
@@ -73,7 +75,8 @@ class Start:
         for change in self.changed:
             world.say(f"after step {step}: {change}")
         if self.changed and world.is_main:
-            option_changes.note(run_dir / CHANGES, step, self.changed, world.say)
+            changes = {change.option: [change.before, change.now] for change in self.changed}
+            append(run_dir / CHANGES, json.dumps({"step": step, "changes": changes}), world.say)
         return [run_dir / CHANGES] if self.changed else []
 
 
