@@ -54,7 +54,7 @@ class WholeSteps:
                 first += len(part)
 
 
-class WithNegatives(Sequence[Entry]):
+class WithNegatives:
     """The groups of a run, each with its position in its step and with texts from the other groups in that step.
 
     Args:
@@ -66,12 +66,6 @@ class WithNegatives(Sequence[Entry]):
     def __init__(self, groups: Sequence[CounterfactualGroup], terms: dict[str, int], seed: int) -> None:
         self._groups, self._terms, self._seed = Unraised(groups), terms, seed
         self._last: tuple[tuple[int, ...], _Step] | None = None
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._groups[index]
 
     def __getitems__(self, batch: StepPart) -> list[Entry]:
         """Return a micro-batch. A group whose row cannot be read is replaced by the DataError."""
