@@ -89,7 +89,7 @@ def _verify(
     options: VerifyOptions,
     calibrate: str | None = None,
     precision: float = 0.95,
-    rule: Literal["match", "likelihood", "both"] = "match",
+    rule: Literal["match", "likelihood"] = "match",
     part: Part,
 ) -> None:
     """Score every candidate's 2 x 2 matrix, and compare its pictures.

@@ -30,7 +30,7 @@ class Thresholds:
 
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` of the texts as captions (minus that on a
-            blank picture when two texts are compared), ``both``, or ``checks`` (none, pixels only).
+            blank picture when two texts are compared), or ``checks`` (none, pixels only).
         margin: nats by which each of the four comparisons must be won, at least 0.
         changed: smallest and largest share of visibly changed pixels, by type of edit; "*" for other types.
         largest: smallest share of the changed pixels that must be in one piece.
@@ -115,27 +115,18 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
     scores = record.get("scores")
     if not isinstance(scores, Mapping):
         return {}
-    result: dict[str, float] = {}
-    if rule in ("match", "both"):
-        odds = [[_log_odds(value) for value in row] for row in scores["match"]]
-        result |= _four(odds, odds, "")
-    if rule in ("likelihood", "both"):
-        logp = [list(map(_number, row)) for row in scores["likelihood"]]
+    if rule == "match":
+        by_text = by_image = [[_log_odds(value) for value in row] for row in scores["match"]]
+    else:
+        by_image = [list(map(_number, row)) for row in scores["likelihood"]]
         blank = list(map(_number, scores["blank"]))
-        result |= _four([[value - prior for value, prior in zip(row, blank, strict=True)] for row in logp], logp, "likelihood of ")
-    return result
-
-
-def _four(by_text: Sequence[Sequence[float]], by_image: Sequence[Sequence[float]], prefix: str) -> dict[str, float]:
-    """Compute the margins of two texts on two pictures, or of two texts on one; ``by_text`` is used to compare texts, ``by_image``
-    pictures.
-    """
-    result = {f"{prefix}the caption on the original": by_text[0][0] - by_text[0][1]}
+        by_text = [[value - prior for value, prior in zip(row, blank, strict=True)] for row in by_image]
+    result = {"the caption on the original": by_text[0][0] - by_text[0][1]}
     if len(by_text) > 1:
         result |= {
-            f"{prefix}the new text on the edited picture": by_text[1][1] - by_text[1][0],
-            f"{prefix}the original for the caption": by_image[0][0] - by_image[1][0],
-            f"{prefix}the edited picture for the new text": by_image[1][1] - by_image[0][1],
+            "the new text on the edited picture": by_text[1][1] - by_text[1][0],
+            "the original for the caption": by_image[0][0] - by_image[1][0],
+            "the edited picture for the new text": by_image[1][1] - by_image[0][1],
         }
     return result
 

@@ -16,7 +16,7 @@ TYPES = (
 """Types of edits. Only `mine` and a language model propose edits of type ``other``."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
-Rule = Literal["match", "likelihood", "both", "checks"]
+Rule = Literal["match", "likelihood", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
@@ -164,7 +164,7 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores that decide: match, likelihood, both, or checks for pixels only; match if candidates were scored.
+        rule: scores that decide: match, likelihood, or checks for pixels only; match if candidates were scored.
         margin: nats by which each comparison must be won, at least 0.
         thresholds: file of thresholds; W/thresholds.json if `data verify --calibrate` wrote one.
         per_type: largest number of edits of a type, drawn from the good ones; 0 for all.

@@ -479,7 +479,7 @@ def test_a_verdict_by_hand():
     assert verdict({"checks": None, "scores": SCORES}, Thresholds()).reason == GOOD  # text alone: one comparison
     assert verdict({"checks": None}, Thresholds()).reason.startswith("no scores")
     for drop, said in ((1.0, GOOD), (0.999, "score: the new text fits worse than the caption did")):  # -10 in place of -9
-        assert verdict(record, Thresholds(drop=drop)).reason == verdict(record, Thresholds(rule="both", drop=drop)).reason == said
+        assert verdict(record, Thresholds(drop=drop)).reason == verdict(record, Thresholds(rule="likelihood", drop=drop)).reason == said
     assert verdict(record, Thresholds(rule="checks", drop=0.0)).reason == GOOD
     assert verdict({"checks": None, "scores": SCORES}, Thresholds(drop=0.0)).reason == GOOD  # text alone: nothing to fit worse
     unknown = record | {"scores": record["scores"] | {"likelihood": [[None, -12.0], [-12.5, -10.0]]}}
@@ -545,8 +545,8 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
         with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: .*{place}"):
             read_thresholds(tmp_path / "t.json")
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
-    found = read_thresholds(tmp_path / "t.yaml", "both", 0.5)
-    assert found == Thresholds("both", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
+    found = read_thresholds(tmp_path / "t.yaml", "likelihood", 0.5)
+    assert found == Thresholds("likelihood", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
     assert "--margin -1.0" in refused(capsys, "data", "select", tmp_path, "--out", tmp_path / "g.jsonl", "--margin", "-1")
 
 
