@@ -62,12 +62,10 @@ t: Any = transformers
 def write_small(model_type: str, out_dir: Path, seed: int = 0) -> Path:
     """Write a checkpoint of about 100,000 parameters to ``out_dir``, and return ``out_dir``.
 
-    Raises ConfigError for an unknown ``model_type`` or an existing folder.
+    Raises ConfigError for an unknown ``model_type``, or a folder with files.
     """
     if model_type not in SMALL:
         raise ConfigError(f"no small model of type {model_type!r}; available: {', '.join(SMALL)}")
-    if out_dir.exists():
-        raise ConfigError(f"{out_dir} already exists; choose another folder")
 
     def make(folder: Path) -> Parts:
         config, processor = SMALL[model_type](model_type, folder)
