@@ -19,7 +19,7 @@ def optimizer_options(engine: Any) -> dict[str, Any]:
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
     return {
         "groups": groups,
-        "clip": getattr(engine.optimizer, "clip_grad", None),
+        "clip": engine.optimizer.clip_grad,
         "rates": list(getattr(engine.lr_scheduler, "base_lrs", ())),
     }
 
@@ -28,8 +28,7 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
     """Apply settings from ``optimizer_options`` to a restored engine. They take effect at the next step, at its position in the
     schedule.
     """
-    if options["clip"] is not None:  # without ZeRO the engine has it from its configuration
-        engine.optimizer.clip_grad = options["clip"]
+    engine.optimizer.clip_grad = options["clip"]
     groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
     for group, saved in zip(groups, options["groups"], strict=True):
         group.update({name: value for name, value in saved.items() if name != "lr"})
