@@ -69,7 +69,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
     """Describe the data sets of a run by name, source, size and digest, from values that are already known."""
-    sets: list[tuple[str, str, DataSet, Sequence[Any], Identity]] = [
+    sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]
     for name, data_set in config.data.evaluation_sets.items():
@@ -79,7 +79,7 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
             "name": name,
             "context": context,
             "source": without_secrets(data_set.path if is_hub(data_set.path) else os.path.abspath(data_set.path)),
-            "format": groups.format if isinstance(groups, GroupStore) else data_set.format,
+            "format": groups.format,
             "groups": len(groups),
             "digest": digest(identity),
         }
