@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,12 +154,19 @@ def summary_of(
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
     """Write results.html: results.md and the figures, for a browser. A failure only causes a warning."""
-    try:
+    with _harmless(run_dir / PAGE, say):
         text = (run_dir / "results.md").read_text(encoding="utf-8")
         shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
         write_report_page(run_dir / PAGE, run_dir.absolute().name, f"{text}\n\n## Figures\n\n{shown}" if figures else text)
-    except OSError as error:
-        say(f"warning: {unwritten(run_dir / PAGE, error)}; results.md has the same tables")
+
+
+@contextlib.contextmanager
+def _harmless(path: Path, say: Say) -> Iterator[None]:
+    """Within the block, which writes a file, make a failure a warning, because a drawing library may fail on any caption or number."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {path} could not be written ({type(error).__name__}: {one_line(str(error), 300)}); the run continues")
 
 
 def _worst_groups(
@@ -168,12 +176,10 @@ def _worst_groups(
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
-    try:
+    with _harmless(run_dir / WORST, say):
         view_worst(run_dir, step, splits, scores, run_dir / WORST, config.data.max_pixels, say)
-    except Exception as error:  # as for a figure
-        say(f"warning: {run_dir / WORST} could not be written ({type(error).__name__}: {one_line(str(error), 300)}); the run goes on")
-        return False
-    return True
+        return True
+    return False
 
 
 def description(summary: str, files: Sequence[Path]) -> str:
@@ -206,11 +212,9 @@ def draw_figures(
     figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl", samples=samples)}
     for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
         path = run_dir / name
-        try:
+        with _harmless(path, say):
             draw(path)
             drawn.append(path)
-        except Exception as error:  # a drawing library may fail on any caption or number
-            say(f"warning: {path} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); the run continues")
     return drawn
 
 
