@@ -134,7 +134,6 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
     survival = select(Path(work), Path(out), options, say)
     print(survival.table())
-    print("\n" + survival.captions())
     for name, count in survival.files.items():
         print(f"wrote {name}: {count} groups")
     _print_roots(survival.roots)

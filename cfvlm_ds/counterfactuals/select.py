@@ -43,12 +43,10 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Outcome counts of all edits, by type.
 
-    ``sources`` counts captions. ``files`` are the written files. ``roots`` are the folders of their pictures, unless all are in the files'
-    folder.
+    ``files`` are the written files. ``roots`` are the folders of their pictures, unless all are in the files' folder.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
-    sources: Counter[str] = field(default_factory=Counter)
     files: dict[str, int] = field(default_factory=dict)
     roots: list[str] = field(default_factory=list)
 
@@ -76,11 +74,6 @@ class Survival:
             lines.append(f"| {in_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
         return "\n".join(lines)
 
-    def captions(self) -> str:
-        """Format a table of caption outcomes."""
-        rows = [f"| {in_cell(name)} | {count} |" for name, count in sorted(self.sources.items())]
-        return "\n".join(["| captions | |", "|---|---:|", *rows])
-
 
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
@@ -107,8 +100,6 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         progress = Progress(say, "select", work.shards, "shards")
         written, seen = Counter[str](), set[int]()
         for shard in progress.over(range(work.shards)):
-            counts = (work.done("propose", shard) or {"counts": {}})["counts"]
-            survival.sources.update({name: count for name, count in counts.items() if not name.startswith(("edit", "back end"))})
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
                 if (number := seed_of(history.id)) in seen:  # in another shard
@@ -126,7 +117,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
-    replace(_beside(file), f"{survival.table()}\n\n{survival.captions()}\n".encode())
+    replace(_beside(file), f"{survival.table()}\n".encode())
     return survival
 
 

@@ -75,7 +75,7 @@ def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add a record to the counts: edits by type and back end, and the outcome of the caption, which `select` reports too."""
+    """Add a record to the counts: edits by type and back end, and the outcome of the caption."""
     if "problem" in record:
         counts["rows that cannot be read"] += 1
         return
