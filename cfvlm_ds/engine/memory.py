@@ -38,8 +38,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     else:
         card, host = settings.states_of_stage_2(num_trained, *layout, is_offloaded["optimizer"])
         card += 2 * num_frozen
-        if stage < 2:  # every GPU holds all gradients, summed in float32, and without ZeRO all optimizer states
-            card += (4 if stage == 1 else 16) * num_trained * (gpus - 1) // gpus
+        if stage == 1:  # every GPU holds all gradients, summed in float32
+            card += 4 * num_trained * (gpus - 1) // gpus
     return card, host
 
 
@@ -62,7 +62,7 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
     stage = zero.get("stage", 0)
-    if stage and zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce the other
+    if zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce the other
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         sizes["gradient buckets"] = 2 * buffers * int(zero.get("reduce_bucket_size", 5e8))
     if stage == 3:

@@ -40,11 +40,8 @@ class Shortcut:
         return "not measured" if self.auc is None else f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def _not_measured(name: str, why: str) -> Shortcut:
-    return Shortcut(name, None, None, None, 0, (why,))
-
-
-_ONE_HALF = "too few pictures: one half has no pair for fitting or for evaluation"
+def _not_measured(name: str) -> Shortcut:
+    return Shortcut(name, None, None, None, 0, ("too few pictures: one half has no pair for fitting or for evaluation",))
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
@@ -76,7 +73,7 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
     """Classify by a bag of words: the log-odds of each word in counterfactuals and originals of one half are summed on the other half."""
     if len(set(halves)) < 2:
-        return _not_measured("texts by their words", _ONE_HALF)
+        return _not_measured("texts by their words")
     counts: list[Counter[str]] = [Counter(), Counter()]
     for pair, fitted in zip(pairs, halves, strict=True):
         for side, text in enumerate(pair if fitted else ()):
@@ -132,7 +129,7 @@ def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequen
     reveals how the pictures were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
-        return _not_measured("pictures by their grain", _ONE_HALF)
+        return _not_measured("pictures by their grain")
     first, second, chosen = np.stack(originals), np.stack(edited), np.asarray(halves)
     every = np.concatenate([first[chosen], second[chosen]])
     mean, scale = every.mean(0), every.std(0) + 1e-9
