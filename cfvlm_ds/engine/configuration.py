@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError, first_line
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
 
@@ -86,7 +86,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
     finally:
         unset_hf_deepspeed_config()  # while it is set, transformers partitions every model that is built on any rank
-    if unresolved := sorted(_autos(resolved.config)):
+    if unresolved := sorted(name for name, value in flat(resolved.config).items() if value == "auto"):
         raise ConfigError(f'{config.deepspeed}: there is no rule for "auto" in {", ".join(unresolved)}; write a value')
     if "gradient_clipping" not in resolved.config:
         raise ConfigError(
@@ -100,14 +100,6 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
 def unusable(path: str, error: Exception) -> ConfigError:
     """Return the ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
     return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with the files in ds_configs")
-
-
-def _autos(node: Any, path: str = "") -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _autos(value, f"{path}.{key}" if path else key)
-    elif node == "auto":
-        yield path
 
 
 def warmup_steps(config: RunConfig, total_steps: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint as checkpoints
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -54,8 +55,8 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         read_json(path) if (path := run_dir / f"{name}.json").is_file() else {}
         for name in ("environment", "ds_config", "data", "results", "before_after", "finished")
     )
-    evaluated = _at(finished, "step") == step if evaluated is None else evaluated
-    base = str(_at(options, "model.name_or_path"))
+    evaluated = finished.get("step") == step if evaluated is None else evaluated
+    base = str(flat(options).get("model.name_or_path"))
     local, kind = not _HUB_NAME.fullmatch(base) or os.path.isdir(base), "Adapters" if adapter else "Weights"
     license = license_of(base)
     front = ModelCardData(
@@ -78,14 +79,14 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     names = ("name", "context", "groups", "format", "source", "digest")
     sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
     terms = []
-    for name, settings in (_at(options, "objective") or {}).items():
+    for name, settings in (options.get("objective") or {}).items():
         others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
         if settings["weight"] != 0:
             terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
     sections = {
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
-        "Training": _training(options, environment, ds_config, step),
+        "Training": _training(*map(flat, (options, environment, ds_config)), step),
         "Results": _results(results, changes, evaluated),
         "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
     }
@@ -114,20 +115,20 @@ _IDENTITY = "The identity is a digest of texts, labels, weights and pictures. It
 
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
-    adapted = any(_at(options, f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
+    adapted = any(options.get(f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
-    unused = "train.num_train_epochs" if (_at(options, "train.max_steps") or 0) > 0 else "train.max_steps"
-    options_used = {name: _at(options, name) for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))}
+    unused = "train.num_train_epochs" if (options.get("train.max_steps") or 0) > 0 else "train.max_steps"
+    options_used = {name: options.get(name) for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))}
     known = {
         "optimizer steps": step,
-        "ranks": _at(environment, "world_size"),
-        "device": _at(environment, "device"),
-        "ZeRO stage": _at(ds_config, "zero_optimization.stage"),
-        "bfloat16": _at(ds_config, "bf16.enabled"),
+        "ranks": environment.get("world_size"),
+        "device": environment.get("device"),
+        "ZeRO stage": ds_config.get("zero_optimization.stage"),
+        "bfloat16": ds_config.get("bf16.enabled"),
         **{name: value for name, value in options_used.items() if value is not None},
-        **{name: _at(environment, f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
-        "cfvlm-ds (training)": _at(environment, "packages.cfvlm-ds"),
-        "git revision (training)": _at(environment, "git_revision"),
+        **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
+        "cfvlm-ds (training)": environment.get("packages.cfvlm-ds"),
+        "git revision (training)": environment.get("git_revision"),
         "cfvlm-ds (export)": version("cfvlm-ds"),
         "git revision (export)": git_revision(),
     }
@@ -169,13 +170,6 @@ def license_of(base: str) -> dict[str, Any]:
     if not isinstance(front.get("license"), str):
         return {}
     return {name: _line(front[name]) for name in ("license", "license_name", "license_link") if isinstance(front.get(name), str)}
-
-
-def _at(values: Any, option: str) -> Any:
-    """Return the value of a dotted option in nested mappings; None if it is missing."""
-    for name in option.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def _last(path: str) -> str:
