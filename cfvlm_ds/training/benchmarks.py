@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
@@ -67,14 +67,13 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
     return chosen
 
 
-def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) -> tuple[dict[str, RunBenchmark], Collator | None]:
-    """Read the benchmarks of data.evaluation, and return them and the model's collator, which is None if it was not needed. Collective.
+def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict[str, RunBenchmark]:
+    """Read the benchmarks of data.evaluation. Collective.
 
     Raises DataError for the first item that the model cannot take.
     """
     benchmarks = {}
     for name, each in config.data.benchmark_sets.items():
-        collator = collator or load_collator(config.model, "full", config.data.max_pixels)
         chosen = chosen_of(name, each)
         label, load = f"data.evaluation.{name}", partial(load_items, chosen, world.say, limit=each.limit, remedy=_REMEDY)
         loaded = run_on_rank0(world, load, ProgressBarrier(world))
@@ -87,7 +86,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator | None) 
         )
         example = example_of(checked.items[0], chosen.way, collator)
         benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, example, checked.pictures)
-    return benchmarks, collator
+    return benchmarks
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:

@@ -49,16 +49,15 @@ class RunData:
     """The training and evaluation data of a run.
 
     ``identity`` identifies the training groups, and ``identities`` the splits. ``pictures`` describes the stores' pictures, with which
-    every picture is compared when it is opened, or is None if the data check opened no picture. ``collator`` is the model's, or None if no
-    lengths were measured. ``sources`` maps names to the training sets, which together make up ``groups``. ``benchmarks`` maps names to the
-    benchmarks of the evaluation.
+    every picture is compared when it is opened, or is None if the data check opened no picture. ``collator`` is the model's. ``sources``
+    maps names to the training sets, which together make up ``groups``. ``benchmarks`` maps names to the benchmarks of the evaluation.
     """
 
     groups: Sequence[CounterfactualGroup]
     splits: dict[str, GroupStore]
     identity: Identity
     pictures: PictureTable | None
-    collator: Collator | None = None
+    collator: Collator
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
     benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
@@ -82,7 +81,8 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     scan = Scan(barrier.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         run_on_rank0(world, lambda: [str(local_path(path, scan, world.say)) for path in hub], barrier)
-    stores = _Stores(config, world, barrier, scan, most_rows)
+    collator = load_collator(config.model, "full", data.max_pixels)
+    stores = _Stores(config, world, barrier, scan, most_rows, collator)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
@@ -93,7 +93,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
         identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
     else:
         ((groups, identity),) = sources.values()
-    benchmarks, collator = read_benchmarks(config, world, stores.collator)
+    benchmarks = read_benchmarks(config, world, collator)
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
     evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
     evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}
@@ -190,7 +190,7 @@ class _Stores:
     barrier: ProgressBarrier
     scan: Scan
     most_rows: int | None
-    collator: Collator | None = None
+    collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
         """Open the groups of a data set; rank 0 prints a summary. Raises DataError with the first problem on every rank."""
@@ -272,7 +272,6 @@ class _Stores:
         file = Path(config.train.output_dir) / _FOLDER / f"{_named(each)}.json"
         key, known = self._measured_by(store), _recorded(file)
         if known.get("key") != key:
-            self.collator = self.collator or load_collator(config.model, "full", config.data.max_pixels)
             report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}

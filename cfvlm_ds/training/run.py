@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint, engine
-from cfvlm_ds.batching.collator import Collator, load_collator
+from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.precompute_features import precompute_features
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster import heartbeat, signals
@@ -63,10 +63,8 @@ def prepare(config: RunConfig, world: World) -> None:
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
-        collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
-        _tokens(
-            config, world, data, collator.of_run(required_cells(config.objective), None, data.pictures, **scored_besides(config.objective))
-        )
+        besides = scored_besides(config.objective)
+        _tokens(config, world, data, data.collator.of_run(required_cells(config.objective), None, data.pictures, **besides))
 
 
 _LEFT = {
@@ -110,10 +108,9 @@ def _run(config: RunConfig, world: World) -> None:
     data = read_data(config, world)
     config = _fitted(config, data, world)
     stored = _stored_scores(config, data, world)
-    collator = data.collator or load_collator(config.model, "full", config.data.max_pixels)
     check_best(config, data.splits, data.benchmarks)
     besides, packs_again = scored_besides(config.objective), config.train.hard_negatives is not None
-    collator = collator.of_run(required_cells(config.objective), stored, data.pictures, packs_again, **besides)
+    collator = data.collator.of_run(required_cells(config.objective), stored, data.pictures, packs_again, **besides)
     sampler = _sampler(config, world, data, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
