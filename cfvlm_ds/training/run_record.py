@@ -92,7 +92,7 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
     # A run that was killed before its first checkpoint starts over at step 0 and remains the same MLflow run.
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
-    run_dir, program, revision = Path(config.train.output_dir), os.path.basename(sys.argv[0]), git_revision()
+    run_dir, revision = Path(config.train.output_dir), git_revision()
     return open_tracker(
         enabled=world.is_main,
         run_dir=run_dir,
@@ -103,10 +103,10 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
             "git_revision": revision,
             "world_size": str(world.size),
             "model_type": load_config(config.model.name_or_path).model_type,
-            "mlflow.source.name": "cfvlm-ds train" if program in ("__main__.py", "cfvlm-ds") else os.path.abspath(sys.argv[0]),
+            "mlflow.source.name": os.path.abspath(sys.argv[0]),
             "mlflow.source.type": "LOCAL",
             TABLES: json.dumps([{"path": CHANGES, "type": "table"}]),
-            **({} if revision == "unknown" else {"mlflow.source.git.commit": revision}),
+            "mlflow.source.git.commit": revision,
         },
         inputs=[{name: data_set[name] for name in INPUT} for data_set in described(config, data)],
         run_id=description.get("run_id"),
