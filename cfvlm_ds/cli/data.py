@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     add_function(commands, _tiny)
 
 
-def _tiny(family: str, out_dir: str, *, seed: int = 0) -> None:
+def _tiny(family: str, out_dir: str) -> None:
     """Write a small random model for smoke tests.
 
     Example: cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen
@@ -36,11 +36,10 @@ def _tiny(family: str, out_dir: str, *, seed: int = 0) -> None:
     Args:
         family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl.
         out_dir: folder to write.
-        seed: seed of the weights.
     """
     from cfvlm_ds.demo.family_checkpoints import write_small
 
-    print(f"wrote {write_small(family, Path(out_dir), seed)}")
+    print(f"wrote {write_small(family, Path(out_dir))}")
 
 
 def _prepare(

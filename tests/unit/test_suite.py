@@ -239,7 +239,7 @@ def everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("family", ["", pytest.param("qwen2_5_vl", marks=pytest.mark.long)])
 def test_every_benchmark_is_evaluated_from_its_official_form(family, scorer, collator, tmp_path, monkeypatch):
     if family:
-        config = ModelConfig(str(write_small(family, tmp_path / family, 0)), attn_implementation="sdpa")
+        config = ModelConfig(str(write_small(family, tmp_path / family)), attn_implementation="sdpa")
         model = load_model(config, torch.float32).eval()
         scorer, collator = Scorer(model, family_of(model.config)), load_collator(config, "full")
     root = everything(tmp_path / "benchmarks", monkeypatch)
