@@ -81,10 +81,8 @@ class Retention:
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
         """Return the first evaluation of a set with its ``step``. In a continued run that may be the present one."""
         start, data = self.state.retained.get(split), self.identities[split]
-        change = None if start is None else changes(start["data"], data)
-        if start is not None and change is None:
+        if start is not None and changes(start["data"], data) is None:
             return start
-        if start is not None or self.state.step:
-            why = "was not evaluated at the start" if change is None else f"has changed since its first evaluation ({change})"
-            self.say(f"retention: data.evaluation.{split} {why}; from now on it is compared with step {self.state.step}")
+        if self.state.step:
+            self.say(f"retention: data.evaluation.{split} is new, or has changed, and is compared with step {self.state.step} from now on")
         return self.state.keep(split, data, measured)
