@@ -89,7 +89,7 @@ class Candidate:
 def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
     """Yield the attempts of a shard, in order."""
     folder = work.settings("edit").get("masks")
-    masks = Path(folder) if isinstance(folder, str) and folder else None
+    masks = Path(folder) if folder else None
     for record in work.records("edit", shard):
         original = Path(record["original"]) if record["original"] else None
         edited = work.picture(record["picture"]) if record.get("picture") else None

@@ -56,10 +56,10 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
     """Add the results of the evaluation, which follows the export, to the export's card."""
-    adapter, folder, marker = _exported(config)
+    adapter, folder, _ = _exported(config)
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     try:
-        if card is not None and (folder / marker).is_file() and not write_card(folder, card):
+        if card is not None and not write_card(folder, card):
             say(f"warning: {folder / CARD} was not written by this package and is left unchanged")
     except OSError as error:
         say(f"warning: {unwritten(folder / CARD, error)}; the export is complete, but its card lacks the results")
