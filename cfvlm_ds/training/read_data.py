@@ -284,9 +284,7 @@ class _Stores:
     def _measured_by(self, store: StoredRows) -> str:
         """Return a hash of everything that the lengths of a store's texts depend on."""
         model = self.config.model
-        inputs = None
-        with contextlib.suppress(OSError, ConfigError):  # reported where the files are used
-            inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
+        inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]
         parts = [digest(store.identity), without_secrets(model.name_or_path), inputs, *limits, self.config.data.max_pixels]
         return hashlib.sha256(json.dumps([*parts, transformers.__version__]).encode()).hexdigest()

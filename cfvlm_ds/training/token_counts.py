@@ -118,10 +118,7 @@ def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collat
     """Return the paths at which the counts may be stored; none if their dependencies are not known."""
     if depends_on is None:
         return []
-    try:
-        parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]
-    except (OSError, ConfigError):  # errors of the model's files are reported where the files are used
-        return []
+    parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]
     return [folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_NAME]}.npy" for folder in folders]
 
 
