@@ -58,11 +58,9 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
     """Add the results of the evaluation, which follows the export, to the export's card."""
     adapter, folder, _ = _exported(config)
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
-    try:
+    with harmless(folder / CARD, say):
         if card is not None and not write_card(folder, card):
             say(f"warning: {folder / CARD} was not written by this package and is left unchanged")
-    except OSError as error:
-        say(f"warning: {unwritten(folder / CARD, error)}; the export is complete, but its card lacks the results")
 
 
 def refuse_export(config: RunConfig) -> None:
@@ -154,14 +152,14 @@ def summary_of(
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
     """Write results.html: results.md and the figures, for a browser. A failure only causes a warning."""
-    with _harmless(run_dir / PAGE, say):
+    with harmless(run_dir / PAGE, say):
         text = (run_dir / "results.md").read_text(encoding="utf-8")
         shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
         write_report_page(run_dir / PAGE, run_dir.absolute().name, f"{text}\n\n## Figures\n\n{shown}" if figures else text)
 
 
 @contextlib.contextmanager
-def _harmless(path: Path, say: Say) -> Iterator[None]:
+def harmless(path: Path, say: Say) -> Iterator[None]:
     """Within the block, which writes a file, make a failure a warning, because a drawing library may fail on any caption or number."""
     try:
         yield
@@ -176,7 +174,7 @@ def _worst_groups(
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
-    with _harmless(run_dir / WORST, say):
+    with harmless(run_dir / WORST, say):
         view_worst(run_dir, step, splits, scores, run_dir / WORST, config.data.max_pixels, say)
         return True
     return False
@@ -212,7 +210,7 @@ def draw_figures(
     figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl", samples=samples)}
     for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
         path = run_dir / name
-        with _harmless(path, say):
+        with harmless(path, say):
             draw(path)
             drawn.append(path)
     return drawn

@@ -19,6 +19,7 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.training.evaluator import Splits
+from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
@@ -76,13 +77,10 @@ class Samples:
         """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``. A failure is a
         warning, and the section is empty.
         """
-        if next(self._groups(), None) is None:
-            return "", []
-        try:
-            return self._report()
-        except OSError as error:
-            self.world.say(f"warning: no samples in results.md ({error})")
-            return "", []
+        if next(self._groups(), None) is not None:
+            with harmless(self.run_dir / "samples", self.world.say):
+                return self._report()
+        return "", []
 
     def _report(self) -> tuple[str, list[Path]]:
         (self.run_dir / "samples").mkdir(exist_ok=True)
