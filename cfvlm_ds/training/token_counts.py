@@ -20,7 +20,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, broadcast_object, gather_objects
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
