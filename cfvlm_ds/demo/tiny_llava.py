@@ -132,10 +132,10 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
 
 def _place_positions(tower: Any, side: int) -> None:
     """Initialise the tower's position embeddings with two-dimensional sines and cosines, because they cannot be learned from few images."""
-    embeddings = tower.embeddings if hasattr(tower, "embeddings") else tower.vision_model.embeddings
-    width = embeddings.position_embedding.weight.shape[1]
+    weight = tower.embeddings.position_embedding.weight
+    width = weight.shape[1]
     rates = 1.5 * torch.exp(-math.log(50.0) * torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [place.reshape(-1, 1) * rates for place in (columns, rows)]
     with torch.no_grad():
-        embeddings.position_embedding.weight[1:] = 0.5 * torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+        weight[1:] = 0.5 * torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
