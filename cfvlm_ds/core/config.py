@@ -16,6 +16,7 @@ from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
 CFVLM = ("align", "csd", "fcd")
 """Default terms of the objective: those of CF-VLM (arXiv 2506.17267)."""
 
@@ -130,7 +131,7 @@ class TrainConfig:
             configurations use 0.001. A step of several forwards runs each of them once more.
         hard_negatives: number of counterfactuals per group that a step trains on: those that the model currently scores highest. A forward
             without gradients scores all of them first. When not given, a step trains on all.
-        lr_scheduler_type: a schedule name of transformers, such as cosine, linear, constant_with_warmup.
+        lr_scheduler_type: a schedule of transformers that needs no options.
         warmup_ratio: share of all steps over which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: optimizer steps; -1 to use ``num_train_epochs``.
@@ -187,7 +188,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, within=FINITE, on_resume="confirm")
     router_balance: float = option(0.0, within=FINITE, on_resume="confirm")
     hard_negatives: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
-    lr_scheduler_type: str = option("cosine", on_resume="confirm")
+    lr_scheduler_type: Schedule = option("cosine", on_resume="confirm")
     warmup_ratio: float = option(0.03, within=SHARE, on_resume="confirm")
     num_train_epochs: float = option(1.0, within=(1e-6, 1e6), on_resume="confirm")
     max_steps: int = option(-1, within=(-1, 1e9), on_resume="confirm")

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import torch
 
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.errors import ConfigError, first_line
+from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
-from cfvlm_ds.engine.configuration import unusable, warmup_steps
+from cfvlm_ds.engine.configuration import unusable
 
 _KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "sequence_parallel_size",
@@ -65,8 +65,6 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
     parsed = _parse(path, options)
     for problem in _unsupported_by_deepspeed(parsed, options, world_size, device):
         raise ConfigError(f"{path}: {problem}")
-    if "scheduler" not in options:
-        _try_schedule(config)
 
 
 def _parse(path: str, options: Mapping[str, Any]) -> Any:
@@ -155,21 +153,3 @@ _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quanti
 
 def _device(options: Any) -> str:
     return "none" if options is None else str(getattr(options.device, "value", options.device))
-
-
-def _try_schedule(config: RunConfig) -> None:
-    """Build the schedule of the run with a stand-in for the optimizer and take a few steps. Raises ConfigError on failure."""
-    from transformers import SchedulerType, get_scheduler
-
-    name, steps = config.train.lr_scheduler_type, 10
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.train.learning_rate or 1e-5)
-    try:
-        SchedulerType(name)
-        schedule: Any = get_scheduler(name, optimizer, warmup_steps(config, steps), steps)
-        for _ in range(3):
-            optimizer.step()
-            schedule.step()
-    except Exception as error:  # a schedule may need options or metrics that a run does not have
-        raise ConfigError(
-            f"train.lr_scheduler_type {name!r} cannot be used here ({first_line(error)}); use cosine, or a schedule without options"
-        ) from error
