@@ -6,13 +6,16 @@ import heapq
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, margins
+from cfvlm_ds.counterfactuals.options import SelectOptions
+from cfvlm_ds.counterfactuals.select import group_of
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
-from cfvlm_ds.page import Image, Item, ScoreTable, Text, Written, write_page
+from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
@@ -42,23 +45,15 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
 
 
 def _item(history: History, edited: Edited) -> Item:
-    best, kind = edited.best, str(edited.proposal["type"])
-    images = [] if history.picture is None else [Image((history.picture,), "original")]
-    match: list[list[int | None]] = [[1, 0]] if images else []
-    if best.picture is not None:
-        images.append(Image((best.picture,), f"attempt {best.made['attempt']}"))
-        match.append([0, 1])
-    texts = [Text(history.caption, "caption"), Text(str(edited.proposal["text"]), kind, reference=0)]
+    best, reason = edited.best, edited.reason or "good"
+    attempts = [{"edit": attempt.made, "verify": attempt.measured} for attempt in edited.attempts]
+    meta = json.dumps({"propose": edited.proposal, "attempts": attempts})
     table = None
     if "scores" in best.measured:
         table = ScoreTable(best.measured["scores"]["match"], decided=list(margins(best.measured, "match").values()))
-    reason = edited.reason or "good"
-    attempts = [{"edit": attempt.made, "verify": attempt.measured} for attempt in edited.attempts]
-    return Item(
-        str(edited.proposal["id"]), images or [Image((), "no picture")], texts, match or [[1, 0]],
-        facts=[("verdict", reason), ("attempts", str(len(edited.attempts)))],
-        changes=[f"{kind}: {edited.proposal['from']} \N{RIGHTWARDS ARROW} {edited.proposal['to']}"],
-        scores=table,
-        filters={"edit type": [kind], "verdict": [reason], "back end": [str(edited.proposal["back_end"])]},
-        meta=json.dumps({"propose": edited.proposal, "attempts": attempts}, indent=1),
-    )  # fmt: skip
+    return group_item(
+        replace(group_of(history, [edited], SelectOptions(prompt="", source="")), id=str(edited.proposal["id"]), meta=meta),
+        table,
+        [("verdict", reason), ("attempts", f"{len(edited.attempts)}, of which number {best.made['attempt']} is shown")],
+        {"verdict": [reason], "back end": [str(edited.proposal["back_end"])]},
+    )

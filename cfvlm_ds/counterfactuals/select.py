@@ -219,28 +219,12 @@ def _row(
     steps: Mapping[str, Any],
     thresholds: Thresholds,
 ) -> dict[str, Any]:
-    """Build the row of a group, with its known cells and its provenance."""
-    images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
-    texts = [history.caption]
-    edits, made_from = [], []
-    match: list[list[int | None]] = [[1]]
+    """Build the row of a group with its provenance."""
+    made_from = []
     for edited in kept:
         best = edited.best
-        text = str(edited.proposal["text"])
-        texts.append(text)
-        match[0].append(0)
-        for line in match[1:]:
-            line.append(None)
-        image = None
-        if best.picture is not None:
-            image = len(images)
-            images.append((best.picture.absolute(),))
-            match.append([0, *[None] * (len(texts) - 2), 1])
-        edits.append(Edit(str(edited.proposal["type"]), image, len(texts) - 1, str(edited.proposal["from"]), str(edited.proposal["to"])))
         proposed = {key: value for key, value in edited.proposal.items() if key not in ("text", "from", "to", "type")}
         made_from.append({"propose": proposed, "edit": dict(best.made), "verify": dict(best.measured), "margin": best.verdict.worst})
-    candidates = tuple(Candidate(options.prompt, text) for text in texts)
-    group = CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
     meta: dict[str, Any] = {
         "edits": made_from,
         "steps": steps,
@@ -248,8 +232,29 @@ def _row(
         "margin": thresholds.margin,
         "drop": thresholds.drop,
     }
-    row = to_row(group, folder, meta)
+    row = to_row(group_of(history, kept, options), folder, meta)
     return row | ({"license": history.license} if history.license else {})
+
+
+def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -> CounterfactualGroup:
+    """Build the group of a source with the given edits and their known cells."""
+    images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
+    texts, edits = [history.caption], []
+    match: list[list[int | None]] = [[1]]
+    for edited in kept:
+        picture = edited.best.picture
+        image = None
+        texts.append(str(edited.proposal["text"]))
+        match[0].append(0)
+        for line in match[1:]:
+            line.append(None)
+        if picture is not None:
+            image = len(images)
+            images.append((picture.absolute(),))
+            match.append([0, *[None] * (len(texts) - 2), 1])
+        edits.append(Edit(str(edited.proposal["type"]), image, len(texts) - 1, str(edited.proposal["from"]), str(edited.proposal["to"])))
+    candidates = tuple(Candidate(options.prompt, text) for text in texts)
+    return CounterfactualGroup(history.id, tuple(images), candidates, tuple(map(tuple, match)), tuple(edits), source=options.source)
 
 
 def parse_splits(text: str) -> dict[str, float]:
