@@ -7,10 +7,9 @@ detected by how much worse the new text fits its picture than the caption did.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +186,6 @@ class Calibrated:
             f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), recall {100 * recall:.1f} %, "
             f"yield {self.kept} of {self.labelled} labelled candidates"
         )
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self.thresholds), indent=1) + "\n"
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:

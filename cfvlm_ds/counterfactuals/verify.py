@@ -5,9 +5,10 @@ The scorer fills the matrix of a candidate, two pictures x two texts, in one row
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -225,5 +226,5 @@ def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) ->
             f"{labelled}: {len(labels)} labels refer to no verified candidate, for example {edit!r}, attempt {attempt}; run verify first"
         )
     fitted = calibrated(judged, start, precision)
-    replace(out / "thresholds.json", fitted.as_json().encode(), shared=True)
+    replace(out / "thresholds.json", json.dumps(asdict(fitted.thresholds), indent=1).encode() + b"\n", shared=True)
     return fitted

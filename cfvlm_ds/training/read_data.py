@@ -17,7 +17,7 @@ import transformers
 
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.cluster.signals import WorkerLost, last_word, shield_worker, worker_deaths
-from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig, RunConfig
+from cfvlm_ds.core.config import IMAGE_LIMITS, RunConfig
 from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
@@ -36,7 +36,7 @@ from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
 from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store, open_store
-from cfvlm_ds.models import fingerprint, inputs_fingerprint
+from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
@@ -169,12 +169,6 @@ def _disown(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
-
-
-def model_fingerprint(model: ModelConfig, world: World) -> dict[str, str]:
-    """Return ``fingerprint`` of the model, whose weights rank 0 reads. Raises ConfigError on every rank if they cannot be read."""
-    barrier = ProgressBarrier(world)
-    return run_on_rank0(world, lambda: fingerprint(model, barrier.alive, world.say), barrier)
 
 
 @dataclass

@@ -87,12 +87,12 @@ def write_results(
     identities: Mapping[str, Identity],
     changes: Sequence[Change],
     say: Say,
-    benchmarks: Sequence[Result] = (),
-    samples: str = "",
-    warning: str = "",
-) -> list[Path]:
+    benchmarks: Sequence[Result],
+    samples: str,
+    warning: str,
+) -> tuple[str, list[Path]]:
     """Write results.md, results.json, before_after.json, the scores of every split, and a page of the worst groups (``train.figures``) into
-    the run folder, and return the first three paths.
+    the run folder, and return the opening of the first and the paths of the first three.
 
     results.md also contains the results of ``benchmarks``, ``samples``, a section of Markdown, and a ``warning`` about the training. Raises
     StorageError on a full disk.
@@ -121,12 +121,10 @@ def write_results(
         raise StorageError(
             f"{unwritten(path, error)}; the training has finished: free some space, and the same command evaluates again"
         ) from error
-    return list(contents)
+    return parts[0], list(contents)
 
 
-def summary_of(
-    config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str = ""
-) -> str:
+def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
     """Return the opening of results.md: the model, data, number of steps and objective, a ``warning`` about the training if there is one,
     and the accuracies before and after it.
     """

@@ -18,7 +18,7 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import World, preserve_rng, run_on_rank0, seed_everything
+from cfvlm_ds.core.distributed import ProgressBarrier, World, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
@@ -27,13 +27,13 @@ from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
 from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
-from cfvlm_ds.models import attention, inputs_fingerprint
+from cfvlm_ds.models import attention, fingerprint, inputs_fingerprint
 from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells, scored_besides
 from cfvlm_ds.tracking import import_mlflow
 from cfvlm_ds.training import run_start
 from cfvlm_ds.training.evaluator import check_best
-from cfvlm_ds.training.read_data import RunData, forget, model_fingerprint, read_data
+from cfvlm_ds.training.read_data import RunData, forget, read_data
 from cfvlm_ds.training.results import refuse_export
 from cfvlm_ds.training.run_record import tracker_of, write_record
 from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite, refuse_unusable
@@ -180,7 +180,8 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[st
     """
     if not scores_needed(config):
         return None
-    made_by = model_fingerprint(config.model, world)
+    barrier = ProgressBarrier(world)
+    made_by = run_on_rank0(world, lambda: fingerprint(config.model, barrier.alive, world.say), barrier)
     try:
         scores = {
             name: read_scores(Path(source.scores), *data.sources[name], made_by=made_by, say=world.say)

@@ -48,7 +48,6 @@ from cfvlm_ds.training.results import (
     description,
     draw_figures,
     export_checkpoint,
-    summary_of,
     write_results,
     write_results_page,
 )
@@ -91,8 +90,8 @@ class Trainer:
         self.evaluator = Evaluator(
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
         )
-        limits = (self._run_dir, config.data.max_pixels)
-        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits)
+        max_pixels = config.data.max_pixels
+        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, self._run_dir, max_pixels)
 
     @cached_property
     def sample(self) -> EvaluationSample:
@@ -312,7 +311,7 @@ class Trainer:
             changes = self.baseline.compare(results)
             warning = self._retention.displacement(last_values(self._run_dir / METRICS_FILE)[0])
             identities = self.data.identities
-            written = write_results(
+            first, written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
             figures = list[Path]()
@@ -322,7 +321,6 @@ class Trainer:
             written += figures
             if config.train.export and failed is None:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
-            first = summary_of(config, step, results, changes, warning)
             tracker.describe(description(first, written))
             for path in written:
                 tracker.artifact(path)
