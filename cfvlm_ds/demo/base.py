@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.untrusted import refuse_filled
 
@@ -15,13 +14,11 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 def write_base(out_dir: str | Path) -> Path:
     """Copy the base to ``out_dir`` unless that already contains a model, and return ``out_dir``.
 
-    Raises ConfigError if the package lacks the base, or if ``out_dir`` has other files.
+    Raises ConfigError if ``out_dir`` has other files.
     """
     out = Path(out_dir)
     if (out / "config.json").exists():
         return out
-    if not (FOLDER / "config.json").is_file():
-        raise ConfigError(f"{FOLDER} is missing; install the complete package, or create the base with `make base`")
     refuse_filled(out)
     with whole_folder(out) as partial:
         shutil.copytree(FOLDER, partial, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import DataSet, is_hub
-from cfvlm_ds.core.distributed import World, broadcast_object
+from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import update
 from cfvlm_ds.core.reading import yaml_of
@@ -52,14 +52,15 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         run_dir / "environment.json": json.dumps(environment, indent=2),
         run_dir / "data.json": json.dumps(described(config, data), indent=2),
     }
-    problem = None
-    for path, text in contents.items() if world.is_main else ():
-        try:
-            update(path, text.encode())
-        except OSError as error:
-            problem = problem or unwritten(path, error)
-    if problem := broadcast_object(problem):
-        raise StorageError(f"{problem}; free some space, and start again")
+
+    def write() -> None:
+        for path, text in contents.items():
+            try:
+                update(path, text.encode())
+            except OSError as error:
+                raise StorageError(f"{unwritten(path, error)}; free some space, and start again") from error
+
+    run_on_rank0(world, write)
     for warning in config.model.unused:
         world.say(warning)
     world.say(f"objective: {config.loss}")
