@@ -37,15 +37,13 @@ class Plan:
     groups: str = ""
     root: list[str] | None = None
     format: str = "auto"
-    shards: int = 1
+    shards: int = field(default=1, metadata={"within": (1, MAX_SHARDS)})
     propose: ProposeOptions = field(default_factory=ProposeOptions)
     edit: EditOptions = field(default_factory=EditOptions)
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     select: SelectOptions = field(default_factory=SelectOptions)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.shards <= MAX_SHARDS:
-            raise ConfigError(f"shards {self.shards} must be from 1 to {MAX_SHARDS}")
         for option in ("data", "out"):
             if not getattr(self, option):
                 raise ConfigError(f"{option} is empty; name the captions and the work folder")

@@ -1246,7 +1246,7 @@ def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(photos, tmp_pa
             ("verify: {scorer: nowhere}", "verify.scorer: model.name_or_path 'nowhere'"), ("verify: {template: x}", "verify.template 'x'"),
             ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "select.rule"),
             ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("select: {margin: -1}", "select.margin -1.0"),
-            ("data: other.jsonl", "'data' occurs twice"), ("shard: 3", "'shards'"), ("shards: 0", "shards 0"),
+            ("data: other.jsonl", "'data' occurs twice"), ("shard: 3", "'shards'"), ("shards: 0", "shards must be from 1 "),
         )),
         (f"{plan}groups: captions.jsonl", "captions.jsonl"), ("data: a", "out is empty"), ("data: ''\nout: b", "data is empty"),
         ("- a", "a list"), ("data: [", "plan.yaml"),
