@@ -9,6 +9,7 @@ loads every frozen weight, concatenates all trained ones under ZeRO-2, and suppo
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,8 +108,8 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[Path, Any] = {}
+        self.contents = functools.cache(functools.partial(read_states, mmap=True))
+        """Function that returns the contents of a file, with its tensors mapped."""
         self._optimizer, self._model = (_by_rank(folder, kind) for kind in ("optim", "model"))
         zero, self._state = self._zero(0), self.contents(self._model[0])
         ranks = zero["partition_count"]
@@ -161,15 +162,9 @@ class Shards:
             tensor = tensor[key]
         return tensor.detach().reshape(-1)
 
-    def contents(self, file: Path) -> Any:
-        """Return the contents of a file, with its tensors mapped."""
-        if file not in self._open:
-            self._open[file] = read_states(file, mmap=True)
-        return self._open[file]
-
     def unmap(self) -> None:
         """Drop the mappings until the next use, because pages that were read count as this process's memory."""
-        self._open.clear()
+        self.contents.cache_clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """Yield (name, contents) of each file that rank number ``rank`` of ``ranks`` ranks would have. The values are the same, bit for
