@@ -42,14 +42,13 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The words of each text between their ``first`` common words at the beginning and ``last`` common words at the end. ``swap`` is true
-    if both texts have the same words.
+    """The words of each text between their ``first`` common words at the beginning and those at the end. ``swap`` is true if both texts
+    have the same words.
     """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
     first: int
-    last: int
     swap: bool
 
 
@@ -59,7 +58,7 @@ def difference(caption: str, text: str) -> Difference:
     old, new = words(caption), words(text)
     first = shared_start(old, new)
     last = shared_start(old[first:][::-1], new[first:][::-1])
-    return Difference(old[first : len(old) - last], new[first : len(new) - last], first, last, sorted(old) == sorted(new))
+    return Difference(old[first : len(old) - last], new[first : len(new) - last], first, sorted(old) == sorted(new))
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
