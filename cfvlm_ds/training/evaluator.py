@@ -16,11 +16,11 @@ from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, work
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.asking import written
-from cfvlm_ds.evaluation.benchmarks import Item, Outcome
+from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.scoring import other_images
@@ -87,11 +87,8 @@ class Evaluator:
         """Return the outcomes of items about which the model writes. Each rank writes a part of the different texts."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
-        asked = dict[tuple[Pictures, str], None]()
-        for item, donor in zip(items, donors, strict=True):
-            asked |= dict.fromkeys(
-                (shown, way.asked(item)) for shown in (*item.images, blank_view(len(item.images[0])), donor) if shown is not None
-            )
+        views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]
+        asked = dict.fromkeys((shown, way.asked(item)) for item, seen in views for shown in seen if shown is not None)
         texts, every = list[str](), list(asked)
         progress = Progress(self.world.say, f"evaluating {name}", len(every), "texts")
         for start in range(0, len(every), self.world.size):
@@ -102,21 +99,12 @@ class Evaluator:
             text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
             texts += gather_objects(text, self.world)
             progress.advance(min(self.world.size, len(every) - start))
-        said = dict(zip(every, texts, strict=False))
-
-        def of(shown: Pictures, item: Item) -> str:
-            return said[shown, way.asked(item)]
-
-        return [
-            written(
-                item,
-                [of(image, item) for image in item.images],
-                of(blank_view(len(item.images[0])), item),
-                None if donor is None else of(donor, item),
-                benchmark.chosen.read,
-            )
-            for item, donor in zip(items, donors, strict=True)
-        ]
+        said: dict[Any, Any] = dict(zip(every, texts, strict=False))
+        outcomes = []
+        for item, seen in views:
+            *answers, blank, shuffled = (said.get((shown, way.asked(item))) for shown in seen)  # None without a donor
+            outcomes.append(written(item, answers, blank, shuffled, benchmark.chosen.read))
+        return outcomes
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
     if image.size != original.size:
         size = f"{image.width}x{image.height} instead of {original.width}x{original.height}"
         return record | {"refused": f"the edited picture has another size ({size})"}, None
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGB")  # a copy
     mask = task.mask_image(original.size)
     if options.composite == "mask" and mask is not None:
         image = Image.composite(image, original, mask)
@@ -134,7 +134,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
         image = Image.composite(image, original, difference_mask(original, image))
     if task.mask is not None:
         record["mask_sha256"] = sha256_of(task.mask.read_bytes())
-    content = png(image.copy())
+    content = png(image)
     about: dict[str, Any] = {"sha256": sha256_of(content), "size": list(image.size)}
     return record | {"picture": about} | ({"info": dict(edited.info)} if edited.info else {}), content
 
