@@ -43,7 +43,7 @@ def check_url(url: str, option: str) -> str:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
     except ValueError:
-        right, parts = False, urlsplit("")
+        right = False
     if not right:
         raise ConfigError(f"{option} {url!r}: not an address such as http://node7:8000/v1")
     if parts.username or parts.password:

@@ -26,7 +26,7 @@ from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.text import one_line, quoted
 from cfvlm_ds.counterfactuals.edit.base import sha256_of
 from cfvlm_ds.counterfactuals.options import SampleOptions
-from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, seed_of
+from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, row_line, seed_of
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.evaluation.generation import write_several
@@ -211,7 +211,7 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
             if record.get("id") != question.group.id:
                 raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
             if group := source.judged(question, record["texts"], counts):
-                file.write(json.dumps(to_row(group, source.folder), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+                file.write(row_line(to_row(group, source.folder)))
         if not counts["groups"]:
             raise ConfigError(f"{work.path}: no picture has a false text: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)

@@ -5,7 +5,6 @@ Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A pictur
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions, pairs
-from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, seed_of
+from cfvlm_ds.counterfactuals.work_folder import STEPS, WorkFolder, row_line, seed_of
 from cfvlm_ds.data.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.lines import MAX_LINE
@@ -109,7 +108,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                 seen.add(number)
                 if kept := _kept(history, options, cuts, survival, name, shares):
                     row = _row(history, kept, options, folder, steps, thresholds)
-                    handles[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+                    handles[name].write(row_line(row))
                     written[name] += 1
                     outside.update(_outside(row, further))
         if not written:

@@ -54,6 +54,11 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
+def row_line(row: Mapping[str, Any]) -> bytes:
+    """Encode a row of groups as a line of JSON."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the sha256 of a file, as completion records hold it."""
     digest = hashlib.sha256()

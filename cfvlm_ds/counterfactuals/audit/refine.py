@@ -5,7 +5,6 @@ It balances words as the back end ``rules`` does (propose/balance.py), with leng
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,7 @@ from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.propose.balance import Move, balanced, sampled
 from cfvlm_ds.counterfactuals.propose.word_difference import words
-from cfvlm_ds.counterfactuals.work_folder import seed_of
+from cfvlm_ds.counterfactuals.work_folder import row_line, seed_of
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
@@ -61,7 +60,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
         for k in kept:
             own = parse_json(groups[k].meta or "{}")
             row = to_row(groups[k], file.parent.absolute(), (own if isinstance(own, dict) else {"meta": own}) | {REFINED: {"seed": seed}})
-            out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            out.write(row_line(row))
     shares_right = ", ".join(f"{100 * right([margins[k] for k in kept]):.1f} % by {cue}" for cue, margins in cues.items())
     return f"{len(kept)} of {len(groups)} groups; correct blind guesses: {shares_right}"
 

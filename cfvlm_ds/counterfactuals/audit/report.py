@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +19,17 @@ from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pi
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
+from cfvlm_ds.counterfactuals.verify import Score
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
-from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Written, group_item, write_page
 
 LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
-
-Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
 
 
 @dataclass
