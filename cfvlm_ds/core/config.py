@@ -17,6 +17,7 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
+"""Schedules of transformers that need no options."""
 CFVLM = ("align", "csd", "fcd")
 """Default terms of the objective: those of CF-VLM (arXiv 2506.17267)."""
 
