@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,22 +26,19 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
     """
     work = WorkFolder.open(out)
     thresholds = thresholds_of(work)
-    draw, seen = random.Random(seed), 0
-
-    def drawn() -> Iterator[tuple[float, int, History, Edited]]:
-        nonlocal seen
-        for shard in range(work.shards):
-            for history in histories(work, shard, thresholds):
-                for edited in history.edits:
-                    if not rejected or edited.reason != GOOD:
-                        seen += 1
-                        yield draw.random(), seen, history, edited
-
-    chosen = heapq.nsmallest(sample, drawn())
+    draw, number = random.Random(seed), itertools.count()
+    candidates = (
+        (draw.random(), next(number), history, edited)
+        for shard in range(work.shards)
+        for history in histories(work, shard, thresholds)
+        for edited in history.edits
+        if not rejected or edited.reason != GOOD
+    )
+    chosen = heapq.nsmallest(sample, candidates)
     if not chosen:
         raise ConfigError(f"{out} has no {'rejected ' * rejected}candidate to show")
     items = (_item(history, edited) for _, _, history, edited in sorted(chosen, key=lambda item: str(item[3].proposal["id"])))
-    facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {seen}" + " rejected ones" * rejected)]
+    facts = [("work folder", str(out)), ("candidates", f"{len(chosen)} of {next(number)}" + " rejected ones" * rejected)]
     return write_page(out.name, items, len(chosen), page, facts=facts, scored="log P(yes)", say=say)
 
 

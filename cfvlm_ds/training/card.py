@@ -157,7 +157,7 @@ def license_of(base: str) -> dict[str, Any]:
 
 
 def _last(path: str) -> str:
-    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return Path(path).name
 
 
 def _line(value: Any) -> str:

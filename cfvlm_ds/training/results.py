@@ -128,12 +128,10 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
     """Return the opening of results.md: the model, data, number of steps and objective, a ``warning`` about the training if there is one,
     and the accuracies before and after it.
     """
-    weights = {name: term.weight for name, term in config.objective.items() if term.weight}
-    objective = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     lines = [
         f"# {in_cell(Path(config.train.output_dir).absolute().name)}",
         "",
-        f"{config.model.name_or_path} after {step} steps on {config.data.trained_on}; objective: {objective}.",
+        f"{config.model.name_or_path} after {step} steps on {config.data.trained_on}; objective: {config.loss}.",
         "",
         *[warning, ""] * bool(warning),
     ]
