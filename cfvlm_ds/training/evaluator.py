@@ -140,9 +140,10 @@ class Evaluator:
         """Return the options of scoring: the token budget, and the advice for an out-of-memory error."""
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
-        option = "data.max_tokens_per_forward" if data.max_tokens_per_forward else "data.max_tokens_per_micro_batch"
-        setting = f"{option} ({limit})" if limit else f"train.per_device_eval_batch_size ({size}), set data.max_tokens_per_forward"
-        remedy = f"lower {setting}, or set limits on visual tokens (model.max_pixels, model.max_tiles)"
+        remedy = (
+            f"lower train.per_device_eval_batch_size ({size}), set a lower data.max_tokens_per_forward (now {limit or 'none'}) or limits "
+            "on visual tokens (model.max_pixels, model.max_tiles)"
+        )
         return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
 
 
@@ -151,6 +152,6 @@ def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBe
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(
-            f"train.save_best {name!r} is not a metric of data.evaluation, or its groups have no comparison for it; "
-            + (f"use one of {', '.join(sorted(known))}" if known else "leave it unset, because no group has a comparison")
+            f"train.save_best {name!r} is not a metric of data.evaluation, or its groups have no comparison for it; leave it unset, or use "
+            f"one of: {', '.join(sorted(known)) or 'none'}"
         )
