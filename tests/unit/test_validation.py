@@ -209,11 +209,11 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
         ({}, 4, 6),
         ({"gradient_accumulation_steps": 3}, 4, 2),
         ({"per_device_train_batch_size": 6}, 4, 6),
-        ({"per_device_train_batch_size": 8}, 4, "set train.per_device_train_batch_size to at most 6"),
-        ({"per_device_train_batch_size": 4096}, 1, "set train.per_device_train_batch_size to at most 25"),
-        ({"gradient_accumulation_steps": 9}, 4, "set train.gradient_accumulation_steps to at most 6"),
-        ({"gradient_accumulation_steps": 2}, 26, "start at most 25 ranks"),
-        ({"gradient_accumulation_steps": 26, "max_tokens_per_micro_batch": 900}, 1, "set train.gradient_accumulation_steps to at most 25"),
+        ({"per_device_train_batch_size": 8}, 4, "until their product is at most 25"),
+        ({"per_device_train_batch_size": 4096}, 1, "until their product is at most 25"),
+        ({"gradient_accumulation_steps": 9}, 4, "until their product is at most 25"),
+        ({"gradient_accumulation_steps": 2}, 26, "until their product is at most 25"),
+        ({"gradient_accumulation_steps": 26, "max_tokens_per_micro_batch": 900}, 1, "until their product is at most 25"),
     ],
 )
 def test_a_step_takes_no_group_twice(options, ranks, fits, capsys):
