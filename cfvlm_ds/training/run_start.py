@@ -110,8 +110,9 @@ def decide(
             changed_since(record["record"], run_dir, total_steps)
 
         run_on_rank0(world, refuse_changed)
-        step = str(total_steps) if ended[0] == total_steps else f"{ended[0]} of {total_steps}, by early stopping"
-        world.say(f"{run_dir} has finished at step {step}: nothing to do; remove {run_dir / FINISHED} to evaluate and export it again")
+        world.say(
+            f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate it again"
+        )
         return None
     checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
     if checkpoint_dir is None:

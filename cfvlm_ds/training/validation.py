@@ -134,10 +134,8 @@ def scores_needed(config: RunConfig) -> bool:
         needed = True
         if source.scores is None:
             names = ", ".join(key for key, term in terms.items() if term.needs_prior or term.needs_reference)
-            where = (
-                f"set scores for the source {name!r}, or exclude {names} from its objectives"
-                if config.data.is_mixture
-                else "set data.scores"
+            raise ConfigError(
+                f"{names}: an objective needs stored scores; write them with `cfvlm-ds score` and set data.scores, or in a list of sources "
+                f"the option scores of {name!r}"
             )
-            raise ConfigError(f"{names}: an objective needs stored scores; write them with `cfvlm-ds score` and {where}")
     return needed

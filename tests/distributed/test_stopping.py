@@ -108,7 +108,7 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(model_dir, manifests
 
     as_many = ["--train.per_device_train_batch_size=8"]  # groups a step as on two ranks: others would be another run
     assert end(start([*arguments, *as_many], tmp_path, size=1)) == [0]
-    assert f"{folder} has finished at step 16: nothing to do" in (tmp_path / "rank-0.log").read_text()
+    assert f"{folder} has finished at step 16 of 16: nothing to do" in (tmp_path / "rank-0.log").read_text()
     assert len(losses(folder)) == 16 and the_run(folder) == (first, "FINISHED")
 
 
