@@ -86,7 +86,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     sections = {
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
-        "Training": _training(*map(flat, (options, environment, ds_config)), step),
+        "Training": _training(flat(options), flat(environment), flat(ds_config), step),
         "Results": _results(results, changes, evaluated),
     }
     for title, section in sections.items():
