@@ -102,8 +102,8 @@ class Evaluator:
         said: dict[Any, Any] = dict(zip(every, texts, strict=False))
         outcomes = []
         for item, seen in views:
-            *answers, blank, shuffled = (said.get((shown, way.asked(item))) for shown in seen)  # None without a donor
-            outcomes.append(written(item, answers, blank, shuffled, benchmark.chosen.read))
+            *answers, blank, other = (said.get((shown, way.asked(item))) for shown in seen)  # None without a donor
+            outcomes.append(written(item, answers, blank, other, benchmark.chosen.read))
         return outcomes
 
     @contextlib.contextmanager
