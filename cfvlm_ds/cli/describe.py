@@ -53,10 +53,13 @@ def _describe(
         raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
     if choices and len(set(choices)) < len(choices):
         raise ConfigError("--choices has the same text twice; give different texts")
+    from cfvlm_ds.demo.tiny_llava import is_random
     from cfvlm_ds.evaluation.generation import write
 
     config, adapter = model_named(model, limits)
     scorer, collator, world = load_scorer(config, adapter, max_pixels=DataConfig().max_pixels)
+    if is_random(Path(config.name_or_path)):
+        say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
     failed = 0
     for path in picture or _typed():
         try:

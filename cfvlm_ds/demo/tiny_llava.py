@@ -14,6 +14,7 @@ from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.untrusted import refuse_filled
 
+_RANDOM = "A small model with random weights, for tests: its texts mean nothing."
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% for item in message['content'] %}"
@@ -53,8 +54,14 @@ def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> 
     with whole_folder(out_dir) as partial:
         for part in make(partial):
             part.save_pretrained(partial)
-        (partial / "README.md").write_text("A small model with random weights, for tests: its texts mean nothing.\n")
+        (partial / "README.md").write_text(f"{_RANDOM}\n")
     return out_dir
+
+
+def is_random(folder: Path) -> bool:
+    """Return whether ``write_checkpoint`` wrote a model folder."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(errors="replace").startswith(_RANDOM)
 
 
 def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:

@@ -543,7 +543,7 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
     with pytest.raises(SystemExit):
         main(["describe", str(model_dir), "--max_new_tokens", "3"])
     printed = capsys.readouterr()
-    assert f"\n{picture}\n" in printed.out and "never read" not in printed.out
+    assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out and "never read" not in printed.out
     assert f"error: {broken}: " in printed.err and "error: 1 pictures could not be described" in printed.err, "the others were"
     assert f"{tmp_path / 'none.png'} is not a file" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
     assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
