@@ -1,10 +1,10 @@
-"""Samples of a run: the texts that the model writes about a few evaluation pictures at each evaluation."""
+"""Samples of a run: at each evaluation, the texts that the model writes about a few evaluation pictures, and the texts that it prefers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,25 @@ from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
-from cfvlm_ds.training.evaluator import Splits
+from cfvlm_ds.training.evaluator import Evaluator, Splits
 from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
 """Number of characters of a text that results.md shows; samples.jsonl has the whole text."""
 _MEANING = (
-    "Step 0 is the model before training. It writes greedily, without sampling. What it writes may be false even if it prefers a true text "
-    "to a false one."
+    "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
+    "the log-likelihood of the likeliest true text minus that of the likeliest false one. What the model writes may be false even if it "
+    "prefers a true text."
 )
 
 
 @dataclass
 class Samples:
     """Greedy texts about the first picture of ``number`` groups, taken from the evaluation sets in turn.
+
+    Each is recorded with the likeliest of the group's own texts for that picture, and with the margin of the likeliest true text over the
+    likeliest false one.
 
     Every rank writes all of them: under ZeRO-3 the ranks gather weights together in each forward. Rank 0 keeps them in samples.jsonl.
     """
@@ -44,6 +48,7 @@ class Samples:
     world: World
     run_dir: Path
     max_pixels: int
+    evaluator: Evaluator | None = None
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
@@ -60,15 +65,21 @@ class Samples:
         """
         if next(self._groups(), None) is None:
             return
-        lines = list[dict[str, Any]]()
+        lines, scored = list[dict[str, Any]](), list[tuple[int, CounterfactualGroup]]()
         self.engine.eval()
         for name, group in self._groups():
             prompt, pictures = group.candidates[0].prompt, group.images[0]
             problem = next(filter(None, gather_objects(self._unreadable(pictures), self.world)), "")
+            if not problem:
+                scored.append((len(lines), replace(group, images=group.images[:1], match=group.match[:1], edits=())))
             true = [each.text for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1]
             text = problem or self._text(prompt, pictures)
             lines.append({"step": step, "set": name, "group": group.id, "prompt": readable(prompt), "true": true, "text": text})
         self.engine.train()
+        if self.evaluator is not None and scored:
+            _, scores = self.evaluator({"samples": [group for _, group in scored]})
+            for (place, group), score in zip(scored, scores["samples"], strict=True):
+                lines[place] |= _preferred(group, score.logp[0].tolist())
         if self.world.is_main:
             self._lines = [line for line in self._lines if line["step"] < step] + lines
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
@@ -99,11 +110,15 @@ class Samples:
                 files.append(file)
                 shown.append(f"![{in_cell(group.id)}](samples/{file.name})")
             texts = [line for line in self._lines if (line["set"], line["group"]) == (name, group.id)]
-            rows = [f"| {line['step']} | {in_cell(line['text'], _LONGEST)} |" for line in texts]
+            rows = [
+                f"| {line['step']} | {in_cell(line['text'], _LONGEST)} | {in_cell(line.get('preferred', ''), _LONGEST)} "
+                f"| {'' if (margin := line.get('margin')) is None else f'{margin:+.1f}'} |"
+                for line in texts
+            ]
             true = next(each for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
             prompt = in_cell(readable(true.prompt), _LONGEST)
             parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}: {prompt} True: {in_cell(true.text, _LONGEST)}"]))
-            parts.append("\n".join(["| step | writes |", "|---:|---|", *rows]))
+            parts.append("\n".join(["| step | writes | prefers | margin, nats |", "|---:|---|---|---:|", *rows]))
         return "\n\n".join(parts), files
 
     @property
@@ -137,3 +152,11 @@ class Samples:
                     yield name, group
             if found >= self.number:
                 return
+
+
+def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
+    """Return the likeliest text for the first prompt, and the margin of the true texts; the margin is None without a false text."""
+    texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
+    best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}
+    margin = None if best[0] is None or best[1] is None else best[1] - best[0]
+    return {"preferred": group.candidates[max(texts, key=lambda c: logp[c])].text, "margin": margin}

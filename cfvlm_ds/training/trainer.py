@@ -90,8 +90,8 @@ class Trainer:
         self.evaluator = Evaluator(
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
         )
-        max_pixels = config.data.max_pixels
-        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, self._run_dir, max_pixels)
+        limits = (self._run_dir, config.data.max_pixels)
+        self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits, self.evaluator)
 
     @cached_property
     def sample(self) -> EvaluationSample:

@@ -583,7 +583,13 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
         written[ranks] = read_rows(run_dir / "samples.jsonl")
         assert [row["step"] for row in written[ranks]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert all(len(row["text"]) > 4 for row in written[ranks])
-    assert written[1][:3] == written[2][:3], "before the first step, the same"
+    margins = [[row.pop("margin") for row in written[ranks]] for ranks in (1, 2)]
+    assert written[1][:3] == written[2][:3] and margins[0][:3] == pytest.approx(margins[1][:3], abs=1e-4), "before the first step, the same"
+    final = {row["id"]: row["logp"][0] for row in read_rows(tmp_path / "2" / "scores" / "test.jsonl")[1:]}
+    for group, row, margin in zip(read_manifest(manifests["test"]), written[2][6:], margins[1][6:], strict=False):
+        logp = {truth: [final[group.id][c] for c, each in enumerate(group.match[0]) if each == truth] for truth in (0, 1)}
+        assert margin == pytest.approx(max(logp[1]) - max(logp[0]), abs=1e-4)
+        assert row["preferred"] == group.candidates[final[group.id].index(max(final[group.id]))].text
     groups, processor = read_manifest(manifests["test"])[:3], AutoProcessor.from_pretrained(tmp_path / "2" / "export")
     for folder, rows in ((model_dir, written[2][:3]), (tmp_path / "2" / "export", written[2][6:])):
         model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
@@ -598,9 +604,12 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     with (run_dir / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "te')  # a kill while it was written
     run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
-    assert read_rows(run_dir / "samples.jsonl") == written[2]
+    again = read_rows(run_dir / "samples.jsonl")
+    assert [row.pop("margin") for row in again] == pytest.approx(margins[1], abs=1e-4) and again == written[2]
     section = (tmp_path / "2" / "results.md").read_text().split("\n## Samples\n")[1].split("\n## ")[0]
-    assert section.count("| step | writes |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    assert (
+        section.count("| step | writes | prefers | margin, nats |") == 3 and Image.open(tmp_path / "2" / "samples" / "0.png").size[0] <= 160
+    )
 
 
 def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, manifests, tmp_path):
@@ -623,7 +632,11 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
         f"]( //h/d.png) {hostile}": (tmp_path / "a.png",),
     }
     groups = [replace(group([[1, 0]], texts=((PROMPT, hostile), (PROMPT, "b")), name=name), images=(each,)) for name, each in shown.items()]
-    rows = [{"step": step, "set": "test", "group": name, "text": f"{step}{hostile}"} for step in (0, 5, 7) for name in shown]
+    rows = [
+        {"step": step, "set": "test", "group": name, "text": f"{step}{hostile}", "preferred": hostile}
+        for step in (0, 5, 7)
+        for name in shown
+    ]
     write_rows(tmp_path / "samples.jsonl", rows)
     samples = Samples(9, {"test": groups}, None, None, World(0, 1, 0, torch.device("cpu")), tmp_path, 10**6)
     samples.resume(5)
@@ -631,7 +644,9 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     assert [file.name for file in files] == ["samples.jsonl", "1.png", "1-1.png", "3.png"]
     page = markdown_it.MarkdownIt("commonmark").enable("table").render(section)
     assert re.findall(r'(?:src|href)="(.*?)"', page) == ["samples/1.png", "samples/1-1.png", "samples/3.png"]
-    assert [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)] == [f"{step}{hostile}" for _ in shown for step in (0, 5)]
+    assert [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)] == [
+        cell for _ in shown for step in (0, 5) for cell in (f"{step}{hostile}", hostile)
+    ]
     assert page.count("gone.png: no such image file") == 1
     (tmp_path / "samples.jsonl").write_text("broken\n[]\n")
     samples.resume(5)
