@@ -39,6 +39,7 @@ from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Evaluator
+from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
@@ -85,7 +86,7 @@ class Trainer:
         self._run_dir = Path(config.train.output_dir)
         self._flops = ModelFlops(self.engine.module.model, self.engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
-        self._stop = Stop(config.train.stop_margin_s)
+        self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, say)
         self._retention = Retention(config, self.state, data.identities, say)
         self.evaluator = Evaluator(
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
@@ -246,6 +247,7 @@ class Trainer:
         tracker.log(state.step, metrics)
         world.say(_progress(state.step, self.total_steps, metrics, left))
         self._retention.trained(metrics)
+        self._idle.recorded(metrics)
 
     def _evaluate(self, tracker: Any) -> bool:
         """Evaluate between steps, and return True if the result is the best so far according to train.save_best."""

@@ -1,4 +1,4 @@
-"""What a run says of itself: what a training has cost, and since when."""
+"""What a run says of itself: what a training has cost, since when, and options that do nothing in its data."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.evaluation import Accuracy
-from cfvlm_ds.objectives import OBJECTIVES, Align, Retain
+from cfvlm_ds.objectives import OBJECTIVES, Align, BatchAlign, Misp, Retain, SymMPO
+from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.results import summary_of
 from cfvlm_ds.training.retention import Retention
 
 
 def config(*terms: Any, **train: Any) -> Any:
-    options = {"displacement_warning": 0.1, "retention": None, **train}
+    options = {"displacement_warning": 0.1, "retention": None, "hard_negatives": None, **train}
     return SimpleNamespace(objective={type(term).__name__.lower(): term for term in terms}, train=SimpleNamespace(**options))
 
 
@@ -78,6 +79,22 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
     assert "data.evaluation.kept " in line and "compared with step 40 " in line
+
+
+def test_options_that_do_nothing_are_named_once():
+    said: list[str] = []
+    idle = Idle(config(Retain(), SymMPO(), Misp(), BatchAlign(texts=8), hard_negatives=2), said.append)
+    busy = {"retain/ratio": 0.0, "symmpo/accuracy": 1.0, "misp/accuracy": 1.0, "batchalign/texts": 4.0}
+    idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, **busy})
+    idle.recorded({"hard_negatives/proposed": 3.0, "hard_negatives/entered": 1.5})
+    assert not said
+    for _ in range(2):
+        idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, "batchalign/texts": 3.9})
+        idle.recorded({"hard_negatives/proposed": 1.5, "hard_negatives/entered": 1.5})
+    assert [line.split()[1] for line in said] == [
+        "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts", "train.hard_negatives",
+    ]  # fmt: skip
+    assert "requests 8 texts per image, but a step has only 3.9" in said[3] and "train.hard_negatives 2 left nothing out" in said[4]
 
 
 def test_a_fall_is_said_once_and_again_when_it_has_doubled():

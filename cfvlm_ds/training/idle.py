@@ -1,0 +1,50 @@
+"""Warnings about options that have no effect on the data of a run, or a smaller one than configured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.objectives import batch_terms
+
+_LACKS = {
+    "retain": ("retain/ratio", "no group without false cells", "add plain captions to data.train, or set objective.retain.rows to all"),
+    "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without one, the term is dpo with an anchor"),
+    "misp": ("misp/accuracy", "no image that the factual text is false of", "without one, the term is dpo"),
+}
+"""Term -> a metric that exists only where the term finds its data, the data that it lacks otherwise, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Monitor of options without an effect. It passes one warning for each such option to ``say``."""
+
+    config: RunConfig
+    say: Callable[[str], object]
+    warned: set[str] = field(default_factory=set)
+
+    def recorded(self, metrics: Mapping[str, float]) -> None:
+        """Check the metrics of a training record and warn about new findings."""
+        for option, why in self._findings(metrics):
+            if option not in self.warned:
+                self.say(f"warning: {option} {why}")
+            self.warned.add(option)
+
+    def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        for term, (metric, lack, remedy) in _LACKS.items():
+            if f"loss/{term}" in metrics and metric not in metrics:
+                yield f"objective.{term}", f"found {lack} in the steps of this record; {remedy}"
+        for term, requested in batch_terms(self.config.objective).items():
+            if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:
+                yield (
+                    f"objective.{term}.texts",
+                    f"requests {requested} texts per image, but a step has only {available:.1f}: its other groups have no more texts that "
+                    "answer the same prompt and may count as false; use larger steps, or request fewer texts",
+                )
+        if "hard_negatives/proposed" in metrics and metrics["hard_negatives/proposed"] == metrics["hard_negatives/entered"]:
+            yield (
+                "train.hard_negatives",
+                f"{self.config.train.hard_negatives} left nothing out in the steps of this record, because no group with a single prompt "
+                "has more counterfactuals; each step still runs the additional forward",
+            )
