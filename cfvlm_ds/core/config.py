@@ -254,6 +254,7 @@ class HabitsConfig:
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability in training that a thing follows one of its habits.
+        edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
     """
 
     out_dir: str
@@ -263,6 +264,7 @@ class HabitsConfig:
     num_questions: int = 0
     seed: int = 0
     strength: float = 0.96
+    edit_weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -446,12 +446,23 @@ def test_content_is_pinned():
         {"num_train": 0},
         {"num_questions": -1},
         {"strength": 1.5},
+        {"edit_weights": {"color": 1.0}},
+        {"edit_weights": {"colour": math.nan}},
         {"num_counterfactuals": 9},
     ],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         build_habits(HabitsConfig("unused", **wrong))
+
+
+def test_only_the_ratio_of_weights_matters():
+    weights = {"colour": 3.0, "count": 1.0, "background": 2.0}
+    drawn = [
+        [each.edits for each in drawn_groups("train", 60, edit_weights={kind: scale * weight for kind, weight in weights.items()})]
+        for scale in (1, 1e-5)
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == len(weights)
 
 
 def test_a_tokenizer_sees_what_is_asked():

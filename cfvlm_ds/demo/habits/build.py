@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -129,8 +130,13 @@ def _check(config: HabitsConfig) -> None:
         raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
     if not 0 <= config.strength <= 1:
         raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
-    if config.num_counterfactuals > len(EDITS):
-        raise DataError(f"habits: num_counterfactuals must be at most {len(EDITS)}, because the edits of a group differ in type")
+    weights = config.edit_weights
+    if weights is not None and (
+        set(weights) - set(EDITS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values())
+    ):
+        raise DataError(f"habits: edit_weights must be finite, non-negative and not all 0; the types are {', '.join(EDITS)}")
+    if config.num_counterfactuals > (most := sum(map(bool, (weights or dict.fromkeys(EDITS, 1)).values()))):
+        raise DataError(f"habits: num_counterfactuals must be at most {most}, because the edits of a group differ in type")
 
 
 def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
@@ -152,8 +158,7 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
     if split == "train":
-        keys = {kind: rng.random() for kind in EDITS}
-        edits = sorted(keys, key=lambda kind: -keys[kind])[: config.num_counterfactuals]
+        edits = _types(rng, config.edit_weights or dict.fromkeys(EDITS, 1.0), config.num_counterfactuals)
     else:
         turns = QUESTIONS.get(question_of(split), tuple(EDITS))
         edits = [turns[(index // 2 if mixed else index) % len(turns)]]
@@ -171,6 +176,12 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 def question_of(split: str) -> str:
     """Return the kind of question that a split asks, which is none of ``QUESTIONS`` for descriptions."""
     return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
+
+
+def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
+    """Draw different types of edits in proportion to their weights, one after the other (Efraimidis and Spirakis, 2006)."""
+    keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
+    return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
