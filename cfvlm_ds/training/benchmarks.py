@@ -173,6 +173,10 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark],
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
     """Return the identity of the exported model, equal to that of `cfvlm-ds evaluate` on the run's folder."""
     run_dir = Path(config.train.output_dir)
-    if only_adapters_train(config.model):
-        return fingerprint(config.model, alive, world.say) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
-    return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive, world.say)
+    try:
+        if only_adapters_train(config.model):
+            return fingerprint(config.model, alive, world.say) | {"adapter": adapter_fingerprint(run_dir / "adapter", alive)}
+        return fingerprint(replace(config.model, name_or_path=str(run_dir / "export")), alive, world.say)
+    except (OSError, ConfigError) as error:
+        world.say(f"warning: the benchmark results do not identify the weights, because these cannot be read ({error})")
+        return {}
