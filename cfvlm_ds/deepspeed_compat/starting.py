@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
 _STALE_AFTER_S = 300.0
 
 
@@ -15,8 +16,8 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
     """Remove and return the build locks that a killed process left in torch's extension cache. Every later start would wait for them
     forever.
 
-    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. The folder may be shared with other
-    machines, so nothing in it must have been written for five minutes either.
+    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. On a network file system the holder may
+    be on another machine, so the lock must also have been untouched for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -46,8 +47,11 @@ def _held(lock: Path) -> str | None:
             with contextlib.suppress(psutil.Error, OSError):
                 if any(Path(file.path) == lock.resolve() for file in process.open_files()):
                     return "process"
-        if time.time() - max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()]) < _STALE_AFTER_S:
-            return "another machine may be building"
+        mounts = [p for p in psutil.disk_partitions(all=True) if lock.resolve().is_relative_to(p.mountpoint)]
+        mount = max(mounts, key=lambda p: len(p.mountpoint))
+        newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
+        if mount.fstype in _NETWORK_FILE_SYSTEMS and time.time() - newest < _STALE_AFTER_S:
+            return f"{mount.fstype} is shared and another machine may be building"
     return None
 
 
