@@ -97,7 +97,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 pull = (pull if ctx.cap is None else pull * (1 - (of_rows / ctx.cap).square())).to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden.index_add_(0, rows, pull @ weight)
-                if ctx.needs_input_grad[1]:
+                if grad_weight is not None:
                     grad_weight.addmm_(pull.T, hidden[rows])
         return grad_hidden, grad_weight, None, None, None, None
 
