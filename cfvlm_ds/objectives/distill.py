@@ -29,20 +29,21 @@ class DivergenceTerm(Objective):
     def cells(self) -> Cells:
         return "matched"
 
+    @property
+    def divergence(self) -> Divergence:
+        raise NotImplementedError
+
     def denominator(self, layout: GroupLayout) -> Tensor:
         return (layout.weight * has_any(self._compared(layout))).sum()
 
     def numerator(self, scores: Scores) -> Tensor:
         layout = scores.layout
         if (kind := self.divergence) not in scores.divergences:
-            name = type(self).__name__
-            raise ValueError(f"{name} needs divergences of distributions; collate the groups with divergences (Collator.of_run)")
-        assert kind is not None
+            raise ValueError(f"{type(self).__name__} needs {kind}; collate the groups with divergences=(...) (Collator.of_run)")
         per_group = mean_over(scores.divergences[kind] / layout.num_tokens.clamp(min=1), self._compared(layout))
         return (layout.weight.to(per_group) * per_group).sum()
 
     def _compared(self, layout: GroupLayout) -> Tensor:
-        assert self.divergence is not None
         return layout.compared(self.divergence.against)
 
 
