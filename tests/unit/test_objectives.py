@@ -140,6 +140,7 @@ def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0, blank: b
             changed[x, c, g.tokens[c] - 1] = True
             if blank:
                 valid[x, -1, c], logp[x, -1, c], reference[x, -1, c] = True, g.blank[c], g.prior[c]
+                tokens[x, -1, c] = g.tokens[c]
         prior[x, : len(g.prior)] = torch.tensor(g.prior, dtype=torch.float64)
     weight = torch.tensor([g.weight for g in groups], dtype=torch.float64)
     layout = GroupLayout(valid, match, tokens, ends, weight, changed=changed, blank=blank)
