@@ -1,4 +1,5 @@
-"""Packing of trees into one row without padding. Only this module knows how cells are laid out as tokens.
+"""Packing of trees into one row without padding. Only this module knows how cells are laid out as tokens. ``PackedSampler``
+(data/sampler.py) chooses the groups of a row.
 
 A tree starts with the common beginning of all prompts about its pictures, including the pictures. Where prompts differ, each continues in
 its own branch, and each prompt is followed by one branch for every text that is scored as an answer to it. A branch attends to itself and

@@ -28,8 +28,6 @@ class Retention:
     identities: Mapping[str, Identity]
     say: Callable[[str], object]
     warned: float = 0.0
-    fallen: str = ""
-    """Warning of the last training record, for results.md; "" if its likelihood has not fallen."""
 
     @property
     def _remedy(self) -> str:
@@ -42,15 +40,21 @@ class Retention:
 
     def trained(self, metrics: Mapping[str, float]) -> None:
         """Check a training record. A warning is repeated only when the fall has doubled since the last one."""
-        fallen = self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
-        warning = (
+        if (warning := self.displacement(metrics)) and (fallen := self._fallen(metrics)) > 2 * self.warned:
+            self.warned = fallen
+            self.say(warning)
+
+    def displacement(self, metrics: Mapping[str, float]) -> str:
+        """Return a warning if the factual log-likelihood of a training record is too far below the first one, else ""."""
+        if (fallen := self._fallen(metrics)) <= self.config.train.displacement_warning:
+            return ""
+        return (
             f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its initial value; "
             f"{self._remedy}"
         )
-        self.fallen = warning if fallen > self.config.train.displacement_warning else ""
-        if fallen > max(self.config.train.displacement_warning, 2 * self.warned):
-            self.warned = fallen
-            self.say(warning)
+
+    def _fallen(self, metrics: Mapping[str, float]) -> float:
+        return self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
         """Compare an evaluation with the first one, and return how much each set of ``train.retention`` has changed, in nats per token and

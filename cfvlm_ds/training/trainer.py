@@ -34,6 +34,7 @@ from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
 from cfvlm_ds.objectives import batch_terms
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
@@ -310,7 +311,8 @@ class Trainer:
             samples, sample_files = self.samples.report()
             of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
             sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
-            changes, warning = self.baseline.compare(results), self._retention.fallen
+            changes = self.baseline.compare(results)
+            warning = self._retention.displacement(last_values(self._run_dir / METRICS_FILE)[0])
             identities = self.data.identities
             written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
