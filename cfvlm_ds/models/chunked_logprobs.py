@@ -89,10 +89,10 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad_hidden[part] = pull @ weight
             if ctx.needs_input_grad[1]:
                 grad_weight = pull.T @ hidden[part] if grad_weight is None else grad_weight.addmm_(pull.T, hidden[part])
-        for kind, states, *logits in _pairs(hidden, weight, ctx.cap, ctx.compared):
-            value, *pulls = _divergence(kind, *logits)
+        for kind, states, *of_pair in _pairs(hidden, weight, ctx.cap, ctx.compared):
+            value, *pulls = _divergence(kind, *of_pair)
             grad, of_pairs = of_pairs.split([len(value), len(of_pairs) - len(value)])
-            for rows, pull, of_rows in zip(states, pulls, logits, strict=False):
+            for rows, pull, of_rows in zip(states, pulls, of_pair, strict=False):
                 pull = pull.mul_(grad.unsqueeze(1))
                 pull = (pull if ctx.cap is None else pull * (1 - (of_rows / ctx.cap).square())).to(hidden.dtype)
                 if grad_hidden is not None:
