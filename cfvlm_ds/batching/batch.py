@@ -50,7 +50,8 @@ def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, A
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token.
+    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one value
+    for each pair of states that is compared.
 
     ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell, and ``is_end`` [N] marks end-of-turn tokens. ``layout`` is that
     of the whole micro-batch. ``num_tokens`` counts the tokens of the row, and ``num_scored`` the positions that predict a scored token.
@@ -96,9 +97,16 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """Convert the engine's output to the score matrix of the batch."""
+        """Convert the engine's output to the score matrix of the batch, and to sums of divergences."""
+        compared, shape = self.model_inputs.get("compared", {}), self.layout.valid.shape
+        token_logp, *each = token_logp.split([len(self.cell), *(pairs.shape[1] for pairs in compared.values())])
+        sums = [
+            part.new_zeros(shape.numel()).index_add(0, pairs[2], part).view(shape)
+            for part, pairs in zip(each, compared.values(), strict=True)
+        ]
         of_tokens = (token_logp, self.cell, self.is_end, self.layout)
-        return Scores(self.layout, *score_matrix(*of_tokens), self.reference, self.prior, tokens=token_matrix(*of_tokens))
+        tokens, divergences = token_matrix(*of_tokens), dict(zip(compared, sums, strict=True))
+        return Scores(self.layout, *score_matrix(*of_tokens), self.reference, self.prior, tokens=tokens, divergences=divergences)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from cfvlm_ds.batching.batch_layout import (
     without_broken_negatives,
 )
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
-from cfvlm_ds.batching.packing import Material, PromptLength, Tree, divide, num_tokens, pack
+from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
@@ -88,6 +88,7 @@ class Collator:
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageFiles | CachedFeatures = self.files
         self.packs_again = self.tokens = self.blank = False
+        self.divergences: tuple[Divergence, ...] = ()
 
     @cached_property
     def pictures_first(self) -> bool:
@@ -102,7 +103,7 @@ class Collator:
 
     def scoring_everything(self) -> Collator:
         """Copy the collator for evaluation: the copy scores all cells of the groups, and has no stored scores."""
-        return self._changed(cells="full", stored=None, blank=False)
+        return self._changed(cells="full", stored=None, blank=False, divergences=())
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
         """Copy the collator; the copy scores the given ``cells`` and uses the given stored scores."""
@@ -116,14 +117,15 @@ class Collator:
         packs_again: bool = False,
         tokens: bool = False,
         blank: bool = False,
+        divergences: tuple[Divergence, ...] = (),
     ) -> Collator:
         """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``.
 
-        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens`` and ``blank`` add scores of tokens and of
-        the blank picture.
+        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens``, ``blank`` and ``divergences`` add
+        scores of tokens, of the blank picture, and divergences, for which a micro-batch must not be divided.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
-        changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank}
+        changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
         return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
 
     def _changed(self, **changes: Any) -> Collator:
@@ -173,6 +175,8 @@ class Collator:
         self, material: Material, image_inputs: dict[str, Any], layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
     ) -> Batch:
         row = pack(material, image_inputs, self.family, self.model_config, placeholder_id(self.processor))
+        if self.divergences:
+            row.model_inputs["compared"] = {kind: compared(row, layout, kind.against) for kind in self.divergences}
         num_images = len({picture for tree in material.trees for picture in tree.pictures})
         kept = material if self.packs_again else None
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)

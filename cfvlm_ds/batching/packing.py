@@ -9,6 +9,7 @@ prompt, N scored tokens.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
+from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.models import Family
 from cfvlm_ds.models.forest import Forest
 
@@ -206,6 +208,23 @@ def _prompts(
             )
         prompts[-1].texts.append((index, text))
     return prompts
+
+
+def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
+    """Return [3, D]: for each token that a divergence compares, the states that predict it on its text's own image and on the other one,
+    and the flat index of the other cell.
+    """
+    tokens = defaultdict[int, list[int]](list)
+    for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):
+        if not is_end:
+            tokens[cell].append(place)
+    (_, images, texts), own = layout.valid.shape, layout.own.byte().argmax(1).tolist()
+    pairs = []
+    for g, other, c in layout.compared(against).nonzero().tolist():
+        first, second = ((g * images + i) * texts + c for i in (own[g][c], other))
+        pairs += [(*states, second) for states in zip(tokens[first], tokens[second], strict=True)]
+    found = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T
+    return torch.stack([*row.model_inputs["predicted_by"][found[:2]], found[2]])
 
 
 PromptLength = Callable[[Tree, Encoded], int]

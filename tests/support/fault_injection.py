@@ -113,7 +113,7 @@ class Planted:
     warmup: float = 0.0
     group: str = ""
     what: str = "loss"
-    cells, needs_reference, needs_prior, needs_tokens, needs_blank = "anchor", False, False, False, False
+    cells, needs_reference, needs_prior, needs_tokens, needs_blank, divergence = "anchor", False, False, False, False, None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         return layout.weight.sum()
