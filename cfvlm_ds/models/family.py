@@ -71,7 +71,7 @@ class Family:
         image_inputs: processor outputs that belong to the images: the arguments of the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
         grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
-        positions: function that computes a prompt's position ids; on every axis, its text continues at the largest position plus one.
+        positions: function that computes a prompt's position ids; on every axis, a text after it continues at the largest one plus one.
         tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
         arrange: function that repeats the model's computation between its projector and its language model.
         from_grids: function that computes additional arguments of ``get_image_features``; without them, the tower would derive the values
