@@ -203,7 +203,7 @@ def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> N
 
 
 def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name and rows of each manifest. Only training things change in training and validation, and only held-out things in tests."""
+    """Yield the name and rows of each manifest. Training and validation change training things only; tests change held-out things only."""
     maker = Maker(found, folder, Random(f"{seed}/pictures"))
     known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
     refuse_too_few(known, new)

@@ -306,8 +306,7 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return the key of a text's tree: the pictures, and the prompt up to the last picture. Without pictures, each group has its own tree.
-    """
+    """Return the key of a text's tree: the pictures, and the prompt up to the last one. Without pictures, each group has its own tree."""
     if not pictures:
         return (group,)
     ids = text.prompt_ids

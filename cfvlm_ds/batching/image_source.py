@@ -85,8 +85,7 @@ class ImageFiles:
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the keys of the blank picture: alone in a prompt and, if the family treats several pictures differently, as one of several.
-        """
+        """List the blank picture's keys: alone and, if the family treats several pictures in a prompt differently, as one of several."""
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:

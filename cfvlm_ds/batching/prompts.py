@@ -99,8 +99,7 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError if it cannot be encoded. ``where`` is the beginning of the message.
-        """
+        """Encode a text as the answer to its prompt. Raises DataError, whose message begins with ``where``, if it cannot be encoded."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -197,8 +196,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the position where an answer begins. Raises _ModelFails, which names the turns that the template refuses.
-        """
+        """Render the prompt up to the beginning of an answer. Raises _ModelFails, which names the turns that the template refuses."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
