@@ -233,7 +233,7 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
 
 
 def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
-    """Raise SystemExit, which names the missing kind of thing, unless both splits have things for every edit."""
+    """Raise SystemExit naming the missing kind of thing, unless both splits have things for every edit."""
     needs: dict[str, Callable[[Thing], bool]] = {
         "has a colour with a name": lambda each: bool(each.colours),
         "comes alone and can be counted": lambda each: each.alone and each.is_counted,

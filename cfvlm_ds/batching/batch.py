@@ -27,7 +27,7 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 
 
 def blank_view(num_pictures: int) -> Pictures:
-    """Return an image of blank pictures."""
+    """Return an image that consists of blank pictures."""
     return tuple(BLANK.with_suffix(f".{k}") for k in range(num_pictures))
 
 
@@ -160,7 +160,7 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to every object of type ``kind`` in ``value``, also inside dicts and dataclasses, and return the result."""
+    """Apply ``change`` to every object of type ``kind`` in ``value``, including the contents of dicts and dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):

@@ -68,7 +68,7 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Extend the layout with in-batch negatives. ``texts`` are these texts from the step's other groups, encoded.
+    """Extend the layout with in-batch negatives (texts of the step's other groups). ``texts`` are their encodings.
 
     They are scored on every image on which an answer to the factual text's prompt is scored. The layout is unchanged if no group has a
     position in a step.
@@ -120,8 +120,8 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Add ``changed`` to the layout. It marks the tokens from the first to the last that differs between a text and the first text of its
-    prompt.
+    """Add ``changed`` to the layout. It marks the span from the first to the last token that differs between a text and the first text of
+    its prompt.
     """
     changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
     for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):

@@ -60,7 +60,7 @@ class Collator:
         model_config: the model's configuration, for the family's position rules and the id of visual tokens.
         cells: cells to score.
         max_length: the model's context window in tokens; a longer row raises DataError and is never truncated.
-        max_pixels: limit on the size of a picture.
+        max_pixels: limit on a picture's number of pixels.
         stored: reference and blind scores by group id, for objectives that need them.
         share_prefix: whether the texts of an image share one prefix; separate trees cost more and have the same scores.
         checked: picture table from the data check; pictures are compared with it when they are opened.
@@ -133,8 +133,8 @@ class Collator:
         return other
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Collate groups into one batch. Raises DataError, which names the file of a picture that cannot be opened, or the group of a text
-        that does not fit the window or the template.
+        """Collate groups into one batch. Raises DataError naming the file of a picture that cannot be opened, or the group of a text that
+        does not fit the window or the template.
         """
         return self.parts(groups)[0]
 
@@ -142,7 +142,7 @@ class Collator:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
         A larger tree is cut between its texts. A single text that exceeds the limit gets a batch of its own. Each batch has the layout of
-        the whole micro-batch, and the score matrices of the batches add up to that of the micro-batch. Raises the same DataErrors as
+        the whole micro-batch, and the score matrices of the batches add up to the micro-batch's. Raises the same DataErrors as
         ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
@@ -249,7 +249,7 @@ class Collator:
         """Count the tokens in each of the group's trees, with the cells that this collator scores. ``sizes`` has the (width, height) of
         each picture.
 
-        Raises DataError, which names the group and file, if the model's processor cannot process a picture of that size.
+        Raises DataError naming the group and file if the model's processor cannot process a picture of that size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():

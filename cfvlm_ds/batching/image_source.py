@@ -56,7 +56,7 @@ class ImageFiles:
     Args:
         processor: the model's processor.
         family, config: the model's family record and configuration; the latter has the id of visual tokens.
-        max_pixels: limit on the size of a picture.
+        max_pixels: limit on a picture's number of pixels.
         checked: picture table from the data check; a picture that has changed since raises DataError. None skips the comparison.
     """
 
@@ -89,7 +89,7 @@ class ImageFiles:
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
-        """Open a picture. Raises DataError, which names the file, if it cannot be opened or has changed since the data check."""
+        """Open a picture. Raises DataError naming the file if it cannot be opened or has changed since the data check."""
         path = key[0]
         if path.parent == BLANK.parent:
             return Image.new("RGB", BLANK_SIZE, (128, 128, 128))
@@ -98,7 +98,7 @@ class ImageFiles:
         return open_image(path, self.max_pixels)
 
     def content(self, key: PictureKey) -> bytes:
-        """Read a picture file's contents. Raises DataError, which names the file, if it cannot be read."""
+        """Read a picture file's contents. Raises DataError naming the file if it cannot be read."""
         try:
             if key[0] == BLANK:
                 return BLANK.name.encode()
@@ -133,8 +133,8 @@ class ImageFiles:
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
         """Return the inputs of ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
 
-        A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError, which
-        names the file, if it cannot be opened or processed.
+        A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError naming the
+        file if it cannot be opened or processed.
         """
         picture, together = self.open(key), key[1]
         try:
@@ -181,7 +181,7 @@ class CachedFeatures:
         self.cache = cache
 
     def open(self, key: PictureKey) -> Features:
-        """Read the features of a picture. Raises DataError, which names the picture, if it has none."""
+        """Read the features of a picture. Raises DataError naming the picture if it has none."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:

@@ -99,7 +99,7 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError, whose message begins with ``where``, if it cannot be encoded."""
+        """Encode a text as the answer to its prompt. Raises DataError if it cannot be encoded; ``where`` begins the message."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -174,7 +174,7 @@ class Prompts:
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        """Render a prompt and locate the position of its answer. Raises _ModelFails if the template or tokenizer raises."""
+        """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer raises."""
         question = self._question(prompt, num_pictures)
         without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else question
         rendered = self._render(_conversation(prompt, num_pictures, _MARK), False)
@@ -196,7 +196,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the beginning of an answer. Raises _ModelFails, which names the turns that the template refuses."""
+        """Render the prompt up to the beginning of an answer. Raises _ModelFails naming the turns that the template refuses."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -236,7 +236,9 @@ class Prompts:
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """Return the id of the control token that ends an answer in the template, or of the tokenizer's eos token; empty if it has none."""
+        """Return the id of the control token that ends an answer in the template, otherwise of the tokenizer's eos token; empty without
+        either.
+        """
         ends = [i for i in self._tokens(tail) if i in self._control]
         end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)
@@ -248,7 +250,7 @@ _ROLES_SHOWN = 8
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
     """Return an error message if the template omits or changes a text of a conversation, otherwise "".
 
-    It may omit the thinking block of an assistant turn, as the templates of thinking models do.
+    Templates of thinking models may omit the thinking block of an assistant turn.
     """
     place = 0
     for turn in turns:

@@ -18,7 +18,7 @@ NAME = "run.lock"
 
 
 class RunLock:
-    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError, which names the holder, if another run holds the lock."""
+    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run holds the lock."""
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
         self.path, own = folder / NAME, _identity()

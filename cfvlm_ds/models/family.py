@@ -32,12 +32,12 @@ by image.
 
 
 def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the projector's output unchanged: for a model that does not rearrange it."""
+    """Return the projector's output unchanged, because the model does not rearrange it."""
     return projected
 
 
 def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return no prefixes: for a model whose forward uses all weights."""
+    """Return no prefixes, because the model's forward uses all weights."""
     return ()
 
 
@@ -46,17 +46,17 @@ Whole = Literal["nowhere", "windows", "everywhere"]
 
 
 def causally(config: PreTrainedConfig) -> Whole:
-    """Return "nowhere": for a model whose picture tokens attend causally."""
+    """Return "nowhere", because the model's picture tokens attend causally."""
     return "nowhere"
 
 
 def no_cap(config: PreTrainedConfig) -> float | None:
-    """Return None: for a model that does not cap its logits."""
+    """Return None, because the model does not cap its logits."""
     return None
 
 
 def as_loaded(model: nn.Module) -> None:
-    """Do nothing: for a model whose tokens interact only in attention, which has back ends for trees."""
+    """Do nothing, because the model's tokens interact only in attention, which has back ends for trees."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Family:
         model_types: values of ``config.model_type`` that select the family; names of folders are never used.
         vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides,
             so a projector may lie inside the tower. The output head belongs to the language model.
-        output_head: prefix of the output head, which has no adapter and keeps its precision.
+        output_head: prefix of the output head, which gets no adapter and keeps its precision.
         image_inputs: processor outputs that belong to the images: the arguments of the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
         grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
-        positions: function that computes a prompt's position ids; on every axis, a text after it continues at the largest one plus one.
+        positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
         arrange: function that repeats the model's computation between its projector and its language model.
         from_grids: function that computes additional arguments of ``get_image_features``; without them, the tower would derive the values

@@ -87,7 +87,7 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, which must not cause a recompilation for each
+    return torch.compile(flex_attention, dynamic=True)  # dynamic: no recompilation for every length of a row
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:

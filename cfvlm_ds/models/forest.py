@@ -1,4 +1,4 @@
-"""Structure of a row of trees: nodes that contain tokens, and attend to their ancestors and themselves.
+"""Structure of a row of trees, whose nodes contain tokens and attend to their ancestors and themselves.
 
 The forest reaches every layer as a keyword argument. It caches what an attention back end derives from it, so that all layers share the
 result.
@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is the field of the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` has the same meaning as in the class."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)

@@ -2,7 +2,7 @@
 prompts, and the leaves hold the texts. Each node attends to its ancestors and itself.
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
-keyword argument that passes through every layer, also when gradient checkpointing recomputes a layer. It is never passed as a mask or as
+keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
 restarted positions, because several kernels silently misinterpret these.
 
 A layer may limit attention to a sliding window along a token's path, and may allow bidirectional attention among the tokens of a picture.

@@ -105,7 +105,7 @@ _ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.proj
 def load_processor(config: ModelConfig) -> Any:
     """Return the model's own processor (tokenizer, image processor and chat template), with the configured limits on visual tokens.
 
-    Raises ConfigError, which names the model, if one of the three is missing or cannot be used.
+    Raises ConfigError naming the model if one of the three is missing or cannot be used.
     """
     model_config = load_config(config.name_or_path)
     family_of(model_config)
@@ -121,7 +121,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
-    """Apply the limits on visual tokens. Raises ConfigError, which names the family's options, if an option of another family is set."""
+    """Apply the limits on visual tokens. Raises ConfigError naming the family's options if an option of another family is set."""
     family = family_of(model_config)
     for option in IMAGE_LIMITS:
         if getattr(config, option) is not None and option not in family.limited_by:
@@ -157,14 +157,14 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
             output_loading_info=True,
             quantization_config=quantised,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, with their names
+            ignore_mismatched_sizes=True,  # mismatches are refused below, by name
         )
         model, info = result
     except pickle.UnpicklingError:
         raise ConfigError(
             f"the pickled weights of {config.name_or_path!r} contain objects other than tensors; convert them to safetensors"
         ) from None
-    except RuntimeError as error:  # under ZeRO-3, a mismatch raises in spite of the option
+    except RuntimeError as error:  # under ZeRO-3, a mismatch raises despite the option
         if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
             raise
         info = {"mismatched_keys": mismatched}

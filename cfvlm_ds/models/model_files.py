@@ -22,8 +22,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError, which names the file, for a path instead of a file name, a link that leads out of the folder, or missing or
-    truncated weights.
+    """Raise ConfigError naming a file that cannot be a model's: a path instead of a name, a link that leads out of the folder, or missing
+    or truncated weights.
 
     Weights are not read.
     """

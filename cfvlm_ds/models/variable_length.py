@@ -159,7 +159,7 @@ def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
 
 
 def has_varlen() -> bool:
-    """Return True if torch's kernel accepts a scale and a window. That of torch 2.10 does not."""
+    """Return True if torch's kernel accepts a scale and a window. The kernel of torch 2.10 does not."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn

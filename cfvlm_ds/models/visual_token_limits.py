@@ -1,6 +1,6 @@
-"""Limits on the visual tokens of an image. Families determine this number by different rules, with one function for each.
+"""Limits on the visual tokens of an image. Families determine this number by different rules. Each rule has a function.
 
-A function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument may be None.
+The function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument may be None.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to a budget: the largest whose pixels are within the bound (Gemma 4)."""
+    """Limit visual tokens to the largest budget whose pixels are within the bound (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2

@@ -51,8 +51,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types of rotary position embedding with the same frequencies for all rows within the context window. In contrast, ``longrope`` selects
-frequencies by the largest position in a row, and phimoe's ``long_mscale`` scales the embeddings of any type by it.
+"""Types of rotary position embedding with the same frequencies for all rows within the context window. In contrast, ``longrope`` and, for
+any type, phimoe's ``long_mscale`` depend on the largest position in a row.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling start at the row's

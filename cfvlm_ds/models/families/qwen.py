@@ -45,7 +45,7 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
 
 
 def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) merges them window by window."""
+    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) outputs them window by window."""
     vision = model.config.vision_config
     if not hasattr(vision, "window_size"):
         return projected
@@ -101,7 +101,7 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transpose the expert weights of a published Qwen3-VL-MoE, unless they already have the model's shape.
+    """Transposition of the expert weights of a published Qwen3-VL-MoE, unless they already have the model's shape.
 
     transformers compares them with a parameter's ``shape``, but under ZeRO-3 the parameter is an empty tensor. This class compares them
     with the unpartitioned shape.
