@@ -1,6 +1,4 @@
-"""Build of a wheel that also contains the files of the repository root that a run needs, in cfvlm_ds/shipped. All else is in
-pyproject.toml.
-"""
+"""Build of a wheel that also contains the files in the root that a run needs, as cfvlm_ds/shipped. pyproject.toml has all else."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ def shipped_files() -> list[Path]:
 
 
 class BuildPy(build_py):
-    """Copy the shipped files into a wheel. An editable install needs no copies: cfvlm_ds.core.shipped finds the files in the root."""
+    """Build step that copies the shipped files. An editable install needs no copies: cfvlm_ds.core.shipped finds the files in the root."""
 
     def run(self) -> None:
         target = Path(self.build_lib, "cfvlm_ds")
@@ -37,7 +35,7 @@ class BuildPy(build_py):
 
 
 def revision() -> str:
-    """Return the commit that is built, which runs record; empty if it is unknown."""
+    """Return the commit of the build for the records of runs, or "" if it is unknown."""
     root = Path(__file__).resolve().parent
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:

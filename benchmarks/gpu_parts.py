@@ -84,7 +84,7 @@ class Unusable(Exception):
 
 def usable(backend: str, run: Run) -> None:
     if backend == "flex" and run.device.type == "cpu":
-        return  # it is computed from its definition
+        return  # on CPUs, it is computed without a kernel
     try:
         attention(backend)
     except ConfigError as error:
@@ -92,7 +92,7 @@ def usable(backend: str, run: Run) -> None:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """Convert an error to a result."""
+    """Convert an error to the form of a result."""
     name = "unusable" if isinstance(error, Unusable) else "error"
     said = str(error).strip().partition("\n")[0][:300]
     return {name: said if name == "unusable" else f"{type(error).__name__}: {said}"}

@@ -44,9 +44,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]]:
-    """Return (seconds, peak bytes) with logits of every token and of scored tokens only. They take turns; the first turn only measures
-    memory.
-    """
+    """Return (seconds, peak bytes) with logits of every token and of scored tokens only, in turns. The first turn only measures memory."""
     place: dict[str, Any] = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     weight = torch.randn(words, arguments.width, **place).requires_grad_()
     hidden = torch.randn(arguments.tokens, arguments.width, **place).requires_grad_()

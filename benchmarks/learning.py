@@ -1,4 +1,4 @@
-"""Comparison of objectives from the demo's base in equal CPU time: NLL, DPO with NLL, mDPO, and the default objective, also with light
+"""Comparison of objectives from the demo's base in equal CPU time: NLL, DPO with NLL, mDPO, and the default objective with full or light
 contrast.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set

@@ -55,7 +55,7 @@ REQUIREMENTS: dict[str, Sequence[str]] = {
 }
 SIZE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 1  # steps
-BOUND = 1e-4  # on differences between losses
+BOUND = 1e-4  # largest difference between losses
 
 Pair = dict[str, str]
 Result = dict[str, Any]

@@ -213,7 +213,7 @@ def trl(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def conversation(pair: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Convert a pair to messages, the format of TRL's documentation for data with images."""
+    """Convert a pair to messages, the format that TRL documents for data with images."""
     said = {"prompt": ("user", "question"), "chosen": ("assistant", "chosen"), "rejected": ("assistant", "rejected")}
     return {name: [{"role": role, "content": pair[column]}] for name, (role, column) in said.items()}
 

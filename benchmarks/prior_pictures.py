@@ -41,7 +41,7 @@ HUES = {"red": (346, 373), "orange": (20, 37), "yellow": (38, 62), "green": (64,
 SHARE = 0.5
 """Minimum share of a thing's visible area that must have about the same hue for a natural colour."""
 NEAR = 32
-"""Largest difference in degrees between a colour's hue and the hues of its lights and shades."""
+"""Largest difference in degrees between the hue of a colour and that of its lights and shades."""
 GLYPH = 109  # the only size of the font's bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
@@ -78,7 +78,7 @@ def renumbered(noun: str, plural: bool) -> str | None:
 class Thing:
     """A cut-out with its name and its natural ``colour`` ("" for none).
 
-    ``alone`` is True if natural pictures never show several of the thing. ``held_out`` is True if training shows no counterfactual of it.
+    ``alone`` is True if natural pictures never show more than one of it. ``held_out`` is True if training shows no counterfactual of it.
     """
 
     name: str

@@ -367,7 +367,7 @@ def flop(name: str, of: Case) -> float:
 
 
 def figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw a step's time and saved memory against the number of texts, for the first family with the most visual tokens."""
+    """Draw a step's time and saved memory against the number of texts, for the first family and its largest number of visual tokens."""
     import matplotlib
 
     matplotlib.use("Agg")

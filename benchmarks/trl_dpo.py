@@ -1,4 +1,4 @@
-"""DPO with TRL's trainer and with this package, on the same checkpoint and pairs with the same optimizer. They take steps in turns, with
+"""DPO with TRL's trainer and with this package, on the same checkpoint and pairs with the same optimizer. The two take steps in turns, with
 one thread each.
 
     python benchmarks/trl_dpo.py                                   # 32 pairs, with one and with four rejected texts per image

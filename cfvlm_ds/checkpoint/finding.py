@@ -85,7 +85,7 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Read complete.json, which has ``step``, ``world_size``, ``run_id``, the size and CRC-32 of each of ``files``, and more."""
+    """Read complete.json, which has ``step``, ``world_size``, ``run_id``, ``files`` (size and CRC-32 of each), and more."""
     return read_json(path / COMPLETE)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint saving: a folder with DeepSpeed's shards and the state of the loop, which gets its final name when it is complete.
+"""Checkpoint saving. DeepSpeed's shards and the state of the loop are written to a folder that gets its final name when it is complete.
 
 A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
 to disk. ``complete.json`` lists sizes and checksums. At the end, the folder is renamed to ``checkpoint-STEP``. A folder that does not match
@@ -141,7 +141,7 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, which lists all files (also those that no rank has reported), and give the folder its final name."""
+    """Write complete.json, which lists all files (including those that no rank has reported), and give the folder its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

@@ -23,7 +23,7 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 
 
 class MergedWeights(ZeroWeights):
-    """Weights of a checkpoint with the adapters merged in, in float32. Names are those of the model without adapters.
+    """Weights of a checkpoint with merged adapters, in float32, keyed by their names in the model without adapters.
 
     W' = W + scaling * B A. DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
     """

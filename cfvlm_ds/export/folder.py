@@ -19,7 +19,7 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
     """Raise ConfigError if ``out_dir`` must not be replaced.
 
     It must not be replaced if it contains one of ``needed``, if it contains files but no older export (which has the file ``marker``), if
-    it is a file, or if it is a link.
+    it is a file, or if it is a link, whose target would be replaced.
     """
     refuse_link(out_dir, remedy)
     final = out_dir.resolve()

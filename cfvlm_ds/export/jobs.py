@@ -55,7 +55,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         converted[renamed][0].add_tensor(renamed, name, pattern, torch.empty(saved[name].shape, device="meta"))
         converted[renamed][1].append(name)
     used = [entry for entry in mapping if entry.was_used()]
-    # Reversed, Transpose(check_dims=True) leaves a weight unchanged that already has the model's shape, although loading transposed it.
+    # Reversed, Transpose(check_dims=True) keeps a weight that already has the model's shape, although loading transposed it.
     transposing = copy.deepcopy(used)
     for operation in (operation for entry in transposing for operation in getattr(entry, "operations", ())):
         if hasattr(operation, "check_dims"):
@@ -95,8 +95,8 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs, without weights where the checkpoint lacks them, for example in frozen modules. The export copies these tensors from
-    the source.
+    """Return the jobs. If the checkpoint lacks a job's weights, for example in a frozen module, the returned job has no weights, and the
+    export copies its tensors from the source.
 
     In ``zero``, all names of a tied weight get the checkpoint's weight. Raises ConfigError if a trained weight is missing, if the
     checkpoint has a trained weight that the source does not have, or if shapes differ.

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 PATIENCE = 120.0
-"""Time limit of a command in seconds. A test that waits for an event that never comes fails and does not run forever."""
+"""Time limit of a command in seconds, after which a test that waits in vain fails."""
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 

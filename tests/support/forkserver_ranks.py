@@ -70,7 +70,7 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
 
 
 def take(variables: Mapping[str, str]) -> None:
-    """Replace the environment by these variables. Otherwise it would keep variables of the test that started the server, such as a tracking
+    """Replace the environment with these variables. The server keeps the variables of the test that started it, such as a tracking
     server's.
     """
     for name in os.environ.keys() - variables.keys() - {"PYTHONPATH"}:

@@ -1,5 +1,5 @@
-"""Training runs that each write watched.json: how often the vision tower's modules ran and how often ZeRO-3 gathered its weights, before
-and after the feature cache was filled.
+"""Training runs that each write watched.json. It counts how often the vision tower's modules ran and how often ZeRO-3 gathered its weights,
+before and after the feature cache was filled.
 """
 
 import json

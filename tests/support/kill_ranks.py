@@ -80,7 +80,7 @@ def recorded(run_dir: Path) -> int:
 
 
 def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkServerProcess]) -> None:
-    """Wait until the run has recorded ``lives`` steps since its resume, at most until its second to last step."""
+    """Wait until the run has recorded ``lives`` steps since its resume, at most until its second-to-last step."""
     newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
     while lives is not None and all(process.is_alive() for process in processes):
         if recorded(run_dir) >= min(max(before, newest) + lives, steps - 1):

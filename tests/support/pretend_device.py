@@ -1,7 +1,7 @@
 """Simulated accelerator: its tensors hold real values in CPU memory, and behave as if they were on a device.
 
-An operation on tensors of two devices raises an error as on CUDA. Everything that makes the host wait for the device is counted by the
-place in the code. The module changes torch for the whole process, so tests use it in a separate process.
+An operation on tensors of two devices raises an error as on CUDA. Everything that makes the host wait for the device is counted, by place
+in the code. The module changes torch for the whole process, so tests use it in a separate process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 WAITS: Counter[str] = Counter()
-"""Number of times the host has waited, by function of the model. In the backward pass, which has no such function on the stack, by
-operation.
-"""
+"""Number of times the host has waited, by function of the model, or by operation if only the backward pass is on the stack."""
 CALLS: list[dict[str, Any]] = []
 """Arguments of the calls to flash-attn's kernel."""
 
@@ -81,7 +79,7 @@ class _Pretend(Tensor):
 
 
 class _Made(TorchDispatchMode):
-    """Mode in which operations create tensors on the device, also if none of their arguments is there."""
+    """Mode in which operations create tensors on the device, even if none of their arguments is on it."""
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

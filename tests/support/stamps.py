@@ -1,4 +1,4 @@
-"""Proposed edits of foreign captions, for people to judge: captions of Tux Paint's stamps (GPL-2), or of a file.
+"""Proposed edits of captions from elsewhere (Tux Paint's stamps, GPL-2, or a file), for people to judge.
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that have not been judged yet
@@ -6,7 +6,7 @@
     python tests/support/stamps.py --judged fresh.txt                        # lines for tests/golden/*_judged.txt
 
 Draws 200 of the edits that the rules propose, at most three of each type for a caption, and none that has been judged before. A line is
-VERDICT | TYPE | CAPTION | TEXT. Replace the question mark by "right" or "wrong: why". The stored lists have digests instead of captions,
+VERDICT | TYPE | CAPTION | TEXT. Replace the question mark with "right" or "wrong: why". The stored lists have digests instead of captions,
 because the captions may not be copied. test_stamps.py counts the verdicts on edits that the rules still propose.
 """
 
