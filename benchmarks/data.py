@@ -3,10 +3,10 @@
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
 
-Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the private memory of a process. It excludes
-pages of mapped files, which all processes of a machine share. For preparing, memory is the largest resident size of any process. "Start"
-covers everything from a store to the first micro-batch of a run: opening the store, mapping the token counts, building the packed sampler
-with its number of steps, and getting a batch of groups from a data worker. The script prints the table of RESULTS.md.
+Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the private memory of a process, without the
+mapped files that all processes share. For preparing, it is the largest resident size of any process. "Start" covers everything from a store
+to the first micro-batch of a run: opening the store, mapping the token counts, building the packed sampler with its number of steps, and
+getting a batch of groups from a data worker. The script prints the table of RESULTS.md.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
 The captions describe a thousand pictures. Each caption has a colour, two nouns, and sides that `flip` exchanges. Twenty captions share a
-street, in which `mine` finds pairs. Each step runs in its own process. Times are CPU seconds. Memory is the peak private memory. It
-excludes the pages of mapped files, which all processes of a machine share. Verification and scoring take turns on the same candidate groups
-with the same probes, so their forward passes have the same tokens. The script prints the tables of RESULTS.md.
+street, in which `mine` finds pairs. Each step runs in its own process. Times are CPU seconds. Memory is the peak private memory, without
+the mapped files that all processes share. Verification and scoring take turns on the same candidate groups with the same probes, so their
+forward passes have the same tokens. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations

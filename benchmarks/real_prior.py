@@ -15,8 +15,8 @@ Each of these parts continues where it was stopped:
   default objective. The default takes --steps steps. The others take as many as the same CPU time allows, measured with two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. The tests change
-only these. In benchmarks/real_prior/, runs.jsonl gets a line at the end of each part and of each seed of an arm, and rates.jsonl gets a
-line for each run that helps to choose a rate.
+only these. In benchmarks/real_prior/, runs.jsonl gets a line when a part or a seed of an arm ends, and rates.jsonl gets a line for each run
+that chooses a rate.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
 the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of twelve runs that choose a rate, and 14 for

@@ -15,8 +15,8 @@ All layouts compute the same loss, InfoNCE over the texts' scores plus the first
     supervised     the shared prefix's tokens as one ordinary causal sequence, with the NLL of the texts: the minimum cost of these tokens
 
 Each row of the table has its own process, in which the layouts and a large matrix product take turns. Times are medians, in CPU seconds of
-one thread or in seconds on the device. Two numbers describe memory: the size of the tensors that autograd saves for the backward pass, and
-the peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
+one thread or in seconds on the device. Memory is given as the size of the tensors that autograd saves for the backward pass, and as the
+peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ def blank_view(num_pictures: int) -> Pictures:
 
 
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
-    """Return the pictures of an image. For an index past the group's own images, return as many blank pictures as an image of the group
-    has.
-    """
+    """Return the pictures of an image, or as many blank pictures for an index past the group's own images."""
     return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 

@@ -43,9 +43,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Size of a tree in tokens. ``whole`` counts all of its texts. ``least`` counts only the longest text, so it is the size of the
-    smallest forward that can score that text.
-    """
+    """Size of a tree in tokens. ``whole`` counts all of its texts. ``least`` counts only the longest text: no smaller forward scores it."""
 
     whole: int
     least: int
@@ -180,8 +178,7 @@ class Collator:
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with only the given ``cells`` [G, I, C], of which every group has at least one. Pictures and encoded
-        texts are reused.
+        """Pack a micro-batch again with only the given ``cells`` [G, I, C] (at least one per group), reusing pictures and encoded texts.
 
         Forwards without any of these cells are left out. Pictures that no cell needs are removed from the model's inputs if every input has
         one row per picture; otherwise the tower still runs on them.
@@ -218,8 +215,8 @@ class Collator:
         """Collate the readable groups into a micro-batch with ``parts``. The micro-batch also records the groups and rows that were left
         out.
 
-        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
-        ZeRO-3 the other ranks wait for this rank's forward and backward.
+        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. Under ZeRO-3, the other ranks
+        wait for this rank's forward and backward.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))

@@ -119,8 +119,8 @@ class ImageFiles:
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. The processor is run
-        to count them, because every family has its own rules.
+        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. Both are measured,
+        because every family has its own rules.
 
         ``together`` is True if the prompt has other pictures. Raises Unprocessable if the processor cannot process such a picture.
         """
@@ -131,7 +131,7 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
-        """Return the inputs of ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
+        """Return the inputs of ``get_image_features`` for one picture, and its Features without the tower's outputs.
 
         A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError naming the
         file if it cannot be opened or processed.

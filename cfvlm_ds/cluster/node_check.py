@@ -1,9 +1,9 @@
 """Node check of a Slurm job: runs one task per node before the ranks start, and identifies broken nodes.
 
 Each task checks the GPUs of its node and joins the others at the first node's TCP store. It compares its packages and code with the first
-node's, and takes part in one collective. The first node prints the bandwidth of the collective. Each task writes one line to
-``FOLDER/NODE``: ``ok``, ``bad: WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees
-another file system or does not answer. slurm/launch.sh also names such a node.
+node's, and takes part in one collective, whose bandwidth the first node prints. It writes one line to ``FOLDER/NODE``: ``ok``, ``bad:
+WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees another file system or does not
+answer. slurm/launch.sh also names such a node.
 """
 
 from __future__ import annotations

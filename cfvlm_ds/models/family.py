@@ -74,10 +74,9 @@ class Family:
         positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
         arrange: function that repeats the model's computation between its projector and its language model.
-        from_grids: function that computes additional arguments of ``get_image_features``; without them, the tower would derive the values
-            and synchronise with the device.
-        unused: function that returns the prefixes of weights that the checkpoint has and the forward does not use.
-        take_trees: function that patches layers other than attention to support rows of trees; it is called once per model, before scoring.
+        from_grids: function that computes arguments of ``get_image_features``, which the tower would synchronise with the device to derive.
+        unused: function that returns the prefixes of weights in the checkpoint that the forward does not use.
+        take_trees: function that patches layers other than attention to support rows of trees, called once per model before it scores.
         around: texts that the processor writes before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
         visual_mark: argument of the model's own forward that marks visual tokens, for families with such layers.

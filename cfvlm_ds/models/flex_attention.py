@@ -20,7 +20,7 @@ class Blocks:
 
     ``stops`` [T] is the index at which the subtree of each token's node ends. Nodes are in depth-first order, so a query attends to a key
     if the key does not come after the query and the query comes before the key's stop. ``sight`` adds a window over ``depths`` [T] and
-    bidirectional attention within ``pictures`` [T]. These two are the forest's ``depths`` and ``block_of``.
+    bidirectional attention within ``pictures`` [T] (the forest's ``depths`` and ``block_of``).
 
     In a ``partial`` block the mask is evaluated, so ``partial`` may contain too many blocks. For a window, only the smallest and largest
     depth in each block are compared.

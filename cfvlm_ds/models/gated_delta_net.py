@@ -30,9 +30,7 @@ indices [N] of the nodes' parents in the level above).
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch every gated delta net of a model to support rows of trees. On ordinary rows with transformers' own attention, the original
-    forward is used.
-    """
+    """Patch every gated delta net of a model to support rows of trees. With transformers' own attention, the original forward is used."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") and "forward" not in vars(module):
@@ -63,8 +61,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of [1, T, C] along each path. One call to the layer computes all nodes, each preceded by the last
-    tokens of its ancestors.
+    """Return the causal convolution of [1, T, C] along each path, from one call to the layer. The last tokens of its ancestors precede each
+    node.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)

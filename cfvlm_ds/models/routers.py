@@ -1,8 +1,7 @@
-"""Router statistics of a mixture of experts: the number of tokens that a forward routes to each expert, and the sum of each expert's
-probabilities.
+"""Router statistics of a mixture of experts: the number of tokens and the summed probability of each expert in a forward.
 
-A token counts once for each text that it belongs to, as if every text had a row of its own. The statistics are therefore independent of the
-packing, which determines the texts that share a prefix.
+A token counts once for each text that it belongs to, as if every text had a row of its own. The statistics therefore do not depend on
+packing.
 
 Shapes: E experts, T tokens, K experts per token.
 """

@@ -1,6 +1,4 @@
-"""Stand-ins for tests of the benchmark of real priors, without an emoji font or a pretrained model: named shapes in one colour, and a
-language model with random weights.
-"""
+"""Test data for the benchmark of real priors: named shapes of one colour instead of emojis, and a language model with random weights."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ SHOWN = {
 
 
 def write_cut_outs(folder: Path) -> Path:
-    """Write NAME.png for every name: a shape of 80 pixels on a transparent background. It has a darker rim, and a grey mark that
-    recolouring must not change.
+    """Write NAME.png for every name: a shape of 80 pixels with transparency, a darker rim, and a grey mark that recolouring must not
+    change.
     """
     folder.mkdir(parents=True)
     for at, (name, colour) in enumerate(SHOWN.items()):

@@ -135,7 +135,7 @@ OBJECTIVES["planted"] = Planted
 
 @contextlib.contextmanager
 def left_out(number: int) -> Iterator[None]:
-    """Make step ``number`` read its data and do nothing else, which is the expected effect of a skipped step."""
+    """Make step ``number`` read its data and do nothing else, as a skipped step should."""
     take = OptimizerStep.take
 
     def stepped(step, at, batches, *arguments):  # type: ignore[no-untyped-def]
@@ -262,9 +262,7 @@ def refuse(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def slow_export(limit: float) -> Iterator[None]:
-    """Make the export take three times as long as the timeout of collectives, while it makes progress. The timeout is set at the end of
-    training.
-    """
+    """Make the export take three times the timeout of collectives, while it makes progress. The timeout is set after training."""
     finish, export = Trainer._finish, trainer.export_checkpoint
 
     def finished(ending, tracker):  # type: ignore[no-untyped-def]

@@ -1,6 +1,4 @@
-"""Ranks forked from a server process that has imported everything. They are real processes with signals and exit codes, and start without
-imports.
-"""
+"""Ranks forked from a process that has imported everything: real processes with signals and exit codes, but without the time of imports."""
 
 from __future__ import annotations
 
@@ -92,7 +90,7 @@ def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None =
 
 
 def train_all(listed: Path) -> None:
-    """Run several trainings in order. Each line of the file is a JSON list of one training's options."""
+    """Run trainings in order. Each line of the file has the options of one training as a JSON list."""
     from cfvlm_ds.cli.train import run
 
     for line in listed.read_text().splitlines():

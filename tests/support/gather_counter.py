@@ -43,7 +43,7 @@ def gathered(self, params, forward):  # type: ignore[no-untyped-def]
 
 
 def train_all(listed: Path) -> None:
-    """Run several trainings like ``forkserver_ranks.train_all``."""
+    """Run trainings like ``forkserver_ranks.train_all``."""
     global phase
     engine.initialize, training.precompute_features = watched, filled
     setattr(PartitionedParameterCoordinator, GATHER, gathered)

@@ -1,8 +1,7 @@
-"""Data files in the exact formats of other projects, with any number of rows, and the expected contents of each row from a naive
-computation.
+"""Data files of any size in the exact formats of other projects, and the expected contents of each row, computed naively.
 
-``PUBLIC[name]`` has two functions. The first writes a file and its pictures into a folder, and returns the file's path and the name of its
-format. The second returns the expected contents of row k: the pictures of each image (by number), prompts, texts and truth table.
+``PUBLIC[name]`` has two functions. The first writes a file and its pictures into a folder, and returns the file's path and format. The
+second returns the contents of row k: the pictures of each image (by number), prompts, texts and truth table.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ def part(text: str | None) -> Row:
 
 
 def llava_row(k: int) -> Row:
-    """Build a row like llava_v1_5_mix665k.json: a conversation of one or two questions. Every tenth row has only text, and ids repeat."""
+    """Build a row like llava_v1_5_mix665k.json: one or two questions. Every tenth row has only text, and ids repeat."""
     alone = k % 10 == 9
     more = ["Is it day?", f"Yes, at {k % 24} o'clock."] if k % 3 else []
     row = {"id": f"text_{k}", "model": ""} if alone else {"id": f"{k // 2:012d}", "image": shown(k)}
@@ -195,13 +194,13 @@ def preference_trl_row(k: int) -> Row:
 
 
 def preference_factory(k: int) -> Row:
-    """Build a row like LLaMA-Factory's ranking data: a conversation, and the two answers in separate fields."""
+    """Build a row like LLaMA-Factory's ranking data: a conversation and two separate answers."""
     said = {name: human("", text)[1] for name, text in answers(k).items()}
     return {"conversations": human("<image>" + asked(k)), **said, "images": [shown(k)]}
 
 
 def rlhfv_json(k: int) -> Row:
-    """Build a row like RLHF-V on the hub: the answers are JSON in ``text``, and the original path of the picture is a separate field."""
+    """Build a row like RLHF-V on the hub: JSON answers in ``text``, and the picture's original path as a separate field."""
     texts = {"text": json.dumps({"question": asked(k), **answers(k)}), "origin_split": '{"model": "Muffin"}'}
     return {"ds_name": "RLHF-V", "image": shown(k), "idx": k, "image_path": f"coco/{k}.jpg", **texts}
 
@@ -212,7 +211,7 @@ def preference_query(k: int) -> Row:
 
 
 def preference_v1(k: int) -> Row:
-    """Build a row like LLaMA-Factory's v1 samples: two whole conversations with parts that have values, and messages that have weights."""
+    """Build a row like LLaMA-Factory's v1 samples: whole conversations, with values in parts and weights of messages."""
     parts = [{"type": "image_url", "value": shown(k)}, {"type": "text", "value": asked(k)}]
     return {
         f"{name}_messages": [
@@ -224,9 +223,7 @@ def preference_v1(k: int) -> Row:
 
 
 def kto(row: Callable[[int, str], Row], label: str) -> Writer:
-    """Return a writer of KTO rows: an answer and its label. The good and the bad answer to a question are not adjacent, and some rows occur
-    twice.
-    """
+    """Return a writer of KTO rows with an answer and a label. A question's two answers are not adjacent, and some rows occur twice."""
 
     def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
@@ -258,9 +255,7 @@ def preference_said(k: int) -> Said:
 
 
 def preference_swift(k: int) -> Row:
-    """Build a row like ms-swift's: the conversation ends with the chosen answer. The row also has a rejected response, rejected pictures,
-    or both.
-    """
+    """Build a row like ms-swift's: a conversation that ends with the chosen answer, and a rejected response, rejected pictures, or both."""
     contents = {"system": SYSTEM, "user": f"<image>{asked(k)}", "assistant": right(k)}
     row: Row = {"messages": [turn(*each) for each in contents.items()], "images": [shown(k)]}
     row |= {"rejected_response": wrong(k)} if k % 3 != 1 else {}
@@ -278,9 +273,7 @@ def swift_said(k: int) -> Said:
 
 
 def coco(folder: Path, rows: int) -> Written:
-    """Write a file like captions_val2017.json: separate lists of images and annotations, with five captions for each image, out of order,
-    one of them twice.
-    """
+    """Write a file like captions_val2017.json: lists of images and annotations, with five captions per image out of order, one twice."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
     images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [
@@ -307,7 +300,7 @@ def table(folder: Path, name: str, header: list[str], rows: list[list[Any]]) -> 
 
 
 def own_table(folder: Path, rows: int) -> Written:
-    """Write a user's own CSV: texts with quotes, commas and line breaks, and columns with other names."""
+    """Write a user's CSV: texts with quotes, commas and line breaks, and unusual column names."""
     made = [[shown(k), f'{right(k)}\n"quoted", é', wrong(k), file_of(other(k)) if k % 2 else "", k] for k in range(rows)]
     path = table(folder, "mine.csv", ["file_name", "text", "not true", "edited", "note"], made)
     return path, "captions:image=file_name,caption=text,negative_caption=not true,negative_image=edited"
@@ -319,7 +312,7 @@ def own_table_said(k: int) -> Said:
 
 
 def negclip(folder: Path, rows: int) -> Written:
-    """Write a file like NegCLIP's TSV: lists are Python literals, and negative pictures are row numbers, which count as metadata."""
+    """Write a file like NegCLIP's TSV: lists as Python literals, and negative pictures as row numbers, which are metadata."""
     made = [[k, right(k), shown(k), str([wrong(k), f"It's {k} cats."]), str([k + 1])] for k in range(rows)]
     return table(folder, "negclip.tsv", ["", "title", "filepath", "neg_caption", "neg_image"], made), "captions"
 
@@ -426,9 +419,7 @@ def webdataset(folder: Path, rows: int) -> Written:
 
 
 def triplets(folder: Path, rows: int) -> Written:
-    """Write a shard like TripletData's: members image, neg_image, caption and neg_caption. Folder names are so long that tar needs extra
-    headers.
-    """
+    """Write a shard like TripletData's: members image, neg_image, caption, neg_caption. Long folder names make tar add headers."""
     members = {}
     for k in range(rows):
         sample = {

@@ -18,12 +18,12 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefix of the tower's pooling head, which some checkpoints have and the forward does not use."""
+    """Return the prefix of the unused pooling head in the tower of some checkpoints."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefixes of the audio modules, which some checkpoints have and the forward does not use."""
+    """Return the prefixes of the unused audio modules of some checkpoints."""
     return ("model.audio_tower", "model.embed_audio")
 
 
