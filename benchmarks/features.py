@@ -1,13 +1,14 @@
-"""Savings of data.feature_cache: training steps on pictures of 336 x 336 pixels that run the frozen tower, or read its features from disk.
+"""Savings from data.feature_cache: training steps on pictures of 336 x 336 pixels that run the frozen tower, or read its features from
+disk.
 
     python benchmarks/features.py                                  # both shapes
     python benchmarks/features.py --shapes llava --repeats 5
 
 The shapes are LLaVAs with the language model of benchmarks/scoring.py and 576 visual tokens per picture. In `llava`, the sizes of the tower
 and the language model have the same ratio as in LLaVA-1.5-7B. In `large tower`, the tower's forward takes a third of a step's operations,
-as with language models of 1B to 3B. A step is the forward and backward of one group: two pictures with two texts each. It trains everything
-except the tower. To prepare a step, the collator opens the JPEG files (1024 x 768) or reads their features. Both ways must give the same
-loss. Times are medians, in CPU seconds of one thread.
+as with language models of 1B to 3B parameters. A step is the forward and backward of one group: two pictures with two texts each. It trains
+everything except the tower. To prepare a step, the collator opens the JPEG files (1024 x 768) or reads their features. Both ways must give
+the same loss. Times are medians, in CPU seconds of one thread.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ It needs the source tree, torch, transformers with accelerate, and deepspeed. It
               supervised step on the same tokens take turns
     training  50 steps with 4 layers of this model under ZeRO-3, on one rank with NCCL (gloo on a CPU); memory compared with --train.dry_run
     ranks     a smaller model on two ranks that share the GPU, with gloo, because NCCL allows one rank per GPU; losses compared with
-              those of one rank
+              a run on one rank
 
 Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
 case writes a line when it ends. A failed case is listed in the table, and the others continue, in a new process if the old one has died.

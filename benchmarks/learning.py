@@ -2,13 +2,13 @@
 contrast.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
-    python benchmarks/learning.py --seeds 3            # does the missing runs at the best rates, one run per core
+    python benchmarks/learning.py --seeds 3            # runs what is missing, at the best rates, one run per core
     python benchmarks/learning.py --report             # writes the table, docs/learning.png and the demo's table
 
 Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes STEPS steps. Other
 arms take as many steps as fit into the same CPU time. If an arm needs scores of the base, their time counts too. The time of a step is
-measured with two short runs, beside two of the default. Each line of benchmarks/learning/runs.jsonl is a finished run, which is not
-repeated. rates.jsonl has the runs from which a rate was chosen.
+measured with two short runs, at the same time as two short runs of the default. Each line of benchmarks/learning/runs.jsonl is a finished
+run, which is not repeated. rates.jsonl has the runs from which a rate was chosen.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ machine.
 
 An image has one chosen text and K - 1 rejected texts. A trainer that only supports pairs gets K - 1 pairs. The other settings are aligned
 as described in benchmarks/trl_dpo.py: float32, sdpa, all weights trained, no gradient checkpointing, AdamW at a constant rate. Only the
-text is scored; for this, ms-swift and LLaMA-Factory get their own Qwen2-VL template without its end, registered as documented. The settings
-of each trainer are in benchmarks/RESULTS.md.
+text is scored; for this, ms-swift and LLaMA-Factory get a copy of their Qwen2-VL template without the end of the turn, registered as
+documented. The settings of each trainer are in benchmarks/RESULTS.md.
 
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
 thread. A step consists of forward, backward, clipping and update. Its time is the median CPU time after a warm-up step. Memory is the peak

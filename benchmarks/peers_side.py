@@ -1,4 +1,4 @@
-"""Trainer process of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python of the trainer's own environment.
+"""Trainer process of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python interpreter of the trainer's own environment.
 
     python peers_side.py PEER FOLDER     one optimizer step of PEER (a name in PEERS) for every line on standard input
 
@@ -27,7 +27,7 @@ import torch
 
 PACKAGES = ("trl", "ms-swift", "llamafactory", "prefix-grouper", "transformers", "torch", "accelerate", "datasets")
 Rows = list[dict[str, list[int]]]
-"""Prompt ids and scored ids of each sequence in the first batch. Chosen sequences come before rejected ones."""
+"""Prompt ids and scored ids of each sequence in the first batch: first the chosen sequences, then the rejected ones."""
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Cut-out pictures of named things, from an emoji font or a folder, and exact edits of their colour, number and position.
 
 A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible area.
-Recolouring rotates the hue of this area, and scales its saturation and brightness to those of the new colour. A recoloured thing is kept
-only if the classifier that named its natural colour gives it the name of the new colour.
+Recolouring rotates the hue of this area, and scales its saturation and brightness to the new colour's. A recoloured thing is kept only if
+the classifier that named its natural colour gives it the name of the new colour.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HUES = {"red": (346, 373), "orange": (20, 37), "yellow": (38, 62), "green": (64,
 SHARE = 0.5
 """Minimum share of a thing's visible area that must have about the same hue for a natural colour."""
 NEAR = 32
-"""Largest difference in degrees between the hue of a colour and that of its lights and shades."""
+"""Largest difference in degrees between a colour's hue and the hues of its lights and shades."""
 GLYPH = 109  # the only size of the font's bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())

@@ -1,7 +1,7 @@
 """Fine-tuning against a language prior: does a pretrained SmolLM2-135M learn to look at changed pictures instead of guessing?
 
     python benchmarks/real_prior.py --parts model pictures base     # the model and the data of the arms
-    python benchmarks/real_prior.py --parts arms --table arms       # the missing runs of a table of RESULTS.md, and the table
+    python benchmarks/real_prior.py --parts arms --table arms       # does the missing runs of a table in RESULTS.md, and prints it
     python benchmarks/real_prior.py --parts arms --choose_rates     # tries three rates for each arm, and runs three seeds at the best
     python benchmarks/real_prior.py --report                        # the tables of all finished runs
 
@@ -57,7 +57,7 @@ PRIOR_LIMIT = 200
 SHORT, LONG = 2, 10
 """Steps of two runs. The difference between their times gives the time of a step."""
 NATURAL = 1200
-"""Number of natural captions that are mixed in: the first ones of the manifest."""
+"""Number of natural captions that are mixed in, from the beginning of the manifest."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
 SHOWN = {
     ("nll-natural", "5e-4"): 3,
@@ -74,7 +74,7 @@ SHOWN = {
     ("margins-1-1-mixed", "2e-3"): 1,
     ("margins-1-1-retain", "2e-3"): 1,
 }
-"""Seeds of each arm and rate in RESULTS.md."""
+"""Number of seeds for each arm and rate in RESULTS.md."""
 TABLES = ("arms", "edits")
 RECORDS = REPO / "benchmarks" / "real_prior"
 PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
-"""Files in a folder of records: the runs in tables, and the runs from which a learning rate was chosen."""
+"""Files in a folder of records: runs that tables show, and runs from which a learning rate was chosen."""
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t for a 95 % interval, by number of values."""

@@ -146,7 +146,7 @@ class SideError(Exception):
 
 
 def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Path:
-    """Return the Python of an environment with the requirements. Creates the environment if necessary. Raises SideError."""
+    """Return the Python interpreter of an environment with the requirements. Creates the environment if necessary. Raises SideError."""
     python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder} (a few minutes)", flush=True)

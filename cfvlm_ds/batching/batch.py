@@ -23,7 +23,7 @@ BLANK_SIZE = (336, 336)
 """Width and height of the blank image in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""Group that a rank scores if none of its own can be read. Under ZeRO-3, the other ranks wait for its forward."""
+"""Group that a rank scores if none of its own groups can be read. Under ZeRO-3, the other ranks wait for its forward."""
 
 
 def blank_view(num_pictures: int) -> Pictures:
@@ -37,7 +37,7 @@ def shown(group: CounterfactualGroup, image: int) -> Pictures:
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Return the group with one blank image in place of its own. The first text counts as true; the truth of the others is unknown."""
+    """Return the group with one blank image in place of its images. The first text counts as true; the truth of the others is unknown."""
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 

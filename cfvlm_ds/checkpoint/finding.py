@@ -31,11 +31,12 @@ def own_sum(listed: Mapping[str, Any]) -> int:
 
 
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """Return the checkpoint to resume from, the same on every rank: the newest intact one (``auto``), the named one, or None.
+    """Find the checkpoint to resume from: the newest intact checkpoint (``auto``), the named checkpoint, or None. All ranks get the same
+    result.
 
     Rank 0 checks for missing and truncated files. Every rank then reads a share of the files and compares their checksums. Skipped
     checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if ``never`` is given and the folder
-    has checkpoints, or if ``auto`` finds only unusable or renamed ones. In the last case, ``restart`` returns None.
+    has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints. In the last case, ``restart`` returns None.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))

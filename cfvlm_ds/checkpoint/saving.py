@@ -36,14 +36,15 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed, and older ones are unchanged."""
+    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed; older checkpoints are unchanged."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
     """Write ``output_dir/checkpoint-STEP``, remove older checkpoints, and return the path of the new one.
 
-    The newest ``keep`` checkpoints are kept (0: all), as are the best one and those whose step is a multiple of ``keep_every`` (0: none).
-    All ranks must call this. Raises SaveError on all ranks if one of them cannot write a file, for example because the disk is full.
+    The newest ``keep`` checkpoints are kept (0: all), as are the best checkpoint and every checkpoint whose step is a multiple of
+    ``keep_every`` (0: none). All ranks must call this. Raises SaveError on all ranks if one of them cannot write a file, for example
+    because the disk is full.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".partial")
@@ -93,7 +94,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
     """Delete old checkpoints in ``output_dir``, up to the step of ``state``.
 
-    The options are those of ``save``.
+    ``keep`` and ``keep_every`` have the same meaning as in ``save``.
     """
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():

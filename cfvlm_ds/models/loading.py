@@ -135,8 +135,8 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Load the pretrained model in ``dtype``, with adapters and gradients as configured. Under ZeRO-3, it is partitioned during loading.
 
-    Raises ConfigError if the checkpoint lacks weights or has unknown ones (the message names them), if pickled weights contain anything but
-    tensors, or if the folder does not contain a valid model.
+    Raises ConfigError if weights are missing or unknown (the message names them), if pickled weights contain anything but tensors, or if
+    the folder does not contain a valid model.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -237,7 +237,7 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest one for the model on this machine.
+    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest for the model on this machine.
 
     Raises ConfigError if this machine or model does not support the request.
     """

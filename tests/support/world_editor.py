@@ -55,7 +55,7 @@ def describes(text: str, scene: Scene) -> bool:
 
 
 def shown_by(before: Scene, text: str) -> Scene | None:
-    """Return the scene of the text that differs from ``before`` in one thing, or None."""
+    """Return the scene that a text describes and that differs in one thing from ``before``, or None."""
     return next((scene for scene in neighbours(before) if describes(text, scene)), None)
 
 
