@@ -297,7 +297,7 @@ class Scene:
         return canvas
 
     def _places(self, rng: Random) -> list[tuple[float, float, float]]:
-        """Return the left edge, top edge and side of each thing's part. Additional things in quarters do not move the first ones."""
+        """Return the left edge, top edge and side length of each thing's part. Additional things in quarters do not move the first ones."""
         half = SIDE / 2
         if self.layout == "free":
             side = rng.uniform(0.55, 0.95) * SIDE

@@ -70,8 +70,8 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
     """Extend the layout with in-batch negatives (texts of the step's other groups). ``texts`` are their encodings.
 
-    They are scored on every image on which an answer to the factual text's prompt is scored. The layout is unchanged if no group has a
-    position in a step.
+    The negatives are scored on every image on which an answer to the factual text's prompt is scored. The layout is unchanged if no group
+    has a position in a step.
     """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):

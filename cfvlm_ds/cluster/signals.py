@@ -260,7 +260,7 @@ def deferred_deaths_raised() -> Iterator[None]:
 
 
 class Stop:
-    """Votes of the ranks on whether to stop a run, once per step.
+    """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
         margin_s: seconds by which the next step and a checkpoint must precede the job's end (``SLURM_JOB_END_TIME``, Unix time). The

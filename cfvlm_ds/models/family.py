@@ -68,7 +68,7 @@ class Family:
         vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides,
             so a projector may lie inside the tower. The output head belongs to the language model.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
-        image_inputs: processor outputs that belong to the images: the arguments of the model's ``get_image_features``.
+        image_inputs: the processor's outputs for images, which are the arguments of the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
         grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
         positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.

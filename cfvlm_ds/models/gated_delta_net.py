@@ -61,8 +61,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of [1, T, C] along each path, from one call to the layer. The last tokens of its ancestors precede each
-    node.
+    """Return the causal convolution of [1, T, C] along each path, from one call to the layer. Each node is preceded by the last tokens of
+    its ancestors.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)

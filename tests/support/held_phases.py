@@ -1,5 +1,5 @@
-"""train.py with a phase that never ends, or with evaluation forwards that take half a second longer. The file ``mark`` appears when they
-begin.
+"""train.py with a phase that never ends, or with evaluation forwards that take half a second longer. The file ``mark`` appears when the
+wait begins.
 
 The phase waits in the C library, like a collective or a decoder, so Python's signal handlers do not run meanwhile.
 """

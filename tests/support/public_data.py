@@ -312,7 +312,7 @@ def own_table_said(k: int) -> Said:
 
 
 def negclip(folder: Path, rows: int) -> Written:
-    """Write a file like NegCLIP's TSV: lists as Python literals, and negative pictures as row numbers, which are metadata."""
+    """Write a file like NegCLIP's TSV: lists as Python literals, and row numbers of negative pictures as metadata."""
     made = [[k, right(k), shown(k), str([wrong(k), f"It's {k} cats."]), str([k + 1])] for k in range(rows)]
     return table(folder, "negclip.tsv", ["", "title", "filepath", "neg_caption", "neg_image"], made), "captions"
 

@@ -103,8 +103,8 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 class TransposeByWholeShape(Transpose):
     """Transposition of the expert weights of a published Qwen3-VL-MoE, unless they already have the model's shape.
 
-    transformers compares them with a parameter's ``shape``, but under ZeRO-3 the parameter is an empty tensor. This class compares them
-    with the unpartitioned shape.
+    transformers compares shapes with a parameter's ``shape``, but under ZeRO-3 the parameter is an empty tensor. This class uses the
+    unpartitioned shape.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
