@@ -1,3 +1,3 @@
-"""Batching of groups into rows of tokens: encodes prompts, opens images or reads their cached features, and packs texts after them as a
-forest.
+"""Batching of groups into rows of tokens. Prompts are encoded, images are opened or read from the feature cache, and texts are packed after
+them as a forest.
 """

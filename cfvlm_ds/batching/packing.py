@@ -246,8 +246,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible. A text that exceeds the limit with its prompt gets a tree
-    of its own.
+    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible. A text that, with its prompt, exceeds the limit gets a
+    tree of its own.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens

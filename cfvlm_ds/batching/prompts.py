@@ -236,7 +236,7 @@ class Prompts:
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """Return the end-of-turn ids: the control token that ends an answer in the template, else the tokenizer's eos token, else nothing."""
+        """Return the end-of-turn ids: the template's control token after an answer, else the tokenizer's eos token, else nothing."""
         ends = [i for i in self._tokens(tail) if i in self._control]
         end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)
