@@ -1,4 +1,4 @@
-"""Log-probs of targets from hidden states and the output head, with only part of the logits in memory at a time.
+"""Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory.
 
 Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden, D pairs of states whose distributions are compared.
 """
@@ -23,11 +23,11 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return ``token_logprobs`` of an output head's logits, without holding all logits in memory: [N] in nats, fp32.
+    """Return the log-probs [N] (nats, fp32) of ``targets`` like ``token_logprobs``, but without holding all logits in memory.
 
-    ``hidden`` [P, d] are the states that predict a target, ``weight`` [V, d] is the head, and ``targets`` [N] are predicted by the states
-    ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If the states take several parts, the logits of
-    each part are recomputed in the backward pass, and the parts add to one gradient of the head. With a ``cap`` the logits are cap *
+    ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
+    the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
+    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
     tanh(logit / cap).
 
     ``compared`` [3, D] has, for each divergence, the states of a text's own image and those of another image (see ``Divergence``); the
@@ -42,7 +42,7 @@ LOGITS = 1 << 26
 
 
 def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the token [P] that an output head ``weight`` [V, d] finds likeliest after each of the states ``hidden`` [P, d]."""
+    """Return the likeliest token [P] after each of the states ``hidden`` [P, d], given the output head ``weight`` [V, d]."""
     return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(max(1, LOGITS // len(weight)))])
 
 
@@ -130,7 +130,9 @@ def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, .
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits of states, in float32 for half precision: a bfloat16 logit between 16 and 32 is off by up to 0.0625 nats."""
+    """Return the logits of states. For half precision they are float32, because a bfloat16 logit between 16 and 32 is off by up to 0.0625
+    nats.
+    """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -149,9 +151,9 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return two tensors [N]: True for the targets that a part predicts, and the row of the part that predicts each target.
+    """Return two tensors [N]: a mask of the targets that the part predicts, and the row within the part that predicts each target.
 
-    A mask is used because indexing by these targets would wait for the device.
+    A mask is used because selecting these targets by index would synchronise with the device.
     """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)
