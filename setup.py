@@ -1,4 +1,4 @@
-"""A wheel also holds the files of the root that a run needs, below cfvlm_ds/shipped; pyproject.toml says everything else."""
+"""Build of a wheel that also contains the files in the root that a run needs, as cfvlm_ds/shipped. pyproject.toml has all else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def shipped_files() -> list[Path]:
 
 
 class BuildPy(build_py):
-    """An editable install has no copies: cfvlm_ds.core.shipped finds the files at the root."""
+    """Build step that copies the shipped files. An editable install needs no copies: cfvlm_ds.core.shipped finds the files in the root."""
 
     def run(self) -> None:
         target = Path(self.build_lib, "cfvlm_ds")
         if not self.editable_mode:
-            shutil.rmtree(target, ignore_errors=True)  # what an earlier build of another revision has left there
+            shutil.rmtree(target, ignore_errors=True)  # remove what an earlier build of another revision left there
         super().run()
         if not self.editable_mode:
             for path in shipped_files():
@@ -35,14 +35,14 @@ class BuildPy(build_py):
 
 
 def revision() -> str:
-    """The commit that is built, for the records of runs; empty where that is not known."""
+    """Return the commit of the build for the records of runs, or "" if it is unknown."""
     root = Path(__file__).resolve().parent
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         top, commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
-    return commit if Path(top).resolve() == root else ""  # and not that of a checkout around an unpacked archive
+    return commit if Path(top).resolve() == root else ""  # ignore the commit of a checkout that contains an unpacked archive
 
 
 setup(cmdclass={"build_py": BuildPy})

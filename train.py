@@ -2,8 +2,8 @@
 
 import signal
 
-# Both are blocked while packages are imported; cfvlm_ds.cluster.signals handles them afterwards. Ctrl-C ends the process at once, because
-# there is nothing to save yet.
+# These signals are blocked during the imports, and cfvlm_ds.cluster.signals handles them afterwards. Ctrl-C ends the process at once,
+# because there is nothing to save yet.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,8 +1,10 @@
-"""Vision tower of the demo's base, pretrained on labels: each patch names the kind and colour of the thing in its cell.
+"""Vision tower of the demo's base, pretrained on labels: each patch predicts the background, and the kind and colour of the thing in its
+cell.
 
-    python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes of two cores
+    python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes on two cores
 
-A LLaVA starts from a tower that sees. One of this size learned no kinds of things from descriptions in 3,500 steps (TRIALS.md).
+A LLaVA starts from a trained tower. Without one, a model of this size learned no kinds of things from descriptions in 3,500 steps
+(TRIALS.md).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def publish(export: Path, folder: Path) -> None:
-    """Copy a base to the package with weights in bfloat16."""
+    """Copy a base into the package, with its weights in bfloat16."""
     for path in export.iterdir():
         if path.name != "README.md":
             shutil.copy(path, folder)
@@ -84,7 +86,9 @@ def publish(export: Path, folder: Path) -> None:
 
 
 def labels_of(scene: Scene, side: int) -> list[list[int]]:
-    """Return (background, kind, colour) for each of side x side patches; the kind and colour of an empty cell come after the others."""
+    """Return the labels (background, kind, colour) of side x side patches. The kind and colour of an empty cell are numbered after the
+    others.
+    """
     filled = {(thing.row, column): thing for thing in scene.things for column in thing.columns}
     found = []
     for y in range(side):
@@ -96,7 +100,7 @@ def labels_of(scene: Scene, side: int) -> list[list[int]]:
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, str]:
-    """Return the mean cross-entropy of the three labels, and the accuracy of each, of kinds and colours only in cells with a thing."""
+    """Return the summed cross-entropy of the three labels, and the accuracy of each label in cells with a thing."""
     parts = logits.split([len(BACKGROUNDS), len(KINDS) + 1, len(COLOURS) + 1], dim=-1)
     losses, right = [], []
     for name, part, label in zip(("background", "kind", "colour"), parts, labels.unbind(-1), strict=True):

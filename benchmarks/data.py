@@ -1,12 +1,12 @@
-"""Benchmark for data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, with targets.
+"""Benchmark of data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, compared with targets.
 
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
 
 Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the private memory of a process, without the
-pages of mapped files, which all processes of a machine share; for preparing, it is the largest resident size of a process. "Start" is
-everything between a store and the first micro-batch of a run: opening, the map of token counts, the packed sampler with its number of
-steps, and a batch of groups from a data worker. The script prints the table of RESULTS.md.
+mapped files that all processes share. For preparing, it is the largest resident size of any process. "Start" covers everything from a store
+to the first micro-batch of a run: opening the store, mapping the token counts, building the packed sampler with its number of steps, and
+getting a batch of groups from a data worker. The script prints the table of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cfvlm_ds.data.store import Unraised
 
 SIZES = (10_000, 1_000_000)
 PICTURES, READ = 1000, 50_000
-STEP = 64  # groups of all ranks
+STEP = 64  # groups per step, over all ranks
 
 
 def main() -> None:
@@ -61,6 +61,7 @@ def main() -> None:
     went_on = said(f"{sizes[-1]:,} rows: killed and resumed", resumed, folder, sizes[-1])
     table(sizes, [
         ("prepare, once: s", [each["s"] for each in prepared], "360 for 1 M"),
+        ("prepare: s of all processes on a core", [each["processor_s"] for each in prepared], ""),
         ("prepare: MB of memory", [each["mb"] for each in prepared], "1,000"),
         ("opening the store: s", [each["s"] for each in opened], "1 for 1 M, 2 for 10 M"),
         ("opening: MB of memory", [each["mb"] for each in opened], "500"),
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def said(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a measurement, print its name and seconds to stderr, and return its result."""
+    """Run a measurement, print its name and duration in seconds to stderr, and return its result."""
     began = time.perf_counter()
     found = function(*arguments)
     print(f"{what}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
@@ -99,7 +100,7 @@ def fresh(folder: Path, name: str, *arguments: object) -> dict[str, float]:
 
 
 def make(folder: Path, rows: int) -> None:
-    """Write a manifest with ``rows`` rows, and the map of their token counts."""
+    """Write a manifest with ``rows`` rows, and a file of their token counts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pictures").mkdir(exist_ok=True)
     chance = random.Random(0)
@@ -126,23 +127,27 @@ def make(folder: Path, rows: int) -> None:
 
 
 def private_mb() -> float:
-    """Return the private memory of this process, without the pages of mapped files, which are shared."""
+    """Return this process's private memory in MB, without the shared pages of mapped files."""
     found = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in found if line.startswith("Anonymous")) / 1000
 
 
 def preparing(folder: Path, rows: str) -> dict[str, float]:
-    """Measure checking and writing a store on all cores."""
+    """Measure the checking of data and the writing of a store, on all cores."""
     began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.jsonl")
     report, whole = prepare(groups, folder / f"{rows}.store", rows, PrepareOptions(), str)
     assert whole, report
-    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"s": time.perf_counter() - began, "mb": used / 1000}
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "s": time.perf_counter() - began,
+        "processor_s": sum(each.ru_utime + each.ru_stime for each in used),
+        "mb": max(each.ru_maxrss for each in used) / 1000,
+    }
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Measure opening a store and reading random rows."""
+    """Measure the opening of a store and the reading of random rows."""
     before, began = private_mb(), time.perf_counter()
     groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
@@ -154,7 +159,7 @@ def opening(folder: Path, rows: str) -> dict[str, float]:
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the way from a store to the first micro-batch of groups."""
+    """Measure the start, from a store to the first micro-batch of groups."""
     before, began = private_mb(), time.perf_counter()
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
@@ -187,7 +192,9 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
 
 
 def resumed(folder: Path, rows: int) -> str:
-    """Kill two ranks, resume on one and on four, and return "yes" if both consume the same groups as an undisturbed run, else "NO"."""
+    """Kill a run on two ranks, and resume it on one and on four. Returns "yes" if both consume the same groups as an undisturbed run, else
+    "NO".
+    """
     whole = consumed(folder, rows, 1, 0, 40)
     out, seen = folder / "ranks", list[list[str]]()
     out.mkdir(exist_ok=True)
@@ -226,7 +233,7 @@ def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list
 
 
 def consuming(folder: Path, *given: str) -> dict[str, float]:
-    """Run as a rank that resumes at a given step, and write the groups of each step that it consumes."""
+    """Run as a rank that resumes at a given step, and write the groups that it consumes in each step."""
     rows, world, rank, first, last = map(int, given[:5])
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(

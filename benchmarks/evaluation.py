@@ -1,13 +1,13 @@
-"""Cost of many questions about one image, in evaluation and training: one forest, a tree per question, or a sequence per answer.
+"""Cost of many questions about one image, in evaluation and training, with one forest, a tree per question, or a sequence per answer.
 
     python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
     python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as in evaluation
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-Cases: 10 and 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
-answered with letters; 8 captions after one prompt. Every layout encodes the image once and must give the same scores, so only the language
-model is compared. Times are medians: CPU time of one thread, or time on the device; the layouts take turns.
+Cases: 10 or 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
+answered with letters; 8 captions after one prompt. Every layout encodes the image once, so only the language model is compared. All layouts
+must give the same scores. Times are medians, in CPU time of one thread or in time on the device. The layouts take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cfvlm_ds.models import FAMILIES, Scorer
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
 PICTURE = (Path("picture"), False)
-BEFORE = 6  # tokens of the template before the image
+BEFORE = 6  # template tokens before the image
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ CASES = {"yes_no_10": questions(10), "yes_no_18": questions(18), "letters_24": l
 
 
 def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str, Any]]:
-    """Return the model's inputs for each layout. The order of cells is the same in all of them."""
+    """Return the model's inputs for each layout. All layouts have the same order of cells."""
     generator = torch.Generator().manual_seed(3)
     token, kin = model.config.image_token_id, FAMILIES[model.config.model_type]
     head = (*words(BEFORE, generator), token)

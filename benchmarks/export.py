@@ -1,9 +1,9 @@
-"""Memory and time of exporting a trained ZeRO-3 checkpoint of two ranks, for a LLaVA of any size; results are in RESULTS.md.
+"""Memory and time of an export from a trained ZeRO-3 checkpoint of two ranks, for a LLaVA of any size. Results are in RESULTS.md.
 
-    python benchmarks/export.py --gigabytes 2.2          # writes about ten times that to runs/export
+    python benchmarks/export.py --gigabytes 2.2          # writes about ten times this size to runs/export
 
-The model is a small LLaVA whose language model has as many layers as the size requires. It is trained for one step, and `cfvlm-ds export`
-then runs in a new process. Its peak of resident memory is compared with that of a process that only prints the command's help.
+The model is a small LLaVA whose language model has as many layers as the size requires. It is trained for one step. `cfvlm-ds export` then
+runs in a new process. The peak resident memory of this process is compared with a process that only prints the command's help.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def train(model: Path, run: Path, out: Path) -> None:
 
 
 def measured(arguments: list[str]) -> tuple[int, float]:
-    """Run a command, and return its peak of resident memory in bytes and its seconds."""
+    """Run a command, and return its peak resident memory in bytes and its duration in seconds."""
     start = time.monotonic()
     finished = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=REPO, text=True, stdout=subprocess.PIPE, check=True)
     return int(finished.stdout.split()[-1]) * 1024, time.monotonic() - start

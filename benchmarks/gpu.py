@@ -1,23 +1,23 @@
-"""Measurements that need a GPU, in one command: attention kernels, the cost of scoring, a training run and its memory, two ranks.
+"""Measurements that need a GPU, in one command: attention kernels, the cost of scoring, a training run with its memory, and two ranks.
 
-    python benchmarks/gpu.py                                       # one card of 80 GB, at most 8 minutes; writes runs/gpu.json
+    python benchmarks/gpu.py                                       # one GPU of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
-    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes: detects mistakes without a card
-    python benchmarks/gpu.py --table runs/gpu.json                 # the table of the results in that file
+    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find mistakes without a GPU
+    python benchmarks/gpu.py --table runs/gpu.json                 # prints the table of the results in this file
 
-It needs the source tree, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
+It needs the source tree, torch, transformers with accelerate, and deepspeed. It needs no launcher, MLflow, network or installation.
 
-    card      the device, its measured rates of a large matrix product and of a copy, and the attention back ends that it can run
+    card      the GPU, its measured rates for a large matrix product and for a copy, and the attention back ends that it can run
     kernels   only attention, forward and backward, with the heads of a 7B model: each back end compared with one causal sequence of the
-              same length, and its distance from float64, relative to that of a dense attention in the same dtype (below 2 counts as exact)
+              same length, and its error against float64 relative to dense attention in the same dtype (below 2 counts as exact)
     scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end, one sequence per text, and a
-              supervised step on the same tokens, in turns
-    training  50 steps of 4 layers of that model under ZeRO-3, one rank over NCCL (gloo on a CPU); memory compared with --train.dry_run
-    ranks     a smaller model on two ranks that share the card, over gloo, because NCCL allows one rank per card; losses compared with those
-              of one rank
+              supervised step on the same tokens take turns
+    training  50 steps with 4 layers of this model under ZeRO-3, on one rank with NCCL (gloo on a CPU); memory compared with --train.dry_run
+    ranks     a smaller model on two ranks that share the GPU, with gloo, because NCCL allows one rank per GPU; losses compared with
+              a run on one rank
 
-Everything is in bfloat16. Times are medians with synchronisation before and after; rates are shares of the card's matrix product. Each case
-writes its line when it ends. A failed case is named in the table, and the others continue, in a new process if the old one has died.
+Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
+case writes a line when it ends. A failed case is listed in the table, and the others continue, in a new process if the old one has died.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 SHARES = {"card": 40, "kernels": 120, "scoring": 150, "training": 110, "ranks": 50}
-"""Seconds of each part. The next part may use the time that a part leaves."""
+"""Time of each part in seconds. The next part may use what a part leaves."""
 
 Key = tuple[str, str]
 Results = dict[Key, dict[str, Any]]
@@ -68,12 +68,12 @@ def main() -> int:
 
 
 class Parts:
-    """Runner of the cases in a process; if it dies, another process runs the remaining cases."""
+    """Runner of the cases in a separate process. If the process dies, another process runs the remaining cases."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.results: Results = {}
-        self.left: list[Key] | None = None  # not known before the first process has reported it
+        self.left: list[Key] | None = None  # unknown until the first process reports it
         self.without: list[str] = []
         self.begun: Key | None = None
         self.at: str | None = None
@@ -91,7 +91,7 @@ class Parts:
                 number += 1
                 before = len(self.results), len(self.without)
                 self.process(Path(folder) / f"{number}.jsonl")
-                if (len(self.results), len(self.without)) == before:  # another process would not get further
+                if (len(self.results), len(self.without)) == before:  # a new process would not get further
                     break
         return self.results
 
@@ -107,7 +107,7 @@ class Parts:
             late = self.follow(child, into)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # and its ranks
+                os.killpg(child.pid, signal.SIGKILL)  # also ends its ranks
             child.wait()
         if late is not None:
             self.out_of_time(late)
@@ -127,10 +127,10 @@ class Parts:
         return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
 
     def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read the output of the process until it ends, and return None, or the part whose time is up."""
+        """Read the output of the process. Returns None when the process ends, or the part whose time is up."""
         taken = 0
         while True:
-            ended = child.poll() is not None  # determined before the last lines are read
+            ended = child.poll() is not None  # before the last lines are read, so that none is missed
             whole = into.read_text()[taken:].rpartition("\n")[0]
             for line in whole.splitlines():
                 self.take(json.loads(line))
@@ -176,7 +176,7 @@ class Parts:
         self.begun = None
 
     def lost(self, code: int, said: str) -> None:
-        """Record the case or the layout during which the process died, and leave it out."""
+        """Record the case or layout in which the process died, and leave it out from now on."""
         last = [line.strip() for line in said.splitlines() if line.strip()][-1:] or ["no output"]
         reason = f"the process ended with exit code {code}: {last[0][:300]}"
         if self.begun is None:
@@ -279,7 +279,7 @@ def ratio(value: float, beside: float | None) -> str:
 
 
 def answers(results: Results) -> Iterator[str]:
-    """Yield the conclusions: the fastest of the exact back ends with the most texts, compared with the stock layouts."""
+    """Yield the conclusions: the fastest exact back end at the largest number of texts, compared with the other layouts."""
     yield "ratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
     cases = {case: result["layouts"] for (part, case), result in results.items() if part == "scoring" and "layouts" in result}
     if not cases:

@@ -1,6 +1,6 @@
-"""The parts of benchmarks/gpu.py, run in a separate process, which writes a line to a file when a case ends.
+"""Parts of benchmarks/gpu.py, run in a separate process that writes a line to a file when a case ends.
 
-gpu.py starts it, and starts it again for the remaining cases if a case has killed the process.
+gpu.py starts the process. If a case kills the process, gpu.py starts another one for the remaining cases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # works without an installation
+sys.path.insert(0, str(ROOT))  # no installation is needed
 
 import scoring  # noqa: E402
 import torch  # noqa: E402
@@ -38,12 +38,12 @@ from cfvlm_ds.models.forest_attention import BACKENDS, registered  # noqa: E402
 
 FAMILY = "qwen2_5_vl"
 EXACT = 2.0
-"""Limit on the distance of an exact attention from float64, relative to that of a dense attention in the same dtype."""
+"""Limit on the error of an exact attention against float64, relative to the error of dense attention in the same dtype."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the measurements; on a CPU, the same code runs at other sizes."""
+    """Sizes of the measurements. On a CPU, the same code runs with other sizes."""
 
     words: int
     scored: dict[str, int]
@@ -59,14 +59,14 @@ class Sizes:
 
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SMALLER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-_SEVEN = scoring.SIZES["7b"]  # four layers of its widths
+_SEVEN = scoring.SIZES["7b"]  # the widths of a 7B model, with four layers
 LARGE = Sizes(scoring.VOCABULARY[FAMILY], {**_SEVEN, "num_hidden_layers": 8}, _SEVEN, _SMALLER, 1024, (8, 1, 4, 2), 7, 50, 4, 5)
 SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Device, sizes, and function that reports progress; one per process."""
+    """Device, sizes and progress function of the process."""
 
     device: torch.device
     sizes: Sizes
@@ -79,12 +79,12 @@ class Run:
 
 
 class Unusable(Exception):
-    """A back end that this machine does not support; the message is the package's own."""
+    """This machine does not support a back end. The message is the package's own."""
 
 
 def usable(backend: str, run: Run) -> None:
     if backend == "flex" and run.device.type == "cpu":
-        return  # computed by its definition
+        return  # on CPUs, it is computed without a kernel
     try:
         attention(backend)
     except ConfigError as error:
@@ -92,7 +92,7 @@ def usable(backend: str, run: Run) -> None:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """Return an error in the form of a result."""
+    """Convert an error to the form of a result."""
     name = "unusable" if isinstance(error, Unusable) else "error"
     said = str(error).strip().partition("\n")[0][:300]
     return {name: said if name == "unusable" else f"{type(error).__name__}: {said}"}
@@ -148,7 +148,7 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
     visual = sizes.visual
     found = {f"{visual} + {k} texts": Forest.of((visual + PROMPT,), ((TEXT,) * k,)) for k in sorted(sizes.texts)}
     lengths, parents = [visual], [-1]
-    for _ in range(4):  # questions, with four answers each
+    for _ in range(4):  # four questions with four answers each
         parents += [0, *[len(lengths)] * 4]
         lengths += [24, *[4] * 4]
     found[f"{visual} + 4 questions"] = Forest(tuple(lengths), tuple(parents))
@@ -157,7 +157,7 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
 
 
 def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
-    """Measure a back end. ``causal`` is one sequence of the same length, as in a supervised step; the others are compared with float64."""
+    """Measure a back end. ``causal`` is one sequence of the same length, as in a supervised step. The others are compared with float64."""
     if backend != "causal":
         usable(backend, run)
     qkv, weights = attention_inputs(forest, run)
@@ -190,7 +190,7 @@ def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
     pairs = sum(n * seen + n * (n + 1) / 2 for n, seen in zip(forest.lengths, forest.seen, strict=True))
     if backend == "causal":
         pairs = forest.bounds[-1] * (forest.bounds[-1] + 1) / 2
-    found["flop"] = 12 * pairs * qkv[0].shape[1] * qkv[0].shape[-1]  # two products forward, four backward
+    found["flop"] = 12 * pairs * qkv[0].shape[1] * qkv[0].shape[-1]  # two matrix products forward, four backward
     return found
 
 
@@ -207,7 +207,7 @@ def attention_inputs(forest: Forest, run: Run) -> tuple[list[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def references(forest: Forest, run: Run) -> list[list[Tensor]]:
-    """Return the output and gradients of a dense attention with a mask, in float64 and in the dtype of the inputs."""
+    """Return the output and gradients of dense attention with a mask, in float64 and in the dtype of the inputs."""
     qkv, weights = attention_inputs(forest, run)
     above = torch.zeros(len(forest.lengths), len(forest.lengths), dtype=torch.bool)
     for node, ancestors in enumerate(forest.ancestors):
@@ -225,7 +225,7 @@ def references(forest: Forest, run: Run) -> list[list[Tensor]]:
 
 
 def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> dict[str, Any]:
-    """Return the distances of output and gradients from float64, relative to those of the dense attention in the same dtype."""
+    """Return the errors of the output and the gradients against float64, relative to the errors of dense attention in the same dtype."""
     true, dense = references(forest, run)
 
     def off(each: Tensor, truth: Tensor) -> float:
@@ -236,7 +236,9 @@ def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> di
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    """Return the median over ``repeats`` turns, after a warm-up. On a GPU, a turn is several calls, because calls are queued."""
+    """Return the median time of a call in seconds over ``repeats`` turns after a warm-up. A turn on a GPU has several calls, because they
+    are queued.
+    """
     calls = 10 if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):
         work()
@@ -261,7 +263,7 @@ STOCK = ("concatenated", "sparse", "supervised")  # of benchmarks/scoring.py
 
 
 def layouts(texts: int, run: Run) -> dict[str, Any]:
-    """Measure all layouts in turns; a layout that fails is named and left out."""
+    """Measure all layouts in turns. A layout that fails is recorded with its error and left out."""
     model = model_of(run)
     of = scoring.case(model, FAMILY, run.sizes.visual, texts)
     taken: dict[str, scoring.Layout] = {name: scoring.LAYOUTS[name] for name in STOCK}
@@ -274,7 +276,7 @@ def layouts(texts: int, run: Run) -> dict[str, Any]:
                 raise RuntimeError("killed the process; left out")
             if name not in STOCK:
                 usable(name.partition(", ")[2], run)
-            scoring.weighed(taken[name], of)  # compiles, and an out-of-memory error affects only this layout
+            scoring.weighed(taken[name], of)  # compiles; an out-of-memory error here affects only this layout
         except Exception as error:
             found[name] = told(error)
             del taken[name]
@@ -294,7 +296,7 @@ def shared_prefix(backend: str, of: scoring.Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def model_of(run: Run) -> Any:
-    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # keeps the tests fast
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # for fast tests
     return scoring.build(FAMILY, run.sizes.visual, run.sizes.scored, run.device, dtype)
 
 
@@ -320,7 +322,7 @@ def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
 
 
 def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, Any]:
-    """Train as one of the ranks, and return the losses, the median time of a step, and the memory with its plan."""
+    """Train as one of the ranks. Returns the losses, the median time of a step, and the measured and planned memory."""
     from cfvlm_ds import engine
 
     free()
@@ -331,7 +333,7 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
     states, _ = engine.model_states(planned, resolved.config, world.size, world.size)
     tokens = sizes.visual + PROMPT + max(sizes.texts) * TEXT
     working = engine.working_memory(planned, resolved.config, tokens, recompute=False)
-    plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # torch does not count these
+    plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # torch's counters do not include CUDA and NCCL
     del planned
     before = scoring.reset_peak(world.device)
     driver = engine.initialize(config, resolved, world, steps)
@@ -374,7 +376,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train on the same groups with one rank in two micro-batches, and with two ranks over gloo, because NCCL allows one rank per card."""
+    """Train on the same groups with one rank and two micro-batches, and with two ranks. NCCL allows one rank per GPU, so these use gloo."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")

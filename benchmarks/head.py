@@ -1,9 +1,9 @@
-"""Cost of the output head, forward and backward: logits of every token, or log-probs at scored tokens only.
+"""Cost of the output head, forward and backward, with logits of every token or log-probs of scored tokens only.
 
     python benchmarks/head.py
     python benchmarks/head.py --width 2048 --words 152064 --tokens 704 --scored 64
 
-Times are medians, in CPU seconds of one thread, or seconds on the device; memory is the peak above weights and inputs, including the
+Times are medians, in CPU seconds of one thread or in seconds on the device. Memory is the peak above weights and inputs. It includes the
 gradient of the head's weight (words x width numbers).
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]]:
-    """Return (seconds, peak bytes) with logits of every token and of scored tokens, in turns; the first turn only measures memory."""
+    """Return (seconds, peak bytes) with logits of every token and of scored tokens only, in turns. The first turn only measures memory."""
     place: dict[str, Any] = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     weight = torch.randn(words, arguments.width, **place).requires_grad_()
     hidden = torch.randn(arguments.tokens, arguments.width, **place).requires_grad_()

@@ -1,12 +1,12 @@
-"""Cost of scoring K texts on each of M images, forward and backward: in one row, and through the gradient cache that training uses.
+"""Cost of scoring K texts on each of M images, forward and backward: in one row, and with training's gradient cache.
 
-    python benchmarks/images.py                                    # LLaVA shape, 256 visual tokens, 4 texts, 1 to 8 images
+    python benchmarks/images.py                                    # LLaVA's shape, 256 visual tokens, 4 texts, 1 to 8 images
     python benchmarks/images.py --family qwen2_5_vl --visual 576
     python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several per forward
 
-The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward twice, with as many images as
-data.max_tokens_per_forward allows when training. Times are medians, in CPU seconds of one thread, or seconds on the device; memory is the
-peak above weights and gradients.
+The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward twice, with --per-forward images;
+in training, data.max_tokens_per_forward sets this number. Times are medians, in CPU seconds of one thread or in seconds on the device.
+Memory is the peak above weights and gradients.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # no memory fragmented by other counts
+    ) as fresh:  # a new process, without memory that other counts have fragmented
         for count, ways in zip(arguments.images, fresh.map(measure, itertools.repeat(arguments), arguments.images), strict=False):
             (cache, cache_time, cache_peak), (row, row_time, row_peak) = ways
             if abs(cache - row) > 1e-4 * abs(row) and arguments.dtype == "float32":
@@ -57,13 +57,13 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """Return (loss, seconds, peak bytes) of the cache and of one row, in turns; the first turn measures memory, the others time."""
+    """Return (loss, seconds, peak bytes) for the cache and for one row, in turns. The first turn measures only memory."""
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)
     model.config.get_text_config()._attn_implementation = registered(arguments.attention)
     texts, scorer = arguments.texts, Scorer(model, FAMILIES[model.config.model_type])
-    clear(model)  # otherwise the first step's peak would include the gradients
+    clear(model)  # allocates gradients, which the first step's peak would otherwise include
     of = case(model, arguments.family, arguments.visual, texts)
     parts = [packed_inputs(case(model, arguments.family, arguments.visual, texts, seed)) for seed in range(count)]
     firsts = range(0, count, arguments.per_forward)
@@ -99,12 +99,12 @@ def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, floa
 
 
 def coupled(scores: Scores) -> Tensor:
-    """Return InfoNCE over the images of the first text plus InfoNCE over the texts of every image."""
+    """Return InfoNCE over the images for the first text, plus InfoNCE over the texts of every image."""
     return -(scores.logp.log_softmax(0)[0, 0] + scores.logp.log_softmax(1)[:, 0].mean())
 
 
 class Engine:
-    """A module with the methods of DeepSpeed's engine that training uses."""
+    """Module with those methods of DeepSpeed's engine that training uses."""
 
     def __init__(self, module: Scorer) -> None:
         self.module = module
@@ -121,7 +121,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Part:
-    """Part of the images, used like a batch."""
+    """Some of the images, in place of a batch."""
 
     model_inputs: dict[str, Any]
     first: int
@@ -136,7 +136,7 @@ class Part:
 
 
 def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the trees of several images in one row, as cfvlm_ds.batching.collator does."""
+    """Join the trees of several images into one row, like cfvlm_ds.batching.collator."""
     scored = [len(part["scored"]) for part in parts]
     forests = [part["forest"] for part in parts]
     starts = [sum(forest.bounds[-1] for forest in forests[:k]) for k in range(len(parts))]

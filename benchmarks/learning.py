@@ -1,13 +1,14 @@
-"""Learning from the demo's base in equal processor time: NLL, DPO beside NLL, mDPO, and the default objective, also with light contrast.
+"""Comparison of objectives from the demo's base in equal CPU time: NLL, DPO with NLL, mDPO, and the default objective with full or light
+contrast.
 
-    python benchmarks/learning.py --choose             # tries the rates of each arm with one seed, on the validation set
-    python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one run per core
-    python benchmarks/learning.py --report             # writes the table, docs/learning.png and the table of the demo
+    python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
+    python benchmarks/learning.py --seeds 3            # runs what is missing, at the best rates, one run per core
+    python benchmarks/learning.py --report             # writes the table, docs/learning.png and the demo's table
 
-Each run is `train.py --config examples/quickstart.yaml` with the options of its arm, as one process. The default takes STEPS steps, and
-others as many as the same processor time allows, less the time for scores of the base if the arm needs them. The time of a step is measured
-by two short runs beside two of the default. A line of benchmarks/learning/runs.jsonl is a finished run, which is not repeated;
-rates.jsonl has the runs that chose a rate.
+Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes STEPS steps. Other
+arms take as many steps as fit into the same CPU time. If an arm needs scores of the base, their time counts too. The time of a step is
+measured with two short runs, at the same time as two short runs of the default. Each line of benchmarks/learning/runs.jsonl is a finished
+run, which is not repeated. rates.jsonl has the runs from which a rate was chosen.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ REPO = Path(__file__).resolve().parent.parent
 RECORDS = Path(__file__).resolve().parent / "learning"
 COMMAND = "benchmarks/learning.py --report"
 BASE = "base"
-"""Name of the record with the axes of the base."""
+"""Name of the record with the base's results."""
 STEPS, GROUPS = 500, 12
-"""Steps of the default, and groups in a step of every arm: those of the demo."""
+"""Steps of the default, and groups per step of every arm, as in the demo."""
 RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
 SHORT, LONG = 10, 50
-"""Steps of the two runs from whose difference the time of a step is computed."""
+"""Steps of two runs. The difference between their times gives the time of a step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
-"""Training groups of the demo, groups of a test set, and pictures that are described."""
+"""Number of the demo's training groups, of groups in a test set, and of pictures to describe."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, as options of examples/quickstart.yaml. ``scores`` is true if it needs scores of the base."""
+    """An objective, as options for examples/quickstart.yaml. ``scores`` is True if it needs scores of the base."""
 
     title: str
     options: tuple[str, ...] = ()
@@ -74,7 +75,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """Training run of one arm, rate and seed."""
 
     arm: str
     rate: str
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def best_rate(arm: str) -> str:
-    """Return the rate with the highest accuracy on the validation set; the lower one of equal ones."""
+    """Return the rate with the highest accuracy on the validation set. A tie goes to the lower rate."""
     tried = {each["rate"]: each["validation"] for each in read_records(RECORDS / RATE_RUNS).values() if each["arm"] == arm}
     if not tried:
         sys.exit(f"no rate of {arm} was tried: run with --choose, or give --rates")
@@ -118,7 +119,7 @@ def best_rate(arm: str) -> str:
 
 
 def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -> None:
-    """Run the jobs, ``arguments.jobs`` at a time. The first trains on a new folder of data before the others."""
+    """Run the jobs, ``arguments.jobs`` at a time. Before them, a run of one step writes the data."""
     if not jobs:
         return
     out: Path = arguments.out
@@ -148,7 +149,7 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
 
 
 def evaluation_sets(world: Path) -> dict[str, Any]:
-    """Return data.evaluation with the names of examples/quickstart.yaml and larger sets."""
+    """Return data.evaluation with the names in examples/quickstart.yaml, but with larger sets."""
     splits = ("agrees", "contradicts", "combo", "yes_no_agrees", "yes_no_contradicts", "choice", "count", "colour")
     return {split: str(world / f"test_{split}.jsonl") for split in splits} | {
         "pope": {"benchmark": "pope", "root": str(world)},
@@ -157,7 +158,7 @@ def evaluation_sets(world: Path) -> dict[str, Any]:
 
 
 def steps_of(out: Path, arm: str) -> int:
-    """Return the number of steps for which the arm has time: that of the default's steps, less that of the scores."""
+    """Return the number of steps that an arm can take in the CPU time of the default's steps, minus the time of scores."""
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0)
@@ -171,8 +172,8 @@ def steps_of(out: Path, arm: str) -> int:
 
 
 def affordable(own: float, default: float, scored: float) -> int:
-    """Return the steps of ``own`` seconds in the time of the default's steps if the scores of all training groups take ``scored`` seconds.
-    Only the groups of the steps are scored, each once.
+    """Return how many steps of ``own`` seconds fit into the time of the default's steps (``default`` seconds each). Scores of all training
+    groups would take ``scored`` seconds, but only the groups of the steps are scored, each once.
     """
     per_step = own + scored * GROUPS / TRAIN
     steps = STEPS * default / per_step
@@ -180,7 +181,7 @@ def affordable(own: float, default: float, scored: float) -> int:
 
 
 def score(out: Path) -> float:
-    """Write the scores of the base unless they exist, and return the processor seconds that this took."""
+    """Write the scores of the base unless they exist. Returns the CPU time of the scoring in seconds."""
     rows = out / "world" / "train.jsonl"
     command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(scores_of(out))]
     return run_process(command, out / "score")
@@ -191,7 +192,7 @@ def scores_of(out: Path) -> Path:
 
 
 def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any], before: bool = False) -> float:
-    """Train to the end, and return the processor seconds, including the start and the evaluation of ``sets``."""
+    """Train to the end. Returns the CPU time in seconds, including the start and the evaluation of ``sets``."""
     if ARMS[job.arm].scores:
         score(out)
     options = {
@@ -233,9 +234,9 @@ def processor() -> str:
 
 
 def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
-    """Run a command to the end unless ``folder`` records that it has ended, and return the processor seconds of all its starts.
+    """Run a command to the end unless ``folder`` records that it has ended. Returns the CPU time of all its starts in seconds.
 
-    Its output is in FOLDER.log. If the file ``leaves`` is missing at the end, the command has only been stopped.
+    The output goes to FOLDER.log. If the file ``leaves`` is missing at the end, the command was stopped and can continue.
     """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
@@ -256,7 +257,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run has another loss than its command has now, because a default may have changed since."""
+    """Exit if a finished run has a different objective than its command has now. A default may have changed since."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config
@@ -269,7 +270,7 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
 
 
 def report() -> None:
-    """Write the table into RESULTS.md, the means into the package for the demo, and the figure."""
+    """Write the table into RESULTS.md, the means into the package (for the demo), and the figure."""
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
     runs = {arm: [each for each in records.values() if each["arm"] == arm] for arm in ARMS}
@@ -290,7 +291,7 @@ def mean(found: Sequence[Mapping[str, Any]], axis: str) -> float:
 
 
 def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the axes of the base and of each arm: means over seeds with half the width of the 95 % t interval."""
+    """Return a Markdown table of the base and each arm: means over seeds with half the width of the 95 % t interval."""
     titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, seeds: {len(found)})" for arm, found in runs.items()]
     lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
     for axis in AXES:
@@ -301,7 +302,7 @@ def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, An
 
 
 def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw bars for the axes on which habit is contradicted: base and arms, means over seeds with 95 % t intervals."""
+    """Draw bars of the base and the arms on pictures that contradict habit: means over seeds with 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")

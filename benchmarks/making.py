@@ -1,14 +1,14 @@
-"""Benchmark of making data: proposals per second and core, memory of every step, and the cost of verifying compared with scoring.
+"""Benchmark of making data: proposals per second and core, the memory of every step, and the cost of verification compared with scoring.
 
-    python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions: hours
+    python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions; takes hours
     python benchmarks/making.py FOLDER --rows 2000 20000        # fewer captions
     python benchmarks/making.py FOLDER --parts rules verify     # only some parts
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
-The captions describe a thousand pictures. Each has a colour, two nouns, and sides that `flip` exchanges; twenty captions share a street, in
-which `mine` finds its pairs. Each step runs in its own process. Seconds are CPU time. Memory is the peak of private memory, without the
-pages of mapped files, which all processes of a machine share. Verifying and scoring take turns on the same candidate groups with the same
-probes, so the tokens of their forward passes are the same. The script prints the tables of RESULTS.md.
+The captions describe a thousand pictures. Each caption has a colour, two nouns, and sides that `flip` exchanges. Twenty captions share a
+street, in which `mine` finds pairs. Each step runs in its own process. Times are CPU seconds. Memory is the peak private memory, without
+the mapped files that all processes share. Verification and scoring take turns on the same candidate groups with the same probes, so their
+forward passes have the same tokens. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fresh(folder: Path, name: str, rows: int) -> dict[str, float]:
 
 
 def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
-    """Run a part, and return its result with its CPU seconds and its peak of private memory."""
+    """Run a part, and return its result with its CPU time in seconds and its peak private memory in MB."""
     most, over = [private_mb()], threading.Event()
 
     def watch() -> None:
@@ -176,7 +176,7 @@ def step_of(step: str) -> Callable[[Path, int], dict[str, float]]:
 
 
 def beside(folder: Path, number: int) -> dict[str, float]:
-    """Return the seconds of verifying candidates and of scoring the same groups, in turns; the smallest of three."""
+    """Return the CPU seconds of verifying candidates and of scoring the same groups, each the minimum of three turns."""
     import torch
 
     from cfvlm_ds.cli.making import _scoring

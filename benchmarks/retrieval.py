@@ -1,12 +1,12 @@
-"""Retrieval by likelihood: a picture's caption among those of other pictures, and a caption's picture among other pictures.
+"""Retrieval by likelihood: a picture's caption among the captions of other pictures, and a caption's picture among other pictures.
 
     python benchmarks/retrieval.py runs/learning/base
-    cfvlm-ds export runs/learning/default-3e-4-seed0                # a run of benchmarks/learning.py keeps its checkpoint
+    cfvlm-ds export runs/learning/default-3e-4-seed0                # runs of benchmarks/learning.py keep their checkpoints
     python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/world/test_combo.jsonl
 
-The data are the first --pictures factual pairs with different captions, all under one prompt. `cfvlm-ds score` scores each picture with
-every caption. A caption that may also be true of a picture, according to the row's ``exclude``, is not used for it. The results are recall
-at 1 in %. For texts, it is also computed with the blank image's score subtracted (PMI); for images, that score would cancel.
+The data are the first --pictures factual pairs with different captions, all with the same prompt. `cfvlm-ds score` scores each picture with
+every caption. If a row's ``exclude`` says that a caption may also be true of a picture, this pair is not used. The results are recall at 1
+in %. For texts, recall is also computed after subtraction of the blank image's score (PMI). For images, this score would cancel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def chosen(rows: Any, number: int) -> list[dict[str, Any]]:
-    """Return the first ``number`` rows whose factual captions differ in key and words."""
+    """Return the first ``number`` rows whose factual captions have different keys and words."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
@@ -59,7 +59,7 @@ def chosen(rows: Any, number: int) -> list[dict[str, Any]]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a group for each row's first picture with the captions of all rows; only its own caption is known to be true."""
+    """Return a group for each row's first picture, with the captions of all rows. Only its own caption is known to be true."""
     texts = [{"id": f"t{place}", "text": row["texts"][0]["text"]} for place, row in enumerate(rows)]
     return [
         {
@@ -75,22 +75,22 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def takes_part(rows: Sequence[dict[str, Any]]) -> list[list[bool]]:
-    """Return for each picture (row) and caption (column) whether the caption is used: the picture's own, or one that is false of it."""
+    """Return, by picture (row) and caption (column), whether the two are compared: the caption is the picture's own or false of it."""
     keys = [row["texts"][0]["key"] for row in rows]
     return [[i == c or key not in row.get("exclude", ()) for c, key in enumerate(keys)] for i, row in enumerate(rows)]
 
 
 def ordered(scores: Any, place: int) -> list[float]:
-    """Return the scores of a group's texts in the order of the rows. In ``scores``, the group's own text, number ``place``, comes first."""
+    """Return the scores of a group's texts in the order of rows. In ``scores``, the group's own text (number ``place``) comes first."""
     flat = scores[0] if isinstance(scores[0], list) else scores
     return [*flat[1 : place + 1], flat[0], *flat[place + 1 :]]
 
 
 def recalls(logp: Matrix, blank: Matrix, asked: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """Return three shares: of pictures whose own caption is the likeliest, the same after subtracting ``blank``, and of captions that are
+    """Return three shares: pictures whose own caption is the likeliest, the same after subtraction of ``blank``, and captions that are
     likeliest on their own picture.
 
-    The arguments are [N pictures, N captions], with own pairs on the diagonal. Only cells in ``asked`` are used; a tie is wrong.
+    The arguments are [N pictures, N captions] with true pairs on the diagonal. Only cells in ``asked`` are used. A tie counts as wrong.
     """
     size = range(len(logp))
     pmi = [[value - without for value, without in zip(*both, strict=True)] for both in zip(logp, blank, strict=True)]

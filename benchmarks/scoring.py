@@ -2,21 +2,21 @@
 
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
-    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # from that file
-    python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, whose state is forked
+    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # from this file
+    python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, which fork their state
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-All layouts compute the same loss (InfoNCE over the texts' scores plus the first one's NLL; the values are compared):
+All layouts compute the same loss, InfoNCE over the texts' scores plus the first text's NLL, and the values are compared:
 
     concatenated   one sequence per text, each with the image; logits of every token (the usual batch of preference trainers)
     sparse         the same, with logits at scored tokens only
     encoded once   the same, with the image's features computed once and repeated
     shared prefix  cfvlm_ds: one row with the image and the prompt once, followed by every text
-    supervised     the tokens of the last layout as one ordinary causal sequence, with the NLL of the same tokens: their minimum cost
+    supervised     the shared prefix's tokens as one ordinary causal sequence, with the NLL of the texts: the minimum cost of these tokens
 
-Each row of the table has its own process, in which the layouts and a large matrix product take turns. Times are medians: seconds of process
-time of one thread, or of the device. Memory is that of the tensors that autograd saves for the backward pass, and the peak of the process
-(or device) above weights and gradients. FLOP ratios are analytic.
+Each row of the table has its own process, in which the layouts and a large matrix product take turns. Times are medians, in CPU seconds of
+one thread or in seconds on the device. Memory is given as the size of the tensors that autograd saves for the backward pass, and as the
+peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 
-PROMPT, TEXT = 16, 16  # tokens of a prompt without its image, and of each text
+PROMPT, TEXT = 16, 16  # number of tokens in a prompt without its image, and in each text
 SIZES = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -75,7 +75,7 @@ def main() -> None:
     cases = itertools.product(arguments.family, arguments.visual, arguments.texts)
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # no memory fragmented by earlier rows
+    ) as fresh:  # a new process, without memory that earlier rows have fragmented
         for row in fresh.map(measured, *zip(*cases, strict=True), itertools.repeat(arguments)):
             rows.append(row)
             show(row, first=len(rows) == 1)
@@ -122,7 +122,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image, a prompt that shows it, and K texts of the same length, as token ids without special meaning."""
+    """One image, a prompt that shows it, and K texts of the same length, as random token ids."""
 
     model: Any
     family: str
@@ -135,7 +135,7 @@ class Case:
         return int((self.prefix == self.model.config.image_token_id).sum())
 
     def positions(self, length: int) -> Tensor:
-        """Return the positions of a row of ``length`` tokens that begins with the prefix, [1, T] or [3, 1, T]."""
+        """Return the positions [1, T] or [3, 1, T] of a row of ``length`` tokens that begins with the prefix."""
         family, device = FAMILIES[self.model.config.model_type], self.prefix.device
         grids = self.images["image_grid_thw"].cpu() if family.grid else torch.empty(0)
         own = family.positions(self.model.config, (self.prefix == self.model.config.image_token_id).cpu(), grids)
@@ -197,7 +197,7 @@ def supervised(case: Case) -> Tensor:
 
 
 def packed_inputs(case: Case) -> dict[str, Any]:
-    """Return the model inputs that cfvlm_ds.batching.collator would make for the case."""
+    """Return the model inputs that cfvlm_ds.batching.collator would build for the case."""
     texts, prefix = len(case.texts), len(case.prefix)
     one = case.positions(prefix + TEXT)
     starts = [prefix + k * TEXT for k in range(texts)]
@@ -246,12 +246,12 @@ def measure(model: Any, family: str, visual: int, texts: int, arguments: argpars
 
 
 def take_turns(layouts: Mapping[str, Layout], of: Case, repeats: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Return each layout's results, and the median rate of a matrix product that takes turns with them."""
-    clear(of.model)  # otherwise the first step's peak would include the gradients
+    """Measure the layouts and a matrix product in turns. Returns each layout's results, and the median rate of the product."""
+    clear(of.model)  # allocates gradients, which the first step's peak would otherwise include
     times: dict[str, list[float]] = {name: [] for name in layouts}
     found: dict[str, dict[str, Any]] = {}
     rates: list[float] = []
-    for name, layout in layouts.items():  # the first round is a warm-up that measures memory, not time
+    for name, layout in layouts.items():  # the first round is a warm-up, and measures only memory
         loss, saved, peak = weighed(layout, of)
         found[name] = {"loss": loss, "saved": saved, "peak": peak, "flop": flop(name, of)}
     for _ in range(repeats):
@@ -273,12 +273,12 @@ def step(layout: Layout, of: Case) -> float:
 
 
 def loss_of(logp: Tensor) -> Tensor:
-    """Return InfoNCE over the texts' scores, of which the first is true, plus its NLL per token; ``logp`` is [K, TEXT]."""
+    """Return InfoNCE over the texts' scores plus the NLL per token of the first text, which is the true one. ``logp`` is [K, TEXT]."""
     return -logp.sum(-1).log_softmax(0)[0] - logp[0].mean()
 
 
 def clear(model: Any) -> None:
-    """Set gradients to zero. They stay in memory, as with accumulated micro-batches."""
+    """Set gradients to zero. They stay in memory, as in gradient accumulation."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
@@ -288,7 +288,7 @@ def now(of: Case) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Return seconds: CPU time on a CPU, wall-clock time on a GPU, after it has finished its queue."""
+    """Return the time in seconds: CPU time on a CPU; on a GPU, wall-clock time after its queue is finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -296,7 +296,7 @@ def clock(device: torch.device) -> float:
 
 
 def weighed(layout: Layout, of: Case) -> tuple[float, int, int]:
-    """Run a step, and return (loss, bytes that autograd saves, peak bytes above the memory before)."""
+    """Run a step. Returns (loss, bytes that autograd saves, peak bytes above the memory before the step)."""
     own = {parameter.untyped_storage().data_ptr() for parameter in of.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -323,7 +323,7 @@ def reset_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated()
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_MMAP_MAX, 1 << 16)
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # freed memory then leaves no holes
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)  # so that freed memory leaves no holes
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
@@ -332,7 +332,7 @@ def reset_peak(device: torch.device) -> int:
 def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    keep_freed_memory()  # as in training, for the measurement of time
+    keep_freed_memory()  # as in training, to measure time
     return _status("VmHWM")
 
 
@@ -345,7 +345,7 @@ def _status(name: str) -> int:
 
 
 def flop(name: str, of: Case) -> float:
-    """Return the floating-point operations of forward and backward. The part of the name after a comma is ignored."""
+    """Return the number of floating-point operations of forward and backward. The part of ``name`` after a comma is ignored."""
     name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
     repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
@@ -367,7 +367,7 @@ def flop(name: str, of: Case) -> float:
 
 
 def figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw time and saved memory of a step against the number of texts, with the most visual tokens of the first family."""
+    """Draw a step's time and saved memory against the number of texts, for the first family and its largest number of visual tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -400,7 +400,7 @@ def matmul_rate(of: Case) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # few CPUs are fast in other dtypes
+    size = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # most CPUs are slow in other dtypes
     a = torch.randn(size, size, device=device, dtype=dtype)
     a @ a
     start = clock(device)
@@ -413,7 +413,7 @@ COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")
 
 
 def show(row: dict[str, Any], first: bool) -> None:
-    """Print a row of the table. Costs of the other layouts are ratios to the shared prefix."""
+    """Print a row of the table. Costs of the other layouts are relative to the shared prefix."""
     if first:
         print(f"{'family':<11} {'visual':>6} {'texts':>5}" + "".join(f" {name:>21}" for name in COLUMNS) + f" {'shared prefix':>38}")
         print(

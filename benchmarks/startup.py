@@ -1,9 +1,9 @@
-"""Start-up times: seconds of wall clock and of processors, all processes together, of commands that users wait for.
+"""Start-up times of commands that users wait for: wall-clock seconds, and CPU seconds of all processes together.
 
     python benchmarks/startup.py [--runs 3]
 
-The model is the demo's, the data are 1,000 groups of its world. Each figure is the median of several runs; the first run, which fills
-caches, is not counted.
+The model is the demo's, and the data are 1,000 groups of its world. Each number is the median of several runs. The first run fills caches
+and is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def measured(command: list[str], first: str = "") -> tuple[float, float, float]:
-    """Return the wall-clock seconds until a line that matches ``first`` (0 without one) and until the end, and the CPU seconds."""
+    """Return the wall-clock seconds until a line that matches ``first`` (0 without such a line), the wall-clock seconds until the end, and
+    the CPU seconds.
+    """
     before, started, seen = os.times(), time.monotonic(), 0.0
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []

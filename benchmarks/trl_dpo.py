@@ -1,25 +1,26 @@
-"""DPO with TRL's trainer and with this package: the same checkpoint, pairs and optimizer, step by step in turns, one thread each.
+"""DPO with TRL's trainer and with this package, on the same checkpoint and pairs with the same optimizer. The two take steps in turns, with
+one thread each.
 
     python benchmarks/trl_dpo.py                                   # 32 pairs, with one and with four rejected texts per image
     python benchmarks/trl_dpo.py --rejected 1 --pairs 16 --json runs/trl_dpo.json
 
-`trl.DPOTrainer` is installed from the package registry into its own environment (runs/trl-venv, made by the first run). The model is a
-Qwen2.5-VL with random weights; the reference has other random weights, so that the loss does not begin at log 2. TRL is not patched; only
+`trl.DPOTrainer` is installed from the package registry into its own environment (runs/trl-venv, created in the first run). The model is a
+Qwen2.5-VL with random weights. The reference has other random weights, so that the loss does not start at log 2. TRL is not patched. Only
 options and data align the two sides:
 
-    text        pairs are strings formatted with the checkpoint's chat template, and token ids are compared. In conversational pairs TRL
-                also scores the end of the turn (`<|im_end|>` and a newline) on both sides; our `dpo` scores only the text. The number of
-                those tokens is printed.
+    text        pairs are strings formatted with the checkpoint's chat template, and token ids are compared. In conversational pairs, TRL
+                also scores the end of the turn (`<|im_end|>` and a newline) of both answers. Our `dpo` scores only the text. The number of
+                these tokens is printed.
     rows        in the order of the data set; an image with R rejected texts is one group here, and R pairs with one chosen text in TRL
     length      no truncation (max_length=None; TRL's default of 1024 would cut answers after a large image without an error)
-    numbers     float32, sdpa, no gradient checkpointing (on by default in TRL), all weights train
+    numbers     float32, sdpa, no gradient checkpointing (on by default in TRL), all weights trained
     optimizer   AdamW without decay, constant rate, gradients clipped to a norm of 1
     reference   stored scores here (`cfvlm-ds score`); TRL refuses precompute_ref_log_probs for images and runs the reference model in each
-                step. That time is measured within TRL's step and reported separately.
+                step. The time of these forwards is measured within TRL's step and reported separately.
 
-The script compares, and exits with code 1 on a difference: token ids; loss, log-probs and gradient norm of the first step between TRL, this
-package, and one forward per sequence in transformers (tests/support/transformers_scores.py); the losses of later steps. Neither side runs
-under DeepSpeed. A step is forward, backward, clipping and update; times are CPU seconds, medians after a warm-up.
+The script compares token ids and the losses of all steps. It also compares log-probs and gradient norm of the first step between TRL, this
+package, and one forward per sequence in transformers (tests/support/transformers_scores.py). It exits with code 1 on a difference. Neither
+side runs under DeepSpeed. A step consists of forward, backward, clipping and update. Times are medians after a warm-up, in CPU seconds.
 """
 
 from __future__ import annotations
@@ -75,18 +76,18 @@ REQUIREMENTS = (
 SIZE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
 QUESTION = "Describe the image."
 WARM_UP = 2  # steps
-LOSS, LATER, RELATIVE = 1e-4, 1e-3, 1e-4  # bounds: loss of the first step, of later ones; log-probs and gradient norm
+LOSS, LATER, RELATIVE = 1e-4, 1e-3, 1e-4  # bounds: loss of the first step; loss of later steps; log-probs and gradient norm
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that both compared sides share."""
+    """Settings that both sides share."""
 
     rejected: int
     pairs: int
     visual: int
     vocabulary: int
-    batch: int  # pairs
+    batch: int  # number of pairs
     beta: float = 0.1
     learning_rate: float = 1e-5
     max_grad_norm: float = 1.0
@@ -137,7 +138,7 @@ def main() -> None:
 
 
 class SideError(Exception):
-    """Failure of a trainer to install, start or finish; ``versions`` has the versions that it reported."""
+    """A trainer could not be installed, started or finished. ``versions`` has the versions that it reported."""
 
     def __init__(self, said: str, versions: dict[str, str] | None = None) -> None:
         super().__init__(said)
@@ -145,7 +146,7 @@ class SideError(Exception):
 
 
 def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Path:
-    """Return the Python of an environment with the requirements, and create the environment if necessary. Raises SideError."""
+    """Return the Python interpreter of an environment with the requirements. Creates the environment if necessary. Raises SideError."""
     python, stamp, wanted = folder / "bin" / "python", folder / "requirements.txt", "\n".join(requirements) + "\n"
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder} (a few minutes)", flush=True)
@@ -163,7 +164,7 @@ def environment(folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> Pat
 
 
 def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> None:
-    """Write policy, reference, images, groups.jsonl with the reference's scores, and the same data as pairs.jsonl, to a new folder."""
+    """Write a new folder: policy, reference, images, groups.jsonl with the reference's scores, and the same data as pairs.jsonl."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for seed, name in enumerate(("policy", "reference")):
@@ -186,7 +187,7 @@ def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> No
 
 
 def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) -> None:
-    """Write the family's small checkpoint at another size, with queries large enough for positions and masks to matter."""
+    """Write the family's small checkpoint in another size, with queries so large that positions and masks matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
         config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl", partial)
@@ -210,7 +211,7 @@ def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) 
 
 
 def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
-    """Write one noise image with captions per group, with the configured number of visual tokens, and return the groups."""
+    """Write groups of one noise image with captions, and return them. Images have the configured number of visual tokens."""
     generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
     captions = sorted({describe([draw_scene(generator, STRENGTH)], str(number))[0] for number in range(2000)})
     groups = []
@@ -227,7 +228,7 @@ def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
 
 
 class Ours:
-    """The objective `dpo` with stored reference scores: collator, scorer, weighted loss and AdamW, without DeepSpeed."""
+    """Our side: the objective `dpo` with stored reference scores, through collator, scorer, weighted loss and AdamW, without DeepSpeed."""
 
     def __init__(self, folder: Path, settings: Settings, attention: str = "auto") -> None:
         model = load_model(ModelConfig(str(folder / "policy"), attn_implementation=attention), torch.float32)
@@ -258,7 +259,9 @@ class Ours:
         return {**times, "loss": loss.item(), "chosen": chosen, "rejected": rejected, "grad_norm": norm.item()}
 
     def tokens(self) -> list[dict[str, list[int]]]:
-        """Return the ids of every pair's prompt and text in the first batch, chosen ones first, in the form of benchmarks/peers_side.py."""
+        """Return the ids of prompt and text for every pair of the first batch, in the format of benchmarks/peers_side.py (chosen texts
+        first).
+        """
         batch = self.collator(self.batch(0))
         ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]
         chosen, rejected, start = [], [], 0
@@ -274,7 +277,7 @@ class Ours:
 
 
 def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
-    """Return the loss and mean log-probs of the groups from transformers, one forward per sequence, in a process without either side."""
+    """Return the groups' loss and mean log-probs from transformers, with one forward per sequence, in a separate process."""
     manifest = folder / "first.jsonl"
     manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
     command = [
@@ -297,7 +300,7 @@ def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) ->
 
 
 class Side:
-    """A process of benchmarks/peers_side.py for one trainer, which runs one step at a time. Raises SideError."""
+    """Process of benchmarks/peers_side.py that runs one trainer step by step. Raises SideError."""
 
     def __init__(self, python: Path | str, peer: str, folder: Path) -> None:
         self.log = folder / f"{peer}.log"
@@ -374,7 +377,7 @@ def compare(folder: Path, settings: Settings, attention: str, python: Path) -> d
 
 
 def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str, float]) -> list[str]:
-    """Return a line for each value of the first step, and each later loss, in which the sides differ by more than the bounds."""
+    """Return a line for each value of the first step and each later loss that differs between the sides by more than its bound."""
     sides, off = {**steps[0], "transformers": plain}, []
     for name, bound in (("loss", LOSS), ("chosen", RELATIVE), ("rejected", RELATIVE), ("grad_norm", RELATIVE)):
         values = {side: found[name] for side, found in sides.items() if name in found}
@@ -388,9 +391,9 @@ def disagreements(steps: Sequence[dict[str, dict[str, float]]], plain: dict[str,
 
 
 def summary(steps: Sequence[dict[str, dict[str, float]]], scoring: float) -> dict[str, float]:
-    """Return medians in seconds after the warm-up, the ratios of TRL's to ours, and the largest difference between losses.
+    """Return median times in seconds after the warm-up, the ratios of TRL's times to ours, and the largest difference between losses.
 
-    ``scoring`` is the CPU time in seconds for the stored scores of all steps.
+    ``scoring`` is the CPU time in seconds that the stored scores of all steps took.
     """
     kept = steps[WARM_UP:]
 

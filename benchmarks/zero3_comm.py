@@ -1,10 +1,10 @@
-"""Volume that ZeRO-3 gathers in a training step, relative to the number of parameters, for one and for eight texts on an image.
+"""Volume that ZeRO-3 gathers in a training step, relative to the number of parameters, with one or eight texts on an image.
 
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py                # gloo on a machine without GPUs
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
-The layouts are those of benchmarks/scoring.py: the shared prefix, a supervised step on the same tokens, and, for comparison, one forward of
-the engine per text. The second step is measured, when DeepSpeed knows the order of modules and prefetches. No parameter stays gathered.
+The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward of the engine per text.
+The second step is measured: by then, DeepSpeed knows the order of modules and prefetches. No parameter stays gathered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = ("supervised", "shared prefix", "one by one")
 
 
 class Layout(nn.Module):
-    """One layout as the module that DeepSpeed runs."""
+    """Module that DeepSpeed runs for one layout."""
 
     def __init__(self, model: Any, layout: Callable[[Case], Tensor]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Layout(nn.Module):
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
-    """Yield a list to which each collective within the block appends the number of elements that it gathers."""
+    """Yield a list. Each collective within the block appends the number of elements that it gathers."""
     counts: list[int] = []
     originals = {name: getattr(comm, name) for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced")}
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch --array=0-63 slurm/build_data.sh --config examples/build_coco.yaml     one task per shard of the plan; without GPUs: --gpus-per-node=0
 #
-# A killed or requeued task continues where it stopped. `cfvlm-ds data status W` prints the missing shards as --array=...; when none is
-# missing, `cfvlm-ds data select W --out groups.jsonl` makes the groups. The plan sets the number of shards, whatever the number of tasks.
+# A killed or requeued task continues where it stopped. `cfvlm-ds data status W` prints the option --array=... for the missing shards. If none
+# is missing, `cfvlm-ds data select W --out groups.jsonl` writes the groups. The plan sets the number of shards, not the number of tasks.
 #SBATCH --job-name=cfvlm_ds-data
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

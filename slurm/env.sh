@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The only file that a site edits. Every script in this folder reads it, on the first node of the job, in the submission folder.
+# Settings of a site; no other file needs changes. Every script in this folder reads it, on the job's first node, in the submission folder.
 
 # Python: modules, a virtual environment or conda. The job does not inherit the submitting shell's environment (#SBATCH --export=NONE).
 # module load cuda
@@ -7,14 +7,14 @@ if [ -d .venv ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 
-# Or a container, run by pyxis if srun has it, otherwise by apptainer; CONTAINER_RUNTIME overrides this choice. Without CONTAINER_MOUNTS, the
-# submission folder, HF_HOME and /tmp (for the compiled kernels below) are mounted. Data and run folders elsewhere must be listed, and every
-# mount must exist on every node. Neither runtime has been tried on a real cluster yet.
+# Or a container, run with pyxis if srun supports it, otherwise with apptainer; CONTAINER_RUNTIME overrides this choice. By default, the
+# submission folder, HF_HOME and /tmp (for the compiled kernels below) are mounted. If data or run folders are elsewhere, list all mounts in
+# CONTAINER_MOUNTS. Every mount must exist on every node. Neither runtime has been tested on a real cluster yet.
 # CONTAINER_IMAGE=/shared/images/cfvlm_ds.sqsh    # apptainer: .sif
 # CONTAINER_MOUNTS=$PWD:$PWD,$HOME/.cache/huggingface:$HOME/.cache/huggingface,/tmp:/tmp,/shared/data:/shared/data
 # CONTAINER_RUNTIME=apptainer
 
-# Caches: Hugging Face files on the shared file system, downloaded before the job; compiled kernels on the node.
+# Caches: Hugging Face files are on the shared file system and downloaded before the job. Compiled kernels are on the node.
 export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
 # export HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/cfvlm_ds-$SLURM_JOB_ID/triton}"
@@ -24,11 +24,11 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 
 # Network.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# export CFVLM_MIN_GB_S=20    # bandwidth between nodes below which a job is not started
+# export CFVLM_MIN_GB_S=20    # minimum bandwidth between nodes; below it, no job starts
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# Tracking. If this is not set, runs are tracked in the run folder.
+# Tracking. By default, runs are tracked in the run folder.
 # export MLFLOW_TRACKING_URI=https://mlflow.example.org
 
-# Tokens and passwords (MLFLOW_TRACKING_PASSWORD=..., HF_TOKEN=...): a file that only its owner can read, never the command line.
+# Tokens and passwords (MLFLOW_TRACKING_PASSWORD=..., HF_TOKEN=...) belong in a file that only its owner can read, never on a command line.
 CFVLM_SECRETS="${CFVLM_SECRETS:-$HOME/.config/cfvlm_ds/secrets}"

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Start of the ranks in an allocation of any number of nodes. It is sourced by the scripts in this folder, which have the #SBATCH lines.
+# Start of the ranks on all nodes of an allocation. The scripts in this folder, which have the #SBATCH lines, source this file.
 #
-#   start -> bound -> pre-flight -> srun train.py -> exit code 0: finished, 2: bad input  -> end with that code
-#                                                    else (85 stopped, 86 hang, crash)    -> requeue, resume; 87 full disk: after a pause
+#   start -> bound -> pre-flight -> srun train.py -> exit code 0 (finished), 2 (bad input)  -> end with this code
+#                                                    else (85 stopped, 86 hang, crash)      -> requeue, resume; 87 (full disk): after a pause
 #
-# Starts without a newer checkpoint are counted, whoever requeued the job; CFVLM_MAX_STARTS of them in a row end it. See docs/slurm.md.
+# CFVLM_MAX_STARTS starts in a row without a newer checkpoint end the job, regardless of who requeued it. See docs/slurm.md.
 set -euo pipefail
 unset SLURM_EXPORT_ENV # otherwise srun would start its tasks with an empty environment
 source slurm/env.sh
 
-ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun passes the limit on
+ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun passes the limit to the tasks
 
 say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
 
 if [[ -e ${CFVLM_SECRETS:=} ]]; then
-    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # of the file itself, because links are always open to all
+    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # -L: the permissions of the file, because those of a link are always open
         say "error: other users can read $CFVLM_SECRETS; run chmod 600 on it"
         exit 2
     fi
@@ -24,7 +24,7 @@ if [[ -e ${CFVLM_SECRETS:=} ]]; then
     set +a
 fi
 
-# container_runtime: print the container runtime of this machine, which is used unless CONTAINER_RUNTIME is set.
+# container_runtime: print this machine's container runtime, the default of CONTAINER_RUNTIME.
 container_runtime() {
     local found
     if [[ $(srun --help 2>&1) == *--container-image* ]]; then
@@ -36,7 +36,7 @@ container_runtime() {
     fi
 }
 
-# Steps run in the image through options of srun (pyxis) or through a command prefix (apptainer).
+# Steps run in the image with options of srun (pyxis) or with a command prefix (apptainer).
 container=() inside=() shield=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     mkdir -p "$HF_HOME"
@@ -56,7 +56,7 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     esac
 fi
 
-# step SRUN-OPTIONS -- COMMAND...: run a command on the nodes of the job, for at most step_limit seconds if that is set.
+# step SRUN-OPTIONS -- COMMAND...: run a command on the job's nodes, for at most step_limit seconds if the variable is set.
 step() {
     local options=()
     while [[ $1 != -- ]]; do
@@ -78,7 +78,7 @@ rendezvous() {
     export MASTER_ADDR MASTER_PORT
 }
 
-# newest_step: print the step of the newest complete checkpoint; -1 if there is none.
+# newest_step: print the step of the newest complete checkpoint, or -1.
 newest_step() {
     local path newest=-1
     for path in "$run_dir"/checkpoint-*; do
@@ -87,7 +87,7 @@ newest_step() {
     echo "$newest"
 }
 
-# again WHY CODE: requeue the job, or end it with CODE if that has not helped.
+# again WHY CODE: requeue the job, or end it with CODE if earlier starts have made no progress.
 again() {
     if ((terminated)); then
         say "not requeued: Slurm itself ends this job (scancel, or preemption, after which Slurm requeues it)"
@@ -100,13 +100,13 @@ again() {
     say "requeue: $1; newest checkpoint: step $(newest_step)"
     if [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]] &&
         [[ $(scontrol show partition "$SLURM_JOB_PARTITION") =~ PreemptMode=[A-Z,]*REQUEUE ]]; then
-        exit "$2" # preempted: Slurm itself requeues the job now; another requeue would start the finished job once more
+        exit "$2" # preempted: Slurm itself requeues the job now; a second requeue would start the job again after it has finished
     fi
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
     exit "$2"
 }
 
-# await PID: set rc to the exit code of a child, even if signals arrive meanwhile (each of them ends a bash `wait`).
+# await PID: set rc to the exit code of a child, even if signals arrive while waiting (each signal ends a bash `wait`).
 await() {
     interrupted=1
     while ((interrupted)); do
@@ -115,9 +115,9 @@ await() {
     done
 }
 
-# preflight: check every node, name the bad ones, and fill good and bad. fault is a problem that cannot be attributed to one node.
+# preflight: check every node, report bad ones, and fill good and bad. fault is a problem that cannot be attributed to one node.
 preflight() {
-    # The limit applies inside the container; its creation may take another ten minutes.
+    # The limit applies inside the container. Creating the container may take another ten minutes.
     local reports=$start_dir/nodes limit=${CFVLM_PREFLIGHT_S:-300} making=0 node line
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then making=600; fi
     mkdir -p "$reports"
@@ -136,7 +136,7 @@ preflight() {
     done
 }
 
-# launch TRAIN-OPTIONS...: run train.py on every task of the allocation, on all nodes except CFVLM_SPARE_NODES spare ones.
+# launch TRAIN-OPTIONS...: run train.py in every task of the allocation, on all nodes except CFVLM_SPARE_NODES spare ones.
 launch() {
     local nodes=() good=() bad=() spare=${CFVLM_SPARE_NODES:-0} fault="" place=() before=-2 shown code pause=${CFVLM_FULL_DISK_PAUSE_S:-300}
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -175,7 +175,7 @@ launch() {
         say "training on ${good[*]}"
     fi
 
-    # Signals are ignored until train.py blocks them, in its first lines, and later handles them: by default, USR1 ends a process. srun expands
+    # Ignore signals until train.py blocks them in its first lines and later handles them: by default, USR1 ends a process. srun expands
     # patterns in a file name, but not in --chdir. With %t, the nodes write the files; if srun wrote them, it would wait for a lost node.
     # shellcheck disable=SC2016
     shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
@@ -185,13 +185,13 @@ launch() {
     shown=$!
     await $ranks
     code=$rc
-    await $shown # a requeue would cut off the last lines of rank 0
+    await $shown # a requeue would cut off the last lines of rank 0's log
     rc=$code
     say "exit code $rc"
     case $rc in
         0) exit 0 ;;
         2)
-            # Rank 0, whose log is shown, prints the errors that all ranks know. Without one, show the errors of the other ranks.
+            # Rank 0, whose log is shown, prints errors that all ranks raise. If it has printed none, show the errors of the other ranks.
             grep -qs '^error: ' "$start_dir/rank-0.log" || sed -n '/^error: /p' "$start_dir"/rank-*.log | sort -u | head -n 8 || :
             say "giving up: the input has to be corrected" && exit 2
             ;;

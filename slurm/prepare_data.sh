@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch --array=0-7 slurm/prepare_data.sh groups.jsonl --out STORE     the tasks share the work; submit it again when all of them have ended
 #
-# A killed or requeued task continues where it stopped. The first call checks the pictures, the second writes the rows. Number the tasks from 0.
+# A killed or requeued task continues where it stopped. The first call checks pictures, the second writes rows. Number the tasks from 0.
 #SBATCH --job-name=cfvlm_ds-prepare
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

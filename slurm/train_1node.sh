@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch slurm/train_1node.sh [train.py options]     from the folder above this one; options of sbatch override the lines below, such as
-# -N 4, --ntasks-per-node=4 --gpus-per-node=4, or --gpus-per-node=0 --ntasks-per-node=1 without GPUs. The job uses whole nodes: all of their
-# memory, and eight cores per task (one computes, four prepare data). See docs/slurm.md.
+# sbatch slurm/train_1node.sh [train.py options]     submit in the parent folder; options of sbatch override the lines below, for example
+# -N 4, --ntasks-per-node=4 --gpus-per-node=4, or --gpus-per-node=0 --ntasks-per-node=1 without GPUs. The job uses all memory of its
+# nodes, and eight cores per task (one computes, four prepare data). See docs/slurm.md.
 #SBATCH --job-name=cfvlm_ds
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -119,6 +119,15 @@ def plain_logp(
     model: Any, processor: Any, image: Image.Image | tuple[Path, ...], prompt: str, text: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the text's tokens, and of its end-of-turn: the library's own forward of one image and one string, template by hand."""
+    all_logp, tokens = plain_distributions(model, processor, image, prompt, text)
+    logp = all_logp[range(len(tokens)), tokens]
+    return logp[:-1], logp[-1]
+
+
+def plain_distributions(
+    model: Any, processor: Any, image: Image.Image | tuple[Path, ...], prompt: str, text: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of every token at each place of the text and of its end-of-turn [T, V], and the tokens there [T]; as ``plain_logp``."""
     image = Image.open(*image).convert("RGB") if isinstance(image, tuple) else image
     head = f"USER: <image>\n{prompt} ASSISTANT:"
     start = processor(images=[image], text=[head], return_tensors="pt").input_ids.shape[1]
@@ -126,8 +135,7 @@ def plain_logp(
     tokens = inputs.input_ids[0, start:]
     with stock_attention(model):
         logits = model(**inputs).logits
-    logp = logits[0, start - 1 : -1].float().log_softmax(-1)[range(len(tokens)), tokens]
-    return logp[:-1], logp[-1]
+    return logits[0, start - 1 : -1].float().log_softmax(-1), tokens
 
 
 def draw(path: Path, shapes: list[tuple[str, str]]) -> Path:

@@ -1,3 +1,3 @@
-"""Batching: groups become rows of tokens. Prompts are encoded, images opened or read from the feature cache, and texts packed after them as
-a forest.
+"""Batching of groups into rows of tokens. Prompts are encoded, images are opened or read from the feature cache, and texts are packed after
+them as a forest.
 """

@@ -1,4 +1,4 @@
-"""Micro-batches of one or several forwards: inputs for the engine, and the conversion of its log-probs to a score matrix.
+"""Batches and micro-batches: the inputs of each forward, and the conversion of token log-probs to a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
@@ -23,26 +23,26 @@ BLANK_SIZE = (336, 336)
 """Width and height of the blank image in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""Group that a rank computes if none of its groups can be read, because under ZeRO-3 the other ranks wait for its forward."""
+"""Group that a rank scores if none of its own groups can be read. Under ZeRO-3, the other ranks wait for its forward."""
 
 
 def blank_view(num_pictures: int) -> Pictures:
-    """Return an image of blank pictures."""
+    """Return an image that consists of blank pictures."""
     return tuple(BLANK.with_suffix(f".{k}") for k in range(num_pictures))
 
 
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
-    """Return the pictures of an image; for an index after the group's own images, as many blank pictures."""
+    """Return the pictures of an image, or as many blank pictures for an index past the group's own images."""
     return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Return the group with a single blank image instead of its own images. The truth of every text except the first is then unknown."""
+    """Return the group with one blank image in place of its images. The first text counts as true; the truth of the others is unknown."""
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
 def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the model's inputs for pictures to ``device``, except their sizes, which models read on the host."""
+    """Move the picture inputs to ``device``, except the picture sizes, which models read on the host."""
     sizes = {name: image_inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in image_inputs}
     moved: dict[str, Any] = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
     return moved | sizes
@@ -50,10 +50,12 @@ def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, A
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token.
+    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one value
+    for each pair of states that is compared.
 
-    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell, and ``is_end`` [N] marks end-of-turn tokens. ``layout`` is that
-    of the whole micro-batch. ``num_tokens`` counts the tokens of the row, and ``num_scored`` the positions that predict a scored token.
+    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell, and ``is_end`` [N] marks end-of-turn tokens. ``layout``
+    describes the whole micro-batch. ``num_tokens`` counts the tokens of the row, and ``num_scored`` counts the positions that predict
+    scored tokens.
     """
 
     model_inputs: dict[str, Any]
@@ -66,20 +68,20 @@ class Batch:
     num_scored: int
     num_images: int
     material: Any = None
-    """Trees of the row (cfvlm_ds.batching.packing.Material) if it may be packed again, otherwise None."""
+    """Trees of the row (cfvlm_ds.batching.packing.Material) if the row may be packed again, otherwise None."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the batch with its tensors on ``device``, except the sizes of pictures."""
+        """Copy the batch and move its tensors to ``device``. Picture sizes stay on the host."""
         moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
         return moved
 
     def pin_memory(self) -> Batch:
-        """Copy the batch to pinned memory, from which a GPU copies while it computes; a DataLoader calls this."""
+        """Copy the batch to pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
         return _mapped(self, Tensor, Tensor.pin_memory)
 
     def __reduce__(self) -> Any:
-        """Pickle all tensors as one, because each tensor that is sent between processes costs a handshake."""
+        """Pickle all tensors as one buffer, because every tensor sent between processes costs a handshake."""
         tensors: dict[int, Tensor] = {}
         stop = 0
 
@@ -96,16 +98,23 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """Convert the engine's output to the score matrix of the batch."""
+        """Convert the engine's output to the score matrix of the batch, and to sums of divergences."""
+        compared, shape = self.model_inputs.get("compared", {}), self.layout.valid.shape
+        token_logp, *each = token_logp.split([len(self.cell), *(pairs.shape[1] for pairs in compared.values())])
+        sums = [
+            part.new_zeros(shape.numel()).index_add(0, pairs[2], part).view(shape)
+            for part, pairs in zip(each, compared.values(), strict=True)
+        ]
         of_tokens = (token_logp, self.cell, self.is_end, self.layout)
-        return Scores(self.layout, *score_matrix(*of_tokens), self.reference, self.prior, tokens=token_matrix(*of_tokens))
+        tokens, divergences = token_matrix(*of_tokens), dict(zip(compared, sums, strict=True))
+        return Scores(self.layout, *score_matrix(*of_tokens), self.reference, self.prior, tokens=tokens, divergences=divergences)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Groups of a rank whose gradients are computed together, in one forward or several.
 
-    ``dropped`` lists (id, reason) of the groups that were left out.
+    ``dropped`` lists the (id, reason) of every group that was left out.
     """
 
     forwards: tuple[Batch, ...]
@@ -113,12 +122,12 @@ class MicroBatch:
 
     @property
     def layout(self) -> GroupLayout:
-        """Layout of all forwards together."""
+        """Layout of the whole micro-batch."""
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards: copies of the first one, whose results are ignored, and then the micro-batch's own. Under ZeRO-3, all
-        ranks must run equally many.
+        """Return ``number`` forwards: the micro-batch's own, preceded by copies of the first one. The results of the copies are ignored.
+        Under ZeRO-3, all ranks must run the same number of forwards.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
@@ -129,11 +138,11 @@ class MicroBatch:
         return parts[0] if len(parts) == 1 else Scores.joined(parts)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy the micro-batch with its tensors on ``device``."""
+        """Copy the micro-batch and move its tensors to ``device``."""
         return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
 
     def pin_memory(self) -> MicroBatch:
-        """Copy the micro-batch to pinned memory, from which a GPU copies while it computes; a DataLoader calls this."""
+        """Copy the micro-batch to pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
         return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 
@@ -157,7 +166,7 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Return ``value`` with ``change`` applied to everything of type ``kind`` in it, including the contents of dicts and dataclasses."""
+    """Apply ``change`` to every object of type ``kind`` in ``value``, including the contents of dicts and dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):

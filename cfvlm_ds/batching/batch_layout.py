@@ -19,7 +19,7 @@ from cfvlm_ds.data.stored_scores import StoredScores
 
 
 def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
-    """Build the layout of groups whose candidates are encoded as ``texts``, with the cells that ``cells`` selects."""
+    """Build the layout of groups. ``texts`` are their encoded candidates, and ``cells`` selects the scored cells."""
     shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
     match = torch.full(shape, -1, dtype=torch.int8)
     tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -49,16 +49,14 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Encode texts of the step's other groups as answers to the factual text's prompt. Raises DataError for one that cannot be encoded."""
+    """Encode texts of the step's other groups as answers to the factual text's prompt. Raises DataError if a text cannot be encoded."""
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without those texts of other groups that cannot be encoded. The error is reported for the group to which such a text
-    belongs.
-    """
+    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported for the groups that they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -70,10 +68,10 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Return the layout, extended with texts from the step's other groups, which are encoded as ``texts``.
+    """Extend the layout with in-batch negatives (texts of the step's other groups). ``texts`` are their encodings.
 
-    They are scored on every image that is scored with an answer to the factual text's prompt. The layout is unchanged if no group has a
-    position in a step.
+    The negatives are scored on every image on which an answer to the factual text's prompt is scored. The layout is unchanged if no group
+    has a position in a step.
     """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):
@@ -112,7 +110,7 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Return the layout with the blank picture as its last image, on which the own texts of groups with pictures are scored."""
+    """Add the blank picture to the layout as its last image. A group's own texts are scored on it if the group has pictures."""
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
     last["valid"][:, :, layout.num_own :] = False
@@ -122,7 +120,9 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Return the layout with ``changed``: what lies between the first and the last token in which a text and its partner differ."""
+    """Add ``changed`` to the layout. It marks the span from the first to the last token that differs between a text and the first text of
+    its prompt.
+    """
     changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
     for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):
         for c, number in enumerate(group.prompt_ids):
@@ -135,9 +135,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """Return the cells that ``cells`` selects, [G, I, C] bool. Unknown cells are selected by ``full`` only,
-    because no objective uses them.
-    """
+    """Return the cells that ``cells`` selects, [G, I, C] bool. Only ``full`` includes unknown cells, because no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):
@@ -154,12 +152,12 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return (reference [G, I, C], prior [G, C]) of the groups. Missing cells are 0, and so are all cells of groups whose source needs no
-    scores.
+    """Return the groups' stored scores as (reference [G, I, C], prior [G, C]). Missing cells are 0, as are all cells of a group whose
+    source needs no scores.
 
-    Texts of other groups have a stored prior only.
+    In-batch negatives have only a stored prior.
     """
-    reference = torch.zeros(layout.valid.shape)  # that on the blank picture is the prior
+    reference = torch.zeros(layout.valid.shape)  # on the blank picture, the reference score is the prior
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
         if group.objectives is not None and group.id not in stored:

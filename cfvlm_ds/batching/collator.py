@@ -1,4 +1,5 @@
-"""Collator: groups become batches. Prompts are encoded, images opened, texts packed after them, and unreadable groups left out and named.
+"""Collation of groups into batches. The collator encodes prompts, opens images and packs texts after them. It drops unreadable groups and
+records the reasons.
 
 Shapes: G groups, I images, C candidates.
 """
@@ -27,12 +28,12 @@ from cfvlm_ds.batching.batch_layout import (
     without_broken_negatives,
 )
 from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
-from cfvlm_ds.batching.packing import Material, PromptLength, Tree, divide, num_tokens, pack
+from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
@@ -42,9 +43,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Size of a tree in tokens: ``whole`` with all its texts, and ``least`` with only its longest text, which is the smallest forward that
-    can score that text.
-    """
+    """Size of a tree in tokens. ``whole`` counts all of its texts. ``least`` counts only the longest text: no smaller forward scores it."""
 
     whole: int
     least: int
@@ -58,11 +57,11 @@ class Collator:
         family: the model's family record.
         model_config: the model's configuration, for the family's position rules and the id of visual tokens.
         cells: cells to score.
-        max_length: the model's context window in tokens; a longer row is a DataError, never truncated.
-        max_pixels: limit on the size of an image.
+        max_length: the model's context window in tokens; a longer row raises DataError and is never truncated.
+        max_pixels: limit on a picture's number of pixels.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: put all texts of an image after one prefix; otherwise a tree has one text, which costs more and scores the same.
-        checked: table of pictures from the data check, with which pictures are compared when they are opened.
+        share_prefix: whether the texts of an image share one prefix; separate trees cost more and have the same scores.
+        checked: picture table from the data check; pictures are compared with it when they are opened.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class Collator:
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageFiles | CachedFeatures = self.files
         self.packs_again = self.tokens = self.blank = False
+        self.divergences: tuple[Divergence, ...] = ()
 
     @cached_property
     def pictures_first(self) -> bool:
@@ -97,15 +97,15 @@ class Collator:
         return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
 
     def taking_features(self, cache: FeatureCache) -> Collator:
-        """Copy the collator; the copy reads the vision tower's cached outputs instead of the pictures."""
+        """Return a copy of the collator that reads the vision tower's cached outputs instead of the pictures."""
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
-        """Copy the collator for evaluation: the copy scores all cells of the groups, and has no stored scores."""
-        return self._changed(cells="full", stored=None, blank=False)
+        """Return a copy of the collator for evaluation, which scores all cells and has no stored scores."""
+        return self._changed(cells="full", stored=None, blank=False, divergences=())
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
-        """Copy the collator; the copy scores the given ``cells`` and uses the given stored scores."""
+        """Return a copy of the collator that scores the given ``cells`` and uses the given stored scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
@@ -116,14 +116,16 @@ class Collator:
         packs_again: bool = False,
         tokens: bool = False,
         blank: bool = False,
+        divergences: tuple[Divergence, ...] = (),
     ) -> Collator:
-        """Copy the collator for a run's cells and stored scores. The copy compares pictures with ``checked``.
+        """Return a copy of the collator with a run's cells and stored scores. It compares pictures with ``checked``.
 
-        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens`` and ``blank`` add scores of tokens and of
-        the blank picture.
+        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens`` marks the tokens in which texts differ.
+        ``blank`` also scores texts on the blank picture. ``divergences`` lists the divergences that the batches compare; a micro-batch
+        must then not be divided.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
-        changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank}
+        changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
         return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
 
     def _changed(self, **changes: Any) -> Collator:
@@ -132,16 +134,17 @@ class Collator:
         return other
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Collate groups into one batch. Raises DataError naming the image file that cannot be opened, or the group whose text does not fit
-        the window or the template.
+        """Collate groups into one batch. Raises DataError naming the file of a picture that cannot be opened, or the group of a text that
+        does not fit the window or the template.
         """
         return self.parts(groups)[0]
 
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
-        A larger tree is cut between its texts; a single text that is larger is a batch of its own. Each batch has the layout of the whole
-        micro-batch, and their score matrices add up to its score matrix. Raises the same DataErrors as ``__call__``.
+        A larger tree is cut between its texts. A single text that exceeds the limit gets a batch of its own. Each batch has the layout of
+        the whole micro-batch, and the score matrices of the batches add up to the micro-batch's. Raises the same DataErrors as
+        ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -173,16 +176,17 @@ class Collator:
         self, material: Material, image_inputs: dict[str, Any], layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
     ) -> Batch:
         row = pack(material, image_inputs, self.family, self.model_config, placeholder_id(self.processor))
+        if self.divergences:
+            row.model_inputs["compared"] = {kind: compared(row, layout, kind.against) for kind in self.divergences}
         num_images = len({picture for tree in material.trees for picture in tree.pictures})
         kept = material if self.packs_again else None
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with only the given ``cells`` [G, I, C], at least one per group, without opening pictures or encoding
-        texts again.
+        """Pack a micro-batch again with only the given ``cells`` [G, I, C] (at least one per group), reusing pictures and encoded texts.
 
-        A forward without any of the cells is left out. A picture that no cell needs is removed from the model's inputs if these have one
-        row per picture; otherwise the tower still runs on it.
+        Forwards without any of these cells are left out. Pictures that no cell needs are removed from the model's inputs if every input has
+        one row per picture; otherwise the tower still runs on them.
         """
         layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
         wanted, forwards = layout.valid.flatten().tolist(), []
@@ -202,7 +206,7 @@ class Collator:
         return replace(micro_batch, forwards=tuple(forwards))
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
-        """Return the groups that can be collated, and (id, reason) for each of the others."""
+        """Return the groups that can be collated, and the (id, reason) of every other group."""
         kept, dropped = [], []
         for group in groups:
             try:
@@ -213,10 +217,11 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch with ``parts``, and record in it the groups and rows that were left out.
+        """Collate the readable groups into a micro-batch with ``parts``. The micro-batch also records the groups and rows that were left
+        out.
 
-        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because ZeRO-3
-        waits for this rank's forward and backward.
+        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. Under ZeRO-3, the other ranks
+        wait for this rank's forward and backward.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))
@@ -235,7 +240,7 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a row with one text after pictures of ``sizes`` (width, height), end-of-turn included.
+        """Count the tokens of a row with one text after pictures of ``sizes`` (width, height), including the end-of-turn token.
 
         Raises the same DataErrors as ``__call__``.
         """
@@ -243,10 +248,10 @@ class Collator:
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
-        """Count the tokens in each of the group's trees, for the cells that this collator builds; ``sizes`` are (width, height) of its
-        pictures.
+        """Count the tokens in each of the group's trees, with the cells that this collator scores. ``sizes`` has the (width, height) of
+        each picture.
 
-        Raises DataError naming the group and file if the model's processor cannot take a picture of that size.
+        Raises DataError naming the group and file if the model's processor cannot process a picture of that size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
@@ -269,14 +274,14 @@ class Collator:
             raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Count the visual tokens of pictures that have ``sizes`` (width, height) and are shown together.
+        """Count the visual tokens of pictures of ``sizes`` (width, height) in one prompt.
 
-        Raises DataError if the model's processor cannot take one of that size.
+        Raises DataError if the model's processor cannot process a picture of such a size.
         """
         return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a text's prompt with pictures of these sizes instead of its placeholders."""
+        """Count the tokens of a text's prompt, with its placeholders expanded for pictures of these sizes."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
@@ -303,9 +308,7 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return the key of a text's tree: the pictures, and the prompt up to the last of them. Without a
-    picture, each group has its own tree.
-    """
+    """Return the key of a text's tree: the pictures, and the prompt up to the last one. Without pictures, each group has its own tree."""
     if not pictures:
         return (group,)
     ids = text.prompt_ids
@@ -313,7 +316,7 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Return the trees without other groups' texts that would exceed the window after these pictures, and mark the cells of such texts as
+    """Return the trees without in-batch negatives that exceed the window after a tree's pictures. The cells of these texts are marked as
     not valid.
     """
     if layout.in_batch is None:
@@ -349,8 +352,8 @@ def load_collator(
     stored: Mapping[str, StoredScores] | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
-    """Build the collator of a model, with its processor, family and window. Raises ConfigError for an
-    unusable chat template or tokenizer.
+    """Build the collator of a model with its processor, family and window. Raises ConfigError if the chat template or tokenizer cannot be
+    used.
     """
     config = load_config(model.name_or_path)
     processor = load_processor(model)

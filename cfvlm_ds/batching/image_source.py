@@ -1,6 +1,6 @@
-"""Image sources of a batch: picture files, which the model's processor converts, or features from a cache.
+"""Sources of picture inputs for a batch: picture files that the model's processor converts, or cached features.
 
-Both return the model's inputs for a picture, and the placeholder ids that represent it in the prompt. Sizes are (width, height) in pixels.
+Both return the model's inputs for a picture and the placeholder ids that represent it in the prompt. Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 PictureKey = tuple[Path, bool]
-"""Key of a picture in a batch: the file, and whether the model processes it as one of several pictures in its prompt."""
+"""Key of a picture in a batch: its file, and True if the model processes it as one of several pictures in a prompt."""
 
 
 class Unprocessable(DataError):
@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Format the error, naming the group and file of a picture with this size."""
+    """Return the error message with the group and file of a picture of this size."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -55,9 +55,9 @@ class ImageFiles:
 
     Args:
         processor: the model's processor.
-        family, config: the model's family record, and its configuration for the id of visual tokens.
-        max_pixels: limit on the size of an image.
-        checked: pictures of the data check; one whose contents have changed since is a DataError. None to skip the comparison.
+        family, config: the model's family record and configuration; the latter has the id of visual tokens.
+        max_pixels: limit on a picture's number of pixels.
+        checked: picture table from the data check; a picture that has changed since raises DataError. None skips the comparison.
     """
 
     def __init__(
@@ -76,22 +76,20 @@ class ImageFiles:
         self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """Return the picture keys of one image in a group."""
+        """Return the keys of the pictures of one image."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
-        """List the keys of the blank pictures and of every picture in the groups, each once, in the same order on every rank."""
+        """List the keys of the blank pictures and of all pictures in the groups, without duplicates and in the same order on every rank."""
         shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the keys of the blank image: alone and, if the family processes several pictures of a prompt
-        differently, as one of several.
-        """
+        """List the blank picture's keys: alone and, if the family treats several pictures in a prompt differently, as one of several."""
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
-        """Open a picture. Raises DataError naming a file that cannot be opened, or has changed since it was checked."""
+        """Open a picture. Raises DataError naming the file if it cannot be opened or has changed since the data check."""
         path = key[0]
         if path.parent == BLANK.parent:
             return Image.new("RGB", BLANK_SIZE, (128, 128, 128))
@@ -100,7 +98,7 @@ class ImageFiles:
         return open_image(path, self.max_pixels)
 
     def content(self, key: PictureKey) -> bytes:
-        """Read the bytes of a picture's file. Raises DataError naming a file that cannot be read."""
+        """Read a picture file's contents. Raises DataError naming the file if it cannot be read."""
         try:
             if key[0] == BLANK:
                 return BLANK.name.encode()
@@ -116,15 +114,15 @@ class ImageFiles:
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.
 
-        Raises Unprocessable, without the file and group, for the first picture that the processor cannot take.
+        Raises Unprocessable for the first picture that the processor cannot process. The error does not name the file and group.
         """
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """Return the number of placeholder ids for a picture of this size, and the number of visual tokens among them. They are measured,
+        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. Both are measured,
         because every family has its own rules.
 
-        ``together`` is true for a picture with others in its prompt. Raises Unprocessable if the processor cannot take such a picture.
+        ``together`` is True if the prompt has other pictures. Raises Unprocessable if the processor cannot process such a picture.
         """
         together = together and self.family.tiles_alone
         if (size, together) not in self._counted:
@@ -133,10 +131,10 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
-        """Return the inputs of ``get_image_features`` for one picture, and its Features, still without the tower's outputs.
+        """Return the inputs of ``get_image_features`` for one picture, and its Features without the tower's outputs.
 
-        A picture with others in its prompt is passed twice, so that it is processed as one of several. Raises DataError naming a file that
-        cannot be opened.
+        A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError naming the
+        file if it cannot be opened or processed.
         """
         picture, together = self.open(key), key[1]
         try:
@@ -146,7 +144,7 @@ class ImageFiles:
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Any], list[list[int]]]:
-        """Process pictures; the last ``together`` of them are passed as those of one prompt."""
+        """Process pictures. The last ``together`` pictures share one prompt."""
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
         samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])
@@ -177,17 +175,17 @@ class ImageFiles:
 
 
 class CachedFeatures:
-    """Source of picture inputs: reads a frozen vision tower's cached outputs, without opening the pictures."""
+    """Source of picture inputs: reads a frozen vision tower's cached outputs instead of the pictures."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
 
     def open(self, key: PictureKey) -> Features:
-        """Read the features of a picture. Raises DataError naming a picture without features."""
+        """Read the features of a picture. Raises DataError naming the picture if it has none."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the same as ``ImageFiles.model_inputs``, but with inputs on which the tower does not run."""
+        """Return what ``ImageFiles.model_inputs`` returns, but with cached features in place of the tower's inputs."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
         rows = [len(next(iter(picture.tower.values()))) for picture in opened]

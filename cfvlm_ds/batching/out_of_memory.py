@@ -1,4 +1,4 @@
-"""Out-of-memory errors with the sizes of the largest forward and a remedy, instead of an allocator's traceback."""
+"""Out-of-memory errors that state the size of the largest forward and a remedy, instead of the allocator's traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import OutOfMemory
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
-    """Convert an allocator's failure to an OutOfMemory that states the size of the largest part in ``parts`` and the ``remedy``."""
+    """Convert an allocation failure to an OutOfMemory error that states the size of the largest of ``parts`` and the ``remedy``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and the CPU allocator raises a RuntimeError

@@ -1,13 +1,16 @@
-"""Packing of trees into one row without padding. Only this module knows how cells are laid out as tokens.
+"""Packing of trees into one row without padding. Only this module knows the token layout of cells. ``PackedSampler`` (data/sampler.py)
+chooses the groups of a row.
 
-A tree starts with the common beginning of all prompts about its pictures, including the pictures. Where prompts differ, each continues in
-its own branch, and each prompt is followed by one branch for every text that is scored as an answer to it. A branch attends to itself and
-to its ancestors, so a picture is in the row once, however many questions are asked about it. Shapes: T tokens of the row, P tokens of a
-prompt, N scored tokens.
+A tree starts with the tokens that all prompts about its pictures share, including the pictures. Where prompts differ, each continues as a
+branch of its own. Each text that is scored as an answer is a branch after its prompt. A branch attends to itself and its ancestors. A
+picture therefore occurs once in the row, regardless of the number of questions about it.
+
+Shapes: T tokens of the row, P tokens of a prompt, N scored tokens.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +21,14 @@ from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
+from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.models import Family
 from cfvlm_ds.models.forest import Forest
 
 
 @dataclass
 class Tree:
-    """Pictures, and the texts that are scored with them, as branches (flat cell index, text with its prompt).
+    """Pictures and the texts that are scored with them. A branch is (flat cell index, text with its prompt).
 
     The prompts are equal up to their last picture.
     """
@@ -40,14 +44,14 @@ class Tree:
 
 @dataclass(frozen=True)
 class Material:
-    """Trees with the ``keys`` of their pictures, and the placeholder ids of each picture."""
+    """Trees, the ``keys`` of their pictures, and the placeholder ids of each picture."""
 
     trees: tuple[Tree, ...]
     keys: tuple[PictureKey, ...]
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """Return the material with only the texts whose cell is ``wanted``, and the indices of the remaining pictures, at least one."""
+        """Keep only the texts whose cell is ``wanted``. Returns the new material and the indices of its pictures (at least one)."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}
@@ -57,10 +61,9 @@ class Material:
 
 @dataclass(frozen=True)
 class Row:
-    """Trees as one row: the model's inputs, and the scored tokens.
+    """Trees packed into one row: the model's inputs and the scored tokens.
 
-    ``cell`` [N] and ``is_end`` [N] are as in Batch, ``num_tokens`` counts the tokens of the row, and ``num_scored`` the positions that
-    predict a scored token.
+    The fields have the same meaning as in Batch: ``cell`` [N], ``is_end`` [N], ``num_tokens`` and ``num_scored``.
     """
 
     model_inputs: dict[str, Any]
@@ -72,8 +75,8 @@ class Row:
 
 @dataclass
 class _Prompt:
-    """A prompt with its pictures: its ids, the offset of each in the expanded ids [P + 1], the expanded ids, their positions ([T] or [axes,
-    T]), and its texts.
+    """A prompt with its pictures: its token ids, their offsets in the expanded ids [P + 1], the expanded ids, the position ids ([T] or
+    [axes, T]), and the texts.
     """
 
     ids: tuple[int, ...]
@@ -85,7 +88,7 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """Tokens of a row, laid out one node after the other."""
+    """Tokens of a row, node by node."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -98,12 +101,12 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add sorted prompts whose first ``since`` ids are equal and already in the row: first the other ids that all prompts share, then
-        the rest of each prompt.
+        """Add sorted prompts. Their first ``since`` ids are equal and already in the row. The other ids that all prompts share come next,
+        and the rest of each prompt follows.
         """
         first, node = prompts[0], parent
         until = common(first.ids, prompts[-1].ids)
-        if until > since:  # otherwise they share nothing, and have no picture
+        if until > since:  # otherwise the prompts share no ids and have no picture
             place = slice(first.begins[since], first.begins[until])
             node = self._node(first.expanded[place], first.positions[..., place], parent)
         rest = list(prompts)
@@ -120,7 +123,7 @@ class _Tokens:
         begin, first = self.length, int(prompt.positions.max()) + 1
         positions = torch.arange(first, first + len(response)).expand(*prompt.positions.shape[:-1], -1)
         self._node(torch.tensor(response), positions, parent)
-        # The last token of the prompt predicts a text's first token, and every token of the text the next one.
+        # The prompt's last token predicts the text's first token. Every token of the text predicts the next one.
         self.predicts += [last, *range(begin, begin + len(response) - 1)]
         self.targets += response
         self.cell += [index] * len(response)
@@ -139,7 +142,7 @@ class _Tokens:
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the ids with which both sequences begin."""
+    """Return the length of the longest common prefix."""
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
@@ -148,7 +151,7 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
 
     Args:
         image_inputs: the model's inputs for the pictures.
-        family, config: the model's family record and configuration, for its position rules and the id of the visual tokens.
+        family, config: the model's family record and configuration, which have its position rules and the id of visual tokens.
         image_token: id of a picture's placeholder in a prompt.
     """
     shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
@@ -190,7 +193,7 @@ def _prompts(
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
-    """Expand the prompts of a tree, in order, each with its texts."""
+    """Expand the placeholders in the prompts of a tree. Returns the prompts in order, each with its texts."""
     prompts: list[_Prompt] = []
     shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
@@ -207,6 +210,23 @@ def _prompts(
     return prompts
 
 
+def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
+    """Return [3, D]: for each token that a divergence compares, the states that predict it on its text's own image and on the other one,
+    and the flat index of the other cell.
+    """
+    tokens = defaultdict[int, list[int]](list)
+    for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):
+        if not is_end:
+            tokens[cell].append(place)
+    (_, images, texts), own = layout.valid.shape, layout.own.byte().argmax(1).tolist()
+    pairs = []
+    for g, other, c in layout.compared(against).nonzero().tolist():
+        first, second = ((g * images + i) * texts + c for i in (own[g][c], other))
+        pairs += [(*states, second) for states in zip(tokens[first], tokens[second], strict=True)]
+    found = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T
+    return torch.stack([*row.model_inputs["predicted_by"][found[:2]], found[2]])
+
+
 PromptLength = Callable[[Tree, Encoded], int]
 """(tree, one of its texts) -> number of tokens in its prompt, with placeholders expanded."""
 
@@ -217,7 +237,7 @@ def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:
 
 
 def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int, Encoded], int]]:
-    """Yield each branch in order with the number of tokens it adds to the tree: its text, and the new part of its prompt."""
+    """Yield the branches in order, each with the number of tokens that it adds to the tree (its text and the new part of its prompt)."""
     before: tuple[int, ...] | None = None
     for branch in tree.ordered:
         text = branch[1]
@@ -227,14 +247,14 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
 
 
 def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
-    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts; a larger single text is a part of
-    its own.
+    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts. A single text that exceeds the
+    limit gets a part of its own.
     """
     if max_tokens is None:
         return [list(trees)]
     parts: list[list[Tree]] = []
     room = 0
-    for tree in sorted(trees, key=lambda tree: tree.pictures):  # neighbouring trees of one picture share its encoding
+    for tree in sorted(trees, key=lambda tree: tree.pictures):  # trees of one picture become neighbours, so that a part encodes it once
         for piece in _pieces(tree, prompt_length, max_tokens):
             tokens = num_tokens(piece, prompt_length)
             if tokens > room:
@@ -246,7 +266,9 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible; a longer text with its prompt is a tree of its own."""
+    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible. A text that, with its prompt, exceeds the limit gets a
+    tree of its own.
+    """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens
     for branch, tokens in _added(tree, prompt_length):

@@ -1,7 +1,7 @@
-"""Precomputation of a frozen vision tower's features for all pictures of a run, before the first step; no step then runs the tower.
+"""Precomputation of a frozen vision tower's features for all pictures of a run. It precedes the first step, so that no step runs the tower.
 
-It is a separate pass because under ZeRO-3 all ranks must run a module together, whereas in a training step each rank would lack different
-pictures. Here all ranks run the same number of forwards.
+A separate pass is needed because under ZeRO-3 all ranks must run a module together. Within a training step, each rank would miss the
+features of different pictures. In this pass, all ranks run the same number of forwards.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, store
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 
 Prepared = tuple[dict[str, Tensor], Features]
-_FORM = "2"  # version of the files; files of another version are not used
+_FORM = "2"  # version of the file format; files of other versions are not used
 
 
 def precompute_features(
     folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
 ) -> FeatureCache:
-    """Return the cache, filled with the features of every picture in ``groups``. Missing features are computed in evaluation mode, each
-    picture on one rank only.
+    """Return the feature cache of all pictures in ``groups``. Missing features are computed in evaluation mode, each picture on one rank
+    only.
 
-    ``engine`` wraps a Scorer. An unreadable picture is recorded, and raises an error when it is used. Every rank must call this. Raises
-    StorageError on all ranks if features cannot be written.
+    ``engine`` wraps a Scorer. The error of an unreadable picture is recorded, and raised when the picture is used. Every rank must call
+    this. Raises StorageError on all ranks if features cannot be written.
     """
     scorer = engine.module
     origin = None
@@ -73,7 +73,7 @@ def precompute_features(
 
 
 def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Record the digest of every picture (each rank reads its share), and return the sizes in bytes of the existing features."""
+    """Record the digests of all pictures. Each rank reads its share. Returns the sizes of existing features in bytes, by digest."""
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
         try:
@@ -101,7 +101,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features, and return the sizes in bytes of the written files."""
+    """Compute and write the missing features. Returns the sizes of the written files in bytes, by digest."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]
@@ -141,9 +141,7 @@ def _fill(
 
 
 def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """Return the function with which a data worker converts a picture and its digest to the tower's inputs, or to the reason why there are
-    none.
-    """
+    """Return the data workers' collate function. It converts a picture and its digest to the tower's inputs, or to an error message."""
 
     def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
         if items[0] is None:
@@ -161,7 +159,7 @@ def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None
 
 
 def _agree(problem: str | None, world: World) -> None:
-    """Raise StorageError on all ranks if one has a problem."""
+    """Raise StorageError on all ranks if any of them reports a problem."""
     if world.size > 1:
         bad = torch.tensor(float(problem is not None), device=world.device)
         dist.all_reduce(bad)

@@ -1,7 +1,7 @@
-"""Prompts and answers as token ids, through the model's chat template, equal to the ids of the model's processor.
+"""Token ids of prompts and answers, built with the model's chat template. They are identical to the processor's.
 
-The scored ids are exactly those of the answer. Anything the template writes between a prompt and its answer belongs to the prompt. For a
-model that thinks before it answers, this is an empty thought, as the template writes it with thinking disabled.
+Only the answer's ids are scored. Anything that the template writes between a prompt and its answer belongs to the prompt. For a thinking
+model, this includes the empty thinking block that the template writes when thinking is disabled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CHARACTERS_PER_TOKEN = 16
 """Maximum length of a text, in characters per token of the model's window. Written language has about 4 characters per token, and few
 tokens have more than 16."""
 MAX_CHARACTERS = 1_000_000
-"""Maximum length of a text in characters, for any window: tokenizers take minutes for ten times as much."""
+"""Maximum length of a text in characters, regardless of the window. Tokenizers take minutes for texts ten times as long."""
 
-_CACHED = 100_000  # cached texts and prompts; a data set may have millions
+_CACHED = 100_000  # limit on cached texts and prompts; a data set may have millions
 _FIRST, _MARK, _TEMPLATE = "Describe the image.", "Xanswer1X", "the model's chat template"
 _OPEN = re.compile(r"<([\w-]*think[\w-]*)>\s*$")
 _EMPTY = re.compile(r"<([\w-]*think[\w-]*)>\s*</\1>\s*$")
@@ -31,7 +31,7 @@ _EMPTY = re.compile(r"<([\w-]*think[\w-]*)>\s*</\1>\s*$")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt with one placeholder per picture, of an answer, and of its end-of-turn; ``prompt`` is the prompt's text."""
+    """Token ids of a prompt (one placeholder per picture), its answer, and the end-of-turn token. ``prompt`` is the prompt as text."""
 
     prompt: str
     prompt_ids: tuple[int, ...]
@@ -46,9 +46,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Head:
-    """A prompt: its text and ids, the rendered conversation before and after the answer, and its problem, if any.
+    """A rendered prompt: its text and ids, the conversation before and after the answer, and the error message, if any.
 
-    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is true
+    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is True
     if the template writes the answer there.
     """
 
@@ -66,7 +66,7 @@ class _ModelFails(DataError):
 
 
 def placeholder_id(processor: Any) -> int:
-    """Return the id of a picture's placeholder in a prompt; in some families, visual tokens have another id."""
+    """Return the token id of a picture's placeholder in a prompt. In some families, visual tokens have a different id."""
     number: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return number
 
@@ -99,9 +99,7 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError, with a message that begins with ``where``, for a text that cannot be
-        encoded.
-        """
+        """Encode a text as the answer to its prompt. Raises DataError if it cannot be encoded; ``where`` begins the message."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -167,7 +165,7 @@ class Prompts:
         unknown = {tokenizer.unk_token_id} - {
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-        }  # not control tokens, but possible ids of unknown words
+        }  # the id of unknown words is allowed, unless it is one of these
         for part in texts_of(prompt):
             if inside := self._control.intersection(self._tokens(part)) - unknown:
                 raise DataError(
@@ -198,7 +196,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the position where an answer begins. Raises _ModelFails, naming a role that the template refuses."""
+        """Render the prompt up to the beginning of an answer. Raises _ModelFails naming the turns that the template refuses."""
         try:
             return self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -225,18 +223,20 @@ class Prompts:
 
     @property
     def _may_think(self) -> bool:
-        """True if the template has the option ``enable_thinking``; without it, the option would be passed on to the image processor."""
+        """True if the template has the option ``enable_thinking``. Otherwise the option must not be passed, because it would reach the
+        image processor.
+        """
         return "enable_thinking" in str(self.processor.chat_template)
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of the control tokens, which mark the parts of a conversation; no text may contain them."""
+        """Ids of the control tokens that mark the parts of a conversation. No text may contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
     def _end(self, tail: str) -> tuple[int, ...]:
-        """Return the control token with which the template ends an answer; empty if there is none."""
+        """Return the end-of-turn ids: the template's control token after an answer, else the tokenizer's eos token, else nothing."""
         ends = [i for i in self._tokens(tail) if i in self._control]
         end = ends[0] if ends else self.processor.tokenizer.eos_token_id
         return () if end is None else (end,)
@@ -246,9 +246,9 @@ _ROLES_SHOWN = 8
 
 
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
-    """Return the problem of a template that does not write every text of a conversation, or "" if it does.
+    """Return an error message if the template omits or changes a text of a conversation, otherwise "".
 
-    A template may omit the thought of an earlier turn, as those of models that think do.
+    Templates of thinking models may omit the thinking block of an assistant turn.
     """
     place = 0
     for turn in turns:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved completely or not at all, verified, located, and resharded for another number of ranks."""
+"""Checkpoints of a run: saving them atomically, finding and verifying them, and resharding them for another number of ranks."""
 
 from __future__ import annotations
 

@@ -26,16 +26,17 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:
-    """Return the CRC-32 of complete.json without its entry ``crc32``, which detects a flipped bit in the others, such as ``step``."""
+    """Return the CRC-32 of all entries of complete.json except ``crc32``. It detects flipped bits, for example in ``step``."""
     return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """Return the checkpoint from which a run resumes, the same on every rank: the newest intact one (``auto``), the named one, or None.
+    """Find the checkpoint to resume from: the newest intact checkpoint (``auto``), the named checkpoint, or None. All ranks get the same
+    result.
 
-    Rank 0 checks for missing and truncated files; then every rank reads a share of the files and compares their checksums. Skipped
-    checkpoints are reported with the reason. Raises ConfigError if the named one has a defect, if ``never`` is given and the folder has
-    checkpoints, or if ``auto`` finds only unusable or renamed ones. For ``restart``, return None in the last case.
+    Rank 0 checks for missing and truncated files. Every rank then reads a share of the files and compares their checksums. Skipped
+    checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if ``never`` is given and the folder
+    has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints. In the last case, ``restart`` returns None.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
@@ -66,7 +67,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return the folders that contain a checkpoint but have another name, with their steps. Leftovers of a killed save are left out."""
+    """Return the folders with a checkpoint that are not named checkpoint-STEP, and their steps. Leftovers of a killed save are ignored."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -85,12 +86,12 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Return the contents of complete.json, such as ``step``, ``world_size``, ``run_id``, and ``files`` with their sizes and CRC-32."""
+    """Read complete.json, which has ``step``, ``world_size``, ``run_id``, ``files`` (size and CRC-32 of each), and more."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """Return the defect of a checkpoint folder, or None if every listed file exists with its full size. Contents are not read."""
+    """Describe the defect of a checkpoint folder. Returns None if every listed file exists with its full size. Contents are not read."""
     try:
         described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
@@ -115,7 +116,7 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Return a message for the first of these files whose contents have changed since they were written, or None."""
+    """Describe the first of these files whose contents have changed since the save, or return None."""
     listed = description(path)["files"]
     for name in names:
         try:

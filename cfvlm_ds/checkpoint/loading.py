@@ -1,4 +1,4 @@
-"""Checkpoint loading for any number of ranks. Only tensors are read, so pickled code is never run."""
+"""Checkpoint loading for any number of ranks. Only tensors are unpickled, so no code in a file is run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from cfvlm_ds.models.model_files import explained
 
 
 def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
-    """Restore weights, optimizer, schedule, random state and ``state`` from a complete checkpoint.
+    """Restore the weights, the optimizer, the schedule, the random state and ``state`` from a complete checkpoint.
 
-    A checkpoint that was written by another number of ranks is first resharded into a folder in ``output_dir``, which is removed at the
-    end. Resharding needs as much space as the checkpoint. Raises StorageError on all ranks if there is not enough.
+    If another number of ranks wrote the checkpoint, it is first resharded into a temporary folder in ``output_dir``, which needs as much
+    space as the checkpoint. Raises StorageError on all ranks if there is not enough space.
     """
     if (ranks := description(path)["world_size"]) == world.size:
         _load(engine, path, path, state, world)
@@ -51,10 +51,10 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
-    """Write the files for one rank out of ``ranks`` into ``target``, a folder that DeepSpeed then loads like its own checkpoint.
+    """Write the files of rank ``rank`` out of ``ranks`` into ``target``. DeepSpeed can load this folder like its own checkpoint.
 
-    ``shapes`` is the engine's layout of the new run, and ``sizes`` has the number of elements in each of this rank's flat tensors. Raises
-    ConfigError if the checkpoint has other trained weights than this run.
+    ``shapes`` is the layout of the new run's engine, and ``sizes`` has the number of elements of each of this rank's flat tensors. Raises
+    ConfigError if the checkpoint and this run train different weights.
     """
     shards = Shards(source)
     if shards.trained != {name for group in shapes for name in group}:
@@ -65,14 +65,14 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
 
 
 def kept_state(path: Path) -> TrainState:
-    """Return the loop's state in a complete checkpoint without loading the rest. Raises ConfigError for another version."""
+    """Read only the loop's state from a complete checkpoint. Raises ConfigError if another version wrote it."""
     described = description(path)
     refuse_other_version(described, path)
     return TrainState(**described["loop"])
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
-    """Load the checkpoint ``path`` from ``folder``, which has its files for the current number of ranks."""
+    """Load the checkpoint ``path``. ``folder`` has its files for the current number of ranks."""
     with explained(f"{path} cannot be loaded", "use another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:

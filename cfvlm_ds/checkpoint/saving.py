@@ -1,8 +1,8 @@
-"""Checkpoint saving: DeepSpeed's shards and the state of the loop, in a folder that gets its name when it is complete.
+"""Checkpoint saving. DeepSpeed's shards and the state of the loop are written to a folder that gets its final name when it is complete.
 
 A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
-to disk. Sizes and checksums are listed in ``complete.json``, and one rename makes it ``checkpoint-STEP``. A folder that does not match its
-list is never resumed from. Layout::
+to disk. ``complete.json`` lists sizes and checksums. At the end, the folder is renamed to ``checkpoint-STEP``. A folder that does not match
+its list is never resumed from. Layout::
 
     checkpoint-STEP/
         complete.json                     step, number of ranks, size and CRC-32 of every file, state of the loop (state.py)
@@ -36,14 +36,15 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed, and older ones are unchanged."""
+    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed; older checkpoints are unchanged."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
     """Write ``output_dir/checkpoint-STEP``, remove older checkpoints, and return the path of the new one.
 
-    The newest ``keep`` checkpoints stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every``. All
-    ranks must call this. Raises SaveError on all ranks if one cannot write a file, for instance because the disk is full.
+    The newest ``keep`` checkpoints are kept (0: all), as are the best checkpoint and every checkpoint whose step is a multiple of
+    ``keep_every`` (0: none). All ranks must call this. Raises SaveError on all ranks if one of them cannot write a file, for example
+    because the disk is full.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".partial")
@@ -68,7 +69,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     with guarded_writes(engine, guard, write):
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
     if failures:
-        gc.collect()  # in newer versions of torch the error's frames form a cycle
+        gc.collect()  # in newer versions of torch, the error's frames form a reference cycle
     with collect_failure(failures):  # on every rank, because ZeRO-1 and 2 save only the first rank's client state
         write(random_state(world.device), partial / RANDOM_STATE.format(world.rank))
     reports = gather_objects((write_error(failures[0], partial) if failures else None, files), world)
@@ -91,9 +92,9 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
-    """Delete checkpoints of ``output_dir`` up to the step of ``state``.
+    """Delete old checkpoints in ``output_dir``, up to the step of ``state``.
 
-    The newest ``keep`` stay (0 keeps all), and so do the best one and those whose step is a multiple of ``keep_every`` (0 for none).
+    ``keep`` and ``keep_every`` have the same meaning as in ``save``.
     """
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():
@@ -105,13 +106,13 @@ def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: in
 def collect_failure(failures: list[str]) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        failures.append(str(error).partition("\n")[0])  # the error itself would keep the broken file open and its space in use
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
+        failures.append(str(error).partition("\n")[0])  # keeping the error would keep the broken file open and its space in use
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the system's reason for a failed write, which torch's writer does not report. A trial write to ``folder`` finds the reason; if
-    it succeeds, return ``failure``.
+    """Return the system's reason for a failed write, because torch's writer does not report it. The reason comes from a trial write to
+    ``folder``. If that succeeds, return ``failure``.
     """
     if not folder.is_dir():
         return failure
@@ -124,7 +125,7 @@ def write_error(failure: str, folder: Path) -> str:
 
 
 def _written(states: Any, file: Path) -> tuple[int, int]:
-    """Write states to a file, flush it to disk, and return its size and CRC-32, which are computed during the write."""
+    """Write states to a file and flush it to disk. Returns the file's size and CRC-32, computed during the write."""
     with file.open("wb") as handle:
         summed: Any = Summed(handle)
         torch.save(states, summed)
@@ -134,14 +135,14 @@ def _written(states: Any, file: Path) -> tuple[int, int]:
 
 
 def flushed(file: Path) -> tuple[int, int]:
-    """Flush a file to disk, so that it survives a power loss, and return its size and CRC-32."""
+    """Flush a file to disk, so that it survives a power loss. Returns its size and CRC-32."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size, crc32_of(file)
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, which lists all files, including those that no rank has reported, and rename the folder to its final name."""
+    """Write complete.json, which lists all files (including those that no rank has reported), and give the folder its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)
@@ -156,7 +157,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
 
 
 def _sync_names(folder: Path) -> None:
-    """Flush the folder's entries to disk if the file system supports it."""
+    """Flush a folder's entries to disk if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""State of a run in a checkpoint, in addition to weights, optimizer and schedule."""
+"""State of the training loop, which a checkpoint stores in addition to weights, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 
 SCHEMA = 1
-"""Format version of the files from which a run is resumed."""
+"""Format version of the files that a run resumes from."""
 
 
 @dataclass
@@ -20,9 +20,9 @@ class TrainState:
 
     ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` is the identity of the training groups;
     ``run_id`` is the MLflow run; ``baseline_lp`` is the initial factual log-likelihood per token, against which displacement is measured;
-    ``best`` holds the ``step`` and ``value`` of the best evaluation by ``train.save_best``, and ``worse`` counts the evaluations since;
-    ``skipped`` maps left-out groups to the reasons; ``record`` holds the run's options (see option_changes.py); ``retained`` holds the
-    first evaluation of each set in ``train.retention`` with its ``step`` and its ``data``.
+    ``best`` holds the ``step`` and ``value`` of the best evaluation according to ``train.save_best``, and ``worse`` counts the evaluations
+    since then; ``skipped`` maps the ids of left-out groups to reasons; ``record`` holds the run's options (see option_changes.py);
+    ``retained`` holds the first evaluation of each set in ``train.retention``, with its ``step`` and ``data``.
     """
 
     step: int = 0
@@ -42,7 +42,7 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Store a value of the metric ``train.save_best`` if it is the best so far, and return whether it is. NaN is never the best."""
+        """Store a value of the metric ``train.save_best`` if it is the best so far. Returns True if it is. NaN is never the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
@@ -50,7 +50,7 @@ class TrainState:
         return True
 
     def note(self, **known: Any) -> None:
-        """Set attributes whose values become known later, such as ``record``, ``data`` or ``run_id``, or discard ``best``."""
+        """Set attributes that become known later, such as ``record``, ``data`` or ``run_id``, or discard ``best``."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:
@@ -60,15 +60,15 @@ class TrainState:
         return self.baseline_lp - lp
 
     def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
-        """Store the measurements of a set as the reference for later evaluations, and return them with ``step`` and ``data``, the identity
-        of its groups.
+        """Store the measurements of a set as the reference for later evaluations. Returns them with ``step`` and ``data`` (the identity of
+        its groups).
         """
         self.retained[split] = {"data": dict(data), "step": self.step, **measured}
         return self.retained[split]
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError for a record of another version; ``what`` is its file or run."""
+    """Raise ConfigError for a record of another version. ``what`` is its file or run folder."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

@@ -1,1 +1,1 @@
-"""Cluster support of a run: signals, the end of the job's time, hanging ranks, the lock of the run folder, broken nodes."""
+"""Cluster support for a run: signals, the job's time limit, hanging ranks, the lock of the run folder, and broken nodes."""

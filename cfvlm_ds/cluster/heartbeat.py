@@ -3,12 +3,12 @@
 A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the rank waits in a collective. There are two kinds of hang:
 
 - a rank writes no heartbeat for ``timeout_s``, in any phase (its process is stopped, or its node is lost);
-- no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest one is within a step. Start-up, checkpoints,
-  evaluation and export may take any time; the collectives' own timeout bounds them.
+- no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest rank is within a step. Start-up, checkpoints,
+  evaluation and export may take any time; only the timeout of collectives limits them.
 
 The first rank that detects a hang prints one sentence and writes it to ``heartbeat/hang.txt``. Every rank that detects it exits with
-``EXIT_HANG``, so that the launcher ends the job. Clocks of different machines are never compared: a rank measures how long it has seen no
-change.
+``EXIT_HANG``, so that the launcher ends the job. Clocks of different machines are never compared: a rank measures for how long it has seen
+no change.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""The phases of a step, in which a rank must make progress within ``timeout_s``."""
+"""Phases of a step. In these, a rank must make progress within ``timeout_s``."""
 ENDED = "ended"
-_RECORD_BYTES = 512  # fixed size, overwritten in place, so that a full disk does not silence a healthy rank
+_RECORD_BYTES = 512  # the record has a fixed size and is overwritten in place, so a full disk does not silence a healthy rank
 
 
 def prepare(run_dir: Path) -> Path:
-    """Create an empty folder for the heartbeats of a new start, and return it. Rank 0 calls this before any rank writes a heartbeat. Raises
-    StorageError.
+    """Create and return an empty folder for the heartbeats of a new start. Rank 0 calls this before any rank writes a heartbeat. Raises
+    StorageError if the folder cannot be written.
     """
     folder = run_dir / FOLDER
     try:
         remove(folder)
-        folder.mkdir(parents=True)  # an earlier start's verdict or beats would count as this one's
+        folder.mkdir(parents=True)  # heartbeats and a hang report of an earlier start would count for this one
     except OSError as error:
         raise StorageError(f"{unwritten(folder, error)}; free some space, or choose another, writable train.output_dir") from error
     return folder
@@ -54,14 +54,14 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """What is known about another rank: its last record, and the seconds without a new heartbeat and without a new phase."""
+    """Observations of a rank: its last record, the seconds without a new heartbeat, and the seconds without a new phase."""
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Update the observations with the rank's record, which was read ``elapsed_s`` seconds after the last one."""
+        """Update the observations with the rank's new record, read ``elapsed_s`` seconds after the last one."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -70,7 +70,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """Return the rank that hangs and one sentence about it, or None if no rank hangs."""
+    """Return the rank that hangs and a sentence that describes the hang, or None if no rank hangs."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"
@@ -99,11 +99,11 @@ def _place(peer: Peer) -> str:
 
 
 class Heartbeat:
-    """Context manager with this rank's heartbeat and its watch over the other ranks.
+    """Context manager that writes this rank's heartbeat and watches the other ranks.
 
     Args:
         folder: the folder that ``prepare`` returned on rank 0.
-        timeout_s: longest time without a heartbeat, or without progress of a step; 0 disables the watch.
+        timeout_s: longest time in seconds without a heartbeat, or without progress in a step; 0 disables the watch.
     """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
@@ -123,7 +123,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
-        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank must make the same calls; a call costs a
+        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank must make the same calls. A call takes a
         microsecond.
         """
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
@@ -148,7 +148,7 @@ class Heartbeat:
             if self._over.wait(self._interval):
                 return
             now = time.monotonic()
-            # Time in which this process or its file system was stalled does not count against the others.
+            # Time during which this process or its file system stalled does not count against the other ranks.
             elapsed_s, looked = min(now - looked, 2 * self._interval), now
             for rank, peer in enumerate(self._peers):
                 peer.update(self._own | {"beat": beat} if rank == self._rank else self._read(rank), elapsed_s)
@@ -186,5 +186,5 @@ class Heartbeat:
         if first:
             print_line(f"error: {sentence}", error=True)
         if rank == self._rank:
-            faulthandler.dump_traceback()  # shows in the log where it is stuck
+            faulthandler.dump_traceback()  # shows in the log where the rank is stuck
         os._exit(EXIT_HANG)

@@ -1,9 +1,9 @@
-"""Node check of a Slurm job before ranks are started: one task per node, which identifies the broken node.
+"""Node check of a Slurm job: runs one task per node before the ranks start, and identifies broken nodes.
 
-Each task checks its own node (GPUs, packages, code), joins the others at the first node's TCP store, compares its software with the first
+Each task checks the GPUs of its node and joins the others at the first node's TCP store. It compares its packages and code with the first
 node's, and takes part in one collective, whose bandwidth the first node prints. It writes one line to ``FOLDER/NODE``: ``ok``, ``bad:
 WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees another file system or does not
-answer; slurm/launch.sh names such a node too.
+answer. slurm/launch.sh also names such a node.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cfvlm_ds.core.versions import PACKAGE, version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "mlflow", "peft")
 FLOOR = "CFVLM_MIN_GB_S"
-"""Environment variable that sets the minimum bandwidth between nodes, in GB/s."""
+"""Environment variable for the minimum bandwidth between nodes, in GB/s."""
 
 
 def check(folder: Path, timeout_s: float) -> str:
-    """Check this node (a task of ``srun --ntasks-per-node=1``), write the line into ``folder`` and return it.
+    """Check this node from a task of ``srun --ntasks-per-node=1``. Writes the line into ``folder`` and returns it.
 
-    Needs MASTER_ADDR and MASTER_PORT. ``timeout_s`` bounds the meeting and the collective separately. Raises OSError if ``folder`` does not
-    exist or cannot be written.
+    Needs MASTER_ADDR and MASTER_PORT. ``timeout_s`` limits the meeting at the store and the collective separately, in seconds. Raises
+    OSError if ``folder`` does not exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)
@@ -41,7 +41,7 @@ def check(folder: Path, timeout_s: float) -> str:
 
 
 def software() -> str:
-    """Return the versions that must be equal on all nodes: Python, packages, and a hash of this package's own code."""
+    """Return the versions that must be equal on all nodes: Python, the packages, and a hash of this package's code."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -50,7 +50,7 @@ def software() -> str:
 
 
 def gpu_fault(expected: int | None) -> str | None:
-    """Return the fault of this node's GPUs, or None; ``expected`` is the number from Slurm, None if Slurm does not report it."""
+    """Describe a fault of this node's GPUs, or return None. ``expected`` is the number of GPUs according to Slurm, None if unknown."""
     visible = torch.cuda.device_count()
     if expected is not None and visible != expected:
         return f"Slurm allocated {expected} GPUs, but torch finds {visible}"
@@ -101,7 +101,7 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Measure the bandwidth between the nodes in one collective; all tasks leave together. Raises the same errors as
+    """Measure the bandwidth between the nodes in GB/s with one collective. All tasks leave together. Raises the same errors as
     ``all_reduce_rate``.
     """
     device = own_device()
@@ -109,7 +109,7 @@ def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> fl
     rate = all_reduce_rate(device)
     dist.destroy_process_group()
     store.set(f"left {rank}", "")
-    for other in range(size) if rank == 0 else ():  # rank 0 hosts the store
+    for other in range(size) if rank == 0 else ():  # rank 0 hosts the store, so it leaves last
         store.get(f"left {other}")
     return rate
 

@@ -1,4 +1,4 @@
-"""Lock of a run folder: a locked file that identifies its holder. The lock is released when its holder ends, in whatever way."""
+"""Lock of a run folder: a locked file that identifies its holder. The lock is released when its holder ends, even after a crash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "run.lock"
 
 
 class RunLock:
-    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run holds the folder."""
+    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run holds the lock."""
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
         self.path, own = folder / NAME, _identity()
@@ -30,7 +30,7 @@ class RunLock:
                     raise ConfigError(
                         f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run has ended"
                     )
-                # The holder is an earlier start of this job on a node that is down: Slurm never runs a job twice at the same time.
+                # The holder is an earlier start of this job on a node that is down, since Slurm never runs a job twice at the same time.
                 self.path.unlink(missing_ok=True)
             self._held = descriptor
             os.write(descriptor, json.dumps(own).encode())
@@ -46,7 +46,7 @@ class RunLock:
 
     def release(self) -> None:
         """Remove the lock file and release the lock."""
-        with contextlib.suppress(OSError):  # an error here must not hide the reason for which the run ends
+        with contextlib.suppress(OSError):  # an error here must not hide the reason why the run ends
             if self._held >= 0 and is_same(self.path, self._held):
                 self.path.unlink()
         self._close()

@@ -1,13 +1,13 @@
-"""Stop requests: a signal arrives, or the time of the Slurm job runs out before the run has ended.
+"""Stop requests from signals and from the time limit of a Slurm job.
 
 While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an evaluation,
-and the votes are added over ranks. All ranks therefore stop after the same step: they save one checkpoint and exit with ``EXIT_STOPPED``,
-and the same command continues from there. Before the first step and after the last evaluation there is nothing to save: a signal to any
-rank ends all of them at once with the same code.
+and the votes are summed over ranks. All ranks therefore stop after the same step. They save a checkpoint and exit with ``EXIT_STOPPED``;
+the same command resumes from it. Before the first step and after the last evaluation there is nothing to save, so a signal to any rank ends
+all ranks at once with the same code.
 
-The scripts in slurm/ send SIGUSR1 before a time limit, Slurm itself sends SIGTERM first, and Ctrl-C sends SIGINT. A second Ctrl-C ends the
-run at once with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's own handlers wait for the main thread, which may be
-blocked in a collective.
+The scripts in slurm/ send SIGUSR1 before the time limit. Slurm itself sends SIGTERM before it kills a job, and Ctrl-C sends SIGINT. A
+second Ctrl-C ends the run at once with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the main
+thread, which may be blocked in a collective.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-if TYPE_CHECKING:  # a command's --help does not need it
+if TYPE_CHECKING:  # a command's --help does not need these imports
     from torch import Tensor
 
     from cfvlm_ds.core.distributed import World
 
 EXIT_STOPPED = 85
-"""Exit code of a run that was requested to stop: it is saved and can be continued."""
+"""Exit code of a run that was asked to stop. Its state is saved, and it can be resumed."""
 EXIT_HANG = 86
 """Exit code of every rank that has detected a hanging rank (see heartbeat.py)."""
 EXIT_DISK_FULL = 87
-"""Exit code of a command that ended because a disk or a quota is full."""
+"""Exit code of a command that failed because a disk or a quota is full."""
 EXIT_INTERRUPTED = 130
-"""Exit code of a run that a second Ctrl-C has ended at once; its work since the last checkpoint is lost."""
+"""Exit code of a run that a second Ctrl-C ended at once. Its work since the last checkpoint is lost."""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_ONE_PRESS_S = 1.0  # a terminal and a launcher may both forward one Ctrl-C
+_ONE_PRESS_S = 1.0  # a terminal and a launcher may both forward the same Ctrl-C
 _LEAVE_WITHIN_S, _NOTIFIED_WITHIN_S, _POLL_S = 10.0, 4.0, 1.0
 _LEAVING, _NOTIFIED = "cfvlm_ds/leaving", "cfvlm_ds/notified"
 _stop_requested = threading.Event()
@@ -50,7 +50,7 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Install handlers that request a stop, including for signals that train.py blocked during its imports."""
+    """Install handlers that request a stop. They also handle signals that arrived while train.py blocked them during its imports."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
@@ -66,8 +66,8 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Detach a child process, so that the signals that it receives, such as one from a pool that ends it, are not reported to its
-    parent.
+    """Detach a child process, so that signals to the child are not reported to its parent. A pool, for example, signals its workers to end
+    them.
     """
     signal.set_wakeup_fd(-1)
 
@@ -76,7 +76,7 @@ def _listen(reader: int) -> None:
     pressed = None
     while numbers := os.read(reader, 64):
         for number in numbers:
-            if number not in _SIGNALS:  # other signals have handlers too
+            if number not in _SIGNALS:  # other signals with handlers, such as SIGCHLD
                 continue
             _stop_requested.set()
             if not _together:
@@ -89,7 +89,7 @@ def _listen(reader: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process at once, after running the actions registered with ``before_leaving``, for no longer than their time limit."""
+    """Run the actions registered with ``before_leaving`` within a time limit, and end this process."""
     if not _left.acquire(blocking=False):
         return
 
@@ -108,7 +108,7 @@ def _leave(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if children:
-            time.sleep(0.5)  # a thread that was compiling an extension releases its lock, for which the next start would wait
+            time.sleep(0.5)  # lets a thread that compiles an extension release its lock; the next start would wait for the lock
     os._exit(code)
 
 
@@ -116,7 +116,7 @@ def _leave(code: int) -> None:
 def last_word() -> Iterator[None]:
     """Wait forever at the end of the block if a signal is ending the process.
 
-    An error within the block, such as that of a data worker killed by the same signal, then changes neither the exit code nor the output.
+    An error within the block, for example because the same signal killed a data worker, then changes neither the exit code nor the output.
     """
     try:
         yield
@@ -127,7 +127,9 @@ def last_word() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
-    """Within the block, call ``action`` with the exit code if a signal ends the process at once. The latest action is called first."""
+    """Within the block, call ``action`` with the exit code if a signal ends the process at once. The last registered action is called
+    first.
+    """
     _before_leaving.append(action)
     try:
         yield
@@ -137,7 +139,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """Within the block, notify the other ranks if a signal ends this rank at once; they then end with the same code."""
+    """Within the block, notify the other ranks if a signal ends this rank at once, so that they end with the same code."""
     if world.size == 1:
         yield
         return
@@ -154,7 +156,7 @@ def leaving_together(world: World) -> Iterator[None]:
             time.sleep(_POLL_S)
 
     def watch() -> None:
-        with contextlib.suppress(RuntimeError):  # rank 0 has crashed with the store
+        with contextlib.suppress(RuntimeError):  # rank 0, which hosts the store, has crashed
             while not over.wait(_POLL_S):
                 if store.check([_LEAVING]):
                     _leave(int(store.get(_LEAVING)))
@@ -171,30 +173,30 @@ def leaving_together(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within the block, make signals only set the flag that ranks vote on, so that the ranks stop together or not at all."""
+    """Within the block, a signal only sets the flag that ranks vote on, so that the ranks stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
         yield
-        if _stop_requested.is_set() and not before:  # after the last vote
+        if _stop_requested.is_set() and not before:  # the signal arrived after the last vote
             _leave(EXIT_STOPPED)
     finally:
         _together = before
 
 
 class StopRequested(Exception):
-    """The ranks have agreed to stop during an evaluation; the message gives the reason."""
+    """The ranks have agreed to stop during an evaluation. The message gives the reason."""
 
 
 class WorkerLost(Exception):
-    """A data worker has died on one of the ranks, and no rank has begun the step."""
+    """A data worker of some rank has died, and no rank has started the step."""
 
 
 def shield_worker(worker_id: int) -> None:
-    """Make a data worker ignore stop signals, as a DataLoader's ``worker_init_fn``.
+    """Make a data worker ignore stop signals. This is a ``worker_init_fn`` of a DataLoader.
 
-    srun, Slurm and terminals signal every process of a task, but stopping is up to the rank. SIGTERM is obeyed only if it comes from the
-    rank itself, which ends its workers with it.
+    srun, Slurm and terminals signal every process of a task, but only the rank decides when to stop. The worker obeys SIGTERM only from its
+    rank, which ends its workers this way.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -210,9 +212,9 @@ def _obey_parent() -> None:
 
 @contextlib.contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Within the block, raise WorkerLost instead of torch's error if a DataLoader's worker dies.
+    """Within the block, raise WorkerLost instead of torch's error if a data worker dies.
 
-    The worker's connection ends a moment before torch reports the death.
+    The worker's connection closes a moment before torch reports the death, so a connection error waits for that report.
     """
     try:
         try:
@@ -234,7 +236,7 @@ _torchs_handler: Any = None
 
 
 def defer_worker_deaths() -> None:
-    """Make torch's SIGCHLD handler, which a DataLoader installs, raise only in ``deferred_deaths_raised``; elsewhere it would interrupt a
+    """Make the SIGCHLD handler that a DataLoader installs raise only within ``deferred_deaths_raised``. Elsewhere it would interrupt a
     step.
     """
     global _torchs_handler
@@ -245,7 +247,7 @@ def defer_worker_deaths() -> None:
 
 @contextlib.contextmanager
 def deferred_deaths_raised() -> Iterator[None]:
-    """Within the block, raise an error as soon as a DataLoader's worker dies, or at once if one has died before."""
+    """Within the block, raise an error as soon as a data worker dies, or at once if one has died before."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -258,23 +260,23 @@ def deferred_deaths_raised() -> Iterator[None]:
 
 
 class Stop:
-    """The decision whether to stop a run, on which all ranks vote once per step.
+    """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: seconds before the job's end (``SLURM_JOB_END_TIME``, Unix time) by which the next step and a checkpoint must be done. The
-            longest time between two votes so far, including any evaluation or checkpoint in it, is added.
+        margin_s: seconds by which the next step and a checkpoint must precede the job's end (``SLURM_JOB_END_TIME``, Unix time). The
+            longest time between two votes so far, including any evaluation or checkpoint, is added to it.
     """
 
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
         self._end = math.inf
-        with contextlib.suppress(ValueError):  # a site may set another format
+        with contextlib.suppress(ValueError):  # a site may use another format
             self._end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
         self._last = time.time()
         self._longest = 0.0
 
     def votes(self) -> Tensor:
-        """Return [2], to be added over ranks: 1 if a signal has arrived, and 1 if time is running out; otherwise 0."""
+        """Return this rank's votes [2], to be summed over ranks: 1 if a signal has arrived, and 1 if time is running out, otherwise 0."""
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         import torch
@@ -283,7 +285,7 @@ class Stop:
 
 
 def reason(votes: Sequence[float]) -> str | None:
-    """Return the reason to stop from the sum of the ranks' votes; None to continue."""
+    """Return the reason to stop, given the sum of the ranks' votes, or None to continue."""
     signalled, late = (vote > 0 for vote in votes)
     if signalled:
         return "a signal was received"

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Divergence(NamedTuple):
+    """A divergence, in nats, between the next-token distributions p on a text's own image and q on another one, at the text's tokens.
+
+    ``against`` names the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q) with gradients of
+    both. With ``sharpened`` (alpha, beta), it is KL(t || p) with the gradient of p only. The target t is proportional to p (p / q)^alpha on
+    the tokens with p >= beta max p, and 0 elsewhere.
+    """
+
+    against: Literal["false", "blank", "sham"]
+    sharpened: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,28 @@ class GroupLayout:
     def negative(self) -> Tensor:
         """Scored cells whose text is known to be false of their image, [G, I, C] bool."""
         return self.valid & (self.match == 0)
+
+    @property
+    def own(self) -> Tensor:
+        """For each text, the first image that it is true of, [G, I, C] bool. A sham image does not count as a second one."""
+        return self.positive & (self.positive.cumsum(1) == 1)
+
+    def compared(self, against: str) -> Tensor:
+        """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
+
+        ``false``: images that the text is false of. ``blank``: the blank picture. ``sham``: images that the text is true of as well as of
+        the factual image, and that differ from the factual image in no known truth.
+        """
+        own = self.own
+        if against == "sham":
+            factual = self.match[:, :1]
+            differs = (self.match != factual) & (self.match >= 0) & (factual >= 0)
+            return self.positive & ~own & own[:, :1] & ~differs.any(2, keepdim=True)
+        others = self.negative
+        if against == "blank":
+            others = torch.zeros_like(self.valid)
+            others[:, -1] = self.valid[:, -1] & self.blank
+        return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
         """Return the layout with all groups whose flag is False switched off: their cells and weights do not contribute to any

@@ -7,15 +7,15 @@ images, C candidates, T tokens of the longest text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 
 LengthNorm = Literal["anchor", "own", "none"]
 
@@ -32,6 +32,9 @@ class Scores:
     R. They have no gradient, because each of those groups gets its gradient through its own scores.
 
     ``tokens`` [G, I, C, T] are the terms of the sum ``logp``, 0 after the last token of a text; None unless an objective needs them.
+
+    ``divergences`` [G, I, C] has, for each one that an objective needs, its sum over the tokens of the cell's text; 0 in cells that are not
+    compared.
     """
 
     layout: GroupLayout
@@ -41,6 +44,7 @@ class Scores:
     prior: Tensor | None = None
     cross_group: Tensor | None = None
     tokens: Tensor | None = None
+    divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
         """Return the scores without the texts of other groups or the blank picture, unless they are requested."""
@@ -51,7 +55,9 @@ class Scores:
         cut = {name: getattr(self, name) for name in ("logp", "end_logp", "reference", "tokens")}
         cut = {name: None if values is None else values[:, :rows, :columns] for name, values in cut.items()}
         prior = None if self.prior is None else self.prior[:, :columns]
-        return replace(self, layout=layout, prior=prior, cross_group=self.cross_group if in_batch else None, **cut)
+        divergences = {kind: values[:, :rows, :columns] for kind, values in self.divergences.items()}
+        cross_group = self.cross_group if in_batch else None
+        return replace(self, layout=layout, prior=prior, cross_group=cross_group, divergences=divergences, **cut)
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:

@@ -56,6 +56,8 @@ class EvaluationLoss:
                 self._lacking[name] = "it needs the texts' prior likelihood, which is stored only for training groups"
             elif term.needs_blank:
                 self._lacking[name] = "it needs scores of the blank picture, which are part of training rows only"
+            elif term.divergence is not None:
+                self._lacking[name] = "it needs divergences of distributions, which are part of training rows only"
             elif term.needs_reference and reference is None:
                 self._lacking[name] = "it needs reference scores, which are stored only for training groups"
         has_reference_term = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())

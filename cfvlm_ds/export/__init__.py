@@ -1,8 +1,8 @@
 """Export of a DeepSpeed checkpoint as a Hugging Face folder with the names, shapes, dtypes and files of its source model.
 
-The model is never in memory as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output,
-so an export needs a few hundred MiB whatever the size of the model. If transformers stores weights in another form than it computes with,
-the export needs the memory of one layer.
+The whole model is never in memory. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output. An
+export therefore needs a few hundred MiB of memory, regardless of the size of the model. If transformers stores weights in a different form
+than it uses for computation, the export also needs the memory of one layer.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def export_hf(
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``, and return ``out_dir``.
 
-    The export needs no process group or GPU. Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive`` is
-    called repeatedly during the export. ``card`` becomes the folder's README.md unless the user has written one.
+    The export needs no process group and no GPU. Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive``
+    is called regularly during the export. ``card`` becomes the folder's README.md unless the user has written one.
 
-    The folder is written under another name and renamed when it is complete; only then does it replace an older export. Names, shapes and
-    dtypes of weights are those of the source. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit
-    the source, and StorageError if the folder cannot be written.
+    The folder is written under another name and renamed when it is complete; only then does it replace an older export. Weights have the
+    names, shapes and dtypes of the source. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit the
+    source, and StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -85,7 +85,7 @@ def _refuse_full_disk(partial: Path, out_dir: Path, needed: int) -> None:
 
 
 def _copy_files(folder: Path, partial: Path) -> None:
-    """Copy configuration, tokenizer and processor files unchanged."""
+    """Copy the configuration, tokenizer and processor files unchanged."""
     for path in side_files(folder):
         target = partial / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Adapters of a checkpoint: merged into the weights that they adapt, or written in peft's format."""
+"""Adapters of a checkpoint: merging them into the adapted weights, or writing them in peft's format."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 
 
 class MergedWeights(ZeroWeights):
-    """The weights of a checkpoint under their names in the model without adapters, with the adapters merged in, in float32.
+    """Weights of a checkpoint with merged adapters, in float32, keyed by their names in the model without adapters.
 
-    W' = W + scaling * B A; DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
+    W' = W + scaling * B A. DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
     """
 
     def __init__(self, checkpoint: Path, lora: LoraConfig | None) -> None:
@@ -53,7 +53,7 @@ class MergedWeights(ZeroWeights):
         yield from (block * factor[row] for block, row in self._added(name, layer))
 
     def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the values of W + scaling * B A block by block, with the row index of each value."""
+        """Yield W + scaling * B A in blocks, and the row index of each value."""
         a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
         columns, start = a.shape[1], 0
         for block in super().blocks(name):
@@ -73,12 +73,12 @@ def export_adapter(
     alive: Callable[[], object] = lambda: None,
     card: str | None = None,
 ) -> Path:
-    """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format, in float32, for ``PeftModel.from_pretrained`` on ``source``.
-    Return ``out_dir``.
+    """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format and float32, and return ``out_dir``.
+    ``PeftModel.from_pretrained`` can load them onto ``source``.
 
-    The folder is written under another name and renamed when it is complete; only then does it replace older adapters. ``card`` is as for
-    ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or has other trained weights, which peft's format
-    cannot hold, and StorageError if the folder cannot be written.
+    The folder is written under another name and renamed when it is complete; only then does it replace older adapters. ``alive`` and
+    ``card`` have the same meaning as in ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or also has
+    other trained weights, for which peft's format has no place. Raises StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -98,7 +98,7 @@ def export_adapter(
             tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
         with create(
             partial / "adapter_model.safetensors"
-        ) as handle:  # safetensors' save_file makes files that only their owner can read, and does not raise OSError
+        ) as handle:  # safetensors' save_file creates files that only their owner can read, and does not raise OSError
             handle.write(save(tensors, {"format": "pt"}))
         adapter_config = peft_config(model, family, modules, source, lora)
         adapter_config.inference_mode = True
@@ -109,5 +109,5 @@ def export_adapter(
 
 
 def _saved_name(name: str) -> str:
-    """Return a tensor's name in peft's format, without the adapter's name and, for a vector, without the last part."""
+    """Return a tensor's name in peft's format: without the adapter's name and, for DoRA's vectors, without the last part."""
     return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

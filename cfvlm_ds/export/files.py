@@ -1,4 +1,4 @@
-"""Safetensors files that are written tensor by tensor."""
+"""Safetensors files, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
 class Files:
-    """Safetensors files whose tensors are written in any order. Names, shapes and dtypes determine all offsets in advance."""
+    """Safetensors files whose tensors can be written in any order. Names, shapes and dtypes determine all offsets in advance."""
 
     def __init__(
         self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
@@ -43,7 +43,7 @@ class Files:
                 self._starts[name] += 8 + len(text)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
-        """Write a tensor, given in flat blocks, in the dtype of the source. Raises ConfigError if its size differs."""
+        """Write a tensor, given as flat blocks, in the source's dtype. Raises ConfigError if its size differs from the source's."""
         tensor = self._saved[name]
         remaining = tensor.nbytes
         with open(self._folder / tensor.file, "r+b") as handle:
@@ -62,7 +62,7 @@ class Files:
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
-    """Write the model's index, which maps each tensor to its file and gives the total size in bytes. A single-file model gets no index."""
+    """Write the model's index, which maps tensors to files and gives the total size in bytes. A model in a single file gets no index."""
     if {tensor.file for tensor in saved.values()} == {SINGLE}:
         return
     total = sum(tensor.nbytes for tensor in saved.values())

@@ -1,4 +1,4 @@
-"""Replacement of a folder: the new one is written under another name, and replaces an older one of its kind when it is complete."""
+"""Replacement of an export's folder. The new folder is written under another name, and replaces an older export when it is complete."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cfvlm_ds.core.untrusted import refuse_link
 def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:
     """Raise ConfigError if ``out_dir`` must not be replaced.
 
-    It must not be replaced if it contains one of ``needed``, if it contains files but not an older export (which has the file ``marker``),
-    if it is a file, or if it is a link, whose target would be replaced.
+    It must not be replaced if it contains one of ``needed``, if it contains files but no older export (which has the file ``marker``), if
+    it is a file, or if it is a link, whose target would be replaced.
     """
     refuse_link(out_dir, remedy)
     final = out_dir.resolve()
@@ -35,16 +35,16 @@ def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy:
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = re.compile(r"<!-- cfvlm-ds wrote this card: ([0-9a-f]{32}) -->\n")
-"""The last line of a card, with a digest of the text above it. A card that the user has edited no longer matches and is kept."""
+"""Last line of a card, with a digest of the text above it. If the user edits a card, it no longer matches its digest and is kept."""
 
 
 def sealed(text: str) -> str:
-    """Return a model card with a seal, the last line, by which an unchanged card is recognised."""
+    """Append a seal to a model card. It identifies a card that the user has not changed."""
     return f"{text}<!-- cfvlm-ds wrote this card: {_digest(text)} -->\n"
 
 
 def is_own_card(path: Path) -> bool:
-    """Return whether a file is an unchanged card from ``sealed``."""
+    """Return True if a file is an unchanged card from ``sealed``."""
     try:
         text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
@@ -58,7 +58,7 @@ def _digest(text: str) -> str:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError for a model folder that no export wrote, which is outside a run's folder and has a card without a seal."""
+    """Raise ConfigError if ``out_dir`` holds a model that no export wrote: it is not in a run folder, and its card has no seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL.search((out_dir / CARD).read_text()) is not None
@@ -69,7 +69,7 @@ def refuse_others_model(out_dir: Path, remedy: str = "name another folder with -
 
 
 def write_card(folder: Path, card: str) -> bool:
-    """Write the card of a folder, unless its README.md belongs to the user. Return whether the card was written."""
+    """Write the card of a folder, unless its README.md is the user's. Returns True if the card was written."""
     path = folder / CARD
     if os.path.lexists(path) and not is_own_card(path):
         return False
@@ -78,7 +78,9 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
-    """Write the card of a folder that will replace ``out_dir``: the user's own README.md in ``out_dir`` if there is one, else ``card``."""
+    """Write the card of a folder that will replace ``out_dir``. A README.md that the user wrote in ``out_dir`` takes precedence over
+    ``card``.
+    """
     present = out_dir / CARD
     if os.path.lexists(present) and not is_own_card(present):
         if present.is_dir() and not present.is_symlink():
@@ -94,7 +96,7 @@ def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
 def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
     """Yield an empty folder that replaces ``out_dir`` at the end of the block.
 
-    Raises the same errors as ``refuse_replacing``. Within the block, an OSError becomes a StorageError.
+    Raises the same errors as ``refuse_replacing``. An OSError within the block becomes a StorageError.
     """
     refuse_replacing(out_dir, marker, needed)
     final = out_dir.resolve()

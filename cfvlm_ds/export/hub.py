@@ -8,16 +8,16 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an export to a model repository, and return the repository's address. The repository is created as private if necessary.
+    """Upload an export to a model repository and return the repository's URL. A new repository is created as private.
 
-    Raises ConfigError if the hub refuses the upload or cannot be reached. The export itself is not changed.
+    Raises ConfigError if the hub refuses the upload or cannot be reached. The export is not changed.
     """
     from huggingface_hub import HfApi
 
     try:
         address = HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of cfvlm-ds")
-    except Exception as error:  # errors of the network, the hub or the disk
+    except Exception as error:  # the network, the hub or the disk may fail
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); check the network or HF_ENDPOINT, log in with "

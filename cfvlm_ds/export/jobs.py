@@ -1,4 +1,4 @@
-"""Export jobs: the weights of a model from which each tensor on disk is made."""
+"""Export jobs: which weights of the model each tensor on disk is made from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Names of stored tensors, and of the weights from which they are made by the reversed ``conversions``. None stores them unchanged."""
+    """Names of stored tensors, and of the weights that the reversed ``conversions`` turn into them. With None, weights are stored
+    unchanged.
+    """
 
     stored: tuple[str, ...]
     weights: tuple[str, ...]
@@ -27,10 +29,10 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
-    """Derive the jobs of an export from transformers' loading rules. A job without weights is a tensor that the model does not have.
+    """Derive the jobs of an export from transformers' loading rules. A job without weights is for a tensor that the model does not have.
 
-    A reversed conversion is first tried on tensors without data, and used only if it gives the names and shapes of the source. Raises
-    ConfigError if none does.
+    Each reversed conversion is tried on tensors without data. It is used only if it yields the names and shapes of the source. Raises
+    ConfigError if no conversion does.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -53,7 +55,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         converted[renamed][0].add_tensor(renamed, name, pattern, torch.empty(saved[name].shape, device="meta"))
         converted[renamed][1].append(name)
     used = [entry for entry in mapping if entry.was_used()]
-    # Reversed, Transpose(check_dims=True) leaves a weight that has the model's shape already, although loading transposed it.
+    # Reversed, Transpose(check_dims=True) keeps a weight that already has the model's shape, although loading transposed it.
     transposing = copy.deepcopy(used)
     for operation in (operation for entry in transposing for operation in getattr(entry, "operations", ())):
         if hasattr(operation, "check_dims"):
@@ -93,10 +95,10 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs without the weights that the checkpoint lacks, such as those of frozen modules. Their tensors are copied from the
-    source.
+    """Return the jobs. If the checkpoint lacks a job's weights, for example in a frozen module, the returned job has no weights, and the
+    export copies its tensors from the source.
 
-    In ``zero``, all names of a tied weight get the weight of the checkpoint. Raises ConfigError if a trained weight is missing, if the
+    In ``zero``, all names of a tied weight get the checkpoint's weight. Raises ConfigError if a trained weight is missing, if the
     checkpoint has a trained weight that the source does not have, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}

@@ -12,12 +12,12 @@ from torch import Tensor
 from cfvlm_ds.deepspeed_compat.shards import Shards, Weight
 from cfvlm_ds.models.model_files import explained
 
-BLOCK = 1 << 23  # elements read, cast and written at a time
-_MAPPED = 64 << 20  # smallest number of bytes that are read before the files are mapped again
+BLOCK = 1 << 23  # number of elements that are read, cast and written at a time
+_MAPPED = 64 << 20  # minimum number of bytes read between two mappings of the files
 
 
 class ZeroWeights:
-    """The weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on request."""
+    """Weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on request."""
 
     def __init__(self, checkpoint: Path) -> None:
         with explained(f"{checkpoint} cannot be read", "use another checkpoint"):
@@ -32,7 +32,7 @@ class ZeroWeights:
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):
-                # The pages of a mapping count as this process's memory once they have been read.
+                # Pages of a mapping that have been read count as this process's memory.
                 if self._read > self._mapped:
                     self._shards.unmap()
                     self._read = 0
@@ -51,4 +51,4 @@ class ZeroWeights:
 
 
 def _own(name: str) -> str:
-    return name.removeprefix("model.")  # the Scorer holds the model as .model
+    return name.removeprefix("model.")  # the model is the Scorer's attribute ``model``

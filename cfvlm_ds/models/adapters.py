@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: the adapted layers, and the model without its adapters."""
+"""Low-rank adapters with peft: selection of the adapted layers, loading, 4-bit weights, and switching adapters off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapted_modules(config: ModelConfig) -> list[Module]:
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Return True if only adapters are trained, so that the model without them is the one that training started from."""
+    """Return True if only adapters are trained. The model without them is then the initial model."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 
@@ -39,10 +39,11 @@ def is_adapter(parameter: str) -> bool:
 
 
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
-    """Return a regular expression for the full names of exactly those linear layers of ``modules`` that the model's forward uses.
+    """Return a regular expression that matches the full names of the linear layers in ``modules`` that the model's forward uses, and no
+    others.
 
-    The output head and fused experts, which are not linear layers, have no adapters. Raises ConfigError for a module without any
-    such layer.
+    The output head gets no adapter, and neither do fused experts, which are not linear layers. Raises ConfigError if a module has no layer
+    for an adapter.
     """
     unused = family.unused(model.config)
     layers = {
@@ -56,7 +57,7 @@ def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str
             f"model.{module}.tuning is lora, but the {module} of model type {family.model_types[0]!r} has no linear layer for an adapter; "
             "use full or frozen"
         )
-    names = {  # one alternative for the layers of all blocks
+    names = {  # corresponding layers of all blocks share one alternative
         re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name, module in layers.items() if module in modules
     }
     barred = "".join(rf"(?!{re.escape(prefix)}\.)" for prefix in unused)
@@ -79,14 +80,14 @@ def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_p
 
 
 def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
-    """Add the configured adapters to the model, in place; initially they have no effect."""
+    """Add the configured adapters to the model, in place. Initially they have no effect."""
     import peft
 
     peft.inject_adapter_in_model(peft_config(model, family, adapted_modules(config), config.name_or_path, config.lora), model)
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are requested but not possible, or would have to be trained."""
+    """Raise ConfigError if 4-bit weights are requested but not supported here, or if they would have to be trained."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
@@ -101,7 +102,7 @@ def check_4bit(config: ModelConfig, zero3: bool) -> None:
 
 
 def attach_adapters(model: Any, folder: Path) -> Any:
-    """Return the model with the adapters of ``folder``, which are in peft's format. Raises ConfigError if they do not fit the model."""
+    """Add the adapters in ``folder`` (peft's format) to the model and return it. Raises ConfigError if they do not fit the model."""
     import peft
     from safetensors.torch import load_file
 
@@ -132,11 +133,11 @@ _WITHOUT_EFFECT = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-"""Options of an adapter configuration that only concern training or are replaced by what the weights imply."""
+"""Options of an adapter configuration that only affect training, or whose values are derived from the weights."""
 
 
 def _refuse_options(described: Any, folder: Path) -> None:
-    """Raise ConfigError for unknown options of an adapter configuration, some of which import modules by name."""
+    """Raise ConfigError for unknown options in an adapter configuration. Some options would import modules by name."""
     default = type(described)()
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
@@ -147,9 +148,9 @@ def _refuse_options(described: Any, folder: Path) -> None:
 
 
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
-    """Return the configuration with which transformers loads the language model's linear layers in 4 bits; None if that is not requested.
+    """Return the transformers configuration that loads the language model's linear layers in 4 bits, or None if 4 bits are not requested.
 
-    Tower, projector and output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
+    The tower, the projector and the output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
     """
     if not config.lora.load_in_4bit:
         return None
@@ -162,13 +163,11 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 
 BYTES_OF_4BIT = 0.5 + 4 / 64
-"""Bytes of a 4-bit weight, with its share of the float32 scale that 64 weights have."""
+"""Size of a 4-bit weight in bytes, including its share of the float32 scale of a block of 64 weights."""
 
 
 def linear_weights(model: Any, family: Family) -> int:
-    """Return the number of weights that ``quantisation`` loads in 4 bits: the language model's linear layers without adapters and output
-    head.
-    """
+    """Count the weights that ``quantisation`` loads in 4 bits: the language model's linear layers, except adapters and the output head."""
     linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     weights = ((f"{name}.weight", weight) for name, weight in linear if name != family.output_head)
     return sum(weight.numel() for name, weight in weights if family.module_of(name) == "language_model" and not is_adapter(name))
@@ -176,10 +175,10 @@ def linear_weights(model: Any, family: Family) -> int:
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Within the block, make the model compute without its adapters.
+    """Disable the model's adapters within the block.
 
-    The adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA's adapters, which also
-    rescale the weights that they adapt, do not run.
+    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters also rescale
+    the adapted weights, so they do not run.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -198,5 +197,5 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.scaling = scaling
         for layer in rescaling:
             layer.enable_adapters(True)
-        for parameter, was_required in requires_grad.items():  # peft switches gradients with the adapters
+        for parameter, was_required in requires_grad.items():  # peft disables and enables gradients together with the adapters
             parameter.requires_grad_(was_required)

@@ -1,25 +1,39 @@
-"""Log-probs of targets from hidden states and the output head, with only part of the logits in memory at a time.
+"""Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory.
 
-Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden.
+Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden, D pairs of states whose distributions are compared.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfvlm_ds.core.layout import Divergence
 
-def head_logprobs(hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    """Return ``token_logprobs`` of an output head's logits, without holding all logits in memory: [N] in nats, fp32.
 
-    ``hidden`` [P, d] are the states that predict a target, ``weight`` [V, d] is the head, and ``targets`` [N] are predicted by the states
-    ``predicted_by`` [N]. Logits exist for as many states at a time as ``LOGITS`` allows. If the states take several parts, the logits of
-    each part are recomputed in the backward pass, and the parts add to one gradient of the head. With a ``cap`` the logits are cap *
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    predicted_by: Tensor,
+    targets: Tensor,
+    cap: float | None = None,
+    compared: Mapping[Divergence, Tensor] | None = None,
+) -> Tensor:
+    """Return the log-probs [N] (nats, fp32) of ``targets`` like ``token_logprobs``, but without holding all logits in memory.
+
+    ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
+    the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
+    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
     tanh(logit / cap).
+
+    ``compared`` [3, D] has, for each divergence, the states of a text's own image and those of another image (see ``Divergence``); the
+    third row is not used. The values [D] follow the log-probs.
     """
-    logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap)
+    logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap, compared or {})
     return logp
 
 
@@ -28,13 +42,21 @@ LOGITS = 1 << 26
 
 
 def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the token [P] that an output head ``weight`` [V, d] finds likeliest after each of the states ``hidden`` [P, d]."""
+    """Return the likeliest token [P] after each of the states ``hidden`` [P, d], given the output head ``weight`` [V, d]."""
     return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(max(1, LOGITS // len(weight)))])
 
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, predicted_by: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        predicted_by: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        compared: Mapping[Divergence, Tensor],
+    ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         normaliser, logp = hidden.new_empty(len(hidden), dtype=wide), hidden.new_empty(len(targets), dtype=wide)
         parts, product = _parts(hidden, weight), None
@@ -45,12 +67,14 @@ class _HeadLogProbs(torch.autograd.Function):
             mine, row = _of_part(predicted_by, part)
             logp = torch.where(mine, logits[row, targets] - normaliser[predicted_by], logp)
         ctx.save_for_backward(hidden, weight, predicted_by, targets, normaliser, product if len(parts) == 1 else None)
-        ctx.cap = cap
-        return logp
+        ctx.cap, ctx.compared = cap, compared
+        pairs = _pairs(hidden, weight, cap, compared)
+        return torch.cat([logp, *(_divergence(kind, own, other)[0] for kind, _, own, other in pairs)]) if compared else logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight, predicted_by, targets, normaliser, product = ctx.saved_tensors
+        grad, of_pairs = grad.split([len(targets), len(grad) - len(targets)])
         of_state = torch.zeros_like(normaliser).index_add(0, predicted_by, grad)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
@@ -65,11 +89,50 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad_hidden[part] = pull @ weight
             if ctx.needs_input_grad[1]:
                 grad_weight = pull.T @ hidden[part] if grad_weight is None else grad_weight.addmm_(pull.T, hidden[part])
-        return grad_hidden, grad_weight, None, None, None
+        for kind, states, *of_pair in _pairs(hidden, weight, ctx.cap, ctx.compared):
+            value, *pulls = _divergence(kind, *of_pair)
+            grad, of_pairs = of_pairs.split([len(value), len(of_pairs) - len(value)])
+            for rows, pull, of_rows in zip(states, pulls, of_pair, strict=False):
+                pull = pull.mul_(grad.unsqueeze(1))
+                pull = (pull if ctx.cap is None else pull * (1 - (of_rows / ctx.cap).square())).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden.index_add_(0, rows, pull @ weight)
+                if grad_weight is not None:
+                    grad_weight.addmm_(pull.T, hidden[rows])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _pairs(
+    hidden: Tensor, weight: Tensor, cap: float | None, compared: Mapping[Divergence, Tensor]
+) -> Iterator[tuple[Divergence, Tensor, Tensor, Tensor]]:
+    """Yield each divergence in parts: its states [2, D'] and their logits on a text's own image and on another one, both [D', V].
+
+    With what is computed from it, a part takes no more memory than ``LOGITS`` logits with their probabilities and gradients.
+    """
+    for kind, states in compared.items():
+        for part in states[:2].split(max(1, LOGITS // (4 * len(weight))), 1):
+            own, other = (_capped(_product(hidden[rows], weight), cap) for rows in part)
+            yield kind, part, own, other
+
+
+def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    """Return a divergence [D], its derivatives with respect to the logits ``own`` [D, V] and, unless they are 0, ``other`` [D, V]."""
+    own, other = own.log_softmax(-1), other.log_softmax(-1)
+    if kind.sharpened is None:
+        lost = own - other
+        value = (own.exp() * lost).sum(-1)
+        return value, own.exp() * (lost - value.unsqueeze(1)), other.exp() - own.exp()
+    alpha, beta = kind.sharpened
+    implausible = own < own.amax(-1, keepdim=True) + math.log(beta)
+    target = (own + alpha * (own - other)).masked_fill_(implausible, -torch.inf).log_softmax(-1)
+    value = (target.exp() * (target - own).masked_fill_(implausible, 0)).sum(-1)
+    return value, own.exp() - target.exp()
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits of states, in float32 for half precision: a bfloat16 logit between 16 and 32 is off by up to 0.0625 nats."""
+    """Return the logits of states. For half precision they are float32, because a bfloat16 logit between 16 and 32 is off by up to 0.0625
+    nats.
+    """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -88,9 +151,9 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return two tensors [N]: True for the targets that a part predicts, and the row of the part that predicts each target.
+    """Return two tensors [N]: a mask of the targets that the part predicts, and the row within the part that predicts each target.
 
-    A mask is used because indexing by these targets would wait for the device.
+    A mask is used because selecting these targets by index would synchronise with the device.
     """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

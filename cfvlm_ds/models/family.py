@@ -1,4 +1,4 @@
-"""Model families: one record for the differences between LLaVA, Qwen-VL and others."""
+"""Model families: a record describes how LLaVA, Qwen-VL and others differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES: tuple[Module, ...] = ("vision_tower", "projector", "language_model")
 
 
 Positions = Callable[[PreTrainedConfig, Tensor, Tensor], Tensor]
-"""(model configuration, [P] bool: True for visual prompt tokens, grids of the images) -> position ids of the prompt, [P] or [axes, P]."""
+"""(model configuration, [P] bool: True for visual prompt tokens, grids of the images) -> position ids of the prompt [P] or [axes, P]."""
 
 
 def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
@@ -26,63 +26,63 @@ def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tenso
 
 
 Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Sequence[Tensor]]
-"""(model, projector output of several images, rows of each image in it, their ``per_image`` inputs) -> features, image by image."""
+"""(model, projector output of several images, number of its rows that belong to each image, their ``per_image`` inputs) -> features, image
+by image.
+"""
 
 
 def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the projector's output, for a model that does not rearrange it."""
+    """Return the projector's output unchanged, because the model does not rearrange it."""
     return projected
 
 
 def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return no prefixes, for a model whose forward uses all weights."""
+    """Return no prefixes, because the model's forward uses all weights."""
     return ()
 
 
 Whole = Literal["nowhere", "windows", "everywhere"]
-"""Layers with bidirectional attention among the tokens of a picture: none, those with a sliding window, or all."""
+"""Layers with bidirectional attention among the tokens of a picture: none, sliding-window layers, or all."""
 
 
 def causally(config: PreTrainedConfig) -> Whole:
-    """Return "nowhere", for a model whose picture tokens attend causally."""
+    """Return "nowhere", because the model's picture tokens attend causally."""
     return "nowhere"
 
 
 def no_cap(config: PreTrainedConfig) -> float | None:
-    """Return None, for a model that does not cap its logits."""
+    """Return None, because the model does not cap its logits."""
     return None
 
 
 def as_loaded(model: nn.Module) -> None:
-    """Do nothing, for a model whose tokens interact only in attention, which has back ends for trees."""
+    """Do nothing, because the model's tokens interact only in attention, which has back ends for trees."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the package needs to know about a model family.
+    """Properties of a model family that the package depends on.
 
     Args:
-        model_types: values of ``config.model_type``; the name of a path is never used.
-        vision_tower, projector, language_model: prefixes of parameter names, after any wrapper prefix. The longest matching one decides,
+        model_types: values of ``config.model_type`` that select the family; names of folders are never used.
+        vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides,
             so a projector may lie inside the tower. The output head belongs to the language model.
-        output_head: prefix of the output head, which has no adapter and keeps its precision.
-        image_inputs: processor outputs that belong to the images: the arguments of the model's ``get_image_features``.
-        per_image: those of ``image_inputs`` that have one row per image and are needed after the tower.
-        grid: the one of ``per_image`` with an image's grid of patches, for families whose positions depend on it.
-        positions: function for the position ids of a prompt; a text after it continues at the largest plus one, on every axis.
+        output_head: prefix of the output head, which gets no adapter and keeps its precision.
+        image_inputs: the processor's outputs for images, which are the arguments of the model's ``get_image_features``.
+        per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
+        grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
+        positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
-        arrange: function for the model's computation between its projector and its language model.
-        from_grids: function that computes additional arguments of ``get_image_features``, which the tower would otherwise wait for the
-            device to derive.
-        unused: prefixes of weights that the checkpoint has and the forward does not use.
-        take_trees: function that patches layers other than attention to support rows of trees; called once per model, before it scores.
-        around: text that the processor writes around each picture and that is tokenised together with its neighbours.
-        whole_pictures: the layers with bidirectional attention among a picture's tokens; ``visual_mark`` is then the argument of the
-            model's own forward that marks visual tokens.
-        projector_inputs: those of ``per_image`` that the projector takes after the tower's output.
-        logit_cap: bound of the logits in the model's own forward, cap * tanh(logit / cap).
-        limit: function that bounds an image's visual tokens (visual_token_limits.py) with the options ``limited_by`` of the model's
-            configuration.
+        arrange: function that repeats the model's computation between its projector and its language model.
+        from_grids: function that computes arguments of ``get_image_features``, which the tower would synchronise with the device to derive.
+        unused: function that returns the prefixes of weights in the checkpoint that the forward does not use.
+        take_trees: function that patches layers other than attention to support rows of trees, called once per model before it scores.
+        around: texts that the processor writes before and after each picture; they are tokenised together with the neighbouring text.
+        whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
+        visual_mark: argument of the model's own forward that marks visual tokens, for families with such layers.
+        projector_inputs: the members of ``per_image`` that the projector takes after the tower's output.
+        logit_cap: function that returns the cap of the logits in the model's own forward, cap * tanh(logit / cap), or None.
+        limit: function that bounds an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
     """
 
     model_types: tuple[str, ...]
@@ -108,7 +108,7 @@ class Family:
     limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
-        """Return the module to which a parameter belongs, given its name inside the model. Raises KeyError if no prefix matches."""
+        """Return the module that the parameter ``name`` of the model belongs to. Raises KeyError if no prefix matches."""
         prefixes: dict[Module, tuple[str, ...]] = {
             "vision_tower": self.vision_tower,
             "projector": self.projector,
@@ -122,7 +122,7 @@ class Family:
         return max(matches)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Return the names of the modules that take the tower's output, in the order in which the model calls them."""
+        """Return the names of the projector's modules, which take the tower's output, in the order in which the model calls them."""
         modules = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in modules for part in lists.get(name, [name])]

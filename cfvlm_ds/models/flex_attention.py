@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees, with a block mask of the token pairs that attend to each other."""
+"""FlexAttention over a row of trees, with a block mask that selects the attended token pairs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 
 from cfvlm_ds.models.forest import Forest, Sight
 
-BLOCK = 128  # tokens along a side of a block
+BLOCK = 128  # side of a block in tokens
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of keys that each block of queries attends to, in part or in full.
+    """Block mask of a forest: the blocks of keys that each block of queries attends to, in part or in full.
 
-    ``stops`` [T] is the index where the subtree of each token's node ends. In depth-first order a query attends to a key if the key is not
-    after the query and the query is before the key's stop. ``sight`` narrows or widens this by the ``depths`` and ``pictures`` [T] of the
-    tokens (a forest's ``depths`` and ``block_of``).
+    ``stops`` [T] is the index at which the subtree of each token's node ends. Nodes are in depth-first order, so a query attends to a key
+    if the key does not come after the query and the query comes before the key's stop. ``sight`` adds a window over ``depths`` [T] and
+    bidirectional attention within ``pictures`` [T] (the forest's ``depths`` and ``block_of``).
 
-    ``partial`` may contain too many blocks, because the mask is evaluated there. A window is judged by the extremes of a block.
+    In a ``partial`` block the mask is evaluated, so ``partial`` may contain too many blocks. For a window, only the smallest and largest
+    depth in each block are compared.
     """
 
     sight: Sight
@@ -45,7 +46,7 @@ class Blocks:
             return torch.nn.functional.pad(values, (0, blocks * BLOCK - length), value=padding).view(blocks, BLOCK)
 
         padded = by_block(stops, 0)
-        begin = torch.arange(blocks).unsqueeze(1) * BLOCK  # first token of each block of queries
+        begin = torch.arange(blocks).unsqueeze(1) * BLOCK  # first token of each query block
         before = begin > begin.T
         full = before & (padded.amin(1) >= begin + BLOCK) & (begin + BLOCK <= length)
         some = before & (padded.amax(1) > begin) | (begin == begin.T)
@@ -59,7 +60,7 @@ class Blocks:
         return cls(sight, stops, forest.depths, forest.block_of, some & ~full, full)
 
     def to(self, device: torch.device, **options: Any) -> Any:
-        """Return torch's BlockMask on the device."""
+        """Build torch's BlockMask on the device."""
         from torch.nn.attention.flex_attention import BlockMask
 
         stops, depths, pictures = (tensor.to(device) for tensor in (self.stops, self.depths, self.pictures))
@@ -86,13 +87,13 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # rows differ in length, and must not each cause a recompilation
+    return torch.compile(flex_attention, dynamic=True)  # dynamic: no recompilation for every length of a row
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
     """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D].
 
-    CPUs have no backward of FlexAttention. There, gradients come from a dense attention under the same mask.
+    FlexAttention has no backward on CPUs. There, gradients come from dense attention with the same mask.
     """
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 

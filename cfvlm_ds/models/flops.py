@@ -1,4 +1,4 @@
-"""Floating-point operations of the model itself for a micro-batch, from which throughput is computed."""
+"""Floating-point operations of the model for a micro-batch, used to compute throughput."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S":
 
 
 def peak(device: torch.device) -> float | None:
-    """Return the device's peak operations per second according to its data sheet, or None if they are not known."""
+    """Return the device's peak operations per second according to its data sheet, or None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -29,8 +29,9 @@ class ModelFlops:
     """Multiplications and additions of one forward and backward pass, each counted as one operation.
 
     A weight counts twice for each token that passes through it, and four more times if both token and weight need a gradient. The language
-    model's attention is counted per pair of tokens in which one attends to the other. Not counted: the tower's attention, the rule of gated
-    delta nets, norms, softmax, and recomputation by gradient checkpointing. Of a mixture of experts, only the experts of a token count.
+    model's attention is counted per pair of a query and a key that it attends to. In a mixture of experts, only the experts that a token is
+    routed to are counted. Not counted: the tower's attention, the rule of gated delta nets, norms, softmax, and recomputation by gradient
+    checkpointing.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
@@ -42,7 +43,7 @@ class ModelFlops:
         unused = tuple(f"{prefix}." for prefix in family.unused(model.config))
         self._weights = dict.fromkeys(MODULES, 0.0)
         self._trained = dict.fromkeys(MODULES, 0.0)
-        self._patch_weights = 0.0  # weights of convolutions over pixels, which need no gradient
+        self._patch_weights = 0.0  # weights of convolutions over pixels; the pixels need no gradient
         for name, parameter in model.named_parameters():
             if id(parameter) not in tables and len(whole_shape(parameter)) > 1 and not name.startswith(unused):
                 size = math.prod(whole_shape(parameter)) * (share if ".experts." in name else 1)
@@ -56,7 +57,7 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Return the number of operations for the model inputs of a batch that scores from ``num_scored`` positions."""
+        """Count the operations for a batch's model inputs. ``num_scored`` positions predict scored tokens."""
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {
@@ -73,16 +74,16 @@ class ModelFlops:
 
 
 def num_pairs(forest: Forest, sight: Sight) -> float:
-    """Return the number of (query, key) pairs in which the query attends to the key."""
+    """Count the (query, key) pairs in which the query attends to the key."""
     reach, total = sight.window or forest.longest_path, 0.0
     for seen, length in zip(forest.seen, forest.lengths, strict=True):
-        unbounded = min(max(reach - seen, 0), length)  # tokens whose path is shorter than the window
+        unbounded = min(max(reach - seen, 0), length)  # tokens whose path is not longer than the window
         total += unbounded * seen + unbounded * (unbounded + 1) / 2 + (length - unbounded) * reach
     return total + sum((end - begin) * (end - begin - 1) / 2 for begin, end in forest.blocks if sight.blocks)
 
 
 def _operations_per_pair(text: Any) -> dict[int | None, float]:
-    """Return the operations of a forward for each pair of tokens, summed over layers and keyed by sliding window (None: full attention)."""
+    """Return the forward operations per (query, key) pair, summed over layers and keyed by sliding window (None: full attention)."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
     operations: dict[int | None, float] = {}

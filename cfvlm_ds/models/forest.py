@@ -1,6 +1,7 @@
-"""The structure of a row of trees: nodes of tokens, each of which attends to its ancestors and itself.
+"""Structure of a row of trees, whose nodes contain tokens and attend to their ancestors and themselves.
 
-It reaches every layer as a keyword argument, and caches what an attention back end derives from it, once for all layers.
+The forest reaches every layer as a keyword argument. It caches what an attention back end derives from it, so that all layers share the
+result.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sight:
-    """Deviations of a layer from plain attention to all preceding tokens of a path.
+    """Differences between a layer's attention and plain causal attention along a path.
 
     Args:
-        window: number of nearest tokens along the path, itself included, that a token attends to; None for all.
+        window: number of most recent tokens along the path that a token attends to, including itself; None for all.
         blocks: True if the tokens of a block attend to each other in both directions.
     """
 
@@ -30,11 +31,11 @@ class Sight:
 
 @dataclass(frozen=True)
 class Forest:
-    """The trees of a row as nodes in depth-first order: the tokens of each node, and its parent (-1: the node is a root).
+    """Trees of a row as nodes in depth-first order: the number of tokens in each node, and its parent (-1 for a root).
 
-    A node's tokens attend to its ancestors and, causally, to themselves. Its first child follows it directly, and each later child follows
-    the previous child's subtree. ``blocks`` are runs of tokens (begin, end), each inside one node, with bidirectional attention: the
-    pictures of some families. Unless ``blocks_everywhere`` is set, that holds only in layers with a sliding window.
+    A node's tokens attend to its ancestors and, causally, to themselves. A node's first child follows it directly, and each later child
+    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node: the
+    pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
     """
 
     lengths: tuple[int, ...]
@@ -49,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of each prefix and each of its branches; ``blocks`` are as in the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` has the same meaning as in the class."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -59,12 +60,12 @@ class Forest:
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Start of each node and, last, the end of the row."""
+        """Start of each node, followed by the end of the row."""
         return list(itertools.accumulate(self.lengths, initial=0))
 
     @functools.cached_property
     def ancestors(self) -> list[tuple[int, ...]]:
-        """The ancestors of each node, from the root down."""
+        """Ancestors of each node, from the root down."""
         ancestors: list[tuple[int, ...]] = []
         for parent in self.parents:
             ancestors.append(() if parent < 0 else (*ancestors[parent], parent))
@@ -72,12 +73,12 @@ class Forest:
 
     @functools.cached_property
     def roots(self) -> list[int]:
-        """The root of each tree and, last, the number of nodes."""
+        """Root of each tree, followed by the number of nodes."""
         return [*(node for node, parent in enumerate(self.parents) if parent < 0), len(self.parents)]
 
     @functools.cached_property
     def bounds(self) -> list[int]:
-        """Start of each tree and, last, the end of the row."""
+        """Start of each tree, followed by the end of the row."""
         return [self.starts[root] for root in self.roots]
 
     @functools.cached_property
@@ -102,7 +103,7 @@ class Forest:
 
     @functools.cached_property
     def texts(self) -> Tensor:
-        """[T] number of texts that each token belongs to: those that attend to it, or 1 for a token of a text."""
+        """[T] number of texts that each token belongs to: 1 for a token of a text, otherwise the number of texts that attend to it."""
         inner, counts = set(self.parents), [0] * len(self.lengths)
         for node, ancestors in enumerate(self.ancestors):
             for above in () if node in inner else (node, *ancestors):
@@ -111,14 +112,14 @@ class Forest:
 
     @functools.cached_property
     def block_of(self) -> Tensor:
-        """[T] index of each token's block, or -1."""
+        """[T] index of each token's block, or -1 outside blocks."""
         numbers = torch.full((self.bounds[-1],), -1)
         for number, (begin, end) in enumerate(self.blocks):
             numbers[begin:end] = number
         return numbers
 
     def sight(self, window: int | None) -> Sight:
-        """Return the Sight of a layer with this sliding window. A window that excludes nothing is omitted."""
+        """Return the Sight of a layer with this sliding window. A window that excludes no token becomes None."""
         blocks = bool(self.blocks) and (self.blocks_everywhere or window is not None)
         return Sight(window if window is not None and window < self.longest_path else None, blocks)
 
@@ -127,7 +128,7 @@ class Forest:
         return {}
 
     def on(self, build: Callable[..., Any], device: torch.device, *options: Any) -> Any:
-        """Return ``build(self, *options)`` on ``device``, computed once for all layers with the same arguments."""
+        """Return ``build(self, *options)`` on ``device``. It is computed once and shared by all layers with the same arguments."""
         key = build, device, options
         if key not in self._placed:
             self._placed[key] = _move(build(self, *options), device)

@@ -1,17 +1,17 @@
-"""Attention over a row of trees. The roots hold images and the text before every prompt; their children hold prompts, and the leaves texts.
-Each node attends to its ancestors and itself.
+"""Attention over a row of trees. A root holds the pictures and the text that all its prompts share, its children hold the rest of the
+prompts, and the leaves hold the texts. Each node attends to its ancestors and itself.
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
-keyword argument that passes through every layer, even when a layer is recomputed for its gradient. It is never passed as a mask or as
-restarted positions, which several kernels silently misinterpret.
+keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
+restarted positions, because several kernels silently misinterpret these.
 
-A layer may restrict this to a sliding window along a token's own path, and allow bidirectional attention among the tokens of a picture;
-``Sight`` describes both, and each back end computes it exactly or refuses.
+A layer may limit attention to a sliding window along a token's path, and may allow bidirectional attention among the tokens of a picture.
+``Sight`` describes both. Each back end computes it exactly or refuses.
 
-    sdpa      trees of similar length padded to one length inside the attention; torch's kernel with a mask: for many short trees
-    flash_attention_2  one call of flash-attn's variable-length kernel; a node's keys are its ancestors' and its own, gathered
-    varlen    the same through torch's own variable-length kernel
-    flex      torch's FlexAttention under a block mask: blocks of keys that no query of a block attends to are skipped, nothing is gathered
+    sdpa      torch's kernel with a mask, on trees of similar length that are padded to the longest; suited to many short trees
+    flash_attention_2  one call to flash-attn's variable-length kernel; the keys of each node and its ancestors are gathered
+    varlen    the same with torch's own variable-length kernel
+    flex      torch's FlexAttention with a block mask, which skips pairs of blocks without attention; no keys are gathered
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
@@ -33,15 +33,15 @@ from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.variable_length import flash, tower, varlen
 
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "flex")
-_PADDED = 1.25  # largest ratio between the lengths of trees padded to one length
+_PADDED = 1.25  # largest ratio between the lengths of trees that are padded together
 
 
 # --- padded trees, with a mask ----------------------------------------------------------------------------------------------------------
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return buckets of trees as (indices [B, L] of tokens in the row, mask [B, 1, L, L] bool), and each token's index in the concatenated
-    buckets.
+    """Return buckets of trees as (indices [B, L] of tokens in the row, mask [B, 1, L, L] bool), and the index of each token in the
+    concatenated buckets.
     """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
@@ -66,9 +66,9 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
-    """Return [B, 1, L, L] bool, True if a query may attend to a key.
+    """Return a mask [B, 1, L, L] bool, True where a query may attend to a key.
 
-    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node; the node of padding is one past the last. A token
+    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node. The node of padding is the number of nodes. A token
     attends to its ancestors and its own node, never to a sibling. Padding attends to itself, because a softmax over nothing is NaN.
     """
     attends = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
@@ -106,14 +106,14 @@ _PREFIX = "forest_"
 
 
 def sees_trees(text: Any) -> bool:
-    """Return True if the language model of this configuration uses one of these back ends instead of a stock one."""
+    """Return True if the language model with this configuration uses one of these back ends instead of transformers' own."""
     return str(text._attn_implementation).startswith(_PREFIX)
 
 
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there.
 
-    transformers gives the name no special treatment and makes no mask for it.
+    transformers does not treat the name specially and builds no mask for it.
     """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
@@ -122,10 +122,10 @@ def registered(backend: str) -> str:
 
 
 def by_segments(vision: Any) -> None:
-    """Make a tower of this configuration attend to all its pictures or windows in one call of a variable-length kernel.
+    """Make a tower with this configuration attend to all of its pictures or windows in one call to a variable-length kernel.
 
-    transformers passes the boundaries to a back end only if its name contains "flash". The name is set after loading, because transformers
-    would otherwise look for the flash-attn package.
+    transformers passes the segment boundaries to a back end only if its name contains "flash". The name is set after loading, because
+    transformers would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)
@@ -135,9 +135,7 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Within the block, run the model's forward with transformers' own attention on ordinary rows, as an independent reference for its
-    scores.
-    """
+    """Within the block, use transformers' own attention, which needs ordinary rows. It is an independent reference for scores."""
     parts = model.config.get_text_config(), model.config.vision_config
     backends = [part._attn_implementation for part in parts]
     for part in parts:

@@ -1,7 +1,7 @@
-"""Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, which no mask can remove.
+"""Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, so no mask can separate the trees.
 
-Every node starts from its parent's state, and the convolution reads the last tokens of its ancestors. A text after its prefix therefore has
-the same result as in a row of its own. All nodes of one level form a batch; the next level starts from their states.
+Every node starts from its parent's final state, and the convolution reads the last tokens of its ancestors. A text after a prefix therefore
+has the same result as in a row of its own. The nodes of one level are computed together, and the next level starts from their states.
 
 Shapes: T tokens of the row, N nodes of a batch, L their padded length, C channels of the convolution, H heads, D head size.
 """
@@ -20,19 +20,17 @@ from transformers.activations import ACT2FN
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import sees_trees
 
-_CHUNK = 64  # tokens that transformers' rule computes at once and pads to
-_PADDED = 1.25  # largest ratio between the chunk counts of nodes padded to one length
+_CHUNK = 64  # transformers' rule computes chunks of this many tokens, and pads to them
+_PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padded together
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes: indices [N, L] of tokens in the row, T for padding; indices of real tokens among the N * L; indices [N] of the nodes'
-parents in the level above.
+"""Batches of nodes in one level. A batch is (indices [N, L] of tokens in the row, T for padding; indices of real tokens among the N * L;
+indices [N] of the nodes' parents in the level above).
 """
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch every gated delta net of a model to support rows of trees. On ordinary rows with a stock attention, transformers' forward is
-    used.
-    """
+    """Patch every gated delta net of a model to support rows of trees. With transformers' own attention, the original forward is used."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") and "forward" not in vars(module):
@@ -63,8 +61,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of [1, T, C] along each path, in one call of the layer. Each node is preceded by the last tokens of its
-    path.
+    """Return the causal convolution of [1, T, C] along each path, from one call to the layer. Each node is preceded by the last tokens of
+    its ancestors.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)
@@ -73,8 +71,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of all nodes' tokens, where each node is preceded by ``size - 1`` indices of its ancestors' tokens (T for none),
-    and the positions of the nodes' own tokens among them.
+    """Return the token indices of all nodes, each node preceded by the indices of the ``size - 1`` tokens before it on its path (T if there
+    is none), and the positions of the nodes' own tokens among them.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):
@@ -90,11 +88,11 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """Apply the gated delta rule along each path, level by level from the final states of the parents, and return [T, H, D].
+    """Apply the gated delta rule along each path, level by level, and return [T, H, D]. A node's initial state is its parent's final state.
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
-    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # a faster kernel, if transformers has one
+    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # a faster kernel if transformers finds one
     levels, back = forest.on(_levels, query.device)
     padded = [_with_zeros(padded_input)[0] for padded_input in (query, key, value, decay, beta)]
     outputs: list[Tensor] = []
@@ -114,10 +112,10 @@ def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 
 
 def _levels(forest: Forest) -> tuple[list[Level], Tensor]:
-    """Return the batches of each level from the roots down, and each token's index in their concatenated outputs."""
+    """Return the batches of each level from the roots down, and the index of each token in the concatenated outputs of all batches."""
     levels: list[Level] = []
     back, offset = torch.empty(forest.bounds[-1], dtype=torch.int64), 0
-    above = dict[int, int]()  # node -> its index in the level
+    above = dict[int, int]()  # node -> its index in the level above
     for depth in range(max(map(len, forest.ancestors)) + 1):
         nodes = sorted((n for n, ancestors in enumerate(forest.ancestors) if len(ancestors) == depth), key=lambda n: forest.lengths[n])
         batches: list[list[int]] = []

@@ -1,4 +1,6 @@
-"""Identity of a model as hashes: of its weights, of its vision tower's weights, and of all files that turn images and texts into inputs."""
+"""Fingerprints of a model: hashes of its weights, its vision tower's weights, and the files that determine how images and texts become
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter
 
 
 def model_folder(name_or_path: str) -> Path:
-    """Return the folder of a model's files: the given one, or the cached snapshot of a hub name. Raises ConfigError if it cannot be
+    """Return the folder of a model's files: the given folder, or the cached snapshot of a hub name. Raises ConfigError if it cannot be
     read.
     """
     if os.path.isdir(name_or_path):
@@ -35,7 +37,7 @@ def model_folder(name_or_path: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     files: list[str] = []
-    with contextlib.suppress(Exception):  # without network the cached snapshot is used
+    with contextlib.suppress(Exception):  # without a network, the cached snapshot is used
         files = HfApi().list_repo_files(name_or_path)
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=["README.md", *_INPUTS, *weight_patterns(files)]))
@@ -50,8 +52,8 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return {"weights": sha256, "inputs": sha256}.
 
-    The first covers the configuration and every byte of the weight files. A file is read again only after it has changed. The second is
-    ``inputs_fingerprint``. ``alive`` is called while files are read, and ``say`` reports progress.
+    "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is
+    ``inputs_fingerprint``. ``alive`` is called regularly while files are read, and ``say`` reports progress.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -68,7 +70,7 @@ def fingerprint(
 
 
 def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None) -> str:
-    """Return the sha256 of the configuration and the weights of adapters in peft's format."""
+    """Return the sha256 of adapters in peft's format: their configuration and weights."""
     digests = "".join(file_digest(folder / name, lambda size: alive()) for name in (ADAPTER, ADAPTER_WEIGHTS))
     return hashlib.sha256(digests.encode()).hexdigest()
 
@@ -84,7 +86,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
-    """Return the sha256 of a file. It is stored in the user's cache folder, keyed by properties of the file that any write changes.
+    """Return the sha256 of a file. The digest is cached in the user's cache folder under a key that changes with any write to the file.
 
     ``read`` is called with the size of each block in bytes.
     """
@@ -99,16 +101,17 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
             read(len(block))
-    with contextlib.suppress(OSError):  # a home folder that cannot be written only costs time
+    with contextlib.suppress(OSError):  # if the cache folder is not writable, this only costs time
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """Return the sha256 of the configuration and every byte of the vision tower's weights; without safetensors, of all weights.
+    """Return the sha256 of the configuration and every byte of the vision tower's weights. Without safetensors, it covers all weights.
 
-    Weight names in files may be older than the model's: a weight belongs to the tower if any part of its name is the tower's own name.
+    Files may use older weight names than the model. A weight belongs to the tower if any part of its name equals the last part of the
+    tower's prefix.
     """
     folder = model_folder(config.name_or_path)
     any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())

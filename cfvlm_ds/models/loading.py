@@ -1,4 +1,4 @@
-"""Loading of every model, its configuration and its processor."""
+"""Loading of models, their configurations and processors."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 def _go_offline_without_hub(name: str) -> None:
     """Set HF_HUB_OFFLINE for this process if the hub cannot be reached.
 
-    Its client would retry for half a minute for each file that the cache lacks, and a processor has eight such optional files.
+    The hub's client would otherwise retry for half a minute for each file that is not cached, and a processor has eight optional files.
     """
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except HfHubHTTPError:  # an answer, such as 404
+    except HfHubHTTPError:  # the hub has answered, for example with 404
         return
     except Exception:  # any layer of the network may fail
         constants.HF_HUB_OFFLINE = True
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Check a folder, or the cached files of a hub name; the remaining files are checked after loading."""
+    """Check a folder, or the cached files of a hub name. Files that are not cached yet are checked after loading."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
@@ -77,17 +77,17 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return the attention implementation for the language model and the vision tower. Any other submodel, such as an audio encoder, keeps
+    """Select the attention implementation of the language model and the vision tower. Other submodels, such as an audio encoder, keep
     transformers' default.
     """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError for a model that will not work with the options, the libraries and, if the model is ``there``, its own
+    """Raise ConfigError if the model cannot work with the options, the installed libraries and, if the model is ``there``, its own
     configuration.
 
-    ``weights`` also requires the weight files, without reading them.
+    With ``weights``, the weight files must exist; they are not read.
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -121,7 +121,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
-    """Apply the limits on visual tokens. Raises ConfigError naming the family's options if another one is set."""
+    """Apply the limits on visual tokens. Raises ConfigError naming the family's options if an option of another family is set."""
     family = family_of(model_config)
     for option in IMAGE_LIMITS:
         if getattr(config, option) is not None and option not in family.limited_by:
@@ -133,10 +133,10 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the pretrained model in ``dtype``, tuned as configured; it is partitioned during loading if a ZeRO-3 configuration is active.
+    """Load the pretrained model in ``dtype``, with adapters and gradients as configured. Under ZeRO-3, it is partitioned during loading.
 
-    Raises ConfigError naming the keys when the checkpoint lacks a weight of the model or holds an unknown one, when pickled weights hold
-    anything but tensors, and when the folder's files are not those of a model.
+    Raises ConfigError if weights are missing or unknown (the message names them), if pickled weights contain anything but tensors, or if
+    the folder does not contain a valid model.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -157,14 +157,14 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
             output_loading_info=True,
             quantization_config=quantised,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # mismatches are refused below, by name
         )
         model, info = result
     except pickle.UnpicklingError:
         raise ConfigError(
             f"the pickled weights of {config.name_or_path!r} contain objects other than tensors; convert them to safetensors"
         ) from None
-    except RuntimeError as error:  # under ZeRO-3 sizes are not ignored
+    except RuntimeError as error:  # under ZeRO-3, a mismatch raises despite the option
         if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
             raise
         info = {"mismatched_keys": mismatched}
@@ -172,9 +172,9 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
         if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = ", ".join(sorted(str(key) for key in keys)[:5])
             raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {names}; repair it")
-    _check_folder(config.name_or_path)  # the files of a hub name exist now
+    _check_folder(config.name_or_path)  # the files of a hub name are cached by now
     _limit_images(config, None, model.config)
-    # Under ZeRO-3 this version of transformers keeps unused conversions, and would rename every weight when saving.
+    # Under ZeRO-3, this version of transformers keeps unused conversions and would rename every weight when saving.
     model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
     by_segments(model.config.vision_config)
     for name, module in model.named_modules():
@@ -185,9 +185,9 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 
 
 class _PatchProduct(nn.Conv3d):
-    """Convolution of patches [N, C, T, H, W] that are as large as the kernel, computed as a matrix product.
+    """Convolution of patches [N, C, T, H, W] of the same size as the kernel, computed as a matrix product.
 
-    On a CPU, torch's convolution takes 4 times as long, and 15 times with its gradients; in torch 2.9 it is slow on GPUs too.
+    On a CPU, torch's convolution takes 4 times as long, and 15 times with gradients. In torch 2.9, it is slow on GPUs too.
     """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,9 @@ class _PatchProduct(nn.Conv3d):
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Return the model without data, tuned as configured: names, sizes and trainable parameters at no cost in memory."""
+    """Build the model on the meta device, with adapters and gradients as configured. It has names, shapes and trainable parameters, but
+    takes no memory.
+    """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
     impossible = (
@@ -212,7 +214,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if none is left.
+    """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if no parameter is trained.
 
     Weights that the model's own forward does not use are not trained, because they would have no gradient.
     """
@@ -235,10 +237,9 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the attention back end (see forest_attention.py) for a request. ``auto`` selects the fastest one on this machine for the
-    model.
+    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest for the model on this machine.
 
-    Raises ConfigError if this machine or this model does not support the requested one.
+    Raises ConfigError if this machine or model does not support the request.
     """
     heads = set[int]() if model_config is None else _heads(model_config.get_text_config())
     if requested == "auto":
@@ -267,9 +268,7 @@ def _heads(text: Any) -> set[int]:
 
 
 def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:
-    """Return module -> (parameters, trainable parameters). Under ZeRO-3, where ``numel()`` is that of a shard, the full sizes are
-    counted.
-    """
+    """Return module -> (number of parameters, number of trainable parameters). Under ZeRO-3, whole parameters are counted, not shards."""
     counts = {module: [0, 0] for module in MODULES}
     for name, parameter in model.named_parameters():
         size = whole_shape(parameter).numel()

@@ -1,4 +1,4 @@
-"""The untrusted files of a model folder: checks of their names, links and completeness."""
+"""Files of a model folder, which are not trusted: checks of their names, links and completeness."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError naming a file that cannot be a model's: a path instead of a name, a link that leads elsewhere, missing or truncated
-    weights.
+    """Raise ConfigError naming a file that cannot be a model's: a path instead of a name, a link that leads out of the folder, or missing
+    or truncated weights.
 
-    No weight is read.
+    Weights are not read.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
@@ -41,14 +41,14 @@ def check_files(folder: Path) -> None:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Yield the configuration, tokenizer and processor files, which a model has in addition to its weights."""
+    """Yield the files of a model other than its weights: configuration, tokenizer and processor."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
             yield path
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the model's safetensors files; none if its weights are stored otherwise. Raises ConfigError for an invalid
+    """Return the names of the model's safetensors files. The list is empty for other weight formats. Raises ConfigError for an invalid
     index.
     """
     if (folder / SINGLE).is_file():
@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """Return patterns of the weight files to download from a hub model with these ``files``. As in transformers, pickled ones are a
+    """Return patterns of the weight files to download for a hub model with these ``files``. As in transformers, pickled weights are a
     fallback.
     """
     if SINGLE in (names := set(files)):
@@ -71,7 +71,7 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return (tensor -> name of its file, metadata) from a model's index. Raises ConfigError for an invalid index or a missing file."""
+    """Read (tensor -> file name, metadata) from a model's index. Raises ConfigError for an invalid index or a missing file."""
     remedy = "download the model again"
     try:
         index = read_json(path)
@@ -88,7 +88,7 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
 
 
 def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return tensor -> (shape, dtype) of a safetensors file, in the file's order. Raises ConfigError for an invalid or truncated file."""
+    """Read tensor -> (shape, dtype) from a safetensors file, in the file's order. Raises ConfigError for an invalid or truncated file."""
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(path, framework="pt") as handle:
@@ -103,10 +103,10 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Convert a library's exception within the block into a ConfigError, whose message is ``what`` (reason); ``remedy``.
+    """Convert a library's exception within the block to a ConfigError with the message "``what`` (reason); ``remedy``".
 
-    The libraries check little of a model folder, so a wrong value may cause any exception. Errors of the machine, such as a lack of memory,
-    and errors of other ranks are not converted.
+    The libraries check little of a model folder, so a wrong value may cause any exception. Machine errors, such as a lack of memory, and
+    errors of other ranks are not converted.
     """
     try:
         yield

@@ -1,7 +1,9 @@
-"""The routers of a mixture of experts: the tokens that each expert gets in a forward, and each expert's mean probability.
+"""Router statistics of a mixture of experts: the number of tokens and the summed probability of each expert in a forward.
 
-A token counts once for each text that it belongs to, as if every text stood in a row of its own, because the texts that share a prefix
-depend on the packing of groups. Shapes: E experts, T tokens, K experts per token.
+A token counts once for each text that it belongs to, as if every text had a row of its own. The statistics therefore do not depend on
+packing.
+
+Shapes: E experts, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ class Routed:
     """Expert routing of one forward, summed over tokens and layers.
 
     Args:
-        taken: [E] tokens that are routed to each expert, without a gradient.
-        probability: [E] each expert's probability before the choice, float32, with the routers' gradient.
-        rows: tokens times layers, a scalar.
+        taken: [E] number of tokens that are routed to each expert, without a gradient.
+        probability: [E] each expert's probability before the selection, float32, with a gradient to the routers.
+        rows: number of tokens times layers, a scalar.
     """
 
     taken: Tensor
@@ -32,7 +34,7 @@ class Routed:
 
 
 class Routers:
-    """Recorder of a model's routers. A layer that is recomputed for its gradient is not recorded again."""
+    """Recorder of a model's router outputs. A layer that gradient checkpointing recomputes is not recorded again."""
 
     def __init__(self, model: nn.Module) -> None:
         self._outputs: list[tuple[Tensor, Tensor]] | None = None
@@ -52,7 +54,7 @@ class Routers:
         self._outputs = None
 
     def routed(self, forest: Forest) -> Routed | None:
-        """Return the sums of the routers' outputs recorded within the context; None for a model without routers."""
+        """Sum the router outputs that were recorded within the context. Returns None for a model without routers."""
         if not self._outputs:
             return None
         counts = forest.on(_counts, self._outputs[0][0].device)
@@ -69,7 +71,7 @@ def _counts(forest: Forest) -> Tensor:
 
 
 BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
-"""Model types with a router balance loss in transformers that counts the likeliest experts, as their routers do."""
+"""Model types whose router balance loss in transformers counts the likeliest experts, as their routers select them."""
 
 
 def check_balanced(model_type: str) -> None:

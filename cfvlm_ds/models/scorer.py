@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cfvlm_ds.core.layout import Divergence
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.forest import Forest
@@ -38,13 +39,19 @@ class ScoringHead(nn.Linear):
         scoring.weight = head.weight
         return scoring.train(head.training)
 
-    def forward(self, hidden: Tensor, predicted_by: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-        """Return logits [..., V] of ``hidden`` [..., d], or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P,
-        d].
+    def forward(
+        self,
+        hidden: Tensor,
+        predicted_by: Tensor | None = None,
+        targets: Tensor | None = None,
+        compared: Mapping[Divergence, Tensor] | None = None,
+    ) -> Tensor:
+        """Return logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d],
+        and then the divergences of ``compared``.
         """
         if predicted_by is None or targets is None:
             return super().forward(hidden)
-        return head_logprobs(hidden, self.weight, predicted_by, targets, self.cap)
+        return head_logprobs(hidden, self.weight, predicted_by, targets, self.cap, compared)
 
 
 class Scorer(nn.Module):
@@ -103,8 +110,9 @@ class Scorer(nn.Module):
         images_of_tree: Sequence[Sequence[int]],
         visual_tokens: Sequence[int],
         image_inputs: dict[str, Any],
+        compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
-        """Return log-probs [N], nats, fp32, of ``targets`` [N].
+        """Return log-probs [N], nats, fp32, of ``targets`` [N], and then the divergences of ``compared``.
 
         Args:
             input_ids: [1, T].
@@ -116,6 +124,7 @@ class Scorer(nn.Module):
             images_of_tree: for each tree, its images as indices into the distinct images of ``image_inputs``.
             visual_tokens: number of visual tokens in each distinct image.
             image_inputs: inputs of the tower; or ``tower_features``, in which case the tower does not run.
+            compared: pairs of positions for each divergence, as in ``head_logprobs``.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
@@ -144,7 +153,7 @@ class Scorer(nn.Module):
                 self.routed = routers.routed(forest)
         finally:
             handle.remove()
-        return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets)
+        return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Return the marks of visual tokens if the family's own masks depend on them; otherwise nothing. Only its stock attention uses

@@ -1,8 +1,8 @@
-"""Attention by variable-length kernels, over a row of trees or within the pictures or windows of a tower.
+"""Attention with variable-length kernels, over a row of trees or within the pictures or windows of a vision tower.
 
-In a row of trees, a segment consists of a node's queries and the gathered keys of their path. The kernel is causal, with the last query of
-a segment at its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment of a second
-call, which is not causal and ends with the picture.
+In a row of trees, a segment consists of a node's queries and the gathered keys of their path. The kernel is causal and aligns a segment's
+last query with its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment in a
+second call, which is not causal. The keys of this segment end with the picture.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """
@@ -25,14 +25,14 @@ from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
 """(number of keys that a query attends to before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
-starts of each segment's queries and keys [S + 1] int32; longest of each) -> [T, H, D]."""
+starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
+"""
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
-    """Return the kernel calls, and each token's index in their concatenated outputs; None instead of the indices if they are those in the
-    row.
+    """Return the kernel calls, and the index of each token in their concatenated outputs (None if the outputs have the order of the row).
 
-    A call consists of the indices of its queries in the row (None: all, in order), those of its keys, and the kernel's other arguments.
+    A call consists of the row indices of its queries (None: all, in order), the row indices of its keys, and the kernel's other arguments.
     """
     blocks = dict(forest.blocks) if sight.blocks else {}
     causal, bidirectional = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
@@ -92,7 +92,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Attend bidirectionally within segments that are padded to the longest, without waiting for the device to report their lengths."""
+    """Attend bidirectionally within segments, which are padded to the longest. Their lengths are never read from the device."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
@@ -108,12 +108,14 @@ varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
-    """Return True if flash attention supports this dtype and these head sizes. Gemma 4 has wider heads in its full layers."""
+    """Return True if flash attention supports this dtype and these head sizes. Gemma 4 has wider heads in its full-attention layers."""
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
 def flash_attention() -> Callable[..., Any] | None:
-    """Return ``flash_attn_varlen_func`` of flash-attn 2, flash-attn 3 or a kernel downloaded from the hub, in this order, else None."""
+    """Return ``flash_attn_varlen_func`` of flash-attn 2, of flash-attn 3, or of a kernel downloaded from the hub, in this order of
+    preference, or None.
+    """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_2_available():
@@ -128,8 +130,8 @@ def flash_attention() -> Callable[..., Any] | None:
 
 @functools.cache
 def _downloaded_kernel() -> Callable[..., Any] | None:
-    """Return flash-attn as the hub has built it for this torch and CUDA, or None if it was not downloaded before, or, with a warning, if it
-    cannot be loaded. It is not downloaded here: 512 ranks would do so at the same time, and compute nodes cannot.
+    """Return the hub's build of flash-attn for this torch and CUDA. Returns None if it has not been downloaded or, with a warning, if it
+    cannot be loaded. It is not downloaded here, because 512 ranks would do so at the same time and compute nodes have no network.
     """
     if importlib.util.find_spec("kernels") is None:
         return None
@@ -142,7 +144,7 @@ def _downloaded_kernel() -> Callable[..., Any] | None:
         build = install_kernel(repository, version=FLASH_ATTN_KERNEL_VERSIONS[repository], local_files_only=True)
         function: Callable[..., Any] = get_local_kernel(build.parent.parent).flash_attn_varlen_func
         return function
-    except Exception as error:  # an incomplete download, a library that is missing, another version of kernels
+    except Exception as error:  # such as an incomplete download, a missing library, or an unsupported version of kernels
         if build is not None or not isinstance(error, (OSError, ValueError)):  # otherwise: not downloaded, or not built for this torch
             what, why = build or "the package kernels", one_line(f"{type(error).__name__}: {error}", 200)
             print_line(f"warning: {what} cannot be loaded ({why}), so another attention kernel is used; install it again", error=True)
@@ -157,7 +159,7 @@ def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
 
 
 def has_varlen() -> bool:
-    """Return True if torch's kernel accepts a scale and a window; torch 2.10's does not."""
+    """Return True if torch's kernel accepts a scale and a window. The kernel of torch 2.10 does not."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -176,7 +178,9 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Attend in a tower, [B, H, T, D] -> [B, T, H, D]: with torch's attention, or within segments if the tower passes their boundaries."""
+    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's own, or attention within segments if the tower passes their
+    boundaries.
+    """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     kernel = KERNELS[fastest(query.dtype, query.shape[-1:], query.device.type != "cpu")]

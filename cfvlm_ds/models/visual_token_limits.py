@@ -1,6 +1,6 @@
-"""Limits on the visual tokens of an image, one function for each rule by which families choose their number.
+"""Limits on the visual tokens of an image. Families determine this number by different rules. Each rule has a function.
 
-A limit changes the processor and, if the model computes the same sizes, its configuration; either may be None.
+The function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument may be None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images so that their numbers of pixels lie between the two bounds (Qwen-VL: a token is a square of patch size x merge size
+    """Scale images to a number of pixels between the two bounds (Qwen-VL, where a token is a square with sides of patch size x merge size
     pixels).
     """
     if processor is not None:
@@ -21,7 +21,9 @@ def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images like ``pixels``, for a processor that counts the pixels of all frames and duplicates a picture as frames (GLM-4V)."""
+    """Scale images like ``pixels``, but for a processor that repeats a picture as several frames and counts the pixels of all frames
+    (GLM-4V).
+    """
     if processor is not None:
         _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
 
@@ -34,7 +36,8 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale the longest edge to that of the largest square of whole tokens (Mistral 3, whose images keep their aspect ratio).
+    """Limit the longest edge to the side of the largest square of whole tokens within the bound (Mistral 3, whose images keep their aspect
+    ratio).
 
     The square has at least 2 x 2 tokens: transformers cannot process a forward whose only image is one visual token.
     """
@@ -49,7 +52,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit an image to one of several numbers of visual tokens, the largest whose pixels are within the bound (Gemma 4)."""
+    """Limit visual tokens to the largest budget whose pixels are within the bound (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
@@ -60,7 +63,7 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Exclude grids of too many tiles (LLaVA-NeXT and OneVision, where an image takes the best-fitting grid)."""
+    """Exclude grids with too many tiles (LLaVA-NeXT and OneVision, which use the best-fitting grid for an image)."""
     side = None if config is None else config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
         if holder is not None and model.max_tiles:
@@ -73,7 +76,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def patches(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the number of tiles, the overview not counted (InternVL)."""
+    """Limit the number of tiles, not counting the overview (InternVL)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         images.max_patches = model.max_tiles
@@ -81,7 +84,7 @@ def patches(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def squares(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale the longest edge to the side of the largest square with at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
+    """Limit the longest edge to the side of the largest square with at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         sides = int(model.max_tiles**0.5)

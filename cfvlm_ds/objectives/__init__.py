@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.align import Align
 from cfvlm_ds.objectives.batch_align import BatchAlign
 from cfvlm_ds.objectives.csd import Csd
+from cfvlm_ds.objectives.distill import ContrastDistill, Sham
 from cfvlm_ds.objectives.dpo import Dpo
 from cfvlm_ds.objectives.fcd import Fcd
 from cfvlm_ds.objectives.misp import Misp
@@ -35,6 +37,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "svco": Svco,
     "batch_align": BatchAlign,
     "retain": Retain,
+    "contrast_distill": ContrastDistill,
+    "sham": Sham,
 }
 
 CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
@@ -45,6 +49,7 @@ __all__ = [
     "OBJECTIVES",
     "Align",
     "BatchAlign",
+    "ContrastDistill",
     "Csd",
     "Dpo",
     "Fcd",
@@ -52,6 +57,7 @@ __all__ = [
     "Objective",
     "Objectives",
     "Retain",
+    "Sham",
     "Svco",
     "SymMPO",
     "likelihood_report",
@@ -66,10 +72,12 @@ def required_cells(objectives: Objectives) -> Cells:
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
-def scored_besides(objectives: Objectives) -> dict[str, bool]:
-    """Return whether an objective needs scores of tokens, and of the blank picture, as arguments of ``Collator.of_run``."""
+def scored_besides(objectives: Objectives) -> dict[str, Any]:
+    """Return what objectives need besides scores of their cells, as arguments of ``Collator.of_run``."""
     terms = objectives.values()
-    return {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
+    divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
+    needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
+    return {**needed, "divergences": divergences}
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:

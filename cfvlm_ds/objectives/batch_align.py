@@ -123,9 +123,8 @@ _LEAST = -1e30
 
 
 def own_images(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: for each text, the first image that it is true of. A sham image does not count as a second one."""
-    true = layout.positive & layout.same_prompt[:, :1]
-    return true & (true.cumsum(1) == 1)
+    """Return [G, I, C] bool: the own image of each text that answers the factual text's prompt."""
+    return layout.own & layout.same_prompt[:, :1]
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.objective import Report
-from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs, true_pairs
+from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text_pairs
 from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
 
@@ -45,7 +45,7 @@ class Dpo(ReferenceTerm):
         return [
             self.preferred(self.text_side, *text_pairs(ratio, layout)),
             self.preferred(self.image_side, *image_pairs(ratio, layout)),
-            self.preferred(self.anchor, -ratio, true_pairs(layout)),
+            self.preferred(self.anchor, -ratio, layout.own),
         ]
 
     def report(self, scores: Scores) -> Report:

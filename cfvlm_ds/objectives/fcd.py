@@ -39,10 +39,7 @@ class Fcd(MarginTerm):
         """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest comparison of all other
         texts.
         """
-        positive, negative = layout.positive.transpose(1, 2), layout.negative.transpose(1, 2)
-        # A text's own image is the first one that it is true of. A sham image is a positive of the NLL, but not a second anchor here.
-        own = positive & (positive.cumsum(-1) == 1)
-        violation, mask = comparisons(similarity.transpose(1, 2), own, negative)
+        violation, mask = comparisons(*(each.transpose(1, 2) for each in (similarity, layout.own, layout.negative)))
         violation, mask = violation.flatten(2), mask.flatten(2)
         per_text, some = masked_max(violation, mask, 2, self.soft), mask.any(2)
         halves, present = [per_text[:, 0]], [some[:, 0]]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
 from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
@@ -66,6 +66,11 @@ class Objective(Protocol):
     def needs_blank(self) -> bool:
         """True if the last image of scores must be the blank picture. One more image with all texts of a group costs as much as any."""
         return False
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The divergence that scores must have; the output head is computed twice at the tokens that it compares."""
+        return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         """Return the number of tokens or groups that each part is a mean over: scalar or [P]."""

@@ -88,10 +88,4 @@ def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
     """Compare every text on its own image with the same text on each image that it is false of: [G, C, I true, I false]."""
-    return comparisons(*(each.transpose(1, 2) for each in (ratio, true_pairs(layout), layout.negative)))
-
-
-def true_pairs(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: for each text, the first image that it is true of. A sham image does not count as a second one."""
-    positive = layout.positive
-    return positive & (positive.cumsum(1) == 1)
+    return comparisons(*(each.transpose(1, 2) for each in (ratio, layout.own, layout.negative)))

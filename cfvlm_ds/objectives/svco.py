@@ -9,7 +9,7 @@ from torch import Tensor
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.objective import Report
-from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm, true_pairs
+from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,6 @@ def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]
     """Compare each text's own image, and each image that a text with an own image is false of, with the blank one; all [G, I, C]."""
     if not layout.blank:
         raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")
-    own, blank = true_pairs(layout), ratio[:, -1:]
+    own, blank = layout.own, ratio[:, -1:]
     counted = layout.valid[:, -1:] & own.any(1, keepdim=True)
     return (blank - ratio, own & counted), (ratio - blank, layout.negative & counted)

@@ -1,7 +1,8 @@
 """Delivery of a run folder to MLflow by a thread that retries as long as the run lives.
 
 MLflow's own asynchronous logging drops a batch whose request fails. The thread therefore sends batches itself, and advances its position in
-metrics.jsonl only after the server has answered.
+metrics.jsonl only after the server has answered. Metrics are logged by training/trainer.py; parameters and tags come from
+training/run_record.py.
 """
 
 from __future__ import annotations

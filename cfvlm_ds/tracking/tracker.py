@@ -1,8 +1,8 @@
 """Tracker of a run: metrics are written to ``metrics.jsonl``, and sent from there to MLflow, which may be slow, down or absent.
 
 MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md, renamed by ``mlflow_name``),
-the files of the run record (training/run_record.py), the tables and figures of the results (training/results.py), and the first table and
-the figures as the description of the run.
+the parameters, tags and files of the run record (training/run_record.py), the tables and figures of the results (training/results.py), and
+the first table and the figures as the description of the run.
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
 order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. A resumed run, or ``cfvlm-ds track

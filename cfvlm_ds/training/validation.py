@@ -77,6 +77,12 @@ def _check_step(config: RunConfig, ranks: int) -> None:
             f"train.hard_negatives keeps the false cells with the highest scores, but {', '.join(config.objective)} scores no text on an "
             "image that it is false of; add a term that does, such as csd with mode cross, or leave the option unset"
         )
+    compared = [name for name, term in config.objective.items() if term.divergence is not None]
+    if compared and config.data.max_tokens_per_forward is not None:
+        raise ConfigError(
+            f"{compared[0]} compares the distributions of a text on two images, but data.max_tokens_per_forward may divide these between "
+            "forwards; set data.max_tokens_per_micro_batch instead"
+        )
     if terms and config.data.max_tokens_per_micro_batch is None:
         groups = train.micro_batch_size * train.gradient_accumulation_steps * ranks
         if groups < 2:

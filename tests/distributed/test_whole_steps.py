@@ -31,6 +31,7 @@ LAYOUTS = [
 ]
 """Ranks, accumulation steps and, where it is bounded, tokens of a forward."""
 HARD = ["--train.hard_negatives=1", "--train.max_steps=3", "--objective.csd.warmup=0", "--objective.fcd.warmup=0"]
+DISTILLED = ["--objective.contrast_distill.weight=0.5", "--objective.sham.weight=0.5", *HARD]
 SPREAD = ["--train.per_device_train_batch_size=4", "--train.gradient_accumulation_steps=2", "--data.max_tokens_per_forward=120"]
 
 
@@ -51,7 +52,7 @@ def write_priors(path: Path, model_dir: Path, manifest: Path) -> Path:
 @pytest.fixture(scope="module")
 def trajectories(model_dir, manifests, tmp_path_factory, request):
     """Layout -> run folder, three steps of 16 groups, with scores of a blank image that are as good as any; beside it "hard-1" and
-    "hard-2", of hard negatives on as many ranks."""
+    "hard-2", of hard negatives on as many ranks, and "distilled-1" and "distilled-2", with divergences."""
     folder = tmp_path_factory.mktemp("batch")
     scores = write_priors(folder / "scores.jsonl", model_dir, manifests["train"])
     layouts = list(dict.fromkeys([(1, 1), (2, 2, FORWARD), *selected(request, "layout")]))
@@ -67,7 +68,9 @@ def trajectories(model_dir, manifests, tmp_path_factory, request):
             extra += ["--objective.svco.weight=0.5", "--objective.csd.token_credit=true", f"--data.num_workers={int(steps == 2)}"]
             trainings.append(train_arguments(model_dir, manifests, folders[layout], *extra))
         spread = [] if ranks == 1 else SPREAD
-        trainings += [train_arguments(model_dir, manifests, folder / f"hard-{ranks}", *HARD, *spread)] if ranks < 4 else []
+        if ranks < 4:
+            trainings.append(train_arguments(model_dir, manifests, folder / f"hard-{ranks}", *HARD, *spread))
+            trainings.append(train_arguments(model_dir, manifests, folder / f"distilled-{ranks}", *DISTILLED, *spread[:2]))
         run_trainings(ranks, *trainings, said=folder / f"said-{ranks}")
     return folders
 
@@ -107,6 +110,14 @@ def test_hard_negatives_give_one_trajectory(trajectories):
     one, two = (trajectories[1, 1].parent / f"hard-{ranks}" for ranks in (1, 2))
     assert len(losses(one)) == 3
     assert all(0 < row["hard_negatives/entered"] < row["hard_negatives/proposed"] for row in metrics(one) if "loss" in row)
+    assert_same_trajectory(one, two, "hard_negatives/")
+
+
+def test_divergences_give_one_trajectory(trajectories):
+    """Of hard negatives, on two ranks with two micro-batches each; fp32, relative 2e-4."""
+    one, two = (trajectories[1, 1].parent / f"distilled-{ranks}" for ranks in (1, 2))
+    assert len(losses(one)) == 3
+    assert all(row["loss/contrast_distill"] > 0 and row["loss/sham"] > 0 for row in metrics(one) if "loss" in row)
     assert_same_trajectory(one, two, "hard_negatives/")
 
 

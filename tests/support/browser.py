@@ -1,4 +1,4 @@
-"""A headless Chromium over its debugging pipe, for looking at pages: no driver and no library besides the browser itself."""
+"""Headless Chromium for tests of pages, controlled over its debugging pipe. No driver or library is needed besides the browser."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from types import TracebackType
 from typing import Any
 
 PATIENCE = 120.0
-"""Seconds that a command may take: a page that never comes to what a test waits for is a failure, and not a test without an end."""
+"""Time limit of a command in seconds, after which a test that waits in vain fails."""
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def found() -> str | None:
-    """The browser that this machine has; CHROMIUM names one that is not on the path."""
+    """Return the path of this machine's browser, or None. CHROMIUM can name one that is not on the path."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """One tab. ``complaints`` are what the console, the content security policy and exceptions said."""
+    """One tab. ``complaints`` lists console messages, exceptions and violations of the content security policy."""
 
     def __init__(self, command: str) -> None:
         self._profile = tempfile.TemporaryDirectory(
             ignore_cleanup_errors=True
-        )  # its processes end one after the other, and write until then
+        )  # the browser's processes end one by one, and write files until then
         take, give_in = os.pipe()
         take_out, give = os.pipe()
         options = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
@@ -68,7 +68,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol, and its result."""
+        """Send a command of the DevTools protocol, and return its result."""
         self._number += 1
         self._until = time.monotonic() + PATIENCE
         message = {"id": self._number, "method": method, "params": parameters}
@@ -105,30 +105,30 @@ class Browser:
         return event
 
     def open(self, url: str) -> None:
-        """Go to a page, and wait until it has loaded."""
+        """Open a page, and wait until it has loaded."""
         before = self._loaded
         self.call("Page.navigate", url=url)
         while self._loaded == before:
             self._next()
 
     def run(self, script: str) -> Any:
-        """The value of an expression, or of the promise that it is."""
+        """Return the value of an expression. A promise is awaited."""
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key, pressed and released."""
+        """Press and release a key."""
         text = key if len(key) == 1 else ""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **({"text": text} if text and kind == "keyDown" else {}))
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
-        """The size of the window, and whether its user likes it dark."""
+        """Set the size of the window in pixels, and its colour scheme (light or dark)."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """A PNG of what is seen, or of the whole page."""
+        """Write a PNG of the visible part of the page, or of the whole page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))

@@ -1,4 +1,4 @@
-"""What the benchmark of real priors shows where no emoji font is: named shapes of one colour, and a language model of random weights."""
+"""Test data for the benchmark of real priors: named shapes of one colour instead of emojis, and a language model with random weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ SHOWN = {
     "mouse": (150, 150, 155), "sheep": (240, 240, 240), "rose": (221, 46, 68), "snake": (70, 160, 70), "ship": (50, 120, 220),
     "cactus": (70, 160, 70), "tent": (255, 140, 0), "whale": (50, 120, 220),
 }  # fmt: skip
-"""Name -> what most of it looks like."""
+"""Name -> colour of most of its area (red, green, blue)."""
 
 
 def write_cut_outs(folder: Path) -> Path:
-    """NAME.png for each, 80 pixels with opacity: a shape with a darker rim and a grey mark that no recolouring may touch."""
+    """Write NAME.png for every name: a shape of 80 pixels with transparency, a darker rim, and a grey mark that recolouring must not
+    change.
+    """
     folder.mkdir(parents=True)
     for at, (name, colour) in enumerate(SHOWN.items()):
         picture = Image.new("RGBA", (80, 80))
@@ -31,7 +33,7 @@ def write_cut_outs(folder: Path) -> Path:
 
 
 def write_language_model(folder: Path) -> Path:
-    """A LlamaForCausalLM of random weights with a byte-level tokenizer that has ChatML's tokens, as SmolLM2 has."""
+    """Write a LlamaForCausalLM with random weights, and a byte-level tokenizer with ChatML's tokens like SmolLM2's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

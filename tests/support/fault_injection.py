@@ -1,6 +1,6 @@
-"""Trainings with planted faults: each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
+"""Training runs with injected faults: each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
 
-They run one after the other. What one raises is printed by every rank, and the next one starts.
+The runs are executed in order. Every rank prints the exception of a run and continues with the next one.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def nothing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(*steps: int) -> Iterator[None]:
-    """At these steps rank 1 cannot write files of more than 50 KB: the system itself refuses."""
+    """Make the system refuse files of more than 50 KB on rank 1, in the saves at these steps."""
     save = checkpoint.save
 
     def limited(engine, state, *arguments):  # type: ignore[no-untyped-def]
@@ -63,7 +63,7 @@ def full_disk(*steps: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_room() -> Iterator[None]:
-    """Rank 1 cannot write features: the system itself refuses."""
+    """Make the system refuse feature files on rank 1."""
     write = precompute_features.write_features
 
     def limited(file, features):  # type: ignore[no-untyped-def]
@@ -81,7 +81,7 @@ def no_room() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
-    """From one step to another one metrics.jsonl finds no room, and nonfinite.jsonl can never be written: the system itself refuses."""
+    """Make the system refuse writes to metrics.jsonl from step ``first`` to step ``last``, and all writes to nonfinite.jsonl."""
     take, kept = OptimizerStep.take, 0
 
     def stepped(step, number, *arguments):  # type: ignore[no-untyped-def]
@@ -100,20 +100,20 @@ def full_metrics(run_dir: str, first: int, last: int) -> Iterator[None]:
 
 
 def between() -> None:
-    """Every rank starts the next one when all have ended the last."""
+    """Wait until all ranks have finished a run before any of them starts the next."""
     dist.barrier()
     print("=== next training", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """An objective of value 0 whose loss, or only its gradient, is not finite where it sees one group; or which wants a PiB there."""
+    """Objective of value 0 with a fault at one group: the loss or only its gradient is not finite, or 1 PiB is allocated."""
 
     weight: float = 0.0
     warmup: float = 0.0
     group: str = ""
     what: str = "loss"
-    cells, needs_reference, needs_prior, needs_tokens, needs_blank = "anchor", False, False, False, False
+    cells, needs_reference, needs_prior, needs_tokens, needs_blank, divergence = "anchor", False, False, False, False, None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
         return layout.weight.sum()
@@ -135,7 +135,7 @@ OBJECTIVES["planted"] = Planted
 
 @contextlib.contextmanager
 def left_out(number: int) -> Iterator[None]:
-    """Step ``number`` takes its data and does nothing with it: what skipping a step should come to."""
+    """Make step ``number`` read its data and do nothing else, as a skipped step should."""
     take = OptimizerStep.take
 
     def stepped(step, at, batches, *arguments):  # type: ignore[no-untyped-def]
@@ -151,7 +151,7 @@ def left_out(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without(index: int) -> Iterator[None]:
-    """The sampler leaves this group out of its micro-batch."""
+    """Make the sampler leave group ``index`` out of its micro-batch."""
     batches = GroupSampler.__iter__
 
     def fewer(self: GroupSampler) -> Iterator[list[int]]:
@@ -163,7 +163,7 @@ def without(index: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(lock: str) -> Iterator[None]:
-    """Another run has the run folder."""
+    """Lock the run folder as another run would."""
     if rank() != 0:
         yield
         return
@@ -176,12 +176,12 @@ def taken(lock: str) -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """The end of a training that another one goes on with."""
+    """Planned end of a run, from which a later run resumes."""
 
 
 @contextlib.contextmanager
 def stopped(step: int) -> Iterator[None]:
-    """The training ends when it has saved this step."""
+    """End the run after it has saved this step."""
     save = checkpoint.save
 
     def last(engine, state, *arguments):  # type: ignore[no-untyped-def]
@@ -195,7 +195,9 @@ def stopped(step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slow_gathers(delay: float, told: str) -> Iterator[None]:
-    """Every collective that gathers weights takes ``delay`` seconds more; rank 0 tells how many more each step took."""
+    """Make every collective that gathers weights take ``delay`` seconds longer. Rank 0 appends the additional seconds of each step to the
+    file ``told``.
+    """
     from deepspeed import comm
 
     take, slept = OptimizerStep.take, 0.0
@@ -211,7 +213,7 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
 
     def told_step(step, *arguments):  # type: ignore[no-untyped-def]
         nonlocal slept
-        slept = 0.0  # what evaluations and the check before the first step took is not the step's
+        slept = 0.0  # the delays of evaluations and of the check before the first step do not belong to a step
         done = take(step, *arguments)
         if rank() == 0:
             with Path(told).open("a") as handle:
@@ -227,7 +229,7 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def branched(source: str) -> Iterator[None]:
-    """The training goes on from a copy of another one's run folder."""
+    """Copy another run's folder, from which this run continues."""
     if rank() == 0:
         shutil.copytree(source, source.replace("broken", "allowed"))
     dist.barrier()
@@ -236,7 +238,7 @@ def branched(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(folder: str, late: bool = False) -> Iterator[None]:
-    """Tells which files of a run folder a start that is refused has changed; ``late`` refuses it when its model is loaded."""
+    """Print the files of a run folder that a refused start has changed. With ``late``, the start is refused after the model is loaded."""
     before = contents(Path(folder)) if rank() == 0 else {}
     try:
         with patch.object(training, "_check_scores", refuse) if late else contextlib.nullcontext():
@@ -249,7 +251,7 @@ def unchanged(folder: str, late: bool = False) -> Iterator[None]:
 
 
 def contents(run_dir: Path) -> dict[str, bytes]:
-    """All that is in a run folder, but for the signs of life of the ranks."""
+    """Return the contents of all files in a run folder except heartbeats, keyed by relative path."""
     files = [path for path in run_dir.rglob("*") if path.is_file() and "heartbeat" not in path.relative_to(run_dir).parts]
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(files)}
 
@@ -260,7 +262,7 @@ def refuse(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def slow_export(limit: float) -> Iterator[None]:
-    """The export takes three times as long as collectives may, and gets on; the limit is set when the training is over."""
+    """Make the export take three times the timeout of collectives, while it makes progress. The timeout is set after training."""
     finish, export = Trainer._finish, trainer.export_checkpoint
 
     def finished(ending, tracker):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Ranks as forks of one process that has imported everything: real processes with signals and exit codes, whose start costs no imports."""
+"""Ranks forked from a process that has imported everything: real processes with signals and exit codes, but without the time of imports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def _start_server() -> None:
-    """With what it imports on its path, and the settings of CPU ranks in its environment from the beginning: OpenMP reads them once."""
+    """Start the fork server with its imports on the path. Its environment has the settings of CPU ranks from the start, because OpenMP
+    reads them only once.
+    """
     _CONTEXT.set_forkserver_preload(["preloaded", "forkserver_ranks"])
     with patch.dict(
         os.environ,
@@ -36,7 +38,9 @@ def _start_server() -> None:
 
 
 def start(number: int, function: str, *arguments: object, said: Path) -> list[ForkServerProcess]:
-    """Start ``MODULE:FUNCTION`` as so many ranks, in sessions of their own; what each says is added to ``said/rank-RANK.log``."""
+    """Start ``MODULE:FUNCTION`` on ``number`` ranks, each in a session of its own. The output of a rank is appended to
+    ``said/rank-RANK.log``.
+    """
     _start_server()
     shared = environment() | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -51,8 +55,8 @@ def start(number: int, function: str, *arguments: object, said: Path) -> list[Fo
 
 def _rank(variables: dict[str, str], function: str, arguments: Sequence[object], said: Path) -> None:
     assert "preloaded" in sys.modules, "ranks would each import everything"
-    multiprocessing.set_start_method("fork", force=True)  # for data workers: what a process of its own has
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left of tests that are cut off
+    multiprocessing.set_start_method("fork", force=True)  # for data workers: the default in an ordinary process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank survives an interrupted test
     os.setsid()
     os.chdir(REPO)
     take(variables | ON_CPU)
@@ -64,27 +68,29 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
 
 
 def take(variables: Mapping[str, str]) -> None:
-    """Have these environment variables and no others: the server kept those of the test that started it, such as a tracking server's."""
+    """Replace the environment with these variables. The server keeps the variables of the test that started it, such as a tracking
+    server's.
+    """
     for name in os.environ.keys() - variables.keys() - {"PYTHONPATH"}:
         del os.environ[name]
     os.environ |= variables
 
 
 def script(file: str, arguments: Sequence[str]) -> None:
-    """``python FILE ARGUMENTS``."""
+    """Run ``python FILE ARGUMENTS`` in this process."""
     sys.argv = [file, *arguments]
     sys.path.insert(0, str(Path(file).resolve().parent))
     runpy.run_path(file, run_name="__main__")
 
 
 def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-    """``python train.py ARGUMENTS``, with these environment variables besides."""
+    """Run ``python train.py ARGUMENTS`` in this process, with additional environment variables."""
     os.environ |= variables or {}
     script("train.py", arguments)
 
 
 def train_all(listed: Path) -> None:
-    """Trainings one after the other: each line of the file is one's options, a JSON list."""
+    """Run trainings in order. Each line of the file has the options of one training as a JSON list."""
     from cfvlm_ds.cli.train import run
 
     for line in listed.read_text().splitlines():

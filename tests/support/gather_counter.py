@@ -1,5 +1,6 @@
-"""Trainings of which each leaves watched.json: how often modules of its vision tower ran and ZeRO-3 gathered its weights,
-before and after the feature cache was there."""
+"""Training runs that each write watched.json. It counts how often the vision tower's modules ran and how often ZeRO-3 gathered its weights,
+before and after the feature cache was filled.
+"""
 
 import json
 from collections import Counter
@@ -42,7 +43,7 @@ def gathered(self, params, forward):  # type: ignore[no-untyped-def]
 
 
 def train_all(listed: Path) -> None:
-    """As ``forkserver_ranks.train_all``."""
+    """Run trainings like ``forkserver_ranks.train_all``."""
     global phase
     engine.initialize, training.precompute_features = watched, filled
     setattr(PartitionedParameterCoordinator, GATHER, gathered)

@@ -1,6 +1,7 @@
-"""train.py with a phase that takes for ever, or every forward of an evaluation half a second: it makes ``mark`` and goes on waiting.
+"""train.py with a phase that never ends, or with evaluation forwards that take half a second longer. The file ``mark`` appears when the
+wait begins.
 
-The wait is one of the C library's, as of a collective or a decoder: Python's own handlers do not run in it.
+The phase waits in the C library, like a collective or a decoder, so Python's signal handlers do not run meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cfvlm_ds.training import run, trainer
 def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
     def wait(*arguments: Any, **named: Any) -> None:
         mark.touch()
-        lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)  # a mutex of the C library, as its initialiser makes it
+        lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)  # a mutex of the C library; zeros initialise it
         for _ in range(2):
             library.pthread_mutex_lock(lock)
 
@@ -28,7 +29,7 @@ def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train(where: str, mark: str, arguments: Sequence[str]) -> None:
-    """``where``: the name of a function that cfvlm_ds.training's run or trainer calls, or "evaluation"."""
+    """Train with a hold at ``where``: a function that cfvlm_ds.training's run or trainer calls, or "evaluation"."""
     if where == "evaluation":
         forward = DeepSpeedEngine.forward
 
@@ -41,7 +42,7 @@ def train(where: str, mark: str, arguments: Sequence[str]) -> None:
         DeepSpeedEngine.forward = slow
         tracker = run.tracker_of
 
-        def begun(*details: Any) -> Any:  # scores are checked before, by forwards in evaluation mode
+        def begun(*details: Any) -> Any:  # the earlier check of scores also runs forwards in evaluation mode
             Path(mark).parent.joinpath("begun").touch()
             return tracker(*details)
 

@@ -1,7 +1,7 @@
-"""kill -9 of a random rank at random times over one run, until it ends; part of ``make test-long``.
+"""Repeated kill -9 of a random rank at random times during one run, until the run ends. Part of ``make test-long``.
 
-Every round starts the training again and kills one rank some steps later, or while it starts. The last
-checkpoint is compared, bit for bit, with that of a run that nobody killed. Prints a row for docs/reliability.md.
+Every round restarts the training and kills one rank some steps later, or during the start. The last checkpoint is compared bit for bit with
+an uninterrupted run's. Prints a row for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from conftest import build_test_model, losses, train_arguments, write_manifest
 
 SAVE_STEPS = 2
 PEERS_END_S = 30.0
-"""How long ranks may take to notice a dead peer before they are ended, as a launcher would end them: one that has not joined the process
-group yet waits for its peers for half an hour."""
+"""Time in seconds after which the peers of a dead rank are terminated, as a launcher would do. A rank that has not joined the process group
+yet would wait for its peers for half an hour.
+"""
 
 
 def main(ranks: int, rounds: int, seed: int) -> None:
@@ -46,7 +47,7 @@ def main(ranks: int, rounds: int, seed: int) -> None:
             processes = forkserver_ranks.start(ranks, "cfvlm_ds.cli.train:run", train["killed"], said=folder / f"said-{kills}")
             if kills == rounds:
                 break
-            lives = chance.choice((None, *range(2 * SAVE_STEPS)))  # steps that it may take, or a time before the first one
+            lives = chance.choice((None, *range(2 * SAVE_STEPS)))  # number of steps before the kill; None: during the start
             wait_for(folder / "killed", before, lives, steps, processes)
             time.sleep(chance.uniform(0, whole_s / steps if lives is not None else 5))
             victim = chance.randrange(ranks)
@@ -74,12 +75,12 @@ def main(ranks: int, rounds: int, seed: int) -> None:
 
 
 def recorded(run_dir: Path) -> int:
-    """Steps in a run's metrics."""
+    """Count the steps in a run's metrics."""
     return len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
 def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processes: list[ForkServerProcess]) -> None:
-    """Until the run has recorded so many steps more than it resumed with, at most until the step before its last."""
+    """Wait until the run has recorded ``lives`` steps since its resume, at most until its second-to-last step."""
     newest = max((int(path.name.rsplit("-")[-1]) for path in run_dir.glob("checkpoint-*[0-9]")), default=0)
     while lives is not None and all(process.is_alive() for process in processes):
         if recorded(run_dir) >= min(max(before, newest) + lives, steps - 1):
@@ -88,7 +89,7 @@ def wait_for(run_dir: Path, before: int, lives: int | None, steps: int, processe
 
 
 def ended(processes: list[ForkServerProcess], barrier: float = 3600) -> list[int | None]:
-    """The exit codes; of a rank that did not end in time, that of the SIGTERM it then gets."""
+    """Wait for the ranks and return their exit codes. A rank that does not end in time gets SIGTERM."""
     deadline = time.monotonic() + barrier
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -99,7 +100,7 @@ def ended(processes: list[ForkServerProcess], barrier: float = 3600) -> list[int
 
 
 def same(one: Path, other: Path, rank: int) -> bool:
-    """Whether a rank's weights and moments have the same bits."""
+    """Return True if a rank's weights and moments are bit-identical in both checkpoints."""
     name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     states = [torch.load(folder / name, weights_only=False)["optimizer_state_dict"] for folder in (one, other)]
     flats = [

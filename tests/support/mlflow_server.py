@@ -1,4 +1,4 @@
-"""A real MLflow server, which tests start, stop and kill."""
+"""Real MLflow server that tests start, stop and kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import free_port, wait_for
 
 
 class Server:
-    """An MLflow process in a session of its own, so that killing it takes its workers along."""
+    """MLflow server in a session of its own, so that its workers are killed with it."""
 
     def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
         store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]
@@ -30,7 +30,8 @@ class Server:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self.folder,
-                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes
+                # job execution would start seven processes
+                env=env | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -45,7 +46,7 @@ class Server:
             self.kill()
 
     def up(self) -> None:
-        """Start it unless it runs, and wait for its answer."""
+        """Start the server unless it runs, and wait until it answers."""
         if self._process is None:
             self.start()
         wait_for(self._answers, 180)

@@ -1,7 +1,7 @@
-"""A device that pretends: its tensors have real numbers, in the CPU's memory, and behave as if they were on an accelerator.
+"""Simulated accelerator: its tensors hold real values in CPU memory, and behave as if they were on a device.
 
-An operation on tensors of two devices raises as CUDA's does. Whatever makes the host wait for the device is counted under its place. It
-changes torch for the whole process, so tests use it in a process of its own.
+An operation on tensors of two devices raises an error as on CUDA. Everything that makes the host wait for the device is counted, by place
+in the code. The module changes torch for the whole process, so tests use it in a separate process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 WAITS: Counter[str] = Counter()
-"""How often the host has waited, by function of the model, or by operation where the backward pass alone is on the stack."""
+"""Number of times the host has waited, by function of the model, or by operation if only the backward pass is on the stack."""
 CALLS: list[dict[str, Any]] = []
-"""Arguments of the calls of flash-attn's kernel."""
+"""Arguments of the calls to flash-attn's kernel."""
 
 _WAITING = {
     getattr(aten, name).default
@@ -41,7 +41,7 @@ _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
 
 
 def start() -> None:
-    """Make the device known to torch and flash-attn importable, in this process."""
+    """Register the device with torch and make flash-attn importable, in this process."""
     _setup_privateuseone_for_python_backend("pretend")
     torch.utils.checkpoint._infer_device_type = lambda *arguments: "cpu"  # type: ignore[assignment]
     flash: Any = types.ModuleType("flash_attn")
@@ -51,7 +51,7 @@ def start() -> None:
 
 
 def device() -> torch.device:
-    """The device, once it is known."""
+    """Return the device. ``start`` must have registered it."""
     return torch.device("pretend", 0)
 
 
@@ -79,7 +79,7 @@ class _Pretend(Tensor):
 
 
 class _Made(TorchDispatchMode):
-    """What is made on the device, by operations that take no tensor of it."""
+    """Mode in which operations create tensors on the device, even if none of their arguments is on it."""
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,7 +128,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _wait(name)
     elif ours and (foreign := [tuple(each.shape) for each in leaves if _here(each) and each.dim()]):
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} has tensors of the CPU, {foreign}")
-    if func is aten.histc.default:  # CUDA has it for whole numbers
+    if func is aten.histc.default:  # CUDA supports integers here
         args = (args[0].float(), *args[1:])
 
     def inside(value: Any) -> Any:
@@ -155,14 +155,14 @@ def _new(data: Any, *, device: Any = None, **options: Any) -> Tensor:
 
 @contextmanager
 def used() -> Iterator[None]:
-    """Inside the block tensors are made on the device, and waits are counted from zero."""
+    """Within the block, create tensors on the device, and count waits from zero."""
     WAITS.clear()
     with patch("torch.tensor", _new), _Made():
         yield
 
 
 def move(module: nn.Module) -> None:
-    """Move parameters and buffers; those that several modules share stay shared."""
+    """Move parameters and buffers to the device. Shared parameters stay shared."""
     moved: dict[int, nn.Parameter] = {}
     for each in module.modules():
         for name, parameter in each._parameters.items():
@@ -173,7 +173,7 @@ def move(module: nn.Module) -> None:
 
 
 def there(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor of the device."""
+    """Return the values of a tensor on the device."""
     assert isinstance(tensor, _Pretend)
     return tensor.there
 
@@ -183,7 +183,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False, block_table: Any = None,
 ) -> Tensor:  # fmt: skip
-    """flash-attn 2.8's kernel: its signature, the checks of its C++ (mha_varlen_fwd in csrc/flash_attn/flash_api.cpp), its definition."""
+    """Compute flash-attn 2.8's kernel by definition, with the checks of its C++ code (mha_varlen_fwd in csrc/flash_attn/flash_api.cpp)."""
     for each in (q, k, v):
         assert each.dtype in (torch.float16, torch.bfloat16), "FlashAttention only support fp16 and bf16 data type"
         assert _is_there(each.device) and each.dim() == 3 and each.stride(-1) == 1, "contiguous last dimension on the device"
@@ -199,7 +199,9 @@ def flash_attn_varlen_func(
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, at: list[int], of: list[int], scale: float, window: tuple[int, int]) -> Tensor:
-    """In each segment the last query is at the last key, and sees so many keys before its own and after it; -1 for all."""
+    """Attend within segments. The last query is aligned with the last key. ``window`` is the number of keys before and after a query's own
+    (-1: all).
+    """
     found = []
     for s in range(len(at) - 1):
         queries = q[at[s] : at[s + 1]].float()

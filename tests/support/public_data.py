@@ -1,7 +1,7 @@
-"""Files in the exact form in which other projects publish and read them, of any number of rows, and what each row says, naively.
+"""Data files of any size in the exact formats of other projects, and the expected contents of each row, computed naively.
 
-``PUBLIC[name]`` is a function that writes one into a folder, with its pictures, and returns its path and the format's name; and one that
-says what the k-th row is: pictures of each image (by number), prompts, texts and truth table.
+``PUBLIC[name]`` has two functions. The first writes a file and its pictures into a folder, and returns the file's path and format. The
+second returns the contents of row k: the pictures of each image (by number), prompts, texts and truth table.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SYSTEM = "You are a careful assistant."
 
 Row = dict[str, Any]
 Written = tuple[Path, str]
-"""A path and the name of its format."""
+"""Path of a file and name of its format."""
 
 
 class Said(NamedTuple):
-    """What a row says."""
+    """Expected contents of a row."""
 
     images: tuple[tuple[int, ...], ...]
     prompts: tuple[Prompt, ...]
@@ -38,13 +38,13 @@ class Said(NamedTuple):
 
 
 def said_of(k: int, prompt: Prompt, *texts: str, match: tuple[tuple[int | None, ...], ...] = ((1, 0),), others: bool = False) -> Said:
-    """Texts after one prompt about the k-th row's picture and, with ``others``, about the other one too."""
+    """Build the contents of row k: texts that answer one prompt about its picture and, with ``others``, about another picture too."""
     images = ((numbered(k),), (other(k),)) if others else ((numbered(k),),)
     return Said(images, (prompt,) * len(texts), texts, tuple(line[: len(texts)] for line in match))
 
 
 def picture(k: int) -> bytes:
-    """The bytes of a small picture; another one for every k up to PICTURES."""
+    """Return the bytes of a small picture. It is different for every k below PICTURES."""
     file = io.BytesIO()
     Image.new("RGB", (40 + 2 * k, 36), (20 * k, 255 - 20 * k, 90)).save(file, "PNG")
     return file.getvalue()
@@ -77,7 +77,7 @@ Writer = Callable[[Path, int], Written]
 
 
 def of_rows(row: Callable[[int], Row], format: str, listed: bool = False) -> Writer:
-    """A file of a row for each k, JSON lines or a list, with its pictures beside it."""
+    """Return a writer of a file with the rows ``row(k)``, as JSON lines or one list, and of its pictures."""
 
     def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
@@ -106,7 +106,7 @@ def wrong(k: int) -> str:
 
 
 def shown(k: int) -> str:
-    """The path of the k-th row's picture."""
+    """Return the path of row k's picture."""
     return file_of(numbered(k))
 
 
@@ -115,17 +115,17 @@ def turn(who: str, said: Any, keys: tuple[str, str] = ("role", "content")) -> Ro
 
 
 def human(*said: str) -> list[Row]:
-    """Turns of ShareGPT, from human and gpt in turn."""
+    """Build ShareGPT turns, alternately from human and gpt."""
     return [turn(("human", "gpt")[k % 2], text, ("from", "value")) for k, text in enumerate(said)]
 
 
 def part(text: str | None) -> Row:
-    """A part of TRL's messages: a text or, with None, a picture."""
+    """Build a part of a TRL message: a text or, for None, a picture."""
     return {"type": "image" if text is None else "text", "text": text}
 
 
 def llava_row(k: int) -> Row:
-    """As llava_v1_5_mix665k.json: conversations of one to three questions, every tenth row of text alone; ids occur several times."""
+    """Build a row like llava_v1_5_mix665k.json: one or two questions. Every tenth row has only text, and ids repeat."""
     alone = k % 10 == 9
     more = ["Is it day?", f"Yes, at {k % 24} o'clock."] if k % 3 else []
     row = {"id": f"text_{k}", "model": ""} if alone else {"id": f"{k // 2:012d}", "image": shown(k)}
@@ -142,7 +142,7 @@ def llava_said(k: int) -> Said:
 
 
 def sharegpt_row(k: int) -> Row:
-    """As LLaMA-Factory's sharegpt with ``system`` and several pictures at their places."""
+    """Build a row like LLaMA-Factory's sharegpt, with ``system`` and several pictures within the text."""
     said = human(f"Compare <image> and <image>: {asked(k)}", right(k), "<image>And here?", wrong(k))
     return {"conversations": said, "system": SYSTEM, "images": [shown(k + j) for j in range(3)]}
 
@@ -156,7 +156,7 @@ def sharegpt_said(k: int) -> Said:
 
 
 def trl_row(k: int) -> Row:
-    """As TRL's vision data sets: parts, and the pictures beside them."""
+    """Build a row like TRL's vision data sets: messages of parts, and a list of pictures."""
     parts = {"system": [part(SYSTEM)], "user": [part(None), part(asked(k))], "assistant": [part(right(k))]}
     return {"images": [shown(k)], "messages": [turn(*each) for each in parts.items()]}
 
@@ -166,7 +166,7 @@ def trl_said(k: int) -> Said:
 
 
 def openai_row(k: int) -> Row:
-    """As OpenAI's fine-tuning files, pictures by the path of a file."""
+    """Build a row like OpenAI's fine-tuning files, with pictures given as file paths."""
     parts = [part(asked(k)), {"type": "image_url", "image_url": {"url": shown(k), "detail": "low"}}]
     return {"messages": [turn("user", parts), turn("assistant", right(k)) | {"weight": 1}]}
 
@@ -183,35 +183,35 @@ def answers(k: int) -> Row:
 
 
 def preference_plain(k: int) -> Row:
-    """As RLHF-V's and RLAIF-V's rows: question, chosen, rejected, image."""
+    """Build a row like RLHF-V and RLAIF-V: question, chosen, rejected, image."""
     return {"idx": k, "image": shown(k), "question": asked(k), **answers(k), "ds_name": "RLHF-V"}
 
 
 def preference_trl_row(k: int) -> Row:
-    """As rlaif-v_formatted: three lists of messages with parts."""
+    """Build a row like rlaif-v_formatted: three lists of messages with parts."""
     lists = {name: [turn("assistant", [part(text)])] for name, text in answers(k).items()}
     return {"prompt": [turn("user", [part(None), part(asked(k))])], "images": [shown(k)], **lists}
 
 
 def preference_factory(k: int) -> Row:
-    """As LLaMA-Factory's ranking data: the answers beside the conversation."""
+    """Build a row like LLaMA-Factory's ranking data: a conversation and two separate answers."""
     said = {name: human("", text)[1] for name, text in answers(k).items()}
     return {"conversations": human("<image>" + asked(k)), **said, "images": [shown(k)]}
 
 
 def rlhfv_json(k: int) -> Row:
-    """As RLHF-V's rows on the hub: the answers as JSON in ``text``, the picture beside the path that it had elsewhere."""
+    """Build a row like RLHF-V on the hub: JSON answers in ``text``, and the picture's original path as a separate field."""
     texts = {"text": json.dumps({"question": asked(k), **answers(k)}), "origin_split": '{"model": "Muffin"}'}
     return {"ds_name": "RLHF-V", "image": shown(k), "idx": k, "image_path": f"coco/{k}.jpg", **texts}
 
 
 def preference_query(k: int) -> Row:
-    """As ms-swift's query and response."""
+    """Build a row like ms-swift's query and response."""
     return {"query": asked(k), "response": right(k), "rejected_response": wrong(k), "images": [shown(k)], "history": []}
 
 
 def preference_v1(k: int) -> Row:
-    """As LLaMA-Factory's v1 samples: whole conversations of parts with values, and weights of messages."""
+    """Build a row like LLaMA-Factory's v1 samples: whole conversations, with values in parts and weights of messages."""
     parts = [{"type": "image_url", "value": shown(k)}, {"type": "text", "value": asked(k)}]
     return {
         f"{name}_messages": [
@@ -223,7 +223,7 @@ def preference_v1(k: int) -> Row:
 
 
 def kto(row: Callable[[int, str], Row], label: str) -> Writer:
-    """Rows for KTO: an answer and whether it is good; the good and the bad ones to a question lie anywhere, some are there twice."""
+    """Return a writer of KTO rows with an answer and a label. A question's two answers are not adjacent, and some rows occur twice."""
 
     def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
@@ -255,7 +255,7 @@ def preference_said(k: int) -> Said:
 
 
 def preference_swift(k: int) -> Row:
-    """As ms-swift's: the chosen answer ends the conversation; a rejected response, rejected pictures, or both."""
+    """Build a row like ms-swift's: a conversation that ends with the chosen answer, and a rejected response, rejected pictures, or both."""
     contents = {"system": SYSTEM, "user": f"<image>{asked(k)}", "assistant": right(k)}
     row: Row = {"messages": [turn(*each) for each in contents.items()], "images": [shown(k)]}
     row |= {"rejected_response": wrong(k)} if k % 3 != 1 else {}
@@ -273,7 +273,7 @@ def swift_said(k: int) -> Said:
 
 
 def coco(folder: Path, rows: int) -> Written:
-    """As captions_val2017.json: pictures and annotations apart, five captions of a picture, in any order, some of them the same."""
+    """Write a file like captions_val2017.json: lists of images and annotations, with five captions per image out of order, one twice."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
     images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [
@@ -292,7 +292,7 @@ def coco_said(k: int) -> Said:
 
 
 def table(folder: Path, name: str, header: list[str], rows: list[list[Any]]) -> Path:
-    """A CSV with a byte order mark, or a TSV."""
+    """Write a CSV or TSV file with a byte order mark."""
     write_pictures(folder)
     with open(folder / name, "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter="\t" if name.endswith(".tsv") else ",").writerows([header, *rows])
@@ -300,7 +300,7 @@ def table(folder: Path, name: str, header: list[str], rows: list[list[Any]]) -> 
 
 
 def own_table(folder: Path, rows: int) -> Written:
-    """A CSV of one's own: quotes, commas and line breaks in texts, columns of one's own names."""
+    """Write a user's CSV: texts with quotes, commas and line breaks, and unusual column names."""
     made = [[shown(k), f'{right(k)}\n"quoted", é', wrong(k), file_of(other(k)) if k % 2 else "", k] for k in range(rows)]
     path = table(folder, "mine.csv", ["file_name", "text", "not true", "edited", "note"], made)
     return path, "captions:image=file_name,caption=text,negative_caption=not true,negative_image=edited"
@@ -312,13 +312,13 @@ def own_table_said(k: int) -> Said:
 
 
 def negclip(folder: Path, rows: int) -> Written:
-    """As NegCLIP's TSV: lists as Python writes them, negative pictures by row numbers, which are metadata."""
+    """Write a file like NegCLIP's TSV: lists as Python literals, and row numbers of negative pictures as metadata."""
     made = [[k, right(k), shown(k), str([wrong(k), f"It's {k} cats."]), str([k + 1])] for k in range(rows)]
     return table(folder, "negclip.tsv", ["", "title", "filepath", "neg_caption", "neg_image"], made), "captions"
 
 
 def sugarcrepe(folder: Path, rows: int) -> Written:
-    """As SugarCrepe's files: an object whose keys are numbers."""
+    """Write a file like SugarCrepe's: an object with numbers as keys."""
     write_pictures(folder)
     path = folder / "swap_obj.json"
     path.write_text(json.dumps({k: {"filename": shown(k), "caption": right(k), "negative_caption": wrong(k)} for k in range(rows)}))
@@ -343,7 +343,7 @@ def winoground_row(k: int, picture_of: Callable[[str, int], Any]) -> Row:
 
 
 def winoground(folder: Path, rows: int) -> Written:
-    """As examples.jsonl of the hub's facebook/winoground with its pictures unpacked."""
+    """Write a file like examples.jsonl of facebook/winoground on the hub, with unpacked pictures."""
 
     def unpacked(name: str, which: int) -> str:
         (folder / f"{name}.png").write_bytes(picture(which))
@@ -357,7 +357,7 @@ def winoground_said(k: int) -> Said:
 
 
 def winoground_parquet(folder: Path, rows: int) -> Written:
-    """The same as the hub converts it, pictures as bytes."""
+    """Write Winoground as the hub's Parquet conversion, with pictures as bytes."""
     made = [winoground_row(k, lambda name, which: {"bytes": picture(which), "path": f"{name}.png"}) for k in range(rows)]
     return parquet(folder / "test-00000-of-00001.parquet", made), "pairs"
 
@@ -374,7 +374,7 @@ def parquet(path: Path, rows: list[Row]) -> Path:
 
 
 def saved(folder: Path, rows: int) -> Written:
-    """A folder of save_to_disk: two Arrow files in the streaming form, pictures as bytes, nested columns."""
+    """Write a folder like save_to_disk: two Arrow files in the streaming format, with pictures as bytes and nested columns."""
     import pyarrow
 
     made = [
@@ -408,7 +408,7 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def webdataset(folder: Path, rows: int) -> Written:
-    """As img2dataset and webdataset write shards: KEY.png, KEY.txt, KEY.json; a folder of two."""
+    """Write a folder of two shards like img2dataset and webdataset: KEY.png, KEY.txt, KEY.json."""
     for number, ks in enumerate((range(rows // 2), range(rows // 2, rows))):
         members = {"README": b"no sample"}
         for key, k in ((f"{k:09d}", k) for k in ks):
@@ -419,7 +419,7 @@ def webdataset(folder: Path, rows: int) -> Written:
 
 
 def triplets(folder: Path, rows: int) -> Written:
-    """As TripletData's shards: members image, neg_image, caption, neg_caption; long folder names, as tar has extra headers for."""
+    """Write a shard like TripletData's: members image, neg_image, caption, neg_caption. Long folder names make tar add headers."""
     members = {}
     for k in range(rows):
         sample = {
@@ -460,4 +460,4 @@ PUBLIC: dict[str, tuple[Writer, Callable[[int], Said]]] = {
     "WebDataset": (webdataset, negative_said),
     "TripletData": (triplets, winoground_said),
 }
-"""Name -> what writes it, and what a row says."""
+"""Name -> (writer of the file, function that returns the expected contents of a row)."""

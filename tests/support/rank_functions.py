@@ -1,4 +1,4 @@
-"""What forked ranks run with something planted in it (see forkserver_ranks.py)."""
+"""Functions for forked ranks, with injected faults or counters (see forkserver_ranks.py)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from cfvlm_ds.training.samples import Samples
 
 
 def stand_still(folder: Path, ended: bool) -> None:
-    """Rank 2 of 3 stays in its data, or ends there, while the others wait for it."""
+    """Make rank 2 of 3 hang while it reads data, or end there, while the others wait for it."""
     rank = int(os.environ["RANK"])
     (folder / f"ready-{rank}").touch()
-    while len(list(folder.glob("ready-*"))) < 3:  # what the process group does in a run
+    while len(list(folder.glob("ready-*"))) < 3:  # in a run, the process group does this
         time.sleep(0.01)
     with Heartbeat(folder, World(rank, 3, rank, torch.device("cpu")), 4.0) as pulse:
         pulse.mark("data", 7)
@@ -36,7 +36,7 @@ def stand_still(folder: Path, ended: bool) -> None:
 
 
 def seeing_siblings(options: Sequence[str]) -> None:
-    """A training whose attention lets the texts of an image see each other."""
+    """Train with an attention in which the texts of an image see each other."""
     right = attention._padded
     attention._padded = lambda forest, *sight: right(
         attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents))), *sight
@@ -45,7 +45,7 @@ def seeing_siblings(options: Sequence[str]) -> None:
 
 
 def losing_pictures(options: Sequence[str]) -> None:
-    """A training whose rank 1 cannot open a picture while samples are written."""
+    """Train with a rank 1 that cannot open pictures while samples are written."""
     write, opened = Samples.write, image_source.open_image
 
     def lost(path: Path, *limits: int) -> None:
@@ -61,7 +61,7 @@ def losing_pictures(options: Sequence[str]) -> None:
 
 
 def counted(listed: Path) -> None:
-    """Trainings that print how often the first block of tower and language model ran while training."""
+    """Run trainings, and print how often the first blocks of the tower and of the language model ran in training mode."""
     initialize, tower, language = engine.initialize, list[int](), list[int]()
 
     def counting(*arguments: Any) -> Any:
@@ -79,7 +79,7 @@ def counted(listed: Path) -> None:
 
 
 def traced(listed: Path) -> None:
-    """Trainings that print how often the modules of a step ran in another order than ZeRO-3 had recorded, for each step."""
+    """Run trainings, and print for each step how often modules ran in a different order than ZeRO-3 had recorded."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     from cfvlm_ds.training.step import OptimizerStep

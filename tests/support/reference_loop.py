@@ -1,7 +1,7 @@
-"""Plain-torch twin of the training loop for one process: MODEL_DIR MANIFEST STEPS -> the losses as a JSON list; shares no code with it.
+"""Plain-torch twin of the training loop for one process, without shared code: MODEL_DIR MANIFEST STEPS -> the losses as a JSON list.
 
-train.yaml as arithmetic: NLL of the factual pair + 0.5 x mean NLL of the other true pairs, 0.5 x cross CSD, 0.7 x symmetric FCD, margins
-0.25 and 0.30 nats per anchor token, 16 groups a step, AdamW, cosine after 20 % warm-up, clipping at 1.
+It implements train.yaml: NLL of the factual pair + 0.5 x mean NLL of the other true pairs, 0.5 x cross CSD, 0.7 x symmetric FCD, margins of
+0.25 and 0.30 nats per anchor token, 16 groups per step, AdamW, cosine schedule after 20 % warm-up, clipping at 1.
 """
 
 import json
@@ -20,7 +20,7 @@ rows = [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
 def logp(row, i, c):
-    """(log p of the caption, log p of end-of-turn, caption tokens), one forward per cell."""
+    """Return (log p of the caption, log p of end-of-turn, number of caption tokens). Each cell takes one forward."""
     head = f"USER: <image>\n{row['prompt']} ASSISTANT:"
     image = Image.open(manifest.parent / row["images"][i]["path"])
     inputs = processor(images=[image], text=[f"{head} {row['texts'][c]['text']}</s>"], return_tensors="pt")
@@ -60,8 +60,8 @@ def step_loss(groups, progress):
 
 
 def order(epoch):
-    """Groups of an epoch, as the sampler shuffles them."""
-    from cfvlm_ds.data.permutation import permuted  # the order is data, not what is compared
+    """Return the groups of an epoch in the sampler's order."""
+    from cfvlm_ds.data.permutation import permuted  # the order is an input of the comparison
 
     return permuted(0, len(rows), len(rows), 0, epoch)
 

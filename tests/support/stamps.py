@@ -1,13 +1,13 @@
-"""Proposed edits of captions that nobody here wrote, to be judged by reading: those of the stamps of Tux Paint (GPL-2), or of a file.
+"""Proposed edits of captions from elsewhere (Tux Paint's stamps, GPL-2, or a file), for people to judge.
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
-    python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that were not judged yet
-    python tests/support/stamps.py captions.txt --per_type 2 > fresh.txt     # the same of any captions, one a line
+    python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that have not been judged yet
+    python tests/support/stamps.py captions.txt --per_type 2 > fresh.txt     # the same for other captions, one per line
     python tests/support/stamps.py --judged fresh.txt                        # lines for tests/golden/*_judged.txt
 
-Draws 200 edits of all that the rules propose of them, at most three of a type for each caption, without those that were judged before. A
-line is VERDICT | TYPE | CAPTION | TEXT; write "right", or "wrong: why", in place of the question mark. What is kept holds digests in place
-of the captions, which are not ours to copy. test_stamps.py counts verdicts on what the rules still propose.
+Draws 200 of the edits that the rules propose, at most three of each type for a caption, and none that has been judged before. A line is
+VERDICT | TYPE | CAPTION | TEXT. Replace the question mark with "right" or "wrong: why". The stored lists have digests instead of captions,
+because the captions may not be copied. test_stamps.py counts the verdicts on edits that the rules still propose.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COCO = JUDGED.with_name("coco_judged.txt")
 
 
 def captions(source: Path) -> list[str]:
-    """The first line of each text beside a picture, or each line of a file, each once."""
+    """Return the first line of the text file of each picture, or the lines of a file, without duplicates."""
     if source.is_file():
         return sorted({line.strip() for line in source.read_text("utf-8").splitlines() if line.strip()})
     files = (source / "usr/share/tuxpaint/stamps").rglob("*.txt")
@@ -36,7 +36,7 @@ def captions(source: Path) -> list[str]:
 
 
 def edits(listed: list[str], seed: int, per_type: int = PER_TYPE) -> list[tuple[str, str, str]]:
-    """Type, caption and text of edits that the rules allow, so many of a type for each caption at most."""
+    """Return (type, caption, text) of edits that the rules allow, at most ``per_type`` of each type for a caption."""
     listed_edits = []
     for caption in listed:
         allowed = edits_of(caption, TYPES)
@@ -52,7 +52,7 @@ def digest(caption: str, text: str) -> str:
 
 
 def judged(file: Path) -> list[tuple[str, str, str]]:
-    """Verdict, type and digest of each line of a list."""
+    """Return (verdict, type, digest) of each line of a list."""
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     return [(verdict, kind, known) for verdict, kind, known in (line.split(" | ") for line in lines)]
 

@@ -15,7 +15,7 @@ from cfvlm_ds.data.store import GroupStore
 def preparing(
     source: Path | GroupStore, out: Path, shard: int = 0, of: int = 1, say: Callable[[str], object] = str, **options: Any
 ) -> bool:
-    """Prepare a data set; returns whether its store is whole. Raises DataError with the first problem, unless it is to be skipped."""
+    """Prepare a data set. Returns True if its store is complete. Raises DataError with the first problem, unless problems are skipped."""
     groups = source if isinstance(source, GroupStore) else open_groups(source)
     chosen = PrepareOptions(**options)
     stamp = source_stamp(groups.path, source_state(groups.path), groups.roots, groups.format, groups._limit, chosen)

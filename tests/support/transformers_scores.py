@@ -1,7 +1,8 @@
-"""Scores by the library alone: one string, its own forward and its own positions for every cell. Shares no code with the package.
+"""Scores from transformers alone: every cell is one string with its own forward and positions. No code is shared with the package.
 
-python tests/support/transformers_scores.py MANIFEST MODEL_FOLDER[+ADAPTER_FOLDER] ...
-prints, for each, {group: [[log p of each text] for each image]}
+    python tests/support/transformers_scores.py MANIFEST MODEL_FOLDER[+ADAPTER_FOLDER] ...
+
+Prints {group: [[log p of each text] for each image]} for each model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def conversation(num_pictures: int, prompt: str, text: str | None) -> list[dict[
 
 
 def plain(model: Any, processor: Any, pictures: tuple[Path, ...], prompt: str, text: str) -> tuple[float, float]:
-    """(log p of the text, the library's own mean loss on it)."""
+    """Return (log p of the text, transformers' own mean loss on it)."""
     head = processor.apply_chat_template(conversation(len(pictures), prompt, None), add_generation_prompt=True)
     whole = processor.apply_chat_template(conversation(len(pictures), prompt, text))
     whole = whole[: whole.index(text, len(head)) + len(text)]

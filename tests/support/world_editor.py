@@ -1,4 +1,4 @@
-"""Picture editor for the world with habits: draws the requested edit exactly, or with a known fault."""
+"""Picture editor for the world with habits. It draws the requested edit exactly, or with a known fault."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from cfvlm_ds.demo.habits.render import render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, FEWEST, KINDS, MOST, SIDE, Scene, places
 
 FAULTS = ("wrong", "nothing", "rerendered", "two")
-"""Faults: a wrong thing is changed; nothing is changed; the whole edited scene is rendered again; a second thing is also changed."""
+"""Faults: another thing is changed instead; nothing is changed; the whole edited scene is rendered again; a second thing is also changed.
+"""
 
 
 class WorldEditor(Editor):
-    """Editor of the groups of a world with default settings. ``faults`` is the share of attempts that fail, each in one of FAULTS."""
+    """Editor for groups of a world with default settings. ``faults`` is the share of attempts that fail, each with one of FAULTS."""
 
     varies, threads = True, 1
 
@@ -42,30 +43,30 @@ class WorldEditor(Editor):
 
 
 def scene_of(source: str) -> Scene:
-    """The first scene of the group that an id such as test-000017 names."""
+    """Return the first scene of the group with an id such as test-000017."""
     split, _, number = source.partition("#")[0].rpartition("-")
     return draw_group(HabitsConfig("unused"), split, int(number)).scenes[0]
 
 
 def describes(text: str, scene: Scene) -> bool:
-    """Whether a text is true of a scene and mentions all of its things. The grammar writes "a" for "one" and "below" for "underneath"."""
+    """Return True if a text is true of a scene and mentions all its things. The grammar says "a" for "one" and "below" for "underneath"."""
     found = judge(re.sub(r"\bone\b", "a", text.replace("underneath", "below")), scene)
     return not found.unparsed and found.mentioned == found.present and all(found.statements.values())
 
 
 def shown_by(before: Scene, text: str) -> Scene | None:
-    """The scene that differs from another one in one thing and that the text describes, or None."""
+    """Return the scene that a text describes and that differs in one thing from ``before``, or None."""
     return next((scene for scene in neighbours(before) if describes(text, scene)), None)
 
 
 def fault_of(seed: int, share: float) -> str:
-    """The fault of an attempt, or ""."""
+    """Return the fault of an attempt, or "" for none."""
     rng = Random(f"fault/{seed}")
     return rng.choice(FAULTS) if rng.random() < share else ""
 
 
 def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
-    """The scene that is drawn instead of an edited one."""
+    """Return the scene that is drawn instead of the edited one."""
     rng = Random(f"failed/{seed}")
     if fault == "nothing":
         return before
@@ -77,7 +78,7 @@ def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
 
 
 def neighbours(scene: Scene) -> Iterator[Scene]:
-    """Every scene that differs in the colour, kind or number of a thing, in the places of two things, or in the background."""
+    """Yield every scene that differs in the colour, kind or number of one thing, in the places of two things, or in the background."""
     things = list(scene.things)
     for i, thing in enumerate(things):
         room = {*scene.free(thing.row), *thing.columns}

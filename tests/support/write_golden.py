@@ -1,4 +1,4 @@
-"""Write tests/golden/train20.json again from the plain-torch reference loop (make golden)."""
+"""Writer of tests/golden/train20.json from the plain-torch reference loop (make golden)."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A training with a deliberate mistake: a rank without an image leaves the tower out of its backward pass. Collectives wait 20 s."""
+"""Training with a deliberate fault: a rank without an image leaves the tower out of its backward pass. Collectives time out after 20 s."""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, caption, draw, plain_logp
+from conftest import PROMPT, caption, draw, plain_distributions, plain_logp
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +25,7 @@ from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import StoredScores
@@ -354,6 +354,52 @@ def test_tokens_and_the_blank_picture(make, scorer, processor, groups):
     for group in groups:
         assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
     assert not collator.scoring_everything()(groups).layout.blank
+
+
+def test_divergences(make, scorer, processor, groups):
+    """Sums over the text's tokens, without its end, by plain forwards of both images; packed again, and with groups in any order."""
+    kinds = Divergence("false", (1.0, 0.1)), Divergence("sham"), Divergence("blank", (0.5, 0.3))
+    collator = make("star").of_run("star", None, None, packs_again=True, blank=True, divergences=kinds)
+    batch = collator(groups)
+    scores = scored(scorer, batch)
+
+    def expected(kind: Divergence, group: CounterfactualGroup, own: int, other: int, c: int) -> float:
+        shown = [GREY if i == len(group.images) else group.images[i] for i in (own, other)]
+        p, q = (
+            plain_distributions(scorer.model, processor, i, group.candidates[c].prompt, group.candidates[c].text)[0][:-1] for i in shown
+        )
+        if kind.sharpened is None:
+            return float((p.exp() * (p - q)).sum())
+        alpha, beta = kind.sharpened
+        kept = p.exp() >= beta * p.exp().amax(-1, keepdim=True)
+        target = torch.where(kept, p.exp() ** (1 + alpha) / q.exp() ** alpha, 0)
+        target = target / target.sum(-1, keepdim=True)
+        return float(torch.where(kept, target * (target.log() - p), 0).sum())
+
+    cells = {
+        kinds[0]: [("many", 0, 1, 0), ("many", 0, 2, 0), ("many", 1, 0, 1), ("many", 2, 0, 2), ("images", 0, 1, 0), ("images", 0, 2, 0)],
+        kinds[1]: [("many", 0, 3, 0)],
+        kinds[2]: [("many", 0, 4, 0), ("many", 1, 4, 1), ("many", 2, 4, 2), ("texts", 0, 1, 0), ("images", 0, 3, 0), ("one", 0, 1, 0)],
+    }
+    by_id, last = {group.id: group for group in groups}, batch.layout.valid.shape[1] - 1
+    for kind, compared in cells.items():
+        found, places = scores.divergences[kind], []
+        for name, own, other, c in compared:
+            group = by_id[name]
+            places.append([groups.index(group), last if other == len(group.images) else other, c])
+            assert found[tuple(places[-1])].item() == pytest.approx(expected(kind, group, own, other, c), rel=1e-4, abs=1e-7)
+        assert found.nonzero().tolist() == sorted(places)
+    turned = scored(scorer, collator(groups[::-1])).divergences
+    kept = batch.layout.valid.clone()
+    kept[0, 1], kept[0, :, 1] = False, False
+    again = collator.packed_again(MicroBatch((batch,)), kept)
+    cut = again.scores([scorer(**part.model_inputs) for part in again.forwards]).divergences
+    for kind, found in scores.divergences.items():
+        torch.testing.assert_close(turned[kind].flip(0), found, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(cut[kind], torch.where(kept, found, 0), rtol=1e-4, atol=1e-6)
+    assert not scored(scorer, collator.scoring_everything()(groups)).divergences and collator.divergences == kinds
+    plain = scored(scorer, make("star").of_run("star", None, None, blank=True)(groups))
+    assert plain.logp.equal(scores.logp) and plain.end_logp.equal(scores.end_logp)
 
 
 def test_changed_tokens_lie_between_the_first_and_the_last_difference():

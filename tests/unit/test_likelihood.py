@@ -16,7 +16,7 @@ import torch
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
@@ -97,6 +97,56 @@ def test_head_logprobs_equal_those_of_all_logits(rows, frozen, cap, monkeypatch)
     ours, theirs = (torch.autograd.grad((out * factors).sum(), trained) for out in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(head_logprobs, (hidden, weight, predicted_by, targets, cap))
+
+
+def divergence(kind: Divergence, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Of one pair of logits [V], as the papers write it."""
+    p, q = own.softmax(-1), other.softmax(-1)
+    if kind.sharpened is None:
+        return (p * (p / q).log()).sum()
+    alpha, beta = kind.sharpened
+    kept = [v for v in range(len(p)) if p[v] >= beta * p.max()]
+    raw = torch.stack([p[v] * (p[v] / q[v]) ** alpha for v in kept]).detach()
+    return sum(((t / raw.sum()) * (t / raw.sum() / p[v]).log() for v, t in zip(kept, raw, strict=True)), torch.zeros(()))
+
+
+KINDS = [Divergence("false", (1.0, 0.1)), Divergence("sham"), Divergence("blank", (0.5, 1e-9)), Divergence("false", (2.0, 1.0))]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("rows", [1, 8, 100])
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)])
+def test_divergences_equal_those_of_whole_distributions(rows, frozen, cap, monkeypatch):
+    """Beside log-probs, in parts of any size, with a state in several pairs; values and gradients, float64."""
+    monkeypatch.setattr("cfvlm_ds.models.chunked_logprobs.LOGITS", rows * 11)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    predicted_by, targets = torch.tensor([3, 0, 0, 5]), torch.tensor([1, 2, 3, 2])
+    pairs = [torch.tensor([[0, 0, 3, 1], [1, 2, 4, 0], [7, 7, 7, 7]])[:, :most] for most in (4, 2, 3, 0)]
+    compared = dict(zip(KINDS, pairs, strict=True))
+    trained = [t.requires_grad_() for name, t in {"hidden": hidden, "weight": weight}.items() if name not in frozen]
+    found = head_logprobs(hidden, weight, predicted_by, targets, cap, compared)
+    logits = hidden @ weight.T if cap is None else cap * (hidden @ weight.T / cap).tanh()
+    each = [divergence(kind, logits[a], logits[b]) for kind, states in compared.items() for a, b, _ in states.T.tolist()]
+    expected = torch.cat([token_logprobs(logits[predicted_by], targets), torch.stack(each)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found[4:] > 1e-3).all()
+    factors = torch.randn(len(found), dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((out * factors).sum(), trained) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    plain = {Divergence("sham"): pairs[0]}
+    assert torch.autograd.gradcheck(lambda *heads: head_logprobs(*heads, predicted_by, targets, cap, plain), (hidden, weight))
+
+
+def test_a_sharpened_target_by_hand():
+    """p = (1/2, 3/8, 1/16, 1/16) and q = (1/4, 3/8, 3/16, 3/16): with beta 1/2 two tokens remain, whose p (p / q) are 1 and 3/8."""
+    p, q = (torch.tensor(each, dtype=torch.float64).log() for each in ([8, 6, 1, 1], [4, 6, 3, 3]))
+    states, target = torch.stack([p, q]).requires_grad_(), [8 / 11, 3 / 11]
+    compared = {Divergence("false", (1.0, 0.5)): torch.tensor([[0], [1], [0]])}
+    found = head_logprobs(states, torch.eye(4, dtype=torch.float64), torch.tensor([0]), torch.tensor([0]), None, compared)[1]
+    assert found.item() == pytest.approx(sum(t * math.log(t / each) for t, each in zip(target, (1 / 2, 3 / 8), strict=True)))
+    (gradient,) = torch.autograd.grad(found, states)
+    assert gradient[0].tolist() == pytest.approx([1 / 2 - 8 / 11, 3 / 8 - 3 / 11, 1 / 16, 1 / 16]) and not gradient[1].any()
 
 
 @pytest.mark.parametrize("rows", [8, 100])

@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 
 from cfvlm_ds import objectives as registered
-from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import Scores, score_matrix, token_logprobs
 from cfvlm_ds.objectives import (
     OBJECTIVES,
     BatchAlign,
+    ContrastDistill,
     Dpo,
     Misp,
     Objective,
     Retain,
+    Sham,
     Svco,
     SymMPO,
     denominators,
@@ -138,18 +140,28 @@ def collate(groups: list[Group], pad: Cell = (0, 0), fill: float = 0.0, blank: b
             changed[x, c, g.tokens[c] - 1] = True
             if blank:
                 valid[x, -1, c], logp[x, -1, c], reference[x, -1, c] = True, g.blank[c], g.prior[c]
+                tokens[x, -1, c] = g.tokens[c]
         prior[x, : len(g.prior)] = torch.tensor(g.prior, dtype=torch.float64)
     weight = torch.tensor([g.weight for g in groups], dtype=torch.float64)
     layout = GroupLayout(valid, match, tokens, ends, weight, changed=changed, blank=blank)
-    return Scores(layout, logp.requires_grad_(), end.requires_grad_(), reference, prior, tokens=parts)
+    return apart(Scores(layout, logp.requires_grad_(), end.requires_grad_(), reference, prior, tokens=parts))
 
 
+def apart(scores: Scores) -> Scores:
+    """The scores with divergences that are squared differences of log-likelihoods, so that they have a gradient; times 2 if sharpened."""
+    own = torch.where(scores.layout.own, scores.logp, 0).sum(1, keepdim=True)
+    found = {kind: (1 + bool(kind.sharpened)) * (own - scores.logp) ** 2 for kind in DIVERGENCES}
+    return dataclasses.replace(scores, divergences=found)
+
+
+DIVERGENCES = [Divergence("false", (1.0, 0.1)), Divergence("blank", (0.5, 0.1)), Divergence("sham")]
 everything = functools.partial(collate, blank=True)
 """What any objective may need."""
 
 
 def run(objectives: dict[str, Objective], scores: Scores, units: dict[str, torch.Tensor] | None = None, **kw: Any) -> tuple[float, list]:
     """Loss, and per group {("logp" or "end", image, text): gradient} of its scored cells; the blank picture is image -1."""
+    scores = apart(scores)  # of a graph of its own
     loss, _ = weighted_loss(objectives, scores, units or denominators(objectives, scores.layout), **kw)
     by_name = dict(zip(("logp", "end"), torch.autograd.grad(loss, (scores.logp, scores.end_logp), allow_unused=True), strict=True))
     found, layout = [{} for _ in scores.layout.valid], scores.layout
@@ -341,6 +353,21 @@ def twin_batch_align(g: Group, o: BatchAlign) -> list[tuple[float, float]]:
     return [((mean(texts) + mean(images)) / 2, 1.0)]
 
 
+def twin_contrast_distill(g: Group, o: ContrastDistill) -> list[tuple[float, float]]:
+    pairs = list(image_rows(g))
+    if o.contrast == "blank":
+        owns = ([i for i in range(g.size[0]) if g.truth.get((i, c)) == 1] for c in range(g.size[1]))
+        pairs = [((own[0], c), (-1, c)) for c, own in enumerate(owns) if own]
+    logp = lambda i, c: g.logp[i, c] if i >= 0 else g.blank[c]  # noqa: E731
+    each = [2 * (logp(*own) - logp(*other)) ** 2 / g.tokens[own[1]] for own, other in pairs]
+    return [(mean(each), float(bool(each)))]
+
+
+def twin_sham(g: Group, o: Sham) -> list[tuple[float, float]]:
+    each = [(g.logp[0, 0] - g.logp[k, 0]) ** 2 / g.tokens[0] for k in range(1, g.size[0]) if g.truth.get((k, 0)) == 1]
+    return [(mean(each), float(bool(each)))]
+
+
 def twin_retain(g: Group, o: Retain) -> list[tuple[float, float]]:
     true = [cell for cell, truth in g.truth.items() if truth == 1]
     if o.rows == "plain" and 0 in g.truth.values():
@@ -359,6 +386,8 @@ TWINS = {
     "svco": twin_svco,
     "batch_align": twin_batch_align,
     "retain": twin_retain,
+    "contrast_distill": twin_contrast_distill,
+    "sham": twin_sham,
 }
 
 VARIANTS = {
@@ -406,6 +435,7 @@ VARIANTS = {
     "misp": [{}, {"beta": 0.7}, {"text_side": 0.0, "image_side": 3.0}],
     "svco": [{}, {"beta": 0.7, "attend": 0.4, "reject": 2.0}],
     "retain": [{}, {"rows": "all"}],
+    "contrast_distill": [{}, {"contrast": "blank", "alpha": 0.5}],
     "batch_align": [{}, {"pmi": 0.0, "temperature": 3.0}, {"len_norm": "own", "pmi": 0.5, "temperature": 0.2}],
 }
 CASES = [
@@ -461,7 +491,7 @@ def test_gradient_equals_finite_differences(name, options):
     units = denominators(objectives, scores.layout)
 
     def loss(logp, end_logp):
-        return weighted_loss(objectives, dataclasses.replace(scores, logp=logp, end_logp=end_logp), units)[0]
+        return weighted_loss(objectives, apart(dataclasses.replace(scores, logp=logp, end_logp=end_logp)), units)[0]
 
     assert torch.autograd.gradcheck(loss, (scores.logp, scores.end_logp), eps=1e-6, atol=1e-6)
     assert torch.autograd.grad(loss(scores.logp, scores.end_logp), scores.logp)[0].abs().sum() > 0
@@ -503,6 +533,7 @@ def test_cells_are_all_that_an_objective_reads(name, options):
     cells, layout = required_cells(objectives), scores.layout
     wanted = layout.positive if cells == "matched" else torch.full_like(layout.valid, cells in ("star", "full"))
     wanted[:, 0, 0] = True
+    wanted[:, -1] |= wanted.any(1)  # the blank picture has every scored text
     reduced = dataclasses.replace(scores, layout=dataclasses.replace(layout, valid=layout.valid & wanted))
     assert run(objectives, reduced)[0] == pytest.approx(run(objectives, scores)[0], rel=1e-12)
 
@@ -519,8 +550,9 @@ def test_stored_scores_are_asked_for_exactly_when_needed(name, options):
                 objective.numerator(without)
         else:
             assert weighted_loss(objectives, without, denominators(objectives, scores.layout))[0] == expected
-    bare = dataclasses.replace(scores, tokens=None, layout=dataclasses.replace(scores.layout, changed=None)).seen(True, False)
-    if objective.needs_tokens or objective.needs_blank:
+    layout = dataclasses.replace(scores.layout, changed=None)
+    bare = dataclasses.replace(scores, tokens=None, divergences={}, layout=layout).seen(True, False)
+    if objective.needs_tokens or objective.needs_blank or objective.divergence:
         with pytest.raises(ValueError, match="collate the groups with"):
             objective.numerator(bare)
     else:
@@ -681,6 +713,7 @@ def test_09_nll_is_a_token_mean_and_the_counterfactual_part_a_group_mean():
 MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
 MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0), "retain": Retain()}
 MIX |= {"svco": Svco(weight=0.8), "credited": Csd(warmup=0.0, token_credit=True)}
+MIX |= {"contrast_distill": ContrastDistill(weight=0.3), "sham": Sham(weight=0.5)}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
     "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
@@ -835,6 +868,16 @@ def test_svco_equals_the_published_loss():
     assert run({"x": Svco(attend=2.0, reject=0.0)}, everything([g]))[0] == pytest.approx(attend)
     won = Svco().report(everything([g]))["svco/accuracy"]
     assert (won[0].item(), won[1].item()) == (3, 4)
+
+
+def test_a_sham_differs_from_the_factual_image_in_no_known_truth():
+    """Images 1 and 2 share the factual text, but text 1 is false of image 2 and true of the factual one; of image 1 it is unknown."""
+    truth = {(0, 0): 1, (1, 0): 1, (2, 0): 1, (3, 0): 0, (0, 1): 1, (2, 1): 0, (3, 1): 1}
+    logp = {cell: -1.0 - k for k, cell in enumerate(truth)}
+    layout = collate([dataclasses.replace(group("t"), truth=truth, logp=logp, end=logp, reference=logp)]).layout
+    assert layout.compared("sham").nonzero().tolist() == [[0, 1, 0]]
+    assert layout.compared("false").nonzero().tolist() == [[0, 2, 1], [0, 3, 0]]
+    assert not layout.compared("blank").any()
 
 
 def test_token_credit_by_hand():

@@ -128,6 +128,7 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
             "train.hard_negatives keeps",
         ),
+        (["--objective.sham.weight", "1", "--data.max_tokens_per_forward", "100"], "sham compares"),
         (["--train.retention", "[kept]"], "train.retention: 'kept'"),
         (["--data.train", "absent.jsonl"], "absent.jsonl"),
         (["--data.evaluation.more", "absent.jsonl"], "absent.jsonl"),

@@ -1,8 +1,8 @@
-"""Gemma 3 and 4: layers with a sliding window between full ones, and bidirectional attention among the tokens of a picture.
+"""Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens; its picture attention is bidirectional in all layers. Gemma 4 has a
-different tower, with a budget of visual tokens. Its larger models have bidirectional picture attention in layers with a window, its smaller
-ones do not.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens. Its picture attention is bidirectional in all layers. Gemma 4 has a
+different tower with a budget of visual tokens. Its larger models have bidirectional picture attention in sliding-window layers; its smaller
+models have none.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the unused head of a tower's pooled output that some checkpoints have."""
+    """Return the prefix of the unused pooling head in the tower of some checkpoints."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the unused audio modules that some checkpoints have."""
+    """Return the prefixes of the unused audio modules of some checkpoints."""
     return ("model.audio_tower", "model.embed_audio")
 
 
 def in_windows(config: PreTrainedConfig) -> Whole:
-    """Return the layers with bidirectional picture attention: those with a window if the configuration enables it, otherwise none."""
+    """Return the layers with bidirectional picture attention: sliding-window layers if the configuration enables it, otherwise none."""
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
 
 def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Refuse pan and scan: it would split a picture into several blocks of tokens, and the words between them would be tokenised with the
+    """Refuse pan and scan. It would split a picture into several blocks of tokens, and the words between these would be tokenised with the
     prompt.
     """
     _generates(config)
@@ -42,7 +42,7 @@ def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Bound visual tokens by the largest budget within ``max_pixels``."""
+    """Limit visual tokens to the largest budget within ``max_pixels``."""
     _generates(config)
     budgets(processor, config, model)
 
@@ -68,7 +68,7 @@ GEMMA_3 = Family(
 
 GEMMA_4 = Family(
     model_types=("gemma4",),
-    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for sound and unused
+    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for audio and unused
     projector=("model.embed_vision",),
     language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_position_ids"),

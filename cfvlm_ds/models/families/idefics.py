@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a SigLIP tower on tiles of the image and a small overview, pixel shuffle, one linear connector."""
+"""Idefics3 and SmolVLM: a SigLIP tower on tiles and a small overview of the image, pixel shuffle, and a linear connector."""
 
 from __future__ import annotations
 

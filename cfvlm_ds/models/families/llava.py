@@ -1,6 +1,7 @@
 """LLaVA: a CLIP or SigLIP tower, a two-layer projector and a causal language model.
 
-LLaVA-1.5 has a fixed number of visual tokens per image. NeXT and OneVision cut the image into tiles and add a learned newline per row.
+LLaVA-1.5 has a fixed number of visual tokens per image. LLaVA-NeXT and OneVision cut the image into tiles and add a learned newline token
+after each row.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from cfvlm_ds.models.visual_token_limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_tower.encoder.layers") -> tuple[str, ...]:
-    """Return the unused parts of a tower: the ``blocks`` after the layer whose output is used, and the norm and head of its pooled
-    output.
+    """Return the prefixes of a tower's unused parts: the ``blocks`` after the layer whose output is used, and the norm and head of the
+    pooled output.
     """
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
@@ -27,9 +28,10 @@ def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_t
 
 
 def tiles_packed(option: str) -> Arrange:
-    """Return an Arrange that packs tiles: the overview, then the tiles side by side without padding and with a newline after each row.
+    """Return an Arrange that packs tiles: first the overview, then the tiles side by side, without padding and with a newline after each
+    row.
 
-    ``option`` of the model's configuration is passed to its ``pack_image_features``.
+    The model's ``pack_image_features`` gets ``option`` of the model's configuration.
     """
 
     def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:

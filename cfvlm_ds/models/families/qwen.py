@@ -1,6 +1,6 @@
 """Qwen2-VL, 2.5-VL, 3-VL and 3.5: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE).
 
-In Qwen3.5 three of four layers are gated delta nets, whose state at the end of the prefix is the initial state of each text.
+In Qwen3.5, three of four layers are gated delta nets. Their state at the end of a prompt is the initial state of each of its texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Return position ids [3, P] (time, height, width): text advances all axes together, and a visual token has its position in the grid.
+    """Return position ids [3, P] (time, height, width). Text advances all axes together. A visual token has its coordinates in the grid.
 
     Text after an image continues at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t,
     h, w) in patches, before merging.
@@ -45,9 +45,7 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
 
 
 def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) passes them to its merger window by
-    window.
-    """
+    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) outputs them window by window."""
     vision = model.config.vision_config
     if not hasattr(vision, "window_size"):
         return projected
@@ -56,7 +54,7 @@ def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], input
 
 
 def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
-    """Return the tower's inputs that are derived from its grids, as transformers computes them."""
+    """Compute the tower's inputs that depend on the image grids, in the same way as transformers."""
     vision = config.vision_config
     merge, boundaries = vision.spatial_merge_size, get_vision_cu_seqlens(grids)
     inputs = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": boundaries, "max_seqlen": int(boundaries.diff().max())}
@@ -103,10 +101,10 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transposition of a published Qwen3-VL-MoE's expert weights, unless they already have the model's shape.
+    """Transposition of the expert weights of a published Qwen3-VL-MoE, unless they already have the model's shape.
 
-    transformers compares with a parameter's ``shape``, which under ZeRO-3 is that of an empty tensor. This class uses the unpartitioned
-    shape.
+    transformers compares shapes with a parameter's ``shape``, but under ZeRO-3 the parameter is an empty tensor. This class uses the
+    unpartitioned shape.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,97 @@
+"""Divergences between the next-token distributions of one text on two images: contrastive self-distillation, and equality on a sham."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from cfvlm_ds.core.groups import Cells
+from cfvlm_ds.core.layout import Divergence, GroupLayout
+from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.objectives.objective import Objective, has_any, mean_over
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceTerm(Objective):
+    """The mean of a divergence in nats per token, over a group's comparisons and then over the groups that have one.
+
+    Args:
+        weight: factor of the term in the loss.
+        warmup: share of all steps over which the weight rises linearly from 0.
+    """
+
+    weight: float = 1.0
+    warmup: float = 0.0
+
+    @property
+    def cells(self) -> Cells:
+        return "matched"
+
+    @property
+    def divergence(self) -> Divergence:
+        raise NotImplementedError
+
+    def denominator(self, layout: GroupLayout) -> Tensor:
+        return (layout.weight * has_any(self._compared(layout))).sum()
+
+    def numerator(self, scores: Scores) -> Tensor:
+        layout = scores.layout
+        if (kind := self.divergence) not in scores.divergences:
+            raise ValueError(f"{type(self).__name__} needs {kind}; collate the groups with divergences=(...) (Collator.of_run)")
+        per_group = mean_over(scores.divergences[kind] / layout.num_tokens.clamp(min=1), self._compared(layout))
+        return (layout.weight.to(per_group) * per_group).sum()
+
+    def _compared(self, layout: GroupLayout) -> Tensor:
+        return layout.compared(self.divergence.against)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastDistill(DivergenceTerm):
+    """KL(t || p) at the tokens of a true text, with the target t of VCSD (arXiv 2607.21556) and p on the text's own image.
+
+    t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the contrast image: it favours
+    tokens that the own image makes likelier. The teacher is the current model without a gradient, and the texts are those of the data. The
+    paper's teacher is an exponential average of the weights, its texts are sampled from the model, and its temperature is 2 instead of 1.
+
+    Args:
+        contrast: ``edited`` compares with every image that the text is false of, ``blank`` with the blank picture (the paper's form).
+        alpha: exponent of p / q.
+        beta: probability, as a share of the likeliest token's, from which tokens belong to the target.
+    """
+
+    contrast: Literal["edited", "blank"] = "edited"
+    alpha: float = 1.0
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative, but is {self.alpha}")
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be above 0 and at most 1, not {self.beta}")
+
+    @property
+    def cells(self) -> Cells:
+        return "star" if self.contrast == "edited" else "matched"
+
+    @property
+    def needs_blank(self) -> bool:
+        return self.contrast == "blank"
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence("false" if self.contrast == "edited" else "blank", (self.alpha, self.beta))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sham(DivergenceTerm):
+    """KL(p || q) at the tokens of a true text, with p on the factual image and q on a sham, and gradients of both (DVRP, arXiv 2601.06801).
+
+    The paper minimises the KL to a perturbed picture in reinforcement learning, at texts that the model samples. Its stop of a gradient, if
+    any, could not be read. A group without a sham counts as no comparison.
+    """
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence("sham")
