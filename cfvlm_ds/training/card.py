@@ -88,10 +88,26 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(flat(options), flat(environment), flat(ds_config), step),
         "Results": _results(results, changes, evaluated),
+        "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
     }
     for title, section in sections.items():
         lines += [f"## {title}", "", *section, ""]
     return sealed("\n".join(lines) + "\n")
+
+
+_USE = (
+    "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    "",
+    'model = AutoModelForImageTextToText.from_pretrained("path/of/this/folder")',
+    'processor = AutoProcessor.from_pretrained("path/of/this/folder")',
+)
+_USE_ADAPTER = (
+    "from peft import PeftModel",
+    "from transformers import AutoModelForImageTextToText",
+    "",
+    'base = AutoModelForImageTextToText.from_pretrained("path/or/name/of/the/base")',
+    'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
+)
 
 
 _NO_DATA = "Not known: the run folder has no readable data.json."
