@@ -259,17 +259,12 @@ def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, group
     assert encoded == [8]
 
 
-def test_blinded(make, scorer, processor, groups):
-    """One mid-grey image; every text is scored, and no text but the first has a known truth."""
+def test_blinded(make, groups):
+    """One image, and no text but the first has a known truth."""
     blind = [blinded(group) for group in groups]
     assert blind[0] == replace(groups[0], images=((BLANK.with_suffix(".0"),),), match=((1, None, None),), edits=())
     batch = make()(blind)
     assert batch.num_images == 1 and batch.layout.negative.sum() == 0
-    cells = by_cell(scored(scorer, batch), blind)
-    for group in groups:
-        for c, candidate in enumerate(group.candidates):
-            tokens, _ = plain_logp(scorer.model, processor, GREY, candidate.prompt, candidate.text)
-            assert cells[group.id, 0, c][0].item() == pytest.approx(tokens.sum().item(), rel=1e-4)
 
 
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
