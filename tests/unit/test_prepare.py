@@ -144,25 +144,6 @@ def edit_unseen(picture: Path) -> None:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_path_that_goes_back_after_a_link_names_the_same_picture(packs, source, tmp_path):
-    """The system follows the link first: LINK/../x.png is beside where it leads."""
-    shutil.copytree(source.parent, data := tmp_path / "data")
-    first, second = [group.images[0][0] for group in read_manifest(data / "m.jsonl")[1:3]]
-    assert first.read_bytes() != second.read_bytes()
-    (data / "deep" / "er").mkdir(parents=True)
-    shutil.copy(first, data / "x.png")
-    shutil.copy(second, data / "deep" / "x.png")
-    (data / "link").symlink_to("deep/er")
-    rows = [
-        {"id": path, "images": [{"id": "i0", "path": path}], "texts": [{"id": "t0", "text": "a"}], "match": [["i0", "t0", 1]]}
-        for path in ("x.png", "link/../x.png")
-    ]
-    (data / "linked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert preparing(data / "linked.jsonl", tmp_path / "store", pack=packs)
-    assert [picture_bytes(picture, 1 << 20) for picture in shown_in(tmp_path / "store")] == [first.read_bytes(), second.read_bytes()]
-
-
-@pytest.mark.parametrize("packs", [True, False])
 def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
     """A row that is no group, a repeated id, a broken picture that two groups show; the rest is the store of the rest."""
     shutil.copytree(source.parent, tmp_path / "data")
