@@ -259,15 +259,6 @@ def test_print_config_parses_back_to_the_same(written, capsys):
     assert set(expected.resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
 
 
-def test_help_has_the_example(capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse("--help")
-    assert ended.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "deepspeed train.py --deepspeed ds_configs/z3.json --config" in printed
-    assert "--train.max_grad_norm" in printed and "clip the global gradient norm" in printed
-
-
 def test_the_launcher_s_local_rank_is_accepted():
     """The deepspeed launcher appends it to every rank's arguments; it must not be part of the run's definition."""
     assert parse("--local_rank=3").resolved == parse("--local_rank", "1").resolved == parse().resolved
