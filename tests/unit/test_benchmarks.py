@@ -869,7 +869,6 @@ DAMAGED: list[tuple[str, str, Any, list[str], int]] = [
     ("winoground", "data/examples.jsonl", [WINO[0], [1], WINO[0], {"id": 5}, WINO[1] | {"caption_0": " "}],
      ["examples.jsonl:2: ", "item '0'", "'image_0'", "caption_0"], 1),
     ("winoground", "data/examples.jsonl", b'{"id": ' + b"9" * 200_000 + b"}", ["examples.jsonl:1: "], 0),
-    ("winoground", "data/examples.jsonl", b"{broken", ["examples.jsonl:1: "], 0),
     ("winoground", "data/examples.jsonl", b"\xff\xfe", ["examples.jsonl:1: "], 0),
     ("mmvp", "Questions.csv", OWN + "1,Which?,(a) x (b) y,(c)\n2,Which?\n0,Which?,(a) x (b) y,(a)\n", ["csv:2: ", "csv:3: ", "csv:4: "], 0),
     ("mmvp", "Questions.csv", (OWN + "1,Où?,(a) x (b) y,(a)\n").encode("latin-1"), ["csv:1: byte 0xf9"], 0),
@@ -896,12 +895,6 @@ def test_damaged_rows_are_named_and_the_others_are_read(name, file, content, pla
     assert len(loaded.items) == kept
     for place, problem in zip(places, map(str, loaded.problems), strict=True):
         assert place in problem and str(root) in problem and "\n" not in problem
-
-
-def test_no_folder_and_no_file_are_named(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
-        (problem,) = load(BENCHMARKS["winoground"], folder).problems
-        assert str(folder) in str(problem)
 
 
 # One's own --------------------------------------------------------------------------------------------------------------------------------

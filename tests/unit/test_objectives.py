@@ -549,9 +549,7 @@ MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.
 MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0), "retain": Retain()}
 MIX |= {"svco": Svco(weight=0.8), "credited": Csd(warmup=0.0, token_credit=True)}
 PARTITIONS = {  # ranks x micro-batches x group indices; 14 ragged groups, two of them without any counterfactual
-    "1 rank, accumulation 2": [[range(0, 7), range(7, 14)]],
     "1 rank, accumulation 4": [[range(0, 1), range(1, 3), range(3, 8), range(8, 14)]],
-    "2 ranks": [[range(0, 5)], [range(5, 14)]],
     "3 ranks, accumulation 2": [[[0, 13], [2]], [range(1, 2), range(3, 9)], [range(9, 12), [12]]],
     "one group at a time": [[[x]] for x in range(14)],
 }

@@ -154,18 +154,6 @@ def test_every_score_is_that_of_plain_forwards(scorer, collator, root, model_dir
             assert any(outcome.shuffled == pytest.approx(each, rel=1e-4) for each in others), "another item's picture"
 
 
-def test_batches_budgets_and_what_is_beside_an_item_change_nothing(scorer, collator, root, tmp_path):
-    found = []
-    for number, settings in enumerate(
-        (FEW, Settings(batch_size=16, max_tokens=60, draws=0), Settings(batch_size=1, max_tokens=None, draws=0))
-    ):
-        (result,) = ask(asked(scorer, collator), root, tmp_path / str(number), "pope", settings=settings)
-        found.append([(each.item.id, *each.seen, each.blank, each.shuffled) for each in result.outcomes])
-    for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
-            assert one[0] == two[0] and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one[1:], two[1:], strict=True))
-
-
 def test_questions_of_a_picture_are_asked_behind_one_encoding(scorer, collator, root, tmp_path):
     pictures: list[int] = []
 
