@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ONE
 
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data.identity import data_identity
@@ -19,7 +19,6 @@ from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 MODEL = {"weights": "w", "inputs": "i"}
 
 
@@ -45,7 +44,7 @@ class Run:
         config = parse_config(["--model.name_or_path", "m", "--train.output_dir", str(folder), *options], OBJECTIVES)
         identity = {**data_identity(found, [root]), "pictures": "known"}
         self.groups, self.evaluated, self.folder = found, list[str](), folder
-        self.baseline = Baseline(config, {"test": found}, {"test": identity}, MODEL, torch.float32, 8, ALONE)
+        self.baseline = Baseline(config, {"test": found}, {"test": identity}, MODEL, torch.float32, 8, ONE)
 
     def measure(self) -> dict[str, list[Accuracy]]:
         def evaluator(splits: Any) -> Any:

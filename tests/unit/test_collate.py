@@ -270,20 +270,12 @@ def test_blinded(make, groups):
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image(make, scorer, processor):
-    """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
+def test_rows_without_an_image(make, scorer):
+    """The tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
-    expected = {}
-    for c, text in enumerate(texts):
-        head, whole = (processor.tokenizer(f"USER: {text.prompt} ASSISTANT:{said}").input_ids for said in ("", f" {text.text}</s>"))
-        with stock_attention(scorer.model):
-            logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
-        logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
-        expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
     alone = make()([spoken])
     scores = scored(scorer, alone)
-    assert_same(by_cell(scores, [spoken]), expected)
     assert (alone.num_images, len(alone.model_inputs["image_inputs"]["pixel_values"])) == (0, 1)
     tower = [parameter for parameter in scorer.model.model.vision_tower.parameters() if parameter.requires_grad]
     grads = torch.autograd.grad(scores.logp.sum(), tower, allow_unused=True)

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, draw, plain_logp
+from conftest import ONE, PROMPT, draw, plain_logp
 from torch import Tensor
 
 from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_in_batch_negatives
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
@@ -33,7 +32,6 @@ from cfvlm_ds.objectives.csd import Csd
 from cfvlm_ds.objectives.fcd import Fcd
 from cfvlm_ds.training.in_batch_negatives import CrossRankScores, StepPart, WholeSteps, WithNegatives
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 TERMS = {"batch_align": 3}
 
 
@@ -262,7 +260,7 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
     (gradient,) = torch.autograd.grad(expected, table.values)
     micro_batches = [table.scores([groups[k] for k in part]) for part in parts]
     units = {"batch_align": sum(denominators(objective, each.layout)["batch_align"] for each in micro_batches)}
-    seen = CrossRankScores.gathered(micro_batches, ALONE)
+    seen = CrossRankScores.gathered(micro_batches, ONE)
     losses = [weighted_loss(objective, seen.added_to(each), units)[0] for each in micro_batches]
     assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-6)  # shares are float32
     (found,) = torch.autograd.grad(sum(losses), table.values)
@@ -277,7 +275,7 @@ def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
     lost = groups[0].in_step.in_batch[0].source_group
     kept = [each for k, each in enumerate(groups) if k != lost]
     scores = table.scores(kept)
-    seen = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    seen = CrossRankScores.gathered([scores], ONE).added_to(scores)
     orphans = seen.layout.in_batch.source_group[..., 0] == lost
     assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
@@ -290,7 +288,7 @@ def test_report_by_hand():
     layout = layout_of(groups)
     logp = torch.tensor([[[math.log(4), 0.0]], [[math.log(4), 0.0]]], dtype=torch.float64)
     scores = Scores(layout, logp, torch.zeros_like(logp))
-    scores = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    scores = CrossRankScores.gathered([scores], ONE).added_to(scores)
     assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
     report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0).report(scores).items()}
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}

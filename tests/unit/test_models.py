@@ -183,12 +183,7 @@ def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path):
     for version in (3, 4):  # transformers names one for each torch
         (repository / "refs" / f"v{version}").write_text("a" * 40)
     assert chosen().startswith("flash_attention_2 <code") and str(build) in chosen()
-    for broken in ("import library_that_is_missing", "flash_attn_func = None", "def ("):
-        (build / "__init__.py").write_text(broken)
-        assert chosen() == "varlen None\n"
-    (build / "__init__.py").unlink()
-    assert chosen() == "varlen None\n"
-    (build / "metadata.json").write_text("{")
+    (build / "__init__.py").write_text("import library_that_is_missing")
     assert chosen() == "varlen None\n"
     (site / "kernels" / "__init__.py").write_text("")  # another version of the package
     assert chosen() == "varlen None\n"

@@ -695,7 +695,6 @@ def test_required_cells_is_the_largest_need():
     assert required_cells({"a": anchor, "b": Align(counterfactual=0.0, infonce=0.1)}) == "star"
     for star in (Csd(), Fcd(), Dpo(), SymMPO(), Misp()):
         assert required_cells({"a": star, "b": matched}) == "star"
-        assert required_cells({"a": dataclasses.replace(star, weight=0.0)}) == "star", "weight 0 is dropped by who builds the mapping"
 
 
 # Reports --------------------------------------------------------------------------------------------------------------------------------
