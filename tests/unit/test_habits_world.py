@@ -440,15 +440,6 @@ def test_wrong_settings_are_named(wrong):
         build_habits(HabitsConfig("unused", **wrong))
 
 
-def test_only_the_ratio_of_weights_matters():
-    weights = {"colour": 3.0, "count": 1.0, "background": 2.0}
-    drawn = [
-        [each.edits for each in drawn_groups("train", 60, edit_weights={kind: scale * weight for kind, weight in weights.items()})]
-        for scale in (1, 1e-5)
-    ]
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == len(weights)
-
-
 def test_a_tokenizer_sees_what_is_asked():
     words = {word for text in all_texts(0, 1500) for word in re.findall(r"\w+", text)}
     used = {

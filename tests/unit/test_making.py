@@ -528,10 +528,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
         return calibrated(records, Thresholds(rule="likelihood"), precision)
 
     generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
-    assert generous.thresholds.margin == 0.0 and generous.kept == 3
     assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
-    strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
-    assert strict.thresholds.margin == 0.75
     assert fitted([(2.0, True), (1.0, True), (1.0, False)]).kept == 1, "ties stay together"
     assert fitted([(2.0, True), (2.0 - 1e-6, False)], 1.0).thresholds.margin < 2.0  # what is kept is above it by less than is shown
     with pytest.raises(ConfigError, match="2 pass the checks"):
