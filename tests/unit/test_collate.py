@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -392,14 +391,6 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
     with pytest.raises(DataError, match=r"group 'many': text 2 .* 512"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
-
-
-def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_path):
-    named = Path(shutil.copy(groups[3].images[0][0], tmp_path / "<blank image>.png"))
-    found, expected = (
-        make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
-    )
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_a_bad_image_is_refused_by_file(make, groups, tmp_path):

@@ -391,33 +391,6 @@ def test_a_bad_file_is_one_sentence(case, folder):
     assert re.search(said, message), message
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name, folder):
-    """Cut at every kind of place, bytes changed, of another kind, empty: never a crash, and no row that is not there."""
-    source = pyarrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
-    if name == "a.parquet":
-        parquet.write_table(source, folder / name)
-    else:
-        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, source.schema) as writer:
-            writer.write_table(source)
-    whole = (folder / name).read_bytes()
-    assert len(read_manifest(folder / name, format="hf:image=picture,caption=caption")) == 5
-    for damage in (
-        whole[: len(whole) // 2],
-        whole[:20],
-        b"",
-        b"x" * 300,
-        whole[: len(whole) // 3] + b"\xff" * 64 + whole[len(whole) // 3 + 64 :],
-    ):
-        (folder / name).write_bytes(damage)
-        try:
-            read_manifest(folder / name, format="hf:image=picture,caption=caption")
-        except DataError as error:
-            assert str(error).startswith(str(folder / name)) and str(error).isprintable()
-        else:
-            assert len(damage) == len(whole), "only contents of pictures can have changed"
-
-
 def test_a_folder_says_what_it_lacks(folder):
     (folder / "empty").mkdir()
     assert "name the data file" in refusal(folder / "empty")

@@ -192,10 +192,8 @@ def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "ranks", "fits"),
     [
-        ({}, 1, 8),
         ({}, 4, 6),
         ({"gradient_accumulation_steps": 3}, 4, 2),
-        ({"per_device_train_batch_size": 6}, 4, 6),
         ({"per_device_train_batch_size": 8}, 4, "set train.per_device_train_batch_size to at most 6"),
         ({"per_device_train_batch_size": 4096}, 1, "set train.per_device_train_batch_size to at most 25"),
         ({"gradient_accumulation_steps": 9}, 4, "set train.gradient_accumulation_steps to at most 6"),
