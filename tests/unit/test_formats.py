@@ -416,7 +416,7 @@ MARKS = {
     "all at once": ("captions:caption=caption", [row | {"label": 1} for row in of("meta.ok", True, False)], ["label", "meta.ok"]),
     "false pictures": ("captions", of("wrong_image", "images/001.png", "images/002.png"), ["wrong_image"]),
     "false pictures of a container": ("captions", of("wrong_image", "rows.tar#512+60", "rows.tar#1024+60"), ["wrong_image"]),
-    "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "negative_caption": "a b c"}], ["negative_caption"]),
+    "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
     "false texts of another script": ("captions", of("wrong_caption", "\u72d7", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
     "false answers": ("messages", [CHAT, CHAT | {"rejected_response": "no bus"}], ["rejected_response"]),
@@ -595,6 +595,15 @@ def test_columns_that_every_format_s_options_name_are_looked_for(tmp_path):
             open_groups(path, format=f"{format}:ignore={named}x")
     with pytest.raises(DataError, match="'captoin', which the option label names; did you mean 'caption'"):
         open_groups(lines(tmp_path / "rows.jsonl", [row | {"caption": 1}]), format="messages:label=captoin")
+
+
+def test_negatives_beside_labels_are_not_left_out(tmp_path):
+    rows = [CAPTION | {"label": 1, "negative_caption": "a cat"}, CAPTION | {"caption": "a bus", "label": 0}]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"'negative_caption' .* ignore=negative_caption"):
+        read_manifest(path, format="captions:label=label")
+    (group,) = read_manifest(path, format="captions:label=label,ignore=negative_caption")
+    assert group.match == ((1, 0),)
 
 
 def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path):
