@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ONE
+from conftest import ONE as ALONE
 
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.parsing import parse_config
@@ -44,7 +44,7 @@ class Run:
         config = parse_config(["--model.name_or_path", "m", "--train.output_dir", str(folder), *options], OBJECTIVES)
         identity = {**data_identity(found, [root]), "pictures": "known"}
         self.groups, self.evaluated, self.folder = found, list[str](), folder
-        self.baseline = Baseline(config, {"test": found}, {"test": identity}, MODEL, torch.float32, 8, ONE)
+        self.baseline = Baseline(config, {"test": found}, {"test": identity}, MODEL, torch.float32, 8, ALONE)
 
     def measure(self) -> dict[str, list[Accuracy]]:
         def evaluator(splits: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, PROMPT, draw, plain_logp
+from conftest import ONE as ALONE
+from conftest import PROMPT, draw, plain_logp
 from torch import Tensor
 
 from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_in_batch_negatives
@@ -260,7 +261,7 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
     (gradient,) = torch.autograd.grad(expected, table.values)
     micro_batches = [table.scores([groups[k] for k in part]) for part in parts]
     units = {"batch_align": sum(denominators(objective, each.layout)["batch_align"] for each in micro_batches)}
-    seen = CrossRankScores.gathered(micro_batches, ONE)
+    seen = CrossRankScores.gathered(micro_batches, ALONE)
     losses = [weighted_loss(objective, seen.added_to(each), units)[0] for each in micro_batches]
     assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-6)  # shares are float32
     (found,) = torch.autograd.grad(sum(losses), table.values)
@@ -275,7 +276,7 @@ def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
     lost = groups[0].in_step.in_batch[0].source_group
     kept = [each for k, each in enumerate(groups) if k != lost]
     scores = table.scores(kept)
-    seen = CrossRankScores.gathered([scores], ONE).added_to(scores)
+    seen = CrossRankScores.gathered([scores], ALONE).added_to(scores)
     orphans = seen.layout.in_batch.source_group[..., 0] == lost
     assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
@@ -288,7 +289,7 @@ def test_report_by_hand():
     layout = layout_of(groups)
     logp = torch.tensor([[[math.log(4), 0.0]], [[math.log(4), 0.0]]], dtype=torch.float64)
     scores = Scores(layout, logp, torch.zeros_like(logp))
-    scores = CrossRankScores.gathered([scores], ONE).added_to(scores)
+    scores = CrossRankScores.gathered([scores], ALONE).added_to(scores)
     assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
     report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0).report(scores).items()}
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}

@@ -383,7 +383,7 @@ VARIANTS = {
     "fcd": [
         {},
         PAPER | {"margin": 0.3},
-        PAPER | {"margin": 3.0, "margin_unit": "nats", "hinge_cap": 1.5},
+        PAPER | {"margin": 3.0, "margin_unit": "nats", "hinge_cap": 1.1},
         {"symmetric": False},
         {"soft": 0.2, "len_norm": "anchor"},
         {"soft": 0.2, "symmetric": False, "margin": 2.0},

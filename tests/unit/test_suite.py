@@ -20,7 +20,8 @@ import pyarrow
 import pytest
 import test_benchmarks
 import torch
-from conftest import ONE, caption, contents, draw, plain_logp, printed, refused
+from conftest import ONE as ALONE
+from conftest import caption, contents, draw, plain_logp, printed, refused
 from PIL import Image
 from pyarrow import parquet
 from test_benchmarks import put
@@ -104,7 +105,7 @@ def _row(number: int, place: int) -> dict[str, str]:
 
 
 def asked(scorer: Any, collator: Collator, identity: str = "a", say: Any = None) -> Asked:
-    return Asked(scorer, collator, ONE, "model", {"weights": identity, "inputs": "b"}, {"dtype": "float32"}, say)
+    return Asked(scorer, collator, ALONE, "model", {"weights": identity, "inputs": "b"}, {"dtype": "float32"}, say)
 
 
 def ask(model: Asked, root: Path, out: Path, names: str, *probes: str, settings: Settings = FEW, limit: int | None = None) -> list[Result]:
@@ -184,7 +185,7 @@ def test_a_template_that_asks_before_it_shows_is_named(scorer, model_dir, root, 
 
 
 def test_generated_text_is_the_librarys_own(scorer, collator, root, model_dir, tmp_path):
-    say = partial(generation.write, scorer.model, collator, ONE.device, do_sample=False)
+    say = partial(generation.write, scorer.model, collator, ALONE.device, do_sample=False)
     (result,) = ask(asked(scorer, collator, say=say), root, tmp_path / "out", "pope", "generate:max_new_tokens=6", limit=2)
     assert result.label == "generate.6" and result.outcomes
     processor, items = load_processor(ModelConfig(str(model_dir))), load(BENCHMARKS["pope"], root / "pope").items
@@ -231,7 +232,7 @@ def test_every_benchmark_is_evaluated_from_its_official_form(family, scorer, col
         scorer, collator = Scorer(model, family_of(model.config)), load_collator(config, "full")
     root = everything(tmp_path / "benchmarks", monkeypatch)
     described = [name for name, benchmark in PUBLIC.items() if benchmark.mentions]
-    model = asked(scorer, collator, say=partial(generation.write, scorer.model, collator, ONE.device, do_sample=False))
+    model = asked(scorer, collator, say=partial(generation.write, scorer.model, collator, ALONE.device, do_sample=False))
     results = ask(model, root, tmp_path / "out", ",".join(n for n in PUBLIC if n not in described), settings=Settings(draws=3))
     results += ask(model, root, tmp_path / "out", ",".join(described), "write:max_new_tokens=4", settings=Settings(draws=3))
     assert {result.name for result in results} == {*PUBLIC} and not [r.place for r in results if r.record["not_finite"]]
@@ -270,7 +271,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe, scorer, collator, 
 
     def say(*asked: Any) -> str:
         counted()
-        return generation.write(scorer.model, collator, ONE.device, *asked, do_sample=False)
+        return generation.write(scorer.model, collator, ALONE.device, *asked, do_sample=False)
 
     settings = Settings(batch_size=1, draws=5)
     model = asked(forward, collator, say=say)
@@ -448,7 +449,7 @@ def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch):
     """Of 29 clusters, whose intervals would be too narrow, nothing is drawn."""
     outcomes, said, clock = rows([True, False, True] * 10), list[str](), iter(range(0, 1000, 3))
     bootstrap, metrics = Bootstrap([each.item.cluster for each in outcomes]), BENCHMARKS["sugarcrepe"].metrics
-    world = replace(ONE)
+    world = replace(ALONE)
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     found = drawn_together(world, outcomes, metrics, 8, "evaluating it", ProgressBarrier(world))
@@ -722,11 +723,11 @@ def test_what_is_in_use_or_not_of_an_evaluation_is_not_written_over(tmp_path, ca
     for name, file, content in (("file", "", ""), ("run", "config.yaml", "model: {}\n"), ("mine", "results.md", "# My thesis\n")):
         put(tmp_path / name / file, content)
         with pytest.raises(ConfigError, match=name):
-            asking.results_held(tmp_path / name, ONE).__enter__()
+            asking.results_held(tmp_path / name, ALONE).__enter__()
     put(tmp_path / "mine" / "results.md", markdown([result(rows([True]))]))
     for out in ("mine", "new"):
-        with asking.results_held(tmp_path / out, ONE), pytest.raises(ConfigError, match="in use by"):
-            asking.results_held(tmp_path / out, ONE).__enter__()
+        with asking.results_held(tmp_path / out, ALONE), pytest.raises(ConfigError, match="in use by"):
+            asking.results_held(tmp_path / out, ALONE).__enter__()
     assert not (tmp_path / "new").exists(), "nothing came of it"
     with pytest.raises(SystemExit):
         main(["evaluate", "model", "--benchmarks", "pope", "--benchmark_root", str(tmp_path), "--out", f"{tmp_path}/mine/.."])
