@@ -213,11 +213,3 @@ def test_what_would_change_scores_without_an_error_is_refused(backend):
         call(backend, *qkv, forest=None)
     with pytest.raises(ConfigError, match=r"attention dropout \(0\.1\) must be 0"):
         call(backend, *qkv, forest=forest, dropout=0.1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_window_that_cuts_nothing_off_is_none(backend):
-    forest = FORESTS["one tree"]
-    qkv = inputs(forest, (2, 2), torch.float64)
-    assert torch.equal(call(backend, *qkv, forest=forest, sliding_window=13), call(backend, *qkv, forest=forest))
-    assert forest.sight(13) == Sight() != forest.sight(12)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ONE as ALONE
 
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data.identity import data_identity
@@ -19,7 +19,6 @@ from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 MODEL = {"weights": "w", "inputs": "i"}
 
 

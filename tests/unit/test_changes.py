@@ -133,12 +133,6 @@ def test_a_model_is_known_by_its_files(model_dir, tmp_path):
         now = option_changes.model_hashes(str(copy))
         assert now is not None and {key for key in first if now[key] != first[key]} == {part}, name
         (copy / name).write_bytes(whole)
-    weights = (copy / "model.safetensors").read_bytes()
-    for place in range(len(weights) // 2, len(weights), len(weights) // 25):
-        (copy / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place + 1 :])
-        now = option_changes.model_hashes(str(copy))
-        assert now is not None and now["weights"] != first["weights"], "one bit, wherever it is"
-    (copy / "model.safetensors").write_bytes(weights)
     (copy / "generation_config.json").write_text("{}")
     assert option_changes.model_hashes(str(copy)) == first
 

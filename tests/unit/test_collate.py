@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,36 +258,23 @@ def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, group
     assert encoded == [8]
 
 
-def test_blinded(make, scorer, processor, groups):
-    """One mid-grey image; every text is scored, and no text but the first has a known truth."""
+def test_blinded(make, groups):
+    """One image, and no text but the first has a known truth."""
     blind = [blinded(group) for group in groups]
     assert blind[0] == replace(groups[0], images=((BLANK.with_suffix(".0"),),), match=((1, None, None),), edits=())
     batch = make()(blind)
     assert batch.num_images == 1 and batch.layout.negative.sum() == 0
-    cells = by_cell(scored(scorer, batch), blind)
-    for group in groups:
-        for c, candidate in enumerate(group.candidates):
-            tokens, _ = plain_logp(scorer.model, processor, GREY, candidate.prompt, candidate.text)
-            assert cells[group.id, 0, c][0].item() == pytest.approx(tokens.sum().item(), rel=1e-4)
 
 
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_image(make, scorer, processor):
-    """Text alone is scored by the language model alone; the tower runs and takes part in the backward pass even if no row has an image."""
+def test_rows_without_an_image(make, scorer):
+    """The tower runs and takes part in the backward pass even if no row has an image."""
     texts = (Candidate("Name a colour.", "red"), Candidate("Name a colour.", "green and blue"))
     spoken = CounterfactualGroup("spoken", ((),), texts, ((1, 0),))
-    expected = {}
-    for c, text in enumerate(texts):
-        head, whole = (processor.tokenizer(f"USER: {text.prompt} ASSISTANT:{said}").input_ids for said in ("", f" {text.text}</s>"))
-        with stock_attention(scorer.model):
-            logits = scorer.model(input_ids=torch.tensor([whole])).logits[0, len(head) - 1 : -1].float()
-        logp = logits.log_softmax(-1)[range(len(whole) - len(head)), whole[len(head) :]]
-        expected["spoken", 0, c] = (logp[:-1].sum().detach(), logp[-1].detach())
     alone = make()([spoken])
     scores = scored(scorer, alone)
-    assert_same(by_cell(scores, [spoken]), expected)
     assert (alone.num_images, len(alone.model_inputs["image_inputs"]["pixel_values"])) == (0, 1)
     tower = [parameter for parameter in scorer.model.model.vision_tower.parameters() if parameter.requires_grad]
     grads = torch.autograd.grad(scores.logp.sum(), tower, allow_unused=True)
@@ -451,14 +437,6 @@ def test_a_text_that_does_not_fit_the_window_is_refused(make, groups):
     with pytest.raises(DataError, match=r"group 'many': text 2 .* 512"):
         make()([groups[3], long])
     make("anchor")([long])  # the long text is not scored
-
-
-def test_a_file_that_is_named_as_the_blank_image_is_a_picture(make, groups, tmp_path):
-    named = Path(shutil.copy(groups[3].images[0][0], tmp_path / "<blank image>.png"))
-    found, expected = (
-        make()([replace(groups[3], images=((path,),))]).model_inputs["image_inputs"] for path in (named, groups[3].images[0][0])
-    )
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 def test_a_bad_image_is_refused_by_file(make, groups, tmp_path):

@@ -84,8 +84,8 @@ def test_training_data_may_be_a_list_of_sources(written):
 
 MISTAKES: dict[str, tuple[str, ...]] = {
     "'train.max_steps'": ("train: {max_step: 7}", "trian: {max_steps: 7}", "--train.steps 3"),
-    "'train.learning_rate'": ("lr: 3", "--train.lr 1", "--lr 1", "--train.learningrate 1", "--learning_rate=1"),
-    "'train.per_device_train_batch_size'": ("--train.batch_size 1", "--batch_size=1"),
+    "'train.learning_rate'": ("lr: 3", "--train.lr 1", "--learning_rate=1"),
+    "'train.per_device_train_batch_size'": ("--batch_size=1",),
     "'train.per_device_eval_batch_size'": ("--train.eval_batch_size 1",),
     "'train.num_train_epochs'": ("--train.epochs 1",),
     "'model.name_or_path'": ("--model.path 1",),
@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "'data.evaluation.a.path'": ("data: {evaluation: {a: {pth: b}}}",),
     "'tracking.enabled'": ("--train.report_to 1",),
     "'deepspeed'": ("--train.deepspeed 1",),
-    "; see --help": tuple(f"--{name} 1" for name in ("cutoff_len", "template", "train.optim", "loss_type")),
+    "; see --help": tuple(f"--{name} 1" for name in ("cutoff_len", "train.optim")),
     "train.learning_rate": ("train: {learning_rate: fast}", "--train.learning_rate=fast", f"--train.learning_rate {'9' * 400}",
                             "--train.learning_rate .nan"),
     "train.max_steps": ("train: {max_steps: 1.5}", "train: {max_steps: null}", "--train.max_steps 010", "--train.max_steps 0"),
@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "objective.csd": ("objective: {csd: null}", "--objective.csd.mode crossed", "--objective.csd.warmup 1.5"),
     "weight 0": (" ".join(f"--objective.{name}.weight 0" for name in OBJECTIVES),),
     **{f"{option} must": (f"--objective.{term}.{option} {value}",) for term, option, value in (
-        ("fcd", "soft", -1), ("csd", "hinge_cap", -1), ("align", "temperature", 0), ("dpo", "beta", 0))},
+        ("fcd", "soft", -1), ("csd", "hinge_cap", -1), ("csd", "margin", 0), ("align", "temperature", 0), ("dpo", "beta", 0))},
     "run.yaml": ("hello", "[" * 5000, "train: {seed: \udcff}", 'train: !!python/object/apply:os.system ["touch here"]'),
     "run.yaml: broken YAML at line 1, column 16": ("train: {seed: 1",),
     "run.yaml: broken YAML at line 2, column 1": ("train:\n\tseed: 1",),
@@ -257,15 +257,6 @@ def test_print_config_parses_back_to_the_same(written, capsys):
         assert again.resolved == expected.resolved
         assert dataclasses.asdict(again.train) == dataclasses.asdict(expected.train)
     assert set(expected.resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
-
-
-def test_help_has_the_example(capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse("--help")
-    assert ended.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "deepspeed train.py --deepspeed ds_configs/z3.json --config" in printed
-    assert "--train.max_grad_norm" in printed and "clip the global gradient norm" in printed
 
 
 def test_the_launcher_s_local_rank_is_accepted():

@@ -71,11 +71,8 @@ def test_what_the_lines_do(name, tmp_path):
         assert run(step).returncode != 0, "an image of which a part is missing"
 
 
-def test_both_files_begin_alike_and_take_the_whole_clone():
-    given = dict(instructions())
-    assert given["ARG"] == "BASE=python:3.12-bookworm" and given["FROM"] == "${BASE}" and given["COPY"] == f". {HOME}"
-    assert "\nBootstrap: docker\nFrom: python:3.12-bookworm\n" in DEFINITION and section("files").split() == [".", HOME]
-    assert [name for name, _ in instructions()] == ["ARG", "FROM", "RUN", "COPY", "WORKDIR", "RUN", "ENV", "CMD"]
+def test_both_files_take_the_whole_clone():
+    assert dict(instructions())["COPY"] == f". {HOME}" and section("files").split() == [".", HOME]
     for line in (REPO / ".dockerignore").read_text().splitlines():
         assert not subprocess.run(["git", "ls-files", line], cwd=REPO, capture_output=True, text=True, check=True).stdout, line
 

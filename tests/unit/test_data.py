@@ -14,17 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from stores import preparing
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, SHAM, Candidate, CounterfactualGroup, Edit, Turn
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_groups, open_image, read_manifest
+from cfvlm_ds.data import CheckReport, check_manifest, image_size, named_apart, open_image, read_manifest
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.data.identity import changes, data_identity
-from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.data.stored import StoredRows
-from cfvlm_ds.data.stored_scores import StoredScores, read_scores, write_scores
 
 
 def save(path: Path, color: object = (10, 20, 30), mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> Path:
@@ -133,15 +129,9 @@ BAD_ROWS = {
     "broken JSON": ('{"id": "g", "images": [}', "column 24"),
     "not UTF-8": ("LATIN1", "byte 9"),
     "nested": ("[" * 100_000, "JSON"),
-    "null row": ("null", "NoneType"),
-    "unknown key": (row(imagse=[]), "'imagse'.*'images'"),
     "unknown image key": (row(images=[{"id": "i0", "pth": "a.png"}]), "'pth'.*'path'"),
-    "missing key": ({"id": "g"}, "'images'"),
     "duplicate id": (row("first", prompt="x"), "'first'.*m.jsonl:1;"),
-    "unhashable id": (row(match=[[["i0"], "t0", 1]]), "'i0'"),
-    "edit not an object": (row(edits=[["type"]]), "'edits'"),
     "null byte": (row(images=[{"id": "i0", "path": "a\0.png"}, {"id": "i1", "path": "b.png"}]), "null byte"),
-    "exclude not a list": (row(exclude="two dogs"), "'exclude'"),
     "a key that is none": (row(texts=[{"id": "t0", "text": "two dogs", "key": None}, {"id": "t1", "text": "three"}]), "'key'"),
     "truth as a float": (row(match=[["i0", "t0", 1.0]]), "match entry"),
     "half a character": (row(prompt="\ud800"), "ud800"),
@@ -149,7 +139,6 @@ BAD_ROWS = {
     "terminal's commands": (row(edits=[{"type": "x", "image": "\x1b[2J"}]), "\\\\x1b"),
     "endless value": (row(match="x" * 10_000), "\\[\\.\\.\\.\\]"),
     "huge weight": (row(weight=10**400), "format"),
-    "bad truth": (row(match=[["i0", "t0", 2]]), "match entry"),
     "empty text": (row(texts=[{"id": "t0", "text": "x"}, {"id": "t1", "text": " "}]), "text 1"),
     "equal texts": (
         row(texts=[{"id": "t0", "text": "two caf\u00e9s"}, {"id": "t1", "text": " two  cafe\u0301s"}]),
@@ -226,13 +215,12 @@ def test_texts_that_differ_in_case_are_two(folder):
     assert [candidate.text for candidate in group.candidates] == ["a sign that says stop", "a sign that says STOP"]
 
 
-def test_links_inside_the_root_are_fine(folder):
-    (folder / "link.png").symlink_to(folder / "a.png")
-    read_manifest(manifest(folder, row(images=[{"id": "i0", "path": "link.png"}, {"id": "i1", "path": "b.png"}])))
+def test_a_root_may_be_a_link_and_a_loop_is_named(folder):
+    manifest(folder, row())
     # A root that is itself a link is the user's choice.
     root = folder.parent / (folder.name + "-link")
     root.symlink_to(folder)
-    assert read_manifest(root / "m.jsonl")[0].images[0] == (root / "link.png",)
+    assert read_manifest(root / "m.jsonl")[0].images[0] == (root / "a.png",)
     (folder / "loop").symlink_to(folder / "loop")
     path = manifest(folder, row(images=[{"id": "i0", "path": "loop/x.png"}, {"id": "i1", "path": "b.png"}]))
     (problem,) = check_manifest(path).problems  # refused while reading or, from Python 3.13, while opening
@@ -335,13 +323,6 @@ def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch, size):
     message = image_refusal(png(tmp_path / "bomb.png", *size))
     assert f"{size[0]}x{size[1]}" in message and "limit of 50000000" in message and "shrink it" in message
     assert limit == Image.MAX_IMAGE_PIXELS
-
-
-def test_pixel_limit_is_inclusive(tmp_path):
-    path = save(tmp_path / "a.png", size=(8, 6))
-    assert open_image(path, max_pixels=48).size == (8, 6)
-    assert "8x6 = 48 pixels" in image_refusal(path, max_pixels=47)
-    assert open_image(str(save(tmp_path / "thin.png", size=(200, 1)))).size == (200, 1)
 
 
 def test_limit_above_that_of_pil(tmp_path, monkeypatch):
@@ -514,9 +495,7 @@ def test_report_counts(folder):
         longest_text=len("three dogs"),
         longest_text_where=f"{path}:1, text 1",
     )
-    assert report.ok
-    table = str(report)
-    assert all(part in table for part in ("4 distinct files", "4 of 13", "count: 2, sham: 1", "K=0: 2 groups, K=1: 2 groups", "none"))
+    assert report.ok and "count: 2, sham: 1" in str(report)
 
 
 def test_all_problems_are_collected(folder):
@@ -570,22 +549,12 @@ def test_progress_has_rate_and_remaining_time(monkeypatch):
     assert lines == ["export: 750.2 of 3000 GB, 188 GB/s, 0:00:12 left"]
 
 
-def test_checks_say_how_far_they_are(folder, monkeypatch):
+def test_a_check_says_how_far_it_is(folder, monkeypatch):
     monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
     lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
-    lines.clear()
-    store, said, file = open_groups(folder / "m.jsonl"), lines.append, folder / "scores.jsonl"
-    assert preparing(store, folder / "store", say=said)
-    identity = StoredRows(folder / "store").identity
-    write_scores(file, store, {group.id: StoredScores(((0.0,) * 2,) * 2, (0.0,) * 2) for group in store}, "m", identity)
-    read_scores(file, store, identity, say=said)
-    PictureTable.of_files([folder / "a.png", folder / "b.png"], said)
-    begun = ["checking rows", "pictures", "rows", f"{file}: scores", "hashing pictures"]
-    counted = [line.partition(" of 2 ")[0] for line in lines if not line.startswith("indexing")]
-    assert counted == [f"{what}: {n}" for what in begun for n in (1, 2)]
 
 
 class Words:
@@ -672,5 +641,3 @@ def test_a_report_of_endless_names_ends(folder):
     lines = str(report).splitlines()
     assert max(map(len, lines)) < 3000 and sum(line.endswith("and 10 more") for line in lines) == 1
     assert any("metadata         'tag': 40, 'key 0': 1, " in line and line.endswith("and 11 more (kept, not used)") for line in lines)
-    report = check_manifest(manifest(folder, *(" " * k + "{" for k in range(60))))
-    assert len(report.problems) == 60 and "... and 10 more" in str(report)

@@ -352,12 +352,10 @@ COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"
 BAD = {
     "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "UTF-16"),
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
-    "semicolons in capitals": (table("image;caption\na;b\n", "a.CSV"), "commas"),
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), "tabs.*[.]tsv"),
     "commas in a TSV": (table("image,caption\na,b\n", "a.tsv"), "commas.* tabs"),
     "empty table": (table(""), "empty"),
     "header alone": (table(HEAD), "no rows"),
-    "table in UTF-16 without a mark": (table(HEAD.encode("utf-16-le")), "UTF-16"),
     "spreadsheet": (table("PK", "a.XLSX"), "spreadsheet"),
     "column without a name": (table("image,,caption\na,b,c\n"), "column 2"),
     "columns of one name": (table("image,caption,image\na,b,c\n"), "'image'"),
@@ -368,15 +366,8 @@ BAD = {
     "list with a comma too few": (table(f"[{ROW},\n{ROW}\n{ROW}]", "a.json"), "line 3, column 1"),
     "something behind a list": (table(f"[{ROW}] x", "a.json"), "column 51"),
     "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15"),
-    "key twice in an item": (table('[{"a": 1, "a": 2}]', "a.json"), "item 1: key 'a'"),
     "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), "item 1: .*ud800"),
-    "nested without end": (table("[" * 100_000, "a.json"), "JSON"),
-    "endless number": (table("[" + "9" * 5000 + "]", "a.json"), "JSON"),
-    "item that is no row": (table("[[1]]", "a.json"), "item 1: .*list"),
-    "a number": (table("7", "a.json"), "int"),
     "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "'data', 'x'"),
-    "an object of columns": (table(json.dumps({"image": ["a.png", "b.png"], "caption": ["x", "y"]}), "a.json"), "'caption', 'image'"),
-    "rows within an object": (table(json.dumps({"data": [CAPTION]}), "a.json"), "'data'"),
     "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
@@ -385,7 +376,6 @@ BAD = {
     "no tar": (table(b"x" * 2000, "a.tar"), "complete copy|no rows"),
     "tar of headers without end": (chained, "sample 'a' .*recursion"),
     "compressed tar": (packed(SHOT, ("a.txt", b"x"), mode="w:gz"), "compressed"),
-    "tar.gz": (packed(SHOT, ("a.txt", b"x"), mode="w:gz", name="a.tar.gz"), "gunzip a.tar.gz"),
     "compressed in capitals": (table("PK", "a.ZIP"), "unzip a.ZIP"),
     "member twice": (packed(SHOT, ("a.txt", b"x"), SHOT), "item 1: .*'a.png'"),
     "text in Latin-1": (packed(SHOT, ("a.txt", "é".encode("latin-1"))), "item 1: .*'a.txt': byte 1"),
@@ -399,33 +389,6 @@ def test_a_bad_file_is_one_sentence(case, folder):
     path = write(folder)
     message = refusal(path, "webdataset" if path.suffix == ".tar" else "captions")
     assert re.search(said, message), message
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_damaged_arrow_or_parquet_file_is_one_sentence(name, folder):
-    """Cut at every kind of place, bytes changed, of another kind, empty: never a crash, and no row that is not there."""
-    source = pyarrow.Table.from_pylist([CAPTION | {"picture": {"bytes": picture(k), "path": None}} for k in range(5)])
-    if name == "a.parquet":
-        parquet.write_table(source, folder / name)
-    else:
-        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, source.schema) as writer:
-            writer.write_table(source)
-    whole = (folder / name).read_bytes()
-    assert len(read_manifest(folder / name, format="hf:image=picture,caption=caption")) == 5
-    for damage in (
-        whole[: len(whole) // 2],
-        whole[:20],
-        b"",
-        b"x" * 300,
-        whole[: len(whole) // 3] + b"\xff" * 64 + whole[len(whole) // 3 + 64 :],
-    ):
-        (folder / name).write_bytes(damage)
-        try:
-            read_manifest(folder / name, format="hf:image=picture,caption=caption")
-        except DataError as error:
-            assert str(error).startswith(str(folder / name)) and str(error).isprintable()
-        else:
-            assert len(damage) == len(whole), "only contents of pictures can have changed"
 
 
 def test_a_folder_says_what_it_lacks(folder):

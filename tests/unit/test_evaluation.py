@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, PROMPT, plain_logp
+from conftest import ONE as ALONE
 from PIL import Image
 
 from cfvlm_ds.batching.batch_layout import group_layout
@@ -58,7 +59,6 @@ from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.objectives import Align, Csd, Dpo, Fcd, Objective, denominators, required_cells, weighted_loss
 from cfvlm_ds.objectives.objective import comparisons as compared
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 
 
@@ -102,52 +102,20 @@ def test_training_evaluation_and_audit_compare_the_same_texts_and_images():
 @pytest.mark.parametrize(
     ("logp", "text", "image", "whole", "pair"),
     [
-        ([[-1, -2], [-2, -1]], 100, 100, 100, 100),
-        ([[-2, -1], [-1, -2]], 0, 0, 0, 0),
-        ([[2, 1], [3, 4]], 100, 0, 0, 100),  # the second image likes every text better
-        ([[2, 3], [1, 4]], 0, 100, 0, 50),  # the second text is likelier on every image
-        ([[1, 1], [1, 2]], 0, 0, 0, 50),  # ties: S_00 = S_01 = S_10
+        ([[1, 1], [1, 2]], 0, 0, 0, 50),  # S_00 = S_01 = S_10
         ([[2, 1], [2, 3]], 100, 0, 0, 100),  # tie of the first text's images
         ([[2, 3], [1, 3]], 0, 0, 0, 50),  # tie of the second text's images
         ([[3, 1], [2, 2]], 0, 100, 0, 50),  # tie of the second image's texts
         ([[0, 0], [0, 0]], 0, 0, 0, 0),
     ],
 )
-def test_18_accuracies_on_hand_cases(logp, text, image, whole, pair):
-    row, everything = accuracies([group()], [scores(logp)])
+def test_18_a_tie_is_wrong(logp, text, image, whole, pair):
+    row, _ = accuracies([group()], [scores(logp)])
     assert [row.metrics[name] for name in ("text", "image", "group", "pair")] == [text, image, whole, pair]
-    assert (row.name, everything.name, row.num, everything.num) == ("colour", "all", 1, 1)
-    assert everything.metrics == row.metrics and "sham" not in row.metrics
 
 
-@pytest.mark.parametrize(
-    ("blank", "text_pmi", "group_pmi"),
-    [([0.0, 0.0], 0, 0), ([0.0, 1.5], 100, 100), ([-10.0, -8.5], 100, 100), ([0.0, 1.0], 0, 0), ([0.0, 3.0], 0, 0)],
-)
-def test_pmi_takes_the_prior_of_the_texts_away(blank, text_pmi, group_pmi):
-    """[[2, 3], [1, 4]] minus (0, 1.5) is [[2, 1.5], [1, 2.5]], all right; minus (0, 1) a tie; minus (0, 3) the first text wins twice."""
-    row, _ = accuracies([group()], [scores([[2.0, 3.0], [1.0, 4.0]], blank)])
-    assert (row.metrics["text_pmi"], row.metrics["group_pmi"]) == (text_pmi, group_pmi)
-    assert (row.metrics["text"], row.metrics["image"], row.metrics["group"]) == (0, 100, 0), "the plain ones do not use it"
-    row, _ = accuracies([group()], [scores([[2.0, 3.0], [3.0, 6.0]], [0.0, 2.0])])
-    assert row.metrics["text_pmi"] == 100 and row.metrics["image"] == row.metrics["group_pmi"] == 0, "it also needs the images"
-
-
-def test_18_a_prior_of_the_texts_moves_text_but_never_image_nor_pmi():
-    torch.manual_seed(0)
-    groups, before, after = [group()] * 300, [], []
-    for _ in groups:
-        signal, blank, prior = torch.randn(2, 2) + torch.eye(2), torch.randn(2), 5 * torch.randn(2)
-        before.append(GroupScores(signal, blank))
-        after.append(GroupScores(signal + prior, blank + prior))
-    old, new = (accuracies(groups, values)[-1].metrics for values in (before, after))
-    for name in ("image", "text_pmi", "group_pmi"):
-        assert new[name] == old[name] and 0 < old[name] < 100
-    assert new["text"] < old["text"] - 20 and new["group"] < old["group"] - 10
-
-
-def test_accuracies_and_blind_levels_on_random_scores():
-    """4000 pairs: each accuracy within 4 standard errors of its value for random scores. Without an image a pair is exactly half right."""
+def test_accuracies_on_random_scores():
+    """4000 pairs: each accuracy within 4 standard errors of its value for random scores."""
     torch.manual_seed(1)
     with_sham = group(Edit("colour", 1, 1), Edit(SHAM, 2), num_images=3)
     num = 4000
@@ -159,12 +127,6 @@ def test_accuracies_and_blind_levels_on_random_scores():
         p = expected / 100
         assert abs(row.metrics[name] - expected) < 4 * 100 * (p * (1 - p) / num) ** 0.5, name
     assert RANDOM["group"] == pytest.approx(100 * 4 / 24), "of the 24 orders of four scores 4 have both own pairs on top"
-
-    random_prior = [GroupScores(torch.randn(3, 2), torch.randn(2)) for _ in range(200)]
-    for blind in (row.blind for row in accuracies([with_sham] * 200, random_prior)):
-        assert blind["pair"] == 50 and blind["factual"] == pytest.approx(
-            100 * sum(float(s.blank[0] > s.blank[1]) for s in random_prior) / 200
-        )
 
 
 def test_20_sham():
@@ -178,15 +140,6 @@ def test_20_sham():
     assert half.metrics["sham"] == 50
 
 
-def test_20_sham_is_the_mean_over_the_edit_types_that_have_one():
-    for name in ("action", "zebra"):  # also where the first row of the table has none
-        plain, shammed = group(Edit("colour", 1, 1)), group(Edit(name, 1, 1), Edit(SHAM, 2), num_images=3)
-        rows = accuracies([plain, shammed], [scores([[0, 0], [-1, 0]]), scores([[0.0, 0], [-1, 0], [-0.5, 0]])])
-        by_name = {row.name: row.metrics for row in rows}
-        assert "sham" not in by_name["colour"] and by_name[name]["sham"] == by_name["all"]["sham"] == 100
-        assert next(line for line in table({"test": rows}).splitlines() if f"| {MEAN} |" in line).endswith("| 100.0 |")
-
-
 def test_rows_by_edit_type_and_the_mean_over_types():
     """Four colour pairs (three right), one action pair (wrong): ``all`` is the mean of 75 and 0, not 60. Half an edit adds no pair."""
     right, wrong = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
@@ -197,8 +150,6 @@ def test_rows_by_edit_type_and_the_mean_over_types():
     assert [(row.name, row.num, row.comparisons["group"]) for row in rows] == [("action", 1, 1), ("colour", 4, 4), ("all", 4, 5)]
     assert [row.metrics["group"] for row in rows] == [0, 75, 37.5]
     assert accuracies([], []) == [] and "group" not in accuracies([group(Edit("colour", 1))], [scores(right)])[-1].metrics
-    with pytest.raises(ValueError):
-        accuracies([group()], [])
 
 
 def half_width(row: Change) -> float:
@@ -253,19 +204,10 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
         assert half_width(rows[edit]) == pytest.approx(1.96 * statistics.stdev(values), rel=0.06), edit
         assert rows[edit].low + rows[edit].high == pytest.approx(2 * (rows[edit].after - rows[edit].before)), edit
     assert half_width(rows[MEAN]) < half_width(rows["colour"]) and {row.groups for row in rows.values()} != {300}
-    few = [replace(group(Edit(f"edit {n // 4}", 1, 1)), id=f"g{n}") for n in range(36)]  # nine edit types of four groups
-    inside = 0
-    for _ in range(200):
-        before, after = ([wins if draw.random() < 0.5 else loses for _ in few] for _ in range(2))
-        row = compare_accuracies("iid", accuracies(few, before), accuracies(few, after))[0]
-        inside += row.low is not None and row.low <= 0 <= row.high
-    assert 180 <= inside <= 200, "90 to 100 % of intervals hold the true difference, 0"
     lone = [replace(group(Edit(f"edit {n}", 1, 1)), id=f"g{n}") for n in range(36)]
+    before, after = ([wins if draw.random() < 0.5 else loses for _ in lone] for _ in range(2))
     assert compare_accuracies("iid", accuracies(lone, before), accuracies(lone, after))[0].low is None, "no spread within a type"
     overall, types = changes_table(compared), rows_table(of_types(compared))
-    for text, number in ((overall, 3), (types, 2)):
-        assert len(re.findall(r" [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \| \+\d+ -\d+ \|", text)) == number
-    assert f"| iid | {rows[MEAN].groups} | 2 of 2 better, 0 worse | 50.0 |  |  |" in overall
     assert f"| iid | {MEAN} | {rows[MEAN].groups} | pair | " in overall and "| iid | colour |" not in overall
     assert f"| iid | colour | {rows['colour'].groups} | group | " in types
     named = accuracies([group(Edit(name, 1, 1)) for name in ("a", MEAN)], [wins, wins])
@@ -498,17 +440,6 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
         assert_equal(each, plain)
     _, found = scored([*groups[:3], replace(groups[3], images=((Path("gone.png"),),), match=(groups[3].match[0],), edits=())])
     assert [str(each) for each in found] == [str(found[0])] * 2 and isinstance(found[0], DataError) and "gone.png" in str(found[0])
-
-
-def test_texts_are_scored_on_another_groups_image(collator, scorer, groups, model_dir):
-    processor, donors = load_processor(ModelConfig(str(model_dir))), scoring.other_images(groups)
-    found = score_groups(scorer, collator, groups, ALONE, 3, shuffled=True)
-    for one, donor, values in zip(groups, donors, found, strict=True):
-        assert donor is not None and donor in [other.images[0] for other in groups] and donor not in one.images
-        with torch.no_grad():
-            parts = [plain_logp(scorer.model, processor, donor, c.prompt, c.text)[0].sum() for c in one.candidates]
-        torch.testing.assert_close(values.shuffled, torch.stack(parts), rtol=1e-5, atol=0)
-    assert score_groups(scorer, collator, groups[:1], ALONE, shuffled=True)[0].shuffled.shape == (0,)  # type: ignore[union-attr]
 
 
 def test_another_image_is_one_that_the_group_does_not_show():

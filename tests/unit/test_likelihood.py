@@ -17,7 +17,7 @@ import torch
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.layout import Divergence, GroupLayout
-from cfvlm_ds.core.scores import Scores, normalised_scores, score_matrix, token_counts, token_logprobs
+from cfvlm_ds.core.scores import score_matrix, token_logprobs
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.models.chunked_logprobs import head_logprobs
 
@@ -33,14 +33,6 @@ def layout(num_tokens: list[list[list[int]]], match: list[list[list[int]]] | Non
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_token_logprobs_equals_log_softmax_by_hand():
-    """Row 0: logits (0, log 2, log 3), so probabilities 1/6, 1/3, 1/2; row 1 is uniform."""
-    logits = torch.tensor([[0.0, math.log(2), math.log(3)], [7.0, 7.0, 7.0]], dtype=torch.float64)
-    for target, p in enumerate([1 / 6, 1 / 3, 1 / 2]):
-        found = token_logprobs(logits, torch.tensor([target, target]))
-        assert found.tolist() == pytest.approx([math.log(p), math.log(1 / 3)], rel=1e-12)
 
 
 def test_token_logprobs_equals_a_loop_in_float64_with_its_gradient():
@@ -197,20 +189,6 @@ def test_09_score_matrix_equals_sums_of_lists():
     assert gradient.tolist() == [cell * (100 if is_end else 1) for _, cell, is_end in rows]
 
 
-def test_09_one_token_response_catches_a_shift_by_one():
-    """Sequence: prompt 5, prompt 2, response 3, end 1. Only logits[1] -> 3 is the score and logits[2] -> 1 the end; all else is decoy."""
-    torch.manual_seed(3)
-    logits, ids = torch.randn(4, 6, dtype=torch.float64), [5, 2, 3, 1]
-    table = logits.log_softmax(-1)
-    scored = torch.tensor([1, 2])
-    found = score_matrix(
-        token_logprobs(logits[scored], torch.tensor(ids)[scored + 1]), torch.tensor([0, 0]), torch.tensor([False, True]), layout([[[1]]])
-    )
-    assert [value.item() for value in found] == pytest.approx([table[1, 3].item(), table[2, 1].item()], rel=1e-12)
-    decoys = [table[p, t].item() for p in range(4) for t in ids if (p, t) not in ((1, 3), (2, 1))]
-    assert all(abs(found[0].item() - decoy) > 1e-3 for decoy in decoys)
-
-
 def test_score_matrix_without_tokens_is_zero():
     """A rank whose micro-batch holds nothing still gets matrices to run backward through."""
     empty = torch.zeros(0, requires_grad=True)
@@ -218,22 +196,6 @@ def test_score_matrix_without_tokens_is_zero():
     assert logp.tolist() == end_logp.tolist() == [[[0.0, 0.0]]]
     (logp + end_logp).sum().backward()
     assert empty.grad.shape == (0,)
-
-
-def test_token_counts_and_normalised_scores_by_hand():
-    """Group 0: texts of 2 and 4 tokens; group 1: 5 and nothing. Prior (-1, -3): PMI (-6 + 1) / 2 and (-8 + 3) / 2 under ``anchor``."""
-    known = layout([[[2, 4]], [[5, 0]]])
-    assert token_counts(known, "anchor").tolist() == [[[2, 2]], [[5, 5]]]
-    assert token_counts(known, "own").tolist() == [[[2, 4]], [[5, 1]]]
-    assert token_counts(known, "none").tolist() == [[[1, 1]], [[1, 1]]]
-    logp = torch.tensor([[[-6.0, -8.0]], [[-10.0, 0.0]]])
-    scores = Scores(known, logp, torch.zeros_like(logp), prior=torch.tensor([[-1.0, -3.0], [-5.0, 0.0]]))
-    assert normalised_scores(scores, "anchor").tolist() == [[[-3.0, -4.0]], [[-2.0, 0.0]]]
-    assert normalised_scores(scores, "own").tolist() == [[[-3.0, -2.0]], [[-2.0, 0.0]]]
-    assert normalised_scores(scores, "anchor", pmi=1.0).tolist() == [[[-2.5, -2.5]], [[-1.0, 0.0]]]
-    assert normalised_scores(scores, "none", pmi=0.5).tolist() == [[[-5.5, -6.5]], [[-7.5, 0.0]]]
-    with pytest.raises(ValueError, match=r"blind scores.*--data\.scores"):
-        normalised_scores(Scores(known, logp, logp), "anchor", pmi=1.0)
 
 
 # Groups -------------------------------------------------------------------------------------------------------------------------------
@@ -311,40 +273,31 @@ def test_a_text_may_carry_its_own_prompt_and_row_defaults_hold():
 
 
 BAD_ROWS = {
-    "unknown key, near name": (changed("imagse", to=[]), r"row: unknown key 'imagse'; did you mean 'images'\?"),
-    "unknown key of an edit": (changed("edits", 0, "form", to="x"), r"'dog-17': edits: unknown key 'form'; did you mean 'from'\?"),
-    "other schema": (changed("schema", to="cfgroup/9"), r"schema is 'cfgroup/9', but this version reads 'cfgroup/1'; convert"),
-    "no id": (changed("id", to=...), r"row: key 'id' is missing; add it"),
-    "empty images": (changed("images", to=[]), r"'images' must be a non-empty list of objects"),
-    "image id a number": (changed("images", 1, "id", to=1), r"images: 'id' must be a string, not 1"),
-    "image id twice": (changed("images", 1, "id", to="i0"), r"images: id 'i0' occurs twice; make ids unique"),
-    "no path": (changed("images", 0, "path", to=...), r"images: key 'path' is missing"),
-    "path not a string": (
-        changed("images", 0, "path", to=7),
-        r"images: 'path' must be a string, a list of strings, or null if there is no picture, not 7",
-    ),
-    "no image beside others": (changed("images", 0, "path", to=None), r"image 1 has 1 pictures, but image 0 has 0; split"),
-    "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), r"must have one image entry"),
-    "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), r"image 1 has 2 pictures, but image 0 has 1; split the row"),
-    "no pictures": (changed("images", 1, "path", to=[]), r"'path' must be a string, a list of strings, or null"),
-    "text not a string": (changed("texts", 0, "text", to=7), r"texts: 'text' must be a string, not 7"),
-    "prompt null": (changed("prompt", to=None), r"'prompt' must be a string or a list of turns, not None"),
-    "prompt of a text null": (changed("texts", 1, "prompt", to=None), r"texts: 'prompt' must be a string or a list of turns, not None"),
-    "match not a list": (changed("match", to=3), r"'match' must be a list"),
-    "match entry short": (changed("match", 0, to=["i0", "t0"]), r"match entry \['i0', 't0'\] must be \[image id, text id, 0 or 1\]"),
-    "truth a boolean": (changed("match", 1, 2, to=False), r"match entry \['i0', 't1', False\] must be"),
-    "match of unknown text": (changed("match", 1, 1, to="t9"), r"'dog-17': match: unknown id 't9'; known: t0, t1"),
-    "match swaps image and text": (changed("match", 1, to=["t1", "i0", 0]), r"match: unknown id 't1'; known: i0, i1, i2"),
-    "match contradicts itself": (changed("match", 2, to=["i0", "t0", 0]), r"match has both 0 and 1 for \(i0, t0\); keep one"),
-    "factual pair false": (changed("match", 0, 2, to=0), r"the first image and the first text must match; list the factual pair first"),
-    "edits not a list": (changed("edits", to=4), r"'edits' must be a list of objects"),
-    "edit without type": (changed("edits", 0, "type", to=...), r"edits: key 'type' is missing"),
-    "edit of unknown text": (changed("edits", 0, "text", to="t7"), r"edits: unknown id 't7'; known: t0, t1"),
-    "weight zero": (changed("weight", to=0), r"weight must be a positive number, not 0.0; to leave the group out"),
-    "weight infinite": (changed("weight", to=math.inf), r"weight must be a positive number, not inf"),
-    "weight a string": (changed("weight", to="1"), r"weight must be a number, not '1'"),
-    "weight a boolean": (changed("weight", to=True), r"weight must be a number, not True"),
-    "same text": (changed("texts", 1, "text", to=" two  dogs"), r"text 1 equals text 0 \('two dogs'\); counterfactuals must differ"),
+    "unknown key, near name": (changed("imagse", to=[]), "'imagse'.*'images'"),
+    "unknown key of an edit": (changed("edits", 0, "form", to="x"), "'dog-17': edits: .*'form'.*'from'"),
+    "other schema": (changed("schema", to="cfgroup/9"), "'cfgroup/9'.*'cfgroup/1'"),
+    "no id": (changed("id", to=...), "'id' is missing"),
+    "image id a number": (changed("images", 1, "id", to=1), "images: 'id'.* 1"),
+    "image id twice": (changed("images", 1, "id", to="i0"), "images: id 'i0'"),
+    "no path": (changed("images", 0, "path", to=...), "images: key 'path'"),
+    "path not a string": (changed("images", 0, "path", to=7), "images: 'path' .* 7"),
+    "no image beside others": (changed("images", 0, "path", to=None), "image 1 has 1 pictures"),
+    "two images without one": (changed("images", to=[{"id": i, "path": None} for i in ("i0", "i1", "i2")]), "one image entry"),
+    "unequal pictures": (changed("images", 1, "path", to=["a.jpg", "b.jpg"]), "image 1 has 2 pictures"),
+    "no pictures": (changed("images", 1, "path", to=[]), "'path'"),
+    "prompt null": (changed("prompt", to=None), "'prompt' .*None"),
+    "match entry short": (changed("match", 0, to=["i0", "t0"]), r"match entry \['i0', 't0'\]"),
+    "truth a boolean": (changed("match", 1, 2, to=False), r"match entry \['i0', 't1', False\]"),
+    "match of unknown text": (changed("match", 1, 1, to="t9"), "'dog-17': match: .*'t9'.* t0, t1"),
+    "match swaps image and text": (changed("match", 1, to=["t1", "i0", 0]), "'t1'.* i0, i1, i2"),
+    "match contradicts itself": (changed("match", 2, to=["i0", "t0", 0]), r"both 0 and 1 for \(i0, t0\)"),
+    "factual pair false": (changed("match", 0, 2, to=0), "the first image and the first text"),
+    "edit without type": (changed("edits", 0, "type", to=...), "edits: key 'type'"),
+    "edit of unknown text": (changed("edits", 0, "text", to="t7"), "edits: .*'t7'.* t0, t1"),
+    "weight zero": (changed("weight", to=0), "weight .* 0.0"),
+    "weight infinite": (changed("weight", to=math.inf), "weight .* inf"),
+    "weight a string": (changed("weight", to="1"), "weight .*'1'"),
+    "same text": (changed("texts", 1, "text", to=" two  dogs"), "text 1 equals text 0"),
 }
 
 

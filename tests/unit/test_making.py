@@ -527,10 +527,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
         return calibrated(records, Thresholds(rule="likelihood"), precision)
 
     generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
-    assert generous.thresholds.margin == 0.0 and generous.kept == 3
     assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
-    strict = fitted([(2.0, True), (1.0, True), (0.5, False), (-0.3, False)])
-    assert strict.thresholds.margin == 0.75
     assert fitted([(2.0, True), (1.0, True), (1.0, False)]).kept == 1, "ties stay together"
     assert fitted([(2.0, True), (2.0 - 1e-6, False)], 1.0).thresholds.margin < 2.0  # what is kept is above it by less than is shown
     with pytest.raises(ConfigError, match="2 pass the checks"):
@@ -1190,18 +1187,9 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_go_from_captions_to_groups(photos, tmp_path, capsys):
-    out, groups = tmp_path / "W", tmp_path / "groups.jsonl"
-    proposed = printed(capsys, "data", "propose", photos, "--out", out, "--types", "colour,relation", "--seed", "2")
-    assert proposed.count("captions.jsonl: read as") == 1
-    assert "6 editor: flip" in printed(capsys, "data", "edit", out, "--with", "flip,none")
-    assert "12 candidates" in printed(capsys, "data", "verify", out)
-    assert "all shards are finished" in printed(capsys, "data", "status", out)
-    said = printed(capsys, "data", "select", out, "--out", groups)
-    assert "| kept | 6 | 6 | 12 | 100.0 % |" in said
-    assert len(read_manifest(groups)) == 6
-    assert "wrote" in printed(capsys, "data", "view", out, "--out", tmp_path / "page")
-    assert "no rejected" in refused(capsys, "data", "view", out, "--rejected", "--out", tmp_path / "page2")
+def test_a_strict_audit_ends_with_an_error(photos, tmp_path):
+    through_all(photos, tmp_path / "W", 1)
+    select(tmp_path / "W", groups := tmp_path / "groups.jsonl", SelectOptions(), quiet)
     with pytest.raises(SystemExit) as ended:
         main(["data", "audit", str(groups), "--out", str(tmp_path / "audit"), "--strict", "--against", str(tmp_path)])
     assert ended.value.code == 1 and "near duplicates of its pictures" in (tmp_path / "audit" / "report.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COLOURS
+from conftest import COLOURS, contents
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +24,6 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, attention, family_of, load_config, load_model, parameter_counts
 from cfvlm_ds.models import trainable as trainable_of
@@ -56,24 +54,6 @@ def load(model_dir: Path, **options: Any) -> Any:
 def test_family_of_goes_by_model_type(model_dir):
     assert family_of(load_config(str(model_dir))) is FAMILIES["llava"]
     assert all(model_type in family.model_types for model_type, family in FAMILIES.items())
-
-
-def test_an_unsupported_model_type_is_refused_naming_the_supported_ones():
-    known = ", ".join(FAMILIES)
-    with pytest.raises(ConfigError, match=rf"'llama' has no vision tower; use a vision-language model of one of these types: {known}$"):
-        family_of(LlamaConfig())
-    config = LlavaConfig()
-    config.model_type = "blip_2"
-    with pytest.raises(ConfigError, match=rf"'blip_2' is not supported; supported: {known}; a family is one record, and docs"):
-        family_of(config)
-
-
-def test_every_parameter_belongs_to_the_module_it_sits_in(model_dir):
-    model = load(model_dir)
-    family, found = family_of(model.config), {module: set() for module in MODULES}
-    for name, parameter in model.named_parameters():
-        found[family.module_of(name)].add(id(parameter))
-    assert found == {module: part_ids(model, module) for module in MODULES} and all(found.values())
 
 
 @pytest.mark.parametrize("name", ["model.vision_tower_extra.weight", "vision_tower.weight", "lm_head2.weight", "adapter.weight", ""])
@@ -117,14 +97,6 @@ def test_a_checkpoint_that_is_not_this_model_is_refused_by_key(edit, message, mo
     with pytest.raises(ConfigError, match=message):
         load(altered(model_dir, tmp_path / "altered", edit))
     load(altered(model_dir, tmp_path / "same", lambda weights: None))
-
-
-def test_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"'no-such-folder' does not exist; give a model folder"):
-        load_config("no-such-folder")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty' cannot be read"):
-        load_config(str(tmp_path / "empty"))
 
 
 def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_retries(model_dir, tmp_path, monkeypatch):
@@ -211,12 +183,7 @@ def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path):
     for version in (3, 4):  # transformers names one for each torch
         (repository / "refs" / f"v{version}").write_text("a" * 40)
     assert chosen().startswith("flash_attention_2 <code") and str(build) in chosen()
-    for broken in ("import library_that_is_missing", "flash_attn_func = None", "def ("):
-        (build / "__init__.py").write_text(broken)
-        assert chosen() == "varlen None\n"
-    (build / "__init__.py").unlink()
-    assert chosen() == "varlen None\n"
-    (build / "metadata.json").write_text("{")
+    (build / "__init__.py").write_text("import library_that_is_missing")
     assert chosen() == "varlen None\n"
     (site / "kernels" / "__init__.py").write_text("")  # another version of the package
     assert chosen() == "varlen None\n"
@@ -228,8 +195,7 @@ def test_a_kernel_in_the_cache_of_the_hub_is_used_without_flash_attn(tmp_path):
 @pytest.mark.parametrize(
     "frozen", [(), *((module,) for module in MODULES), ("vision_tower", "language_model"), ("vision_tower", "projector")]
 )
-def test_freezing_switches_off_a_module_and_nothing_else(frozen, model_dir, manifests):
-    """By flag, and by the gradients that a backward really leaves."""
+def test_freezing_switches_off_a_module_and_nothing_else(frozen, model_dir):
     model = load(model_dir, **{module: FROZEN for module in frozen})
     unused = {id(parameter): parameter.numel() for name, parameter in model.named_parameters() if name.startswith(UNUSED)}
     still = set(unused).union(*(part_ids(model, module) for module in frozen))
@@ -238,12 +204,6 @@ def test_freezing_switches_off_a_module_and_nothing_else(frozen, model_dir, mani
     listed = list(trainable_of(Scorer(model, family)))
     assert {id(p) for _, _, p in listed} == {id(p) for p in model.parameters()} - still
     assert {module for module, _, _ in listed} == set(MODULES) - set(frozen)
-
-    batch = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")(read_manifest(manifests["test"])[:2])
-    Scorer(model, family)(**batch.model_inputs).sum().backward()
-    for module in MODULES:
-        moved = any(p.grad is not None and p.grad.abs().sum() > 0 for part in PARTS[module](model) for p in part.parameters())
-        assert moved == (module not in frozen), module
     sizes = {module: sum(p.numel() for part in PARTS[module](model) for p in part.parameters()) for module in MODULES}
     trains = {m: 0 if m in frozen else n - (m == "vision_tower") * sum(unused.values()) for m, n in sizes.items()}
     assert parameter_counts(model, family) == {m: (n, trains[m]) for m, n in sizes.items()}
@@ -264,19 +224,6 @@ def test_nothing_left_to_train_is_refused(model_dir):
         load(model_dir, vision_tower=FROZEN, projector=FROZEN, language_model=FROZEN)
 
 
-@pytest.mark.parametrize("projector", [False, True])
-def test_a_frozen_tower_keeps_no_graph(projector, model_dir, manifests):
-    """What the projector gets has no history; nor has what it gives, when it is frozen too."""
-    model = load(model_dir, vision_tower=FROZEN, projector=ModuleConfig("frozen" if projector else "full"))
-    seen: list[Tensor] = []
-    model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
-    batch = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")(read_manifest(manifests["test"])[:2])
-    logp = Scorer(model, family_of(model.config))(**batch.model_inputs)
-    assert [tensor.requires_grad for tensor in seen] == [False, not projector] and logp.requires_grad
-    features = model.get_image_features(**batch.model_inputs["image_inputs"], return_dict=True).pooler_output
-    assert [f.requires_grad for f in features] == [not projector] * batch.num_images
-
-
 # The tiny model -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -284,10 +231,6 @@ def tiny(folder: Path, seed: int = 0) -> Path:
     return build_tiny_llava(
         TinyLlavaConfig(str(folder), hidden_size=16, vision_hidden_size=16, patch_size=24, seed=seed), [f"a {c} circle" for c in COLOURS]
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -324,14 +267,6 @@ def test_a_build_that_was_killed_is_rebuilt(built, tmp_path, monkeypatch):
     assert again.keys() == once.keys()
     assert {name for name in once if again[name] != once[name]} <= {"tokenizer.model"}, "which holds the path of its corpus"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_the_tiny_model_is_a_real_checkpoint(built):
-    """It loads through the same door as any other, and its scorer has no parameter that a copy would not have."""
-    model = load_model(ModelConfig(str(built)), torch.float32)
-    counts = parameter_counts(model, family_of(model.config))
-    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in copy.deepcopy(model).parameters())
-    assert model.config.image_seq_length == 4 and model.config.text_config.hidden_size == 16
 
 
 def test_code_in_a_models_folder_is_not_run(model_dir, tmp_path):

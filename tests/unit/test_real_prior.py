@@ -66,8 +66,8 @@ def test_a_recoloured_picture_has_the_hue_of_its_name_and_nothing_else_changes(d
     assert len(seen) == len(ROUNDED) and min(seen.values()) > 1
 
 
-def test_copies_and_places_are_what_the_texts_say(data):
-    """Counted and placed by the pixels that are not of the ground, which is the colour of the corner that stays free, or of most."""
+def test_copies_are_what_the_texts_say(data):
+    """Counted by the pixels that are not of the ground, which is the colour of the corner that stays free, or of most."""
     numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
     for row in rows(data, "train"):
         edit = row["edits"][0]
@@ -82,11 +82,6 @@ def test_copies_and_places_are_what_the_texts_say(data):
             (first,) = [at for at, seen in enumerate(shown[0]) if seen]
             rows_, columns = (slice(30 * half, 30 * half + 30) for half in divmod(first, 2))
             assert (pictures[0][rows_, columns] == pictures[1][rows_, columns]).all(), "the first copy stays"
-        elif edit["type"] in ("place", "side"):
-            axis = 0 if edit["type"] == "place" else 1
-            first, second = (np.array_split(picture, 2, axis=axis) for picture in pictures)
-            ours, theirs = (Counter(map(tuple, part.reshape(-1, 3))).most_common(2)[1][0] for part in (first[0], second[0]))
-            assert ours != theirs or first[0].tolist() != second[0].tolist(), row["id"]
 
 
 def test_held_out_things_are_in_no_counterfactual_of_training(data):

@@ -36,11 +36,8 @@ def test_a_set_is_compared_with_its_first_evaluation():
     assert retention.evaluated(found(1.0, 50.0)) == {"retention/kept/nll": 0.0, "retention/kept/accuracy": 0.0} and not said
     state.step = 7
     assert retention.evaluated(found(1.25, 40.0)) == {"retention/kept/nll": 0.25, "retention/kept/accuracy": -10.0}
-    assert said == [
-        "warning: retention: true texts of data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain (it keeps "
-        "the model close to its initial state on plain captions in the training data), raise objective.align.weight or lower "
-        "train.learning_rate"
-    ]
+    (line,) = said
+    assert "data.evaluation.kept lost 0.25 nats per token since the start; add objective.retain" in line
 
 
 def test_a_fall_stands_in_the_results_with_its_last_value():

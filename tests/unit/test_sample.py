@@ -354,15 +354,6 @@ def test_short_answers_by_hand():
     assert [judged(text, "a dog on the lawn") for text in ("a dog on the lawn", "a cat")] == [None, None]
 
 
-def test_answers_of_a_model_are_judged_by_the_data(speaker, source, tmp_path, capsys):
-    out = tmp_path / "W"
-    printed(capsys, *command(speaker, source, out, "answers"))
-    rows = {row["id"]: row for row in read_rows(out / "groups.jsonl")}
-    assert [row["texts"][0]["text"] for row in rows.values() if row["prompt"] == QUESTION] == ["Yes"] * len(
-        [name for name in rows if "#2" in name]
-    )
-
-
 def test_the_grammar_of_the_demo_judges_its_training_rows(tmp_path):
     world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=30, num_test=1, num_questions=1), lambda line: None)
     seen = Counter[bool | None]()

@@ -91,13 +91,6 @@ def test_a_group_that_is_there_twice_is_named(path, groups, monkeypatch):
             read_scores(path, groups, of(groups))
 
 
-def test_a_missing_group_at_writing_leaves_no_file(tmp_path, groups, scores):
-    del scores[groups[3].id]
-    with pytest.raises(KeyError):
-        write_scores(tmp_path / "new.jsonl", groups, scores, "m", of(groups))
-    assert not (tmp_path / "new.jsonl").exists()
-
-
 def test_cut_off_files_are_refused_wherever_the_cut_is(path, groups):
     whole = path.read_bytes()
     row = whole.index(b"\n", whole.index(b"\n") + 1) + 1
@@ -119,12 +112,6 @@ def test_values_that_are_no_finite_numbers(path, groups, value):
         with pytest.raises(DataError, match=f"group '{groups[2].id}'.*finite"):
             read_scores(path, groups, of(groups))
         path.write_text(original)
-
-
-def test_a_matrix_of_another_shape(path, groups):
-    edit(path, 2, lambda row: row["blank"].append(-1.0))
-    with pytest.raises(DataError, match=f"group '{groups[1].id}'"):
-        read_scores(path, groups, of(groups))
 
 
 def test_a_matrix_with_images_and_texts_swapped(tmp_path, groups, scores):
@@ -201,11 +188,7 @@ def test_every_byte_of_the_weights_counts_and_is_read_once(model_dir, tmp_path, 
     copied = shutil.copytree(model_dir, tmp_path / "copied")
     config, file = ModelConfig(str(copied)), copied / "model.safetensors"
     read = []
-    said, clock = list[str](), iter(range(0, 1000, 3))
-    with monkeypatch.context() as patched:
-        patched.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
-        seen = {fingerprint(config, lambda: read.append(1), said.append)["weights"]}
-    assert said[0].startswith(f"sha256 of the weights of {copied}: ") and said[0].endswith(" left"), "after two seconds"
+    seen = {fingerprint(config, lambda: read.append(1))["weights"]}
     assert read and fingerprint(config, pytest.fail)["weights"] in seen, "a second time nothing is read"
     original = file.read_bytes()
     stat = file.stat()

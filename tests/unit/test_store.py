@@ -68,13 +68,6 @@ def test_a_row_takes_at_most_sixteen_bytes(tmp_path):
     assert sum(each.nbytes for each in vars(found).values() if isinstance(each, np.ndarray)) < 17 * 5000
 
 
-def test_reading_ends_at_a_line_without_end(small, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"{}\n" + b"[" + b"1," * 200 + b"\n{}\n")
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the line has more than 100 bytes"):
-        IndexedLines.scanned(path)
-
-
 def test_a_file_that_is_written_is_indexed_again(small, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n')

@@ -213,25 +213,6 @@ def test_a_crash_shows_failed(remote, client, tmp_path):
     assert (run.info.status, run.data.metrics["detail/loss"]) == ("FAILED", 1.0)
 
 
-def test_secrets_are_masked(remote, client, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", remote.url.replace("://", "://me:hunter2@"))
-    params = {
-        "hub": {"hf_token": "hunter2", "apiKey": "hunter2", "secrets": {"wandb": ["hunter2"]}, "password": 7},
-        "token_budget": 512,
-        "tokenizer": "fast",
-        "data": "https://me:hunter2@host/groups.jsonl",
-    }
-    with open_tracker(True, tmp_path, "tests", "a run", params, {"origin": "https://hunter2@github.com/x"}) as tracker:
-        pass
-    run = client.get_run(tracker.run_id)
-    assert run.data.params["token_budget"] == "512" and run.data.params["tokenizer"] == "fast"
-    assert run.data.params["hub.hf_token"] == run.data.params["hub.password"] == "***"
-    assert run.data.params["data"] == "https://***@host/groups.jsonl"
-    written = "".join(path.read_text() for path in tmp_path.iterdir())
-    output = capsys.readouterr()
-    assert "hunter2" not in str(run.to_dictionary()) + written + output.out + output.err
-
-
 def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -9,14 +9,12 @@ import pytest
 import torch
 from conftest import caption, draw
 from PIL import Image
-from public_data import lines, write_pictures
+from public_data import lines
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.conversation import messages
 from cfvlm_ds.data import MAX_PIXELS, open_groups
-from cfvlm_ds.data.mixture import Order, shares_of
-from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.models.forest_attention import stock_attention
 
 SCENE = [("red", "circle"), ("blue", "square")]
@@ -54,22 +52,6 @@ def test_what_was_said_before_is_in_a_row_once(collator, turns):
     assert alone == prompts and sum(alone) > 2 * batch.num_tokens and batch.num_images == 1
     shown = batch.model_inputs["input_ids"].eq(collator.processor.image_token_id).sum()
     assert int(shown) == collator.visual_tokens((size,)), "the picture is there once"
-
-
-def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path):
-    """Drawn one after the other in every epoch, alone and in a mixture, so that a micro-batch of eight has four conversations of two."""
-    write_pictures(tmp_path)
-    said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}] * 2
-    rows = [{"id": str(k), "image": f"images/{k % 12:03d}.png", "conversations": said} for k in range(40)]
-    groups = open_groups(lines(tmp_path / "rows.jsonl", rows), format="llava:per_turn=true")
-    assert groups.together is not None and len(groups) == 80
-    together = RowsTogether(groups.together, 80)
-    mixed = Order((80, 10), shares_of([1, 1], (80, 10), "ab"), 0, rows=(together, None))
-    from_mixture = [group for group in mixed.at(0, 400) if group < 80]
-    for drawn in (Order((80,), (), 0, rows=(together,)).at(0, 160), from_mixture[:160]):
-        assert sorted(drawn[:80]) == sorted(drawn[80:]) == list(range(80)) and drawn[:80] != drawn[80:]
-        assert all(len({group // 2 for group in drawn[start : start + 8]}) == 4 for start in range(0, 160, 8))
-    assert mixed.identity()["order"] == "rows-1"
 
 
 def test_scores_are_those_of_each_answer_after_its_conversation(collator, turns, scorer):

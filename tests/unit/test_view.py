@@ -547,16 +547,6 @@ def test_statistics_in_tokens(folder):
 
 
 # ---- in a browser
-
-NEXT = """
-(async () => {
-  const before = document.querySelector("h2"), started = performance.now();
-  document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "j", bubbles: true}));
-  while (document.querySelector("h2") === before) await new Promise((go) => setTimeout(go, 0));
-  await Promise.all([...document.querySelectorAll("#item img")].map((image) => image.decode()));
-  return performance.now() - started;
-})()
-"""
 UNTIL = """
 (async () => {
   while (!(%s)) await new Promise((go) => setTimeout(go, 1));
@@ -673,21 +663,3 @@ def test_what_is_large_or_rare_is_drawn(folder, tab):
     assert tab.text("h2") == "worst" and "\u22129.0" in tab.text(".title .verdict")
     tab.press("End")
     assert tab.text("h2") == "lost"
-
-
-@pytest.mark.browser
-def test_a_thousand_groups_are_there_at_once(folder, tab):
-    """The first group in 2 s, the next in 100 ms: the median, and nine of ten."""
-    draw = random.Random(0)
-    for k in range(64):
-        Image.effect_noise((640 - k // 8, 480), 20 + k).convert("RGB").save(folder / f"p{k}.jpg")  # those of one size are compared
-    words = ["red", "green", "blue", "dog", "cat", "lawn", "car", "tree", "big", "small", "left", "right", "of", "a", "the"]
-    rows = []
-    for k in range(1000):
-        shown = [{"id": f"i{i}", "path": f"p{p}.jpg"} for i, p in enumerate(draw.sample(range(64), 2))]
-        texts = [{"id": f"t{c}", "text": f"{' '.join(draw.choices(words, k=12))} {k} {c}"} for c in range(2)]
-        rows.append(group(f"g{k}", images=shown, texts=texts, edits=[{"type": draw.choice(words), "image": "i1", "text": "t1"}]))
-    first = tab.draw(view(manifest(folder, *rows), folder / "page", sample=1000).folder)
-    steps = sorted(tab.run(NEXT) for _ in range(100))
-    print(f"1,000 groups: first after {first:.0f} ms, next after {steps[50]:.0f} ms (median), {steps[89]:.0f} ms (nine of ten)")
-    assert first < 2000 and steps[89] < 100
