@@ -228,9 +228,15 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
         return config
     if packed or train.per_device_train_batch_size is not None or not fits:
         size_text = "one" if packed else f"{size} (train.per_device_train_batch_size)"
+        if fits:
+            remedy = f"set train.per_device_train_batch_size to at most {fits}"
+        elif epoch >= ranks:
+            remedy = f"set train.gradient_accumulation_steps to at most {epoch // ranks}"
+        else:
+            remedy = f"start at most {epoch} ranks"
         raise ConfigError(
             f"a step takes {size_text} x {accumulated} (train.gradient_accumulation_steps) x {ranks} (ranks) groups, but an epoch has only "
-            f"{epoch}; lower these numbers until their product is at most {epoch}"
+            f"{epoch}; {remedy}"
         )
     world.say(f"train.per_device_train_batch_size is lowered from {size} to {fits}, because an epoch has only {epoch} groups")
     resolved = {**config.resolved, "train": {**config.resolved["train"], "per_device_train_batch_size": fits}}
