@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cfvlm_ds.cli.models import load_scorer
-from cfvlm_ds.cli.options import ImageLimits, Positive, add_function, model_named
+from cfvlm_ds.cli.options import ImageLimits, Positive, add_function, model_named, say
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
