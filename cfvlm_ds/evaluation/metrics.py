@@ -88,11 +88,6 @@ class Accuracy:
     by_group: list[list[Any]] = field(default_factory=list)
 
 
-def edit_label(edit: str) -> str:
-    """Return the name of an edit type for tables. One that looks like the name of the mean is quoted to distinguish it."""
-    return f'"{edit}"' if edit.startswith(MEAN) else edit
-
-
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
     """Return one row per edit type in alphabetical order, then the row ``all`` with means over edit types; [] without groups."""
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
