@@ -19,7 +19,6 @@ from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
@@ -83,7 +82,8 @@ class EvaluationLoss:
                 before = self._sums.get(name, (0, 0))
                 self._sums[name] = before[0] + numerator.detach().double(), before[1] + denominator.double()
                 for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
-                    used = bool((denominators(only_term, _one(scores.layout, place))[name] > 0).any())
+                    alone = scores.layout.only([other == place for other in range(len(groups))])
+                    used = bool((denominators(only_term, alone)[name] > 0).any())
                     self._used[name] += used
                     if not used:  # keeps the first ones of the split
                         self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
@@ -122,10 +122,3 @@ def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())
-
-
-def _one(layout: GroupLayout, place: int) -> GroupLayout:
-    of = slice(place, place + 1)
-    tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
-    sequences = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}
-    return GroupLayout(**tensors, **sequences, prompt=None if layout.prompt is None else layout.prompt[of])

@@ -57,9 +57,7 @@ def headline(rows: Sequence[Accuracy]) -> str:
     nll_text = "" if nll is None else f"; NLL {nll:.4f} nats per token"
     if metric is None:
         return f"no comparison: no group has a true and a false cell for one image or one text{nll_text}"
-    values = [
-        f"{MEAN if row.mean else one_line(row.name, 60)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics
-    ]
+    values = [f"{MEAN if row.mean else one_line(row.name, 60)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(values) - _MOST_TYPES
     shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])
     used, num = rows[-1].groups[metric], rows[-1].num
