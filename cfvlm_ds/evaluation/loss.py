@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,14 +26,6 @@ NAMED = 5
 """Number of groups that are named among those that a term cannot use; the others are only counted."""
 Reference = Callable[[Batch], Tensor]
 """Function that computes log-likelihoods [G, I, C] of a batch under the reference model; all ranks must call it equally often."""
-
-
-@dataclass(frozen=True)
-class LossFound:
-    """The loss of a split: its terms (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without true texts."""
-
-    terms: dict[str, dict[str, Any]]
-    nll: float | None
 
 
 class EvaluationLoss:
@@ -90,8 +82,9 @@ class EvaluationLoss:
             except Exception as error:  # a user's own term must not stop the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
-    def reduce(self, world: World) -> LossFound:
-        """Return every term over the groups of all ranks, which must all call this.
+    def reduce(self, world: World) -> dict[str, Any]:
+        """Return the fields of ``Accuracy`` over the groups of all ranks, which must all call this: ``nll``, None without true texts, and
+        ``losses``, every term.
 
         ``value`` is a term's unweighted mean, or None. If it could not be computed, ``lacking`` has the reason. ``groups`` counts the
         groups that the term uses; ``unused`` names a few of the others.
@@ -114,7 +107,7 @@ class EvaluationLoss:
                 "unused": [] if reasons else [identity for _, identity in without],
                 "lacking": reasons[0] if reasons else "",
             }
-        return LossFound(terms, nats / tokens if tokens and math.isfinite(nats) else None)
+        return {"losses": terms, "nll": nats / tokens if tokens and math.isfinite(nats) else None}
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:

@@ -450,9 +450,9 @@ def test_ranks_share_the_groups_and_agree(
     expected = alone.reduce(ALONE)
     for scored, found in results:
         assert_equal(scored, plain[:num])
-        assert found.nll == pytest.approx(expected.nll, rel=1e-5)
-        for name, term in expected.terms.items():
-            assert found.terms[name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
+        assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+        for name, term in expected["losses"].items():
+            assert found["losses"][name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
 # Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
