@@ -97,7 +97,6 @@ def view_worst(
 
     ``scores`` holds the scores of each group after ``step`` steps, keyed by split. Raises the same errors as ``view``.
     """
-    refuse_foreign_folder(out)
     sources = [
         _Source(
             groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name, _lost_before(run_dir, name)

@@ -1,4 +1,4 @@
-"""Replacement of a folder: the new one is written under another name, and replaces an older one of its kind when it is complete."""
+"""Card of an export: written and replaced by this package as long as the user has not edited it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,10 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from cfvlm_ds.core.errors import ConfigError, StorageError
-from cfvlm_ds.core.files import aside_of, create, replace, whole_folder
-from cfvlm_ds.core.untrusted import refuse_link
-
-
-def refuse_replacing(out_dir: Path, marker: str, needed: Iterable[Path], remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` must not be replaced.
-
-    It must not be replaced if it contains one of ``needed``, if it contains files but not an older export (which has the file ``marker``),
-    if it is a file, or if it is a link, whose target would be replaced.
-    """
-    refuse_link(out_dir, remedy)
-    final = out_dir.resolve()
-    for path in needed:
-        if path.is_relative_to(final):
-            raise ConfigError(f"{out_dir} contains {path}, the source of the export; {remedy}")
-    if final.exists() and not final.is_dir():
-        raise ConfigError(f"{out_dir} is a file, not a folder; {remedy}")
-    if final.is_dir() and any(final.iterdir()) and not (final / marker).is_file():
-        raise ConfigError(f"{out_dir} contains files other than an export, which would be lost; {remedy}")
-
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import create, replace
 
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
@@ -88,21 +67,3 @@ def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
     elif card is not None:
         with create(partial / CARD) as handle:
             handle.write(card.encode())
-
-
-@contextmanager
-def replaced(out_dir: Path, marker: str, needed: Iterable[Path]) -> Iterator[Path]:
-    """Yield an empty folder that replaces ``out_dir`` at the end of the block.
-
-    Raises the same errors as ``refuse_replacing``. Within the block, an OSError becomes a StorageError.
-    """
-    refuse_replacing(out_dir, marker, needed)
-    final = out_dir.resolve()
-    refuse_link(aside_of(final), "remove it")
-    try:
-        with whole_folder(final) as partial:
-            yield partial
-    except OSError as error:
-        raise StorageError(
-            f"{out_dir} cannot be written ({error}); its previous contents are unchanged; name another folder with --out"
-        ) from error

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.core.versions import git_revision
-from cfvlm_ds.export.folder import CARD, is_own_card, place_card, replaced, sealed, write_card
+from cfvlm_ds.export.folder import CARD, is_own_card, place_card, sealed, write_card
 from cfvlm_ds.training.card import card_of, license_of, model_card
 
 ROWS = [
