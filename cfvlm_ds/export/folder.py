@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from cfvlm_ds.core.files import create, replace
 
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
-_SEAL = re.compile(r"<!-- cfvlm-ds wrote this card: ([0-9a-f]{32}) -->\n")
-"""The last line of a card, with a digest of the text above it. A card that the user has edited no longer matches and is kept."""
+_SEAL = "<!-- cfvlm-ds wrote this card: "
+"""Start of a card's last line, which has a digest of the text above it. A card that the user has edited no longer matches and is kept."""
 
 
 def sealed(text: str) -> str:
     """Return a model card with a seal, the last line, by which an unchanged card is recognised."""
-    return f"{text}<!-- cfvlm-ds wrote this card: {_digest(text)} -->\n"
+    return f"{text}{_SEAL}{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()} -->\n"
 
 
 def is_own_card(path: Path) -> bool:
@@ -28,19 +27,14 @@ def is_own_card(path: Path) -> bool:
         text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
         return False
-    *_, last = ["", *_SEAL.finditer(text)]
-    return isinstance(last, re.Match) and last.end() == len(text) and last[1] == _digest(text[: last.start()])
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return sealed(text.rpartition(_SEAL)[0]) == text
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
     """Raise ConfigError for a model folder that no export wrote, which is outside a run's folder and has a card without a seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
-            ours = _SEAL.search((out_dir / CARD).read_text()) is not None
+            ours = _SEAL in (out_dir / CARD).read_text()
         except (OSError, ValueError):
             ours = False
         if not ours:
@@ -60,10 +54,7 @@ def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
     """Write the card of a folder that will replace ``out_dir``: the user's own README.md in ``out_dir`` if there is one, else ``card``."""
     present = out_dir / CARD
     if os.path.lexists(present) and not is_own_card(present):
-        if present.is_dir() and not present.is_symlink():
-            shutil.copytree(present, partial / CARD, symlinks=True)
-        else:
-            shutil.copy2(present, partial / CARD, follow_symlinks=False)
+        shutil.copy2(present, partial / CARD, follow_symlinks=False)
     elif card is not None:
         with create(partial / CARD) as handle:
             handle.write(card.encode())
