@@ -109,12 +109,8 @@ def drawn_together(
     return [every[k] for k in range(draws)]
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
-    values.
-    """
-    if len(values) < 2:
-        return None
+def interval(values: Sequence[float]) -> Interval:
+    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
@@ -125,7 +121,7 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
     """
     names = [name for name in drawn[0] if not any(math.isnan(values.get(name, math.nan)) for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
-    return {name: span for name, span in spans.items() if span is not None and span[0] < span[1]}
+    return {name: span for name, span in spans.items() if span[0] < span[1]}
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:

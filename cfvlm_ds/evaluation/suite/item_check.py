@@ -46,18 +46,8 @@ class Checked:
         return {"items": len(self.items), "texts": texts.hexdigest(), "pictures": pictures.hexdigest()}
 
 
-def checked_items(
-    items: Sequence[Item],
-    way: Way,
-    collator: Collator,
-    world: World,
-    label: str,
-    seen: dict[Path, Picture | str] | None = None,
-) -> Checked:
-    """Check all items. All ranks must call this. An invalid item raises no error.
-
-    Pictures in ``seen`` are not opened again, and newly opened pictures are added to it.
-    """
+def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
+    """Check all items. All ranks must call this. An invalid item raises no error."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -68,13 +58,12 @@ def checked_items(
         barrier.meet()
         return {key: value for part in gather_objects(local, world) for key, value in part.items()}
 
-    pictures: dict[Path, Picture | str] = {} if seen is None else seen
-    shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in pictures]
+    shown = list(dict.fromkeys(picture for item in items for image in item.images for picture in image))
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         opened = pool.map(lambda path: opened_picture(path, None, None, collator.files.max_pixels, False)[0], mine)
-        pictures |= gathered(progress.over(zip(mine, opened, strict=True)))
+        pictures: dict[Path, Picture | str] = gathered(progress.over(zip(mine, opened, strict=True)))
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
