@@ -35,7 +35,7 @@ from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.evaluation import generation
 from cfvlm_ds.evaluation.before_after import FEWEST_CHANGED
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load
-from cfvlm_ds.evaluation.benchmarks.base import spread
+from cfvlm_ds.evaluation.benchmarks.base import clusters_of, spread
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.sugarcrepe import ROWS
 from cfvlm_ds.evaluation.generation import writing_digest
@@ -43,12 +43,14 @@ from cfvlm_ds.evaluation.probes import PROBES, Caption, Generate, Match, log_sha
 from cfvlm_ds.evaluation.suite import runner as asking
 from cfvlm_ds.evaluation.suite.bootstrap import (
     FEWEST_DRAWN,
-    Bootstrap,
+    draw_of,
     drawn_together,
     draws_for,
     exchange_intervals,
+    exchanges,
     interval,
     intervals,
+    values_of,
 )
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
 from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, result_folder, result_of, write_result
@@ -430,10 +432,10 @@ def test_intervals_have_the_width_of_independent_clusters():
     rights = [chance.random() < 0.7 for _ in range(400)]
     for copies in (1, 4):
         found = [outcome(copies * n + k, right, str(n)) for n, right in enumerate(rights) for k in range(copies)]
-        bootstrap = Bootstrap([each.item.cluster for each in found])
-        values = [drawn["accuracy"] for drawn in (bootstrap.values(accuracy, seen(found), k) for k in range(300))]
+        members = clusters_of(each.item for each in found)
+        values = [values_of(accuracy, seen(found), members, k)["accuracy"] for k in range(300)]
         share = sum(rights) / 400
-        assert bootstrap.clusters == 400 and statistics.mean(values) == pytest.approx(100 * share, abs=0.6)
+        assert len(members) == 400 and statistics.mean(values) == pytest.approx(100 * share, abs=0.6)
         assert statistics.stdev(values) == pytest.approx(100 * math.sqrt(share * (1 - share) / 400), rel=0.15)
         low, high = interval(values)
         assert high - low == pytest.approx(2 * 1.96 * statistics.stdev(values), rel=0.15)
@@ -441,17 +443,16 @@ def test_intervals_have_the_width_of_independent_clusters():
 
 def test_a_pair_that_is_drawn_twice_is_two_pairs():
     found = [outcome(2 * n + k, not (n == 0 and k), str(n), pair=str(n)) for n in range(3) for k in range(2)]
-    bootstrap = Bootstrap([each.item.cluster for each in found])
+    members = clusters_of(each.item for each in found)
 
     def pairs(table: Sequence[Judged]) -> dict[str, float]:
         return {"pair": together(table, tag("pair")) or 0.0}
 
     for k in range(20):
-        drawn = bootstrap.draw(k)
-        clusters = [number // 2 for number, _ in drawn[::2]]
-        value = bootstrap.values(pairs, seen(found), k)
+        clusters = [number // 2 for number, _ in draw_of(members, k)[::2]]
+        value = values_of(pairs, seen(found), members, k)
         assert value["pair"] == pytest.approx(100 * sum(cluster != 0 for cluster in clusters) / 3)
-    assert bootstrap.draw(1) == Bootstrap([each.item.cluster for each in found]).draw(1) != bootstrap.draw(2)
+    assert draw_of(members, 1) == draw_of(members, 1) != draw_of(members, 2)
     assert interval([1.0, 3.0]) == pytest.approx((1.05, 2.95)) and intervals([{"a": 1.0}, {"b": 2.0}]) == {}
     assert intervals([{"a": 1.0}]) == intervals([{"a": 1.0}] * 2) == intervals([]) == {} and intervals([{"a": 1.0}, {"a": 3.0}]) == {
         "a": interval([1.0, 3.0])
@@ -462,12 +463,12 @@ def test_a_pair_that_is_drawn_twice_is_two_pairs():
 def test_ranks_share_draws_and_say_how_long_they_take(monkeypatch):
     """Of 29 clusters, whose intervals would be too narrow, nothing is drawn."""
     outcomes, said, clock = rows([True, False, True] * 10), list[str](), iter(range(0, 1000, 3))
-    bootstrap, metrics = Bootstrap([each.item.cluster for each in outcomes]), BENCHMARKS["sugarcrepe"].metrics
+    members, metrics = clusters_of(each.item for each in outcomes), BENCHMARKS["sugarcrepe"].metrics
     world = replace(ALONE)
     monkeypatch.setattr(World, "say", lambda self, line: said.append(line))
     monkeypatch.setattr("cfvlm_ds.core.progress.time.monotonic", lambda: next(clock))
     found = drawn_together(world, outcomes, metrics, 8, "evaluating it", ProgressBarrier(world))
-    assert found == [bootstrap.values(metrics, seen(outcomes), k) for k in range(8)]
+    assert found == [values_of(metrics, seen(outcomes), members, k) for k in range(8)]
     assert said[0].startswith("evaluating it: bootstrap: 1 of 8 draws, ") and said[0].endswith(" left") and len(said) == 4
     assert drawn_together(world, outcomes[1:], metrics, 8, "evaluating it", ProgressBarrier(world)) == []
 
@@ -478,8 +479,8 @@ def test_intervals_of_the_fewest_clusters_hold_the_truth():
     rng = np.random.default_rng(0)
 
     def held(clusters: int) -> int:
-        bootstrap = Bootstrap([str(n // 3) for n in range(3 * clusters)])
-        times = np.array([np.bincount([number for number, _ in bootstrap.draw(k)], minlength=3 * clusters) for k in range(100)])
+        members = [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(clusters)]
+        times = np.array([np.bincount([number for number, _ in draw_of(members, k)], minlength=3 * clusters) for k in range(100)])
         right = rng.random((3 * clusters, 400)) < rng.beta(3, 1, (clusters, 400)).repeat(3, 0)
         spans = (interval(values) for values in (times @ right / (3 * clusters)).T.tolist())
         return sum(low <= 0.75 <= high for low, high in spans)
@@ -493,10 +494,10 @@ def test_intervals_of_the_fewest_clusters_hold_the_truth():
 def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = "", identity: str = "a", draws: int = 0) -> Result:
     header = {"benchmark": name, "probe": {"name": "match"}, "model": {}, "data": {"items": len(outcomes), "pictures": "p"}}
     metrics = BENCHMARKS[name].metrics
-    bootstrap = Bootstrap([each.item.cluster for each in outcomes])
-    drawn = [bootstrap.values(metrics, seen(outcomes), k) for k in range(draws)]
+    members = clusters_of(each.item for each in outcomes)
+    values = [values_of(metrics, seen(outcomes), members, k) for k in range(draws)]
     chosen = Chosen(name, BENCHMARKS[name], "match", Match(), Path())
-    return result_of(called or name, chosen, identity, header, outcomes, drawn, {"prompt": "?"})
+    return result_of(called or name, chosen, identity, header, outcomes, values, {"prompt": "?"})
 
 
 def numbers(line: str) -> list[float]:
@@ -663,9 +664,9 @@ def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters):
     any of five metrics differs: all answers, those to each question, and twice those to the first. Six pictures suffice where one model is
     better on all."""
     rng = np.random.default_rng(clusters)
-    exchanges = list(Bootstrap([str(k) for k in range(clusters)]).exchanges(59))
-    assert len(set(map(frozenset, exchanges))) == 2 ** (clusters - 1) if clusters < 10 else len(exchanges) == 60
-    signs = np.array([[1 - 2 * (k in exchanged) for k in range(clusters)] for exchanged in exchanges])
+    made = list(exchanges([[k] for k in range(clusters)], 59))
+    assert len(set(map(frozenset, made))) == 2 ** (clusters - 1) if clusters < 10 else len(made) == 60
+    signs = np.array([[1 - 2 * (k in exchanged) for k in range(clusters)] for exchanged in made])
     names = ("headline", "first", "second", "third", "twice")
     told = 0
     for _ in range(1000):

@@ -26,9 +26,9 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values
+from cfvlm_ds.evaluation.benchmarks.base import Values, clusters_of
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.evaluation.suite.bootstrap import SEED, bootstrap_of, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import SEED, intervals
 from cfvlm_ds.evaluation.suite.selection import Chosen
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
@@ -110,7 +110,7 @@ def result_of(
         "beside": benchmark.beside,
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
-        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
+        "bootstrap": {"draws": len(drawn), "clusters": len(clusters_of(outcome.item for outcome in outcomes)), "seed": SEED},
         "unofficial": benchmark.unofficial,
     }
     return Result(called, chosen.label, record, tuple(outcomes))
