@@ -30,7 +30,6 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 RANDOM = {
@@ -55,6 +54,8 @@ SHUFFLED = ("shuffled_pair", "shuffled_factual")
 """Names under which the shuffled control is counted. It may have fewer comparisons than the metrics, because there may be no other group's
 picture to show.
 """
+NAMED = 5
+"""Number of groups that are named among those that a metric cannot use; the others are only counted."""
 Matrix = list[list[float]]
 
 

@@ -110,7 +110,7 @@ def score_groups(
     )
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
-            loss.add(indices, [groups[index] for index in indices], scored[0])
+            loss.add([groups[index] for index in indices], scored[0])
         for index, scores in matrices(groups, indices, scored, donors).items():
             local[index] = [None if part is None else np.array(part, np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))

@@ -22,7 +22,7 @@ ROWS = [
     | {"comparisons": {"group": 3, "pair": 6}},
     {"name": "all", "num": 4, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "shuffled": {"pair": 25.0}, "mean": True}
     | {"groups": {"group": 3, "pair": 3}, "comparisons": {"group": 3, "pair": 6}, "unused": {"group": ["g-4"], "pair": ["g-4"]}}
-    | {"losses": {"align": {"weight": 1.0, "value": 2.5, "groups": 4, "unused": [], "lacking": ""}}},
+    | {"losses": {"align": {"weight": 1.0, "value": 2.5, "lacking": ""}}},
 ]
 OPTIONS: dict[str, Any] = {
     "model": {"name_or_path": "org/base-7b", "projector": {"tuning": "full", "learning_rate": 2e-5}, "lora": {"rank": 8}},

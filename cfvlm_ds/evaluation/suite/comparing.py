@@ -117,8 +117,6 @@ def compare_results(
 
 def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
     benchmark = benchmark_named(before.name)
-    if before.name != after.name:
-        raise ConfigError(f"{before.place} belongs to {before.name} in one folder and to {after.name} in the other; compare results of one")
     pairs, notes = _pairs(before, after)
     if not pairs:
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
