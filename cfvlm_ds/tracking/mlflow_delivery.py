@@ -243,7 +243,7 @@ class Delivery:
             if (name, digest, each["context"]) not in known:
                 source, profile = (
                     json.dumps({"uri": each["source"]}),
-                    json.dumps({"num_groups": each["groups"], "num_rows": each["groups"]}),
+                    json.dumps({"num_rows": each["groups"]}),
                 )
                 dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
                 new.append(entities.DatasetInput(dataset=dataset, tags=[entities.InputTag(context, each["context"])]))

@@ -497,7 +497,7 @@ def result(outcomes: Sequence[Outcome], name: str = "sugarcrepe", called: str = 
     members = clusters_of(each.item for each in outcomes)
     values = [values_of(metrics, seen(outcomes), members, k) for k in range(draws)]
     chosen = Chosen(name, BENCHMARKS[name], "match", Match(), Path())
-    return result_of(called or name, chosen, identity, header, outcomes, values, {"prompt": "?"})
+    return result_of(called or name, chosen, identity, header, outcomes, values, "?")
 
 
 def numbers(line: str) -> list[float]:

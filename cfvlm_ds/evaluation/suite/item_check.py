@@ -23,7 +23,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
-from cfvlm_ds.evaluation.probes import Generate, Write
+from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.selection import Way
 
 
@@ -91,11 +91,10 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
     return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
-def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """Return the prompt of an item with the chat template applied and, except for a description, the first text that is scored."""
+def prompt_of(item: Item, way: Way, collator: Collator) -> str:
+    """Return the first prompt of an item with the chat template applied."""
     first = way.cells(item)[0]
-    prompt = {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt}
-    return prompt if isinstance(way, Write) else prompt | {"answer": first.text}
+    return collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

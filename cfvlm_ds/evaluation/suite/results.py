@@ -81,7 +81,7 @@ def result_of(
     header: Mapping[str, Any],
     outcomes: Sequence[Outcome],
     drawn: Sequence[Values],
-    example: Mapping[str, str],
+    prompt: str,
     notes: Sequence[str] = (),
     left_out: Sequence[tuple[str, str]] = (),
     in_files: int | None = None,
@@ -90,7 +90,7 @@ def result_of(
     """Return the result of an evaluation.
 
     Its record has the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table, the
-    intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, notes, and whether the files
+    intervals from the bootstrap's ``drawn`` metrics, the ``prompt`` of one item, the items that were left out, notes, and whether the files
     are not the published ones.
     """
     benchmark = chosen.benchmark
@@ -101,7 +101,7 @@ def result_of(
         "model": {"name": without_secrets(model), **header["model"]},
         "title": f"Own files in the form of {benchmark.title}" if own_files else benchmark.title,
         "own_files": own_files,
-        **example,
+        "prompt": prompt,
         "items": counts,
         "left_out": [list(each) for each in left_out],
         "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],

@@ -29,7 +29,7 @@ from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
-from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, token_lengths
+from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, prompt_of, token_lengths
 from cfvlm_ds.evaluation.suite.results import (
     RESULTS,
     Partial,
@@ -174,10 +174,8 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
-    notes, example = [relative(note) for note in loaded.notes], example_of(checked.items[0], chosen.way, model.collator)
-    result = result_of(
-        chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files, loaded.own_files
-    )
+    notes, prompt = [relative(note) for note in loaded.notes], prompt_of(checked.items[0], chosen.way, model.collator)
+    result = result_of(chosen.name, chosen, model.name, header, outcomes, drawn, prompt, notes, left_out, loaded.in_files, loaded.own_files)
     run_on_rank0(world, lambda: write_result(folder, result))
     return result
 
