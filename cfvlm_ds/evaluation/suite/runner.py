@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
+from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, prompt_of, token_lengths
 from cfvlm_ds.evaluation.suite.results import (
@@ -209,7 +209,6 @@ def _outcomes(
         answered = [(item, rows[k]) for k, item in enumerate(items)]
         return [written(item, row["said"], row["blank"], row.get("shuffled"), chosen.read) for item, row in answered]
     scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
-    warn_of_nonfinite(scoring_plan.groups, scores, world, label)
     return scoring_plan.outcomes(scores, token_lengths(model.collator))
 
 
