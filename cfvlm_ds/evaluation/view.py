@@ -206,7 +206,7 @@ def _item(source: _Source, index: int) -> Item:
             state = f"{state}, before training {was}"
             facts = [("comparisons", state)]
         filters["comparisons"] = [state]
-    return group_item(group, table, facts, filters, source.groups.roots)
+    return group_item(group, table, facts=facts, filters=filters, roots=source.groups.roots)
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:

@@ -150,8 +150,9 @@ class Written:
 def group_item(
     group: CounterfactualGroup,
     scores: ScoreTable | None = None,
-    facts: Sequence[Fact] = (),
-    filters: Mapping[str, Sequence[str]] | None = None,
+    *,
+    facts: Sequence[Fact],
+    filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
     """Build the item of a group. Images and texts are labelled with the types of their edits, and the words of each text are compared with
@@ -181,7 +182,7 @@ def group_item(
         filters={
             "edit type": list(dict.fromkeys(edit.type for edit in group.edits)) or ["unlabelled"],
             "source": [group.source or "(none)"],
-            **(filters or {}),
+            **filters,
         },
         meta=group.meta and json.dumps(json.loads(group.meta), ensure_ascii=False, indent=1),
         roots=roots,
