@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.reading import open_regular
 
 _LONGEST_NAME = 255  # bytes, the limit of file systems
@@ -97,6 +99,47 @@ def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
+
+
+def refuse_replacing(
+    folder: Path,
+    marker: str,
+    needed: Iterable[Path] = (),
+    remedy: str = "name another folder with --out",
+    names: Collection[str] | None = None,
+) -> Path:
+    """Return the resolved path of a folder that may be replaced: a new or empty one, or one of the same kind, with the file ``marker``.
+
+    Raises ConfigError for a link, for a file, for a folder that contains the current folder or one of ``needed``, and for any other folder.
+    With ``names``, an entry that is not one of them is refused as well.
+    """
+    refuse_link(folder, remedy)
+    final = folder.resolve()
+    refuse_link(aside_of(final), "remove it")
+    for path in (*needed, Path.cwd()):
+        if path.is_relative_to(final):
+            raise ConfigError(f"{folder} contains {path}, which is in use and would be replaced; {remedy}")
+    if final.exists() and not final.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder; {remedy}")
+    entries = sorted(os.listdir(final)) if final.is_dir() else []
+    foreign = [name for name in entries if names is not None and name not in names]
+    if foreign or (entries and marker not in entries):
+        raise ConfigError(f"{folder} contains other files, such as {(foreign or entries)[0]!r}, which would be lost; {remedy}")
+    return final
+
+
+@contextmanager
+def replaced(folder: Path, marker: str, needed: Iterable[Path] = (), names: Collection[str] | None = None) -> Iterator[Path]:
+    """Yield an empty folder that replaces ``folder`` at the end of the block.
+
+    Raises the same errors as ``refuse_replacing``. Within the block, an OSError becomes a StorageError.
+    """
+    final = refuse_replacing(folder, marker, needed, names=names)
+    try:
+        with whole_folder(final) as partial:
+            yield partial
+    except OSError as error:
+        raise StorageError(f"{unwritten(folder, error)}; its previous contents are unchanged; name another folder with --out") from error
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:

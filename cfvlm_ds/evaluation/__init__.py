@@ -73,5 +73,5 @@ def evaluate(
         results[name] = accuracies(groups, scores[name])
         split_loss = loss.reduce(world)
         if results[name]:
-            results[name][-1] = replace(results[name][-1], losses=split_loss.terms, nll=split_loss.nll)
+            results[name][-1] = replace(results[name][-1], **split_loss)
     return results, scores

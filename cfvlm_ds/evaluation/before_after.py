@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import HEADLINES, MEAN, Accuracy, edit_label
+from cfvlm_ds.evaluation.metrics import HEADLINES, MEAN, Accuracy
 
 _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 """Numbers of comparisons won and made, keyed by group and edit type."""
@@ -93,7 +93,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     if not before or not after:
         return []
     was, now = _by_group(before), _by_group(after)
-    blank = {MEAN if row.mean else edit_label(row.name): row.blind.get("factual") for row in after}
+    blank = {MEAN if row.mean else row.name: row.blind.get("factual") for row in after}
     nll_before, nll_after = (before[-1].nll, after[-1].nll) if was.keys() == now.keys() else (None, None)
     compared = []
     for metric in HEADLINES:
@@ -139,7 +139,7 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
             mean[key] += value / len(pairs)
             mean_gains[key] += gains[key] / made
         of = len({key for side in (old, new) for key, won in side.items() if edit in won})
-        changes.append(change(edit_label(edit), gains, errors, of, 100 * first / made, 100 * last / made))
+        changes.append(change(edit, gains, errors, of, 100 * first / made, 100 * last / made))
     if len(changes) == 1:
         return changes
     first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import IO, Any
@@ -185,14 +185,13 @@ def table(all_gaps: Sequence[Gap]) -> str:
     for side in TERMS:
         of_side = [gap for gap in all_gaps if gap.side == side]
         labels = sorted({label for gap in of_side for label in gap.labels})
-        rows: Mapping[str, list[Gap]] = {label: [gap for gap in of_side if label in gap.labels] for label in labels}
-        for label, some in [*rows.items(), *([("all", of_side)] if of_side else [])]:
+        rows = [(label, [gap for gap in of_side if label in gap.labels]) for label in labels]
+        for label, some in [*rows, *[("all", of_side)] * bool(of_side)]:
             blind = [(gap.prior > 0) + (gap.prior == 0) / 2 for gap in some if gap.prior is not None]
             cells = [str(len(some)), f"{100 * fmean([gap.nats > 0 for gap in some]):.1f}", f"{100 * fmean(blind):.1f}" if blind else ""]
             for values, form in (([gap.nats for gap in some], ".2f"), ([gap.nats / gap.tokens for gap in some], ".3f")):
                 cells += [format(quantile(values, q), form) for q in QUANTILES]
-            name = label if label != "all" or some is of_side else '"all"'
-            lines.append(f"| {side} | {in_cell(name)} | {' | '.join(cells)} |")
+            lines.append(f"| {side} | {in_cell(label)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,12 +19,12 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: its split, its groups in one view, its number of tokens, and that of its largest indivisible part."""
+    """An evaluation batch: the tokens of its largest forward pass, its number of tokens, its split, and its groups in one view."""
 
+    largest: int
+    tokens: int
     split: str
     groups: Sequence[CounterfactualGroup]
-    tokens: int
-    least: int
 
 
 def rehearse(
@@ -38,16 +38,15 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score the largest evaluation batches on every rank: the one with the most tokens and, if ``max_tokens`` is set, another one.
+    """Score on every rank the evaluation batch with the largest forward pass and, if several have one of ``max_tokens``, the most tokens.
 
-    The other batch is the one with the largest indivisible part, if that part exceeds ``max_tokens``. All batches that ``score_groups``
-    will run are considered, with the same meaning of ``shuffled``. Raises the same errors as ``score_groups``, on all ranks.
+    A part that cannot be divided may exceed ``max_tokens``. All batches that ``score_groups`` will run are considered, with the same
+    meaning of ``shuffled``. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()
 
-    def largest() -> list[_Tried]:
-        most = over = _Tried("", [], 0, 0)
+    def batches() -> Iterator[_Tried]:
         with ThreadPoolExecutor(cores_per_rank()) as pool:
             for split, groups in splits.items():
                 for view in seen_as(groups, other_images(groups) if shuffled else None):
@@ -60,13 +59,15 @@ def rehearse(
                         for group in shown:
                             barrier.alive()
                             trees += collator.tree_tokens(group, sizes)
-                        batch = _Tried(split, shown, sum(tree.whole for tree in trees), max(tree.least for tree in trees))
-                        most = batch if batch.tokens > most.tokens else most
-                        over = batch if batch.least > over.least else over
-        return [*[most] * bool(most.groups), *[over] * (max_tokens is not None and over is not most and over.least > max_tokens)]
+                        tokens, least = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                        yield _Tried(max(least, min(tokens, max_tokens or tokens)), tokens, split, shown)
 
-    for split, groups, tokens, _ in run_on_rank0(world, largest, barrier):
-        parts = guarded(collator, max_tokens)(groups)
-        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {split},", remedy)
+    def largest() -> _Tried | None:
+        return max(batches(), key=lambda batch: batch[:2], default=None)
+
+    if (batch := run_on_rank0(world, largest, barrier)) is not None:
+        parts = guarded(collator, max_tokens)(batch.groups)
+        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {batch.split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
-        world.say(f"the largest evaluation batch, of {split}, fits: {len(groups)} groups, {tokens} tokens in {forwards} forwards")
+        size = f"{len(batch.groups)} groups, {batch.tokens} tokens in {forwards} forwards"
+        world.say(f"the largest evaluation batch, of {batch.split}, fits: {size}")

@@ -96,29 +96,27 @@ class Answers:
         """
         by_place: dict[Place, Likelihood] = {}
         size = self.batch_size
+        batches = [range(start, min(start + size, len(groups))) for start in range(0, len(groups), size)]
         with _misses(self.scorer) as missed:
-            for pictured in (True, False):
-                mine = [number for number, group in enumerate(groups) if bool(group.num_pictures) == pictured]
-                batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-                turns = scored_batches(
-                    self.scorer,
-                    self.collator,
-                    groups,
-                    [groups],
-                    batches,
-                    self.world,
-                    0,
-                    "scoring",
-                    max_tokens=self.max_tokens,
-                    remedy=f"lower the batch size ({size})",
-                    reference=missed,
-                )
-                for indices, (scores,) in turns:
-                    assert scores.reference is not None
-                    for j, number in enumerate(indices):
-                        for c in range(len(groups[number].candidates)):
-                            wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
-                            by_place[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
+            turns = scored_batches(
+                self.scorer,
+                self.collator,
+                groups,
+                [groups],
+                batches,
+                self.world,
+                0,
+                "scoring",
+                max_tokens=self.max_tokens,
+                remedy=f"lower the batch size ({size})",
+                reference=missed,
+            )
+            for indices, (scores,) in turns:
+                assert scores.reference is not None
+                for j, number in enumerate(indices):
+                    for c in range(len(groups[number].candidates)):
+                        wrong, tokens = scores.reference[j, 0, c].item(), int(scores.layout.num_tokens[j, 0, c])
+                        by_place[number, (c,)] = Likelihood(scores.logp[j, 0, c].item(), tokens, wrong == 0)
         return [by_place[place] for place in places]
 
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:

@@ -7,9 +7,8 @@ scores is computed only if the model without its adapters is the reference, and 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +18,11 @@ from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
-NAMED = 5
-"""Number of groups that are named among those that a term cannot use; the others are only counted."""
 Reference = Callable[[Batch], Tensor]
 """Function that computes log-likelihoods [G, I, C] of a batch under the reference model; all ranks must call it equally often."""
-
-
-@dataclass(frozen=True)
-class LossFound:
-    """The loss of a split: its terms (see ``EvaluationLoss.reduce``), and the NLL of true texts per token, None without true texts."""
-
-    terms: dict[str, dict[str, Any]]
-    nll: float | None
 
 
 class EvaluationLoss:
@@ -48,7 +36,6 @@ class EvaluationLoss:
     def __init__(self, objectives: Objectives, reference: Reference | None = None) -> None:
         self._objectives, self._cells = objectives, required_cells(objectives)
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # numerators and denominators
-        self._used, self._unused = Counter[str](), {name: list[tuple[int, str]]() for name in objectives}
         self._lacking: dict[str, str] = {}
         self._likelihood = [0.0, 0]
         for name, term in objectives.items():
@@ -63,8 +50,8 @@ class EvaluationLoss:
         has_reference_term = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
         self.reference = reference if has_reference_term else None
 
-    def add(self, numbers: Sequence[int], groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
-        """Add a batch whose cells are all scored; ``numbers`` are the indices of its groups in the split."""
+    def add(self, groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
+        """Add a batch whose cells are all scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
@@ -76,30 +63,24 @@ class EvaluationLoss:
         for name, term in self._objectives.items():
             if name in self._lacking:
                 continue
-            only_term = {name: term}
             try:
                 numerator, denominator = (
                     torch.atleast_1d(term.numerator(scores_of(name, term, scores))),
-                    denominators(only_term, scores.layout)[name],
+                    denominators({name: term}, scores.layout)[name],
                 )
                 before = self._sums.get(name, (0, 0))
                 self._sums[name] = before[0] + numerator.detach().double(), before[1] + denominator.double()
-                for place, (number, group) in enumerate(zip(numbers, groups, strict=True)):
-                    used = bool((denominators(only_term, _one(scores.layout, place))[name] > 0).any())
-                    self._used[name] += used
-                    if not used:  # keeps the first ones of the split
-                        self._unused[name] = sorted([*self._unused[name], (number, group.id)])[:NAMED]
             except Exception as error:  # a user's own term must not stop the evaluation
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
-    def reduce(self, world: World) -> LossFound:
-        """Return every term over the groups of all ranks, which must all call this.
+    def reduce(self, world: World) -> dict[str, Any]:
+        """Return the fields of ``Accuracy`` over the groups of all ranks, which must all call this: ``nll``, None without true texts, and
+        ``losses``, every term.
 
-        ``value`` is a term's unweighted mean, or None. If it could not be computed, ``lacking`` has the reason. ``groups`` counts the
-        groups that the term uses; ``unused`` names a few of the others.
+        ``value`` is a term's unweighted mean, or None. If it could not be computed, ``lacking`` has the reason.
         """
-        gathered = gather_objects((self._likelihood, self._lacking, self._sums, self._used, self._unused), world)
-        likelihoods, lacking, sums, used, unused = zip(*gathered, strict=True)
+        gathered = gather_objects((self._likelihood, self._lacking, self._sums), world)
+        likelihoods, lacking, sums = zip(*gathered, strict=True)
         nats, tokens = (sum(each[part] for each in likelihoods) for part in (0, 1))
         terms = {}
         for name, term in self._objectives.items():
@@ -108,15 +89,12 @@ class EvaluationLoss:
             value = _mean(*(sum(each) for each in zip(*parts, strict=True))) if parts else None
             if value is not None and not math.isfinite(value):
                 reasons.append("scores of some groups are not finite")
-            without = sorted(entry for each in unused for entry in each[name])[:NAMED]
             terms[name] = {
                 "weight": term.weight,
                 "value": None if reasons else value,
-                "groups": 0 if reasons else sum(each[name] for each in used),
-                "unused": [] if reasons else [identity for _, identity in without],
                 "lacking": reasons[0] if reasons else "",
             }
-        return LossFound(terms, nats / tokens if tokens and math.isfinite(nats) else None)
+        return {"losses": terms, "nll": nats / tokens if tokens and math.isfinite(nats) else None}
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
@@ -124,10 +102,3 @@ def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())
-
-
-def _one(layout: GroupLayout, place: int) -> GroupLayout:
-    of = slice(place, place + 1)
-    tensors = {name: getattr(layout, name)[of] for name in ("valid", "match", "num_tokens", "num_end_tokens", "weight")}
-    sequences = {name: getattr(layout, name)[of] for name in ("ids", "sources", "objectives")}
-    return GroupLayout(**tensors, **sequences, prompt=None if layout.prompt is None else layout.prompt[of])

@@ -30,7 +30,6 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.evaluation.loss import NAMED
 from cfvlm_ds.evaluation.scoring import GroupScores
 
 RANDOM = {
@@ -55,6 +54,8 @@ SHUFFLED = ("shuffled_pair", "shuffled_factual")
 """Names under which the shuffled control is counted. It may have fewer comparisons than the metrics, because there may be no other group's
 picture to show.
 """
+NAMED = 5
+"""Number of groups that are named among those that a metric cannot use; the others are only counted."""
 Matrix = list[list[float]]
 
 
@@ -86,11 +87,6 @@ class Accuracy:
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     nll: float | None = None
     by_group: list[list[Any]] = field(default_factory=list)
-
-
-def edit_label(edit: str) -> str:
-    """Return the name of an edit type for tables. One that looks like the name of the mean is quoted to distinguish it."""
-    return f'"{edit}"' if edit.startswith(MEAN) else edit
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:

@@ -130,13 +130,11 @@ class Letters(Probe):
     Args:
         question: question for an item without one, such as captions.
         instruction: text after the options.
-        prior: also score the options without the question and the picture.
     """
 
     name: ClassVar[str] = "letters"
     question: str = "Which of these describes the image?"
     instruction: str = "Answer with the option's letter from the given choices directly."
-    prior: bool = True
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         if item.listed:
@@ -144,7 +142,7 @@ class Letters(Probe):
         return self._cells(item, item.prompt or self.question)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
-        return self._cells(item, "") if self.prior and not item.listed else ()
+        return self._cells(item, "") if not item.listed else ()
 
     def _cells(self, item: Item, question: str) -> tuple[Candidate, ...]:
         if len(item.texts) > len(LETTERS):
@@ -197,10 +195,6 @@ class Generate:
     name: ClassVar[str] = "generate"
     max_new_tokens: int = 32
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_new_tokens <= MOST_WRITTEN:
-            raise ConfigError(f"the probe {self.name} writes 1 to {MOST_WRITTEN} tokens, not {self.max_new_tokens}; correct max_new_tokens")
-
     def asked(self, item: Item) -> str:
         """Return the prompt of an item. If it does not list the options, they are appended in the order of the benchmark."""
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
@@ -236,12 +230,10 @@ class Write(Generate):
         return (Candidate(self.asked(item), "A"),)
 
 
-MOST_WRITTEN = 4096
-
-PROBES: dict[str, Probe] = {"caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers()}
-"""Name -> probe with its defaults, of those that score cells."""
-WRITTEN: dict[str, Generate] = {"generate": Generate(), "write": Write()}
-"""Name -> probe with its defaults, of those that generate a text."""
+PROBES: dict[str, Probe | Generate] = {
+    "caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers(), "generate": Generate(), "write": Write(),
+}  # fmt: skip
+"""Name -> probe with its defaults."""
 
 
 def variants(text: str) -> tuple[str, ...]:

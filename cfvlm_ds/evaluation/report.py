@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.evaluation.metrics import MEAN, RANDOM, Accuracy, edit_label, headline_metric
+from cfvlm_ds.evaluation.metrics import MEAN, RANDOM, Accuracy, headline_metric
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
@@ -24,7 +24,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     lines = [f"| set | edit type | groups | {', % | '.join(SHOWN)}, % |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
     for split, rows in splits.items():
         for row in rows:
-            lines.append(f"| {split} | {plain(MEAN if row.mean else edit_label(row.name))} | {row.num} | {_cells(row.metrics)} |")
+            lines.append(f"| {split} | {plain(MEAN if row.mean else row.name)} | {row.num} | {_cells(row.metrics)} |")
         for row in rows[-1:]:
             lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {_cells(row.blind)} |")
             if row.shuffled:
@@ -57,9 +57,7 @@ def headline(rows: Sequence[Accuracy]) -> str:
     nll_text = "" if nll is None else f"; NLL {nll:.4f} nats per token"
     if metric is None:
         return f"no comparison: no group has a true and a false cell for one image or one text{nll_text}"
-    values = [
-        f"{MEAN if row.mean else one_line(edit_label(row.name), 60)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics
-    ]
+    values = [f"{MEAN if row.mean else one_line(row.name, 60)} {row.metrics[metric]:.1f}" for row in rows if metric in row.metrics]
     more = len(values) - _MOST_TYPES
     shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])
     used, num = rows[-1].groups[metric], rows[-1].num

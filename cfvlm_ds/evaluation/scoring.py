@@ -110,7 +110,7 @@ def score_groups(
     )
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
-            loss.add(indices, [groups[index] for index in indices], scored[0])
+            loss.add([groups[index] for index in indices], scored[0])
         for index, scores in matrices(groups, indices, scored, donors).items():
             local[index] = [None if part is None else np.array(part, np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
@@ -120,14 +120,9 @@ def score_groups(
         return GroupScores(*(None if array is None else torch.from_numpy(array) for array in every[index]))  # type: ignore[arg-type]
 
     results = Lazy(scores_of, len(groups))
-    warn_of_nonfinite(groups, results, world, label)
-    return results
-
-
-def warn_of_nonfinite(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], world: World, label: str) -> None:
-    """Warn about groups whose scores are not finite, with their number and a few of their ids."""
-    if broken := [group.id for group, group_scores in zip(groups, scores, strict=True) if not group_scores.finite]:
+    if broken := [group.id for group, scores in zip(groups, results, strict=True) if not scores.finite]:
         world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite and count as wrong: {few(broken)}")
+    return results
 
 
 def scored_batches(

@@ -97,7 +97,6 @@ def view_worst(
 
     ``scores`` holds the scores of each group after ``step`` steps, keyed by split. Raises the same errors as ``view``.
     """
-    refuse_foreign_folder(out)
     sources = [
         _Source(
             groups, {group.id: score.stored() for group, score in zip(groups, scores[name], strict=True)}, name, _lost_before(run_dir, name)
@@ -207,7 +206,7 @@ def _item(source: _Source, index: int) -> Item:
             state = f"{state}, before training {was}"
             facts = [("comparisons", state)]
         filters["comparisons"] = [state]
-    return group_item(group, table, facts, filters, source.groups.roots)
+    return group_item(group, table, facts=facts, filters=filters, roots=source.groups.roots)
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:

@@ -21,16 +21,17 @@ from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
 from cfvlm_ds.export.files import Files, write_index
-from cfvlm_ds.export.folder import place_card, refuse_replacing, replaced
+from cfvlm_ds.export.folder import place_card
 from cfvlm_ds.export.jobs import Job, fill, find_jobs, revert
 from cfvlm_ds.export.source import Saved, read_saved, skeleton
 from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
 from cfvlm_ds.models.model_files import INDEX, SINGLE, check_files, side_files
 
-__all__ = ["export_adapter", "export_hf", "refuse_replacing"]
+__all__ = ["export_adapter", "export_hf"]
 
 
 def export_hf(

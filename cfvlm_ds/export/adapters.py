@@ -14,7 +14,8 @@ from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import create
 from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.export.folder import place_card, replaced
+from cfvlm_ds.core.untrusted import replaced
+from cfvlm_ds.export.folder import place_card
 from cfvlm_ds.export.source import skeleton
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.models import family_of, is_adapter, peft_config

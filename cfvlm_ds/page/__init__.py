@@ -25,15 +25,13 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from cfvlm_ds.core.conversation import Prompt
-from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
-from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.core.text import printable
-from cfvlm_ds.core.untrusted import refuse_link
+from cfvlm_ds.core.untrusted import refuse_replacing, replaced
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import path_in
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
@@ -152,8 +150,9 @@ class Written:
 def group_item(
     group: CounterfactualGroup,
     scores: ScoreTable | None = None,
-    facts: Sequence[Fact] = (),
-    filters: Mapping[str, Sequence[str]] | None = None,
+    *,
+    facts: Sequence[Fact],
+    filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
     """Build the item of a group. Images and texts are labelled with the types of their edits, and the words of each text are compared with
@@ -183,7 +182,7 @@ def group_item(
         filters={
             "edit type": list(dict.fromkeys(edit.type for edit in group.edits)) or ["unlabelled"],
             "source": [group.source or "(none)"],
-            **(filters or {}),
+            **filters,
         },
         meta=group.meta and json.dumps(json.loads(group.meta), ensure_ascii=False, indent=1),
         roots=roots,
@@ -200,23 +199,8 @@ def _change(edit: Edit) -> str:
 
 
 def refuse_foreign_folder(out: Path) -> Path:
-    """Return the absolute path of a page's output folder, which may be new or contain an earlier page.
-
-    Raises ConfigError for a link, a file, the current folder or one of its parents, and a folder with entries that do not belong to a page.
-    """
-    remedy = "name another folder with --out"
-    final = Path(os.path.abspath(out))
-    refuse_link(final, remedy)
-    refuse_link(aside_of(final), "remove it")
-    if Path.cwd().is_relative_to(final.resolve()):
-        raise ConfigError(f"{out} is the current folder or one of its parents, and would be replaced entirely; {remedy}")
-    if final.exists() and not final.is_dir():
-        raise ConfigError(f"{out} is a file, but a page needs a folder; {remedy}")
-    entries = sorted(os.listdir(final)) if final.is_dir() else []
-    foreign = [name for name in entries if name not in _NAMES]
-    if foreign or (entries and _MARKER not in entries):
-        raise ConfigError(f"{out} contains {(foreign or entries)[0]!r}, which is not part of a page and would be replaced; {remedy}")
-    return final
+    """Return the resolved path of a page's output folder, which may be new or contain an earlier page. Raises ConfigError for any other."""
+    return refuse_replacing(out, _MARKER, names=_NAMES)
 
 
 def write_page(
@@ -238,7 +222,6 @@ def write_page(
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
-    final = refuse_foreign_folder(out)
     if total > MOST:
         facts = [
             *facts,
@@ -250,31 +233,28 @@ def write_page(
     groups: list[dict[str, Any]] = []
     filters: dict[str, Counter[str]] = defaultdict(Counter)
     problems: dict[Path, str] = {}
-    try:
-        with whole_folder(final) as folder, ThreadPoolExecutor(cores_per_rank()) as pool:
-            (folder / "pictures").mkdir()
-            look = looks(folder, max_pixels)
-            for item in Progress(say, "page", min(total, MOST), "groups").over(islice(items, MOST)):
-                list(pool.map(look, dict.fromkeys(picture for image in item.images for picture in image.pictures)))
-                searched = " ".join([item.id, *(text.text[:_SEARCHED] for text in item.texts)])[:_SEARCHED]
-                chosen = {name: [printable(value) for value in dict.fromkeys(values)] for name, values in item.filters.items()}
-                for name, values in chosen.items():
-                    filters[name].update(values)
-                about = {"filters": json.dumps(chosen), "searched": " ".join(searched.lower().split())}
-                groups.append({"item": item, "marks": _marks(item.texts), "pictures": _pictures(item, look, problems), **about})
-            page = environment.get_template("page.html.jinja").render(
-                title=title, facts=[(name, without_secrets(value)) for name, value in facts], scored=scored, filters=filters, groups=groups
-            )
-            (folder / "index.html").write_text(page, "utf-8", "xmlcharrefreplace")
-            for name, text in beside.items():
-                (folder / name).write_text(text, "utf-8")
-            for name in _ASSETS:
-                shutil.copyfile(Path(__file__).with_name(name), folder / name)
-            (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))
-            pictures = len(os.listdir(folder / "pictures"))
-    except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}, and its earlier contents are unchanged; name another folder with --out") from error
-    return Written(final, len(groups), pictures, problems)
+    with replaced(out, _MARKER, names=_NAMES) as folder, ThreadPoolExecutor(cores_per_rank()) as pool:
+        (folder / "pictures").mkdir()
+        look = looks(folder, max_pixels)
+        for item in Progress(say, "page", min(total, MOST), "groups").over(islice(items, MOST)):
+            list(pool.map(look, dict.fromkeys(picture for image in item.images for picture in image.pictures)))
+            searched = " ".join([item.id, *(text.text[:_SEARCHED] for text in item.texts)])[:_SEARCHED]
+            chosen = {name: [printable(value) for value in dict.fromkeys(values)] for name, values in item.filters.items()}
+            for name, values in chosen.items():
+                filters[name].update(values)
+            about = {"filters": json.dumps(chosen), "searched": " ".join(searched.lower().split())}
+            groups.append({"item": item, "marks": _marks(item.texts), "pictures": _pictures(item, look, problems), **about})
+        page = environment.get_template("page.html.jinja").render(
+            title=title, facts=[(name, without_secrets(value)) for name, value in facts], scored=scored, filters=filters, groups=groups
+        )
+        (folder / "index.html").write_text(page, "utf-8", "xmlcharrefreplace")
+        for name, text in beside.items():
+            (folder / name).write_text(text, "utf-8")
+        for name in _ASSETS:
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        (folder / _MARKER).write_text(json.dumps({"schema": "cfpage/3"}))
+        pictures = len(os.listdir(folder / "pictures"))
+    return Written(out.resolve(), len(groups), pictures, problems)
 
 
 def _number(value: float | None, signed: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Figures of score matrices and learning curves, drawn with matplotlib's Agg backend and without its global state.
+"""Figures of score matrices and learning curves, drawn with matplotlib's Agg backend in a style that is set only while a figure is drawn.
 
 Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,39 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import read_rows
 
 if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 TRUE_COLOUR = "#e8710a"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
-DPI = 160
-
 _CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
 
-AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
-"""Options for every text with words from the data, so that two dollar signs in a caption do not make a formula."""
+_STYLE: dict[str, Any] = {
+    "text.parse_math": False, "text.usetex": False,  # two dollar signs in a caption do not make a formula
+    "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
+    "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.labelsize": 8.5, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "axes.axisbelow": True,
+    "axes.spines.left": False, "axes.spines.top": False, "axes.spines.right": False,
+    "grid.color": RULE, "grid.linewidth": 0.7, "legend.fontsize": 8, "legend.frameon": False, "legend.labelcolor": INK,
+    "xtick.major.size": 0, "xtick.labelsize": 8, "xtick.labelcolor": MUTED,
+    "ytick.major.size": 0, "ytick.labelsize": 8, "ytick.labelcolor": MUTED,
+}  # fmt: skip
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Figure]:
+    """Yield a figure, with its size in inches, that is written to a PNG file at the end of the block."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout=layout)
+        yield figure
+        figure.savefig(path)
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -43,20 +62,18 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
         groups: mappings with ``images`` (I entries, each a list of the PIL images shown together), ``captions`` (C texts), ``scores``
             ([I][C], nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     groups = [_readable(group) for group in groups]
     columns = max(len(group["captions"]) for group in groups)
     lines = [max(caption.count("\n") + 1 for caption in group["captions"]) for group in groups]
     heights = [0.4 + number * _LINE + len(group["images"]) * _CELL_H for number, group in zip(lines, groups, strict=True)]
-    figure = Figure(figsize=(0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)), dpi=DPI, facecolor="white", layout="constrained")
-    for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
-        _draw_group(part, group, columns)
-    text = "true   |   log p(caption given image), nats   |   darker: more likely within its group"
-    outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
-    figure.legend(handles=[outlined], loc="outside lower left", fontsize=8, frameon=False, labelcolor=MUTED)
-    figure.savefig(path)
+    with _figure(path, 0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)) as figure:
+        for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
+            _draw_group(part, group, columns)
+        text = "true   |   log p(caption given image), nats   |   darker: more likely within its group"
+        outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
+        figure.legend(handles=[outlined], loc="outside lower left", labelcolor=MUTED)
 
 
 def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
     from matplotlib.patches import Rectangle
 
     num_images, num_captions = len(group["images"]), len(group["captions"])
-    figure.suptitle(group["title"], x=0.01, ha="left", fontsize=10.5, weight="bold", color=INK, **AS_WRITTEN)
+    figure.suptitle(group["title"], x=0.01, ha="left", color=INK)
     axes = figure.add_subplot(frameon=False)
     for i, pictures in enumerate(group["images"]):  # thumbnails stand to the left of their row
         if not pictures:
@@ -98,9 +115,7 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
             axes.imshow(picture, extent=(x - half_width, x + half_width, i + 0.5 + half_height, i + 0.5 - half_height), aspect="auto")
     axes.set(xlim=(-0.06 - _THUMB / _CELL_W, columns), ylim=(num_images, 0), yticks=[])
     axes.set_xticks(np.arange(num_captions) + 0.5, group["captions"], fontsize=8.5, color=INK, linespacing=1.2)
-    axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
-    for label in axes.get_xticklabels():
-        label.set(**AS_WRITTEN)
+    axes.tick_params(bottom=False, labelbottom=False, labeltop=True)
     scores = np.ma.masked_invalid(np.array(group["scores"], dtype=float))
     blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92])).with_extremes(bad="#f4f5f7")
     cells = axes.pcolormesh(np.arange(num_captions + 1), np.arange(num_images + 1), scores, cmap=blues, edgecolors="white", linewidth=4)
@@ -132,7 +147,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         FileNotFoundError: the file does not exist.
         ValueError: the file holds none of these metrics.
     """
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
@@ -152,44 +166,31 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    figure = Figure(figsize=(5.2 * columns, 3.0 * rows), dpi=DPI, facecolor="white", layout=layout)
-    for place, (title, label, chosen, others) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        for index, (name, points) in enumerate(chosen.items()):
-            steps = [step for step, _ in points]
-            values = [value if math.isfinite(value) else math.nan for _, value in points]
-            colour = LINES[index % len(LINES)]
-            dense = len(points) > 60
-            smooth = _smoothed(values) if dense else values
-            if dense:
-                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-            marker = "o" if len(points) <= 30 else ""
-            short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
-            if name.startswith("eval_sample/") and (size := samples.get(name.split("/")[1])):
-                short = f"{short}, {size}"
-            # matplotlib omits labels that begin with an underscore from the legend
-            axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-        axes.set_title(title, fontsize=10.5, weight="bold", color=INK, loc="left", pad=8)
-        axes.set_xlabel("optimizer step", fontsize=8.5, color=MUTED)
-        axes.tick_params(labelsize=8, colors=MUTED, length=0)
-        axes.grid(axis="y", color=RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(RULE)
-        axes.set_ylabel(label, fontsize=8.5, color=MUTED)
-        if label in ("fraction", "%"):
-            axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if others:
-            note = f"and {others} more in metrics.jsonl"
-            axes.plot([], [], linestyle="none", label=note)
-        legend = axes.legend(
-            fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2
-        )
-        for text in legend.get_texts():
-            text.set(**AS_WRITTEN)
-    figure.savefig(path)
+    with _figure(path, 5.2 * columns, 3.0 * rows, layout) as figure:
+        for place, (title, label, chosen, others) in enumerate(panels, 1):
+            axes = figure.add_subplot(rows, columns, place)
+            for index, (name, points) in enumerate(chosen.items()):
+                steps = [step for step, _ in points]
+                values = [value if math.isfinite(value) else math.nan for _, value in points]
+                colour = LINES[index % len(LINES)]
+                dense = len(points) > 60
+                smooth = _smoothed(values) if dense else values
+                if dense:
+                    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+                marker = "o" if len(points) <= 30 else ""
+                short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
+                if name.startswith("eval_sample/") and (size := samples.get(name.split("/")[1])):
+                    short = f"{short}, {size}"
+                # matplotlib omits labels that begin with an underscore from the legend
+                axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
+            axes.set(title=title, xlabel="optimizer step", ylabel=label)
+            axes.grid(axis="y")
+            if label in ("fraction", "%"):
+                axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if others:
+                axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
 
 
 def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
@@ -198,36 +199,26 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
     Args:
         differences: result -> label -> (difference, its interval or None). At most 40 labels are drawn, and the title counts the others.
     """
-    from matplotlib.figure import Figure
-
     labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
     shown = labels[:_MOST_ROWS]
-    figure = Figure(figsize=(8, 1.4 + 0.34 * len(shown)), dpi=DPI, facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    for index, (result, of_result) in enumerate(differences.items()):
-        colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
-        rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
-        heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
-        axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
-        spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
-        axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
-    for text in axes.get_yticklabels():
-        text.set(**AS_WRITTEN)
-    axes.invert_yaxis()
-    axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups", fontsize=8.5, color=MUTED)
-    axes.tick_params(length=0, axis="y")
-    axes.grid(axis="x", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
-    axes.set_title(one_line(title, _TITLE_CHARS) + others, fontsize=10.5, weight="bold", color=INK, loc="left", **AS_WRITTEN)
-    if len(differences) > 1:
-        for text in axes.legend(fontsize=8, frameon=False, loc="best").get_texts():
-            text.set(**AS_WRITTEN)
-    figure.savefig(path)
+    with _figure(path, 8, 1.4 + 0.34 * len(shown)) as figure:
+        axes = figure.add_subplot()
+        for index, (result, of_result) in enumerate(differences.items()):
+            colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
+            rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
+            heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
+            axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
+            spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
+            axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
+        axes.invert_yaxis()
+        axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups")
+        axes.grid(axis="x")
+        others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
+        axes.set_title(one_line(title, _TITLE_CHARS) + others)
+        if len(differences) > 1:
+            axes.legend()
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")

@@ -28,7 +28,7 @@ from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.verbosity import shows_progress
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, read_metrics, say
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, read_metrics, say
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -85,7 +85,7 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
         metrics = run_dir / METRICS_FILE
         end_ms = int((metrics if metrics.exists() else run_dir / RECORD_FILE).stat().st_mtime * 1000)
         record = replace(record, status="KILLED", end_ms=end_ms)
-    return Delivery(run_dir, record).finish(record.status or "KILLED", record.end_ms or now_ms(), timeout)
+    return Delivery(run_dir, record).finish(record.status or "KILLED", record.end_ms or 0, timeout)
 
 
 class Delivery:
@@ -244,7 +244,7 @@ class Delivery:
             if (name, digest, each["context"]) not in known:
                 source, profile = (
                     json.dumps({"uri": each["source"]}),
-                    json.dumps({"num_groups": each["groups"], "num_rows": each["groups"]}),
+                    json.dumps({"num_rows": each["groups"]}),
                 )
                 dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
                 new.append(entities.DatasetInput(dataset=dataset, tags=[entities.InputTag(context, each["context"])]))

@@ -23,7 +23,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values, tied
 from cfvlm_ds.evaluation.generation import writing_digest
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-from cfvlm_ds.evaluation.suite.item_check import checked_items, example_of
+from cfvlm_ds.evaluation.suite.item_check import checked_items, prompt_of
 from cfvlm_ds.evaluation.suite.results import Result, result_folder, result_of, write_result
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, refuse_problems
 from cfvlm_ds.evaluation.suite.tables import logged, number
@@ -39,7 +39,7 @@ BEFORE = "baseline/benchmarks"
 class RunBenchmark:
     """A benchmark of a run.
 
-    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``example`` shows the prompt of one item.
+    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``prompt`` is that of one item.
     """
 
     chosen: Chosen
@@ -47,7 +47,7 @@ class RunBenchmark:
     identity: Mapping[str, Any]
     notes: tuple[str, ...]
     own_files: bool
-    example: Mapping[str, str]
+    prompt: str
     pictures: PictureTable
 
 
@@ -84,8 +84,8 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict
             f"{chosen.root}: {len(checked.items)} items of {chosen.benchmark.title}, probe {chosen.label}, in "
             f"{len(scoring_plan.groups)} groups"
         )
-        example = example_of(checked.items[0], chosen.way, collator)
-        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, example, checked.pictures)
+        prompt = prompt_of(checked.items[0], chosen.way, collator)
+        benchmarks[name] = RunBenchmark(chosen, scoring_plan, checked.identity(), loaded.notes, loaded.own_files, prompt, checked.pictures)
     return benchmarks
 
 
@@ -149,7 +149,7 @@ def write_benchmarks(
             header,
             items,
             drawn[name],
-            benchmark.example,
+            benchmark.prompt,
             benchmark.notes,
             own_files=benchmark.own_files,
         )

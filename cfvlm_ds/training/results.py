@@ -16,6 +16,7 @@ from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.text import in_cell, one_line
+from cfvlm_ds.core.untrusted import refuse_replacing
 from cfvlm_ds.data import GroupStore, open_image
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
@@ -25,7 +26,7 @@ from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
-from cfvlm_ds.export.folder import CARD, refuse_others_model, refuse_replacing, write_card
+from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
 from cfvlm_ds.models import only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure

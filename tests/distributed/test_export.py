@@ -448,10 +448,10 @@ def test_folders_that_must_not_be_replaced(export, sources, tmp_path):
     source = tmp_path / "models" / "source"
     shutil.copytree(sources["llava"], source)
     (tmp_path / "file").write_text("")
-    refused = {source: "source of", tmp_path / "models": "source of", tmp_path: "source of", tmp_path / "file" / "out": "cannot be written"}
+    refused = {source: "in use", tmp_path / "models": "in use", tmp_path: "in use", tmp_path / "file" / "out": "cannot be written"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    for out, said in {**refused, tmp_path / "mine": "contains files"}.items():
+    for out, said in {**refused, tmp_path / "mine": "thesis"}.items():
         with pytest.raises(InputError, match=said):
             export("z3", source, out=out)
     assert headers(source) == headers(sources["llava"]) and (tmp_path / "mine" / "thesis.tex").exists()
@@ -517,10 +517,10 @@ def test_an_export_replaces_an_older_one_and_what_a_killed_one_left(export, tmp_
 def test_the_place_of_an_export_is_refused_before_a_training(tmp_path):
     """Where it could not be put when the training is over: the run's folder is as it was."""
     for name, make, said in (
-        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "files other"),
+        ("others", lambda out: (out.mkdir(), (out / "thesis.pdf").touch()), "thesis"),
         ("file", lambda out: out.touch(), "folder"),
         ("link", lambda out: out.symlink_to(tmp_path), "link"),
-        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "source of"),
+        ("source", lambda out: (out.mkdir(), (out / "config.json").touch()), "in use"),
     ):
         (run_dir := tmp_path / name).mkdir()
         make(run_dir / "export")

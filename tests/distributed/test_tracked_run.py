@@ -149,7 +149,7 @@ def test_the_runs_data_sets_are_there_by_digest_size_and_place(client, finished,
         pictures = PictureTable.of_files(picture for group in groups for image in group.images for picture in image)
         assert inputs[name].dataset.digest == digest(data_identity(groups, [manifests[name].parent], pictures)) == listed[name]["digest"]
         assert json.loads(inputs[name].dataset.source) == {"uri": str(manifests[name])}
-        assert json.loads(inputs[name].dataset.profile)["num_groups"] == len(groups)
+        assert json.loads(inputs[name].dataset.profile)["num_rows"] == len(groups)
         assert {tag.key: tag.value for tag in inputs[name].tags} == {"mlflow.data.context": context}
 
 

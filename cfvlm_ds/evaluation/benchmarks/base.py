@@ -8,7 +8,7 @@ without the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -237,18 +237,18 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     """
     if limit is None or limit >= len(items):
         return list(items)
-    members = places_of([item.cluster or item.id for item in items])
+    members = clusters_of(items)
     count = math.ceil(limit * len(members) / len(items))
     taken = {number for k in range(count) for number in members[k * len(members) // count]}
     return [item for number, item in enumerate(items) if number in taken]
 
 
-def places_of(names: Sequence[str]) -> list[list[int]]:
-    """Return the indices at which each distinct name occurs, in the order of first occurrence."""
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, []).append(place)
-    return list(places.values())
+def clusters_of(items: Iterable[Item]) -> list[list[int]]:
+    """Return the indices of the items of each cluster, in the order of the first ones. An item without a cluster is one by itself."""
+    members: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        members.setdefault(item.cluster or item.id, []).append(number)
+    return list(members.values())
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, judged, places_of
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values, clusters_of, judged
 
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
@@ -33,56 +33,37 @@ def draws_for(num_items: int) -> int:
     return max(LEAST_DRAWS, min(MOST_DRAWS, _ITEMS_OF_ALL // max(1, num_items)))
 
 
-class Bootstrap:
-    """Draws of whole clusters with replacement, and exchanges of whole clusters between two tables.
-
-    Args:
-        clusters: name of each item's cluster, in the order of the tables.
-
-    Attributes:
-        members: indices of the items of each cluster.
+def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
+    """Return draw ``k`` of whole clusters with replacement, as pairs (index of an item, copy). ``members`` has the indices of the items of
+    each cluster; ``copy`` counts repeated draws of the item's cluster from 0.
     """
-
-    def __init__(self, clusters: Sequence[str]) -> None:
-        self.members = places_of(clusters)
-
-    @property
-    def clusters(self) -> int:
-        """Number of clusters."""
-        return len(self.members)
-
-    def draw(self, k: int) -> list[tuple[int, int]]:
-        """Return draw ``k`` as pairs (index of an item, copy); ``copy`` counts repeated draws of the item's cluster from 0."""
-        generator = random.Random(f"{SEED}/{k}")
-        copies = [0] * len(self.members)
-        drawn = []
-        for place in generator.choices(range(len(self.members)), k=len(self.members)):
-            drawn += [(number, copies[place]) for number in self.members[place]]
-            copies[place] += 1
-        return drawn
-
-    def values(self, metrics: Metrics, table: Sequence[Judged], k: int) -> Values:
-        """Return the metrics of the table on draw ``k``."""
-        return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in self.draw(k)])
-
-    def exchanges(self, draws: int) -> Iterator[set[int]]:
-        """Yield the indices of items that two models exchange, in whole clusters: first none, then every choice of clusters.
-
-        If there are more than ``draws`` choices, ``draws`` random ones are used. The first cluster is never exchanged, because the opposite
-        choice only changes the sign of a difference.
-        """
-        rest = self.members[1:]
-        ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
-        if 2 ** len(rest) > draws:
-            generator = random.Random(f"{SEED}/exchanges")
-            ways = iter([(False,) * len(rest), *(generator.choices((False, True), k=len(rest)) for _ in range(draws))])
-        for way in ways:
-            yield {number for members, exchanged in zip(rest, way, strict=True) if exchanged for number in members}
+    generator = random.Random(f"{SEED}/{k}")
+    copies = [0] * len(members)
+    numbers = []
+    for place in generator.choices(range(len(members)), k=len(members)):
+        numbers += [(number, copies[place]) for number in members[place]]
+        copies[place] += 1
+    return numbers
 
 
-def bootstrap_of(outcomes: Sequence[Outcome]) -> Bootstrap:
-    """Return a bootstrap of the items in ``outcomes``, which draws the items of a cluster together."""
-    return Bootstrap([outcome.item.cluster or outcome.item.id for outcome in outcomes])
+def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Sequence[int]], k: int) -> Values:
+    """Return the metrics of the table on draw ``k``."""
+    return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in draw_of(members, k)])
+
+
+def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
+    """Yield the indices of items that two models exchange, in whole clusters: first none, then every choice of clusters.
+
+    If there are more than ``draws`` choices, ``draws`` random ones are used. The first cluster is never exchanged, because the opposite
+    choice only changes the sign of a difference.
+    """
+    rest = members[1:]
+    ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
+    if 2 ** len(rest) > draws:
+        generator = random.Random(f"{SEED}/exchanges")
+        ways = iter([(False,) * len(rest), *(generator.choices((False, True), k=len(rest)) for _ in range(draws))])
+    for way in ways:
+        yield {number for cluster, exchanged in zip(rest, way, strict=True) if exchanged for number in cluster}
 
 
 def drawn_together(
@@ -92,14 +73,14 @@ def drawn_together(
 
     The ranks share the draws, and wait for each other as long as one of them makes progress.
     """
-    bootstrap, table = bootstrap_of(outcomes), judged(outcomes)["seen"]
+    members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
-    if bootstrap.clusters < FEWEST_DRAWN:
+    if len(members) < FEWEST_DRAWN:
         return []
     local: dict[int, Values] = {}
     progress = Progress(world.say, f"{label}: bootstrap", draws, "draws")
     for k in range(world.rank, draws, world.size):
-        local[k] = bootstrap.values(metrics, table, k)
+        local[k] = values_of(metrics, table, members, k)
         progress.advance(world.size)
         barrier.alive()
     barrier.meet()
@@ -109,12 +90,8 @@ def drawn_together(
     return [every[k] for k in range(draws)]
 
 
-def interval(values: Sequence[float]) -> Interval | None:
-    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours; None for fewer than two
-    values.
-    """
-    if len(values) < 2:
-        return None
+def interval(values: Sequence[float]) -> Interval:
+    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
@@ -125,7 +102,7 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
     """
     names = [name for name in drawn[0] if not any(math.isnan(values.get(name, math.nan)) for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
-    return {name: span for name, span in spans.items() if span is not None and span[0] < span[1]}
+    return {name: span for name, span in spans.items() if span[0] < span[1]}
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:

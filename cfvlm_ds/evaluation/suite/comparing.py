@@ -16,10 +16,10 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.evaluation.before_after import FEWEST_CHANGED, is_tested
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
-from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, judged
+from cfvlm_ds.evaluation.benchmarks.base import Judged, Values, clusters_of, judged
 from cfvlm_ds.evaluation.benchmarks.descriptions import counted
 from cfvlm_ds.evaluation.benchmarks.metrics import all_right, image_right
-from cfvlm_ds.evaluation.suite.bootstrap import Interval, bootstrap_of, draws_for, exchange_intervals
+from cfvlm_ds.evaluation.suite.bootstrap import Interval, draws_for, exchange_intervals, exchanges
 from cfvlm_ds.evaluation.suite.results import Result, read_results
 from cfvlm_ds.evaluation.suite.selection import benchmark_named
 from cfvlm_ds.evaluation.suite.tables import between, number
@@ -117,19 +117,17 @@ def compare_results(
 
 def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
     benchmark = benchmark_named(before.name)
-    if before.name != after.name:
-        raise ConfigError(f"{before.place} belongs to {before.name} in one folder and to {after.name} in the other; compare results of one")
     pairs, notes = _pairs(before, after)
     if not pairs:
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
     tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
     was, now = (benchmark.metrics(table) for table in tables)
-    bootstrap, draws = bootstrap_of([pair[0] for pair in pairs]), draws_for(len(pairs)) if draws is None else draws
-    changed = _changed(benchmark, tables, bootstrap.members)
-    differences = {name: Difference(was[name], now[name], None, changed.get(name), bootstrap.clusters) for name in was if name in now}
+    members, draws = clusters_of(pair[0].item for pair in pairs), draws_for(len(pairs)) if draws is None else draws
+    changed = _changed(benchmark, tables, members)
+    differences = {name: Difference(was[name], now[name], None, changed.get(name), len(members)) for name in was if name in now}
     tested, drawn = [name for name, each in differences.items() if each.tested], list[Values]()
-    exchanges = bootstrap.exchanges(draws) if draws and tested else ()
-    for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(exchanges):
+    made = exchanges(members, draws) if draws and tested else ()
+    for exchanged in Progress(say, f"{before.place}: intervals", draws, "exchanges").over(made):
         one, other = (benchmark.metrics([tables[k ^ (n in exchanged)][n] for n in range(len(pairs))]) for k in (0, 1))
         drawn.append({name: other[name] - one[name] for name in one if name in other})
     valued = [name for name in tested if drawn and not any(math.isnan(difference.get(name, math.nan)) for difference in drawn)]

@@ -23,7 +23,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
-from cfvlm_ds.evaluation.probes import Generate, Write
+from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.selection import Way
 
 
@@ -46,18 +46,8 @@ class Checked:
         return {"items": len(self.items), "texts": texts.hexdigest(), "pictures": pictures.hexdigest()}
 
 
-def checked_items(
-    items: Sequence[Item],
-    way: Way,
-    collator: Collator,
-    world: World,
-    label: str,
-    seen: dict[Path, Picture | str] | None = None,
-) -> Checked:
-    """Check all items. All ranks must call this. An invalid item raises no error.
-
-    Pictures in ``seen`` are not opened again, and newly opened pictures are added to it.
-    """
+def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
+    """Check all items. All ranks must call this. An invalid item raises no error."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -68,13 +58,12 @@ def checked_items(
         barrier.meet()
         return {key: value for part in gather_objects(local, world) for key, value in part.items()}
 
-    pictures: dict[Path, Picture | str] = {} if seen is None else seen
-    shown = [picture for picture in dict.fromkeys(p for item in items for image in item.images for p in image) if picture not in pictures]
+    shown = list(dict.fromkeys(picture for item in items for image in item.images for picture in image))
     mine = shown[world.rank :: world.size]
     progress = Progress(world.say, f"{label}: pictures{' of this rank' * (world.size > 1)}", len(mine), "pictures")
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         opened = pool.map(lambda path: opened_picture(path, None, None, collator.files.max_pixels, False)[0], mine)
-        pictures |= gathered(progress.over(zip(mine, opened, strict=True)))
+        pictures: dict[Path, Picture | str] = gathered(progress.over(zip(mine, opened, strict=True)))
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
@@ -102,11 +91,10 @@ def checked_items(
     return Checked(kept, tuple((items[number].id, why) for number, why in sorted(problems.items()) if why is not None), table)
 
 
-def example_of(item: Item, way: Way, collator: Collator) -> dict[str, str]:
-    """Return the prompt of an item with the chat template applied and, except for a description, the first text that is scored."""
+def prompt_of(item: Item, way: Way, collator: Collator) -> str:
+    """Return the first prompt of an item with the chat template applied."""
     first = way.cells(item)[0]
-    prompt = {"prompt": collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt}
-    return prompt if isinstance(way, Write) else prompt | {"answer": first.text}
+    return collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt
 
 
 def token_lengths(collator: Collator) -> Callable[[Candidate], int]:

@@ -26,9 +26,9 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.evaluation.benchmarks import Item, Outcome, results
-from cfvlm_ds.evaluation.benchmarks.base import Values
+from cfvlm_ds.evaluation.benchmarks.base import Values, clusters_of
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.evaluation.suite.bootstrap import SEED, bootstrap_of, intervals
+from cfvlm_ds.evaluation.suite.bootstrap import SEED, intervals
 from cfvlm_ds.evaluation.suite.selection import Chosen
 
 SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
@@ -81,7 +81,7 @@ def result_of(
     header: Mapping[str, Any],
     outcomes: Sequence[Outcome],
     drawn: Sequence[Values],
-    example: Mapping[str, str],
+    prompt: str,
     notes: Sequence[str] = (),
     left_out: Sequence[tuple[str, str]] = (),
     in_files: int | None = None,
@@ -90,7 +90,7 @@ def result_of(
     """Return the result of an evaluation.
 
     Its record has the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table, the
-    intervals from the bootstrap's ``drawn`` metrics, an ``example`` of a prompt, the items that were left out, notes, and whether the files
+    intervals from the bootstrap's ``drawn`` metrics, the ``prompt`` of one item, the items that were left out, notes, and whether the files
     are not the published ones.
     """
     benchmark = chosen.benchmark
@@ -101,7 +101,7 @@ def result_of(
         "model": {"name": without_secrets(model), **header["model"]},
         "title": f"Own files in the form of {benchmark.title}" if own_files else benchmark.title,
         "own_files": own_files,
-        **example,
+        "prompt": prompt,
         "items": counts,
         "left_out": [list(each) for each in left_out],
         "not_finite": [each.item.id for each in outcomes if any(value != value for row in each.seen for value in row)],
@@ -110,7 +110,7 @@ def result_of(
         "beside": benchmark.beside,
         "metrics": results(benchmark, outcomes),
         "intervals": {name: list(span) for name, span in intervals(drawn).items()},
-        "bootstrap": {"draws": len(drawn), "clusters": bootstrap_of(outcomes).clusters, "seed": SEED},
+        "bootstrap": {"draws": len(drawn), "clusters": len(clusters_of(outcome.item for outcome in outcomes)), "seed": SEED},
         "unofficial": benchmark.unofficial,
     }
     return Result(called, chosen.label, record, tuple(outcomes))

@@ -23,13 +23,13 @@ from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.groups import Pictures
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.untrusted import own_output, refuse_link
-from cfvlm_ds.data.picture_index import Picture, PictureTable
+from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as, warn_of_nonfinite
+from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
-from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, example_of, token_lengths
+from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, prompt_of, token_lengths
 from cfvlm_ds.evaluation.suite.results import (
     RESULTS,
     Partial,
@@ -134,8 +134,7 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
             f"{model.name}: its chat template puts the question before the picture, so the prompts of a picture share its encoding but no "
             "tokens; each prompt is a separate tree"
         )
-    seen: dict[Path, Picture | str] = {}
-    results = [_evaluate_one(model, benchmark, loaded, out, settings, seen) for benchmark, loaded in chosen]
+    results = [_evaluate_one(model, benchmark, loaded, out, settings) for benchmark, loaded in chosen]
     run_on_rank0(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
     return results
 
@@ -147,13 +146,10 @@ def _refuse_another_model(out: Path, model: Asked) -> None:
         refuse_other(path, {"model": {name: before.get(name) for name in OF_MODEL}}, {"model": now})
 
 
-def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings, seen: dict[Path, Picture | str]) -> Result:
-    """Return the result of one benchmark under one probe: from disk if it is complete, else after evaluating the model.
-
-    Pictures in ``seen`` are not opened again for the check.
-    """
+def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings) -> Result:
+    """Return the result of one benchmark under one probe: from disk if it is complete, else after evaluating the model."""
     world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
-    checked = checked_items(loaded.items, chosen.way, model.collator, world, label, seen)
+    checked = checked_items(loaded.items, chosen.way, model.collator, world, label)
     refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
     limits = {"batch_size": settings.batch_size, "max_tokens_per_forward": settings.max_tokens, "shuffled": settings.shuffled}
     header = chosen.header(model.identity, checked.identity(), {**limits, "limit": loaded.limit, **model.precision})
@@ -178,10 +174,8 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
-    notes, example = [relative(note) for note in loaded.notes], example_of(checked.items[0], chosen.way, model.collator)
-    result = result_of(
-        chosen.name, chosen, model.name, header, outcomes, drawn, example, notes, left_out, loaded.in_files, loaded.own_files
-    )
+    notes, prompt = [relative(note) for note in loaded.notes], prompt_of(checked.items[0], chosen.way, model.collator)
+    result = result_of(chosen.name, chosen, model.name, header, outcomes, drawn, prompt, notes, left_out, loaded.in_files, loaded.own_files)
     run_on_rank0(world, lambda: write_result(folder, result))
     return result
 
@@ -215,7 +209,6 @@ def _outcomes(
         answered = [(item, rows[k]) for k, item in enumerate(items)]
         return [written(item, row["said"], row["blank"], row.get("shuffled"), chosen.read) for item, row in answered]
     scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
-    warn_of_nonfinite(scoring_plan.groups, scores, world, label)
     return scoring_plan.outcomes(scores, token_lengths(model.collator))
 
 

@@ -14,7 +14,7 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
 from cfvlm_ds.evaluation.benchmarks.base import Mentions
 from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, Parser, answer
-from cfvlm_ds.evaluation.probes import PROBES, WRITTEN, Generate, Probe
+from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 
 Way: TypeAlias = Probe | Generate
 
@@ -90,12 +90,11 @@ def way_named(spec: str) -> tuple[str, Way]:
     """Return the label and the probe that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies. Raises ConfigError for an unknown name
     or option.
     """
-    known: dict[str, Way] = {**PROBES, **WRITTEN}
     try:
-        way: Way = named("probe", spec, known)
+        way: Way = named("probe", spec, PROBES)
     except ValueError as error:
         raise ConfigError(f"{error}") from error
-    changed = [value for option, value in vars(way).items() if value != vars(known[way.name])[option]]
+    changed = [value for option, value in vars(way).items() if value != vars(PROBES[way.name])[option]]
     return "".join([way.name, *(f".{re.sub(r'[^A-Za-z0-9_-]+', '_', str(value))[:40]}" for value in changed)]), way
 
 

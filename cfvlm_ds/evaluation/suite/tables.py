@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from cfvlm_ds.core.text import few, in_cell, one_line
-from cfvlm_ds.evaluation.benchmarks.base import Values
-from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN, bootstrap_of
+from cfvlm_ds.evaluation.benchmarks.base import Values, clusters_of
+from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
 from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
@@ -30,7 +30,7 @@ def overview(results: Sequence[Result]) -> str:
         f"|---|---|---:|---:|---|---:|---|{'---:|' * len(shown)}",
     ]
     for result in results:
-        counts = f"{len(result.outcomes)} | {bootstrap_of(result.outcomes).clusters}"
+        counts = f"{len(result.outcomes)} | {len(clusters_of(outcome.item for outcome in result.outcomes))}"
         for metric in result.headlines:
             values = [number(result.metrics.get(name, {}).get(metric)) for name in shown]
             value, span = number(result.metrics["seen"].get(metric)), between(result.record["intervals"].get(metric))
