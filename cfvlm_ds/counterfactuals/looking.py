@@ -52,6 +52,6 @@ def _item(history: History, edited: Edited) -> Item:
     return group_item(
         replace(group_of(history, [edited], SelectOptions(prompt="", source="")), id=str(edited.proposal["id"]), meta=meta),
         table,
-        [("verdict", reason), ("attempts", f"{len(edited.attempts)}, of which number {best.made['attempt']} is shown")],
-        {"verdict": [reason], "back end": [str(edited.proposal["back_end"])]},
+        facts=[("verdict", reason), ("attempts", f"{len(edited.attempts)}, of which number {best.made['attempt']} is shown")],
+        filters={"verdict": [reason], "back end": [str(edited.proposal["back_end"])]},
     )

@@ -28,7 +28,7 @@ _DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "text.parse_math": False, "text.usetex": False,  # two dollar signs in a caption do not make a formula
     "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,

@@ -102,8 +102,8 @@ class Evaluator:
         said: dict[Any, Any] = dict(zip(every, texts, strict=False))
         outcomes = []
         for item, seen in views:
-            *answers, blank, other = (said.get((shown, way.asked(item))) for shown in seen)  # None without a donor
-            outcomes.append(written(item, answers, blank, other, benchmark.chosen.read))
+            answers: list[Any] = [said.get((shown, way.asked(item))) for shown in seen]  # None without a donor
+            outcomes.append(written(item, answers[:-2], *answers[-2:], benchmark.chosen.read))
         return outcomes
 
     @contextlib.contextmanager
