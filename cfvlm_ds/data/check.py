@@ -29,7 +29,6 @@ from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.data.stored import StoredRows
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -238,8 +237,8 @@ def check_manifest(
     """Check a data set completely, and return its contents and problems. Every image is decoded once. Problems are returned, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The files of a store are
-    also compared with their checksums.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The rows, pictures and
+    tables of a store are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)
@@ -249,6 +248,4 @@ def check_manifest(
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
-    if isinstance(store.rows, StoredRows):
-        report.problems.extend(store.rows.altered(progress))
     return report
