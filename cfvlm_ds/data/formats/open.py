@@ -17,7 +17,7 @@ from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
-from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
+from cfvlm_ds.data.formats.captions import DEFAULTS
 from cfvlm_ds.data.formats.chat import without_nulls
 from cfvlm_ds.data.formats.preference import unpacked
 from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
@@ -130,24 +130,16 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     if not columns:
         return
     first = columns[0]
-    what, use = "may name pictures of rows without pictures", "rename it to 'image'"
+    what, option, use = "may name pictures of rows without pictures", "image", "rename it to 'image'"
     if first.is_label:
-        what, use = "may state whether the text is true", f"add {first.option} to the options of the format" if label == "" else ""
+        what, option, use = "may state whether the text is true", "label", "use another format"
     elif first.false_text:
-        what, use = "may hold false texts or pictures", "write a row for each false text"
-        if isinstance(convert, Captions):
-            given = convert.columns_of(store.rows.value(first.row), first.negative) if not label else []
-            names = [*given, *(column.name for column in columns if column.false_text and column.negative == first.negative)]
-            use = f"add {first.negative}={option_value('+'.join(names))} to the options of the format" if not label else ""
-        elif label == "":
-            use = (
-                f"rename it to {first.negative!r}"
-                if hasattr(convert, "caption")
-                else "rename it to 'rejected' and use the format preference"
-            )
+        what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
+    if hasattr(convert, option) and not label:
+        use = f"add {option}={option_value(first.name)} to the options of the format"
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
-    remedy = f"{use} if so, otherwise add ignore={ignore}" if use else f"add ignore={ignore}"
+    remedy = f"{use} if so, otherwise add ignore={ignore}"
     raise DataError(f"{store.where(first.row)}: {listed} {what}, but would be ignored; {remedy}")
 
 
