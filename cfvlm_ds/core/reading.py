@@ -79,13 +79,7 @@ class HeldFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes from ``offset``; fewer only at the end of the file. Raises OSError."""
-        if len(part := os.pread(self.number, length, offset)) == length:
-            return part
-        parts = [part]
-        while part and len(part) < length:
-            offset, length = offset + len(part), length - len(part)
-            parts.append(part := os.pread(self.number, length, offset))
-        return b"".join(parts)
+        return os.pread(self.number, length, offset)
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:

@@ -178,12 +178,9 @@ class _Texts:
                         images.setdefault(hashed(keys.tobytes()), tokens)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
-        unseen = (_SOME_SIZE,) * group.num_pictures
         for number, candidate in enumerate(group.candidates):
             try:
                 length = max((lengths.row_length(candidate.prompt, candidate.text, shown) for shown in sizes), default=0)
-                if not sizes:  # all pictures are broken, which is reported above
-                    lengths.row_length(candidate.prompt, candidate.text, unseen)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
                 continue
@@ -199,9 +196,6 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
     """Record the lengths of a group's texts in characters."""
     for number, candidate in enumerate(group.candidates):
         report.note_length(len(candidate.text), "characters", where, number)
-
-
-_SOME_SIZE = (56, 56)  # assumed for broken pictures, so that problems of a text other than its length are reported
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:

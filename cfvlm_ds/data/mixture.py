@@ -117,12 +117,10 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    Raises DataError if only some sources have a weight, and for a share too small for any run to draw from.
+    Raises DataError for a share too small for any run to draw from. Only some weights are refused by ``DataConfig.train_sets``.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
-    elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight, but others have one; give every source a weight, or none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))

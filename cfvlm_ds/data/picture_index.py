@@ -73,11 +73,6 @@ def content_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def digest_of(content: bytes) -> bytes:
-    """Hash bytes to the value that ``content_digest`` returns for a file with these contents."""
-    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
-
-
 def picture_of(path: Path, width: int, height: int) -> Picture:
     """Build the entry of a picture. Raises the same errors as picture_stat and content_digest."""
     return Picture(*picture_stat(path), content_digest(path), width, height)

@@ -122,6 +122,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "data.train": ("data: groups.jsonl", *(f"data: {{train: [{source}]}}" for source in (
         "{path: a, weight: -1}", "{path: a, weight: much}", "{path: a, limit: 0}", "{weight: 1}", "3", "{path: ''}"))),
     "objectives of 'a.jsonl'": ("data: {train: [{path: a.jsonl, objectives: []}]}",),
+    "'y' has no weight": ("data: {train: [{path: x.jsonl, weight: 1}, {path: y.jsonl}]}",),
     "both called 'x'": ("data: {train: [{path: a/x.jsonl}, {path: b/x.json}]}",),
     "my data.jsonl": ("data: {train: [{path: my data.jsonl}]}",),
     "'a/b'": ("data: {train: [{path: a.jsonl, name: a/b}]}", "data: {evaluation: {a/b: x.jsonl}}"),

@@ -659,10 +659,6 @@ def test_whatever_a_model_cannot_take_is_reported_by_file_row_and_group(folder):
         f"{path}:4: group 'two': text 0: text ('a <b>') contains a control token; reword it",
     ]
     assert sorted(report.visual_tokens.elements()) == [3, 3, 4], "a.png, b.png and narrow.png"
-    (folder / "broken.png").write_bytes(b"")
-    broken = manifest(folder, row("broken", texts=bad, images=[{"id": "i0", "path": "broken.png"}, {"id": "i1", "path": "none.png"}]))
-    *pictures, text = check_manifest(broken, lengths=Careful(), progress=pytest.fail).problems
-    assert len(pictures) == 2 and text == f"{broken}:1: group 'broken': text 1: text ('a <b>') contains a control token; reword it"
 
 
 def test_a_report_of_endless_names_ends(folder):

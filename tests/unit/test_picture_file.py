@@ -148,7 +148,7 @@ def test_a_container_is_confined_as_a_file_is(rows, tmp_path):
     shutil.move(tmp_path / "shards", tmp_path.parent / f"{tmp_path.name}-away")
     (tmp_path / "shards").symlink_to(tmp_path.parent / f"{tmp_path.name}-away")
     for path in (rows[1], lists / "m.jsonl"):
-        with pytest.raises(DataError, match=r"images-00000.tar#1536\+\d+' leads outside the data root"):
+        with pytest.raises(DataError, match=r"images-00000\.tar' leads outside the data root"):
             read_manifest(path, [lists, tmp_path] if path.parent == lists else None, "pairs")
     (tmp_path / "shards").unlink()
     (tmp_path / "shards").mkdir()
@@ -200,6 +200,3 @@ def test_where_a_container_is_is_asked_once_for_all_of_its_parts(tmp_path, monke
         3,
         1,
     ]
-    (first / "absent.tar").symlink_to(away / "a.tar")
-    with pytest.raises(DataError, match="outside the data roots"):
-        confine(Path("absent.tar#3+1"))
