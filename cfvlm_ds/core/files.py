@@ -227,14 +227,6 @@ def replace(path: Path, content: bytes, shared: bool = False) -> None:
         file.write(content)
 
 
-def update(path: Path, content: bytes) -> None:
-    """Write a file with ``replace`` unless it already has this content, so that a resumed run needs no disk space for it."""
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == content:
-            return
-    replace(path, content)
-
-
 def write_if_possible(path: Path, text: str, say: Say) -> bool:
     """Write a file with ``replace``, but only warn if that fails. Returns whether it was written."""
     try:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,11 +83,9 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return a message about a row that repeats an earlier row, or its group id."""
+    """Return a message about a row that repeats the group id of an earlier row, or the whole row."""
     where, before = store.where(index), store.where(first)
-    if dataclasses.replace(store[index], meta="") == dataclasses.replace(store[first], meta=""):
-        return f"{where}: the row repeats {before}; remove it"
-    return f"{where}: group id {group_id!r} is already used by {before}; make ids unique"
+    return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 
 
 def known_format(path: str | Path, format: str) -> None:

@@ -17,7 +17,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import World, broadcast_object
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import update
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import yaml_of
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
@@ -55,7 +55,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
     problem = None
     for path, text in contents.items() if world.is_main else ():
         try:
-            update(path, text.encode())
+            replace(path, text.encode())
         except OSError as error:
             problem = problem or unwritten(path, error)
     if problem := broadcast_object(problem):

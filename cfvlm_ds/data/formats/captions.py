@@ -17,7 +17,7 @@ looks like a label is refused until ``label`` or ``ignore`` names it. A caption 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ class Captions:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group. Its DataErrors do not name the file and line."""
         if self.label:
-            return joined([self._claim(row)])
+            return joined([self.claim(row)])
         read = self._read(row)
         columns, prompt, pictures = read.columns, read.prompt, read.pictures
         texts, repeated = _distinct(read.texts)
@@ -127,12 +127,8 @@ class Captions:
             meta=as_meta(kept),
         )
 
-    @property
-    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a row to its labelled texts; None without ``label``."""
-        return self._claim if self.label else None
-
-    def _claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Mapping[str, Any]) -> Claim:
+        """Read the labelled texts of a row, if the format has a ``label``."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.named import near
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
@@ -47,7 +47,8 @@ def open_data(
         return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
     firsts = count_parts(rows, convert, lambda work: over(work, "counting groups"))
-    if claim := getattr(convert, "claim", None):
+    claim = getattr(convert, "claim", None) if getattr(convert, "label", True) else None
+    if claim:
         rows = JoinedRows(rows, claim, lambda work: over(work, "reading labels"))
     own = [folder for folder in rows.roots if folder not in roots]
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
@@ -98,8 +99,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
             if not absent:
                 return
     for column, option in sorted(absent):
-        near = difflib.get_close_matches(column, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(map(repr, list(known)[:20])) or 'none'}"
+        hint = near(column, known, "the columns are ")
         raise DataError(f"{rows.path}: no row has the column {column!r}, which the option {option} names; {hint}")
 
 
