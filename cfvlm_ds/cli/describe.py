@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +14,7 @@ from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
 
-SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
+SomePictures = Annotated[list[str], ("metavar", "PICTURE")]
 
 
 def add(commands: Any) -> None:
@@ -33,8 +31,7 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers. Without pictures, read their paths from standard
-    input.
+    """Print what a model writes about pictures, or which of several texts it prefers.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 
@@ -61,7 +58,7 @@ def _describe(
     if is_random(Path(config.name_or_path)):
         say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
     failed = 0
-    for path in picture or _typed():
+    for path in picture:
         try:
             answer = (
                 _preferences(scorer, collator, world, Path(path), prompt, choices)
@@ -73,22 +70,8 @@ def _describe(
             print_line(f"error: {path}: {error}", error=True)
         else:
             print(f"{path}\n{answer}\n", flush=True)
-    if failed and not (sys.stdin and sys.stdin.isatty() and not picture):
+    if failed:
         raise DataError(f"{failed} pictures could not be described; see the errors above")
-
-
-def _typed() -> Iterator[str]:
-    """Yield the lines of standard input, up to its end or an empty line."""
-    while line := _line():
-        yield line
-
-
-def _line() -> str:
-    if sys.stdin is None:  # closed
-        return ""
-    if sys.stdin.isatty():
-        print("picture (empty line to quit): ", end="", flush=True)
-    return sys.stdin.readline().strip()
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:

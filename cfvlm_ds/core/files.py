@@ -81,8 +81,6 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
-        if not shared and not is_same(temporary, held):  # on a file system without locks
-            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, str(temporary)):  # about another file, which the block uses
@@ -168,7 +166,6 @@ def lock(handle: int, path: Path) -> bool:
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _POLL_S = 0.5
-_BY_ANOTHER = "another process has started to write it; run one process at a time"
 _reported: list[Path] = []
 
 
@@ -188,7 +185,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode number is not used again
         yield partial
         if not is_same(partial, descriptor):
-            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(final))
+            raise FileExistsError(errno.EEXIST, "another process has started to write it; run one process at a time", str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)

@@ -112,17 +112,6 @@ def test_steps_of_a_decimal_number_of_epochs():
     assert [make(3).num_steps(share) for share in (1e-6, 0.3, 1 / 3, 0.34, 2 / 3, 1, 7 / 3)] == [1, 1, 1, 2, 2, 3, 7]
 
 
-def test_bad_sizes():
-    with pytest.raises(DataError, match="no groups"):
-        make(0)
-    for options in ({"mb": 0}, {"accumulation": 0}, {"world": 0}):
-        with pytest.raises(ValueError, match="at least 1"):
-            make(**options)
-    for rank in (-1, 2):
-        with pytest.raises(ValueError, match="world of 2"):
-            make(rank=rank, world=2)
-
-
 def test_data_loader_prefetch_does_not_move_the_position():
     def loader(sampler):
         data = list(range(23))

@@ -104,8 +104,6 @@ def _kind(path: Path, file: Path) -> str:
     if file.suffix.lower() in _SPREADSHEETS:
         raise DataError(f"{path}: the file is a spreadsheet; save it as CSV in UTF-8, with the column names in the first line")
     kind = _SUFFIXES.get(file.suffix.lower(), LINES)
-    if kind == "tar" and file.is_file() and _compressed(file):
-        raise DataError(f"{path}: the file is compressed despite its name; unpack it first (tar -xf and tar -cf without z, or gunzip)")
     if kind == "json":
         try:
             return LINES if is_lines(file) else kind
@@ -114,14 +112,9 @@ def _kind(path: Path, file: Path) -> str:
     return kind
 
 
-def _compressed(file: Path) -> bool:
-    with open(file, "rb") as handle:
-        return handle.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
-
-
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption of an image folder belongs to no picture or to several, or if other files would be ignored."""
-    texts = {picture.with_suffix(".txt").name: picture.name for picture in pictures}
+    """Raise DataError if a caption of an image folder belongs to no picture, or if other files would be ignored."""
+    texts = {picture.with_suffix(".txt").name for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
@@ -130,9 +123,6 @@ def _refuse_unread(path: Path, pictures: list[Path]) -> None:
         raise DataError(
             f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
         )
-    if len(texts) < len(pictures):
-        twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture.name)
-        raise DataError(f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one")
 
 
 def _in_folder(path: Path) -> list[Path]:

@@ -81,11 +81,9 @@ _LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, sprea
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
-    """Raise DataError if an option of the format names a column that no row has, or that ``ignore`` also names."""
+    """Raise DataError if an option of the format names a column that no row has."""
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
-    if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
-        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; remove it from one of them")
     known = dict[str, None]()
     counted = Progress(progress, f"{rows.path}: reading columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
