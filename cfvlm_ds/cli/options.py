@@ -24,24 +24,14 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import VERBOSITY, shows_progress
 
 
-def positive(text: str) -> int:
-    """Parse an argument that is a whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def count(text: str) -> int:
-    """Parse an argument that is a whole number of at least 0."""
-    return _whole(text, 0)
-
-
 def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII) or (value := int(text)) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
     return value
 
 
-Positive = Annotated[int, ("type", positive), ("metavar", "N")]
-Count = Annotated[int, ("type", count), ("metavar", "N")]
+Positive = Annotated[int, ("type", functools.partial(_whole, least=1)), ("metavar", "N")]
+Count = Annotated[int, ("type", functools.partial(_whole, least=0)), ("metavar", "N")]
 Folders = Annotated[list[str], ("action", "append"), ("nargs", None), ("metavar", "FOLDER")]
 OnError = Literal["error", "skip"]
 

@@ -48,10 +48,7 @@ class Confinement:
             mode = mode_of(f"{really}/{name}")
             if ".." in file.parts or (mode is not None and stat.S_ISLNK(mode)):
                 target, inside = self._followed(full)
-                if ".." in file.parts:
-                    full = Path(os.path.normpath(full))
-                    if full.resolve() != target:  # ".." after a link leads elsewhere
-                        full = target
+                full = target if ".." in file.parts else full  # ".." after a link leads elsewhere
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(file)!r} cannot be resolved ({error}); correct it") from error
         if not inside:

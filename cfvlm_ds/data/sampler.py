@@ -65,10 +65,6 @@ class GroupSampler:
         """Number of consumed passes over the data."""
         return self.samples_seen / self.order.length
 
-    def epochs_by_source(self) -> list[float]:
-        """Return the number of consumed passes over each source of a mixture; [] for a single data set."""
-        return self.order.epochs(self.samples_seen)
-
     def advance(self) -> None:
         """Count one optimizer step as consumed."""
         self.samples_seen += self.groups_per_step

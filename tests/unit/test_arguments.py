@@ -188,10 +188,6 @@ def test_rows_replace_no_file(command, here, ended):
     out.unlink()
     main(call)
     assert out.read_text() == first.splitlines(True)[0]
-    out.unlink()
-    (listed := here / "out" / "b.jsonl.skipped.jsonl").write_text('{"mine": 1}\n')
-    assert "b.jsonl.skipped.jsonl already exists and was not written by this package" in ended(*call)
-    assert listed.read_text() == '{"mine": 1}\n'
 
 
 def test_own_scores_and_options_are_known_again(here):
