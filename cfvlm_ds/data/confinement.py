@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +22,7 @@ class Confinement:
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
         self.roots, self._remedy = roots, remedy
-        self.resolved_roots = [root.resolve() for root in roots]
-        self._folder = functools.lru_cache(_KEPT)(self._really)
+        self._resolved_roots = [root.resolve() for root in roots]
         self._file = functools.lru_cache(_KEPT)(self._confined)  # neighbouring rows often share a picture or container
 
     def __call__(self, path: Path) -> Path:
@@ -36,46 +34,16 @@ class Confinement:
         """Return the path of a picture's file, joined to a root. Raises DataError if it is outside all roots."""
         if not file.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
-        if "\0" in str(file):
-            raise DataError(f"image path {str(file)!r} is invalid (it contains a null byte); correct it")
-        joined = [root / file for root in (self.roots if not file.is_absolute() else self.roots[:1])]
-        full = target = (
-            joined[0] if len(joined) == 1 else next((candidate for candidate in joined if os.path.lexists(candidate)), joined[0])
-        )
+        joined = [root / file for root in self.roots]
+        full = joined[0] if len(joined) == 1 else next(filter(os.path.lexists, joined), joined[0])
         try:
-            folder, name = os.path.split(full)
-            really, inside = self._folder(folder)
-            mode = mode_of(f"{really}/{name}")
-            if ".." in file.parts or (mode is not None and stat.S_ISLNK(mode)):
-                target, inside = self._followed(full)
-                full = target if ".." in file.parts else full  # ".." after a link leads elsewhere
+            target = full.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(file)!r} cannot be resolved ({error}); correct it") from error
-        if not inside:
+        if not any(target.is_relative_to(root) for root in self._resolved_roots):
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
-            raise DataError(f"image path {str(file)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
-        return full
-
-    def _really(self, folder: str) -> tuple[str, bool]:
-        """Return the real path of a folder, and whether it is inside a root.
-
-        A million images are usually in few folders. Because resolved folders are cached, each image needs only one system call, which
-        matters on a network file system.
-        """
-        target, inside = self._followed(Path(folder))
-        return str(target), inside
-
-    def _followed(self, path: Path) -> tuple[Path, bool]:
-        target = path.resolve()
-        return target, any(target.is_relative_to(root) for root in self.resolved_roots)
+            raise DataError(f"image path {str(file)!r} leads outside the data {roots} (to {target}); {self._remedy}")
+        return target if ".." in file.parts else full  # ".." after a link leads elsewhere
 
 
-def mode_of(path: str) -> int | None:
-    """Return the mode of a file, without following links, or None if the file does not exist. Raises any other OSError of lstat."""
-    try:
-        return os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-_KEPT = 4096  # cached folders, and files, because every row may have its own folder
+_KEPT = 4096  # cached files

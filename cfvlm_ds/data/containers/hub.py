@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from cfvlm_ds.core.data_config import is_hub
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import bare_name
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
@@ -95,10 +94,10 @@ def _cached_folder(record: Path) -> Path | None:
     """Return the folder into which an earlier call fetched all files, or None if one is missing or has another size."""
     try:
         cached = read_json(record)
-        folder, files = record.parent / bare_name(cached["folder"], record), cached["files"]
+        folder, files = record.parent / cached["folder"], cached["files"]
         complete = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
         return folder if complete else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -148,8 +148,6 @@ def _in_folder(path: Path) -> list[Path]:
     hint = f"name {' or '.join(map(str, below[:3]))}, which contains data files" if below else "name the data file"
     if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
         hint = f"name {path / named}"
-    elif pictures:
-        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} next to it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is a model folder; name the data, after the model if the command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")
