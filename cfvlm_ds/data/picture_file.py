@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
+from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """Name of a part. Each part has exactly one name: leading zeros and digits of other scripts are not allowed."""
@@ -67,12 +67,10 @@ def open_picture(path: Path) -> io.BufferedReader:
 
 def picture_bytes(path: Path, limit: int) -> bytes:
     """Read all bytes of a picture. Raises the same errors as ``open_picture``, and TooLarge for more than ``limit`` bytes."""
-    if (size := picture_stat(path)[0]) <= limit:  # a larger picture is not read
-        with open_picture(path) as handle:
-            content = read_within(handle, size, limit)
-        if len(content) <= limit:
-            return content
-    raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
+    if picture_stat(path)[0] > limit:  # not read
+        raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
+    with open_picture(path) as handle:
+        return handle.read()
 
 
 def _part(path: Path) -> tuple[int, int] | None:

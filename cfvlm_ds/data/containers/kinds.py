@@ -76,19 +76,14 @@ def sources_of(path: Path) -> list[Path]:
     return [path]
 
 
-def sources_state(path: Path) -> tuple[int, int, int]:
-    """Return size, modification time and change time of a path's file; for several files, total size, latest modification time and a hash.
-
-    Raises OSError, and the same errors as ``sources_of``.
+def sources_state(path: Path) -> str:
+    """Hash the names, sizes, modification times and change times of a path's files. Unlike the modification time, the change time cannot be
+    set by a user. Raises OSError, and the same errors as ``sources_of``.
     """
     sources = sources_of(path)
     captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]
-    files = [(file.name, file.stat()) for file in (*sources, *captions)]
-    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
-    if len(states) == 1 and not path.is_dir():
-        return states[0][1:]
-    digest = hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=7).digest()
-    return sum(state[1] for state in states), max(state[2] for state in states), int.from_bytes(digest, "little")
+    states = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in (*sources, *captions)]
+    return hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _is_picture(path: Path) -> bool:

@@ -18,7 +18,7 @@ from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conver
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.fields import as_meta, row_id, value_of, without
+from cfvlm_ds.data.fields import as_meta, row_id, string, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
@@ -201,9 +201,7 @@ def answer_of(turn: Turn) -> str:
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
     """Return the conversation with the row's column ``system``, if there is one, as its first turn."""
-    system = row.get("system", "")
-    if not isinstance(system, str):
-        raise DataError(f"row: 'system' must be a string, not {quoted(system)}")
+    system = string(row, "system", "row") if "system" in row else ""
     if not system.strip():
         return spoken
     if spoken.turns[0].role == "system":
