@@ -48,8 +48,6 @@ def _describe(
         raise ConfigError(f"{missing[0]} is not a file; name image files")
     if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
         raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
-    if choices and len(set(choices)) < len(choices):
-        raise ConfigError("--choices has the same text twice; give different texts")
     from cfvlm_ds.demo.tiny_llava import is_random
     from cfvlm_ds.evaluation.generation import write
 

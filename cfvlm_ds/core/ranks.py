@@ -103,21 +103,16 @@ def _wait_for(mark: Path, seconds: float) -> None:
 def _is_said(mark: Path) -> bool:
     """Return whether a rank of this launch has left the mark.
 
-    An older mark comes from another launch by the same parent. Neither it nor a mark of another user counts.
+    An older mark comes from another launch by the same parent, and does not count.
     """
     try:
-        stat = mark.lstat()
-        return stat.st_uid == os.getuid() and stat.st_mtime > psutil.Process().create_time() - _CLOCK_S
+        return mark.lstat().st_mtime > psutil.Process().create_time() - _CLOCK_S
     except (OSError, psutil.Error):
         return False
 
 
 def _leave(mark: Path) -> None:
-    """Leave a mark (see ``printed_once``), and remove the marks of launches that have ended."""
+    """Leave a mark (see ``printed_once``)."""
     with contextlib.suppress(OSError):
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         os.utime(mark)
-        for other in mark.parent.glob(f"cfvlm_ds-{os.getuid()}-*.said"):
-            parent = other.name.split("-")[2]
-            if parent.isdecimal() and not psutil.pid_exists(int(parent)):
-                other.unlink(missing_ok=True)

@@ -73,10 +73,6 @@ class HeldFile:
         self._handle = open_regular(path)
         self.number = self._handle.fileno()
 
-    def __del__(self) -> None:
-        if handle := getattr(self, "_handle", None):
-            handle.close()
-
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes from ``offset``; fewer only at the end of the file. Raises OSError."""
         return os.pread(self.number, length, offset)

@@ -22,16 +22,13 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
-from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.passes import Done, Scan, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 Array = npt.NDArray[Any]
 

@@ -141,7 +141,6 @@ MINE = {
     "list.json": '[[1], "x"]\t\n',
     "null.json": "null\n",
     "table.tsv": "a\tb\t\n1\t2\t\n",
-    "run/results.json": '{"test": [{"name": "all", "num": 1, "metrics": {}}]}',
     "run/config.yaml": "model: {}\n",
 }
 """Files that look like those that commands write; mine.jsonl has the groups of a.jsonl, as somebody else would have written them."""

@@ -64,7 +64,7 @@ def test_the_answers_of_a_conversation_meet_in_a_micro_batch(tmp_path):
     groups = open_groups(lines(tmp_path / "rows.jsonl", rows), format="llava:per_turn=true")
     assert groups.together is not None and len(groups) == 80
     together = RowsTogether(groups.together, 80)
-    mixed = Order((80, 10), shares_of([1, 1], (80, 10), "ab"), 0, rows=(together, None))
+    mixed = Order((80, 10), shares_of([1, 1], (80, 10)), 0, rows=(together, None))
     from_mixture = [group for group in mixed.at(0, 400) if group < 80]
     for drawn in (Order((80,), (), 0, rows=(together,)).at(0, 160), from_mixture[:160]):
         assert sorted(drawn[:80]) == sorted(drawn[80:]) == list(range(80)) and drawn[:80] != drawn[80:]
