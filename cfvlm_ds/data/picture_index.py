@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
@@ -107,9 +108,8 @@ class PictureTable:
 
         distinct = list(dict.fromkeys(paths))
         counted = Progress(say, "hashing pictures", len(distinct), "pictures")
-        with ThreadPoolExecutor(cores_per_rank()) as pool:
-            entries = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
-            return cls.of((path, picture) for path, picture in entries if picture is not None)
+        entries = side_by_side(look, counted.over(distinct), cores_per_rank(), _AT_ONCE)
+        return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
         """Yield the contents of the file that ``opened`` reads, part by part."""

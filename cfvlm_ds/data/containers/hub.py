@@ -23,7 +23,7 @@ from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.core.text import one_line
+from cfvlm_ds.core.text import few, one_line
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
@@ -115,8 +115,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         depth = address.files.count("/")
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
-            near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
-            problems.append(DataError(f"{path}: the data set has no such file; it contains {near or 'no files'}"))
+            problems.append(DataError(f"{path}: the data set has no such file; it contains {few(every, 20) or 'no files'}"))
             return
         folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +128,3 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         problems.append(
             DataError(f"{path} cannot be fetched ({reason}); on a machine with network access, run {command}, and give the files in FOLDER")
         )
-
-
-_SHOWN = 20

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.text import few
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
 from cfvlm_ds.data.containers.image_folder import picture_rows
@@ -114,9 +115,8 @@ def _refuse_unread(path: Path, pictures: list[Path]) -> None:
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
     if others:
-        named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
         raise DataError(
-            f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
+            f"{path}: {few(others)} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
         )
 
 

@@ -33,11 +33,7 @@ def _rows(path: Path, delimiter: str) -> Rows:
                 if line:
                     yield f"line {reader.line_num}", _row(columns, line, reader.line_num)
         except csv.Error as error:
-            remedy = (
-                'write a quote within quotes twice ("")'
-                if "field" not in str(error)
-                else "shorten it, or look for a quote that is never closed"
-            )
+            remedy = 'write a quote within quotes twice (""), close every quote, and shorten long fields'
             raise DataError(f"{path}:{reader.line_num}: not a table ({error}); {remedy}") from error
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
