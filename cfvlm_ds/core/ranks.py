@@ -85,7 +85,9 @@ def printed_once(sentence: str) -> Iterator[bool]:
         yield False
         return
     yield True
-    _leave(mark)
+    with contextlib.suppress(OSError):
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.utime(mark)
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
@@ -109,10 +111,3 @@ def _is_said(mark: Path) -> bool:
         return mark.lstat().st_mtime > psutil.Process().create_time() - _CLOCK_S
     except (OSError, psutil.Error):
         return False
-
-
-def _leave(mark: Path) -> None:
-    """Leave a mark (see ``printed_once``)."""
-    with contextlib.suppress(OSError):
-        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        os.utime(mark)

@@ -41,8 +41,8 @@ class Confinement:
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
             raise DataError(f"image path {str(file)!r} cannot be resolved ({error}); correct it") from error
         if not any(target.is_relative_to(root) for root in self._resolved_roots):
-            roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
-            raise DataError(f"image path {str(file)!r} leads outside the data {roots} (to {target}); {self._remedy}")
+            roots = ", ".join(map(str, self.roots))
+            raise DataError(f"image path {str(file)!r} leads outside the data roots {roots} (to {target}); {self._remedy}")
         return target if ".." in file.parts else full  # ".." after a link leads elsewhere
 
 

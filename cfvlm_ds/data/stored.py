@@ -21,7 +21,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import crc32_of
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
-from cfvlm_ds.data.cfgroup import NATIVE, native_group
+from cfvlm_ds.data.cfgroup import NATIVE, from_row
 from cfvlm_ds.data.lines import IndexedLines, index_file
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import PictureTable
@@ -129,4 +129,4 @@ def _mapped(file: Path) -> Any:
 def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None) -> GroupStore:
     """Open the groups of a store. Raises the same errors as StoredRows."""
     stored = StoredRows(path, roots)
-    return GroupStore(stored, stored.roots, native_group, None, NATIVE, limit)
+    return GroupStore(stored, stored.roots, from_row, None, NATIVE, limit)

@@ -10,7 +10,7 @@ read as in ``captions``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,10 @@ class WebDataset:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false)
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
         """Convert a sample to a group. Its DataErrors do not name the file and line."""
         read, columns = self._read(row)
-        group = read(columns)
-        assert isinstance(group, CounterfactualGroup)
-        return group
+        return read(columns)
 
     def claim(self, row: Mapping[str, Any]) -> Claim:
         """Read the labelled texts of a sample, if the format has a ``label``."""
