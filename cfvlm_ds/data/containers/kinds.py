@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -153,7 +152,7 @@ def _saved(path: Path) -> list[Path]:
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"
         ) from error
