@@ -563,14 +563,15 @@ def test_progress_has_rate_and_remaining_time(monkeypatch):
         "check of images: 5 of 5 images, 0.25 images/s, 0:00:00 left",
     ]
     lines.clear()
-    written = Progress(lines.append, "export", 3000, "GB", every_s=8)
+    written = Progress(lines.append, "export", 3000, "GB")
     written.advance(750.25)  # 4 s after the start: 187.6 a second
     written.advance(1.0)
     assert lines == ["export: 750.2 of 3000 GB, 188 GB/s, 0:00:12 left"]
 
 
 def test_checks_say_how_far_they_are(folder, monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
+    for name in ("FIRST_S", "EVERY_S"):
+        monkeypatch.setattr(f"cfvlm_ds.core.progress.{name}", 0.0)
     lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
     counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
