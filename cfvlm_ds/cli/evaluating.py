@@ -102,8 +102,7 @@ def _evaluate(
 
     manifests = named_apart(manifest)
     if out:
-        of_run = (Path(out).parent / "config.yaml").is_file()  # the results.json of a run has the same form
-        own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
+        own_output(Path(out), _is_evaluated, "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
     results, _ = evaluate(
@@ -203,16 +202,15 @@ def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
         usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # another probe must not rename logged metrics
         metrics |= logged(each.called if usual else each.place, each.metrics)
     before, step = previous_run(out, experiment) or ({}, None)
-    others = {name: value for name, value in metrics.items() if name in before and before[name] != value}
-    added = {name: value for name, value in metrics.items() if name not in before}
+    changed = {name: value for name, value in metrics.items() if before.get(name) != value}
     record = new_results[0].record
     params = {"model": record["model"], "settings": record["settings"]}
     tags = {"benchmarks": ", ".join(each.place for each in results), "cfvlm_ds": record["versions"]["cfvlm-ds"]}
     tags |= {"mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
     options: dict[str, Any] = {"close_timeout": _DELIVERED_WITHIN_S, "resume_step": None if step is None else max(step, 0)}
     with open_tracker(True, out, experiment, without_secrets(out.resolve().name), params, tags, **options) as tracker:
-        if added or others:
-            tracker.log(max(step or 0, 0) + bool(others), added | others)
+        if changed:
+            tracker.log(max(step or 0, 0) + bool(before.keys() & changed.keys()), changed)
         for each in results:
             tracker.artifact(out / each.place / RESULTS, each.place)
         tracker.artifact(out / "results.md")

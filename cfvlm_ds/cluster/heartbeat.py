@@ -111,7 +111,6 @@ class Heartbeat:
         self._own: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "beat": 0,
             "moves": 0,
             "step": 0,
             "phase": "start-up",

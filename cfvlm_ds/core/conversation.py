@@ -84,12 +84,11 @@ def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
     """Return the prompt as JSON: a string, or messages. A message that consists of one text holds it as a plain string."""
     if isinstance(prompt, str):
         return prompt
-    return [_spelled(message) for message in messages(prompt)]
-
-
-def _spelled(message: dict[str, Any]) -> dict[str, Any]:
-    first, *more = message["content"] or [{}]
-    return message if more or "text" not in first else message | {"content": first["text"]}
+    written = messages(prompt)
+    for message in written:
+        if len(parts := message["content"]) == 1 and "text" in parts[0]:
+            message["content"] = parts[0]["text"]
+    return written
 
 
 def simplest(turns: Sequence[Turn]) -> Prompt:

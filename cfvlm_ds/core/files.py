@@ -42,13 +42,12 @@ class Summed:
         return len(data)
 
 
-def crc32_of(file: Path, read: Callable[[int], object] = lambda size: None) -> int:
-    """Compute the CRC-32 of a file; ``read`` is called with the size of each block in bytes. Raises OSError."""
+def crc32_of(file: Path) -> int:
+    """Compute the CRC-32 of a file. Raises OSError."""
     checksum = 0
     with file.open("rb", buffering=0) as handle:
         while block := handle.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
-            read(len(block))
     return checksum
 
 
@@ -82,8 +81,6 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             raise ConfigError(f"{path} is being written by another process; wait for it, or name another file")
         with os.fdopen(os.dup(held), "wb") as file:
             yield file
-        if not shared and not is_same(temporary, held):  # on a file system without locks
-            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(path))
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, str(temporary)):  # about another file, which the block uses
@@ -169,7 +166,6 @@ def lock(handle: int, path: Path) -> bool:
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _POLL_S = 0.5
-_BY_ANOTHER = "another process has started to write it; run one process at a time"
 _reported: list[Path] = []
 
 
@@ -189,7 +185,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode number is not used again
         yield partial
         if not is_same(partial, descriptor):
-            raise FileExistsError(errno.EEXIST, _BY_ANOTHER, str(final))
+            raise FileExistsError(errno.EEXIST, "another process has started to write it; run one process at a time", str(final))
         remove(older)
         put_in_place(partial, final, older)
         remove(older)
@@ -226,14 +222,6 @@ def replace(path: Path, content: bytes, shared: bool = False) -> None:
     """Write a file with this content through ``whole_file``."""
     with whole_file(path, shared) as file:
         file.write(content)
-
-
-def update(path: Path, content: bytes) -> None:
-    """Write a file with ``replace`` unless it already has this content, so that a resumed run needs no disk space for it."""
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == content:
-            return
-    replace(path, content)
 
 
 def write_if_possible(path: Path, text: str, say: Say) -> bool:

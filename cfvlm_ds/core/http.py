@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import ssl
+import time
 import urllib.error
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib import request as requests
-
-from cfvlm_ds.core.deadline import Deadline
 
 
 class Reply(NamedTuple):
@@ -36,42 +34,28 @@ def call(
 
     With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
     urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that is cut off, or that sends
-    nothing for ``silence_s`` seconds; and ValueError for a reply that takes longer than ``whole_s`` seconds or has more than ``most_bytes``
-    bytes.
+    nothing for ``silence_s`` seconds; and ValueError for a reply whose body is still coming after ``whole_s`` seconds or has more than
+    ``most_bytes`` bytes.
     """
-    opener = requests.OpenerDirector()
-    with Deadline(whole_s) as deadline:
-        for handler in (_Watched(deadline), *(kind() for kind in _FOLLOWING if follow)):
-            opener.add_handler(handler)
-        try:
-            try:
-                answer: Any = opener.open(requests.Request(url, body, dict(headers)), timeout=silence_s)
-            except urllib.error.HTTPError as error:
-                answer = error
-            with answer:
-                content = answer.read(most_bytes + 1)
-        except (OSError, http.client.HTTPException):
-            if not deadline.late:
-                raise
-    if deadline.late:
-        raise ValueError(f"no complete reply within {whole_s:g} s")
+    opener, end = requests.OpenerDirector(), time.monotonic() + whole_s
+    for handler in (requests.HTTPHandler(), requests.HTTPSHandler(context=_TLS), *(kind() for kind in _FOLLOWING if follow)):
+        opener.add_handler(handler)
+    try:
+        answer: Any = opener.open(requests.Request(url, body, dict(headers)), timeout=silence_s)
+    except urllib.error.HTTPError as error:
+        answer = error
+    content = bytearray()
+    with answer:
+        while len(content) <= most_bytes and (part := answer.read1(most_bytes + 1 - len(content))):
+            content += part
+            if time.monotonic() > end:
+                raise ValueError(f"no complete reply within {whole_s:g} s")
     if len(content) > most_bytes:
         raise ValueError(f"the reply has more than {most_bytes} bytes")
     stated = answer.headers.get("Content-Length", "")
     if stated.isdecimal() and int(stated) != len(content) and not 300 <= answer.status < 400:  # a refused redirect is not read
         raise OSError(f"{len(content)} of {stated} bytes were received")
-    return Reply(answer.status, answer.reason, answer.headers, content)
-
-
-class _Watched(requests.HTTPHandler, requests.HTTPSHandler):
-    """Handler that opens connections under a deadline."""
-
-    def __init__(self, deadline: Deadline) -> None:
-        super().__init__(context=_TLS)
-        self._deadline = deadline
-
-    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        return super().do_open(lambda *where, **how: self._deadline.watch(http_class(*where, **how)), req, **options)
+    return Reply(answer.status, answer.reason, answer.headers, bytes(content))
 
 
 class _Redirects(requests.HTTPRedirectHandler):

@@ -130,7 +130,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
             plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
-            _put(options, option.removesuffix("+").split("."), plain, more=option.endswith("+"))
+            _put(options, option.split("."), plain)
     return options, (stated or set(CFVLM)) | added, folder
 
 
@@ -170,22 +170,20 @@ def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False)
         _put(options, str(name).split("."), value, once)
 
 
-def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False, more: bool = False) -> None:
-    """Set an option in nested sections; with ``more``, add the value to a list. Evaluation sets are set as one mapping, because their names
-    may contain dots.
-    """
+def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False) -> None:
+    """Set an option in nested sections. Evaluation sets are set as one mapping, because their names may contain dots."""
     name, *inside = path
     before = options.get(name)
-    section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation" and not more)
+    section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation")
     if (before is not None and not isinstance(before, Mapping)) if section else (once and name in options):
         raise ConfigError(f"{name!r} occurs twice, by itself and in its section; keep one of them")
     if section:
         options[name] = before = dict(before) if isinstance(before, Mapping) else {}
         if name == "evaluation" and isinstance(file := before.get(inside[0]), str) and (inside[1:] or isinstance(value, Mapping)):
             before[inside[0]] = {"path": file}
-        _put(before, inside, value, once, more) if inside else _merge(before, value, once)
+        _put(before, inside, value, once) if inside else _merge(before, value, once)
     else:
-        options[name] = [*(before if isinstance(before, list) else [before] * bool(before)), value] if more else value
+        options[name] = value
 
 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:

@@ -27,13 +27,12 @@ class Progress:
         what: name of the work.
         total: number of units; None if unknown.
         unit: name of the units, in the plural.
-        every_s: minimum number of seconds between two lines; the first is printed after at most ``FIRST_S``.
     """
 
-    def __init__(self, say: Say, what: str, total: float | None, unit: str, every_s: float = EVERY_S) -> None:
-        self._say, self._what, self._total, self._unit, self._every_s = say, what, total, unit, every_s
+    def __init__(self, say: Say, what: str, total: float | None, unit: str) -> None:
+        self._say, self._what, self._total, self._unit = say, what, total, unit
         self._began = time.monotonic()
-        self._next = self._began + min(FIRST_S, every_s)
+        self._next = self._began + FIRST_S
         self._done = 0.0
 
     def advance(self, units: float = 1) -> None:
@@ -41,7 +40,7 @@ class Progress:
         self._done += units
         now = time.monotonic()
         if now >= self._next:
-            self._next = now + self._every_s
+            self._next = now + EVERY_S
             rate = self._done / (now - self._began)
             speed = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
             if self._total is None:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,8 +46,7 @@ def others_wait() -> Iterator[None]:
 def cores_per_rank() -> int:
     """Return the number of this machine's cores per rank; see also ``others_wait``."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
 
 
 def default_workers() -> int:
@@ -87,7 +85,9 @@ def printed_once(sentence: str) -> Iterator[bool]:
         yield False
         return
     yield True
-    _leave(mark)
+    with contextlib.suppress(OSError):
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.utime(mark)
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
@@ -105,21 +105,9 @@ def _wait_for(mark: Path, seconds: float) -> None:
 def _is_said(mark: Path) -> bool:
     """Return whether a rank of this launch has left the mark.
 
-    An older mark comes from another launch by the same parent. Neither it nor a mark of another user counts.
+    An older mark comes from another launch by the same parent, and does not count.
     """
     try:
-        stat = mark.lstat()
-        return stat.st_uid == os.getuid() and stat.st_mtime > psutil.Process().create_time() - _CLOCK_S
+        return mark.lstat().st_mtime > psutil.Process().create_time() - _CLOCK_S
     except (OSError, psutil.Error):
         return False
-
-
-def _leave(mark: Path) -> None:
-    """Leave a mark (see ``printed_once``), and remove the marks of launches that have ended."""
-    with contextlib.suppress(OSError):
-        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        os.utime(mark)
-        for other in mark.parent.glob(f"cfvlm_ds-{os.getuid()}-*.said"):
-            parent = other.name.split("-")[2]
-            if parent.isdecimal() and not psutil.pid_exists(int(parent)):
-                other.unlink(missing_ok=True)

@@ -73,37 +73,17 @@ class HeldFile:
         self._handle = open_regular(path)
         self.number = self._handle.fileno()
 
-    def __del__(self) -> None:
-        if handle := getattr(self, "_handle", None):
-            handle.close()
-
     def read(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes from ``offset``; fewer only at the end of the file. Raises OSError."""
-        if len(part := os.pread(self.number, length, offset)) == length:
-            return part
-        parts = [part]
-        while part and len(part) < length:
-            offset, length = offset + len(part), length - len(part)
-            parts.append(part := os.pread(self.number, length, offset))
-        return b"".join(parts)
+        return os.pread(self.number, length, offset)
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Read a regular file completely. Raises TooLarge for a file of more than ``limit`` bytes."""
     with open_regular(path) as handle:
-        stated = os.fstat(handle.fileno()).st_size  # a file that is larger is not read
-        content = read_within(handle, stated, limit) if stated <= limit else b""
-    if stated > limit or len(content) > limit:
-        raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
-    return content
-
-
-def read_within(handle: IO[bytes], stated: int, limit: int) -> bytes:
-    """Read the rest of a file whose stated size is ``stated``. If it is longer than stated, read up to ``limit`` + 1 bytes. Memory for
-    ``limit`` bytes is not allocated in advance.
-    """
-    content = handle.read(stated + 1)
-    return content if len(content) <= stated else content + handle.read(limit + 1 - len(content))
+        if os.fstat(handle.fileno()).st_size > limit:  # not read
+            raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
+        return handle.read()
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:

@@ -31,8 +31,8 @@ class Lazy(Sequence[T]):
         return Lazy(self._make, self._places[index]) if isinstance(index, slice) else self._make(self._places[index])
 
 
-def shared_start(one: Sequence[str], other: Sequence[str]) -> int:
-    """Count the words that two texts have in common at their beginning."""
+def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
+    """Count the items, such as words, that two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

@@ -42,9 +42,9 @@ def refuse_no_file(given: str, path: str) -> None:
 
 
 def listed(folder: str, given: str = "") -> str:
-    """List the files of a folder for a message: those that come with the package, and those of the working directory. If there are names
-    similar to ``given``, only these are listed.
+    """List the files of a folder that come with the package, for a message. If there are names similar to ``given``, only these are
+    listed.
     """
-    names = {path.name for place in (shipped(folder), Path(folder)) if place.is_dir() for path in place.iterdir() if path.is_file()}
+    names = [path.name for path in shipped(folder).iterdir() if path.is_file()]
     like = difflib.get_close_matches(Path(given).name, names, n=8, cutoff=0.6)
     return ", ".join(f"{folder}/{name}" for name in sorted(like or names))

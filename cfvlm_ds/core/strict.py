@@ -155,10 +155,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
         inside = _MAIN_OPTION.get(option.rpartition(".")[2])
         return f" is a section of options, not {value!r}; {f'set {option}.{inside} to it' if inside else 'see --help'}"
     if value is None:
-        remedy = (
-            f"write {option.rpartition('.')[2]}: {{}} for its defaults" if is_dataclass(hint) else "leave the option out for its default"
-        )
-        return f": null is not allowed; {remedy}"
+        return f": null is not allowed; leave the option out for its default{', or write {}' * is_dataclass(hint)}"
     *before, last = _called(hint)
     return f": expected {', '.join(before)}{' or ' * bool(before)}{last}, got {value!r}"
 

@@ -21,18 +21,12 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
 
     A file name is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
     """
-    problem = None
-    if not isinstance(name, str):
-        problem = f"is a {type(name).__name__}, not a file name"
-    elif name in ("", ".", "..") or "/" in name or "\\" in name:
-        problem = "is not a plain file name, and only files of the folder itself are read"
-    elif not name.isprintable() or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-        problem = "is not a valid file name"
-    elif not name.endswith(ending):
-        problem = f"does not end in {ending}"
-    if problem:
-        raise ConfigError(f"{said_by}: {str(name)[:300]!r} {problem}; correct it, or download the folder again")
-    return str(name)
+    text = name if isinstance(name, str) else ""
+    is_plain = text not in ("", ".", "..") and not {"/", "\\"} & {*text} and text.isprintable()
+    if not is_plain or len(text.encode("utf-8", "surrogatepass")) > _LONGEST_NAME or not text.endswith(ending):
+        what = f"the plain name of a file{ending and f' that ends in {ending}'}, and only files of the folder itself are read"
+        raise ConfigError(f"{said_by}: {str(name)[:300]!r} is not {what}; correct it, or download the folder again")
+    return text
 
 
 def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:

@@ -1,4 +1,4 @@
-"""HTTP calls to untrusted servers, with limits on reply size and total time, without redirects, and without secrets in stored messages.
+"""HTTP calls to untrusted servers, with limits on the size and time of a reply, without redirects, and without secrets in stored messages.
 
 Only the standard library is used. The client of openai 3.57 gives none of these guarantees: with a timeout of 0.5 s it waited 6 s for a
 body that arrived byte by byte, read a body of 200 MB, followed a redirect, and did not repeat a call after prose or truncated JSON.

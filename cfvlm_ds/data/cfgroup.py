@@ -40,13 +40,8 @@ _TEXT_KEYS = frozenset(("id", "text", "prompt", "key", "role", "meta"))
 _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
-def native_group(row: Mapping[str, Any]) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row, with image paths as written. Raises DataError."""
-    return from_row(row, _AS_WRITTEN)
-
-
-def from_row(row: Mapping[str, Any], root: Path) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``, and no image is opened.
+def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> CounterfactualGroup:
+    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``, by default as written, and no image is opened.
 
     Raises DataError (without the file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth
     value other than 0 or 1, or a group that CounterfactualGroup refuses.

@@ -22,17 +22,13 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
-from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.passes import Done, Scan, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.data.stored import StoredRows
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 Array = npt.NDArray[Any]
 
@@ -179,12 +175,9 @@ class _Texts:
                         images.setdefault(hashed(keys.tobytes()), tokens)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: {', '.join(map(str, image))}: {error}")
-        unseen = (_SOME_SIZE,) * group.num_pictures
         for number, candidate in enumerate(group.candidates):
             try:
                 length = max((lengths.row_length(candidate.prompt, candidate.text, shown) for shown in sizes), default=0)
-                if not sizes:  # all pictures are broken, which is reported above
-                    lengths.row_length(candidate.prompt, candidate.text, unseen)
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
                 continue
@@ -200,9 +193,6 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
     """Record the lengths of a group's texts in characters."""
     for number, candidate in enumerate(group.candidates):
         report.note_length(len(candidate.text), "characters", where, number)
-
-
-_SOME_SIZE = (56, 56)  # assumed for broken pictures, so that problems of a text other than its length are reported
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
@@ -238,8 +228,8 @@ def check_manifest(
     """Check a data set completely, and return its contents and problems. Every image is decoded once. Problems are returned, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The files of a store are
-    also compared with their checksums.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The rows, pictures and
+    tables of a store are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)
@@ -249,6 +239,4 @@ def check_manifest(
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
-    if isinstance(store.rows, StoredRows):
-        report.problems.extend(store.rows.altered(progress))
     return report

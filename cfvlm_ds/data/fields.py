@@ -14,16 +14,14 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.named import near
 
 
 def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
     """Raise a DataError for a key that is not allowed. It names a similar allowed key if there is one."""
     for key in row:
         if key not in allowed:
-            names = sorted(allowed)
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
-            raise DataError(f"{where}: unknown key {key!r}; {hint}")
+            raise DataError(f"{where}: unknown key {key!r}; {near(key, sorted(allowed), 'allowed: ')}")
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
@@ -35,8 +33,8 @@ def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> di
     absent = [name for name in known if name not in row]
     further = {key: value for key, value in row.items() if key not in known}
     for key in further if absent else ():
-        if near := difflib.get_close_matches(key, absent, n=1, cutoff=_MISSPELT):
-            raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? If not, rename the key")
+        if like := difflib.get_close_matches(key, absent, n=1, cutoff=_MISSPELT):
+            raise DataError(f"{where}: unknown key {key!r}; did you mean {like[0]!r}? If not, rename the key")
     return further
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,11 +83,9 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return a message about a row that repeats an earlier row, or its group id."""
+    """Return a message about a row that repeats the group id of an earlier row, or the whole row."""
     where, before = store.where(index), store.where(first)
-    if dataclasses.replace(store[index], meta="") == dataclasses.replace(store[first], meta=""):
-        return f"{where}: the row repeats {before}; remove it"
-    return f"{where}: group id {group_id!r} is already used by {before}; make ids unique"
+    return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 
 
 def known_format(path: str | Path, format: str) -> None:
@@ -110,19 +107,12 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Give each path a distinct name: its stem, preceded by as many of its folders as distinguish it from the others. Return name -> path.
-
-    Raises DataError for a path that is given twice.
+    """Name each path by its stem, or all by the paths themselves if two stems are equal. Return name -> path. Raises DataError for a path
+    that is given twice.
     """
-    all_parts = [Path(os.path.normpath(Path(path).absolute())).parts for path in paths]
-    for path, parts in zip(paths, all_parts, strict=True):
-        if all_parts.count(parts) > 1:
+    absolute = list(map(os.path.abspath, paths))
+    for path in paths:
+        if absolute.count(os.path.abspath(path)) > 1:
             raise DataError(f"{path} is given twice; name each manifest once")
-    stems = [(*parts[:-1], Path(parts[-1]).stem) for parts in all_parts]
-    if len(set(stems)) == len(stems):
-        all_parts = stems
-    return {"/".join(parts[-_depth(parts, all_parts) :]): path for path, parts in zip(paths, all_parts, strict=True)}
-
-
-def _depth(parts: tuple[str, ...], among: list[tuple[str, ...]]) -> int:
-    return next(n for n in range(1, len(parts) + 1) if sum(other[-n:] == parts[-n:] for other in among) == 1)
+    stems = [Path(path).stem for path in paths]
+    return dict(zip(stems if len(set(stems)) == len(stems) else paths, paths, strict=True))

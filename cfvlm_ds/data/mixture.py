@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data import permutation
@@ -29,7 +28,6 @@ WINDOW = 1000
 """Number of draws in a window, in which every source has its share to within one draw."""
 _TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
-_LEAST = Fraction(1, 10**9)  # smallest share, because positions are integers of 64 bits
 _KEPT = 1 << 10  # cached windows
 
 
@@ -63,9 +61,7 @@ class Draws:
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """Return the position in the stream of draw ``number`` (from 0) of a source. Raises ValueError for a source without a share."""
-        if not self.shares[source]:
-            raise ValueError(f"source {source} has no share")
+        """Return the position in the stream of draw ``number`` (from 0) of a source that has a share."""
         low, high = 0, 1
         while int(self.before(high)[source]) <= number:
             low, high = high, 2 * high
@@ -114,23 +110,17 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
     return source[order], place[order]
 
 
-def shares_of(weights: Sequence[float | None], sizes: Sequence[int], names: Sequence[str]) -> tuple[Fraction, ...]:
+def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    Raises DataError if only some sources have a weight, and for a share too small for any run to draw from.
+    ``DataConfig.train_sets`` refuses sources of which only some have a weight.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
-    elif without := [name for name, weight in zip(names, weights, strict=True) if weight is None]:
-        raise DataError(f"data.train: source {without[0]!r} has no weight, but others have one; give every source a weight, or none")
     else:
         given = [Fraction(repr(float(weight or 0))) for weight in weights]
     total = sum(given, Fraction(0))
-    shares = tuple(weight / total for weight in given)
-    for share, name in zip(shares, names, strict=True):
-        if 0 < share < _LEAST:
-            raise DataError(f"data.train: source {name!r} gets {float(share):.1g} of the draws, less than one in 1e9; leave it out")
-    return shares
+    return tuple(weight / total for weight in given)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
-from cfvlm_ds.data.picture_index import Picture, PictureTable, digest_of, find, picture_key, picture_of
+from cfvlm_ds.data.picture_index import Picture, PictureTable, find, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
 from cfvlm_ds.data.stored import StoredRows
@@ -110,10 +110,7 @@ def opened_picture(
         known_before = None if prepared is None else prepared.find(path)
         if known_before is not None and known_before._replace(ctime=picture.ctime) != picture:
             return f"{path}: the picture has changed since it was prepared; restore it, or prepare the data again", b""
-        content = picture_bytes(path, MAX_BYTES) if contents else b""
-        if contents and digest_of(content) != picture.digest:
-            return f"{path}: the picture changed while it was read; start again when it is complete", b""
-        return picture, content
+        return picture, picture_bytes(path, MAX_BYTES) if contents else b""
     except DataError as error:
         return str(error), b""
     except (OSError, ValueError) as error:

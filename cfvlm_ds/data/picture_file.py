@@ -12,10 +12,10 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular, read_within
+from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
 """Name of a part. Each part has exactly one name: leading zeros and digits of other scripts are not allowed."""
@@ -52,25 +52,25 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading. The reader cannot reach other bytes of a container. Raises the same errors as picture_stat,
-    and ValueError for a file that is not regular.
+    """Open the bytes of a picture for reading. A part of a container is read into memory: the reader cannot reach other bytes, and has no
+    descriptor, by which image libraries would read the container from its start. Raises the same errors as picture_stat, and ValueError
+    for a file that is not regular.
     """
     if (part := _part(path)) is None:
         return cast(io.BufferedReader, open_regular(path))
     file = picture_file(path)
     stat = file.stat()
     container = _container(str(file), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return io.BufferedReader(_Part(path, container, *_inside(path, part, os.fstat(container.number).st_size)), 1 << 16)
+    content = container.read(*_inside(path, part, os.fstat(container.number).st_size))
+    return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(content)))
 
 
 def picture_bytes(path: Path, limit: int) -> bytes:
     """Read all bytes of a picture. Raises the same errors as ``open_picture``, and TooLarge for more than ``limit`` bytes."""
-    if (size := picture_stat(path)[0]) <= limit:  # a larger picture is not read
-        with open_picture(path) as handle:
-            content = read_within(handle, size, limit)
-        if len(content) <= limit:
-            return content
-    raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
+    if picture_stat(path)[0] > limit:  # not read
+        raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
+    with open_picture(path) as handle:
+        return handle.read()
 
 
 def _part(path: Path) -> tuple[int, int] | None:
@@ -92,36 +92,3 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 def _container(path: str, *state: int) -> HeldFile:
     """Open a container. A file that replaces it has another ``state`` and is opened separately."""
     return HeldFile(path)
-
-
-class _Part(io.RawIOBase):
-    """Range of a container as a file object. It has no descriptor, because image libraries would read the container from its start."""
-
-    def __init__(self, path: Path, container: HeldFile, start: int, length: int) -> None:
-        self._path, self._container, self._start, self._length, self._place = path, container, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        if place < 0:
-            raise ValueError(f"negative seek position {place}")
-        self._place = place
-        return place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, buffer: Any, /) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._length - self._place))
-        data = self._container.read(self._start + self._place, wanted)
-        if wanted and not data:
-            raise DataError(f"{self._path}: its file was truncated while it was read; get a complete copy")
-        view[: len(data)] = data
-        self._place += len(data)
-        return len(data)

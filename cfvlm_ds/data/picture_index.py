@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -22,15 +22,14 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
-from cfvlm_ds.core.reading import TooLarge
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
-from cfvlm_ds.data.picture_file import open_picture, picture_stat
+from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
-_BLOCK = 1 << 20  # bytes read, and records written, at a time
-_DIGEST = 16  # bytes
+_BLOCK = 1 << 20  # records written at a time
 _AT_ONCE = 4096  # pictures processed, and cached, at a time
 
 
@@ -61,21 +60,7 @@ def find(keys: npt.NDArray[Any], key: int) -> int | None:
 
 def content_digest(path: Path) -> bytes:
     """Hash a file's contents to 128 bits. Raises OSError, and ValueError for a file that is not regular or has more than MAX_BYTES."""
-    digest = hashlib.blake2b(digest_size=_DIGEST)
-    with open_picture(path) as handle:
-        left = handle.seek(0, os.SEEK_END)
-        if left > MAX_BYTES:
-            raise TooLarge(f"it has {left} bytes, over the limit of {MAX_BYTES} for a picture")
-        handle.seek(0)
-        while left > 0 and (block := handle.read(min(_BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.digest()
-
-
-def digest_of(content: bytes) -> bytes:
-    """Hash bytes to the value that ``content_digest`` returns for a file with these contents."""
-    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
+    return hashlib.blake2b(picture_bytes(path, MAX_BYTES), digest_size=16).digest()
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
@@ -123,9 +108,8 @@ class PictureTable:
 
         distinct = list(dict.fromkeys(paths))
         counted = Progress(say, "hashing pictures", len(distinct), "pictures")
-        with ThreadPoolExecutor(cores_per_rank()) as pool:
-            entries = zip(distinct, counted.over(pool.map(look, distinct)), strict=True)
-            return cls.of((path, picture) for path, picture in entries if picture is not None)
+        entries = side_by_side(look, counted.over(distinct), cores_per_rank(), _AT_ONCE)
+        return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
         """Yield the contents of the file that ``opened`` reads, part by part."""

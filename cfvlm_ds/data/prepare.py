@@ -89,20 +89,20 @@ class Prepared(NamedTuple):
     whole: bool
 
 
-def source_state(path: Path) -> list[int]:
-    """Return size, modification time and change time of a data set's files (see ``sources_state``), or [] if they cannot be read. Unlike
-    the modification time, the change time cannot be set by a user. Raises the same DataErrors as ``sources_of``.
+def source_state(path: Path) -> str:
+    """Hash the state of a data set's files (see ``sources_state``), or return "" if they cannot be read. Raises the same DataErrors as
+    ``sources_of``.
     """
     try:
-        return list(sources_state(path / FILE if path.is_dir() and is_store(path) else path))
+        return sources_state(path / FILE if path.is_dir() and is_store(path) else path)
     except OSError:
-        return []
+        return ""
 
 
-def source_stamp(path: Path, state: Sequence[int], roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
+def source_stamp(path: Path, state: str, roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
     """Hash the state of a data set and the options with which it is read."""
     form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
-    parts = [*form, os.path.abspath(path), list(state), [os.path.abspath(root) for root in roots], format, limit]
+    parts = [*form, os.path.abspath(path), state, [os.path.abspath(root) for root in roots], format, limit]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -48,19 +48,10 @@ class GroupSampler:
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Check the sizes. Raises DataError if there are no groups, ValueError for a size below 1 or a rank outside the world.
+        """Create the sampler of a rank.
 
         ``order`` is the order of a mixture, or of rows with several groups; without it, the groups are one data set, permuted by ``seed``.
         """
-        if num_groups < 1:
-            raise DataError("the data contain no groups; check the manifest")
-        if min(groups_per_micro_batch, gradient_accumulation_steps, world_size) < 1:
-            raise ValueError(
-                f"groups_per_micro_batch ({groups_per_micro_batch}), gradient_accumulation_steps ({gradient_accumulation_steps}) and "
-                f"world_size ({world_size}) must be at least 1"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in a world of {world_size}")
         self.num_groups = num_groups
         self.groups_per_micro_batch = groups_per_micro_batch
         self.groups_per_step = groups_per_micro_batch * gradient_accumulation_steps * world_size
@@ -73,10 +64,6 @@ class GroupSampler:
     def epoch(self) -> float:
         """Number of consumed passes over the data."""
         return self.samples_seen / self.order.length
-
-    def epochs_by_source(self) -> list[float]:
-        """Return the number of consumed passes over each source of a mixture; [] for a single data set."""
-        return self.order.epochs(self.samples_seen)
 
     def advance(self) -> None:
         """Count one optimizer step as consumed."""
@@ -154,7 +141,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Check the number of ``tokens`` of each group. Raises ValueError if one exceeds ``max_tokens``, and the errors of GroupSampler."""
+        """Check the number of ``tokens`` of each group. Raises ValueError if one exceeds ``max_tokens``."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,

@@ -129,7 +129,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
     """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
-    ``over`` applies a given function to chunks of the rows. Raises DataError for too many groups.
+    ``over`` applies a given function to chunks of the rows.
     """
     parts = getattr(convert, "parts", None)
     if parts is None:
@@ -142,10 +142,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
             done()
         return counts
 
-    firsts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *over(work)]))
-    if firsts[-1] >= 1 << 32:
-        raise DataError(f"{rows.path}: its rows have {firsts[-1]} groups, over the limit of {1 << 32}; split the file")
-    return firsts.astype("<u4")
+    return np.cumsum(np.concatenate([np.zeros(1, np.int64), *over(work)])).astype("<u4")
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:

@@ -8,10 +8,9 @@ which are therefore known without opening it.
 
 from __future__ import annotations
 
-import functools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import crc32_of
-from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.untrusted import own_file
-from cfvlm_ds.data.cfgroup import NATIVE, native_group
+from cfvlm_ds.data.cfgroup import NATIVE, from_row
 from cfvlm_ds.data.lines import IndexedLines, index_file
 from cfvlm_ds.data.overlap import Keys
 from cfvlm_ds.data.picture_index import PictureTable
@@ -35,7 +33,6 @@ FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table
 PARTS = "parts"
 """Folder for unfinished work."""
 BEGUN = f"{PARTS}/source.json"
-_OPEN = 200  # files of rows that a process keeps open
 
 
 def is_store(folder: Path) -> bool:
@@ -63,13 +60,13 @@ class StoredRows:
             record = read_json(self._file)
             if record["schema"] != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            self._sums = dict[str, int]()
+            names = set[str]()
             for entry in (*record["rows"], *record["images"], *record["tables"]):
                 file = own_file(folder, entry["file"], self._file)
                 size = file.stat().st_size if file.is_file() else "no"
                 if size != entry["bytes"]:
                     raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
-                self._sums[file.name] = int(entry["crc32"])
+                names.add(file.name)
             if strange := [entry["file"] for entry in record["tables"] if crc32_of(folder / entry["file"]) != entry["crc32"]]:
                 raise ValueError(f"{strange[0]} has changed since it was prepared")
             before = [Path(str(root)) for root in record["roots"]]
@@ -77,13 +74,13 @@ class StoredRows:
             """Folders to which the names of pictures are relative."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
             """Hash of the source's files and options, identity of the data set, and counts of the check."""
-            self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in self._sums else None
+            self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in names else None
             """Table of the pictures as they were prepared; None if none was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
-            self.together = _mapped(folder / TOGETHER) if TOGETHER in self._sums else None
+            self.together = _mapped(folder / TOGETHER) if TOGETHER in names else None
             """Index of each source row's first group, followed by the total number of groups; None if every row was one group."""
-            self._shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
-            self._firsts = list(accumulate((groups for *_, groups in self._shards), initial=0))
+            shards = [(folder / entry["file"], int(entry["index"]), int(entry["groups"])) for entry in record["rows"]]
+            self._firsts = list(accumulate((groups for *_, groups in shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have a different number of groups")
         except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -93,9 +90,7 @@ class StoredRows:
             raise DataError(f"{self._file}: the store cannot be read ({reason}); {self._remedy}") from error
         except ConfigError as error:
             raise DataError(str(error)) from error
-        self._opened = functools.lru_cache(_OPEN)(self._shard)
-        for shard in range(len(self._shards)):
-            self._opened(shard)
+        self._shards = [self._opened(*shard) for shard in shards]
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -110,28 +105,14 @@ class StoredRows:
         rows, place = self._find(row)
         return rows.value(place)
 
-    def altered(self, progress: Callable[[str], object]) -> Iterator[str]:
-        """Read all files, and yield a sentence for each that cannot be read or whose CRC-32 differs from store.json."""
-        files = [self.path / name for name in self._sums]
-        counted = Progress(progress, f"checksums of {self.path}", sum(file.stat().st_size for file in files) / 1e6, "MB")
-        for file in files:
-            try:
-                checksum = crc32_of(file, lambda size: counted.advance(size / 1e6))
-            except OSError as error:
-                yield f"{file}: the file cannot be read ({error}); {self._remedy}"
-                continue
-            if checksum != self._sums[file.name]:
-                yield f"{file}: the file has changed since it was prepared (its CRC-32 differs); {self._remedy}"
-
     def _find(self, row: int) -> tuple[LineRows, int]:
         shard = bisect_right(self._firsts, row) - 1
-        return self._opened(shard), row - self._firsts[shard]
+        return self._shards[shard], row - self._firsts[shard]
 
-    def _shard(self, shard: int) -> LineRows:
+    def _opened(self, file: Path, index: int, groups: int) -> LineRows:
         """Open the rows of a shard. The index has a checksum of each row, and store.json has the checksum of the index, so a shard of
         another store is detected.
         """
-        file, index, groups = self._shards[shard]
         try:
             if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:
                 raise ValueError("its index does not match store.json")
@@ -148,4 +129,4 @@ def _mapped(file: Path) -> Any:
 def open_store(path: Path, roots: Sequence[Path] = (), limit: int | None = None) -> GroupStore:
     """Open the groups of a store. Raises the same errors as StoredRows."""
     stored = StoredRows(path, roots)
-    return GroupStore(stored, stored.roots, native_group, None, NATIVE, limit)
+    return GroupStore(stored, stored.roots, from_row, None, NATIVE, limit)

@@ -103,7 +103,7 @@ class Evaluator:
         outcomes = []
         for item, seen in views:
             answers: list[Any] = [said.get((shown, way.asked(item))) for shown in seen]  # None without a donor
-            outcomes.append(written(item, answers[:-2], *answers[-2:], benchmark.chosen.read))
+            outcomes.append(written(item, answers[:-2], answers[-2], answers[-1], benchmark.chosen.read))
         return outcomes
 
     @contextlib.contextmanager

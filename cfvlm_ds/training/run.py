@@ -246,7 +246,7 @@ def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
 def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
-    shares = shares_of([each.weight for each in sources.values()], sizes, list(sources)) if config.data.is_mixture else ()
+    shares = shares_of([each.weight for each in sources.values()], sizes) if config.data.is_mixture else ()
     firsts = [each.groups.together for each in data.sources.values()]  # of rows that hold several groups
     rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)

@@ -17,7 +17,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.errors import StorageError, unwritten
-from cfvlm_ds.core.files import update
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import yaml_of
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
@@ -56,7 +56,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
     def write() -> None:
         for path, text in contents.items():
             try:
-                update(path, text.encode())
+                replace(path, text.encode())
             except OSError as error:
                 raise StorageError(f"{unwritten(path, error)}; free some space, and start again") from error
 

@@ -240,7 +240,10 @@ class Trainer:
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
         metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
         metrics["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
-        metrics |= {f"epoch/{name}": passes for name, passes in zip(self._sources, self.sampler.epochs_by_source(), strict=True)}
+        metrics |= {
+            f"epoch/{name}": passes
+            for name, passes in zip(self._sources, self.sampler.order.epochs(self.sampler.samples_seen), strict=True)
+        }
         metrics |= {"epoch": self.sampler.epoch, "skipped_steps": engine.skipped_steps, "skipped_groups": len(state.skipped)}
         if (fastest := peak(world.device)) is not None:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)

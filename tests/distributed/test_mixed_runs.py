@@ -77,7 +77,7 @@ def test_sources_are_seen_by_their_shares(trained):
     """Passes over each source after every step, by counting the order of the whole stream from its start."""
     folder, _ = trained
     sizes = (30, 20, 3)
-    drawn = Order(sizes, shares_of([4, 3, 1], sizes, "abc"), 0).at(0, 32)
+    drawn = Order(sizes, shares_of([4, 3, 1], sizes), 0).at(0, 32)
     ends = (0, 30, 50, 53)
     rows = [row for row in metrics(folder / "one") if "loss" in row]
     for step, row in enumerate(rows, 1):

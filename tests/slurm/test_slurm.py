@@ -21,7 +21,6 @@ from slurm.jobs import ENVIRONMENT, sbatch, submit
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.cluster.node_check import gpu_fault
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
-from cfvlm_ds.core.distributed import _tasks_on_node
 
 STEPS = 10
 OLD_ENV = """#!/bin/sh
@@ -342,11 +341,6 @@ def test_missing_gpus_are_named():
     """Where Slurm counts them: a site whose Slurm knows of none has them all the same."""
     assert gpu_fault(torch.cuda.device_count()) is None and gpu_fault(None) is None
     assert gpu_fault(torch.cuda.device_count() + 8).startswith("Slurm allocated ")  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("described", "counts"), [("8", [8]), ("8(x2),1", [8, 8, 1]), ("2,1(x3)", [2, 1, 1, 1])])
-def test_tasks_of_a_node_are_read_from_slurms_form(described, counts):
-    assert [_tasks_on_node(described, node) for node in range(len(counts))] == counts
 
 
 EDITOR = """

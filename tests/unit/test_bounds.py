@@ -23,7 +23,7 @@ from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import MAX_CELLS, MAX_COMPARISONS, MAX_EDITS, MAX_REPORTED, MAX_SIDE, Candidate, CounterfactualGroup
+from cfvlm_ds.core.groups import MAX_CELLS, MAX_COMPARISONS, MAX_EDITS, MAX_SIDE, Candidate, CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.reading import DuplicateKey, parse_json
 from cfvlm_ds.data import check_manifest, image_size, lines, open_image, read_manifest
@@ -121,8 +121,8 @@ def compared(num_images: int, num_texts: int, true: Callable[[int, int], bool], 
 
 
 def test_a_group_has_a_bounded_number_of_comparisons(folder):
-    """Of 65,536 cells, half of them true, there are 17 million, and an evaluation would make each of them; so are few, where each is looked
-    up for 2048 edits. What people have is far below: one text an image, or many texts of which one is true."""
+    """Of 65,536 cells, half of them true, there are 17 million, and an evaluation would make each of them. What people have is far below:
+    one text an image, or many texts of which one is true."""
     half = compared(2, 1024, lambda i, c: (i + c) % 2 == 0)
     bad = folder / "bad.jsonl"
     bad.write_text("".join(json.dumps(each) + "\n" for each in (row(), half | {"id": "half"})))
@@ -133,11 +133,6 @@ def test_a_group_has_a_bounded_number_of_comparisons(folder):
     ):
         read_manifest(bad)
     edits = [{"type": f"{k}", "image": "0", "from": "a", "to": "b"} for k in range(2048)]
-    one = compared(1, 1024, lambda i, c: c % 2 == 0, edits=edits)
-    assert (
-        f"has {MAX_COMPARISONS} comparisons and 2048 edits of one image or text, and the product is over the limit of {MAX_REPORTED}"
-        in problem(manifest(folder, one))
-    )
     (group,) = read_manifest(manifest(folder, compared(1, 1024, lambda i, c: not c, edits=edits[:1023])))
     with within(20):
         assert sum(1 for _ in comparisons(group)) == 1023

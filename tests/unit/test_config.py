@@ -41,8 +41,8 @@ def test_every_split_may_have_a_root_and_a_format_of_its_own(tmp_path):
     (file := tmp_path / "c.yaml").write_text(
         "data: {root: [/a, /b], evaluation: {plain: p.jsonl, own: {path: o.jsonl, root: /r, format: pairs}, train: {path: t.jsonl}}}"
     )
-    data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl", "--data.root+", "/c").data
-    roots = ["/a", "/b", "/c"]
+    data = parse("--config", str(file), "--data.train", "x.jsonl", "--data.evaluation.more.path", "m.jsonl").data
+    roots = ["/a", "/b"]
     assert data.train_sets == {"train": Source("x.jsonl", roots, "auto")}
     assert data.evaluation_sets == {
         "plain": EvaluationSet("p.jsonl", roots, "auto"),
@@ -122,6 +122,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "data.train": ("data: groups.jsonl", *(f"data: {{train: [{source}]}}" for source in (
         "{path: a, weight: -1}", "{path: a, weight: much}", "{path: a, limit: 0}", "{weight: 1}", "3", "{path: ''}"))),
     "objectives of 'a.jsonl'": ("data: {train: [{path: a.jsonl, objectives: []}]}",),
+    "'y' has no weight": ("data: {train: [{path: x.jsonl, weight: 1}, {path: y.jsonl}]}",),
     "both called 'x'": ("data: {train: [{path: a/x.jsonl}, {path: b/x.json}]}",),
     "my data.jsonl": ("data: {train: [{path: my data.jsonl}]}",),
     "'a/b'": ("data: {train: [{path: a.jsonl, name: a/b}]}", "data: {evaluation: {a/b: x.jsonl}}"),
@@ -172,9 +173,9 @@ def test_a_value_of_one_file_and_a_section_of_another_are_refused(tmp_path):
 
 
 def test_values_in_unusual_places_are_read(written, tmp_path):
-    run = parse("--objective", "{retain: {weight: 3}}", "--data.train", "[{path: a}]", "--data.train+", "{path: b}", "--data.root", "#x")
-    assert run.objective["retain"].weight == 3 and [each.path for each in run.data.train] == ["a", "b"] and run.data.root == "#x"  # type: ignore[union-attr]
-    assert parse("--data.root", "null", "--data.root+", "b").data.root == ["b"]
+    run = parse("--objective", "{retain: {weight: 3}}", "--data.train", "[{path: a}]", "--data.root", "#x")
+    assert run.objective["retain"].weight == 3 and [each.path for each in run.data.train] == ["a"] and run.data.root == "#x"  # type: ignore[union-attr]
+    assert parse("--data.root", "null").data.root is None
     shared = parse(*written("train: {learning_rate: &rate 1.0e-4}\nmodel: {projector: {learning_rate: *rate}, max_pixels: null}"))
     assert shared.model.projector.learning_rate == 1e-4
     for spelled, meant in (("true", True), ("false", False), ("auto", "auto")):

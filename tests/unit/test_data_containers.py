@@ -270,7 +270,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     pictures.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (32, 32), ("red", "blue")[name == "b"]).save(pictures / f"{name}.png")
-    assert "put the caption of a.png into a.txt next to it" in refusal(pictures)
+    assert "name the data file" in refusal(pictures)
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
@@ -285,20 +285,16 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
         (pictures / name).write_text("a caption of nothing")
         assert f"{name} would be ignored" in refusal(pictures) and len(read(pictures / "*.png")) == 2
         (pictures / name).unlink()
-    (pictures / "a.jpg").write_bytes((pictures / "a.png").read_bytes())
-    assert "a.txt is the caption of several pictures" in refusal(pictures)
-    (pictures / "a.jpg").unlink()
     (tmp_path / "secret.txt").write_text("of somebody else")
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes())
     (pictures / "c.txt").symlink_to(tmp_path / "secret.txt")
     (problem,) = check_manifest(pictures).problems
-    assert "c.txt is a link to outside the folder" in problem
+    assert "c.txt cannot be read (it is a link to outside the folder)" in problem
     for name in ("c.txt", "c.png"):
         (pictures / name).unlink()
     (pictures / "b.txt").unlink()
-    assert check_manifest(pictures).problems == [
-        f"{pictures}: b.png, item 1: the picture has no caption file b.txt next to it; write one, or remove the picture"
-    ]
+    (problem,) = check_manifest(pictures).problems
+    assert problem.startswith(f"{pictures}: b.png, item 1: b.txt cannot be read (No such file or directory); ")
     (pictures / "a.txt").unlink()
     (pictures / "metadata.csv").write_text("file_name,text\na.png,a picture called a\nb.png,a picture called b\n")
     assert f"name {pictures / 'metadata.csv'}" in refusal(pictures) and read(pictures / "metadata.csv") == expected
@@ -367,7 +363,7 @@ BAD = {
     "something behind a list": (table(f"[{ROW}] x", "a.json"), "column 51"),
     "list in Latin-1": (table('[{"caption": "é"}]'.encode("latin-1"), "a.json"), "byte 15"),
     "half a character": (table(json.dumps([CAPTION | {"x": "\ud800"}]), "a.json"), "item 1: .*ud800"),
-    "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "'data', 'x'"),
+    "another object": (table(json.dumps({"data": [CAPTION], "x": 1}, indent=1), "a.json"), "dict, not a list of rows"),
     "instances of COCO": (table(json.dumps(COCO | {"annotations": [{"image_id": 1}]}), "a.json"), "annotations, item 1: key 'caption'"),
     "image twice": (table(json.dumps(COCO | {"images": COCO["images"] * 2}), "a.json"), "images, item 2: .* 1"),
     "no file name": (table(json.dumps(COCO | {"images": [{"id": 1}]}), "a.json"), "images, item 1: key 'file_name'"),
@@ -547,23 +543,11 @@ class Server(http.server.BaseHTTPRequestHandler):
                 for _ in range(100):
                     type(self).sent += self.wfile.write(bytes(1_000_000))
             return
-        dripping = {
-            "/head.png": b"HTTP/1.1 200 OK\r\nX-Long: ",
-            "/trailer.png": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\nX-Long: "
-            % (len(picture(0)), picture(0)),
-        }
-        if self.path in dripping:
-            with contextlib.suppress(OSError):
-                self.wfile.write(dripping[self.path])
-                for _ in range(40):
-                    self.wfile.write(b"x")
-                    time.sleep(0.1)
-            return
-        status = {"/none.png": 404, "/away.png": 302, "/loop.png": 302, "/hop.png": 302}.get(self.path, 503 if busy else 200)
+        status = {"/none.png": 404, "/away.png": 302, "/loop.png": 302}.get(self.path, 503 if busy else 200)
         content = {"/page.png": b"<html>", "/large.png": bytes(5000)}.get(self.path, picture(len(self.path) % 5))
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", {"/away.png": "ftp://127.0.0.1/x", "/hop.png": "/head.png"}.get(self.path, "/loop.png"))
+            self.send_header("Location", {"/away.png": "ftp://127.0.0.1/x"}.get(self.path, "/loop.png"))
         self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
         self.end_headers()
         with contextlib.suppress(OSError):
@@ -644,12 +628,10 @@ def test_the_body_of_a_redirect_is_not_read(tmp_path, server):
     assert Server.sent < 50_000_000
 
 
-@pytest.mark.parametrize("part", ["drip", "head", "trailer", "hop"])
-def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(part, tmp_path, server, monkeypatch):
-    """Whether in the picture, its headers, the trailers of its last chunk, or those of where it leads to."""
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(tmp_path, server, monkeypatch):
     for name, value in (("WHOLE_S", 0.3), ("ATTEMPTS", 1)):
         monkeypatch.setattr(downloading, name, value)
-    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/{part}.png"}])
+    path = lines(tmp_path / "rows.jsonl", [{"image": f"{server}/drip.png"}])
     started = time.monotonic()
     with pytest.raises(DataError, match="no complete reply within"):
         downloading.download(path, tmp_path / "out.jsonl")

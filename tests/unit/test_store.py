@@ -153,7 +153,8 @@ def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({**common, "id": name, "prompt": str(k)}) + "\n" for k, name in enumerate(names)))
     assert check_rows(open_groups(path, format="pairs"), progress=pytest.fail).problems == [
-        f"{path}:{k + 1}: group id {name!r} is already used by {path}:{names.index(name) + 1}; make ids unique"
+        f"{path}:{k + 1}: group id {name!r} is already used by {path}:{names.index(name) + 1}; make ids unique, or remove the row if it "
+        "repeats that one"
         for k, name in enumerate(names)
         if names.index(name) < k
     ]

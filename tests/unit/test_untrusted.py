@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageErro
 from cfvlm_ds.core.files import create, remove
 from cfvlm_ds.core.text import in_cell, one_line, printable, quoted
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
-from cfvlm_ds.data.cfgroup import native_group
+from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.report import CheckReport
 
 PATHS = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\0", "x\n", "\ud800", "n" * 256, "é" * 200, None, 3, ["x"], {"x": 1}]
@@ -28,7 +28,7 @@ def test_a_name_that_is_a_path_is_refused_by_the_file_that_has_it(name):
 def test_bare_names_pass_and_their_ending_is_held():
     for name in ("model.safetensors", "model-00001-of-00002.safetensors", "a..b", "é", "..."):
         assert bare_name(name, "index.json") == name
-    with pytest.raises(ConfigError, match=r"'config\.json' does not end in \.safetensors"):
+    with pytest.raises(ConfigError, match=r"'config\.json' is not .* that ends in \.safetensors"):
         bare_name("config.json", "index.json", ".safetensors")
 
 
@@ -129,10 +129,10 @@ def test_a_name_in_a_row_is_a_string_or_a_number(place, key, value):
         "id": 7, "images": [{"id": "i0", "path": "a.png"}], "texts": [{"id": "t0", "text": "a"}], "match": [["i0", "t0", 1]],
         "edits": [{"type": 3}],
     }  # fmt: skip
-    assert native_group(row).id == "7" and native_group(row).edits[0].type == "3"
+    assert from_row(row).id == "7" and from_row(row).edits[0].type == "3"
     holder = row
     for part in place:
         holder = holder[part]  # type: ignore[index]
     holder[key] = value
     with pytest.raises(DataError, match=rf"'{key}' must be a string, not .*; quote it"):
-        native_group(row)
+        from_row(row)

@@ -117,11 +117,9 @@ def _texts(array: Any, arrow: Any) -> list[Any]:
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())
-    return [_too_long(size) if size and size > MAX_ROW else text.as_py() for size, text in zip(sizes.to_pylist(), array, strict=True)]
-
-
-def _too_long(size: int) -> DataError:
-    return DataError(f"the row has a text of {size} bytes, over the limit of {MAX_ROW} for one row; shorten it")
+    problem = f"the row has a text of {{}} bytes, over the limit of {MAX_ROW} for one row; shorten it"
+    texts = zip(sizes.to_pylist(), array, strict=True)
+    return [DataError(problem.format(size)) if size and size > MAX_ROW else text.as_py() for size, text in texts]
 
 
 def _valid(array: Any) -> list[bool]:

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from cfvlm_ds.core.data_config import is_hub
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.core.text import one_line
-from cfvlm_ds.core.untrusted import bare_name
+from cfvlm_ds.core.text import few, one_line
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
 _CONVERTED = {"~parquet": "refs/convert/parquet"}
@@ -95,10 +94,10 @@ def _cached_folder(record: Path) -> Path | None:
     """Return the folder into which an earlier call fetched all files, or None if one is missing or has another size."""
     try:
         cached = read_json(record)
-        folder, files = record.parent / bare_name(cached["folder"], record), cached["files"]
+        folder, files = record.parent / cached["folder"], cached["files"]
         complete = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
         return folder if complete else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -116,8 +115,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         depth = address.files.count("/")
         files = [name for name in every if name.count("/") == depth and fnmatchcase(name, address.files)]
         if not files:
-            near = one_line(", ".join(every[:_SHOWN]), 1000) + ", ..." * (len(every) > _SHOWN)
-            problems.append(DataError(f"{path}: the data set has no such file; it contains {near or 'no files'}"))
+            problems.append(DataError(f"{path}: the data set has no such file; it contains {few(every, 20) or 'no files'}"))
             return
         folder = record.with_name(f"{address.name.replace('/', '--')[:80]}.{str(known.sha)[:40]}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +128,3 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         problems.append(
             DataError(f"{path} cannot be fetched ({reason}); on a machine with network access, run {command}, and give the files in FOLDER")
         )
-
-
-_SHOWN = 20

@@ -14,14 +14,9 @@ def picture_rows(path: Path) -> Rows:
     text = path.with_suffix(".txt")
     try:
         if not text.resolve().is_relative_to(path.parent.resolve()):
-            raise DataError(f"{text.name} is a link to outside the folder; put the caption itself there")
+            raise ValueError("it is a link to outside the folder")
         caption = read_bytes(text, MAX_ROW).decode("utf-8-sig")
         yield path.name, {"image": path.name, "caption": caption.replace("\r\n", "\n").strip()}
-    except DataError as error:
-        yield path.name, error
-    except FileNotFoundError:
-        yield path.name, DataError(f"the picture has no caption file {text.name} next to it; write one, or remove the picture")
-    except UnicodeDecodeError as error:
-        yield path.name, DataError(f"{text.name} cannot be read ({error}); save it as UTF-8")
     except (OSError, ValueError) as error:
-        yield path.name, DataError(f"{text.name} cannot be read ({error}); write the caption into a file of that name")
+        remedy = "write the caption into a file of that name next to the picture, in UTF-8, or remove the picture"
+        yield path.name, DataError(f"{text.name} cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}")

@@ -37,8 +37,7 @@ def json_rows(path: Path) -> Rows:
     elif isinstance(value, DataError):
         raise DataError(f"{path}: {value}")
     else:
-        keys = f" ({', '.join(map(repr, sorted(value)[:10]))})" if isinstance(value, dict) else ""
-        raise DataError(f"{path}: contains a {type(value).__name__}, not a list of rows{keys}; write [...] or name the file .jsonl")
+        raise DataError(f"{path}: contains a {type(value).__name__}, not a list of rows; write [...] or name the file .jsonl")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.text import few
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
 from cfvlm_ds.data.containers.image_folder import picture_rows
@@ -76,19 +76,14 @@ def sources_of(path: Path) -> list[Path]:
     return [path]
 
 
-def sources_state(path: Path) -> tuple[int, int, int]:
-    """Return size, modification time and change time of a path's file; for several files, total size, latest modification time and a hash.
-
-    Raises OSError, and the same errors as ``sources_of``.
+def sources_state(path: Path) -> str:
+    """Hash the names, sizes, modification times and change times of a path's files. Unlike the modification time, the change time cannot be
+    set by a user. Raises OSError, and the same errors as ``sources_of``.
     """
     sources = sources_of(path)
     captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]
-    files = [(file.name, file.stat()) for file in (*sources, *captions)]
-    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
-    if len(states) == 1 and not path.is_dir():
-        return states[0][1:]
-    digest = hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=7).digest()
-    return sum(state[1] for state in states), max(state[2] for state in states), int.from_bytes(digest, "little")
+    states = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in (*sources, *captions)]
+    return hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _is_picture(path: Path) -> bool:
@@ -104,8 +99,6 @@ def _kind(path: Path, file: Path) -> str:
     if file.suffix.lower() in _SPREADSHEETS:
         raise DataError(f"{path}: the file is a spreadsheet; save it as CSV in UTF-8, with the column names in the first line")
     kind = _SUFFIXES.get(file.suffix.lower(), LINES)
-    if kind == "tar" and file.is_file() and _compressed(file):
-        raise DataError(f"{path}: the file is compressed despite its name; unpack it first (tar -xf and tar -cf without z, or gunzip)")
     if kind == "json":
         try:
             return LINES if is_lines(file) else kind
@@ -114,25 +107,16 @@ def _kind(path: Path, file: Path) -> str:
     return kind
 
 
-def _compressed(file: Path) -> bool:
-    with open(file, "rb") as handle:
-        return handle.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
-
-
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption of an image folder belongs to no picture or to several, or if other files would be ignored."""
-    texts = {picture.with_suffix(".txt").name: picture.name for picture in pictures}
+    """Raise DataError if a caption of an image folder belongs to no picture, or if other files would be ignored."""
+    texts = {picture.with_suffix(".txt").name for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
     if others:
-        named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
         raise DataError(
-            f"{path}: {named} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
+            f"{path}: {few(others)} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
         )
-    if len(texts) < len(pictures):
-        twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture.name)
-        raise DataError(f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one")
 
 
 def _in_folder(path: Path) -> list[Path]:
@@ -158,8 +142,6 @@ def _in_folder(path: Path) -> list[Path]:
     hint = f"name {' or '.join(map(str, below[:3]))}, which contains data files" if below else "name the data file"
     if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
         hint = f"name {path / named}"
-    elif pictures:
-        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} next to it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is a model folder; name the data, after the model if the command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")
@@ -170,7 +152,7 @@ def _saved(path: Path) -> list[Path]:
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"
         ) from error

@@ -27,7 +27,7 @@ def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
         raise
     except Exception as error:  # parsers raise nearly anything on damaged bytes
         after, why = f" after {where}" if where else "", " ".join(str(error).split())[:300] or type(error).__name__
-        remedy = "it is truncated, damaged or of another kind; get a complete copy"
+        remedy = "it is compressed, truncated, damaged or of another kind; unpack it, or get a complete copy"
         if isinstance(error, OSError) and error.strerror:
             why, remedy = error.strerror, "check the disk and the permissions"
         raise DataError(f"{path}: cannot be read{after} ({why}); {remedy}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
@@ -17,17 +18,8 @@ _INDEX = "index"
 """Name given to a first column without a name, such as the index that pandas writes."""
 
 
-def csv_rows(path: Path) -> Rows:
-    """Yield the rows of a table separated by commas."""
-    return _rows(path, ",")
-
-
-def tsv_rows(path: Path) -> Rows:
-    """Yield the rows of a table separated by tabs."""
-    return _rows(path, "\t")
-
-
 def _rows(path: Path, delimiter: str) -> Rows:
+    """Yield the rows of a table."""
     csv.field_size_limit(MAX_ROW)
     with open_regular(path) as raw:
         if (head := raw.peek(4)[:4])[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:  # type: ignore[attr-defined]
@@ -41,17 +33,16 @@ def _rows(path: Path, delimiter: str) -> Rows:
                 if line:
                     yield f"line {reader.line_num}", _row(columns, line, reader.line_num)
         except csv.Error as error:
-            remedy = (
-                'write a quote within quotes twice ("")'
-                if "field" not in str(error)
-                else "shorten it, or look for a quote that is never closed"
-            )
+            remedy = 'write a quote within quotes twice (""), close every quote, and shorten long fields'
             raise DataError(f"{path}:{reader.line_num}: not a table ({error}); {remedy}") from error
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise DataError(
                 f"{path}:{reader.line_num + 1}: byte 0x{byte:02x} at or after this line is not UTF-8; save the file as UTF-8"
             ) from error
+
+
+csv_rows, tsv_rows = partial(_rows, delimiter=","), partial(_rows, delimiter="\t")
 
 
 def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:

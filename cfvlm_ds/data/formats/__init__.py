@@ -13,7 +13,7 @@ from typing import cast
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.named import named
-from cfvlm_ds.data.cfgroup import native_group
+from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.cfvlm import Cfvlm
 from cfvlm_ds.data.formats.hf import Mapped
@@ -25,7 +25,7 @@ from cfvlm_ds.data.formats.webdataset import WebDataset
 from cfvlm_ds.data.store import Format
 
 FORMATS: dict[str, Format] = {
-    "cfgroup": native_group,
+    "cfgroup": from_row,
     "pairs": Pairs(),
     "cfvlm": Cfvlm(),
     "llava": Llava(),

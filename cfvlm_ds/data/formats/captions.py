@@ -17,7 +17,7 @@ looks like a label is refused until ``label`` or ``ignore`` names it. A caption 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, nor
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.fields import as_list, as_meta, json_object, name, row_id, value_of, without
+from cfvlm_ds.data.fields import as_list, as_meta, name, row_id, value_of, without
 from cfvlm_ds.data.formats.chat import PATHS, placed, read_pictures, row_pictures, without_nulls
 from cfvlm_ds.data.formats.messages import spoken_as
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
@@ -101,7 +101,7 @@ class Captions:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group. Its DataErrors do not name the file and line."""
         if self.label:
-            return joined([self._claim(row)])
+            return joined([self.claim(row)])
         read = self._read(row)
         columns, prompt, pictures = read.columns, read.prompt, read.pictures
         texts, repeated = _distinct(read.texts)
@@ -127,12 +127,8 @@ class Captions:
             meta=as_meta(kept),
         )
 
-    @property
-    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a row to its labelled texts; None without ``label``."""
-        return self._claim if self.label else None
-
-    def _claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Mapping[str, Any]) -> Claim:
+        """Read the labelled texts of a row, if the format has a ``label``."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:
@@ -182,16 +178,9 @@ class Captions:
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"row: column {columns[0]!r} must be a text or a list of texts, not {quoted(text)}; correct it")
-            if not self.json and _BROKEN_LIST.match(text.strip()):
-                what = f"{quoted(text, 40)}, which looks like a broken list"
-                raise DataError(f"row: column {columns[0]!r} holds {what}; write it as JSON, or add json=true if it is a caption")
-            if not self.json and text.strip()[:1] + text.strip()[-1:] == "{}":
-                value = json_object(text)
-                broken = f"{quoted(text, 40)}, which looks like broken JSON"
-                what = f"a JSON object ({_names(value)}), not a text" if value else broken
-                key = next(iter(value)) if len(value) == 1 else "KEY"
-                remedy = f"map the caption, as in caption={columns[0]}.{key}" if value else "correct it"
-                raise DataError(f"row: column {columns[0]!r} holds {what}; {remedy}, or add json=true if it is a caption")
+            if not self.json and (_BROKEN_LIST.match(text.strip()) or text.strip()[:1] + text.strip()[-1:] == "{}"):
+                remedy = f"map a value of an object, as in caption={columns[0]}.KEY, write a list as JSON, or add json=true for a caption"
+                raise DataError(f"row: column {columns[0]!r} holds {quoted(text, 40)}, which looks like a list or an object; {remedy}")
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:

@@ -18,7 +18,7 @@ from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conver
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.fields import as_meta, row_id, value_of, without
+from cfvlm_ds.data.fields import as_meta, row_id, string, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
@@ -201,9 +201,7 @@ def answer_of(turn: Turn) -> str:
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
     """Return the conversation with the row's column ``system``, if there is one, as its first turn."""
-    system = row.get("system", "")
-    if not isinstance(system, str):
-        raise DataError(f"row: 'system' must be a string, not {quoted(system)}")
+    system = string(row, "system", "row") if "system" in row else ""
     if not system.strip():
         return spoken
     if spoken.turns[0].role == "system":
@@ -250,7 +248,7 @@ class Instruct:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
         """Convert a row to a group, or to several. Its DataErrors do not name the file and line."""
         if self.label:
-            return joined([self._claim(row)])
+            return joined([self.claim(row)])
         read = self._read(row)
         places = [number for number, turn in enumerate(read.turns) if turn.role == "assistant"] if self.per_turn else [len(read.turns) - 1]
         group_id = row_id(read.row, spelled(read.turns), [str(picture) for picture in read.pictures])
@@ -272,14 +270,10 @@ class Instruct:
     @property
     def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
         """Function that counts the groups of a row; None if every row is one group."""
-        return self._answers if self.per_turn and not self.label else None
+        return self._answers if self.per_turn else None
 
-    @property
-    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a row to its labelled answer; None without ``label``."""
-        return self._claim if self.label else None
-
-    def _claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Mapping[str, Any]) -> Claim:
+        """Read the labelled answer of a row, if the format has a ``label``."""
         read = self._read(row)
         label = value_of(read.row, self.label)
         truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)

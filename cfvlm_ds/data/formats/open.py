@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.named import near
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
-from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
+from cfvlm_ds.data.formats.captions import DEFAULTS
 from cfvlm_ds.data.formats.chat import without_nulls
 from cfvlm_ds.data.formats.preference import unpacked
 from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
@@ -47,7 +47,8 @@ def open_data(
         return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
     firsts = count_parts(rows, convert, lambda work: over(work, "counting groups"))
-    if claim := getattr(convert, "claim", None):
+    claim = getattr(convert, "claim", None) if getattr(convert, "label", True) else None
+    if claim:
         rows = JoinedRows(rows, claim, lambda work: over(work, "reading labels"))
     own = [folder for folder in rows.roots if folder not in roots]
     store = GroupStore(rows, [*roots, *own], joined if claim else convert, firsts, format, limit)
@@ -80,11 +81,9 @@ _LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, sprea
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
-    """Raise DataError if an option of the format names a column that no row has, or that ``ignore`` also names."""
+    """Raise DataError if an option of the format names a column that no row has."""
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
-    if both := sorted((column, option) for column, option in absent if option != "ignore" and (column, "ignore") in absent):
-        raise DataError(f"{rows.path}: {both[0][1]} and ignore both name the column {both[0][0]!r}; remove it from one of them")
     known = dict[str, None]()
     counted = Progress(progress, f"{rows.path}: reading columns", len(rows), "rows")
     for row in counted.over(range(len(rows)) if absent else ()):
@@ -98,8 +97,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
             if not absent:
                 return
     for column, option in sorted(absent):
-        near = difflib.get_close_matches(column, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(map(repr, list(known)[:20])) or 'none'}"
+        hint = near(column, known, "the columns are ")
         raise DataError(f"{rows.path}: no row has the column {column!r}, which the option {option} names; {hint}")
 
 
@@ -130,24 +128,16 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     if not columns:
         return
     first = columns[0]
-    what, use = "may name pictures of rows without pictures", "rename it to 'image'"
+    what, option, use = "may name pictures of rows without pictures", "image", "rename it to 'image'"
     if first.is_label:
-        what, use = "may state whether the text is true", f"add {first.option} to the options of the format" if label == "" else ""
+        what, option, use = "may state whether the text is true", "label", "use another format"
     elif first.false_text:
-        what, use = "may hold false texts or pictures", "write a row for each false text"
-        if isinstance(convert, Captions):
-            given = convert.columns_of(store.rows.value(first.row), first.negative) if not label else []
-            names = [*given, *(column.name for column in columns if column.false_text and column.negative == first.negative)]
-            use = f"add {first.negative}={option_value('+'.join(names))} to the options of the format" if not label else ""
-        elif label == "":
-            use = (
-                f"rename it to {first.negative!r}"
-                if hasattr(convert, "caption")
-                else "rename it to 'rejected' and use the format preference"
-            )
+        what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
+    if hasattr(convert, option) and not label:
+        use = f"add {option}={option_value(first.name)} to the options of the format"
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
-    remedy = f"{use} if so, otherwise add ignore={ignore}" if use else f"add ignore={ignore}"
+    remedy = f"{use} if so, otherwise add ignore={ignore}"
     raise DataError(f"{store.where(first.row)}: {listed} {what}, but would be ignored; {remedy}")
 
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from cfvlm_ds.core.conversation import check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.data.fields import as_meta, json_object, row_id
 from cfvlm_ds.data.formats.chat import (
     Spoken,
@@ -119,7 +119,7 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     if question is None:
         shared = chosen.turns[:-1]
         if rejected is not None:  # two complete conversations: their common beginning
-            shared = shared[: len([*takewhile(lambda pair: pair[0] == pair[1], zip(shared, rejected.turns, strict=False))])]
+            shared = shared[: shared_start(shared, rejected.turns)]
         question = chosen._replace(turns=shared)
     if not question.turns:
         raise DataError("row: the question is missing; add 'prompt', or the user's turn before the answer")

@@ -131,19 +131,6 @@ class Column:
         """Option that would read the column: ``negative_caption``, or ``negative_image`` if it holds pictures."""
         return "negative_image" if _PICTURE.search(self.false_text) else "negative_caption"
 
-    @property
-    def option(self) -> str:
-        """Options that name the column as a label. They list its values if the usual meanings may not apply, with dots for those that the
-        user must fill in, such as numbers other than 0 and 1.
-        """
-        option, words = f"label={option_value(self.name)}", [word for word in self.values if word not in _GAPS | {""}]
-        known, of_false = _TRUTHS.keys() >= {*words}, not _FALSE_NAMES.isdisjoint(self.words)
-        if known and not of_false:
-            return option
-        truths = {word: _TRUTHS.get(word) for word in words if known or not word.isdecimal()}
-        true, false = ("+".join(word for word in truths if truths[word] == truth) or "..." for truth in (1 - of_false, of_false))
-        return f"{option},true={true},false={false}"
-
     def __str__(self) -> str:
         shown = [*self.values.values()][:5] if self.is_label else [self.false_text or self.unseen]
         return f"{self.name!r} ({', '.join(quoted(value, 80) for value in shown)})"

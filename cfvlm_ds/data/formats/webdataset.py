@@ -10,7 +10,7 @@ read as in ``captions``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +65,15 @@ class WebDataset:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false)
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
         """Convert a sample to a group. Its DataErrors do not name the file and line."""
         read, columns = self._read(row)
-        group = read(columns)
-        assert isinstance(group, CounterfactualGroup)
-        return group
+        return read(columns)
 
-    @property
-    def claim(self) -> Callable[[Mapping[str, Any]], Claim] | None:
-        """Function from a sample to its labelled texts; None without ``label``."""
-        return self._claim if self.label else None
-
-    def _claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Mapping[str, Any]) -> Claim:
+        """Read the labelled texts of a sample, if the format has a ``label``."""
         read, columns = self._read(row)
-        if isinstance(read, Preference) or not read.claim:
+        if isinstance(read, Preference):
             raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
         return read.claim(columns)
 
