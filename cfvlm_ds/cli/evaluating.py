@@ -102,7 +102,8 @@ def _evaluate(
 
     manifests = named_apart(manifest)
     if out:
-        own_output(Path(out), _is_evaluated, "evaluate", *manifests.values())
+        of_run = (Path(out).parent / "config.yaml").is_file()  # the results.json of a run has the same form
+        own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
     results, _ = evaluate(

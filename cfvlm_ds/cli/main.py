@@ -20,12 +20,15 @@ from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import selected_verbosity, show
 
+_BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
+"""Options that may stand before the command: DeepSpeed's launcher inserts its own option first."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the ``cfvlm-ds`` command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     first = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
-    if words[first : first + 1] == ["train"]:
+    if words[first : first + 1] == ["train"] and all(word.partition("=")[0] in _BEFORE_TRAIN for word in words[:first]):
         _train([*words[:first], *words[first + 1 :]])
         return
     mask_tracebacks()

@@ -7,6 +7,8 @@ import difflib
 import functools
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -154,6 +156,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse options before their command, because argparse would take the option's value for the command."""
+        words = list(sys.argv[1:] if args is None else args)
+        commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
+        place = next((place for place, word in enumerate(words) if word in commands), 0)
+        if wrong := next((word for word in words[:place] if word.startswith("-") and word not in self._option_string_actions), None):
+            first = words.index(wrong)
+            right = shlex.join([*self.prog.split(), *words[:first], *words[place:], *words[first:place]])
+            self.error(f"{wrong} is before its command; write `{right}`")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exit with one sentence, like every other refusal."""
 
@@ -185,8 +198,6 @@ def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> 
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
     remedy = f"did you mean --{near[0]}?" if near else f"see `{command.prog} --help`"
-    if wrong.strip("-") in known:
-        remedy = f"write {wrong} after the command"
     raise ConfigError(f"{command.prog} does not take {wrong!r}; {remedy}")
 
 

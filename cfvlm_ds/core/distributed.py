@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import random
-import re
 import socket
 import tempfile
 import time
@@ -69,7 +68,7 @@ def launch_environment() -> None:
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
-        os.environ["LOCAL_WORLD_SIZE"] = re.findall(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]  # 8(x2),1: as on the first node
+        os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])))
     elif "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", CROSS_SIZE="1")
         os.environ.pop("MASTER_PORT", None)
@@ -105,13 +104,23 @@ _PORT_TIMEOUT_S = 300.0
 
 
 def _published_port(file: Path) -> str:
-    """Wait for the port that rank 0 publishes, and return it."""
+    """Wait for the port that rank 0 publishes, and return it. A file of this name that belongs to another user is ignored."""
     end = time.monotonic() + _PORT_TIMEOUT_S
     while time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            return file.read_text()
+        with contextlib.suppress(OSError), file.open() as handle:
+            if os.fstat(handle.fileno()).st_uid == os.getuid():
+                return handle.read()
         time.sleep(0.05)
     raise ConfigError(f"rank 0 did not publish a port in {file} within {_PORT_TIMEOUT_S:g} s; pass --master_port to the launcher")
+
+
+def _tasks_on_node(notation: str, node: int) -> int:
+    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" is 8, 8, 1."""
+    counts: list[int] = []
+    for part in notation.split(","):
+        tasks, _, repeats = part.partition("(x")
+        counts += [int(tasks)] * int(repeats.rstrip(")") or 1)
+    return counts[node]
 
 
 def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:

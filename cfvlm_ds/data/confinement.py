@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,28 +23,67 @@ class Confinement:
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
         self.roots, self._remedy = roots, remedy
-        self._resolved_roots = [root.resolve() for root in roots]
-        self._file = functools.lru_cache(_KEPT)(self._confined)  # neighbouring rows often share a picture or container
+        self.resolved_roots = [root.resolve() for root in roots]
+        self._folder = functools.lru_cache(_FOLDERS)(self._really)
+        self._files: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
         file = picture_file(path)
-        full = self._file(file)
+        if (full := self._files.get(file)) is None:  # neighbouring rows often share a picture or container
+            full = self._confined(path, file)
         return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
 
-    def _confined(self, file: Path) -> Path:
-        """Return the path of a picture's file, joined to a root. Raises DataError if it is outside all roots."""
-        if not file.name:
+    def _confined(self, path: Path, file: Path) -> Path:
+        """Return the path of a picture's ``file``, joined to a root. Raises DataError if it is outside all roots."""
+        if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
-        joined = [root / file for root in self.roots]
-        full = joined[0] if len(joined) == 1 else next(filter(os.path.lexists, joined), joined[0])
+        if "\0" in str(path):
+            raise DataError(f"image path {str(path)!r} is invalid (it contains a null byte); correct it")
+        joined = [root / file for root in (self.roots if not file.is_absolute() else self.roots[:1])]
+        full = target = (
+            joined[0] if len(joined) == 1 else next((candidate for candidate in joined if os.path.lexists(candidate)), joined[0])
+        )
         try:
-            target = full.resolve()
+            folder, name = os.path.split(full)
+            really, inside = self._folder(folder)
+            mode = mode_of(f"{really}/{name}")
+            if ".." in file.parts or (mode is not None and stat.S_ISLNK(mode)):
+                target, inside = self._followed(full)
+                if ".." in file.parts:
+                    full = Path(os.path.normpath(full))
+                    if full.resolve() != target:  # ".." after a link leads elsewhere
+                        full = target
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-            raise DataError(f"image path {str(file)!r} cannot be resolved ({error}); correct it") from error
-        if not any(target.is_relative_to(root) for root in self._resolved_roots):
-            roots = ", ".join(map(str, self.roots))
-            raise DataError(f"image path {str(file)!r} leads outside the data roots {roots} (to {target}); {self._remedy}")
-        return target if ".." in file.parts else full  # ".." after a link leads elsewhere
+            raise DataError(f"image path {str(path)!r} cannot be resolved ({error}); correct it") from error
+        if not inside:
+            roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
+            raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
+        if mode is not None:  # a missing file may become a link later
+            if len(self._files) >= _FOLDERS:
+                self._files.clear()
+            self._files[file] = full
+        return full
+
+    def _really(self, folder: str) -> tuple[str, bool]:
+        """Return the real path of a folder, and whether it is inside a root.
+
+        A million images are usually in few folders. Because resolved folders are cached, each image needs only one system call, which
+        matters on a network file system.
+        """
+        target, inside = self._followed(Path(folder))
+        return str(target), inside
+
+    def _followed(self, path: Path) -> tuple[Path, bool]:
+        target = path.resolve()
+        return target, any(target.is_relative_to(root) for root in self.resolved_roots)
 
 
-_KEPT = 4096  # cached files
+def mode_of(path: str) -> int | None:
+    """Return the mode of a file, without following links, or None if the file does not exist. Raises any other OSError of lstat."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+_FOLDERS = 4096  # limit of the cached folders and of the cached files, because every row may have its own folder

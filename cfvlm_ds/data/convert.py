@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.untrusted import new_output, output_file
+from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.check import look_at_rows
 from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, local_path, open_groups
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_check import open_pictures
@@ -77,8 +79,12 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the path of the file next to ``out`` that lists left-out rows. Raises the same errors as output_file."""
-    return output_file(out.with_name(f"{out.name}.skipped.jsonl"))
+    """Return the path of the file next to ``out`` that lists left-out rows. Raises ConfigError if another program wrote that file."""
+    return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
+
+
+def _is_list(file: IO[bytes]) -> bool:
+    return set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:

@@ -518,7 +518,7 @@ def test_evaluate_takes_run_folders_and_adapters(runs, plain, manifests, capsys)
     assert "1 weights have no counterpart" in refused(capsys, "evaluate", broken, manifests["test"])
 
 
-def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manifests, tmp_path, capsys):
+def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manifests, tmp_path, capsys, monkeypatch):
     export, texts = runs / "z3" / "export", ("a red circle and a blue square", "a blue square and a red circle")
     (picture,) = read_manifest(manifests["test"])[0].images[0]
     model, processor = LlavaForConditionalGeneration.from_pretrained(export).eval(), AutoProcessor.from_pretrained(export)
@@ -539,13 +539,14 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
         assert float(gain) == pytest.approx(float(seen) - float(blank), abs=0.011)
 
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))
     with pytest.raises(SystemExit):
-        main(["describe", str(model_dir), str(broken), str(picture), "--max_new_tokens", "3"])
+        main(["describe", str(model_dir), "--max_new_tokens", "3"])
     printed = capsys.readouterr()
-    assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out
+    assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out and "never read" not in printed.out
     assert f"error: {broken}: " in printed.err and "error: 1 pictures could not be described" in printed.err, "the others were"
     assert f"{tmp_path / 'none.png'} is not a file" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
-    assert "is a file, not a text" in refused(capsys, "describe", model_dir, picture, "--choices", "a dog", picture)
+    assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
 
 
 def test_export_scores_the_same_under_plain_transformers(runs, plain, manifests):

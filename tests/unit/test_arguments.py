@@ -64,9 +64,10 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
     [
         ("", "cfvlm-ds: the following arguments are required: command; see `cfvlm-ds --help`"),
         ("data chek a.jsonl", "did you mean check?"),
-        ("data --root X check a.jsonl", "invalid choice: 'X'"),
-        ("--quiet --root data check a.jsonl", "write --root after the command"),
-        ("--train.seed 3 train", "invalid choice: '3'"),
+        ("data --root X check a.jsonl", "write `cfvlm-ds data check a.jsonl --root X`"),
+        ("--quiet --root data check a.jsonl", "write `cfvlm-ds --quiet data check a.jsonl --root`"),
+        ("--option train", "write `cfvlm-ds train --option`"),
+        ("--train.seed 3 train", "write `cfvlm-ds train --train.seed 3`"),
         ("data convert a.jsonl", "cfvlm-ds data convert: the following arguments are required: --out; see `cfvlm-ds data convert --help`"),
         ("data convert a.jsonl --out b --on_error skp", "did you mean skip?"),
         ("score model a.jsonl --limit x", "argument --limit: must be a whole number of at least 1, not 'x'"),
@@ -80,8 +81,10 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("cluster check images", "SLURM_PROCID is not set"),
         ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
         ("data prepare a.jsonl --config c.yaml --pack", "cannot be combined with manifest, pack; set them in c.yaml"),
+        ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
         ("data stats words.txt", "words.txt:1: broken JSON at column 1"),
+        ("score model none.jsonl", "none.jsonl"),
         ("evaluate model none.jsonl", "none.jsonl"),
         *((f"{command} none a.jsonl", "model.name_or_path 'none'") for command in ("score", "evaluate")),
         ("data check a.jsonl --model none", "model.name_or_path 'none'"),
@@ -139,6 +142,7 @@ MINE = {
     "list.json": '[[1], "x"]\t\n',
     "null.json": "null\n",
     "table.tsv": "a\tb\t\n1\t2\t\n",
+    "run/results.json": '{"test": [{"name": "all", "num": 1, "metrics": {}}]}',
     "run/config.yaml": "model: {}\n",
 }
 """Files that look like those that commands write; mine.jsonl has the groups of a.jsonl, as somebody else would have written them."""
@@ -185,6 +189,10 @@ def test_rows_replace_no_file(command, here, ended):
     out.unlink()
     main(call)
     assert out.read_text() == first.splitlines(True)[0]
+    out.unlink()
+    (listed := here / "out" / "b.jsonl.skipped.jsonl").write_text('{"mine": 1}\n')
+    assert "b.jsonl.skipped.jsonl already exists and was not written by this package" in ended(*call)
+    assert listed.read_text() == '{"mine": 1}\n'
 
 
 def test_own_scores_and_options_are_known_again(here):
