@@ -59,6 +59,10 @@ def hook_class(name: str) -> type[Hook]:
     return found
 
 
+def _line(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}", 200)
+
+
 class Hooks:
     """The hooks of a run. A hook that raises an exception is reported and disabled."""
 
@@ -79,5 +83,5 @@ class Hooks:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        say(f"warning: tracking.also {name}: {one_line(f'{type(error).__name__}: {error}', 200)}; it is disabled")
+        say(f"warning: tracking.also {name}: {_line(error)}; it is disabled")
         self._hooks.pop(name, None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.secrets import print_line
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,22 +37,30 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop everything after the last line of ``resume_step`` or an earlier step (None: all). Return the names of the metrics recorded at
-    that step, and the new ``offset``.
+    """Drop steps after ``resume_step`` (None: all) and torn lines, and return the names of the metrics recorded at that step, and the new
+    ``offset``.
     """
     if not path.exists():
         return set(), 0
+    kept: list[bytes] = []
     names: set[str] = set()
-    end = position = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            row = parse_line(line)
-            if resume_step is not None and row is not None and row["step"] <= resume_step:
-                end = position
-                names |= row.keys() if row["step"] == resume_step else set()
-    os.truncate(path, end)
-    return names, min(offset, end)
+    new_offset = position = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        position += len(line)
+        row = parse_line(line)
+        if resume_step is None or row is None or row["step"] > resume_step:
+            continue
+        kept.append(line)
+        if position <= offset:
+            new_offset += len(line)
+        if row["step"] == resume_step:
+            names |= row.keys()
+    if kept != lines[: len(kept)]:
+        replace(path, b"".join(kept))
+    elif len(kept) < len(lines):
+        os.truncate(path, sum(map(len, kept)))  # in place, which needs no free space
+    return names, new_offset
 
 
 def last_values(path: Path) -> tuple[dict[str, float], int]:
