@@ -195,6 +195,10 @@ class Generate:
     name: ClassVar[str] = "generate"
     max_new_tokens: int = 32
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"the probe {self.name} must generate at least 1 token, not {self.max_new_tokens}; correct max_new_tokens")
+
     def asked(self, item: Item) -> str:
         """Return the prompt of an item. If it does not list the options, they are appended in the order of the benchmark."""
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:

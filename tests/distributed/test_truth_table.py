@@ -36,7 +36,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import MEAN, METRICS
-from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.samples import Samples
@@ -199,6 +199,7 @@ def test_one_prompt_changes_no_bit(name):
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
     found = []
     for scores in (collated(groups), collated(groups, prompt=False)):
+        scores = replace(scores, divergences=dict.fromkeys(scored_besides(objective)["divergences"], scores.logp / 3))
         units = denominators(objective, scores.layout)
         loss, _ = weighted_loss(objective, scores, units)
         report = [value for pair in objective[name].report(scores).values() for value in pair]

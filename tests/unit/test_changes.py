@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 import pytest
-from conftest import ONE, REPO, read_rows
+from conftest import ONE, REPO
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
@@ -183,14 +183,6 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
     assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
-
-
-def test_changes_are_noted_once(told, tmp_path):
-    found = option_changes.compare(told(), told("--train.learning_rate", "0.1"))
-    for step in (4, 4, 6):
-        option_changes.note(tmp_path / "c.jsonl", step, found, print)
-    lines = read_rows(tmp_path / "c.jsonl")
-    assert lines == [{"step": step, "changes": {"train.learning_rate": [1e-05, 0.1]}} for step in (4, 6)]
 
 
 def test_no_data_loader_draws_from_the_random_numbers_of_the_run():

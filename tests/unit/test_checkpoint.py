@@ -115,8 +115,8 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         )
         for change in ({"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}})
     },
-    "a file elsewhere": (lambda path: rewritten(path, files={"../outside.pt": (10, SUM)}), "plain file name"),
-    "a file by its path": (lambda path: rewritten(path, files={str(path.parent / "outside.pt"): (10, SUM)}), "plain file name"),
+    "a file elsewhere": (lambda path: rewritten(path, files={"../outside.pt": (10, SUM)}), "plain name of a file"),
+    "a file by its path": (lambda path: rewritten(path, files={str(path.parent / "outside.pt"): (10, SUM)}), "plain name of a file"),
     "a link out": (lambda path: [(path / "link.pt").symlink_to("../outside.pt"), rewritten(path, files={"link.pt": (10, SUM)})], "link.pt"),
     "another step than its name": (lambda path: path.rename(path.with_name("checkpoint-30")), "its name is wrong"),
 }  # fmt: skip

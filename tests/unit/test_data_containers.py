@@ -473,7 +473,7 @@ def test_conversion_leaves_bad_rows_out_when_it_is_told_to(folder):
     assert listed == done.problems and [each.partition(": ")[0] for each in listed] == [f"{path}:{k}" for k in (2, 4, 6)]
     assert said[1] == f"left out 3 groups, listed in {folder}/out.jsonl.skipped.jsonl; the first: {listed[0]}"
     assert said[0].startswith("4 of 4 groups use the prompt 'Describe the image.'") and len(said) == 2
-    assert f"repeats {path}:5" in listed[2]
+    assert f"{path}:5" in listed[2]
     with pytest.raises(ConfigError, match=r"out.jsonl already exists and would be overwritten; remove it"):
         convert(lines(folder / "good.jsonl", rows), None, "captions", folder / "out.jsonl", "skip")
     (folder / "out.jsonl").unlink()
