@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.counterfactuals.work_folder import seed_of
-
-if TYPE_CHECKING:
-    from cfvlm_ds.counterfactuals.propose.rules import Edit
 
 _ROUNDS, _CLOSE = 1000, 0.01
 _DIGITS = 6  # digits of a price, which are the same on every machine
@@ -24,6 +21,20 @@ _DIGITS = 6  # digits of a price, which are the same on every machine
 Numbers = npt.NDArray[Any]
 
 
+class Edit(Protocol):
+    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``); both are empty if words only exchange
+    their positions.
+    """
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def gone(self) -> str: ...
+    @property
+    def come(self) -> str: ...
+
+
+E = TypeVar("E", bound=Edit)
 Prices = Mapping[str, Mapping[str, float]]
 """Type -> word or phrase -> price."""
 
@@ -38,7 +49,7 @@ def share(edit: Edit, prices: Prices) -> float:
     return min(1.0, come / gone) if gone else 0.0
 
 
-def drawn(edits: Sequence[Edit], prices: Prices, most: int, *purpose: object) -> list[Edit]:
+def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
     """Draw at most ``most`` of a caption's edits of one type: each with its probability, or less if the probabilities add up to more than
     ``most``.
     """
