@@ -73,7 +73,7 @@ class PrepareOptions:
         open_pictures: open every picture; otherwise sizes and digests are unknown, and later changes are not detected.
         max_pixels: maximum number of pixels in a picture, as in ``open_image``.
         on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` writes no store; ``skip`` leaves them out and
-        lists them.
+            lists them.
     """
 
     pack: bool = False
