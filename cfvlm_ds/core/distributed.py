@@ -1,4 +1,4 @@
-"""Distributed processes: rank and world size, collectives, random numbers, output on rank 0. One CPU process and 64 GPUs run the same code."""
+"""Distributed processes: rank, world size, collectives, random numbers, output on rank 0. One CPU process and 64 GPUs run the same code."""
 
 from __future__ import annotations
 
