@@ -38,7 +38,7 @@ Rest = Annotated[list[str], ("nargs", argparse.REMAINDER)]
 
 
 def _output_dir(options: Rest) -> None:
-    """Print the output_dir that the given options of train.py result in.
+    """Print the output_dir that options of train.py set.
 
     Example: cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml
 

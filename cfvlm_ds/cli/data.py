@@ -144,7 +144,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
     Args:
         manifest: any data of a known format.
         out: file to write.
-        on_error: with skip, leave out rows that are invalid or have a broken picture, and list them.
+        on_error: with skip, leave out and list rows that are invalid or have a broken picture.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -162,8 +162,8 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
     Args:
         manifest: any data of a known format.
         out: JSON lines to write; the pictures go to the folder OUT.pictures next to it.
-        on_error: with skip, leave out rows whose pictures cannot be fetched, and list them.
-        threads: number of pictures to fetch in parallel.
+        on_error: with skip, leave out and list rows whose pictures cannot be fetched.
+        threads: number of parallel downloads.
     """
     from cfvlm_ds.data.download import COLUMNS, download
 

@@ -84,7 +84,7 @@ def _typed() -> Iterator[str]:
 
 
 def _line() -> str:
-    if sys.stdin is None:  # standard input is closed
+    if sys.stdin is None:  # it is closed
         return ""
     if sys.stdin.isatty():
         print("picture (empty line to quit): ", end="", flush=True)

@@ -47,15 +47,14 @@ class BenchmarkOptions:
     """Options of an evaluation on benchmarks.
 
     Args:
-        benchmarks: names of public benchmarks or your own benchmarks, separated by commas, instead of manifests.
-        benchmark_root: folder that contains, for each benchmark, a folder with its official files.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is used for the benchmarks that it fits. By default,
-            every benchmark uses its own probe.
+        benchmarks: names of public or own benchmarks, joined by commas, instead of manifests.
+        benchmark_root: folder with one folder of official files per benchmark.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each is used for the benchmarks that it fits. By default, every
+            benchmark uses its own probe.
         on_error: reaction to a benchmark item that the model cannot process: error; or skip, which counts and names skipped items.
-        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks with more than 10,000 items.
+        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks of over 10,000 items.
         num_workers: processes per rank that prepare batches of a benchmark; by default one per spare core.
-        experiment: MLflow experiment that also receives the metrics of benchmarks, on the server MLFLOW_TRACKING_URI or else in mlflow.db
-            in the folder OUT.
+        experiment: MLflow experiment that also receives the benchmarks' metrics, on the server MLFLOW_TRACKING_URI or in mlflow.db in OUT.
     """
 
     benchmarks: Names | None = None
@@ -132,7 +131,7 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 def _evaluate_benchmarks(
     name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
-    """Evaluate a model on benchmarks. Every rank calls this function. The model is loaded after the benchmarks' files have been read."""
+    """Evaluate a model on benchmarks; every rank calls this. The model is loaded after the benchmarks' files have been read."""
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")

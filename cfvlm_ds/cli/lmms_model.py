@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """A log-likelihood, and a flag: whether greedy decoding gives the text. lmms-eval unpacks the two."""
+    """A log-likelihood, and whether greedy decoding gives the text. lmms-eval unpacks both."""
 
     __slots__ = ()
 

@@ -69,7 +69,7 @@ def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
     Example: cfvlm-ds completion bash
 
     Args:
-        shell: the shell for which the script is.
+        shell: shell that evaluates the script.
     """
     print(package.completion(parser(), shell))
 

@@ -56,7 +56,7 @@ class Part:
 
 
 def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, reading: Reading) -> None:
-    """Propose counterfactual captions that differ from the original in one detail.
+    """Propose counterfactual captions that differ in one detail.
 
     Example: cfvlm-ds data propose captions.jsonl --out W --with rules,mine --types colour,count,relation
 
@@ -101,8 +101,8 @@ def _verify(
 
     Args:
         work: work folder that `data propose` began.
-        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. Thresholds for margin and
-            drop are fitted to the labels and written to W/thresholds.json.
+        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. Margin and drop are
+            fitted to the labels and written to W/thresholds.json.
         precision: precision that the thresholds must reach.
         rule: scores to which the thresholds are fitted.
     """
@@ -261,7 +261,7 @@ def _sample(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print the folders of the groups' pictures, unless all pictures are in the folder of the file of groups."""
+    """Print the folders of the groups' pictures, unless all are in the manifest's folder."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}")

@@ -43,10 +43,10 @@ class Reading:
     """Options for reading a manifest.
 
     Args:
-        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE (see `cfvlm-ds data formats`); auto detects the format from the
-            keys of the first row.
-        root: folder of the images; by default, the manifest's folder. May be given several times; absolute paths and links may lead into
-            any of the folders.
+        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE (see `cfvlm-ds data formats`); auto detects it from the first
+            row's keys.
+        root: folder of the images, by default the manifest's folder; may be given several times. Absolute paths and links may lead into any
+            of them.
         max_pixels: refuse images with more pixels than this.
     """
 
@@ -61,8 +61,8 @@ class Scoring:
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. By default there is no limit,
-            except 16384 for benchmarks.
+        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. The default is 16384 for
+            benchmarks, otherwise no limit.
         limit: score only the first N groups, or about N items of a benchmark, spread evenly over it.
         zero3: partition the model over all ranks, for a model that does not fit on one GPU.
     """
@@ -83,9 +83,9 @@ class ImageLimits:
     """Limits on the visual tokens of an image.
 
     Args:
-        min_pixels: like model.min_pixels in training; by default, the model's own value.
-        max_pixels: like model.max_pixels in training; by default, the model's own value.
-        max_tiles: like model.max_tiles in training; by default, the model's own value.
+        min_pixels: as in training; by default, the model's own.
+        max_pixels: as in training; by default, the model's own.
+        max_tiles: as in training; by default, the model's own.
     """
 
     PREFIX: ClassVar = "model."

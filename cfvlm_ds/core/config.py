@@ -41,11 +41,11 @@ class LoraConfig:
 
     Args:
         rank: rank of an adapter.
-        alpha: scale of an adapter's output: it is multiplied by alpha / rank.
+        alpha: an adapter's output is multiplied by alpha / rank.
         dropout: dropout on an adapter's input.
         load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
         dora: also train the magnitude of every weight row (DoRA, arXiv 2402.09353).
-        rslora: multiply an adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv 2312.03732).
+        rslora: multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = option(16, within=(1, 1e6), on_resume="refuse")
@@ -144,9 +144,9 @@ class TrainConfig:
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             evaluates nothing.
-        samples: number of evaluation pictures about which the model writes a text at each evaluation; results.md shows the texts.
+        samples: number of evaluation pictures for which the model writes a text at each evaluation; results.md shows the texts.
         eval_shuffled: in the evaluation at the end, also score every group's texts on another group's image, to show how far language alone
-            gets. This costs one more image with its texts per group.
+            gets. It costs one more image with its texts per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables this.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.

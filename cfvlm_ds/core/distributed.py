@@ -76,9 +76,9 @@ def launch_environment() -> None:
 def meeting_point() -> Iterator[None]:
     """Set MASTER_PORT to a port at which the ranks can meet; they must have met when the block ends.
 
-    DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
-    and have that port or none, they use a free port instead. Rank 0 chooses the port and publishes it in a file named after the launcher,
-    which is their parent process. Any other port comes from the user or torchrun's agent and is kept.
+    DeepSpeed's launcher gives every training run port 29500, so a second run on the machine would fail. Ranks on a single node that have
+    this port, or none, use a free port instead. Rank 0 chooses it and publishes it in a file named after the launcher, their parent
+    process. Any other port comes from the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -113,7 +113,7 @@ def _published_port(file: Path) -> str:
 
 
 def _tasks_on_node(notation: str, node: int) -> int:
-    """Return the number of tasks on a node, given Slurm's notation for all nodes: "8(x2),1" means 8, 8, 1."""
+    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" means 8, 8, 1."""
     counts: list[int] = []
     for part in notation.split(","):
         tasks, _, repeats = part.partition("(x")
@@ -133,7 +133,7 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first all-reduce, which connects them, is not
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first one connects the ranks and is not
     measured.
 
     Returns the slowest rank's bus bandwidth in GB/s as nccl-tests defines it: 2 (n - 1) / n bytes are sent per reduced byte with n ranks.
@@ -235,7 +235,7 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch, with the same seed on every rank: data order depends only on the seed and the position."""
+    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position."""
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -42,9 +42,7 @@ class ConfigError(InputError):
 
 
 class StorageError(InputError):
-    """A file that the system refuses to write or read, because of a full disk, a quota or permissions. The message names the file and the
-    remedy.
-    """
+    """A file that cannot be written or read: full disk, quota or permissions. The message names the file and the remedy."""
 
 
 class OutOfMemory(InputError):

@@ -198,7 +198,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def is_same(path: Path, opened: int) -> bool:
-    """Return whether a path still leads to the file that ``opened`` is a descriptor of."""
+    """Return whether a path still leads to the file with the descriptor ``opened``."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
@@ -208,7 +208,7 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename an existing ``final`` to ``older``, and ``finished`` to ``final``. If the latter fails, undo the former. Raises OSError."""
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``. If the latter fails, undo the former. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:

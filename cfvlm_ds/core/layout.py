@@ -15,8 +15,8 @@ class Divergence(NamedTuple):
     image.
 
     ``against`` names the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q), with gradients
-    through both p and q. With ``sharpened`` (alpha, beta), it is KL(t || p), with gradients through p only. The target t is proportional to
-    p (p / q)^alpha for tokens with p >= beta max p, and 0 for all others.
+    through p and q. With ``sharpened`` (alpha, beta), it is KL(t || p), with gradients through p only. The target t is proportional to p (p
+    / q)^alpha where p >= beta max p, and 0 elsewhere.
     """
 
     against: Literal["false", "blank", "sham"]
@@ -28,8 +28,8 @@ class InBatchNegatives:
     """Texts of other groups in an optimizer step, N for each group. They are the last N columns of a layout, and their truth is unknown.
 
     ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group, and the index of
-    the text in that group (-1 where a group has fewer than N such texts). ``share`` [G, N] is the weight of the text in comparisons of
-    images (see InBatchNegative).
+    the text in that group (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text in comparisons of images (see
+    InBatchNegative).
     """
 
     place: Tensor
@@ -43,13 +43,13 @@ class GroupLayout:
 
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
-    tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the number of
-    each text's prompt within its group; None if every group has only one prompt. ``sources`` and ``objectives`` have one entry for each
-    group (see CounterfactualGroup); they are empty if no group names any. With ``in_batch``, C includes the texts of other groups.
+    tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) numbers each text's
+    prompt within its group; None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
+    CounterfactualGroup), or none if no group names any. With ``in_batch``, C includes the texts of other groups.
 
-    Two fields are set only if an objective needs them. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the first
-    text with its prompt; in that first text, it marks the tokens in which any other text differs. T is the number of tokens in the longest
-    text. With ``blank``, the last image is the blank picture. Every own text of a group with pictures is scored on it; the truth is
+    If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
+    first text with its prompt. In that first text, it marks the tokens in which any other text differs. T is the number of tokens in the
+    longest text. With ``blank``, the last image is the blank picture. Every own text of a group with pictures is scored on it; its truth is
     unknown.
     """
 

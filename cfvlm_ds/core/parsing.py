@@ -126,7 +126,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
             document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(options, document)
-        elif option != "local_rank":  # local_rank belongs to the launcher
+        elif option != "local_rank":  # which the launcher adds
             plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()

@@ -44,8 +44,8 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """Resolve a model name. A run folder stands for its export, or else its adapters. Adapters stand for the model that they were trained
-    on. Other names stand for themselves.
+    """Resolve a model name. A run folder gives its export, or else its adapters. Adapters give the model that they were trained on. Any
+    other name gives itself.
 
     Raises ConfigError for a run folder with neither an export nor adapters, and for adapters that do not name their model.
     """

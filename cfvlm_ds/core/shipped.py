@@ -1,6 +1,6 @@
 """Shipped files: DeepSpeed configurations, recipes and Slurm scripts that come with the package.
 
-A wheel has them in a subfolder of the package, a checkout at its root.
+In a wheel, they are in a subfolder of the package; in a checkout, they are at its root.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
     if text:
         plain = str(value)
         with suppress(ValueError, RecursionError):
-            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # YAML would parse an empty text or a comment as null
+            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # YAML would parse both as null
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
         if isinstance(value, Mapping):

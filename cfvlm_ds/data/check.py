@@ -59,9 +59,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Result of the pass over the rows: the keys of the distinct pictures, each with the index of the first group that shows it; and the
-    indices of groups that repeat an earlier group's id.
-    """
+    """Keys of the distinct pictures with the index of the first group that shows each; and indices of groups that repeat an earlier id."""
 
     pictures: tuple[Array, Array]
     repeats: list[int]
@@ -112,9 +110,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that has the id of an earlier group, with a message. If the hashes of two ids are equal, the ids
-    themselves are compared.
-    """
+    """Yield the index of each group that repeats an earlier id, with a message. If two hashes are equal, the ids are compared."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():

@@ -17,7 +17,7 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 MAX_PIXELS = 50_000_000
-"""Default limit on width x height. A picture of this size takes 150 MB when decoded, which is more than any vision tower can use."""
+"""Default limit on width x height. This many pixels take 150 MB and exceed what any vision tower can use."""
 
 MAX_ASPECT = 200
 """Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000

@@ -80,8 +80,7 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    The column ``a.b`` is ``b`` within ``a``, where ``a`` is an object, the JSON text of an object, or a list of objects. For a list, return
-    a list of values.
+    ``a.b`` is ``b`` within ``a``. ``a`` is an object, the JSON text of an object, or a list of objects, for which a list is returned.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:

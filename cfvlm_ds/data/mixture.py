@@ -76,9 +76,8 @@ class Draws:
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
     """Return the number of draws from each source in the first ``windows`` windows, [S].
 
-    In every window, the sources are adjacent arcs on a circle of length 1. The start of the first arc advances by the golden ratio from
-    window to window. An arc is as long as the fractional part of the source's share of WINDOW. The share is rounded up if the arc contains
-    a whole number.
+    In every window, the sources are adjacent arcs on a circle of length 1. From window to window, their start advances by the golden ratio.
+    An arc is as long as the fractional part of the source's share of WINDOW. The share is rounded up if the arc contains a whole number.
     """
     whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)
@@ -200,7 +199,7 @@ class MixedGroups(Lazy[CounterfactualGroup]):
     Args:
         sources: groups of each source.
         names: names of the sources.
-        objectives: for each source, the objectives that use its groups; None for all objectives.
+        objectives: objectives that use each source's groups; None for all.
     """
 
     def __init__(

@@ -91,8 +91,8 @@ _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Return a permutation, [num_groups] int64. It is drawn on the CPU even if another device is the default. Seed and epoch are hashed
-    together, so (0, 1) and (1, 0) give unrelated permutations.
+    """Return a permutation, [num_groups] int64. It is always drawn on the CPU. Seed and epoch are hashed, so (0, 1) and (1, 0) give
+    unrelated permutations.
     """
     import torch  # not needed by a check of data
 

@@ -1,7 +1,7 @@
 """Picture table: size, change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
 
 Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If the change
-time differs, the contents are hashed again, and a picture with changed contents is refused.
+time differs, the contents are hashed again, and changed contents are refused.
 """
 
 from __future__ import annotations
@@ -169,9 +169,7 @@ class PictureTables(PictureTable):
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Return the width and height of each picture. They come from the table if it has the picture, else from the picture's header. Raises
-    the same errors as image_size.
-    """
+    """Return the width and height of each picture. Pictures missing from the table are opened. Raises the same errors as image_size."""
     distinct = list(dict.fromkeys(paths))
     entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
     unknown = [path for path in distinct if path not in entries]

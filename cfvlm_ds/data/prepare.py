@@ -1,4 +1,4 @@
-"""Preparation of a data set: checks it completely and writes a store (cfvlm_ds/data/stored.py) that training opens.
+"""Preparation of a data set: a complete check, and the writing of a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. One unit of work consists of the pictures that first occur in a range of groups. With
 ``pack``, a unit becomes one uncompressed tar. Each picture is stored once and read by its offset. The bytes of every file depend only on
@@ -121,14 +121,13 @@ def prepare(
     """Check a data set and do shard number ``shard`` of the work on a store, which is divided into ``of`` shards. Return the report of the
     check, and whether the store is complete.
 
-    Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
-    are written only after the pictures of all shards have been checked. If another shard has not finished its pictures, repeat the call
-    later. If the report has problems and ``on_error`` is ``error``, nothing more is written.
+    Every process checks all rows; each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
+    written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the report
+    has problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work for another state of the data set is discarded, unless the work is divided into several shards. With ``anew``, a
-    complete store of another state is discarded too. Without ``pack``, pictures that were opened for the discarded state are opened again
-    only if their files have changed. Raises OSError, and ConfigError for a folder that has other contents or keeps a store of another
-    state.
+    Unfinished work for another state of the data set is discarded, unless there are several shards. With ``anew``, a complete store of
+    another state is discarded too. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files
+    have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -349,7 +348,7 @@ class RowLines:
         source: the data set.
         root: folder to which picture paths are relative.
         pictures: table of the pictures; None if none was opened.
-        broken: maps the key of each broken picture to its problem.
+        broken: problem of each broken picture, by picture key.
         repeats: indices of groups that repeat an earlier group or its id.
         name: function from a picture's path to the path in the row; None for the absolute path.
     """

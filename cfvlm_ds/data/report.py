@@ -18,7 +18,7 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
-_SHOWN, _SHOWN_CHARS = 30, 60  # largest number of names in a line, and of characters in a name
+_SHOWN, _SHOWN_CHARS = 30, 60  # limits: names in a line, characters in a name
 
 
 @dataclass
@@ -47,7 +47,7 @@ class CheckReport:
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"
-    """Unit of the text lengths: "tokens" (of prompt, image and text together) or "characters" (of the text)."""
+    """"tokens" (of prompt, image and text) or "characters" (of the text)."""
     longest_text_where: str = ""
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""

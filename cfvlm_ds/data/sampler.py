@@ -126,8 +126,8 @@ class PackedSampler(GroupSampler):
     where it leaves the least room (best fit). A group that fits nowhere is placed first in the next step. The step is full when ``_WINDOW``
     groups wait, or when the stream repeats a waiting group; a small data set would otherwise repeat its other groups many times before the
     waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are balanced. No group is lost or
-    repeated. Any two groups have been seen equally often to within two. The order depends only on the data, the seed, ``max_tokens`` and
-    the number of micro-batches per step.
+    repeated. The numbers of times that any two groups have been seen differ by at most two. The order depends only on the data, the seed,
+    ``max_tokens`` and the number of micro-batches per step.
     """
 
     def __init__(
@@ -252,8 +252,8 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     """Return the indices (i, j) of the items in ``given`` and ``taken`` whose exchange leaves the smallest gap; None if no exchange reduces
     it.
 
-    Both lists contain numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without taking
-    anything back. The ideal exchange moves half of ``gap``.
+    Both lists contain numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without an exchange.
+    The best exchange moves half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):
@@ -270,8 +270,8 @@ _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough to stay cl
 def _groups_in(num_epochs: float, num_groups: int) -> int:
     """Return the number of groups that a run sees in ``num_epochs``, rounded up.
 
-    ``num_epochs`` is read as the decimal number that the user wrote: 0.29 epochs of 100 groups are 29 groups, although the float is smaller
-    than 0.29. The float nearest to n / num_groups stands for n groups.
+    ``num_epochs`` is read as a decimal number: 0.29 epochs of 100 groups are 29 groups, although the float is below 0.29. The float nearest
+    to n / num_groups stands for n groups.
     """
     nearest = round(num_epochs * num_groups)
     return nearest if nearest / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)

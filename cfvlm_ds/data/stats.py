@@ -32,8 +32,8 @@ from cfvlm_ds.data.stored import StoredRows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Contents of a manifest's valid rows. ``sides`` counts the longer sides of the pictures in pixels. ``num_rows``, ``num_pictures``,
-    ``num_texts`` and ``num_prompts`` count distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
+    """Contents of a manifest's valid rows. ``sides`` counts the longer sides of the pictures in pixels. The fields ``num_...`` count
+    distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
     """
 
     report: CheckReport

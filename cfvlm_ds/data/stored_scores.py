@@ -117,7 +117,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
-    """Scores of a mixture's groups, whose ids are SOURCE/ID; a source may have none."""
+    """Scores of a mixture's groups, whose ids are SOURCE/ID. A source may have no scores."""
 
     def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
         self._sources = sources

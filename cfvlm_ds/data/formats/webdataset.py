@@ -2,7 +2,7 @@
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
-(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension or the extension
+(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or with
 ``image``. The caption is ``txt`` or ``caption``, or a value in ``json``. ``neg_caption.txt`` and ``neg_image.jpg`` are a negative caption
 and a negative picture. If ``json`` is a row of ``llava``, ``messages`` or ``preference``, it is read as such a row, with the sample's
 picture. Labels are read as in ``captions``.
