@@ -20,7 +20,7 @@ SomePictures = Annotated[list[str], ("nargs", "*"), ("metavar", "PICTURE")]
 
 
 def add(commands: Any) -> None:
-    """Add the command to those of a parser."""
+    """Add the command to a parser."""
     add_function(commands, _describe)
 
 

@@ -44,7 +44,7 @@ class LmmsModel(lmms):
         pretrained: model folder or hub name, run folder, or folder of adapters.
         batch_size: pictures per batch (with all their texts) when likelihoods are computed.
         max_tokens_per_forward: largest number of tokens in a forward when likelihoods are computed.
-        per_token: return mean log-likelihoods per token, as lmms-eval's own models do, instead of sums.
+        per_token: return mean log-likelihoods per token instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 

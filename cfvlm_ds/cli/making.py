@@ -25,7 +25,7 @@ ALONE = ("propose", "edit", "verify", "select", "audit", "run", "sample")
 
 
 def add(data: Any) -> None:
-    """Add the commands to those of ``data``."""
+    """Add the commands to ``data``."""
     for function in (_propose, _edit, _verify, _select, _audit, _run, _status, _sample):
         add_function(data, function)
 

@@ -95,8 +95,7 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add to ``parent`` a command that calls a function. The command's help consists of the first paragraph, the example and Args of the
-    docstring.
+    """Add to ``parent`` a command that calls a function. Its help is the docstring's first paragraph, example and Args.
 
     Parameters before ``*`` become arguments; parameters after it become options. The fields of a dataclass become options. The metadata of
     Annotated are passed to add_argument.

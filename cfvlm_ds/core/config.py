@@ -24,7 +24,7 @@ CFVLM = ("align", "csd", "fcd")
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """Training options of one of the three modules of a vision-language model.
+    """Training options of a module: vision tower, projector or language model.
 
     Args:
         tuning: ``full`` trains every weight, ``lora`` trains adapters on the linear layers, and ``frozen`` trains nothing.
@@ -148,11 +148,11 @@ class TrainConfig:
         eval_shuffled: in the evaluation at the end, also score every group's texts on another group's image, to show how far language alone
             gets. It costs one more image with its texts per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
-        save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables this.
+        save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
-        save_keep_every: also keep checkpoints whose step is a multiple of this number; 0 disables this.
+        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
         save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
-            kept. It is saved right after the evaluation that measured this value.
+            kept. It is saved right after the evaluation.
         early_stopping: end the training after this many consecutive evaluations without an improvement of the metric ``save_best``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
             folder with a checkpoint; ``restart`` is like ``auto``, but starts at step 0 if no checkpoint can be used. The path of a
@@ -164,7 +164,7 @@ class TrainConfig:
         stop_margin_s: stop, save and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the duration
             of the longest step so far (with its evaluation and checkpoint). The margin must be long enough for a first checkpoint.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
-            this.
+            it.
         self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
             forwards up to the precision. If not, ``error`` stops and ``warn`` continues; ``off`` skips the check.
         displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this

@@ -110,8 +110,8 @@ class DataConfig:
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: reaction of all ranks to a training group that cannot be read, for instance because an image was damaged after the check:
-            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are already broken when
-            the run starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are broken when the run
+            starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
         max_skipped: largest number of groups that ``skip`` may leave out in a run; more are an error.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
@@ -119,8 +119,8 @@ class DataConfig:
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
             (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
             a third longer. If an image has too many texts, they are divided.
-        feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; the tower
-            does not run after that. Every rank must see the folder; runs may share it. docs/families.md states its size.
+        feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
+            that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
     """
 
     train: list[Source] | str = option("", on_resume="ignored")

@@ -182,7 +182,7 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Record that this rank makes progress. The call is cheap enough to be made for every item of work."""
+        """Record that this rank makes progress. It is cheap enough to call for every item of work."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)

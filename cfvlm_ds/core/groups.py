@@ -20,7 +20,7 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Largest number of images in a group, and largest number of texts."""
+"""Largest number of images or texts in a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
 """Largest number of cells in a truth table."""

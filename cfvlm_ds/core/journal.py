@@ -87,7 +87,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal; none if there is no file.
 
     A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
-    Raises a DataError that names the file, the line and ``remedy``.
+    Raises DataError with file, line and ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -107,8 +107,8 @@ class GroupLayout:
     def compared(self, against: str) -> Tensor:
         """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
 
-        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images of which the text is true, as it is of
-        the factual image, and that differ from the factual image in no known truth.
+        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that differ from the factual image in
+        no known truth, if the text is true of both.
         """
         own = self.own
         if against == "sham":

@@ -55,7 +55,7 @@ def near(given: str, known: Collection[str], otherwise: str) -> str:
 
 
 def imported(name: str, option: str, kind: str) -> Any:
-    """Import the object that ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes the values of the option."""
+    """Import the object that ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes its possible values."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

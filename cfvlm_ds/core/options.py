@@ -37,7 +37,7 @@ def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to a mapping of dotted names to values."""
+    """Flatten nested sections to dotted names and values."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         options |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}

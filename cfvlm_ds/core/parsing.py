@@ -215,7 +215,7 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
-    """Raise ConfigError for an evaluation set that is neither a manifest nor a benchmark, or both."""
+    """Raise ConfigError unless an evaluation set is either a manifest or a benchmark."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
         raise ConfigError(f"data.evaluation: {split!r} cannot be part of file and metric names; use letters, digits and _ . + -")
     if not given.path and not given.benchmark:

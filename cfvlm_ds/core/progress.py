@@ -23,7 +23,7 @@ class Progress:
     """Counter of finished work units that prints lines such as ``world with habits: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
-        say: function that prints a line immediately; World.say does so only on rank 0.
+        say: function that prints a line; World.say prints only on rank 0.
         what: name of the work.
         total: number of units; None if unknown.
         unit: name of the units, in the plural.

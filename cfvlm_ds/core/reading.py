@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-_SPARE = 100  # stack frames kept free, out of the 1,000 that Python allows
+_SPARE = 100  # spare stack frames, of the 1,000 that Python allows
 _YAML_VALUES = (
     ("null", "null|Null|NULL|~|", ("n", "N", "~", "")),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -152,8 +152,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects nested more than a few hundred levels deep. This limit is below Python's, because a parsed
-    value may later be written from deeper in the stack.
+    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because a parsed value may be written
+    from deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

@@ -76,9 +76,9 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
     """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
 
-    Three kinds of entries are refused: a link, a pipe, or a folder in place of a file (or the reverse), if the run writes that name; a
-    config.yaml written by the user, such as the one given to --config; and, in a folder without a run, anything but files of a run or its
-    launcher, hidden files, and paths in the run's ``options``.
+    Refused entries are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml written by the
+    user, such as the one given to --config; and, in a folder without a run, anything but files of a run or its launcher, hidden files, and
+    paths in the run's ``options``.
     """
     remedy = "remove it, or choose another train.output_dir"
     entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []

@@ -94,7 +94,7 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> Tensor | None:
     """Arrange token log-probs by cell and position, [G, I, C, T], without end-of-turn tokens; None if the layout has no ``changed``.
 
-    The arguments are those of ``score_matrix``; the tokens of a cell must be neighbours, in order.
+    Takes the same arguments as ``score_matrix``. The tokens of a cell must be adjacent and in order.
     """
     if layout.changed is None:
         return None

@@ -26,7 +26,7 @@ _ALWAYS = re.compile(
     r"|(?:api|access|account|auth|private|secret|session|refresh|security|signing|subscription|shared)[_.\-]?(?:key|token)s?$"
     r"|(?:hf|hub|bearer|wandb|github|gitlab|client)[_.\-](?:key|token)s?$"
 )
-"""Names, or their last words joined by ``_``, whose value is always a secret."""
+"""Names (or their last words, joined by ``_``) whose value is always a secret."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
 """Words in names whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -73,7 +73,7 @@ def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
     words = _words(name)
     if not words:
         return False, False
-    return bool(_ALWAYS.search("_".join(words))), "=" in binding and words[-1] in _UNLESS_NUMBER  # "token: x" may be an English sentence
+    return bool(_ALWAYS.search("_".join(words))), "=" in binding and words[-1] in _UNLESS_NUMBER  # "token: x" may be English
 
 
 def is_secret(name: str, value: Any) -> bool:

@@ -62,7 +62,7 @@ class Given(str):
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
-    """Yield (name, class, field, type) of every option, including those of optional sections."""
+    """Yield (name, class, field, type) of every option, also in optional sections."""
     hints = get_type_hints(kind)
     for option in fields(kind):
         hint = hints[option.name]
@@ -139,7 +139,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """Return the value as a number of type ``kind``, or None if it is not such a number."""
+    """Return the value as a number of this type, or None if that is impossible."""
     if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:

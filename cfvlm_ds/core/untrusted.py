@@ -1,4 +1,4 @@
-"""Untrusted names and links: checks of the places to which they may lead and to which output may be written."""
+"""Untrusted names and links: checks of where they lead, and of where output may be written."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected. All
-    other errors are those of open_image.
+    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected.
+    Otherwise raises the same errors as open_image.
     """
     with _opened(Path(path), max_pixels) as image:
         return image.size[::-1] if _is_turned(image) else image.size

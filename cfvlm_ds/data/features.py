@@ -43,7 +43,7 @@ class FeatureCache:
         folder: folder of the files; several runs may share it at the same time.
         origin: everything that features depend on except the picture (tower, processor, dtype, versions); each origin has its own
             subfolder.
-        known: maps a picture to its digest, or to a message that says why it cannot be read.
+        known: digest of each picture, or a message that says why it cannot be read.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""Identity of a data set: a hash of the row order and one of each part of the rows, so that a message can say what changed."""
+"""Identity of a data set: hashes of the row order and of each part of the rows, so that a message can name a change."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _hash(value: Any) -> int:
 
 
 def path_in(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return the path relative to the first root that contains it, or the whole path if none does."""
+    """Return the path relative to the first root that contains it, or the whole path if no root does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

@@ -83,7 +83,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return a message about a row that repeats the group id of an earlier row, or the whole row."""
+    """Return a message about a row that repeats an earlier row or its group id."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 

@@ -113,7 +113,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    ``DataConfig.train_sets`` refuses sources of which only some have a weight.
+    If only some sources have a weight, ``DataConfig.train_sets`` refuses them.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]

@@ -32,7 +32,7 @@ def open_pictures(
 ) -> tuple[PictureTable, dict[int, str]]:
     """Open each picture once. Return the table of sound pictures, and a mapping from the key of each broken picture to its problem.
 
-    The problems are also added to ``report``, each with the location of the first group that shows the picture.
+    The problems are also added to ``report``, with the first group that shows each picture.
     """
     broken = dict[int, str]()
 
@@ -81,7 +81,7 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Yield the pictures with these keys. All are opened except ``known`` ones whose files have not changed."""
+    """Yield the pictures with these keys. All are opened except ``known`` pictures whose files have not changed."""
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
 
     def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:

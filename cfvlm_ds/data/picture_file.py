@@ -52,8 +52,8 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading. A part of a container is read into memory, so the reader cannot reach other bytes. It has no
-    file descriptor, because image libraries would use one to read the container from its start. Raises the same errors as picture_stat, and
+    """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach other bytes, and has no
+    file descriptor with which an image library would read the container from its start. Raises the same errors as picture_stat, and
     ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:

@@ -137,7 +137,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the file's contents differ from those of the known picture at this path. Unknown pictures pass."""
+        """Raise DataError if the contents of a known picture's file have changed. Unknown pictures pass."""
         known = self.find(path)
         if known is None:
             return

@@ -100,7 +100,7 @@ def source_state(path: Path) -> str:
 
 
 def source_stamp(path: Path, state: str, roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
-    """Hash the state of a data set together with the options for reading and preparing it."""
+    """Hash the state of a data set and the options for reading and preparing it."""
     form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
     parts = [*form, os.path.abspath(path), state, [os.path.abspath(root) for root in roots], format, limit]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()

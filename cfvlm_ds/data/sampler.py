@@ -1,6 +1,6 @@
 """Samplers: the assignment of groups to ranks and micro-batches. It is deterministic and resumable, and does not depend on the world size.
 
-The stream of a run is one epoch after another, each a permutation of all groups that depends only on (seed, epoch). With B =
+The stream of a run is a sequence of epochs. Each is a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
 epochs, so no batch is short and no group is dropped. Element j of those B goes to
 
@@ -141,7 +141,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Create the sampler of a rank. Raises ValueError if a group's number of ``tokens`` exceeds ``max_tokens``."""
+        """Create the sampler of a rank. Raises ValueError if a group has more than ``max_tokens`` tokens."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,

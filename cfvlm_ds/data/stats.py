@@ -83,8 +83,8 @@ def statistics(
     """Collect the statistics of a manifest.
 
     The pictures of a prepared store are looked up in its table; other pictures are opened. Rows, pictures and texts with problems are
-    counted, and left out of all other statistics. With ``lengths`` (for instance a Collator), lengths are in tokens. Raises DataError for
-    an unknown format, and for a manifest that cannot be read at all.
+    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) gives lengths in tokens. Raises DataError for an
+    unknown format, and for a manifest that cannot be read at all.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))

@@ -47,7 +47,7 @@ class StoredRows:
         folder: the store.
         roots: folders of the pictures; used if the folders recorded in the store no longer exist.
 
-    Raises DataError for a folder that is not a store, or whose files differ from those listed in store.json.
+    Raises DataError for a folder that is not a store, or whose files do not match store.json.
     """
 
     def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:

@@ -1,9 +1,9 @@
 """Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}. Every other line has the scores of one group: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored
-groups (see cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its
-own scores omits these two. A line is read when its group is used.
+sha256}. Each further line has one group: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
+cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
+omits both. A line is read when its group is used.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Captions:
         id: column of the group's id.
         ask: prompt of rows without one; empty for no prompt.
         paired: whether negative caption k is true of negative picture k, if there are as many of each.
-        label: column that marks the caption as true or false; it holds a list if there is a list of captions.
+        label: column that marks the caption as true or false; a list for a list of captions.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
         json: whether captions may be JSON objects.

@@ -99,8 +99,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Return the columns of the question and the chosen answer, the question, the chosen answer, the rejected answer (or None), and the
-    other keys of their messages, keyed by column.
+    """Return the columns that hold the question and the chosen answer; the question; the chosen answer; the rejected answer or None; and
+    the other keys of their messages, by column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""

@@ -59,7 +59,7 @@ _CHOICES = {"correct", "right", "answer"}
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
 """Words in the names of labels that may have other values too."""
-_FEW = 5  # largest number of distinct values of such a label
+_FEW = 5  # most distinct values of such a label
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
     "entails",
