@@ -131,8 +131,8 @@ class TrainConfig:
         router_balance: weight of transformers' router balance loss for mixtures of experts, computed over all tokens of a step; published
             configurations use 0.001. If a step has several forwards, each of them runs once more.
         hard_negatives: train on only this many counterfactuals per group: the ones that the model currently scores highest. A forward
-            without gradients scores all of them first. By default, a step trains on all.
-        lr_scheduler_type: learning rate schedule: any in transformers that needs no options.
+            without gradients first scores all of them. By default, a step trains on all.
+        lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
         warmup_ratio: share of the steps during which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.
@@ -166,7 +166,7 @@ class TrainConfig:
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
         self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
-            forwards up to the precision. If not, ``error`` stops and ``warn`` continues; ``off`` skips the check.
+            forwards within the precision. If not, ``error`` stops and ``warn`` continues; ``off`` skips the check.
         displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
             many nats per token below its initial value.
         retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other kinds of edit. They are

@@ -32,15 +32,15 @@ def open_groups(
 ) -> GroupStore:
     """Open the groups of a manifest in file order. Each group is read when it is accessed.
 
-    ``path`` is a JSON lines file or another container of rows (cfvlm_ds/data/containers/). Other containers are converted to JSON lines in
-    a folder of ``cache`` on first use. ``path`` may also be a store, whose format is fixed, or an address such as
+    ``path`` is a JSON lines file or a container of rows (cfvlm_ds/data/containers/). A container is converted to JSON lines in a folder of
+    ``cache`` on first use. ``path`` may also be a store, whose format is fixed, or an address such as
     hf://datasets/ORG/NAME/data/train-*.parquet, whose files are fetched from the Hugging Face hub on first use. ``format`` is the name of a
     format, with or without options. ``auto`` selects the format of the first row whose format is recognised; ``progress`` reports it unless
     it is the native one.
 
-    Image paths are absolute or relative to ``root`` (default: the manifest's folder); with several roots, to the first one that has the
-    file. The returned groups have the joined paths. Each file must be inside one of the roots after links are resolved. Images are not
-    opened. Only the first ``limit`` groups are used. ``scan`` runs the passes over the rows that some formats need.
+    Image paths are absolute or relative to ``root`` (default: the manifest's folder). Of several roots, the first one that has the file is
+    used. The groups have the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened. Only
+    the first ``limit`` groups are used. ``scan`` runs the passes over the rows that some formats need.
 
     Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. Accessing an invalid
     row raises a DataError of one sentence that names the file, the row (1-based line, or item of a list) and the remedy. Repeated ids are

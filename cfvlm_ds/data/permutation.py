@@ -1,7 +1,7 @@
 """Permutations of the groups in an epoch. They depend only on the number of groups, the seed and the epoch.
 
-Up to ``STORED`` groups, a permutation is drawn and kept. For more groups, entries are computed on demand by a Feistel network over the next
-power of two, which needs no memory. An entry that is too large is passed through the network again until it is the index of a group.
+Up to ``STORED`` groups, a permutation is drawn and kept. For more groups, a Feistel network over the next power of two computes entries on
+demand, without memory. An entry that is too large is passed through the network again until it is the index of a group.
 
 If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together. A micro-batch then
 encodes their common part once.
@@ -113,7 +113,7 @@ def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[
 
 
 def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
-    """Return the images of ``places`` under a permutation of 0 to ``num_groups`` - 1."""
+    """Return the entries at ``places`` of a permutation of 0 to ``num_groups`` - 1."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())
     images = _network(places, bits, keys)
@@ -123,8 +123,8 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
-    halves.
+    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, then swaps
+    the halves.
     """
     low, high = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)

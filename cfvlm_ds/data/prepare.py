@@ -118,8 +118,8 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and do shard number ``shard`` of the work on a store, which is divided into ``of`` shards. Return the report of the
-    check, and whether the store is complete.
+    """Check a data set and write a store; this call does shard ``shard`` of ``of``. Return the report of the check, and whether the store
+    is complete.
 
     Every process checks all rows; each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
     written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the report

@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a prepared store,
-        these are the rows of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. In a prepared store,
+        rows are the rows of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored

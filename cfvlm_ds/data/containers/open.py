@@ -1,4 +1,4 @@
-"""Opening of rows: JSON lines, or another container, which is converted to JSON lines."""
+"""Opening of rows: JSON lines, or a container, which is converted to JSON lines."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def open_rows(
     alive: Callable[[], object] = lambda: None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Rows:
-    """Open the rows of a JSON lines file or another container.
+    """Open the rows of a JSON lines file or a container.
 
-    Another container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data,
-    then the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
+    A container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data, then
+    the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
     """
     options: Any = {"alive": alive, "progress": progress}
     try:
