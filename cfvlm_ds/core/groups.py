@@ -96,7 +96,7 @@ class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, and None if unknown. An image is a tuple of pictures; all images of
-    a group have equally many. ``source`` names the data set of the group. ``objectives`` names the terms that use the group; None stands
+    a group have the same number. ``source`` names the data set of the group. ``objectives`` names the terms that use the group; None stands
     for all. ``meta`` holds all other fields of the row as unparsed JSON.
 
     ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself. ``keys`` is

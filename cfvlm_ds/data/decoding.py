@@ -99,7 +99,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _read_header(handle: io.BufferedReader) -> Image.Image:
     # PIL warns above its own limit and raises above twice that limit, without stating the size. Our limit is always checked right after,
-    # so PIL's limit is lifted while the header is read. It is a global of PIL, hence the lock (warnings.catch_warnings is not thread-safe).
+    # so PIL's limit is lifted while the header is read. It is a global of PIL, so a lock guards it (catch_warnings is not thread-safe).
     with _PIL_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
