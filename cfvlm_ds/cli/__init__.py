@@ -1,1 +1,1 @@
-"""Commands: ``train.py`` for the launcher, ``cfvlm-ds`` for everything else. Parsing and printing only."""
+"""Commands: ``train.py`` for the launcher, ``cfvlm-ds`` for everything else. This folder only parses and prints."""

@@ -24,21 +24,21 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
     Example: cfvlm-ds cluster check runs/mine/nodes
 
     Args:
-        folder: shared folder for one line per node.
-        timeout_s: time limit in seconds for the tasks to meet, and again for the collective.
+        folder: shared folder, to which every node writes one line.
+        timeout_s: time limit in seconds: once for the tasks to meet, once for the collective.
     """
     from cfvlm_ds.cluster.node_check import check
 
     line = check(Path(folder), timeout_s)
     sys.stdout.flush()
-    os._exit(0 if line == "ok" else 1)  # the teardown of torch takes longer than the check
+    os._exit(0 if line == "ok" else 1)  # torch's teardown takes longer than the check
 
 
 Rest = Annotated[list[str], ("nargs", argparse.REMAINDER)]
 
 
 def _output_dir(options: Rest) -> None:
-    """Print the output_dir that results from options of train.py.
+    """Print the output_dir that options of train.py set.
 
     Example: cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml
 

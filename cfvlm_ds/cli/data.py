@@ -1,4 +1,4 @@
-"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: creation and checks of a run's data."""
+"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: creation and checks of data for a run."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, which training opens. With shards, run every --shard I/N once, and once more after all of
-    them have ended: the first round checks the pictures, the second writes the rows, and its last shard completes the store.
+    """Check a data set and write it as a store, which training opens. With shards, run every --shard I/N once, and once more after all have
+    ended. The first round checks the pictures, the second writes the rows, and the last shard of the second round completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
         manifest: any data of a known format.
-        config: configuration of a run, instead of a manifest. All its data are prepared in its folder, as its first start would do.
-        out: folder to write; the work of an earlier call is not repeated.
+        config: configuration of a run, instead of a manifest; all data of the run are prepared in its folder, as when it first starts.
+        out: folder to write; work that an earlier call has done is not repeated.
         limit: write only the first N groups.
-        pack: copy the pictures into tar files of the store; otherwise the rows refer to the original files.
-        on_error: skip rows that are not groups or have an unusable picture, and list them in OUT/left_out.jsonl.
+        pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
+        on_error: with skip, leave out rows that are invalid or have an unusable picture, and list them in OUT/left_out.jsonl.
     """
     if config is not None:
         others = {"manifest": manifest, "out": out, "limit": limit, "pack": pack, "on_error": on_error != "error", "shard": part.shard}
@@ -123,7 +123,7 @@ def _refuse(report: CheckReport) -> None:
 
 
 def _formats() -> None:
-    """List the formats of rows and the containers of files.
+    """List the known row formats and file containers.
 
     Example: cfvlm-ds data formats
     """
@@ -137,14 +137,14 @@ def _formats() -> None:
 
 
 def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: Reading) -> None:
-    """Write any data as groups, one JSON object per line.
+    """Convert any data to groups, one JSON object per line.
 
     Example: cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl
 
     Args:
         manifest: any data of a known format.
         out: file to write.
-        on_error: skip rows that are not groups or have broken pictures, and list them.
+        on_error: with skip, leave out and list rows that are invalid or have a broken picture.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -155,15 +155,15 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Fetch the pictures that rows name by http(s) address or hold as text, and write the rows with paths of files instead.
+    """Save pictures that rows name by http(s) address or contain as text, and write the rows with file paths instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
     Args:
         manifest: any data of a known format.
         out: JSON lines to write; the pictures go to the folder OUT.pictures next to it.
-        on_error: skip rows without their pictures, and list them.
-        threads: pictures fetched in parallel.
+        on_error: with skip, leave out and list rows whose pictures cannot be fetched.
+        threads: number of parallel downloads.
     """
     from cfvlm_ds.data.download import COLUMNS, download
 

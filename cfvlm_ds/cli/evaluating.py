@@ -1,4 +1,4 @@
-"""``cfvlm-ds evaluate`` and ``compare``: accuracies of groups and of public benchmarks, and a comparison of two models."""
+"""``cfvlm-ds evaluate`` and ``compare``: accuracies on groups and public benchmarks, and comparisons of models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 class _InPlaceOfManifests(argparse.Action):
     """Action of --benchmarks, which makes the manifest optional.
 
-    The manifest is required by default, because argparse would otherwise not accept a manifest that follows the model only after an option.
+    By default the manifest is required; otherwise, argparse would not accept a manifest that is separated from the model by an option.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -47,15 +47,14 @@ class BenchmarkOptions:
     """Options of an evaluation on benchmarks.
 
     Args:
-        benchmarks: names of public benchmarks, or of your own, joined by commas, instead of manifests.
-        benchmark_root: folder with a folder of official files for each of them.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi; each is used for the benchmarks that it fits. By default, every
-            benchmark uses its own.
-        on_error: reaction to a benchmark item that the model cannot process: error, or skip, which counts and names the item.
-        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, and fewer for benchmarks of over 10,000 items.
-        num_workers: processes per rank that prepare batches of a benchmark, by default one per spare core.
-        experiment: MLflow experiment to which the metrics of benchmarks are also sent, on the server of MLFLOW_TRACKING_URI, or in
-            mlflow.db in the folder OUT.
+        benchmarks: names of public or own benchmarks, joined by commas, instead of manifests.
+        benchmark_root: folder with one folder of official files per benchmark.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each is used for the benchmarks that it fits. By default, every
+            benchmark uses its own probe.
+        on_error: reaction to a benchmark item that the model cannot process: error; or skip, which counts and names skipped items.
+        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks of over 10,000 items.
+        num_workers: processes per rank that prepare batches of a benchmark; by default one per spare core.
+        experiment: MLflow experiment that also receives the benchmarks' metrics, on the server MLFLOW_TRACKING_URI or in mlflow.db in OUT.
     """
 
     benchmarks: Names | None = None
@@ -78,7 +77,7 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for random scores and for the language prior; or accuracies on public benchmarks:
+    """Measure accuracies by edit type, with rows for random scores and the language prior; or measure accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
     Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl
@@ -87,7 +86,7 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row with another group's image, which costs one additional image with its texts per group.
+        no_shuffled: leave out the control row with another group's image; the control costs one more image with its texts per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
@@ -102,7 +101,7 @@ def _evaluate(
 
     manifests = named_apart(manifest)
     if out:
-        of_run = (Path(out).parent / "config.yaml").is_file()  # the results.json of a run has the same form
+        of_run = (Path(out).parent / "config.yaml").is_file()  # a run's results.json has the same form
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
@@ -124,7 +123,7 @@ def _evaluate(
 
 
 def _is_evaluated(file: IO[bytes]) -> bool:
-    """Return True if a file contains nothing but tables of accuracies by split."""
+    """Return whether a file contains only tables of accuracies by split."""
     tables = parse_json(file.read().decode())
     return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 
@@ -132,7 +131,7 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 def _evaluate_benchmarks(
     name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
-    """Evaluate a model on benchmarks; every rank runs it. Nothing is loaded before the benchmarks' files are read."""
+    """Evaluate a model on benchmarks; every rank calls this. The model is loaded after the benchmarks' files have been read."""
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
@@ -187,10 +186,10 @@ _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of
 
 
 def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
-    """Send a folder of results to MLflow under the metric names of a training. ``new_results`` are those of this evaluation.
+    """Send a folder of results to MLflow, under the metric names of training runs. ``new_results`` are the results of this evaluation.
 
-    A folder is one run of an experiment, however often results are added to it. Only new or changed values are sent. Undelivered data stay
-    in the folder.
+    A folder remains one run of the experiment, however often results are added to it. Only new or changed values are sent. Undelivered data
+    stay in the folder.
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
@@ -235,16 +234,16 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
 
 
 def _compare(before: str, after: list[str], *, draws: Count | None = None, out: Path | None = None) -> None:
-    """Compare results, paired by group or item: accuracies of sets, or of benchmarks. If several others are given, their mean is compared
-    too.
+    """Compare accuracies on evaluation sets or benchmarks, paired by group or item. If several results are compared with the first, their
+    mean is compared too.
 
     Example: cfvlm-ds compare runs/base runs/seed0 runs/seed1
 
     Args:
-        before: run folder, file that `cfvlm-ds evaluate --out` wrote, or folder that `cfvlm-ds evaluate --benchmarks` wrote.
-        after: others of the same kind, each compared with the first.
-        draws: number of random swaps of the two models' answers to a benchmark; by default as many as the bootstrap draws of evaluate.
-        out: folder for the tables (results.md), a figure of the differences with their intervals, and a page for a browser with both.
+        before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
+        after: further results of the same kind; each is compared with the first.
+        draws: number of random swaps of the two models' answers to a benchmark; by default, the number of bootstrap draws in evaluate.
+        out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
     """
     from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets

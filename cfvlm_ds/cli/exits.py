@@ -1,4 +1,4 @@
-"""Output and exit codes of commands."""
+"""Exit codes and output of commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_everything
 
 _DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-_PIPE_CLOSED = 141  # exit code of shells for a program that SIGPIPE has ended
+_PIPE_CLOSED = 141  # exit code that shells report for a program ended by SIGPIPE
 
 
 def escape_unencodable() -> None:
@@ -27,7 +27,7 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function and convert an OSError about a file, such as a full disk, into a StorageError of one sentence."""
+    """Call a function. An OSError about a file, such as a full disk, becomes a StorageError of one sentence."""
     try:
         function()
         sys.stdout.flush()
@@ -44,9 +44,9 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Call a function and report bad input as one sentence on stderr with exit code 2; a traceback is printed only with --verbose.
+    """Call a function. Bad input is reported in one sentence on stderr, with exit code 2. A traceback is printed only with --verbose.
 
-    Of several ranks, only one prints it. A full disk has its own exit code, since the same input may succeed later.
+    If there are several ranks, only one prints. A full disk has its own exit code, because the same input may succeed later.
     """
     try:
         function()
@@ -56,7 +56,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
                 print_line(traceback.format_exc().rstrip("\n"), error=True)
             if mine:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange only the text
+        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange only messages
         sys.exit(EXIT_DISK_FULL if full else 2)
     except KeyboardInterrupt:  # in a command; a training handles Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)
@@ -65,7 +65,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
 def leave_at_once(function: Callable[[], None]) -> None:
     """Run a training. If it exits with a non-zero code, exit at once.
 
-    torch takes seconds to tear down, and the SIGTERM that launchers send after the first rank has exited would change the code.
+    torch's teardown takes seconds. In this time, the SIGTERM that launchers send once the first rank has exited would change the code.
     """
     try:
         function()

@@ -1,4 +1,4 @@
-"""Entry point for lmms-eval: a model named ``cfvlm_ds`` when both packages are installed."""
+"""Entry point for lmms-eval: if both packages are installed, lmms-eval has a model named ``cfvlm_ds``."""
 
 from __future__ import annotations
 

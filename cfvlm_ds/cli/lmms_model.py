@@ -23,28 +23,28 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """A value and a flag for greedy texts, which lmms-eval unpacks."""
+    """A log-likelihood, and whether greedy decoding gives the text. lmms-eval unpacks both."""
 
     __slots__ = ()
 
     def strip(self) -> tuple[()]:
         """Return an empty tuple, so that lmms-eval's response cache does not store the result.
 
-        The cache calls ``strip`` to detect empty results. It would return a stored result as a list, which lmms-eval 0.7 converts to a
-        string.
+        The cache calls ``strip`` to detect empty results. It would return a stored result as a list, and lmms-eval 0.7 converts lists to
+        strings.
         """
         return ()
 
 
 class LmmsModel(lmms):
-    """Model of lmms-eval. Likelihoods come from this package's scorer, texts from transformers' own ``generate``; both use the model's own
+    """Model for lmms-eval. Likelihoods come from this package's scorer, and texts from transformers' ``generate``. Both use the model's
     chat template.
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
-        batch_size: pictures per batch when likelihoods are computed, with all texts about them.
+        batch_size: pictures per batch (with all their texts) when likelihoods are computed.
         max_tokens_per_forward: largest number of tokens in a forward when likelihoods are computed.
-        per_token: return mean likelihoods instead of sums, as lmms-eval's own models do.
+        per_token: return mean log-likelihoods per token instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 
@@ -68,7 +68,7 @@ class LmmsModel(lmms):
         if not pretrained:
             raise ConfigError("the model's arguments lack pretrained=MODEL; add it")
         model, adapter = model_named(str(pretrained), ImageLimits(min_pixels, max_pixels, max_tiles))
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has the full model and its share of the requests
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # each rank has the full model and a share of the requests
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
@@ -82,13 +82,11 @@ class LmmsModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model, on which lmms-eval gathers results."""
+        """Device of the model. lmms-eval gathers results on it."""
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return, for each text, a value and a flag for greedy texts. The two are wrapped in ``Scored``, because lmms-eval 0.7 converts any
-        other pair to a string.
-        """
+        """Return a ``Scored`` pair for each text. lmms-eval 0.7 would convert any other pair to a string."""
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 
     def generate_until(self, requests: list[Any]) -> list[str]:

@@ -31,13 +31,13 @@ def _view(
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest; run folder, whose groups with the worst stored scores are shown; or work folder of `data propose`.
-        scores: file that `cfvlm-ds score` wrote for the manifest, or one from a run's folder scores.
-        sample: number of groups to show, 200 by default.
-        ids: file with the ids of the groups to show, one per line; they are shown in that order.
+        source: manifest; run folder (shows the groups with the worst stored scores); or work folder of `data propose`.
+        scores: file that `cfvlm-ds score` wrote for the manifest, or a file in the folder scores of a run.
+        sample: number of groups to show; by default 200.
+        ids: file with the ids of the groups to show, one per line. The groups are shown in this order.
         seed: seed for sampling a manifest.
-        rejected: show only the rejected candidates of a work folder, with the reasons.
-        out: folder to write or to replace.
+        rejected: show only the rejected candidates of a work folder, with the reasons for rejection.
+        out: folder to write or replace.
     """
     if sample and ids:
         raise ConfigError("--sample and --ids cannot be combined; give only one")

@@ -1,7 +1,7 @@
 """``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
 
-Nothing heavy is imported before the command is known. Help and completion are therefore fast, and a launcher's signals are blocked before
-a training starts its slow imports.
+No large package is imported before the command is known. Help and completion are therefore fast, and a training run blocks the launcher's
+signals before its slow imports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import selected_verbosity, show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
-"""Options that may stand before the command: DeepSpeed's launcher inserts its own option first."""
+"""Options that may precede the command, because DeepSpeed's launcher inserts its own option first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of all commands. It contains only the name of ``train``, whose options core/parsing.py defines."""
+    """Return the parser of all commands. It has the name of ``train``, but not its options, which core/parsing.py defines."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and exit")
@@ -64,18 +64,18 @@ def parser() -> Parser:
 
 
 def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print a completion script for commands, options and files: evaluate it, or save it in the shell's completion folder.
+    """Print a completion script for commands, options and files. Evaluate it, or save it in the shell's completion folder.
 
     Example: cfvlm-ds completion bash
 
     Args:
-        shell: shell that runs the script.
+        shell: shell that evaluates the script.
     """
     print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:
-    """Run ``cfvlm-ds train`` like train.py."""
+    """Train, like train.py."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cfvlm_ds.cli.train import train_main

@@ -25,13 +25,15 @@ ALONE = ("propose", "edit", "verify", "select", "audit", "run", "sample")
 
 
 def add(data: Any) -> None:
-    """Add the commands to those of ``data``."""
+    """Add the commands to ``data``."""
     for function in (_propose, _edit, _verify, _select, _audit, _run, _status, _sample):
         add_function(data, function)
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """Parse a shard into its index and the number of shards: 3/64 is the fourth of 64. The number is None if only the index is given."""
+    """Parse a shard into its index and the number of shards: 3/64 is the fourth of 64 shards. The number is None if only the index is
+    given.
+    """
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -43,17 +45,18 @@ Shard = Annotated[tuple[int, int | None], ("type", _shard), ("metavar", "I/N")]
 
 @dataclass(frozen=True)
 class Part:
-    """Share of the work that one process does.
+    """Share of the work for one process.
 
     Args:
-        shard: shard to process, with I from 0 to N-1; only I if the work folder already records N. Other processes take the other shards.
+        shard: shard to process, I/N with I from 0 to N-1, or only I if the work folder already records N. Other processes take the other
+            shards.
     """
 
     shard: Shard | None = None
 
 
 def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, reading: Reading) -> None:
-    """Propose counterfactual captions that differ in one thing.
+    """Propose counterfactual captions that differ in one detail.
 
     Example: cfvlm-ds data propose captions.jsonl --out W --with rules,mine --types colour,count,relation
 
@@ -98,10 +101,10 @@ def _verify(
 
     Args:
         work: work folder that `data propose` began.
-        calibrate: fit margin and drop to the labels of verified candidates in this file, one {"edit": ID, "attempt": 0, "good": true} per
-            line, and write W/thresholds.json.
+        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. Margin and drop are
+            fitted to the labels and written to W/thresholds.json.
         precision: precision that the thresholds must reach.
-        rule: scores that the thresholds are fitted to.
+        rule: scores to which the thresholds are fitted.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -122,7 +125,7 @@ def _verify(
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:
-    """Write the best candidates as groups, and report why the others were dropped.
+    """Write the best candidates as groups, and report why other candidates were dropped.
 
     Example: cfvlm-ds data select W --out groups.jsonl
 
@@ -140,13 +143,13 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
-    """Report shortcuts that need no picture, duplicates, and leaks between splits.
+    """Report shortcuts that work without the picture, duplicates, and leaks between splits.
 
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
     Args:
-        manifest: manifests of groups; several are the splits of one data set.
-        out: folder of the page, with report.md and report.json.
+        manifest: manifests of groups; several manifests are the splits of one data set.
+        out: folder for the page, report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -170,7 +173,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
 
 def _run(*, config: str, part: Part) -> None:
-    """Propose, edit and verify one shard of a plan; without --shard, process all shards in turn and select.
+    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and select.
 
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
@@ -199,7 +202,7 @@ def _run(*, config: str, part: Part) -> None:
 
 
 def _status(work: str) -> None:
-    """Print the progress of a work folder and its missing shards.
+    """Print the progress and the missing shards of a work folder.
 
     Example: cfvlm-ds data status W
 
@@ -222,13 +225,13 @@ def _sample(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Let a model write texts about pictures, judge them by something else, and write groups of true against false texts.
+    """Let a model write texts about pictures, have a separate judge label them, and write groups of true and false texts.
 
     Example: cfvlm-ds data sample runs/mine captions.jsonl --out W --judge my_judge:is_true
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        manifest: pictures with true texts, in any known format; of a group, the first image.
+        manifest: pictures with true texts, in any known format; only the first image of a group is used.
         out: work folder, created if necessary; the groups are OUT/groups.jsonl.
         limit: use only the first N groups.
     """
@@ -242,7 +245,7 @@ def _sample(
     config, adapter = model_named(model, limits)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
     identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
-    writing = model_folder(config.name_or_path) / "generation_config.json"  # its repetition penalty, for instance
+    writing = model_folder(config.name_or_path) / "generation_config.json"  # with the repetition penalty, for instance
     identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
     done, counts = sample(
         store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of
@@ -258,7 +261,7 @@ def _sample(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print the folders of groups' pictures, unless all are in the folder of the groups' file."""
+    """Print the folders of the groups' pictures, unless all are in the manifest's folder."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}")

@@ -1,6 +1,6 @@
 """``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands before and after training.
 
-``score``, ``calibrate`` and ``evaluate`` (evaluating.py) may be started by deepspeed, torchrun or srun. All ranks then share the work.
+``score``, ``calibrate`` and ``evaluate`` (evaluating.py) may be started with deepspeed, torchrun or srun. All ranks then share the work.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def add(commands: Any) -> None:
 
 
 def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Write reference and blind scores of a manifest, for DPO and PMI.
+    """Write a manifest's reference and blind scores, for DPO and PMI.
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 
     Args:
         model: model folder or hub name, or run folder.
         manifest: training groups to score.
-        out: file to write, by default MANIFEST.scores.jsonl.
+        out: file to write; by default MANIFEST.scores.jsonl.
     """
     from cfvlm_ds.core.data_config import is_hub
     from cfvlm_ds.data import sound_groups
@@ -92,14 +92,14 @@ def _scores(
 
 
 def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Measure how well a model separates true from false in a manifest, and print the margins and weights that fit it.
+    """Measure how well a model separates true from false texts in a manifest, and print suitable margins and weights.
 
     Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/world/train.jsonl --limit 500
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        manifest: groups to train on; with --limit, only the first of them.
-        out: YAML file to write, with the recommended objective.
+        manifest: training groups; with --limit, only the first ones are scored.
+        out: YAML file for the recommended objective.
     """
     from cfvlm_ds.data import sound_groups
     from cfvlm_ds.evaluation import calibration
@@ -138,15 +138,15 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
 
 
 def _export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:
-    """Export a DeepSpeed checkpoint as a Hugging Face folder, and push it to the hub if a repository is named.
+    """Export a DeepSpeed checkpoint as a Hugging Face folder, and optionally push it to the hub.
 
     Example: cfvlm-ds export runs/quickstart --push me/quickstart
 
     Args:
         run: run folder, or one of its checkpoints.
-        adapter: export only the LoRA adapters, in peft's format, instead of the model with its adapters merged.
-        out: folder to write, by default RUN/export, or RUN/adapter.
-        push: repository of the Hugging Face hub, USER/NAME, private if it is new.
+        adapter: export only the LoRA adapters, in peft's format, instead of the model with merged adapters.
+        out: folder to write; by default RUN/export, or RUN/adapter with --adapter.
+        push: repository USER/NAME on the Hugging Face hub; a new repository is private.
     """
     from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
@@ -173,7 +173,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None, push: st
 
 
 def _track(run: str) -> None:
-    """Send undelivered data of a finished run to MLflow, or copy the run to the server in MLFLOW_TRACKING_URI.
+    """Send undelivered data of a finished run to MLflow, or copy the run to the server MLFLOW_TRACKING_URI.
 
     Example: cfvlm-ds track runs/quickstart
 
@@ -187,7 +187,7 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Join the ranks that a launcher has started, and return their world; without a launcher, return that of this single process."""
+    """Join the ranks that a launcher has started, and return their world. Without a launcher, the world has only this process."""
     from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
@@ -206,10 +206,10 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one, with the adapters of a folder if one is given. Return the scorer, its
+    """Load a model on every rank, on the GPU if there is one. ``adapter`` is a folder of adapters to load with it. Return the scorer, its
     collator and the world.
 
-    With ``zero3`` the model is partitioned over all ranks. Without a ``world`` the ranks of the launch join here.
+    With ``zero3``, the model is partitioned over all ranks. Without a ``world``, the ranks of the launch join here.
     """
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.core.distributed import usual_dtype

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the conversion of a function into a command."""
+"""Options that several commands share, and the conversion of functions to commands."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Reading:
     """Options for reading a manifest.
 
     Args:
-        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE, see `cfvlm-ds data formats`; auto detects it from the keys of
-            the first row.
-        root: folder of the images, by default the manifest's; may be given several times. Absolute paths and links may lead into any of
-            them.
-        max_pixels: image size limit.
+        format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE (see `cfvlm-ds data formats`); auto detects it from the first
+            row's keys.
+        root: folder of the images, by default the manifest's folder; may be given several times. Absolute paths and links may lead into any
+            of them.
+        max_pixels: refuse images with more pixels than this.
     """
 
     format: str = DataConfig().format
@@ -61,11 +61,10 @@ class Scoring:
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. By default there is no limit;
-            for benchmarks it is 16384.
-        limit: score only the first N groups, like the option limit of a data set; of a benchmark, score about N items, spread evenly over
-            it.
-        zero3: partition the model over all ranks, for a model that exceeds one GPU.
+        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. The default is 16384 for
+            benchmarks, otherwise no limit.
+        limit: score only the first N groups, or about N items of a benchmark, spread evenly over it.
+        zero3: partition the model over all ranks, for a model that does not fit on one GPU.
     """
 
     batch_size: Positive = 16
@@ -84,9 +83,9 @@ class ImageLimits:
     """Limits on the visual tokens of an image.
 
     Args:
-        min_pixels: as in training; the model's own when not given.
-        max_pixels: as in training; the model's own when not given.
-        max_tiles: as in training; the model's own when not given.
+        min_pixels: as in training; by default, the model's own.
+        max_pixels: as in training; by default, the model's own.
+        max_tiles: as in training; by default, the model's own.
     """
 
     PREFIX: ClassVar = "model."
@@ -96,10 +95,10 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add a command to ``parent`` that calls a function. Its help consists of the docstring's first paragraph, the example and Args.
+    """Add to ``parent`` a command that calls a function. Its help is the docstring's first paragraph, example and Args.
 
-    Parameters before ``*`` become arguments, those after it options. A dataclass stands for its fields, which become options.
-    Metadata of Annotated are passed to add_argument.
+    Parameters before ``*`` become arguments; parameters after it become options. The fields of a dataclass become options. The metadata of
+    Annotated are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -112,7 +111,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the arguments of add_argument for the parameters of a function, or the fields of a dataclass."""
+    """Return the arguments of add_argument for each parameter of a function or field of a dataclass."""
     helps, hints = sentences(described), get_type_hints(described, include_extras=True)
     prefix, result = getattr(described, "PREFIX", ""), []
     for parameter in inspect.signature(described).parameters.values():
@@ -157,7 +156,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse options before their command, because argparse would take the option's value for the command."""
+        """Refuse options that precede their command, because argparse would mistake an option's value for the command."""
         words = list(sys.argv[1:] if args is None else args)
         commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
         place = next((place for place, word in enumerate(words) if word in commands), 0)
@@ -168,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one sentence, like every other refusal."""
+        """Exit with one sentence, as for any other bad input."""
 
         def refused() -> None:
             raise ConfigError(f"{self.prog}: {message}; {near}")
@@ -183,7 +182,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_empty(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an empty argument, for example from an unset variable. It would mean the working folder or no output."""
+    """Raise ConfigError for an empty argument, for instance from an unset variable. It would mean the working folder, or no output."""
     command = arguments.asked_for
     for action in command._actions:
         value = getattr(arguments, action.dest, None)
@@ -193,7 +192,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not have, suggesting its nearest option."""
+    """Raise ConfigError for arguments that a command does not have. The message suggests the nearest option."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
@@ -202,7 +201,7 @@ def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> 
 
 
 def add_verbosity(command: argparse.ArgumentParser) -> None:
-    """Add --quiet and --verbose, which may stand before a command's name or after it."""
+    """Add --quiet and --verbose, which may precede or follow a command's name."""
     group = command.add_mutually_exclusive_group()
     for name, text in VERBOSITY.items():
         group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
@@ -215,8 +214,8 @@ def say(line: str) -> None:
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return the model that a name stands for, and the folder of its adapters or None. Images are limited as in the run that produced the
-    model, unless ``limits`` override that.
+    """Return the model that a name stands for, and the folder of its adapters (or None). Image limits are the same as in the run that
+    produced the model, unless ``limits`` override them.
     """
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)

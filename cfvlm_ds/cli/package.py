@@ -1,4 +1,4 @@
-"""``cfvlm-ds init`` and ``completion``: files that an installed package provides to its user."""
+"""``cfvlm-ds init`` and ``completion``: files that the installed package provides to users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 class ShowVersion(argparse.Action):
-    """Action of --version, which calls git for the revision only when it is used."""
+    """Action of --version. It calls git for the revision, but only if the option is given."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
@@ -66,7 +66,7 @@ _OWN_VENV = "if [ -d .venv ]; then"
 
 
 def completion(top: argparse.ArgumentParser, shell: str) -> str:
-    """Return the completion script of a shell for the commands of a parser."""
+    """Return a shell's completion script for the commands of a parser."""
     try:
         import shtab
     except ImportError as error:
@@ -82,7 +82,7 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
-    """Add the options of a run, with the values that some of them accept."""
+    """Add the options of a run, with their fixed choices if they have any."""
     from cfvlm_ds.core.parsing import option_parser
     from cfvlm_ds.objectives import OBJECTIVES
 
@@ -93,7 +93,7 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Complete files for every argument that takes a value without fixed choices."""
+    """Complete file names for every argument that takes a value and has no fixed choices."""
     for action in parser._actions:
         if action.nargs != 0 and not action.choices:
             vars(action)["complete"] = files

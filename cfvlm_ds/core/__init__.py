@@ -1,1 +1,1 @@
-"""Shared types: groups, score matrices, options, ranks, files, errors. Every other folder imports them."""
+"""Shared types: groups, score matrices, options, ranks, files and errors. All other folders import this one."""

@@ -1,8 +1,8 @@
 """Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Unknown options are errors, and the resolved configuration can be printed as YAML. Options that transformers' TrainingArguments also
-has are named as there. The DeepSpeed JSON defines ZeRO, precision and offload; the run configuration defines batch sizes, learning rates
-and steps. The value "auto" in the JSON takes the run's value, and a contradiction is an error (see engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. An option that transformers' TrainingArguments also has
+keeps its name. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes, learning rates and
+steps. "auto" in the JSON stands for the run's value. A contradiction is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-"""Schedules of transformers that need no options."""
+"""Names of the schedules in transformers that need no options."""
 CFVLM = ("align", "csd", "fcd")
-"""Default terms of the objective: those of CF-VLM (arXiv 2506.17267)."""
+"""Default terms of the objective: the terms of CF-VLM (arXiv 2506.17267)."""
 
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """Training options of one of a vision-language model's three modules.
+    """Training options of a module: vision tower, projector or language model.
 
     Args:
-        tuning: ``full`` trains every weight, ``lora`` trains adapters of the linear layers, ``frozen`` trains nothing.
+        tuning: ``full`` trains every weight, ``lora`` trains adapters on the linear layers, and ``frozen`` trains nothing.
         learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
     """
 
@@ -37,15 +37,15 @@ class ModuleConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) of the modules whose ``tuning`` is ``lora``.
+    """Low-rank adapters (arXiv 2106.09685) in the modules whose ``tuning`` is ``lora``.
 
     Args:
         rank: rank of an adapter.
-        alpha: scale of an adapter's output, which is multiplied by alpha / rank.
+        alpha: an adapter's output is multiplied by alpha / rank.
         dropout: dropout on an adapter's input.
         load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
         dora: also train the magnitude of every weight row (DoRA, arXiv 2402.09353).
-        rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        rslora: multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = option(16, within=(1, 1e6), on_resume="refuse")
@@ -67,11 +67,11 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end. ``auto`` selects flash-attn or torch's ``varlen`` if the GPU supports either, otherwise
-            sdpa. The other values are ``flash_attention_2``, ``varlen`` and ``flex`` (torch's kernels for GPUs), and ``sdpa``.
-        gradient_checkpointing: recompute activations in the backward pass, which saves memory and takes about a third more time.
+        attn_implementation: attention back end. ``auto`` selects flash-attn or torch's ``varlen`` if the GPU supports one of them,
+            otherwise sdpa. The other values are ``flash_attention_2``, ``varlen`` and ``flex`` (torch's kernels for GPUs), and ``sdpa``.
+        gradient_checkpointing: recompute activations in the backward pass. This saves memory and takes about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
-        max_pixels: scale larger images down to this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
@@ -92,8 +92,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options without effect, printed when a run starts. In other programs, setting a LoRA rank enables LoRA; here it
-        does not.
+        """Warnings about options without effect, printed when a run starts. Setting a LoRA rank enables LoRA in other programs, but not
+        here.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -104,7 +104,7 @@ class ModelConfig:
 
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
-"""Options of ModelConfig that bound the visual tokens of an image."""
+"""Options of ModelConfig that limit the visual tokens of an image."""
 
 
 MICRO_BATCH_SIZE = 8
@@ -116,64 +116,63 @@ class TrainConfig:
     """Optimisation and the run folder.
 
     Args:
-        output_dir: run folder: configuration, metrics, checkpoints, tracking store, export.
-        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); when not given, 8, or
-            fewer if a step would otherwise need more groups than an epoch has.
+        output_dir: run folder, for the configuration, metrics, checkpoints, tracking store and export.
+        per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); by default 8, or fewer
+            if a step would otherwise need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        per_device_eval_batch_size: groups per evaluation batch and rank, scored in forwards of at most ``data.max_tokens_per_forward``
-            tokens, or ``data.max_tokens_per_micro_batch`` if that is not given.
+        per_device_eval_batch_size: groups per evaluation batch and rank. A batch is scored in forwards of at most
+            ``data.max_tokens_per_forward`` tokens, or ``data.max_tokens_per_micro_batch`` if the former is not given.
         learning_rate: peak learning rate of every module that does not set its own.
         weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
         adam_beta1: AdamW's first-moment decay.
         adam_beta2: AdamW's second-moment decay.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
-        router_balance: weight of transformers' router balance loss, for a mixture of experts, over the tokens of the whole step; published
-            configurations use 0.001. A step of several forwards runs each of them once more.
-        hard_negatives: number of counterfactuals per group that a step trains on: those that the model currently scores highest. A forward
-            without gradients scores all of them first. When not given, a step trains on all.
-        lr_scheduler_type: a schedule of transformers that needs no options.
-        warmup_ratio: share of all steps over which the learning rate rises linearly.
+        router_balance: weight of transformers' router balance loss for mixtures of experts, computed over all tokens of a step; published
+            configurations use 0.001. If a step has several forwards, each of them runs once more.
+        hard_negatives: train on only this many counterfactuals per group: the ones that the model currently scores highest. A forward
+            without gradients first scores all of them. By default, a step trains on all.
+        lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
+        warmup_ratio: share of the steps during which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
-        max_steps: optimizer steps; -1 to use ``num_train_epochs``.
+        max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.
         seed: seed of the sampling order and of all other random numbers.
-        bf16: ``auto`` trains in bfloat16 if the device supports it, else in float32; or ``true`` / ``false``.
+        bf16: train in bfloat16 (``true``) or float32 (``false``); ``auto`` uses bfloat16 if the device supports it.
         logging_steps: steps between progress lines and metric records.
-        eval_steps: steps between evaluations; 0 evaluates only at the end. When not given, a random sample of at most 300 groups of each
-            set is also evaluated after each quarter of the training, which takes about a tenth of its time.
+        eval_steps: steps between evaluations; 0 evaluates only at the end. By default, a random sample of at most 300 groups per set is
+            also evaluated after each quarter of the training. This takes about a tenth of the training time.
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
-            that takes about a tenth of the training's time, with at least 100 groups of each set; true evaluates all groups and benchmarks;
-            false evaluates nothing.
-        samples: number of evaluation pictures about which the model writes a text at each evaluation; results.md shows the texts.
-        eval_shuffled: in the evaluation at the end, also score every group's texts on the image of another group, which shows what language
-            achieves without the image. This costs one additional image with its texts per group.
+            of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
+            evaluates nothing.
+        samples: number of evaluation pictures for which the model writes a text at each evaluation; results.md shows the texts.
+        eval_shuffled: in the evaluation at the end, also score every group's texts on another group's image, to show how far language alone
+            gets. It costs one more image with its texts per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
-        save_total_limit: number of newest checkpoints to keep; 0 keeps all.
+        save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
         save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
-        save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with its highest value is also kept; it is
-            saved right after the evaluation that measured it.
+        save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
+            kept. It is saved right after the evaluation.
         early_stopping: end the training after this many consecutive evaluations without an improvement of the metric ``save_best``.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
             folder with a checkpoint; ``restart`` is like ``auto``, but starts at step 0 if no checkpoint can be used. The path of a
-            checkpoint continues from that one.
-        resume_changes: reaction to an option that changed since the checkpoint and alters the training: ``refuse`` names it and stops;
-            ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
-        on_nonfinite: reaction of all ranks to a loss or gradient that is NaN or infinite on one of them: ``stop``, or ``skip`` the step,
-            up to 10 in a row. No weight changes in either case, and nonfinite.jsonl in the run folder lists the groups.
-        stop_margin_s: stop, save and exit with code 85 when a Slurm job has less than this many seconds left, in addition to the duration
-            of the longest step so far, including its evaluation and checkpoint. The margin must be long enough for a first checkpoint.
+            checkpoint continues from that checkpoint.
+        resume_changes: reaction if an option that affects the training has changed since the checkpoint: ``refuse`` names the option and
+            stops; ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
+        on_nonfinite: reaction of all ranks if a loss or gradient is NaN or infinite on any of them: ``stop``, or ``skip`` the step (at most
+            10 in a row). In both cases, no weight changes, and nonfinite.jsonl in the run folder lists the groups.
+        stop_margin_s: stop, save and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the duration
+            of the longest step so far (with its evaluation and checkpoint). The margin must be long enough for a first checkpoint.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
-        self_check: reaction, before the first step, to weights that are not finite, or to scores of packed rows that differ from those of
-            single-row forwards by more than the precision explains: ``error``; ``warn``, which continues; or ``off``, which skips the
-            check.
-        displacement_warning: warn when the factual log-likelihood, or that of the true texts in a set of ``retention``, falls this many
-            nats per token below its value at the start.
-        retention: names of ``data.evaluation`` that measure forgetting, such as plain captions and other kinds of edit; they are also
-            evaluated before the first step, and every later change of their results is logged.
+        self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
+            forwards within the precision. If not, ``error`` stops and ``warn`` continues; ``off`` skips the check.
+        displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
+            many nats per token below its initial value.
+        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other kinds of edit. They are
+            also evaluated before the first step, and later changes of their results are logged.
         figures: draw the learning curves and the score matrices of a few groups at the end.
-        export: write a Hugging Face folder, ``output_dir/export``, at the end, or ``output_dir/adapter`` if only adapters train.
+        export: at the end, write a Hugging Face folder: ``output_dir/export``, or ``output_dir/adapter`` if only adapters were trained.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """
 
@@ -229,11 +228,11 @@ class TrackingConfig:
     """Tracking in MLflow.
 
     Args:
-        enabled: record the run in MLflow; metrics.jsonl is written in any case. MLFLOW_TRACKING_URI names a server; without it the store
+        enabled: record the run in MLflow; metrics.jsonl is written in any case. MLFLOW_TRACKING_URI names a server; without it, the store
             is in the run folder.
         experiment: experiment name.
         run_name: run name; the output folder's name when not given.
-        also: other trackers that receive the metrics: ``tensorboard``, or MODULE:CLASS for a class of your own.
+        also: other trackers that receive the metrics: ``tensorboard``, or your own class as MODULE:CLASS.
     """
 
     enabled: bool = option(True, on_resume="ignored")
@@ -250,11 +249,11 @@ class HabitsConfig:
         out_dir: folder to write; left unchanged if it already holds this world.
         num_train: training groups.
         num_test: groups of the validation set and of each test set.
-        num_counterfactuals: counterfactual pairs per training group; 0 for single pictures, as a base is pretrained on.
+        num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
-        strength: probability in training that a thing follows one of its habits.
-        edit_weights: relative frequency of each edit type in training; all are equally frequent when not given.
+        strength: probability that a thing in a training picture follows one of its habits.
+        edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
     out_dir: str
@@ -294,12 +293,12 @@ class TinyLlavaConfig:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Data and models that are built before training unless they exist; none by default.
+    """Data and models that are built before training unless they already exist; by default none.
 
     Args:
         habits: the embedded world with habits.
-        tiny_llava: a small model with random weights, whose tokenizer is trained on the texts of that world.
-        base: folder for a copy of the package's small model, which is pretrained on that world.
+        tiny_llava: a small model with random weights and a tokenizer that is trained on the texts of that world.
+        base: folder for a copy of the package's small model, pretrained on that world.
     """
 
     habits: HabitsConfig | None = option(None, on_resume="ignored")

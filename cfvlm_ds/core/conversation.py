@@ -1,7 +1,7 @@
 """Conversations. The prompt that a text answers is a string, or a sequence of turns with pictures between the words.
 
-A string is a single turn of the user, preceded by the pictures. A conversation ends with the turn that the text answers; its pictures, in
-the order of its parts, are those of one image of the group.
+A string is a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in the
+order of its parts, are the pictures of one image of the group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cfvlm_ds.core.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
-"""Prompt for a caption whose row has none."""
+"""Prompt for a caption in a row without a prompt."""
 MAX_TURNS = 1024
 """Largest number of turns in a conversation; MAX_PARTS is the largest number of parts in all its turns together."""
 MAX_PARTS = 4 * MAX_TURNS
@@ -55,7 +55,7 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError, with a message that begins with ``where``, for turns that cannot be answered by a text."""
+    """Raise DataError for turns that a text cannot answer. The message begins with ``where``."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with a turn of the {turns[-1].role}" if turns else "has no turns"
         raise DataError(f"{where}: the conversation {ending}; it must end with a turn of the user, which the text answers")
@@ -73,7 +73,7 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return the conversation as the list of messages that chat templates and rows of data use."""
+    """Return the conversation as a list of messages, as chat templates and data rows use it."""
     return [
         {"role": turn.role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in turn.parts]}
         for turn in turns
@@ -81,7 +81,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return the prompt as JSON: a string, or messages. A message that consists of one text holds it as a plain string."""
+    """Return the prompt as JSON: a string, or messages. The content of a message with a single text is a plain string."""
     if isinstance(prompt, str):
         return prompt
     written = messages(prompt)
@@ -92,9 +92,7 @@ def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
 
 
 def simplest(turns: Sequence[Turn]) -> Prompt:
-    """Return the prompt as a string if it is equivalent to one (a single turn of the user, text after
-    pictures), else as a tuple of turns.
-    """
+    """Return the prompt as a string if it is a single user turn with all pictures before the text, else as a tuple of turns."""
     if len(turns) == 1 and turns[0].role == "user":
         *before, last = turns[0].parts or ("",)
         if all(part is PICTURE for part in before):
@@ -110,14 +108,14 @@ def readable(prompt: Prompt) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return the text in Unicode's composed form (NFC) with runs of white space collapsed. Texts with equal results count as the same
+    """Return the text in Unicode's composed form (NFC), with runs of white space collapsed. Texts with the same result count as one
     caption.
     """
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def normalised_prompt(prompt: Prompt) -> Prompt:
-    """Return the prompt with all its texts normalised. Prompts with equal results count as the same question."""
+    """Return the prompt with all its texts normalised. Prompts with the same result count as one question."""
     if isinstance(prompt, str):
         return normalised(prompt)
     return tuple(Turn(turn.role, tuple(part if part is PICTURE else normalised(part) for part in turn.parts)) for turn in prompt)

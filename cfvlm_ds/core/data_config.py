@@ -13,7 +13,7 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 from cfvlm_ds.core.ranks import default_workers
 
 AUTO = "auto"
-"""Value of ``format`` that requests its detection from the first row."""
+"""Value of ``format`` that stands for detection from the first row."""
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -27,8 +27,8 @@ class DataSet:
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: as ``data.root``, which is used when not given.
-        format: as ``data.format``, which is used when not given.
+        root: like ``data.root``, which is the default.
+        format: like ``data.format``, which is the default.
         limit: number of groups to use, starting with the first; by default all.
     """
 
@@ -44,14 +44,14 @@ class Source(DataSet):
 
     Args:
         path: manifest of counterfactual groups.
-        root: as ``data.root``, which is used when not given.
-        format: as ``data.format``, which is used when not given.
+        root: like ``data.root``, which is the default.
+        format: like ``data.format``, which is the default.
         limit: number of groups to use, starting with the first; by default all.
-        name: name of the source in metrics and group ids; the file's name without its ending when not given.
-        weight: share of the draws, relative to the weights of the other sources; if no source has one, sources are drawn in proportion to
-            their size.
-        objectives: terms of the objective that use the source's groups; all when not given.
-        scores: as ``data.scores``, for this source.
+        name: name of the source in metrics and group ids; by default, the file name without its ending.
+        weight: share of the draws, relative to the weights of the other sources. If no source has a weight, sources are drawn in proportion
+            to their size.
+        objectives: terms of the objective that use the source's groups; by default all.
+        scores: like ``data.scores``, for this source.
     """
 
     FORM: ClassVar[str] = (
@@ -70,12 +70,12 @@ class EvaluationSet(DataSet):
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: as ``data.root``, which is used when not given; for a benchmark, the folder that holds the benchmarks' folders.
-        format: as ``data.format``, which is used when not given.
-        limit: number of groups to use, starting with the first; for a benchmark, the approximate number of items, spread evenly over it; by
-            default all.
+        root: like ``data.root``, which is the default; for a benchmark, the folder that holds the benchmarks' folders.
+        format: like ``data.format``, which is the default.
+        limit: number of groups to use, starting with the first; by default all. For a benchmark: the approximate number of items, spread
+            evenly over it.
         benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
-        probe: form of the benchmark's questions; the benchmark's default when not given.
+        probe: form of the benchmark's questions; by default, the benchmark's own default form.
     """
 
     FORM: ClassVar[str] = (
@@ -92,35 +92,35 @@ class DataConfig:
     """Training and evaluation data.
 
     Args:
-        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format: JSON lines, a
-            JSON list, CSV, TSV, Parquet, a saved data set, tars; a file, a folder, or a pattern of files; or a list of
-            {path: ..., weight: ...}, a mixture of sources, each with its own root, format, limit, objectives and scores (docs/mixtures.md).
-        stopping_strategy: rule that ends an epoch of a mixture: ``all_exhausted`` ends it when every source has been seen completely and
-            repeats the smaller ones until then; ``first_exhausted`` ends it when the first source has been seen completely.
-        evaluation: name -> manifest, evaluated every ``train.eval_steps`` and at the end; or name -> {path: manifest, root: FOLDERS,
-            format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or
-            name -> {benchmark: NAME, root: FOLDER} for a public benchmark.
+        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format (JSON lines, a
+            JSON list, CSV, TSV, Parquet, a saved data set, or tars), given as a file, a folder, or a pattern of files. A list of {path:
+            ..., weight: ...} is a mixture of sources; each source may have its own root, format, limit, objectives and scores
+            (docs/mixtures.md).
+        stopping_strategy: end of an epoch of a mixture. ``all_exhausted``: when every source has been seen completely; smaller sources
+            repeat until then. ``first_exhausted``: as soon as one source has been seen completely.
+        evaluation: name -> manifest, evaluated every ``train.eval_steps`` steps and at the end; name -> {path: manifest, root: FOLDERS,
+            format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or name ->
+            {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: format of the rows, NAME (of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
-            ``captions:image=file_name,caption=text``; ``auto`` detects it from the keys of the first row, and reports it.
-        root: folder of the images, or a list of folders; the manifest's folder when not given. A path in a manifest is absolute, or
-            relative to the first of these folders that contains the file. The file, with links resolved, must be inside one of these
-            folders.
-        scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest (DPO and PMI need
-            it).
+            ``captions:image=file_name,caption=text``; ``auto`` detects the format from the keys of the first row, and reports it.
+        root: folder of the images, or a list of folders; by default, the manifest's folder. A path in a manifest is absolute, or relative
+            to the first of these folders that contains the file. After links are resolved, the file must be inside one of them.
+        scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest; DPO and PMI need
+            it.
         max_pixels: refuse images with more pixels than this.
-        check: ``full`` opens every image before training starts; ``rows`` checks the manifests only.
+        check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: reaction of all ranks to a training group that cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are broken when the run
             starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
-        max_skipped: number of groups that ``skip`` may leave out in a run; one more is an error.
-        num_workers: processes per rank that prepare batches; one per spare core, at most 4, when not given.
-        max_tokens_per_micro_batch: fill a micro-batch with whole groups up to this many tokens, instead of with
-            ``train.per_device_train_batch_size`` groups; ranks then have equal work regardless of image and text sizes.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice (a
-            gradient cache, arXiv 2101.06983). The gradients are the same; the memory is that of one forward, and the time grows by about a
-            third. The texts of an image are divided if there are too many.
-        feature_cache: folder for the outputs of a frozen vision tower, one per picture; filled before the first step, after which the tower
-            never runs. Every rank must see the folder; runs may share it. Its size is in docs/families.md.
+        max_skipped: largest number of groups that ``skip`` may leave out in a run; more are an error.
+        num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
+        max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
+            ``train.per_device_train_batch_size`` groups. Ranks then have equal work whatever the sizes of images and texts.
+        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
+            (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
+            a third longer. If an image has too many texts, they are divided.
+        feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
+            that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
     """
 
     train: list[Source] | str = option("", on_resume="ignored")
@@ -145,7 +145,7 @@ class DataConfig:
 
     @property
     def train_sets(self) -> dict[str, Source]:
-        """Sources of training groups by name, each with its root and format; a single one named "train" if the data are not a mixture.
+        """Sources of training groups by name, each with its root and format. Data that are not a mixture are a single source named "train".
 
         Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, and if some sources have a
         weight and others have none.

@@ -1,6 +1,4 @@
-"""Distributed processes: rank and world size, collectives, random numbers, output on rank 0. One CPU process
-and 64 GPUs run the same code.
-"""
+"""Distributed processes: rank, world size, collectives, random numbers, output on rank 0. One CPU process and 64 GPUs run the same code."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def launch_environment() -> None:
-    """Set the launcher's variables for a task of ``srun`` (from Slurm's variables) and for a single rank started by hand."""
+    """Set the launcher's variables for an ``srun`` task (from Slurm's variables), and for a single rank that was started by hand."""
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
@@ -78,9 +76,9 @@ def launch_environment() -> None:
 def meeting_point() -> Iterator[None]:
     """Set MASTER_PORT to a port at which the ranks can meet; they must have met when the block ends.
 
-    DeepSpeed's launcher gives every training port 29500, so a second training on the machine would fail. Ranks of one node with that port,
-    or with none, use a free port instead: rank 0 chooses it and publishes it in a file named after the launcher, their parent process. Any
-    other port was chosen by the user or by torchrun's agent, and is kept.
+    DeepSpeed's launcher gives every training run port 29500, so a second run on the machine would fail. Ranks on a single node that have
+    this port, or none, use a free port instead. Rank 0 chooses it and publishes it in a file named after the launcher, their parent
+    process. Any other port comes from the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -115,7 +113,7 @@ def _published_port(file: Path) -> str:
 
 
 def _tasks_on_node(notation: str, node: int) -> int:
-    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" is 8, 8, 1."""
+    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" means 8, 8, 1."""
     counts: list[int] = []
     for part in notation.split(","):
         tasks, _, repeats = part.partition("(x")
@@ -135,10 +133,11 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks, after a first one that connects them.
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first one connects the ranks and is not
+    measured.
 
-    Returns the slowest rank's bus bandwidth in GB/s as nccl-tests defines it: 2 (n - 1) / n bytes are sent per reduced byte. Raises
-    RuntimeError if the sum is wrong.
+    Returns the slowest rank's bus bandwidth in GB/s as nccl-tests defines it: 2 (n - 1) / n bytes are sent per reduced byte with n ranks.
+    Raises RuntimeError if the sum is wrong.
     """
     size = dist.get_world_size()
     for _ in range(2):
@@ -154,7 +153,7 @@ def all_reduce_rate(device: torch.device) -> float:
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Return the ``item`` of every rank, in rank order, on every rank; needs no process group if there is one rank."""
+    """Return the ``item`` of every rank, in rank order, on every rank. With a single rank, no process group is needed."""
     if world.size == 1:
         return [item]
     gathered: list[Any] = [None] * world.size
@@ -170,9 +169,10 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier at which ranks wait for each other as long as any of them makes progress, independently of the collectives' timeout.
+    """Barrier at which ranks wait for each other as long as any of them makes progress, whatever the timeout of collectives.
 
-    Every rank creates one at the same point of the program, calls ``alive`` while it works, and ``meet`` where all ranks have to arrive.
+    Every rank creates the barrier at the same point of the program. It calls ``alive`` while it works, and ``meet`` where all ranks must
+    arrive.
     """
 
     def __init__(self, world: World) -> None:
@@ -182,7 +182,7 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Record that this rank makes progress; cheap enough to be called for every item of work."""
+        """Record that this rank makes progress. It is cheap enough to call for every item of work."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
@@ -208,8 +208,8 @@ class ProgressBarrier:
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """Call a function on rank 0, and return its result or raise its error on every rank. A call that may take long needs a ``barrier``, at
-    which the other ranks wait.
+    """Call a function on rank 0, and return its result or raise its error on every rank. If the call may take long, the other ranks must
+    wait at a ``barrier``.
     """
     result: Any = None
     problem: InputError | None = None
@@ -235,7 +235,7 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch, with the same seed on every rank: data order depends only on the seed and the position."""
+    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -243,8 +243,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator for a DataLoader, whose iterators draw a seed from it.
 
-    Drawn from torch's global generator, that seed would shift the dropout of a resumed run, which starts its iterators at other steps than
-    an uninterrupted one.
+    If that seed came from torch's global generator, it would change the dropout of a resumed run, which starts its iterators at other steps
+    than an uninterrupted run.
     """
     return torch.Generator()
 
@@ -265,7 +265,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserve_rng(device: torch.device) -> Iterator[None]:
-    """Restore the random state at the end of the block, so that numbers drawn inside do not change those drawn after it."""
+    """Restore the random state at the end of the block, so that random numbers drawn inside it do not affect later ones."""
     state = random_state(device)
     try:
         yield

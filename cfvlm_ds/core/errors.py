@@ -1,4 +1,4 @@
-"""Errors that a user can correct: refused input, and a disk or device without enough room for the run."""
+"""Errors that a user can correct: bad input, and a disk or device without enough space for the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cfvlm_ds.core.text import printable
 
 
 def unwritten(path: Path, error: OSError) -> str:
-    """Describe a file that could not be written: its path, which the system's error often lacks, and the system's reason."""
+    """Describe a file that could not be written: the system's reason, and the path, which the system's error often lacks."""
     return f"{path} cannot be written ({error.strerror or error})"
 
 
@@ -19,11 +19,11 @@ def first_line(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """An error that the user can correct: wrong input, or too little room for the run. A command ends with it and exit code 2.
+    """An error that the user can correct: bad input, or too little space for the run. It ends a command with exit code 2.
 
-    The message is one printable line without secrets, whatever it quotes. Ids, paths and values come from untrusted files: a line break
-    would end the sentence, an escape sequence would control the terminal, and half a surrogate pair cannot be printed. Such characters are
-    shown in Python's notation, and the middle of a message with thousands of characters is cut out.
+    The message is one printable line without secrets, whatever it quotes. It may quote ids, paths and values from untrusted files, in which
+    a line break would end the sentence, an escape sequence would control the terminal, and half a surrogate pair cannot be printed. Such
+    characters are shown in Python's notation. The middle of a message with thousands of characters is cut out.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,11 +42,11 @@ class ConfigError(InputError):
 
 
 class StorageError(InputError):
-    """A file that the system refuses to write or read: a full disk, a quota, permissions. The message names it and the remedy."""
+    """A file that cannot be written or read: full disk, quota or permissions. The message names the file and the remedy."""
 
 
 class OutOfMemory(InputError):
-    """A device without enough memory for the run. The message names its size and the options to lower."""
+    """A device without enough memory for the run. The message states the batch's sizes and the options to lower."""
 
 
 _LONGEST = 2000  # characters

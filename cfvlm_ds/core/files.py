@@ -1,5 +1,4 @@
-"""File writing: files and folders that are written under another name and renamed when complete, locks, and small files whose failure does
-not end a run.
+"""File writing: files and folders that are renamed when complete, locks, and small files that a run can do without.
 
 Nothing is written through a link.
 """
@@ -24,7 +23,7 @@ from cfvlm_ds.core.secrets import print_line
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open a new file for writing, replacing a file or link of this name; the target of a link is not changed. Raises OSError."""
+    """Open a new file for writing. It replaces an existing file or link of this name, but not the target of the link. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
@@ -55,7 +54,7 @@ _BLOCK = 1 << 24  # bytes read at a time
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for files that can be created again."""
+    """Return the user's cache folder, for files that can be created again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds"
 
 
@@ -69,10 +68,10 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Open a temporary file that is renamed to ``path`` at the end of the block, so no reader sees, and no crash leaves, half a file.
+    """Open a temporary file that is renamed to ``path`` at the end of the block. No reader sees half a file, and no crash leaves one.
 
-    ``shared`` is for a file that several processes may write at the same time; without it, a ConfigError is raised if another process is
-    writing the file. Raises OSError naming the file, and leaves no temporary file.
+    ``shared`` allows several processes to write the file at the same time; without it, raises ConfigError if another process is writing the
+    file. Raises an OSError that names the file. No temporary file is left.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -83,7 +82,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):  # about another file, which the block uses
+        if error.filename not in (None, str(temporary)):  # an error about another file, from within the block
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -95,7 +94,9 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def create_locked(path: Path) -> int | None:
-    """Create and lock a new file, replacing one that a killed process left. Returns its descriptor, or None if another process holds it."""
+    """Create and lock a new file, replacing one that a killed process left. Return its descriptor, or None if another process holds the
+    lock.
+    """
     while True:
         new = not os.path.lexists(path)
         if path.is_symlink():
@@ -124,7 +125,7 @@ def create_locked(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold a lock, a file that exists for the duration of the block.
+    """Hold a lock for the duration of the block. The lock is a file.
 
     A process that waits for the lock calls ``waiting`` once, and ``alive`` repeatedly.
     """
@@ -143,10 +144,10 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 
 
 def lock(handle: int, path: Path) -> bool:
-    """Lock an open file until it is closed. Returns False if another process holds the lock.
+    """Lock an open file until it is closed. Return False if another process holds the lock.
 
     On a file system without locks, nothing is locked, and this is reported once. The package filelock is not used, because it locks a
-    separate file and raises on such a file system (ENOLCK, ENOTSUP).
+    separate file and raises an error on such a file system (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,10 +172,10 @@ _reported: list[Path] = []
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Create an empty folder that is renamed to ``final`` at the end of the block; until then an older folder of that name is kept.
+    """Create an empty folder that is renamed to ``final`` at the end of the block. An older folder of that name is kept until then.
 
-    If two processes create the same folder at the same time, the first finds its folder gone and raises FileExistsError, and the second
-    continues. Raises OSError, and leaves no temporary folder.
+    If two processes create the same folder at the same time, the second continues, and the first finds its temporary folder gone and raises
+    FileExistsError. Raises OSError. No temporary folder is left.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
@@ -197,7 +198,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def is_same(path: Path, opened: int) -> bool:
-    """Return whether a path still leads to the file that was opened there."""
+    """Return whether a path still leads to the file with the descriptor ``opened``."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
@@ -207,7 +208,7 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename a folder to ``final`` and an existing one to ``older``; if that fails, the existing one gets its name back. Raises OSError."""
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``. If the latter fails, undo the former. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:
@@ -225,7 +226,7 @@ def replace(path: Path, content: bytes, shared: bool = False) -> None:
 
 
 def write_if_possible(path: Path, text: str, say: Say) -> bool:
-    """Write a file with ``replace``, but only warn if that fails. Returns whether it was written."""
+    """Write a file with ``replace``, but only warn if that fails. Return whether it was written."""
     try:
         replace(path, text.encode())
     except OSError as error:

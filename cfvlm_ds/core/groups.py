@@ -1,7 +1,8 @@
 """Counterfactual groups: images x texts with a truth table, as plain data.
 
-A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor). Every other image or text is a counterfactual of it,
-or a sham: the anchor's image rendered again with nothing changed. Shapes used throughout the package: G groups, I images, C candidates.
+A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor). Every other image or text is a counterfactual of
+this pair, or a sham: the factual image, rendered again without a change. Shapes used throughout the package: G groups, I images, C
+candidates.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Largest number of images in a group, and of texts."""
+"""Largest number of images or texts in a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
 """Largest number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
 """Largest number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
-same text. 256 images with a text each have half as many; a table of MAX_CELLS cells, half of them true, would have millions."""
+same text. 256 images with one text each give half this number; a table of MAX_CELLS cells, half of them true, would give millions."""
 SHAM = "sham"
 """Edit type of an image that was rendered again without a change. The factual text is still true of it."""
 
 Pictures: TypeAlias = tuple[Path, ...]
-"""Pictures of one image entry: usually one, several if the prompt shows several, none for text only."""
+"""Pictures of one image: usually one, several if the prompt shows several, none in a text-only group."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
 """Sets of cells that are scored in a group; each of the first four contains the one before it.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
-- ``star``: also the cells of known truth in the row and column of each prompt's anchor (its first true cell): the anchor's image with the
-  texts of that prompt, and the anchor's text with every image. For the first prompt these are row 0 and column 0;
+- ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell), that is, the anchor's image with the
+  texts of that prompt, and the anchor's text with every image. For the first prompt, these are row 0 and column 0;
 - ``full``: all cells;
-- ``batch``: the star and, on each image of the group, texts from the optimizer step's other groups.
+- ``batch``: ``star`` and, on each image of the group, texts of other groups in the optimizer step.
 """
 
 
@@ -54,10 +55,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Edit:
-    """The difference between a counterfactual and the anchor. Metrics are sliced by it; objectives never use it.
+    """The difference between a counterfactual and the anchor. Metrics are reported by edit type; objectives do not use edits.
 
-    ``image`` and ``text`` are indices into the group (None if the edit has no image, or no text, of its own); ``source`` and ``target`` are
-    the words that changed.
+    ``image`` and ``text`` are indices within the group (None if the edit has no image or no text of its own). ``source`` and ``target`` are
+    the words before and after the change.
     """
 
     type: str
@@ -71,8 +72,8 @@ class Edit:
 class InBatchNegative:
     """A text from another group in the optimizer step, scored as an answer to the factual text's prompt.
 
-    ``group`` is the id of the other group and ``number`` the index of the text in it; ``source_group`` is the position of that group in the
-    step; ``share`` is the weight of the text's comparison between images.
+    ``group`` is the id of the other group, and ``number`` is the index of the text in it. ``source_group`` is the position of that group in
+    the step. ``share`` is the weight of the text in comparisons of images.
     """
 
     text: str
@@ -94,12 +95,12 @@ class InStep:
 class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
-    ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, None if that is unknown. An image is a tuple of pictures; all
-    images of a group have the same number of them. ``source`` names the data set of the group; ``objectives`` names the terms that use it,
-    None for all. ``meta`` holds all other fields of the row as unparsed JSON.
+    ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, and None if unknown. An image is a tuple of pictures; all images of
+    a group have the same number. ``source`` names the data set of the group. ``objectives`` names the terms that use the group; None stands
+    for all. ``meta`` holds all other fields of the row as unparsed JSON.
 
-    ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself; ``keys`` is
-    empty if no text has one. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
+    ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself. ``keys`` is
+    empty if no text has a key. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
     ``in_step`` is added during training and never stored.
     """
 
@@ -170,7 +171,7 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return the group with the same number of images under other paths. Only the checks of pictures are repeated."""
+        """Return the group with other image paths; the number of images must be the same. Only the checks of pictures are repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
@@ -186,7 +187,7 @@ class CounterfactualGroup:
 
     @property
     def num_pictures(self) -> int:
-        """Number of pictures in each image entry: usually 1, 0 without an image."""
+        """Number of pictures in each image: usually 1, and 0 in a text-only group."""
         return len(self.images[0])
 
     @property
@@ -211,7 +212,7 @@ class CounterfactualGroup:
 def check_comparisons(group: CounterfactualGroup) -> None:
     """Raise DataError for a group whose evaluation would exceed MAX_COMPARISONS."""
     images, texts = len(group.images), len(group.candidates)
-    if images * texts * (images + texts) // 4 <= MAX_COMPARISONS:  # true of nearly all groups
+    if images * texts * (images + texts) // 4 <= MAX_COMPARISONS:  # holds for nearly all groups
         return
     of_prompt = [[c for c, prompt in enumerate(group.prompt_ids) if prompt == number] for number in set(group.prompt_ids)]
     rows = [[line[c] for c in numbers] for line in group.match for numbers in of_prompt]

@@ -1,4 +1,4 @@
-"""HTTP calls with limits on reply size, silence and total time, made only with the standard library."""
+"""HTTP calls with limits on reply size, silence and total time. Only the standard library is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib import request as requests
 
 
 class Reply(NamedTuple):
-    """A complete reply of any status; ``headers`` is a mapping that ignores case."""
+    """A complete reply with any status. ``headers`` is a case-insensitive mapping."""
 
     status: int
     reason: str
@@ -32,10 +32,9 @@ def call(
 ) -> Reply:
     """Send a GET request, or a POST request if there is a ``body``, and return the reply.
 
-    With ``follow``, the environment's proxies are used and redirects to other http and https addresses are followed. Raises
-    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException for a reply that is cut off, or that sends
-    nothing for ``silence_s`` seconds; and ValueError for a reply whose body is still coming after ``whole_s`` seconds or has more than
-    ``most_bytes`` bytes.
+    With ``follow``, the environment's proxies are used, and redirects to http and https addresses are followed. Raises
+    urllib.error.URLError if there is no connection; OSError or http.client.HTTPException if the reply is cut off or nothing arrives for
+    ``silence_s`` seconds; and ValueError if the body is incomplete after ``whole_s`` seconds or has more than ``most_bytes`` bytes.
     """
     opener, end = requests.OpenerDirector(), time.monotonic() + whole_s
     for handler in (requests.HTTPHandler(), requests.HTTPSHandler(context=_TLS), *(kind() for kind in _FOLLOWING if follow)):
@@ -53,13 +52,13 @@ def call(
     if len(content) > most_bytes:
         raise ValueError(f"the reply has more than {most_bytes} bytes")
     stated = answer.headers.get("Content-Length", "")
-    if stated.isdecimal() and int(stated) != len(content) and not 300 <= answer.status < 400:  # a refused redirect is not read
+    if stated.isdecimal() and int(stated) != len(content) and not 300 <= answer.status < 400:  # the body of a refused redirect is not read
         raise OSError(f"{len(content)} of {stated} bytes were received")
     return Reply(answer.status, answer.reason, answer.headers, bytes(content))
 
 
 class _Redirects(requests.HTTPRedirectHandler):
-    """Handler that follows redirects without reading their bodies, which have no limit."""
+    """Handler that follows redirects without reading their bodies, whose size is unlimited."""
 
     def http_error_302(self, req: Any, fp: Any, *reply: Any) -> Any:
         fp.close()

@@ -1,4 +1,4 @@
-"""Append-only files: a process that is killed at any time leaves complete entries, and the next process appends after them."""
+"""Append-only files. When a process is killed, all entries but the last are complete; the next process drops an incomplete last entry."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def as_line(record: Any) -> bytes:
 
 
 class Journal:
-    """A file of lines that one process appends to. An incomplete last line is reported and dropped.
+    """A file of lines to which one process appends. An incomplete last line is reported and dropped.
 
     Args:
-        alone: lock the file; not needed in a folder that has a lock of its own.
-        end: offset of the next entry, in a file whose entries are not lines; later bytes are dropped.
+        alone: lock the file; not needed if its folder is locked.
+        end: offset of the next entry, for a file whose entries are not lines; bytes after it are dropped.
 
     Raises ConfigError if another process holds the file, and StorageError if it cannot be written.
     """
@@ -59,7 +59,7 @@ class Journal:
         return end
 
     def append(self, entry: bytes) -> int:
-        """Append an entry, complete or not at all, and return its offset. Raises StorageError."""
+        """Append an entry, completely or not at all, and return its offset. Raises StorageError."""
         written = 0
         try:
             while written < len(entry):
@@ -77,7 +77,7 @@ class Journal:
         if handle >= 0:
             try:
                 os.fsync(handle)
-            except OSError as error:  # an earlier write failed, on a network file system
+            except OSError as error:  # on a network file system, an earlier write has failed
                 raise StorageError(f"{unwritten(self.path, error)}; its last lines may be lost") from error
             finally:
                 os.close(handle)
@@ -87,7 +87,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal; none if there is no file.
 
     A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
-    Raises DataError naming file, line and ``remedy``.
+    Raises DataError with file, line and ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -101,7 +101,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Append a complete line, but only warn if that fails. Returns whether it was appended."""
+    """Append a complete line, but only warn if that fails. Return whether it was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")
@@ -112,11 +112,11 @@ def append(path: Path, line: str, say: Say) -> bool:
 
 
 class Waiting:
-    """A journal whose failures never end the process: lines that cannot be written are kept in memory, and written in order as soon as the
+    """A journal whose failures never end the process. Lines that cannot be written are kept in memory and written in order as soon as the
     disk accepts them.
 
     Args:
-        say: called with a sentence when writing first fails, and when it works again.
+        say: called with a message when writing first fails, and when it works again.
     """
 
     def __init__(self, path: Path, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""Batch layout: the scored cells, truth and token counts of the groups in a batch, all known before the model runs."""
+"""Batch layout: scored cells, truth tables and token counts of a batch of groups. All are known before the model runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 class Divergence(NamedTuple):
-    """A divergence, in nats, between the next-token distributions p on a text's own image and q on another one, at the text's tokens.
+    """A divergence, in nats, between two next-token distributions at the tokens of a text: p on the text's own image, and q on another
+    image.
 
-    ``against`` names the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q) with gradients of
-    both. With ``sharpened`` (alpha, beta), it is KL(t || p) with the gradient of p only. The target t is proportional to p (p / q)^alpha on
-    the tokens with p >= beta max p, and 0 elsewhere.
+    ``against`` names the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q), with gradients
+    through p and q. With ``sharpened`` (alpha, beta), it is KL(t || p), with gradients through p only. The target t is proportional to p (p
+    / q)^alpha where p >= beta max p, and 0 elsewhere.
     """
 
     against: Literal["false", "blank", "sham"]
@@ -24,10 +25,10 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """Texts from the other groups in an optimizer step, N for each group: the last N columns of a layout, with unknown truth.
+    """Texts of other groups in an optimizer step, N for each group. They are the last N columns of a layout, and their truth is unknown.
 
-    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group and the index of
-    the text in it (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text's comparison between images (see
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group, and the index of
+    the text in that group (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text in comparisons of images (see
     InBatchNegative).
     """
 
@@ -41,14 +42,15 @@ class GroupLayout:
     """Layout of a batch with G groups, padded to the largest I and C of the batch.
 
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
-    true, 0 false, -1 unknown. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn tokens.
-    ``num_end_tokens`` (int64) counts its end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) numbers the prompt of each text
-    within its group; None if every group has one prompt. ``sources`` and ``objectives`` are those of each group (see CounterfactualGroup);
-    empty if no group names any. With ``in_batch``, C includes the texts of other groups.
+    for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
+    tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) numbers each text's
+    prompt within its group; None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
+    CounterfactualGroup), or none if no group names any. With ``in_batch``, C includes the texts of other groups.
 
-    If an objective needs them: ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from its partner, the first text with
-    its prompt; in that text, the tokens in which any other differs. T is the number of tokens of the longest text. With ``blank``, the last
-    image is the blank picture, on which every own text of a group with pictures is scored, with unknown truth.
+    If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
+    first text with its prompt. In that first text, it marks the tokens in which any other text differs. T is the number of tokens in the
+    longest text. With ``blank``, the last image is the blank picture. Every own text of a group with pictures is scored on it; its truth is
+    unknown.
     """
 
     valid: Tensor
@@ -89,24 +91,24 @@ class GroupLayout:
 
     @property
     def positive(self) -> Tensor:
-        """Scored cells whose text is true of their image, [G, I, C] bool."""
+        """Scored cells whose text is known to be true of the image, [G, I, C] bool."""
         return self.valid & (self.match == 1)
 
     @property
     def negative(self) -> Tensor:
-        """Scored cells whose text is known to be false of their image, [G, I, C] bool."""
+        """Scored cells whose text is known to be false of the image, [G, I, C] bool."""
         return self.valid & (self.match == 0)
 
     @property
     def own(self) -> Tensor:
-        """For each text, the first image that it is true of, [G, I, C] bool. A sham image does not count as a second one."""
+        """For each text, the first image of which it is true, [G, I, C] bool. A sham image does not count as another image."""
         return self.positive & (self.positive.cumsum(1) == 1)
 
     def compared(self, against: str) -> Tensor:
         """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
 
-        ``false``: images that the text is false of. ``blank``: the blank picture. ``sham``: images that the text is true of as well as of
-        the factual image, and that differ from the factual image in no known truth.
+        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that differ from the factual image in
+        no known truth, if the text is true of both.
         """
         own = self.own
         if against == "sham":
@@ -120,9 +122,7 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with all groups whose flag is False switched off: their cells and weights do not contribute to any
-        sum.
-        """
+        """Return the layout with all groups whose flag is False switched off: their cells and weights contribute to no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

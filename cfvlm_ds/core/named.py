@@ -1,4 +1,4 @@
-"""Registry entries by name: ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, with other values for the entry's options."""
+"""Registry entries by name: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` to change options of the entry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
     """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma must be in double quotes.
 
-    The options of an entry are its fields, if it is a dataclass. ``besides`` are other valid names, for messages. Raises ValueError for an
+    If an entry is a dataclass, its fields are its options. ``besides`` are other valid names, for messages. Raises ValueError for an
     unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
@@ -55,10 +55,10 @@ def near(given: str, known: Collection[str], otherwise: str) -> str:
 
 
 def imported(name: str, option: str, kind: str) -> Any:
-    """Import what ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes what the option takes."""
+    """Import the object that ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes its possible values."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user's module may raise anything
         why = one_line(f"{type(error).__name__}: {error}", 200)
         raise ConfigError(f"{option}: {name!r} cannot be imported ({why}); use {kind}, with the module's folder in PYTHONPATH") from error

@@ -1,4 +1,4 @@
-"""Declarations of options: default, bounds, and what a resume does if the value changed."""
+"""Declarations of options: default, bounds, and the reaction of a resumed run to a changed value."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
-"""Reaction of a resume to a changed option. "confirm" refuses unless ``train.resume_changes`` allows the change. "refuse" always refuses,
-because a checkpoint with another value cannot be continued. "free" accepts it: speed or memory change, results do not. "ignored" is for
-names, records, checks, and files that are compared by their contents."""
+"""Reaction of a resumed run to a changed option. "confirm" refuses the change unless ``train.resume_changes`` allows it. "refuse" always
+refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or memory change.
+"ignored" is for names, records, checks, and files that are compared by their contents."""
 
 Range = tuple[float, float]
 """Smallest and largest value of a numeric option."""
 ENDLESS = 2**53
-"""Largest value of an option without a bound of its own: floats represent every whole number up to it."""
+"""Largest value of an option without its own bound. Floats represent every whole number up to this one."""
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 
 def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume) -> Any:
-    """Declare an option of the configuration: its default, its range, and the reaction of a resume to a change."""
+    """Declare an option of the configuration: its default, its range, and the reaction of a resumed run to a change."""
     arguments = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return field(**arguments, metadata={"on_resume": on_resume, "within": within})
 
 
 def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
-    """Map each option of a section, named after ``prefix``, to the reaction of a resume to its change; None
-    if a field does not declare it.
-    """
+    """Map each option of a section, named ``prefix`` plus field name, to its reaction; None if the field declares none."""
     reactions: dict[str, OnResume | None] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
@@ -39,7 +37,7 @@ def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to dotted name -> value."""
+    """Flatten nested sections to dotted names and values."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         options |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}

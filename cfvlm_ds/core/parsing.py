@@ -1,4 +1,4 @@
-"""Option parsing: YAML files and the command line become a RunConfig. An option that is unknown, of the wrong type or out of range is
+"""Option parsing: YAML files and the command line become a RunConfig. An unknown option, and a value of the wrong type or out of range, is
 reported in one sentence.
 """
 
@@ -24,13 +24,13 @@ from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
     """Parse command-line arguments into the configuration of a run.
 
-    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. The terms of the run are those named in its YAML files
-    (``cfvlm``, that is align, csd and fcd, if they name none) and those named on the command line; a term of weight 0 is left out. Options
-    are written ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``; ``--config FILE`` reads YAML; later values win. A missing
-    YAML file or DeepSpeed JSON is looked up among the files that come with the package (core/shipped.py).
+    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. A run has the terms named in its YAML files (``cfvlm``,
+    that is align, csd and fcd, if they name none) and on the command line; a term with weight 0 is left out. Options are written
+    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``. ``--config FILE`` reads YAML. Later values win. A missing YAML file or
+    DeepSpeed JSON is looked up among the files that come with the package (core/shipped.py).
 
-    Raises ConfigError for an unknown option (naming the nearest valid one) or a value of the wrong type. ``--help`` and ``--print_config``
-    print and exit.
+    Raises ConfigError for an unknown option, naming the nearest valid one, or for a value of the wrong type. ``--help`` and
+    ``--print_config`` print and exit.
     """
     if {"-h", "--help"} & set(argv):
         option_parser(objectives, prog).print_help()
@@ -68,7 +68,7 @@ def _options(objectives: Mapping[str, type]) -> type:
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """Build the options of a run as an argparse parser, for their help and for shell completion."""
+    """Build an argparse parser with the options of a run, for help and shell completion."""
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -97,14 +97,14 @@ _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --t
 
 
 _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
-"""Options of the launcher, which belong before train.py."""
+"""Options of the launcher. They belong before train.py."""
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
     """Read all given options; later values replace earlier ones.
 
-    Returns the options, the terms of the objective (those of the YAML files, or the default if they name none, and those that the command
-    line adds), and the folder of the last YAML file.
+    Returns the options, the terms of the objective, and the folder of the last YAML file. The terms are the ones in the YAML files (by
+    default, ``cfvlm``) plus the ones that the command line adds.
     """
     options, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
     while words:
@@ -126,7 +126,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
             document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(options, document)
-        elif option != "local_rank":  # the launcher's
+        elif option != "local_rank":  # which the launcher adds
             plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
@@ -152,8 +152,8 @@ def _document(given: str) -> dict[str, Any]:
 
 
 def _plain(value: str) -> Any:
-    """Parse a value of the command line. Only lists, mappings and null are parsed here; anything else is
-    parsed by the type of its option.
+    """Parse a value from the command line. Only lists, mappings and null are parsed here; any other value is parsed according to the
+    option's type.
     """
     try:
         read = parse_yaml(value)
@@ -165,7 +165,7 @@ def _plain(value: str) -> Any:
 
 
 def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
-    """Merge a section into ``options``; with ``once``, an option that is already there is an error."""
+    """Merge a section into ``options``. With ``once``, an option that is already set is an error."""
     for name, value in part.items():
         _put(options, str(name).split("."), value, once)
 
@@ -215,7 +215,7 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
-    """Raise ConfigError for an evaluation set that is neither a manifest nor a benchmark, or both."""
+    """Raise ConfigError unless an evaluation set is either a manifest or a benchmark."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
         raise ConfigError(f"data.evaluation: {split!r} cannot be part of file and metric names; use letters, digits and _ . + -")
     if not given.path and not given.benchmark:

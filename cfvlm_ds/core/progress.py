@@ -1,4 +1,4 @@
-"""Progress lines of long work, with a rate and the time left: the first after two seconds, then one every few seconds at most."""
+"""Progress lines for long work, with rate and time left. The first appears after two seconds, the next ones at most every few seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress:
     """Counter of finished work units that prints lines such as ``world with habits: 40 of 800 groups, 13.3 groups/s, 0:00:57 left``.
 
     Args:
-        say: prints a line immediately; World.say does so on rank 0 only.
+        say: function that prints a line; World.say prints only on rank 0.
         what: name of the work.
         total: number of units; None if unknown.
         unit: name of the units, in the plural.

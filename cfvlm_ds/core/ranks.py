@@ -1,6 +1,4 @@
-"""Launch environment of a process, without torch: its rank, the number of ranks, the cores per rank, and the rank that prints a common
-message.
-"""
+"""Launch environment of a process, without torch: its rank, the number of ranks, the cores per rank, and the choice of a rank to print."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from pathlib import Path
 import psutil
 
 _WAIT_S, _STAGGER_S, _POLL_S = 5.0, 0.2, 0.02
-_CLOCK_S = 2.0  # error of a process's start time
+_CLOCK_S = 2.0  # largest error of a process's start time
 
 
 def num_ranks() -> int:
@@ -34,7 +32,7 @@ _others_wait = False
 
 @contextlib.contextmanager
 def others_wait() -> Iterator[None]:
-    """Within the block, the other ranks wait for this one, so ``cores_per_rank`` counts all cores of this machine."""
+    """Let ``cores_per_rank`` count all cores of this machine within the block, because the other ranks wait for this one."""
     global _others_wait
     before, _others_wait = _others_wait, True
     try:
@@ -50,28 +48,30 @@ def cores_per_rank() -> int:
 
 
 def default_workers() -> int:
-    """Return the default number of data workers per rank: one for each core except the one that computes, at least 1 and at most 4."""
+    """Return the default number of data workers per rank: one for each of its cores but one, at least 1 and at most 4."""
     return max(1, min(4, cores_per_rank() - 1))
 
 
 def launcher() -> str:
-    """Return a key that the ranks of one launch on one machine share: the process id of their parent, and its start time.
+    """Return a key that the ranks of one launch share on one machine: their parent's process id and start time.
 
-    The time is in ticks since the machine booted, which unlike the time of day reads the same in every process.
+    The time is in ticks since the machine booted. Unlike a time of day, it has the same value in every process.
     """
     parent, started = os.getppid(), "0"
     with contextlib.suppress(OSError, IndexError):
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22, counted from the third
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22; the list starts at field 3
     return f"{parent}-{started}"
 
 
 @contextlib.contextmanager
 def printed_once(sentence: str) -> Iterator[bool]:
-    """Choose one rank to print, within the block, a sentence that several ranks may have to print. Yields whether this rank was chosen.
+    """Choose one of several ranks that may have to print the same sentence. Yields whether this rank was chosen; it prints within the
+    block.
 
     Rank 0 prints, because many users read only its log. Another rank waits briefly for it, and prints the sentence if rank 0 does not.
-    Ranks may fail before they meet, or while others wait in a collective, so no message is sent: the printing rank leaves a mark, an empty
-    file in the temporary folder that is named after launch and sentence. The sentence is therefore printed once on each machine.
+    Ranks may fail before they meet, or while others wait in a collective, so they cannot exchange messages. Instead, the printing rank
+    leaves a mark: an empty file in the temporary folder, named after launch and sentence. The sentence is therefore printed once per
+    machine.
     """
     if num_ranks() == 1:
         yield True
@@ -93,7 +93,7 @@ def printed_once(sentence: str) -> Iterator[bool]:
 def _wait_for(mark: Path, seconds: float) -> None:
     """Wait for a mark (see ``printed_once``) while ignoring SIGTERM.
 
-    Launchers end the other ranks once the first one has exited, which must not change the exit code of this rank.
+    A launcher ends the other ranks once the first one has exited. This must not change the exit code of this rank.
     """
     with contextlib.suppress(ValueError):  # called from a thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

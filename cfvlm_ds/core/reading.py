@@ -1,4 +1,4 @@
-"""File reading: JSON and YAML without duplicate keys, and untrusted files, which must be regular files of limited size.
+"""File reading: JSON and YAML without duplicate keys, and untrusted files. Untrusted files must be regular files of limited size.
 
 Errors are ValueError or OSError without the file's name, which the caller adds.
 """
@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-_SPARE = 100  # stack frames, of the 1,000 that Python allows
+_SPARE = 100  # spare stack frames, of the 1,000 that Python allows
 _YAML_VALUES = (
     ("null", "null|Null|NULL|~|", ("n", "N", "~", "")),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -31,7 +31,7 @@ _YAML_VALUES = (
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a path exists, or any file matches it if it is a pattern such as ``train-*.parquet``."""
+    """Return whether a path exists or, for a pattern such as ``train-*.parquet``, whether any file matches."""
     return os.path.exists(path) or (glob.has_magic(path.name) and any(glob.iglob(path.name, root_dir=path.parent)))
 
 
@@ -45,7 +45,7 @@ class TooLarge(ValueError):
 
 
 class DuplicateKey(ValueError):
-    """An object that has a key twice. Most readers silently take the last value."""
+    """An object with a repeated key. Most readers silently use the last value."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -109,7 +109,7 @@ def read_yaml(path: str | Path) -> Any:
 def parse_yaml(text: str) -> Any:
     """Parse a YAML 1.2 text: 1e-5 is a number; off, 1:30 and dates are strings.
 
-    Raises ValueError for broken YAML and for a value that contains itself, and DuplicateKey naming key and lines.
+    Raises ValueError for broken YAML and for a value that contains itself, and DuplicateKey with the key and its lines.
     """
     import yaml
 
@@ -138,7 +138,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def yaml_of(value: Any) -> str:
-    """Format a value as YAML that ``parse_yaml`` and readers of YAML 1.1 read alike."""
+    """Format a value as YAML that ``parse_yaml`` and YAML 1.1 parsers read alike."""
     import yaml
 
     class Quoting(yaml.SafeDumper):
@@ -152,8 +152,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for lists and objects nested more than a few hundred deep. This is below Python's limit, because a parsed
-    value may be written deeper in the stack.
+    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because a parsed value may be written
+    from deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
@@ -173,4 +173,4 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would build one for each text
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would build a decoder for each text

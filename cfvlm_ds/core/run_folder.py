@@ -29,14 +29,14 @@ FILES = (
 FOLDERS = (
     "mlartifacts", "scores", "baseline", "samples", "worst", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter",
 )  # fmt: skip
-"""Folders that a run writes into its run folder, except checkpoints, which are checked separately."""
+"""Folders that a run writes into its run folder. Checkpoints are checked separately."""
 BASELINE = "baseline"
-"""Folder of the accuracies before the first step, a file for each evaluation set."""
+"""Folder of the accuracies before the first step, with one file for each evaluation set."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model folder or hub name, the folder of its adapters or None, and the model options that its run recorded."""
+    """A model folder or hub name, the folder of its adapters (or None), and the model options that its run recorded."""
 
     name_or_path: str
     adapter: Path | None = None
@@ -44,10 +44,10 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """Resolve a model name: a run folder to its export, or else its adapters; adapters to the model they were trained on; other names to
-    themselves.
+    """Resolve a model name. A run folder gives its export, or else its adapters. Adapters give the model that they were trained on. Any
+    other name gives itself.
 
-    Raises ConfigError for a run folder without export and adapters, and for adapters that do not name their model.
+    Raises ConfigError for a run folder with neither an export nor adapters, and for adapters that do not name their model.
     """
     folder = Path(name)
     if not os.path.isdir(folder) or (folder / "config.json").is_file():
@@ -65,7 +65,7 @@ def named_model(name: str) -> NamedModel:
 
 
 def refuse_absent(name_or_path: str, where: str = "") -> None:
-    """Raise ConfigError for a name that is not a folder and cannot be a hub name."""
+    """Raise ConfigError for a name that is neither a folder nor a possible hub name."""
     if os.path.isfile(name_or_path):
         raise ConfigError(f"{where}model.name_or_path {name_or_path!r} is a file; give a model folder or a hub name such as org/name")
     if not os.path.exists(name_or_path) and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
@@ -76,9 +76,9 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
     """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
 
-    Refused are: a link, a pipe, or a folder instead of a file, under a name that the run writes; a config.yaml written by the user, such as
-    the one given to --config; and, in a folder without a run, anything except the files of a run and its launcher, hidden files, and paths
-    that occur in the run's ``options``.
+    Refused entries are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml written by the
+    user, such as the one given to --config; and, in a folder without a run, anything but files of a run or its launcher, hidden files, and
+    paths in the run's ``options``.
     """
     remedy = "remove it, or choose another train.output_dir"
     entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []
@@ -110,7 +110,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
 
 
 def _paths(options: Any) -> Iterator[Path]:
-    """Yield every string among the given options, as a path."""
+    """Yield every string in the given options as a path."""
     if isinstance(options, str):
         yield Path(options).absolute()
     elif isinstance(options, (Mapping, list)):
@@ -119,7 +119,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """Read the configuration in a run's folder. Raises ConfigError if the file holds no configuration."""
+    """Read the configuration in a run folder. Raises ConfigError if the file holds no configuration."""
     path = run_dir / "config.yaml"
     try:
         options = read_yaml(path)

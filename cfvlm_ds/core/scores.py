@@ -28,13 +28,14 @@ class Scores:
     ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model; both are stored data
     without a gradient.
 
-    ``cross_group`` [G, C, R] holds scores of the same texts on images of the optimizer step's other groups, -inf where there are fewer than
-    R. They have no gradient, because each of those groups gets its gradient through its own scores.
+    ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups in the optimizer step, padded with -inf to R. They
+    have no gradient, because each of those groups gets its gradient through its own scores.
 
-    ``tokens`` [G, I, C, T] are the terms of the sum ``logp``, 0 after the last token of a text; None unless an objective needs them.
+    ``tokens`` [G, I, C, T] are the terms of the sum ``logp``, padded with 0 after the last token of a text; None unless an objective needs
+    them.
 
-    ``divergences`` [G, I, C] has, for each one that an objective needs, its sum over the tokens of the cell's text; 0 in cells that are not
-    compared.
+    ``divergences`` maps each divergence that an objective needs to its sum over the tokens of each cell's text, [G, I, C]; 0 in cells that
+    are not compared.
     """
 
     layout: GroupLayout
@@ -61,7 +62,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """Add up the scores of batches with the same layout, each of which scored different cells."""
+        """Add up the scores of several batches that have the same layout but scored different cells."""
         names = ("logp", "end_logp") if parts[0].tokens is None else ("logp", "end_logp", "tokens")
         sums: dict[str, Any] = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names}
         return replace(parts[0], **sums)
@@ -70,8 +71,8 @@ class Scores:
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute log p(target) per row, in nats: logits [N, V] of any floating dtype, targets [N] -> [N].
 
-    Logits are converted to float32 before the softmax: a bfloat16 log-softmax over 152k entries shifts a 64-token sum by 0.1 nats, and
-    margins are 0.25. float64 stays float64.
+    Logits are converted to float32 before the softmax. A bfloat16 log-softmax over 152k entries would shift a 64-token sum by 0.1 nats;
+    margins are 0.25 nats. float64 stays float64.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -93,7 +94,7 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> Tensor | None:
     """Arrange token log-probs by cell and position, [G, I, C, T], without end-of-turn tokens; None if the layout has no ``changed``.
 
-    The arguments are those of ``score_matrix``; the tokens of a cell must be neighbours, in order.
+    Takes the same arguments as ``score_matrix``. The tokens of a cell must be adjacent and in order.
     """
     if layout.changed is None:
         return None
@@ -106,7 +107,7 @@ def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
     """Compute the divisor of each cell, [G, I, C]: the tokens of the group's anchor text, the tokens of the cell's text, or 1.
 
-    ``anchor`` divides all cells of a group equally. With ``own``, words shared by two texts of different length would get a gradient.
+    ``anchor`` uses one divisor for all cells of a group. With ``own``, words shared by two texts of different lengths would get a gradient.
     """
     if len_norm == "none":
         return torch.ones_like(layout.num_tokens)
@@ -117,8 +118,8 @@ def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
 def normalised_scores(scores: Scores, len_norm: LengthNorm, pmi: float = 0.0) -> Tensor:
     """Compute S = (log p(text | image) - pmi * log p(text | blank)) / tokens, [G, I, C].
 
-    With ``pmi`` = 1 this is pointwise mutual information per token; the prior cancels where one text is compared on two images. Raises
-    ValueError if ``pmi`` is not 0 and the scores carry no prior.
+    With ``pmi`` = 1, this is pointwise mutual information per token. The prior cancels when one text is compared on two images. Raises
+    ValueError if ``pmi`` is not 0 and the scores have no prior.
     """
     logp = scores.logp
     if pmi:

@@ -1,4 +1,4 @@
-"""Secret masking: passwords, tokens and signatures are masked in everything that is printed or written."""
+"""Secret masking: passwords, tokens and signatures are masked in all output, printed or written."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _CLOSING = ")]}',.:;!"
 """Punctuation after a URL that belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
-"""A name and its separator from a value, which is a space after the name of an option, as in ``--api-key VALUE``."""
+"""A name and the separator before its value. After an option's name, this is a space, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
     r"|(?:api|access|account|auth|private|secret|session|refresh|security|signing|subscription|shared)[_.\-]?(?:key|token)s?$"
     r"|(?:hf|hub|bearer|wandb|github|gitlab|client)[_.\-](?:key|token)s?$"
 )
-"""Names, or their last words joined by ``_``, whose value is always a secret."""
+"""Names (or their last words, joined by ``_``) whose value is always a secret."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
-"""Words of a name whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
+"""Words in names whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with everything that looks like a secret replaced by ***.
+    """Return the text with *** in place of everything that looks like a secret.
 
-    These are the user name and password in a URL, the values of a URL's query and fragment (signed addresses carry their signature there),
-    and the value of ``name=value``, ``name: value`` or ``--name value`` if the name is that of a credential.
+    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, where signed addresses have their signature;
+    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name is a credential's name.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0
@@ -69,11 +69,11 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return two flags: whether every value of this name is a secret, and whether every value except a number is."""
+    """Return two flags: whether every value of this name is a secret, and whether every value that is not a number is one."""
     words = _words(name)
     if not words:
         return False, False
-    return bool(_ALWAYS.search("_".join(words))), "=" in binding and words[-1] in _UNLESS_NUMBER  # "token: x" is English
+    return bool(_ALWAYS.search("_".join(words))), "=" in binding and words[-1] in _UNLESS_NUMBER  # "token: x" may be English
 
 
 def is_secret(name: str, value: Any) -> bool:
@@ -120,8 +120,8 @@ def mask_tracebacks() -> None:
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets, to stderr if it is about an ``error``. If it cannot be written, for instance to a log on a full disk,
-    it is lost.
+    """Print a line without secrets; to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
+    disk, is lost.
     """
     with contextlib.suppress(OSError):
         print(without_secrets(message), file=sys.stderr if error else sys.stdout, flush=True)

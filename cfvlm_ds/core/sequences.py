@@ -1,4 +1,4 @@
-"""Lazy sequences and streams: items are created on demand, so a million of them take no memory."""
+"""Lazy sequences and streams. Items are created on demand, so a million items take no memory."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Lazy(Sequence[T]):
 
 
 def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
-    """Count the items, such as words, that two sequences have in common at their beginning."""
+    """Return the number of equal items, such as words, at the beginning of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
-    """Yield items in their order, each with its result, while threads compute the next ``ahead`` results."""
+    """Yield (item, result) pairs in order, while threads compute the next ``ahead`` results."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque((item, pool.submit(function, item)) for item in islice(items, ahead))
         try:

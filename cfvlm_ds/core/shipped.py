@@ -1,6 +1,6 @@
 """Shipped files: DeepSpeed configurations, recipes and Slurm scripts that come with the package.
 
-In a wheel they are in a subfolder of the package, in a checkout at its root.
+In a wheel, they are in a subfolder of the package; in a checkout, they are at its root.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def shipped(name: str) -> Path:
 
 
 def resolve_shipped(given: str, folder: str) -> str:
-    """Resolve a file name: to itself if it exists, else to the file of that name that comes with the package, in ``folder``.
+    """Resolve a file name to itself if the file exists, else to the file of that name in the package's ``folder``.
 
-    Such a name is bare, or preceded by the folder's name as in ds_configs/z3.json. A name that fits neither case is returned unchanged.
+    The name of a file in the package may include the folder, as in ds_configs/z3.json. A name that cannot be resolved is returned
+    unchanged.
     """
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):
@@ -42,9 +43,7 @@ def refuse_no_file(given: str, path: str) -> None:
 
 
 def listed(folder: str, given: str = "") -> str:
-    """List the files of a folder that come with the package, for a message. If there are names similar to ``given``, only these are
-    listed.
-    """
+    """List the files in one of the package's folders, for a message. If any names are similar to ``given``, list only these."""
     names = [path.name for path in shipped(folder).iterdir() if path.is_file()]
     like = difflib.get_close_matches(Path(given).name, names, n=8, cutoff=0.6)
     return ", ".join(f"{folder}/{name}" for name in sorted(like or names))

@@ -1,5 +1,5 @@
-"""Strict options: dataclasses built from plain values. A value that does not fit is refused in one sentence with the option, the value and
-a remedy.
+"""Strict options: dataclasses built from plain values. If a value does not fit, a one-sentence error names the option, the value and a
+remedy.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ _OTHER_NAMES = {
     "resume_from_checkpoint": "train.resume",
     "warmup_steps": "train.warmup_ratio",
 }
-"""An option, or its last part, as other programs call it -> its name here."""
+"""Name of an option in other programs (or the last part of it) -> its name here."""
 _MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
     ("vision_tower", "projector", "language_model"), "tuning"
 )
-"""Section -> the option that is suggested when the section itself is given a value."""
+"""Section -> the option that is suggested if a value is given for the section itself."""
 _KINDS = {
     float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list of texts", dict: "NAME: VALUE",
     NoneType: "null",
 }  # fmt: skip
 _LIKE, _LIKE_IN_SECTION = 0.75, 0.65
 TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
-"""Ranges of the options that all terms of the objective have; each term checks its other options."""
+"""Ranges of the options that all terms of the objective share. Each term checks its own options."""
 
 
 class Given(str):
-    """A scalar of the command line, read as a text or as the value that YAML parses it to, depending on the option's type."""
+    """A scalar from the command line. Depending on the option's type, it is read as a text or parsed as YAML."""
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
-    """Yield (name, class, field, type) of every option, including those of optional sections."""
+    """Yield (name, class, field, type) of every option, also in optional sections."""
     hints = get_type_hints(kind)
     for option in fields(kind):
         hint = hints[option.name]
@@ -73,9 +73,10 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
 
 
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
-    """Build the dataclass ``kind`` from the options ``given`` below ``name``.
+    """Build the dataclass ``kind`` from the ``given`` options of section ``name``.
 
-    Raises ConfigError for an unknown option, naming the nearest of the known ones, and for a value of the wrong type or out of range.
+    Raises ConfigError for an unknown option, naming the nearest of the ``known`` options, and for a value of the wrong type or out of
+    range.
     """
     prefix, hints, values = f"{name}." if name else "", get_type_hints(kind), {}
     known = known or [option for option, *_ in dotted(kind, prefix)]
@@ -106,7 +107,7 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
     if text:
         plain = str(value)
         with suppress(ValueError, RecursionError):
-            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # YAML would parse these to null
+            plain = parse_yaml(value) if plain and plain[0] != "#" else plain  # YAML would parse both as null
     for kind in sorted(kinds, key=lambda kind: kind is str):
         origin, inside = get_origin(kind), get_args(kind)
         if isinstance(value, Mapping):
@@ -132,13 +133,13 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
         elif kind in (bool, NoneType):
             if isinstance(plain, kind):
                 return plain
-        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # a type of a user's own term, such as a path
+        elif not (kind in _KINDS or origin or is_dataclass(kind)):  # a type from a user's own term, such as a path
             return kind(plain) if isinstance(kind, type) else plain
     raise ConfigError(one_line(f"{option}{_misfit(hint, str(value) if text else plain, option)}", 1000))
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """Return the value as a number of this type, or None if it is not one."""
+    """Return the value as a number of this type, or None if that is impossible."""
     if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:
@@ -148,7 +149,7 @@ def _number(kind: Any, plain: Any) -> Any:
 
 
 def _misfit(hint: Any, value: Any, option: str) -> str:
-    """Format the end of a message about a value that does not fit, after the option's name."""
+    """Format the part of a message about a misfitting value that follows the option's name."""
     if form := _form(hint):
         return f": {value!r} {form}"
     if is_dataclass(hint) and value is not None:
@@ -161,7 +162,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
 
 
 def _form(hint: Any) -> str | None:
-    """Return the description of a data set if the type is one, else None."""
+    """Return a description of the expected form if the type is a data set, else None."""
     return next(filter(None, (getattr(hint, "FORM", None), *map(_form, get_args(hint)))), None)
 
 
@@ -175,8 +176,8 @@ def _called(hint: Any) -> list[str]:
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
 
-    It is the option that other programs call by this name, or the most similar name. The last part must be similar too, because most
-    options of a section share half of their letters.
+    This is the option that has this name in other programs, or else the most similar name. The last parts must be similar too, because
+    options of one section share half of their letters.
     """
     section, _, last = option.rpartition(".")
     called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))

@@ -15,20 +15,20 @@ def hashed(content: str | bytes) -> int:
 
 
 def printable(text: str) -> str:
-    """Return the text with unprintable characters in Python's notation: an escape sequence would control the terminal, a line break would
-    end a sentence, and half a surrogate pair cannot be printed.
+    """Return the text with unprintable characters in Python's notation. An escape sequence would control the terminal, a line break would
+    end the sentence, and half a surrogate pair could not be printed.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str, most: int) -> str:
-    """Format a text on one line of a log or table: at most ``most`` characters, and three dots if it is longer."""
+    """Format a text for one line of a log or table. A text of more than ``most`` characters is cut and ends in three dots."""
     text = printable(" ".join(text[: 2 * most].split()) if len(text) > 2 * most else " ".join(text.split()))
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def few(names: Collection[str], most: int = 5) -> str:
-    """Join the first names with commas, each cut to a short line, with dots if there are more."""
+    """Join the first names with commas, and add dots if there are more. Long names are cut."""
     return ", ".join(one_line(name, 60) for name in islice(names, most)) + ", ..." * (len(names) > most)
 
 
@@ -38,5 +38,7 @@ def quoted(value: object, most: int = 200) -> str:
 
 
 def in_cell(text: str, most: int = 60) -> str:
-    """Format a text for a cell of a Markdown table, with bars, HTML, links and pictures escaped, because a viewer would fetch pictures."""
+    """Format a text for a cell of a Markdown table. Bars, HTML, links and pictures are escaped; a viewer would otherwise fetch the
+    pictures.
+    """
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Untrusted names and links: checks of where they may lead, and of where output may be written."""
+"""Untrusted names and links: checks of where they lead, and of where output may be written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """Return ``name`` if it is a file name and not a path. Raises ConfigError naming the file ``said_by`` that contains it.
+    """Return ``name`` if it is a file name and not a path. Raises a ConfigError that names ``said_by``, the file that contains it.
 
-    A file name is neither empty nor ``.`` or ``..``, has no separator of any system and only printable characters, and ends in ``ending``.
+    A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any system, and ends in
+    ``ending``.
     """
     text = name if isinstance(name, str) else ""
     is_plain = text not in ("", ".", "..") and not {"/", "\\"} & {*text} and text.isprintable()
@@ -40,9 +41,9 @@ def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:
-    """Raise ConfigError if ``path``, with links resolved, is outside ``folder``.
+    """Raise ConfigError if ``path`` is outside ``folder`` after links are resolved.
 
-    A snapshot of a hub cache may link to the ``blobs`` folder next to it, but that folder must not be a link itself: whoever wrote the
+    A snapshot in a hub cache may link to the ``blobs`` folder next to it. That folder must not be a link itself, because the author of the
     snapshot would choose its target.
     """
     try:
@@ -61,9 +62,9 @@ def refuse_link(path: Path, remedy: str) -> None:
 
 
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
-    """Return ``path``, to which a result will be written, after creating its folder.
+    """Check ``path``, to which a result will be written, create its folder, and return it.
 
-    Raises ConfigError if it is an input or not a file, and StorageError if it cannot be written.
+    Raises ConfigError if ``path`` is an input or not a file, and StorageError if it cannot be written.
     """
     refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
@@ -79,8 +80,8 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists: a file of a common format may
-    be the user's own, so it is never overwritten.
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists. A file in a common format may
+    belong to the user, so it is never overwritten.
     """
     output_file(path, *inputs)
     if path.exists():
@@ -89,7 +90,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
-    """Raise ConfigError for a folder with entries, which would be replaced; those named ``except_for`` may be."""
+    """Raise ConfigError for a folder with entries that would be replaced. Entries named in ``except_for`` may be replaced."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
@@ -102,10 +103,10 @@ def refuse_replacing(
     remedy: str = "name another folder with --out",
     names: Collection[str] | None = None,
 ) -> Path:
-    """Return the resolved path of a folder that may be replaced: a new or empty one, or one of the same kind, with the file ``marker``.
+    """Return the resolved path of a folder that may be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
     Raises ConfigError for a link, for a file, for a folder that contains the current folder or one of ``needed``, and for any other folder.
-    With ``names``, an entry that is not one of them is refused as well.
+    With ``names``, a folder with an entry of any other name is refused as well.
     """
     refuse_link(folder, remedy)
     final = folder.resolve()
@@ -140,7 +141,7 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
     """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file that is not empty and that
     ``writer`` did not write.
 
-    ``ours`` returns True for a file that ``writer`` wrote; for any other it returns False or raises a parser's error.
+    ``ours`` returns True for a file that ``writer`` wrote. For any other file, it returns False or raises a parser's error.
     """
     output_file(path, *inputs, option=option)
     if path.exists() and path.stat().st_size > 0:

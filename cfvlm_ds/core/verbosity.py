@@ -12,13 +12,13 @@ VERBOSITY = {
     "quiet": "print only warnings, errors and results",
     "verbose": "also print the log messages of libraries and the tracebacks of errors",
 }
-"""Options of every command, with their help."""
+"""Verbosity options of every command, with their help."""
 
 _shown: Shows = "progress"
 
 
 def show(what: Shows) -> None:
-    """Set the verbosity. Libraries read theirs from environment variables when they are imported."""
+    """Set the verbosity. Libraries read their verbosity from environment variables when they are imported."""
     global _shown
     _shown = what
     if what == "everything":

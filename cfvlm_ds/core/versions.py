@@ -16,7 +16,7 @@ _GIT_S = 10
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package, or ``none`` if it has no metadata: it is not installed, or is run from its sources."""
+    """Return the version of an installed package, or ``none`` if it has no metadata (not installed, or run from its sources)."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -27,8 +27,8 @@ def version(package: str) -> str:
 def git_revision() -> str:
     """Return the commit from which this package's files are checked out, or ``unknown``. It does not depend on the working directory.
 
-    A package installed below another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the commit it
-    was built from.
+    A package installed below another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the commit that
+    it was built from.
     """
     return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or _built_from() or "unknown"
 

@@ -9,13 +9,13 @@
 
 ``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
 as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text may have a ``key`` that
-identifies its meaning, and ``exclude`` lists keys, or texts, that may be true of an image of the row.
+identifies its meaning. The row's ``exclude`` lists keys or texts of other rows that may be true of one of its images.
 
-A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with the user's turn: ``[{"role": "system",
-"content": "Be brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Several pictures
-that are shown together are one entry of ``images`` with a list as ``path``; a row without pictures has one entry, whose ``path`` is null.
-``split`` and ``license`` of a row, and ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata, which the data
-check counts and nothing else uses.
+A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with a user turn: ``[{"role": "system", "content": "Be
+brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Pictures that are shown together
+form one entry of ``images``, whose ``path`` is a list. A row without pictures has one entry, whose ``path`` is null. The ``split`` and
+``license`` of a row, and the ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata. The data check counts metadata; nothing
+else uses them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
 def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``, by default as written, and no image is opened.
+    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``; by default they stay as written. No image is opened.
 
     Raises DataError (without the file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth
     value other than 0 or 1, or a group that CounterfactualGroup refuses.
@@ -110,7 +110,7 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
-    """Collect the fields that no group uses: the row's ``meta``, and unused fields of its parts under names such as ``images.sha256``."""
+    """Collect the unused fields: the row's ``meta``, and fields of its parts under names such as ``images.sha256``."""
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
         for key in _KEPT_OF_PARTS:
@@ -126,7 +126,7 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Convert a group to a ``cfgroup/1`` row. This is the inverse of from_row.
 
-    Image paths are written relative to ``root``, or absolute if they are in another folder. ``meta``, if given, replaces the group's own.
+    Image paths are written relative to ``root``, or as absolute paths if they are outside it. ``meta``, if given, replaces the group's own.
     """
     prompts = {candidate.prompt for candidate in group.candidates}
     shared: Prompt = group.candidates[0].prompt if len(prompts) == 1 else ""
@@ -198,7 +198,7 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
 def _relative(picture: Path, root: Path) -> str:
     if root.is_absolute() and not picture.is_absolute():  # relative to the current folder
         picture = picture.absolute()
-    return picture.as_posix().removeprefix(f"{root.as_posix().rstrip('/')}/")  # a fifth of the time of Path.relative_to
+    return picture.as_posix().removeprefix(f"{root.as_posix().rstrip('/')}/")  # five times as fast as Path.relative_to
 
 
 def _paths(names: list[str]) -> str | list[str] | None:

@@ -1,7 +1,7 @@
-"""Data check: a report on a data set's contents and all its problems, before a long run begins.
+"""Data check: a report on a data set's contents and all its problems, made before a long run begins.
 
-The check makes three passes over the groups: rows, pictures, texts. It keeps no group in memory, and needs 16 bytes for each row and for
-each picture of a row.
+The check makes three passes over the groups: rows, pictures, texts. It keeps no group in memory. It needs 16 bytes for each row, and 16
+bytes for each picture of a row.
 """
 
 from __future__ import annotations
@@ -59,16 +59,14 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Keys of distinct pictures, each with the index of the first group that shows it, and indices of groups with the id of an earlier
-    group.
-    """
+    """Keys of the distinct pictures with the index of the first group that shows each; and indices of groups that repeat an earlier id."""
 
     pictures: tuple[Array, Array]
     repeats: list[int]
 
 
 class _Rows(NamedTuple):
-    """Results for a chunk of rows: its report, hashes of the ids with their indices, and keys of the pictures with their first indices."""
+    """Result for a chunk of rows: a report, (hash of the id, index) of each group, and (key, index of the first group) of each picture."""
 
     report: CheckReport
     ids: tuple[Array, Array]
@@ -112,7 +110,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that has the id of an earlier group, with a message. Ids with equal hashes are compared as texts."""
+    """Yield the index of each group that repeats an earlier id, with a message. If two hashes are equal, the ids are compared."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():
@@ -144,7 +142,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Third pass over a chunk of groups. A call returns the report, and hashes of images with their numbers of visual tokens."""
+    """Third pass over a chunk of groups. A call returns the report, and the hash and the number of visual tokens of each distinct image."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -196,7 +194,7 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
-    """Return the sizes of an image's pictures, or None if one is unknown."""
+    """Return the sizes of an image's pictures, or None if any is unknown."""
     entries = [pictures.find(picture) for picture in image]
     known = [(picture.width, picture.height) for picture in entries if picture is not None and picture.width]
     return tuple(known) if len(known) == len(image) else None
@@ -225,11 +223,11 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely, and return its contents and problems. Every image is decoded once. Problems are returned, not raised.
+    """Check a data set completely, and report its contents and problems. Every picture is decoded once. Problems are returned, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with rate and remaining time every 5 seconds. The rows, pictures and
-    tables of a store are compared with their checksums.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. In a store, rows,
+    pictures and tables are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)

@@ -43,9 +43,9 @@ def convert(
     """Write the groups of a manifest to ``out``. The file is written under another name and renamed when it is complete. Pictures that must
     be copied are written to the same folder.
 
-    ``skip`` opens every picture, leaves out invalid rows and groups with a picture that the check refuses, and lists them in a file next to
-    ``out``; ``max_pixels`` is as in open_image. ``error`` opens no picture and raises DataError for an invalid row. Raises DataError if no
-    group is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
+    With ``skip``, every picture is opened. Invalid rows, and groups with a picture that the check refuses, are left out and listed in a
+    file next to ``out``; ``max_pixels`` is as in open_image. With ``error``, no picture is opened, and an invalid row raises DataError.
+    Raises DataError if no group is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()
@@ -79,7 +79,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the path of the file next to ``out`` that lists left-out rows. Raises ConfigError if another program wrote that file."""
+    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if another program wrote that file."""
     return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
 
 
@@ -88,7 +88,7 @@ def _is_list(file: IO[bytes]) -> bool:
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
-    """Write the list of rows, or groups, that were left out. If there are none, remove the list of an earlier call."""
+    """Write the list of skipped rows or groups. If there are none, remove the list that an earlier call wrote."""
     if not problems:
         listed.unlink(missing_ok=True)
         return

@@ -17,16 +17,16 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 MAX_PIXELS = 50_000_000
-"""Default limit on width x height: 150 MB when decoded, more than any vision tower can use."""
+"""Default limit on width x height. This many pixels take 150 MB and exceed what any vision tower can use."""
 
 MAX_ASPECT = 200
 """Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
 pixels would become 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
-"""Limit on the size of a picture's file in bytes, because the whole file is hashed. It allows 80 bytes for each of MAX_PIXELS."""
+"""Limit on the size of a picture file in bytes: 80 bytes for each of MAX_PIXELS. It is needed because the whole file is hashed."""
 
-# Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO whose payload is larger than its header says.
+# Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO with a payload larger than its header says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 """File name suffixes of the supported formats, without the dot."""
@@ -47,8 +47,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected;
-    otherwise raises the same errors as open_image.
+    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected.
+    Otherwise raises the same errors as open_image.
     """
     with _opened(Path(path), max_pixels) as image:
         return image.size[::-1] if _is_turned(image) else image.size
@@ -63,7 +63,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         if (size := picture_stat(path)[0]) > MAX_BYTES:
             raise DataError(f"{path}: image file has {size} bytes, over the limit of {MAX_BYTES}; save it again, or drop the row")
         with open_picture(path) as handle:
-            handle.peek()  # fetch the header from disk before taking the lock, so that threads wait for the network side by side
+            handle.peek()  # fetch the header before taking the lock, so that threads wait for the network in parallel
             image = _read_header(handle)
             _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
             yield image
@@ -93,13 +93,13 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether making the image upright exchanges width and height. PIL does so itself for the header of a TIFF."""
+    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already exchanged them in the header."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _read_header(handle: io.BufferedReader) -> Image.Image:
-    # PIL warns above its own limit and raises above twice that, without the size. Our limit is always checked right after, so PIL's is
-    # lifted for the header only. The limit is a global of PIL, hence the lock (warnings.catch_warnings is not thread-safe either).
+    # PIL warns above its own limit and raises above twice that limit, without stating the size. Our limit is always checked right after,
+    # so PIL's limit is lifted while the header is read. It is a global of PIL, so a lock guards it (catch_warnings is not thread-safe).
     with _PIL_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

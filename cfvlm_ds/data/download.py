@@ -1,4 +1,4 @@
-"""Picture download: converts pictures that rows name by URL, or contain as base64 text, to files before training.
+"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
 
 No other module fetches pictures over a network. Each picture is limited in size and time, checked to be an image, and named by a hash of
 its address, so that a second run fetches only the missing ones.
@@ -30,7 +30,7 @@ from cfvlm_ds.data.manifest import local_path
 MAX_DOWNLOAD = 64 << 20
 """Maximum size of a picture in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
-"""Limits for one picture: seconds without an answer, total seconds, number of attempts at a busy server, and seconds between attempts."""
+"""Limits for one picture: seconds without an answer, total seconds, attempts if the server is busy, and seconds between attempts."""
 COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",
@@ -40,7 +40,7 @@ _CHUNK = 256  # rows whose pictures are fetched concurrently
 
 
 class Downloaded(NamedTuple):
-    """Numbers of written rows and of distinct pictures, and the problems of the rows that were left out."""
+    """Number of rows written, number of distinct pictures, and the problems of the rows that were left out."""
 
     rows: int
     pictures: int
@@ -54,10 +54,10 @@ def download(
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out``, with addresses of pictures replaced with files in the folder ``OUT.pictures`` next to it.
+    """Write the rows of ``path`` to ``out``. The addresses of pictures are replaced with files in the folder ``OUT.pictures`` next to it.
 
-    ``skip`` leaves out rows whose pictures cannot be fetched, and lists them in a file next to ``out``; ``error`` raises DataError for the
-    first such row. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
+    If a row's pictures cannot be fetched, ``skip`` leaves the row out and lists it in a file next to ``out``; ``error`` raises DataError.
+    Raises ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")

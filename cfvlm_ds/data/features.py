@@ -23,10 +23,10 @@ _TOWER, _INPUT = "tower.", "input."
 
 @dataclass(frozen=True)
 class Features:
-    """Outputs of the tower for a picture: everything that a batch needs instead of the picture.
+    """Outputs of the vision tower for a picture: everything that a batch needs in place of the picture.
 
-    ``size`` is its width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower`` maps the name
-    of each projector module to its inputs. ``inputs`` are the model's other inputs, one row each.
+    ``size`` is the picture's width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower``
+    maps the name of each projector module to the module's inputs. ``inputs`` holds one row of every other model input.
     """
 
     size: tuple[int, int]
@@ -41,8 +41,9 @@ class FeatureCache:
 
     Args:
         folder: folder of the files; several runs may share it at the same time.
-        origin: everything except the picture that features depend on (tower, processor, dtype, versions); each has its own subfolder.
-        known: picture -> its digest, or a message that says why it cannot be read.
+        origin: everything that features depend on except the picture (tower, processor, dtype, versions); each origin has its own
+            subfolder.
+        known: digest of each picture, or a message that says why it cannot be read.
     """
 
     folder: Path
@@ -66,7 +67,7 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """Hash the bytes of a picture's file, and ``together``, which is True if the model processes it with other pictures of a prompt."""
+    """Hash a picture file's contents together with the flag ``together`` (True if the model processes the prompt's pictures jointly)."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 

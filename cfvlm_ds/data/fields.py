@@ -1,6 +1,6 @@
 """Field validation of untrusted rows: a DataError of one sentence for a missing or unknown key, or a value of the wrong type.
 
-The sentence begins with ``where``, the location as far as the caller knows it.
+The sentence begins with ``where``: the row's location, as far as the caller knows it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cfvlm_ds.core.named import near
 
 
 def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
-    """Raise a DataError for a key that is not allowed. It names a similar allowed key if there is one."""
+    """Raise DataError for a key that is not allowed. The message names a similar allowed key if there is one."""
     for key in row:
         if key not in allowed:
             raise DataError(f"{where}: unknown key {key!r}; {near(key, sorted(allowed), 'allowed: ')}")
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return those fields of a row in a published format whose keys are not ``known``.
+    """Return the fields whose keys are not ``known``, for a row in a published format.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """
@@ -58,7 +58,7 @@ def json_object(value: Any) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> Any:
-    """Parse a text that is a list in JSON or in Python's notation, as in fields of tables, and return any other value unchanged."""
+    """Parse a text that is a list in JSON or in Python's notation, as tables contain them. Return any other value unchanged."""
     if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
         return value
     try:
@@ -80,7 +80,7 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list of objects. For a list, return a list of values.
+    ``a.b`` is ``b`` within ``a``. ``a`` is an object, the JSON text of an object, or a list of objects, for which a list is returned.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -122,9 +122,7 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """Return a string, or a number converted to a string, because published files have ids of both types. Without ``default``, the key is
-    required.
-    """
+    """Return a string value, or a number as a string: ids in published files may be either. Without ``default``, the key is required."""
     if isinstance(value := row.get(key, default), str):
         return value
     value = required(row, key, where) if default is None else value

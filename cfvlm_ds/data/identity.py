@@ -1,4 +1,4 @@
-"""Identity of a data set: hashes of its order and of each part of the rows, so that a change can be named."""
+"""Identity of a data set: hashes of the row order and of each part of the rows, so that a message can name a change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
-"""``rows`` is the number of rows and ``order`` a hash of their ids in order. The other entries are sums of hashes over the rows, which do
-not depend on their order. ``pictures`` is None if the contents of a picture are unknown."""
+"""``rows`` is the number of rows and ``order`` a hash of their ids in order. The other entries are sums of per-row hashes and do not depend
+on the order. ``pictures`` is None if the contents of a picture are unknown."""
 
 _PARTS = {
     "texts": "prompts or texts",
@@ -44,8 +44,8 @@ def data_identity(
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """Contribution of consecutive rows to an identity. ``order`` has a hash of 16 bytes for each row's id. ``known`` is True if the
-    contents of all pictures are known.
+    """Contribution of consecutive rows to an identity. ``order`` holds a 16-byte hash of each row's id. ``known`` is True if the contents
+    of all pictures are known.
     """
 
     rows: int
@@ -118,8 +118,8 @@ def digest(identity: Identity) -> str:
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
     """Describe the difference between two identities, or return None if there is none.
 
-    Pictures are compared by contents if these are known on both sides, else by path. With ``of_scores``, order, labels and weights are
-    ignored, because scores are stored by id and depend only on texts and pictures.
+    Pictures are compared by contents if both sides know them, else by path. With ``of_scores``, order, labels and weights are ignored,
+    because scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
@@ -139,7 +139,7 @@ def _hash(value: Any) -> int:
 
 
 def path_in(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return the path relative to the first root that contains it, or the whole path if none does."""
+    """Return the path relative to the first root that contains it, or the whole path if no root does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

@@ -21,7 +21,7 @@ from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.reading import MIB, HeldFile
 
 MAX_LINE = 4 * MIB
-"""Maximum size of a row in a JSON lines file, in bytes: four times that of a group with a thousand captions."""
+"""Maximum size of a row in a JSON lines file, in bytes: four times the size of a group with a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
@@ -35,9 +35,9 @@ class IndexedLines:
     Args:
         path: the file.
         held: the open file.
-        starts: offsets of the rows, and the end of the file.
+        starts: offset of each row, followed by the size of the file.
         sums: a checksum of each row.
-        numbers: line number of each row; None if no line is blank.
+        numbers: line number of each row; None if the file has no blank lines.
     """
 
     def __init__(self, path: Path, held: HeldFile, starts: Array, sums: Array, numbers: Array | None = None) -> None:
@@ -110,7 +110,7 @@ def index_file(path: Path) -> Path:
 
 
 def write_index(path: Path) -> Path:
-    """Write the index of a store's file, which has no blank lines, and return the path of the index. Raises OSError."""
+    """Write the index of a file that has no blank lines, as in a store. Return the path of the index. Raises OSError."""
     lines, file = IndexedLines.scanned(path), index_file(path)
     header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:

@@ -1,4 +1,4 @@
-"""Manifests: opening the groups of a run, resolving their paths, and naming manifests.
+"""Manifests: opening their groups, resolving their paths, and naming them.
 
 ``open_groups`` opens a manifest of any size; ``read_manifest`` loads all groups of a small one into memory.
 """
@@ -32,19 +32,19 @@ def open_groups(
 ) -> GroupStore:
     """Open the groups of a manifest in file order. Each group is read when it is accessed.
 
-    ``path`` is a file of JSON lines, or another container of rows (cfvlm_ds/data/containers/), which is converted to JSON lines in a folder
-    of ``cache`` on first use. It may also be a store, whose format is fixed, or an address such as
-    hf://datasets/ORG/NAME/data/train-*.parquet, which is fetched from the Hugging Face hub on first use. ``format`` is the name of a
-    format, with or without options, or ``auto``: the format of the first row whose format is recognised. ``progress`` reports a detected
-    format unless it is the native one.
+    ``path`` is a JSON lines file or a container of rows (cfvlm_ds/data/containers/). A container is converted to JSON lines in a folder of
+    ``cache`` on first use. ``path`` may also be a store, whose format is fixed, or an address such as
+    hf://datasets/ORG/NAME/data/train-*.parquet, whose files are fetched from the Hugging Face hub on first use. ``format`` is the name of a
+    format, with or without options. ``auto`` selects the format of the first row whose format is recognised; ``progress`` reports it unless
+    it is the native one.
 
-    Image paths are absolute or relative to ``root`` (default: the manifest's folder); with several roots, to the first that has the file.
-    The groups have the joined paths. With links resolved, each file must be inside one of the roots. Images are not opened. Only the first
-    ``limit`` groups are kept. ``scan`` runs the passes over the rows that some formats need.
+    Image paths are absolute or relative to ``root`` (default: the manifest's folder). Of several roots, the first one that has the file is
+    used. The groups have the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened. Only
+    the first ``limit`` groups are used. ``scan`` runs the passes over the rows that some formats need.
 
     Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. Accessing an invalid
-    row raises a DataError of one sentence with file, row (1-based line, or item of a list) and remedy. Repeated ids are not detected here,
-    but by the data check.
+    row raises a DataError of one sentence that names the file, the row (1-based line, or item of a list) and the remedy. Repeated ids are
+    detected by the data check, not here.
     """
     known_format(path, format)
     path = local_path(path, scan, progress)
@@ -83,7 +83,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return a message about a row that repeats the group id of an earlier row, or the whole row."""
+    """Return a message about a row that repeats an earlier row or its group id."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 
@@ -107,8 +107,8 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Name each path by its stem, or all by the paths themselves if two stems are equal. Return name -> path. Raises DataError for a path
-    that is given twice.
+    """Name each path by its stem, or by the path itself if any two stems are equal. Return name -> path. Raises DataError for a path that
+    is given twice.
     """
     absolute = list(map(os.path.abspath, paths))
     for path in paths:

@@ -1,6 +1,6 @@
 """Mixtures of sources: the source at each position in the stream of groups, computed only from the position.
 
-The stream is divided into windows of 1,000 draws. A window takes from each source its share of 1,000, rounded down or up. Which sources are
+The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. Which sources are
 rounded up changes from window to window, so every source has its exact share in the long run (systematic sampling with a start that
 advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
 and any position can be computed directly, because the number of draws before a window has a closed form.
@@ -25,7 +25,7 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
-"""Number of draws in a window, in which every source has its share to within one draw."""
+"""Number of draws in a window. In every window, each source has its share to within one draw."""
 _TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
 _KEPT = 1 << 10  # cached windows
@@ -76,8 +76,8 @@ class Draws:
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
     """Return the number of draws from each source in the first ``windows`` windows, [S].
 
-    In every window, the sources are adjacent arcs on a circle of length 1, after a start that advances by the golden ratio. The arc of a
-    source is as long as the fractional part of its share of WINDOW. The source is rounded up if its arc contains a whole number.
+    In every window, the sources are adjacent arcs on a circle of length 1. From window to window, their start advances by the golden ratio.
+    An arc is as long as the fractional part of the source's share of WINDOW. The share is rounded up if the arc contains a whole number.
     """
     whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)
@@ -92,7 +92,7 @@ def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]
 
 
 def _floors(count: int, step: int, first: int) -> int:
-    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The number of steps is proportional to the number of bits."""
+    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The time is proportional to the number of bits."""
     total, modulus = 0, _CIRCLE
     while count > 0:
         total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
@@ -103,7 +103,7 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return, for each position of a window, the source and the index among its draws in the window. Draw k of n is at (k + 1/2) / n."""
+    """Return each position's source in a window, and the index of the draw among that source's draws. Draw k of n is at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")
@@ -113,7 +113,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    ``DataConfig.train_sets`` refuses sources of which only some have a weight.
+    If only some sources have a weight, ``DataConfig.train_sets`` refuses them.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
@@ -133,9 +133,9 @@ class Order:
         sizes: number of groups in each source; their groups are numbered one source after the other.
         shares: each source's share of the draws, with sum 1; empty for a single data set.
         seed: seed of the permutations.
-        stop: when an epoch of a mixture ends: when all sources have been seen completely (``all_exhausted``), or when the first one has
+        stop: end of an epoch of a mixture: when all sources have been seen completely (``all_exhausted``), or when one of them has been
             (``first_exhausted``).
-        rows: for each source, the order that keeps the groups of a row together; None if every row is one group.
+        rows: for each source, the permutation that keeps the groups of a row together; None if every row is one group.
     """
 
     sizes: tuple[int, ...]
@@ -162,7 +162,7 @@ class Order:
         first = 0
         for source, size in enumerate(self.sizes):
             places, seed = np.flatnonzero(sources == source), f"{self.seed}/{source}" if self.shares else self.seed
-            while len(places):  # a source's draws are consecutive: one stretch for each of its epochs
+            while len(places):  # a source's draws are consecutive, so each of its epochs is one slice
                 epoch, offset = divmod(int(numbers[places[0]]), size)
                 stretch = places[: size - offset]
                 if rows := self.rows[source] if self.rows else None:
@@ -194,12 +194,12 @@ class Order:
 
 
 class MixedGroups(Lazy[CounterfactualGroup]):
-    """Groups of all sources, one source after the other. The id of each is ``SOURCE/ID``, and it has the source's name and objectives.
+    """Groups of all sources, one source after the other. Each group has the id ``SOURCE/ID``, and the name and objectives of its source.
 
     Args:
         sources: groups of each source.
         names: names of the sources.
-        objectives: objectives that use the groups of a source; None for all.
+        objectives: objectives that use each source's groups; None for all.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Overlap of a training set with evaluation sets, in pictures and in whole rows. Results on training data are not informative."""
+"""Overlap between a training set and evaluation sets: shared pictures and shared rows. Results on training data are not informative."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shared_with(train: Keys, evaluation: Keys) -> Shared:
     """Count the rows and pictures that an evaluation set shares with the training set.
 
     Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and order of texts. Pictures are compared by
-    contents if these are known, else by path.
+    contents if known, else by path.
     """
     rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))
     return Shared(rows, pictures, *map(len, evaluation))

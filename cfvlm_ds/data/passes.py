@@ -19,7 +19,7 @@ Done = Callable[[], object]
 """Function that is called after every item of a chunk."""
 
 _CHUNK = 256
-_MANY = 1 << 14  # number of items from which starting several processes saves time
+_MANY = 1 << 14  # number of items above which several processes are faster than one
 
 
 @dataclass(frozen=True)

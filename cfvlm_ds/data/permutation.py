@@ -1,9 +1,9 @@
-"""Permutations of an epoch's groups, which depend only on the number of groups, the seed and the epoch.
+"""Permutations of the groups in an epoch. They depend only on the number of groups, the seed and the epoch.
 
-Up to ``STORED`` groups, a permutation is drawn and kept. Beyond that, its entries are computed on demand without memory, by a Feistel
-network over the next power of two; a result that is too large is passed through the network again until it is a group's index.
+Up to ``STORED`` groups, a permutation is drawn and kept. For more groups, a Feistel network over the next power of two computes entries on
+demand, without memory. An entry that is too large is passed through the network again until it is the index of a group.
 
-If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together, so that a micro-batch
+If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together. A micro-batch then
 encodes their common part once.
 """
 
@@ -23,7 +23,7 @@ STORED = 1_000_000
 """Largest number of groups whose permutation is stored: 8 MB per epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names of two orders in a sampler's state: the computed one, and the one for rows with several groups; a changed order gets a new name."""
+"""Names in a sampler's state for the computed order and for the order of rows with several groups. A changed order gets a new name."""
 
 _BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
@@ -45,7 +45,7 @@ def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: in
 
 
 class RowsTogether:
-    """Permutation of groups that keeps the groups of a row together; a row may have several.
+    """Permutation that keeps the groups of a row together.
 
     Args:
         firsts: index of each row's first group, followed by the total number of groups, [rows + 1].
@@ -55,7 +55,7 @@ class RowsTogether:
     def __init__(self, firsts: npt.NDArray[Any], num_groups: int | None = None) -> None:
         self.num_groups = int(firsts[-1]) if num_groups is None else num_groups
         self._firsts, self._rows = firsts, int(np.searchsorted(firsts, self.num_groups))
-        self._before = functools.lru_cache(maxsize=2)(self._groups_before)  # epochs of the training loop and of prefetching
+        self._before = functools.lru_cache(maxsize=2)(self._groups_before)  # the training loop and prefetching may be in different epochs
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
@@ -72,13 +72,13 @@ class RowsTogether:
         return groups
 
     def _groups_before(self, seed: int | str, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the number of groups before each block of rows, then the number of all groups."""
+        """Return the number of groups before each block of rows, followed by the total number of groups."""
         sizes = [int(self._block(block, seed, epoch)[2][-1]) for block in range(-(-self._rows // _BLOCK))]
         return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """Return, for each row in a block of the order, its first group, its number of groups, and the block's number of groups up to it,
-        itself included.
+        """Return, for each row in a block of the order: its first group, its number of groups, and the cumulative number of groups in the
+        block.
         """
         rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
         first, end = (self._firsts[index].astype(np.int64) for index in (rows, rows + 1))
@@ -87,12 +87,12 @@ class RowsTogether:
 
 
 _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
-"""(number of groups, seed) -> the permutations of two epochs: the one in progress, and the one that prefetching has reached."""
+"""(number of groups, seed) -> permutations of two epochs: the current one, and the one that prefetching has reached."""
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Return a permutation, [num_groups] int64, drawn on the CPU even if another device is the default. Seed and epoch are hashed, so (0,
-    1) and (1, 0) are unrelated.
+    """Return a permutation, [num_groups] int64. It is always drawn on the CPU. Seed and epoch are hashed, so (0, 1) and (1, 0) give
+    unrelated permutations.
     """
     import torch  # not needed by a check of data
 
@@ -106,14 +106,14 @@ def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
     return kept[epoch]
 
 
-@functools.lru_cache(maxsize=64)  # for each source, the blocks of the training loop and of prefetching
+@functools.lru_cache(maxsize=64)  # the training loop and prefetching use different blocks of each source
 def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
     places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, num_groups), dtype=np.uint64)
     return feistel(places, num_groups, seed, epoch).tolist()
 
 
 def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
-    """Return the images of ``places`` under a permutation of 0 to ``num_groups`` - 1."""
+    """Return the entries at ``places`` of a permutation of 0 to ``num_groups`` - 1."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())
     images = _network(places, bits, keys)
@@ -123,8 +123,8 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, and swaps the
-    halves.
+    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, then swaps
+    the halves.
     """
     low, high = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)

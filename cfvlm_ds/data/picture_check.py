@@ -30,9 +30,9 @@ Array = npt.NDArray[Any]
 def open_pictures(
     report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
 ) -> tuple[PictureTable, dict[int, str]]:
-    """Open each picture once, and return the table of sound pictures, and the problems of broken ones, keyed by picture key.
+    """Open each picture once. Return the table of sound pictures, and a mapping from the key of each broken picture to its problem.
 
-    The problems are also added to ``report``, each with the first group that shows the picture.
+    The problems are also added to ``report``, with the first group that shows each picture.
     """
     broken = dict[int, str]()
 
@@ -49,7 +49,9 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield the pictures with these keys, each after the index of the first group that shows it. Only groups at ``places`` are read."""
+    """Yield (index of the first group that shows the picture, path) for each picture with one of these keys. Only groups at ``places`` are
+    read.
+    """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
         group = store.entry(index)
@@ -61,7 +63,7 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """A picture, the first group that shows it, its properties or its problem, and its bytes, which are empty unless requested."""
+    """A picture: the first group that shows it, its path, its properties or its problem, and its bytes (empty unless requested)."""
 
     group: int
     path: Path
@@ -79,7 +81,7 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Yield the pictures with these keys. All are opened except ``known`` ones whose files have not changed."""
+    """Yield the pictures with these keys. All are opened except ``known`` pictures whose files have not changed."""
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
 
     def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:
@@ -94,9 +96,9 @@ def opened_pictures(
 def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    """Return the properties of a picture, or its problem, and its bytes, which are empty unless requested.
+    """Return the properties of a picture (or its problem) and its bytes (empty unless requested).
 
-    A ``known`` picture whose file has not changed is not opened. A picture of a store must agree with the table ``prepared``.
+    A ``known`` picture whose file has not changed is not opened. A picture of a store must match its entry in the table ``prepared``.
     """
     try:
         known_before = None if known is None else known.find(path)

@@ -1,7 +1,7 @@
-"""Picture files: a picture is a file of its own, or a part of a container, named by a path such as ``images.tar#512+60123``.
+"""Picture files. A picture is a file of its own, or a part of a container with a path such as ``images.tar#512+60123``.
 
-The name gives the file, offset and length of a member of an uncompressed tar, or of a value in an Arrow file, so a picture is read without
-listing the container. All opening, measuring and confining of pictures uses this module, and works for both kinds.
+Such a path gives the file, offset and length of a member of an uncompressed tar or of a value in an Arrow file, so the picture is read
+without listing the container. Pictures are opened, measured and confined only through this module, which handles both kinds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
-"""Name of a part. Each part has exactly one name: leading zeros and digits of other scripts are not allowed."""
+"""Pattern of a part's name. Each part has exactly one name: leading zeros and non-ASCII digits are not allowed."""
 
-_OPEN = 256  # containers that a process keeps open, because parallel file systems are slow at opening files
+_OPEN = 256  # number of containers that a process keeps open, because opening files is slow on parallel file systems
 
 
 def part_name(container: str, start: int, length: int) -> str:
@@ -29,7 +29,7 @@ def part_name(container: str, start: int, length: int) -> str:
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """Encode a picture as a member of an uncompressed tar; its bytes begin after a header of ``tarfile.BLOCKSIZE``."""
+    """Encode a picture as a member of an uncompressed tar; its bytes begin after a header of ``tarfile.BLOCKSIZE`` bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     return b"".join([member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)])
@@ -42,7 +42,7 @@ def picture_file(path: Path) -> Path:
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """Return a picture's size in bytes, and the change time of its file in ns, which users cannot set.
+    """Return a picture's size in bytes and its file's change time in ns. Users cannot set the change time.
 
     Raises OSError, and DataError for a part beyond the end of its file.
     """
@@ -52,9 +52,9 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading. A part of a container is read into memory: the reader cannot reach other bytes, and has no
-    descriptor, by which image libraries would read the container from its start. Raises the same errors as picture_stat, and ValueError
-    for a file that is not regular.
+    """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach other bytes, and has no
+    file descriptor with which an image library would read the container from its start. Raises the same errors as picture_stat, and
+    ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:
         return cast(io.BufferedReader, open_regular(path))
@@ -90,5 +90,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container. A file that replaces it has another ``state`` and is opened separately."""
+    """Open a container. If another file replaces it, the ``state`` differs and the new file is opened."""
     return HeldFile(path)

@@ -1,7 +1,7 @@
-"""Picture table: size, change time, digest and dimensions of each picture, keyed by its path and memory-mapped by all processes.
+"""Picture table: size, change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
 
-Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If the time
-differs, the contents are hashed again, and changed contents are refused.
+Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If the change
+time differs, the contents are hashed again, and changed contents are refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Picture(NamedTuple):
 
 @lru_cache(_AT_ONCE)
 def picture_key(path: Path, root: Path | None = None) -> int:
-    """Hash a picture's path to 64 bits: the path relative to ``root`` if it is inside, as in stores, else the absolute path."""
+    """Hash a picture's path to 64 bits. A path inside ``root`` is made relative to it, as in stores; any other path is made absolute."""
     name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
     return hashed(os.fsencode(name.removeprefix(folder)))
 
@@ -69,7 +69,7 @@ def picture_of(path: Path, width: int, height: int) -> Picture:
 
 
 class PictureTable:
-    """Properties of pictures, looked up by path. They are stored as arrays in the order of picture keys.
+    """Properties of pictures, looked up by path. They are stored as arrays sorted by picture key.
 
     ``roots`` are the folders to which the paths of a store's pictures are relative; None stands for absolute paths.
     """
@@ -89,7 +89,7 @@ class PictureTable:
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry is used."""
+        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, the last entry counts."""
         items, parts = iter(pictures), [np.empty(0, RECORD)]
         while chunk := list(islice(items, _AT_ONCE)):
             parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in chunk], RECORD))
@@ -137,7 +137,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the file's contents differ from those of the known picture at this path. Unknown pictures pass."""
+        """Raise DataError if the contents of a known picture's file have changed. Unknown pictures pass."""
         known = self.find(path)
         if known is None:
             return
@@ -156,7 +156,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables as one; the entry of a picture is that of the first table that has it."""
+    """Several tables as one. A picture's entry comes from the first table that has the picture."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)
@@ -169,7 +169,7 @@ class PictureTables(PictureTable):
 
 
 def sizes_of(paths: Iterable[Path], known: PictureTable | None, max_pixels: int, pool: Executor) -> dict[Path, Size]:
-    """Return the width and height of each picture, from the table or else from its header. Raises the same errors as image_size."""
+    """Return the width and height of each picture. Pictures missing from the table are opened. Raises the same errors as image_size."""
     distinct = list(dict.fromkeys(paths))
     entries = {} if known is None else {path: picture for path in distinct if (picture := known.find(path)) and picture.width}
     unknown = [path for path in distinct if path not in entries]

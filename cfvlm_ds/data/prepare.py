@@ -1,7 +1,7 @@
-"""Preparation of a data set: a complete check, and a store (cfvlm_ds/data/stored.py) that training opens.
+"""Preparation of a data set: a complete check, and the writing of a store (cfvlm_ds/data/stored.py) for training.
 
-All pictures are opened before any rows are written. A unit of work is the pictures that occur first in one range of groups. With ``pack``,
-a unit becomes one uncompressed tar, which has each picture once; pictures are read by their offsets. The bytes of every file depend only on
+All pictures are opened before any rows are written. One unit of work consists of the pictures that first occur in a range of groups. With
+``pack``, a unit becomes one uncompressed tar. Each picture is stored once and read by its offset. The bytes of every file depend only on
 the data set and the options, not on the number of processes or on interruptions.
 """
 
@@ -48,7 +48,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures are one work unit; with ``pack``, a tar with a few GB of photographs."""
+"""Number of groups whose pictures form one unit of work; with ``pack``, a tar with a few GB of photographs."""
 
 ROWS = 1 << 18
 """Number of groups in one file of rows. It is large because a process keeps these files open."""
@@ -59,20 +59,20 @@ _OURS = ("groups-[0-9]*.jsonl*", "images-[0-9]*.tar", PICTURES, TOGETHER, ROW_KE
 _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<i8"), ("facts", FACTS)])
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build one for each row
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build an encoder for each row
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of a preparation. Stores that are prepared from the same data set with the same options are equal.
+    """Options of a preparation. The same data set and options give the same store.
 
     Args:
-        pack: copy the pictures into tars of the store; otherwise rows refer to their original files.
-        open_pictures: open every picture; otherwise their sizes and digests are unknown, and later changes are not detected.
+        pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
+        open_pictures: open every picture; otherwise sizes and digests are unknown, and later changes are not detected.
         max_pixels: maximum number of pixels in a picture, as in ``open_image``.
-        on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` prepares nothing, ``skip`` leaves them out and
+        on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` writes no store; ``skip`` leaves them out and
             lists them.
     """
 
@@ -100,7 +100,7 @@ def source_state(path: Path) -> str:
 
 
 def source_stamp(path: Path, state: str, roots: Sequence[Path], format: str, limit: int | None, options: PrepareOptions) -> str:
-    """Hash the state of a data set and the options with which it is read."""
+    """Hash the state of a data set and the options for reading and preparing it."""
     form = [SCHEMA, _PLACE.itemsize, PICTURED, ROWS, *dataclasses.astuple(options)]
     parts = [*form, os.path.abspath(path), state, [os.path.abspath(root) for root in roots], format, limit]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -118,16 +118,16 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set, and write the part ``shard`` of a store, whose work ``of`` processes share. Return the report of the check, and
-    whether the store is complete.
+    """Check a data set and write a store; this call does shard ``shard`` of ``of``. Return the report of the check, and whether the store
+    is complete.
 
-    Every process checks all rows, and each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
-    written only after the pictures of all shards have been checked; if some are missing, the call must be repeated later. If the report has
-    problems and ``on_error`` is ``error``, nothing more is written.
+    Every process checks all rows; each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
+    written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the report
+    has problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work for another state of the data set is discarded, unless several processes share it. With ``anew``, so is a complete store
-    of another state. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files have changed.
-    Raises OSError, and ConfigError for a folder with other contents or with a store of another state.
+    Unfinished work for another state of the data set is discarded, unless there are several shards. With ``anew``, a complete store of
+    another state is discarded too. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files
+    have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -203,7 +203,7 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if the folder holds a store of other data, complete or unfinished."""
+        """Return whether the store is complete. Raises ConfigError if the folder holds a complete or unfinished store of other data."""
         for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
@@ -241,7 +241,7 @@ class _Job:
         try:
             record = _written(file, members()) if pack else dict[str, Any]()
             deque(() if pack else members(), 0)
-        finally:  # keep the results of a call that is stopped
+        finally:  # keep the results if the call is interrupted
             with whole_file(units.file(number, "npy"), shared=True) as handle:
                 np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
         if problems and self.options.on_error == "error":  # the next call opens them again
@@ -331,7 +331,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows for a range of groups, and their contributions to the tables; ``rows`` has the index of each group's source row."""
+    """Encoded rows for a range of groups, and their contributions to the tables. ``rows`` has the index of each group's source row."""
 
     lines: bytes
     rows: Array
@@ -342,15 +342,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder of groups as native rows, which leaves out groups that cannot be used.
+    """Encoder of groups as native rows. It leaves out groups that cannot be used.
 
     Args:
         source: the data set.
         root: folder to which picture paths are relative.
         pictures: table of the pictures; None if none was opened.
-        broken: picture key -> its problem.
+        broken: problem of each broken picture, by picture key.
         repeats: indices of groups that repeat an earlier group or its id.
-        name: function from a picture's path to the path that is written; None for the absolute path.
+        name: function from a picture's path to the path in the row; None for the absolute path.
     """
 
     source: GroupStore
@@ -365,7 +365,7 @@ class RowLines:
         root = Path(os.path.abspath(self.root))
         for index, group in self.source.entries(places):
             done()
-            if isinstance(group, DataError) or index in self.repeats:  # the check of rows has reported it
+            if isinstance(group, DataError) or index in self.repeats:  # already reported by the check of the rows
                 continue
             try:
                 line = self._line(group, root)
@@ -401,7 +401,7 @@ def _absolute(picture: Path) -> Path:
 
 
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
-    """Return the path of a picture in a tar of the store. Raises DataError for a picture that is not packed."""
+    """Return a picture's path in a tar of the store. Raises DataError for a picture that is not packed."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed, because the data set has changed; remove the store and prepare it again")
     place = pictures[at]
@@ -422,11 +422,11 @@ class _Files:
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """Return the path of a file's record or arrays, which have the given suffix."""
+        """Return the path of a file's record or arrays, depending on ``suffix``."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """Return the numbers of a shard's incomplete files; by default those of all shards."""
+        """Return the numbers of the incomplete files of a shard, by default of all shards."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:
@@ -449,8 +449,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store made from another state of the data set, complete or unfinished, if ``remove_it``. Return the tables of its pictures,
-    which are empty if nothing was removed.
+    """If ``remove_it``, remove a complete or unfinished store that was made from another state of the data set. Return the tables of its
+    pictures, which are empty if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
@@ -473,7 +473,7 @@ def _read(file: Path, key: str) -> str | None:
 def _begun(out: Path, stamp: str) -> Path:
     """Return the folder of unfinished work; create it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
-    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # a killed call leaves both
+    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # others are from a killed call
     if others and not (begun.is_file() or whole.is_file()):
         raise ConfigError(f"{out} exists and is not a store; name another folder with --out")
     if not whole.is_file():
@@ -490,7 +490,7 @@ def _array(array: Array) -> Iterator[bytes]:
 
 
 def _written(file: Path, parts: Iterable[bytes]) -> dict[str, Any]:
-    """Write a file under another name, rename it, and return its name, size and CRC-32."""
+    """Write a file under a temporary name, rename it, and return its name, size and CRC-32."""
     with whole_file(file, shared=True) as handle:
         written = Summed(handle)
         for part in parts:

@@ -18,12 +18,12 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
-_SHOWN, _SHOWN_CHARS = 30, 60  # names in a line, and characters of each
+_SHOWN, _SHOWN_CHARS = 30, 60  # limits: names in a line, characters in a name
 
 
 @dataclass
 class CheckReport:
-    """Counts over the valid rows of a manifest, and its problems. Each problem is one sentence that begins with the file and the row."""
+    """Counts over a manifest's valid rows, and its problems. Each problem is one sentence that begins with the file and the row."""
 
     manifest: str
     num_groups: int = 0
@@ -35,22 +35,22 @@ class CheckReport:
     """Number of cells that ``match`` does not list."""
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
-    """Prompt -> number of groups with it: DESCRIBE, which is the default of captions, "empty", or "others"."""
+    """Number of groups by prompt: DESCRIBE (the default prompt of captions), "empty" or "others"."""
     shapes: Counter[str] = field(default_factory=Counter)
     """"images x texts" -> number of groups of that shape; a group without pictures has 0 images."""
     sources: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
-    """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image or, if that is larger,
-    the number of images that the factual text is not true of, without shams.
+    """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image, or the number of
+    images that the factual text is not true of (without shams), whichever is larger.
     """
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"
-    """"tokens" of prompt, image and text, or "characters" of the text."""
+    """"tokens" (of prompt, image and text) or "characters" (of the text)."""
     longest_text_where: str = ""
     visual_tokens: Counter[int] = field(default_factory=Counter)
-    """Number of visual tokens -> number of distinct images with that many; empty without a model."""
+    """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
     """Key of metadata -> number of groups that have it."""
     problems: list[str] = field(default_factory=list)
@@ -111,7 +111,7 @@ class CheckReport:
 
     @property
     def unused(self) -> str:
-        """Keys of ``metadata`` with their counts, the most frequent first."""
+        """Keys of ``metadata`` with their counts, most frequent first."""
         return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Strip the file and the row from a problem, to recognise the same problem in several rows."""
+    """Remove the file and the row from a problem, so that the same problem in several rows can be recognised."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

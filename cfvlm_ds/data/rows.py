@@ -17,7 +17,7 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders to which names of pictures within a container are relative; () for a file without such pictures."""
+    """Folders to which the names of pictures within containers are relative; () for a file without such pictures."""
 
     def __len__(self) -> int: ...
 
@@ -59,7 +59,7 @@ class LineRows:
 def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises a DataError that begins with ``where``."""
     try:
-        text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # utf-8-sig is slow, being decoded in Python
+        text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # utf-8-sig is slow: its decoder is in Python
         value = parse_json(text, decoder)
         if decoder is None and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()

@@ -1,14 +1,14 @@
-"""Samplers: the assignment of groups to ranks and micro-batches; deterministic, resumable, and the same for every world size.
+"""Samplers: the assignment of groups to ranks and micro-batches. It is deterministic and resumable, and does not depend on the world size.
 
-The stream of a run is one epoch after another, each a permutation of all groups that depends only on (seed, epoch). With B =
+The stream of a run is a sequence of epochs. Each is a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
 epochs, so no batch is short and no group is dropped. Element j of those B goes to
 
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
-so the groups of a step depend only on B and the position, not on how B is factorised.
+so the groups of a step depend only on B and the position, not on the factors of B.
 
-PackedSampler fills micro-batches by tokens instead. Micro-batches then differ in their numbers of groups, but hardly in their numbers of
+PackedSampler fills micro-batches by tokens instead. Its micro-batches differ in their numbers of groups, but hardly in their numbers of
 tokens.
 """
 
@@ -32,9 +32,8 @@ from cfvlm_ds.data.mixture import Order
 class GroupSampler:
     """Endless micro-batches of group indices for one rank; usable as a DataLoader's ``batch_sampler``.
 
-    A DataLoader fetches ahead of the training loop, so the position is the number of consumed groups, not of yielded ones. The loop calls
-    advance() once per optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of
-    all ranks.
+    A DataLoader prefetches, so the position counts consumed groups, not yielded groups. The training loop calls advance() once per
+    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of all ranks.
     """
 
     def __init__(
@@ -50,7 +49,8 @@ class GroupSampler:
     ) -> None:
         """Create the sampler of a rank.
 
-        ``order`` is the order of a mixture, or of rows with several groups; without it, the groups are one data set, permuted by ``seed``.
+        ``order`` is the order of a mixture, or of a data set whose rows have several groups. Without it, the groups are one data set,
+        permuted by ``seed``.
         """
         self.num_groups = num_groups
         self.groups_per_micro_batch = groups_per_micro_batch
@@ -62,7 +62,7 @@ class GroupSampler:
 
     @property
     def epoch(self) -> float:
-        """Number of consumed passes over the data."""
+        """Number of passes over the data so far."""
         return self.samples_seen / self.order.length
 
     def advance(self) -> None:
@@ -70,8 +70,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, from the consumed position. Every ``world_size``-th belongs to the same rank.
-        Never ends.
+        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Every ``world_size``-th micro-batch
+        belongs to the same rank. Never ends.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:
@@ -80,7 +80,7 @@ class GroupSampler:
             start += len(step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the micro-batches of this rank from the consumed position, ``gradient_accumulation_steps`` per step. Never ends."""
+        """Yield this rank's micro-batches, ``gradient_accumulation_steps`` per step, starting at the consumed position. Never ends."""
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
@@ -93,13 +93,13 @@ class GroupSampler:
         return num_steps * self.groups_per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and everything that determines the stream of groups."""
+        """Return the position and everything that determines the stream of groups."""
         return {"samples_seen": self.samples_seen, **self.order.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position. World size, accumulation and micro-batch size may have changed, because the position counts groups.
 
-        Raises DataError for the state of other data (num_groups) or another order (seed).
+        Raises DataError if the state belongs to other data (num_groups) or another order (seed).
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
@@ -112,22 +112,22 @@ class GroupSampler:
 
 @dataclass(frozen=True)
 class _Position:
-    """Number of groups read from the stream, and those among them that wait for a micro-batch with enough room."""
+    """Number of groups read from the stream, and the groups that were read but still wait for a micro-batch with enough room."""
 
     read: int = 0
     waiting: tuple[int, ...] = ()
 
 
 class PackedSampler(GroupSampler):
-    """Sampler that fills micro-batches with as many whole groups as fit ``max_tokens``, so that all ranks of a step have similar numbers of
-    tokens.
+    """Sampler that fills each micro-batch with whole groups up to ``max_tokens``, so that all ranks have similar numbers of tokens in a
+    step.
 
-    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream and put where they leave the
-    least room (best fit). A group that fits nowhere waits for the next step, where it comes first. The step is full when ``_WINDOW`` groups
-    wait, or when the next group of the stream already waits; otherwise a small data set would repeat its other groups many times before
-    that group is used. Then the fullest and the emptiest micro-batch exchange groups until they are balanced. No group is lost or repeated,
-    the numbers of times that two groups were seen differ by at most two, and the order depends only on the data, the seed, ``max_tokens``
-    and the number of micro-batches per step.
+    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream. Each goes into the micro-batch
+    where it leaves the least room (best fit). A group that fits nowhere is placed first in the next step. The step is full when ``_WINDOW``
+    groups wait, or when the stream repeats a waiting group; a small data set would otherwise repeat its other groups many times before the
+    waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are balanced. No group is lost or
+    repeated. The numbers of times that any two groups have been seen differ by at most two. The order depends only on the data, the seed,
+    ``max_tokens`` and the number of micro-batches per step.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Check the number of ``tokens`` of each group. Raises ValueError if one exceeds ``max_tokens``."""
+        """Create the sampler of a rank. Raises ValueError if a group has more than ``max_tokens`` tokens."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,
@@ -163,7 +163,7 @@ class PackedSampler(GroupSampler):
         self.samples_seen = self._position.read - len(self._position.waiting)
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, from the consumed position. Never ends."""
+        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Never ends."""
         position = self._position
         while True:
             bins, position = self._pack(position)
@@ -172,9 +172,9 @@ class PackedSampler(GroupSampler):
     def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
 
-        Up to ``_COUNTED`` groups, the steps are counted. For more, only the steps of the first ``_TRIED`` groups are counted, and the
-        others are assumed to have as many tokens each. Steps are nearly full, so the error is below one in a thousand. The result is the
-        same at every start, and does not require packing a whole epoch before the first step.
+        For up to ``_COUNTED`` groups, the steps are counted. For more, only the steps of the first ``_TRIED`` groups are counted, and the
+        other groups are assumed to have as many tokens on average. Steps are nearly full, so the error is below one in a thousand. The
+        result is the same whenever a run starts, and no whole epoch has to be packed before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
@@ -193,18 +193,18 @@ class PackedSampler(GroupSampler):
         return int(num_steps * self.groups_per_step * self.max_tokens / self.tokens.mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position with the waiting groups, and everything that determines the stream of groups."""
+        """Return the position, the waiting groups, and everything that determines the stream of groups."""
         return {**super().state_dict(), "waiting": list(self._position.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for the state of a sampler that did not pack."""
+        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for the state of another kind of sampler."""
         super().load_state_dict(state)
         if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
-        """Fill the micro-batches of the step at ``position``, and return them and the position after the step."""
+        """Fill the micro-batches of the step at ``position``. Return them and the position after the step."""
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
@@ -228,8 +228,8 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _balance(self, bins: list[list[int]]) -> list[list[int]]:
-        """Exchange groups between the fullest and the emptiest micro-batch while that reduces their gap. Return the micro-batches, the
-        fullest first.
+        """Exchange groups between the fullest and the emptiest micro-batch while that reduces their gap. Return the micro-batches, fullest
+        first.
         """
         ranked = sorted((int(self.tokens[groups].sum()), b) for b, groups in enumerate(bins))
         while True:
@@ -249,10 +249,11 @@ class PackedSampler(GroupSampler):
 
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
-    """Return the indices (i, j) in ``given`` and ``taken`` whose exchange leaves the smallest gap, or None if no exchange reduces ``gap``.
+    """Return the indices (i, j) of the items in ``given`` and ``taken`` whose exchange leaves the smallest gap; None if no exchange reduces
+    it.
 
-    Both lists are numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without a return. The best
-    exchange moves half the gap.
+    Both lists contain numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without an exchange.
+    The best exchange moves half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):
@@ -261,7 +262,7 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     return None if best[0] == gap else best[1:]
 
 
-_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting them takes seconds and a fraction of a second, respectively
+_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting so many takes seconds, or a fraction of a second
 _AHEAD = 64  # groups taken from the order at once
 _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough to stay close to the order of the stream
 
@@ -269,8 +270,8 @@ _WINDOW = 32  # groups that may wait: enough to fill gaps, few enough to stay cl
 def _groups_in(num_epochs: float, num_groups: int) -> int:
     """Return the number of groups that a run sees in ``num_epochs``, rounded up.
 
-    ``num_epochs`` stands for the decimal number that was written: 0.29 of 100 is 29, although the float is smaller. The float nearest to n
-    / num_groups stands for n groups.
+    ``num_epochs`` is read as a decimal number: 0.29 epochs of 100 groups are 29 groups, although the float is below 0.29. The float nearest
+    to n / num_groups stands for n groups.
     """
     nearest = round(num_epochs * num_groups)
     return nearest if nearest / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)

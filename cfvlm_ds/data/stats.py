@@ -32,8 +32,8 @@ from cfvlm_ds.data.stored import StoredRows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Contents of a manifest's valid rows: the report of its check, the longer sides of its pictures in pixels, and the numbers of distinct
-    rows, contents of pictures, texts and prompts, and of rows with the id of an earlier row.
+    """Contents of a manifest's valid rows. ``sides`` counts the longer sides of the pictures in pixels. The fields ``num_...`` count
+    distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
     """
 
     report: CheckReport
@@ -82,9 +82,9 @@ def statistics(
 ) -> Statistics:
     """Collect the statistics of a manifest.
 
-    The pictures of a prepared store are known from its table; others are opened. Rows, pictures and texts with problems are
-    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) measures in tokens. Raises DataError for an unknown
-    format, and for a manifest that cannot be read at all.
+    The pictures of a prepared store are looked up in its table; other pictures are opened. Rows, pictures and texts with problems are
+    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) gives lengths in tokens. Raises DataError for an
+    unknown format, and for a manifest that cannot be read at all.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))
@@ -112,7 +112,7 @@ def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], 
 
 
 def _spread(counts: Counter[int], unit: str) -> str:
-    """Format the minimum, median, 95th percentile and maximum, or return "none" without values."""
+    """Format the minimum, median, 95th percentile and maximum; "none" if there are no values."""
     if not counts:
         return "none"
     low, middle, high, most = quantiles(counts, 0, 50, 95, 100)

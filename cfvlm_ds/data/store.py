@@ -1,9 +1,9 @@
 """Group store: random access to counterfactual groups. A row is read when its group is accessed, so memory does not grow with the number of
 rows.
 
-A format is a function from a row (a JSON object) to a CounterfactualGroup, or to several, with image paths as written. A format with
-several groups per row also has ``parts``, a function that counts the groups of a row without building them. The store, not the format,
-joins image paths to a data root and confines them to the roots.
+A format is a function from a row (a JSON object) to one or several CounterfactualGroups, with image paths as written. A format with several
+groups per row also has a function ``parts``, which counts the groups of a row without building them. The store, not the format, joins image
+paths to a data root and confines them to the roots.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group, or groups, with image paths as written. Its DataErrors do not name the file and line."""
+"""Row -> group or groups, with image paths as written. Its DataErrors do not name the file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
-    """Groups of a manifest. Accessing a group of an invalid row raises a DataError that names the file, the row and the remedy. Threads and
+    """Groups of a manifest. Accessing a group in an invalid row raises a DataError that names the file, the row and the remedy. Threads and
     forked processes can share one object.
 
     Args:
         rows: rows of the manifest.
         roots: folders that pictures may be in; a relative path is joined to the first one that has the file.
-        convert: function from a row to its groups: the format or, for rows with labels, ``joined`` of formats/truth.py.
+        convert: function from a row to its groups: the format, or ``joined`` in formats/truth.py for rows with labels.
         firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
         limit: maximum number of groups; only the first ones are used.
@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of each row's first group, followed by the total number of groups; None if every row is one group. The rows of a prepared
-        store are those of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. In a prepared store,
+        rows are the rows of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
@@ -74,7 +74,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return self.rows.where(self._row(index)[0])
 
     def entry(self, index: int) -> CounterfactualGroup | DataError:
-        """Return a group, or the error of its row, which names the row's location."""
+        """Return a group, or its row's error, which names the row's location."""
         row, part = self._row(index)
         if (last := self._last)[0] != row:  # a row with many groups is read once
             self._last = last = (row, _unraised(self._groups, row))
@@ -82,7 +82,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return groups if isinstance(groups, DataError) else groups[part]
 
     def entries(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, CounterfactualGroup | DataError]]:
-        """Iterate over (index, entry) of all groups, or of those at the indices ``places``."""
+        """Yield (index, entry) for all groups, or for the groups at the indices ``places``."""
         return ((index, self.entry(index)) for index in (range(len(self)) if places is None else places))
 
     def _group(self, index: int) -> CounterfactualGroup:
@@ -111,8 +111,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
 
 class Unraised(Lazy[CounterfactualGroup | DataError]):
-    """Groups for a data worker. The error of an invalid row is returned instead of raised, because a worker's exceptions lose their
-    messages.
+    """Groups for a data worker. The error of an invalid row is returned, not raised, because exceptions lose their messages when they leave
+    a worker.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
@@ -146,7 +146,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
-    """Count the groups of a row. An invalid row counts as one group, and accessing that group raises the row's error."""
+    """Count the groups of a row. An invalid row counts as one group. Accessing that group raises the row's error."""
     try:
         return max(1, int(parts(row))) if isinstance(row, dict) else 1
     except (ValueError, TypeError, AttributeError, OverflowError, LookupError):
@@ -154,8 +154,8 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
-    """Convert a row to groups with picture paths as written. Its DataErrors do not name the row's location."""
-    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple has the labelled texts of several rows
+    """Convert a row to groups with picture paths as written. Raises DataErrors that do not name the row's location."""
+    groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple holds the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 
@@ -167,7 +167,7 @@ def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
         return function(row)
     except DataError:
         raise
-    except Exception as error:  # such as a number instead of a list
+    except Exception as error:  # for instance, a number where a list is expected
         problem = f"a value in the row is not what the format expects ({type(error).__name__}: {error})"
         raise DataError(f"{problem}; compare it with the format's description") from error
 
@@ -175,7 +175,7 @@ def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
     """Return the group with its picture paths joined to a root.
 
-    Raises DataError for a path outside the roots, and for two images of the same file that the truth table distinguishes.
+    Raises DataError for a path outside the roots, and for two images that are the same file although the truth table distinguishes them.
     """
     group = group.with_images(tuple(tuple(map(confine, pictures)) for pictures in group.images))
     if len(group.images) == len({pictures[-1].name if pictures else "" for pictures in group.images}):

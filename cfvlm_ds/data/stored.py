@@ -1,9 +1,9 @@
-"""Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store has indexed files of rows, a table of pictures, and
-store.json.
+"""Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
+pictures, and store.json.
 
 A store never changes after it has been written. Opening it compares file sizes and the checksums of indexes, not modification times, so a
-copy is valid. Pictures are in tars of the store or in their original files. The table has file size, digest and dimensions of each picture,
-which are therefore known without opening it.
+copy is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest and dimensions of every
+picture, so no picture has to be opened to learn them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard after shard, and the results of the check that prepared it.
+    """Rows of a store, shard by shard, and the results of the check in its preparation.
 
     Args:
         folder: the store.
-        roots: folders of the pictures, used if their folders at the time of preparation no longer exist.
+        roots: folders of the pictures; used if the folders recorded in the store no longer exist.
 
-    Raises DataError for a folder that is not a store, or whose files differ from those listed in store.json.
+    Raises DataError for a folder that is not a store, or whose files do not match store.json.
     """
 
     def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
@@ -73,9 +73,9 @@ class StoredRows:
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
             """Folders to which the names of pictures are relative."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
-            """Hash of the source's files and options, identity of the data set, and counts of the check."""
+            """Hash of the source's files and options, identity of the data set, and counts from the check."""
             self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in names else None
-            """Table of the pictures as they were prepared; None if none was opened."""
+            """Table of the pictures at the time of preparation; None if no picture was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in names else None
             """Index of each source row's first group, followed by the total number of groups; None if every row was one group."""
@@ -110,8 +110,8 @@ class StoredRows:
         return self._shards[shard], row - self._firsts[shard]
 
     def _opened(self, file: Path, index: int, groups: int) -> LineRows:
-        """Open the rows of a shard. The index has a checksum of each row, and store.json has the checksum of the index, so a shard of
-        another store is detected.
+        """Open the rows of a shard. The index contains a checksum of each row, and store.json contains the index's checksum, so a shard
+        from another store is detected.
         """
         try:
             if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:

@@ -1,9 +1,9 @@
-"""Stored scores: reference and blind log-likelihoods of a manifest, written once by ``cfvlm-ds score`` and read by DPO and PMI runs.
+"""Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}. The others have one group each: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
+sha256}. Each further line has one group: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
 cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
-omits them. A line is read when its group is used.
+omits both. A line is read when its group is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
 from cfvlm_ds.data.lines import IndexedLines
 
 SCHEMA = "cfscores/3"
-_FLOAT32 = 3e38  # larger values become infinite as a tensor
+_FLOAT32 = 3e38  # larger values become infinite in a float32 tensor
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def write_scores(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the scores of every group to ``path``, which is replaced when the new file is complete. Raises KeyError for a group without
-    scores.
+    """Write the scores of every group to ``path``. An existing file is replaced once the new one is complete. Raises KeyError for a group
+    without scores.
 
-    ``data`` is the groups' identity (data_identity), which a reader compares with that of its own groups. ``made_by`` is the model's
+    ``data`` is the groups' identity (data_identity). A reader compares it with the identity of its own groups. ``made_by`` is the model's
     fingerprint.
     """
     with whole_file(path) as handle:
@@ -77,18 +77,16 @@ def score_lines(
 
 
 def is_written(file: IO[bytes]) -> bool:
-    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. A file of evaluation scores in a run folder is not such a
-    file.
-    """
+    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. Evaluation scores in a run folder do not count."""
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 
 
 class ScoresFile(Mapping[str, StoredScores]):
-    """Scores keyed by group id, read from their file on access. They need 16 bytes of memory per group, plus the index of lines.
+    """Scores keyed by group id, read from their file on access. The object takes 16 bytes of memory per group, plus the index of lines.
 
     Args:
-        rows: lines of the file, of which the first is the header.
+        rows: lines of the file; the first line is the header.
         keys: a hash of each row's id.
     """
 
@@ -119,7 +117,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
-    """Scores of a mixture's groups, whose ids are SOURCE/ID; a source may have none."""
+    """Scores of a mixture's groups, whose ids are SOURCE/ID. A source may have no scores."""
 
     def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
         self._sources = sources
@@ -145,9 +143,9 @@ def read_scores(
 ) -> Mapping[str, StoredScores]:
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
-    Raises DataError for a missing or incomplete file, for a value that is not finite, for a file about groups with other ids, texts,
-    prompts or pictures and, if ``made_by`` is given, for a file of other weights or another tokenizer, processor or template. Order, labels
-    and weights of the groups may have changed, because no score depends on them.
+    Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with other ids, texts,
+    prompts or pictures. If ``made_by`` is given, also raises it for scores from other weights or another tokenizer, processor or template.
+    The groups' order, labels and weights may have changed, because no score depends on them.
 
     ``data`` is the groups' identity, computed with the roots from which they were read. ``say`` receives progress lines.
     """
@@ -205,7 +203,7 @@ def _scores_of(row: Any) -> StoredScores:
 
 
 def _key(name: str) -> int:
-    """Hash an id to 64 bits. Raises TypeError for an id that is not a text."""
+    """Hash an id to 64 bits. Raises TypeError for an id that is not a string."""
     if not isinstance(name, str):
         raise TypeError(f"an id is a {type(name).__name__}")
     return hashed(name)

@@ -1,7 +1,7 @@
 """Arrow containers: Parquet files, Arrow files and data sets saved by ``datasets``, read by pyarrow.
 
-Pictures in an Arrow file are not copied; they are named by offset and length of their bytes (``data.arrow#4096+60123``). Parquet compresses
-pictures, or at least divides them into pages, so they are copied when the rows are converted.
+Pictures in an Arrow file are not copied; their names give the offset and length of their bytes (``data.arrow#4096+60123``). Parquet
+compresses pictures or at least divides them into pages, so these are copied when the rows are converted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
-_ROWS = 64  # rows of a batch: 256 MB with pictures of 4 MB each
-_BYTES = 256 * MIB  # limit of a Parquet batch's uncompressed size, as stated in its file; a few kB may decompress to as many GB
+_ROWS = 64  # rows in a batch: 256 MB if each has a picture of 4 MB
+_BYTES = 256 * MIB  # limit on a Parquet batch's uncompressed size according to its file; a few kB may decompress to as many GB
 
 Named = Callable[[Any], str | None]
-"""Function from a pyarrow buffer to the name of its bytes in the file, or to None if they are not in the file."""
+"""Function that returns the name of a pyarrow buffer's bytes in the file, or None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -38,14 +38,14 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return a number of rows per batch, so that a batch has at most _BYTES if the rows of each row group have similar sizes."""
+    """Return the number of rows per batch. A batch has at most _BYTES if the rows within each row group have similar sizes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """Yield the rows of an Arrow file, which is in the file format or in the stream format."""
+    """Yield the rows of an Arrow file, in the file format or the stream format."""
     arrow = _pyarrow(path)
     open_regular(path).close()  # refuses a pipe
     with arrow.memory_map(str(path)) as mapped:
@@ -84,13 +84,13 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert a column to Python values. Bytes become their name in the file if they have one. ``datasets`` stores a picture as a struct of
-    bytes and path.
+    """Convert a column to Python values. Bytes that lie in the file become their name. ``datasets`` stores a picture as a struct of bytes
+    and path.
     """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
         return _values(array.storage, arrow, named)
-    if types.is_dictionary(kind):  # decoding it could take its longest value times its number of rows
+    if types.is_dictionary(kind):  # decoded, it could take the size of its longest value for every row
         places = array.indices.unique().drop_null()
         decoded = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
         return [decoded.get(place) for place in array.indices.to_pylist()]
@@ -113,7 +113,7 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Convert a column of texts. A text longer than the limit of a row becomes a DataError and is not copied."""
+    """Convert a column of texts. A text that exceeds the limit for a row becomes a DataError and is not copied."""
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())
@@ -136,8 +136,8 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert each binary value to the name under which the file holds its bytes if there is one, else to bytes. The buffer is sliced
-    directly, because a pyarrow scalar per value would copy the data.
+    """Convert each binary value to the name of its bytes in the file if there is one, else to bytes. The buffer is sliced directly, because
+    creating a pyarrow scalar for each value would copy the data.
     """
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []

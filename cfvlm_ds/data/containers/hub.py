@@ -1,8 +1,8 @@
-"""Hugging Face hub: files of a data set by their address, ``hf://datasets/ORG/NAME/data/train-*.parquet``.
+"""Hugging Face hub: data sets by address, such as ``hf://datasets/ORG/NAME/data/train-*.parquet``.
 
-The files are fetched into the user's cache on first use. Later runs read the cached files without a network, even if the hub has newer
-ones, so a resumed run uses the same data. ``@REVISION`` after the name is a branch, tag or commit; ``@~parquet`` selects the Parquet files
-into which the hub converts any data set (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
+The files are fetched into the user's cache on first use. Later runs read the cached files without network access, even if the hub has newer
+files, so a resumed run uses the same data. ``@REVISION`` after the name is a branch, tag or commit. ``@~parquet`` selects the hub's own
+conversion of the data set to Parquet files (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Address(NamedTuple):
 def fetched(
     path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> Path:
-    """Return the local path of the files at a hub address, and fetch them on first use. Any other path is returned unchanged.
+    """Return the local path of the files at a hub address, after fetching them on first use. Any other path is returned unchanged.
 
     ``alive`` is called every second during the download. Raises DataError for a malformed address or an address of another site, and for
     files that do not exist or cannot be fetched.
@@ -91,7 +91,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder into which an earlier call fetched all files, or None if one is missing or has another size."""
+    """Return the folder into which an earlier call fetched all files. Return None if a file is missing or its size differs."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]

@@ -1,7 +1,7 @@
-"""JSON files of one value, read as a whole: a list of rows, COCO's captions, or an object of numbered rows.
+"""JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. They are read as a whole.
 
-COCO's file has separate lists of pictures and captions. A row is a picture with the list of its captions, and with a list for each other
-key of the captions. In an object of numbered rows, such as SugarCrepe's, the values are the rows.
+A COCO file has separate lists of pictures and captions. A row consists of a picture, the list of its captions, and a list of values for
+each other key of the captions. In an object of numbered rows, as in SugarCrepe, the values are the rows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values of the keys ``name`` and ``content`` of an item in COCO's file, and its other fields. Raises DataError."""
+    """Return the values of the keys ``name`` and ``content`` of an item in a COCO file, and the item's other fields. Raises DataError."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")
@@ -94,7 +94,7 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 def is_lines(path: Path) -> bool:
     """Return whether a file named .json has one object per line, as in some published data sets.
 
-    A single object is one row, unless it is COCO's, or holds only lists or objects, as if those were the rows or columns.
+    A single object counts as one row, unless it is a COCO file, or all its values are lists or objects, which are probably rows or columns.
 
     Raises the same errors as open_regular.
     """

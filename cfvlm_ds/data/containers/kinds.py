@@ -41,7 +41,7 @@ _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""File name of a split's shard, as numbered by the hub and by ``datasets``."""
+"""Name of a numbered shard file of a split, as the hub and ``datasets`` write it."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
@@ -50,7 +50,7 @@ _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """Return the kind of a path's container, or ``jsonl``, based on the name's suffix or the contents of the folder.
+    """Return the kind of a path's container, or ``jsonl``. It follows from the suffix of a file, or from the contents of a folder.
 
     Raises DataError for a compressed file, and the same errors as ``sources_of``.
     """
@@ -108,7 +108,7 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption of an image folder belongs to no picture, or if other files would be ignored."""
+    """Raise DataError if a caption in an image folder belongs to no picture, or if other files in the folder would be ignored."""
     texts = {picture.with_suffix(".txt").name for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]

@@ -1,4 +1,4 @@
-"""Opening of rows in any container: JSON lines, or JSON lines converted from another container."""
+"""Opening of rows: JSON lines, or a container, which is converted to JSON lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PreparedRows(LineRows):
         self._ends = list(accumulate(rows for _, rows in prepared.sources))
 
     def where(self, row: int) -> str:
-        """Return the location of a row: the path, the file if the path has several, and the item's number."""
+        """Return the location of a row: the path, the file if the path stands for several, and the number of the item."""
         if (file := bisect_right(self._ends, row)) == len(self._ends):
             return f"{self.path}: item {row + 1}"
         return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"
@@ -44,10 +44,10 @@ def open_rows(
     alive: Callable[[], object] = lambda: None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Rows:
-    """Open the rows of a JSON lines file or another container.
+    """Open the rows of a JSON lines file or a container.
 
-    Another container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data,
-    then the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
+    A container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data, then
+    the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
     """
     options: Any = {"alive": alive, "progress": progress}
     try:

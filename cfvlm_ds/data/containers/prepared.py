@@ -1,8 +1,8 @@
-"""Converted containers: a folder with rows.jsonl and copied pictures, which is written once and reused.
+"""Converted containers. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
 
-The folder's name contains a hash of the source files and their state. With several files, the number of rows in each is recorded. Row n is
-line n; a line that is a string instead of an object is the error of its row. The folder is written under another name and renamed when it
-is complete, so an interrupted conversion is simply repeated.
+The folder's name contains a hash of the source files and their state. If there are several source files, the number of rows in each is
+recorded. Row n is line n. For an invalid row, the line is a string with the error. The folder is written under a temporary name and renamed
+when it is complete, so an interrupted conversion is simply repeated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _FORM = 3  # version of the written files; a new version makes existing folders 
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Suffix of the folder's name."""
-_KNOWN = 100_000  # pictures recognised when they occur again, because consecutive questions are often about one picture
+_KNOWN = 100_000  # pictures that are recognised if repeated: consecutive questions are often about the same picture
 
 
 class Prepared(NamedTuple):
-    """Result of preparing a container: its rows as JSON lines, and the folders that its picture names are relative to. If the container
+    """Result of converting a container: its rows as JSON lines, and the folders to which its picture names are relative. If the container
     consists of several files, ``sources`` gives the name and row count of each.
     """
 
@@ -114,7 +114,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, over the limit of {MAX_ROW} for one row; shorten it")
-        except DataError as error:  # one of the values is this error
+        except DataError as error:  # an error that is one of the row's values
             row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
@@ -122,7 +122,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """Tar of the copied pictures. A repeated picture has the name of its first copy."""
+    """Tar of the copied pictures. A repeated picture gets the name of its first copy."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -131,7 +131,7 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return the name of a picture's bytes in the tar, and add them if they are new.
+        """Return the name of a picture's bytes in the tar. Bytes that are new are added.
 
         Raises ``value`` if it is a DataError, and TypeError for a value of another type.
         """

@@ -14,7 +14,7 @@ Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
 """Iterator over (location, row). A DataError stands for an invalid row, and does not name the location."""
 
 MAX_ROW = 4 * MIB
-"""Maximum size of a row as JSON without its pictures, in bytes; the same as for a row in a JSON lines file."""
+"""Maximum size of a row as JSON without its pictures, in bytes. It equals the limit for a row in a JSON lines file."""
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:

@@ -1,4 +1,4 @@
-"""CSV and TSV tables: a line of column names, and rows of texts. A quoted field may contain line breaks."""
+"""CSV and TSV tables: a line of column names, followed by rows of texts. A quoted field may contain line breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _INDEX = "index"
-"""Name given to a first column without a name, such as the index that pandas writes."""
+"""Name for a first column that has none, such as the index that pandas writes."""
 
 
 def _rows(path: Path, delimiter: str) -> Rows:

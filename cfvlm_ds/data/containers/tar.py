@@ -1,7 +1,7 @@
-"""WebDataset tars: the members with one key are a row, whose columns are their extensions.
+"""WebDataset tars. All members with the same key form a row; their extensions are its columns.
 
-Pictures are not copied; they are named by offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be compressed.
-Texts and JSON are read into the rows.
+Pictures are not copied; their names give the offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be compressed.
+Texts and JSON become values in the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
-"""Maximum size of a member's header with its long name, in bytes; real headers have a few kB."""
+"""Maximum size in bytes of a member's header, including a long name; real headers have a few kB."""
 
 
 def tar_rows(path: Path) -> Rows:
@@ -88,7 +88,7 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):
         return place
     if last not in TEXTS and not extension.endswith(("caption", "text")):
-        return place  # other data, such as features, which become metadata by name
+        return place  # other data, such as features; their names become metadata
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, over the limit of {MAX_ROW} for a text; shorten it")
     handle.seek(member.offset_data)

@@ -1,4 +1,4 @@
-"""Captioned pictures in columns of a CSV, TSV, JSON lines or COCO captions file, optionally with negative captions and negative pictures.
+"""Captioned pictures: columns of a CSV, TSV, JSON lines or COCO captions file, optionally with negative captions and negative pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
@@ -10,8 +10,8 @@ All other cells are unknown. In a row without a prompt, captions answer "Describ
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
-``label`` names a column that marks captions as true or false; rows with the same picture and prompt are then one group. A column that
-looks like a label is refused until ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
+``label`` names a column that marks captions as true or false. With it, rows with the same picture and prompt form one group. A column that
+looks like a label is refused unless ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 
 
 _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
-"""A text that looks like a list and cannot be parsed as one, such as numpy's notation without commas."""
+"""A text that looks like a list but cannot be parsed as one, such as numpy's notation without commas."""
 
 
 class _Read(NamedTuple):
-    """Parsed row: its columns, keyed by option, the captions that are true of its pictures, their prompt, and the pictures."""
+    """Parsed row: its columns by option, its true captions, their prompt, and its pictures."""
 
     row: Mapping[str, Any]
     columns: dict[str, list[str]]
@@ -63,9 +63,9 @@ class Captions:
         image: column of the picture, or of a list of pictures.
         caption: column of the captions that are true of the picture.
         negative_caption: column of the captions that are false of it.
-        negative_image: column of the pictures that the captions are false of.
+        negative_image: column of the pictures of which the captions are false.
         prompt: column of the prompt that the captions answer.
-        edit: column with the counterfactuals' edit type, which names a row of results.
+        edit: column of the counterfactuals' edit type, which labels a row in result tables.
         id: column of the group's id.
         ask: prompt of rows without one; empty for no prompt.
         paired: whether negative caption k is true of negative picture k, if there are as many of each.
@@ -169,7 +169,7 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """Return the row without the label and without the columns of these options."""
+        """Return the row without the label column and the columns of these options."""
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
@@ -184,7 +184,7 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """Return the columns of an option that the row has: those that the option names, or the first one with a usual name.
+        """Return the row's columns for an option: the ones that the option names, or the first column with a usual name.
 
         Raises DataError if a named column of pictures or captions is missing.
         """

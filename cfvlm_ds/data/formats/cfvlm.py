@@ -38,11 +38,11 @@ class Cfvlm:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group: image 0 and text 0 are the original, image k and text k the k-th sample.
+        """Convert a row to a group. Image 0 and text 0 are the original; image k and text k are the k-th sample.
 
         A sample's text is false of the original image, and the original text is false of a sample's image. Whether a sample's text is true
-        of another sample's image is unknown. The prompt is the text of ``orig_input`` around the image's path. A row has no id; the group's
-        id is a hash of its contents.
+        of another sample's image is unknown. The prompt is the text around the image's path in ``orig_input``. Rows have no ids, so the
+        group's id is a hash of the row's contents.
 
         Raises DataError (without the file and line) for a missing or misspelt key, a value of another type, an input without exactly one
         image, or a group that CounterfactualGroup refuses.

@@ -2,8 +2,8 @@
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
 "content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without such a mark, the
-pictures are shown at the beginning of the user's first turn. White space at the ends of a turn and line breaks next to ``<image>`` are
-removed. A column that is null is treated as missing, because Parquet stores missing values as nulls.
+pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A
+column that is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
-"""Columns that may name the picture of a row that has none of the columns IMAGES."""
+"""Columns that may name the picture if a row has none of the columns IMAGES."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, the pictures that they show (None for a picture that its message does not name), and the other keys of each turn's message."""
+    """Turns, the pictures shown in them (None if the message does not name the picture), and the other keys of each turn's message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -44,7 +44,7 @@ class Spoken(NamedTuple):
 
 
 def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
-    """Copy a row without ignored columns, null columns, and empty columns of video or audio."""
+    """Copy a row without ignored columns, null columns, and empty columns for video or audio."""
     return {
         key: value
         for key, value in row.items()
@@ -55,7 +55,7 @@ def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
 def read_messages(value: Any, where: str) -> Spoken:
     """Parse a list of messages in either notation.
 
-    Raises DataError for a malformed message, and for tools and other media, which no objective can use.
+    Raises DataError for a malformed message, and for tool calls, video and audio, which no objective can use.
     """
     if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
         raise DataError(f"{where} must be a non-empty list of messages, not {quoted(value)}")
@@ -79,7 +79,7 @@ def read_messages(value: Any, where: str) -> Spoken:
 
 
 def read_text(text: str) -> tuple[Part, ...]:
-    """Split a text at its marks ``<image>``."""
+    """Split a text at its ``<image>`` marks."""
     parts: list[Part] = []
     for number, piece in enumerate(text.strip().split(_PLACE)):
         parts += [PICTURE] * (number > 0) + [piece.strip("\n")] * bool(piece.strip())
@@ -140,7 +140,7 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """Return the pictures in the column among ``keys`` that a row has; () if it has none. Raises DataError for two such columns, and for
+    """Return the pictures in the one column of ``keys`` that a row has; () if it has none. Raises DataError for two such columns, and for
     video or audio.
     """
     for key in _OTHER_MEDIA:
@@ -151,7 +151,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the column among ``columns`` that a row has, or "" if it has none. Raises DataError if it has two."""
+    """Return the one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has two."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")
@@ -161,8 +161,8 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
     """Return the turns with a mark for every picture, and the pictures in the order of these marks.
 
-    The pictures are named in the messages, or ``given`` by other columns. Without marks, they are placed at the beginning of the user's
-    first turn. Raises DataError if the numbers of marks and pictures differ, or if a turn that is not the user's has a mark.
+    The pictures are named in the messages, or ``given`` by other columns. Without marks, they are placed at the beginning of the first user
+    turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
@@ -191,7 +191,7 @@ def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], 
 
 
 def answer_of(turn: Turn) -> str:
-    """Return the text of the scored turn. Raises DataError if it is not the assistant's, or has a picture."""
+    """Return the text of the scored turn. Raises DataError if it is not an assistant turn or has a picture."""
     if turn.role != "assistant":
         raise DataError(f"row: the conversation ends with the {turn.role}; its last message must be the assistant's, so add or remove one")
     if PICTURE in turn.parts:
@@ -200,7 +200,7 @@ def answer_of(turn: Turn) -> str:
 
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
-    """Return the conversation with the row's column ``system``, if there is one, as its first turn."""
+    """Return the conversation. If the row has a column ``system``, it becomes the first turn."""
     system = string(row, "system", "row") if "system" in row else ""
     if not system.strip():
         return spoken
@@ -210,7 +210,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed row of a conversation: its turns and pictures, the column of its messages with the other keys of each, and its metadata."""
+    """Parsed row of a conversation. ``beside`` has the name of the message column and the other keys of each message."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
@@ -224,7 +224,7 @@ class Instruct:
     """Base class of formats for conversations. A group has one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
-        per_turn: make a group for every answer of a conversation instead of only for the last.
+        per_turn: make one group for every answer of a conversation instead of only the last.
         label: column that marks the last answer as true or false, as in rows for KTO.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
@@ -294,7 +294,7 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the metadata of the row, with the other keys of the messages up to the scored answer."""
+        """Return the metadata of the row, including the other keys of the messages up to the scored answer."""
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 

@@ -1,9 +1,10 @@
-"""Columns of any name, as in data sets of the Hugging Face hub: every column that is read is mapped, and the others are metadata.
+"""Columns of any name, as in data sets on the Hugging Face hub. Options map the columns to read; all other columns are metadata.
 
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong
 
-Options and rules are those of ``captions``, but columns are not detected by their usual names. A row without ``image`` is text only.
+The options and rules are the same as for ``captions``, but columns are not detected by their usual names. A row without ``image`` is
+text-only.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-Contents are strings, in which ``<image>`` marks the position of a picture, or lists of parts. A part may name its picture, as ``{"type":
+A content is a string in which ``<image>`` marks the position of a picture, or a list of parts. A part may name its picture: ``{"type":
 "image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value`` in parts of any
 type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and ``completion``,
-ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In rows of the last two kinds, a ``history``
+ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In the last two kinds of rows, a ``history``
 of pairs may precede the question.
 
 ``messages:per_turn=true`` works as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
-marks the answer as good or bad; rows with the same picture and the same conversation before the answer are one group.
+marks the answer as good or bad; rows with the same picture and the same conversation before the answer form one group.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def open_data(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open data in any format except a store, as groups; see cfvlm_ds.data.open_groups."""
+    """Open data in any format as groups, except a store; see cfvlm_ds.data.open_groups."""
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
@@ -77,7 +77,7 @@ def _taken(rows: Rows) -> str:
 
 
 _LOOKED_AT = 100  # rows from which the format is detected
-_LOOKED_FOR_MARKS = 2048  # groups whose metadata are searched for labels, spread over the file
+_LOOKED_FOR_MARKS = 2048  # groups, spread over the file, whose metadata are searched for labels
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
@@ -102,7 +102,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, None]:
-    """Return the names by which options may refer to a row's columns: own and nested names, and the names within the json of a sample."""
+    """Return the names by which options may refer to a row's columns: top-level and nested names, and names within a sample's ``json``."""
     names = dict.fromkeys(row)
     for name, _ in leaves(row):
         parts = name.split(".")
@@ -114,7 +114,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all metadata columns that may be labels, hold false texts or name pictures, and are named by no option."""
+    """Raise one DataError for all metadata columns that no option names and that may be labels, hold false texts or name pictures."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
@@ -162,11 +162,11 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Formats and their keys. The first match wins, because a row may have the keys of several formats."""
 
 _KTO = ("label", "kto_tag")
-"""Columns that mark the answer of a row for KTO as good or bad, first in TRL and ms-swift, then in LLaMA-Factory."""
+"""Columns that mark a KTO row's answer as good or bad, first in TRL and ms-swift, then in LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the label column of conversations for KTO, in which all values are true, false, 1, 0 or null; None if there is none."""
+    """Return the label column of KTO conversations: one whose values are all true, false, 1, 0 or null. None if there is no such column."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):

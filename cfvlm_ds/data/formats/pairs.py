@@ -4,7 +4,7 @@
      "prompt": "Describe the image.", "edit": "relation"}
 
 ``id``, ``prompt`` (default "Describe the image.") and ``edit`` (the type of the difference) are optional. Other keys, such as Winoground's
-``tag``, are metadata. Winoground's published rows name pictures without a suffix: ``ex_7_img_0`` is the file ex_7_img_0.png in its
+``tag``, are metadata. In Winoground's published rows, picture names have no suffix: ``ex_7_img_0`` stands for the file ex_7_img_0.png in
 images.zip.
 """
 
@@ -40,11 +40,11 @@ class Pairs:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity; image paths are as written.
+        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Image paths are as written.
 
-        Without ``id``, the group's id is a hash of file names, captions and prompt. It does not change when rows move, and a repeated row
-        is detected as a duplicate id. Raises DataError (without the file and line) for a missing or misspelt key, a value that is not a
-        string, or a group that CounterfactualGroup refuses, such as one with two equal captions.
+        Without ``id``, the group's id is a hash of the file names, captions and prompt. The hash does not change when rows move, and a
+        repeated row is detected by its duplicate id. Raises DataError (without the file and line) for a missing or misspelt key, a value
+        that is not a string, or a group that CounterfactualGroup refuses, such as one with two equal captions.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

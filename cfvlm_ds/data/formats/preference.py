@@ -1,4 +1,4 @@
-"""Preference rows: a question, a chosen and a rejected answer, and pictures, in the columns of TRL, LLaMA-Factory and ms-swift.
+"""Preference rows: a question, a chosen answer, a rejected answer and pictures, in the columns that TRL, LLaMA-Factory and ms-swift use.
 
     {"prompt": "How many dogs are there?", "image": "a.jpg", "chosen": "Two.", "rejected": "Three."}
     {"prompt": [MESSAGE, ...], "images": ["a.jpg"], "chosen": [MESSAGE], "rejected": [MESSAGE]}                              (TRL)
@@ -8,12 +8,11 @@
     {"query": "How many dogs are there?", "images": ["a.jpg"], "response": "Two.", "rejected_response": "Three."}       (ms-swift)
     {"text": "{\\"question\\": ..., \\"chosen\\": ..., \\"rejected\\": ...}", "image": "a.jpg", "image_path": "coco/a.jpg"}  (RLHF-V)
 
-Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or ``instruction`` and ``input``; it may be
-missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
+Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or in ``instruction`` and ``input``. It may
+be missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
 The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If both are
-given, the rejected answer is false of the rejected pictures; whether the chosen answer is true of them, or the rejected answer of the
-picture, is unknown.
+given, the rejected answer is false of the rejected pictures; all other pairs with a rejected answer or picture are unknown.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _KEYS = {*_CHOSEN, *_REJECTED, *_REJECTED_IMAGES, "id", "system"}
 
 @dataclass(frozen=True)
 class Preference:
-    """Format of rows with a chosen and a rejected answer, or picture.
+    """Format of rows with a chosen answer and a rejected answer or picture.
 
     Args:
         ignore: columns that are not read, joined by ``+``.
@@ -89,7 +88,7 @@ class Preference:
 
 
 def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace the ``text`` of an RLHF-V row with the answers that it holds as JSON, and return any other row unchanged."""
+    """Replace the ``text`` of an RLHF-V row with the answers that it contains as JSON. Return any other row unchanged."""
     if (
         "text" not in row
         or any(key in row for key in _CHOSEN)
@@ -100,8 +99,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Return the columns of the question and the chosen answer, the question, the chosen answer, the rejected answer (or None), and the
-    other keys of their messages, keyed by column.
+    """Return the columns that hold the question and the chosen answer; the question; the chosen answer; the rejected answer or None; and
+    the other keys of their messages, by column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
@@ -118,7 +117,7 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
     if question is None:
         shared = chosen.turns[:-1]
-        if rejected is not None:  # two complete conversations: their common beginning
+        if rejected is not None:  # for two complete conversations, their common beginning
             shared = shared[: shared_start(shared, rejected.turns)]
         question = chosen._replace(turns=shared)
     if not question.turns:
@@ -133,7 +132,7 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the answer without the question, which a complete conversation repeats. Raises DataError unless one turn is left."""
+    """Return the answer without the question, which a complete conversation repeats. Raises DataError unless exactly one turn is left."""
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "list those of the rejected answer in 'rejected_images', and name the others once"

@@ -1,7 +1,7 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column named by no option is refused if public data sets use its name and values for
-labels, if its values can only be labels, or if its name is one of false texts; otherwise false texts would be learned as true, or lost. A
+The user names such a column (``label=COLUMN``). A column that no option names is refused if public data sets use its name and values for
+labels, if its values can only be labels, or if its name suggests false texts. Otherwise, false texts would be learned as true, or lost. A
 claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
 """
 
@@ -36,12 +36,12 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Value of a label in lower case -> its truth, None for unknown."""
+"""Value of a label in lower case -> its truth: 1, 0 or None (unknown)."""
 
 _SAID_FALSE = frozenset(_FALSE) - {
     "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
 }  # fmt: skip
-"""Values that mark a column of any name as a label."""
+"""Values that identify a column as a label, whatever its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations of a missing value in tables."""
@@ -52,14 +52,14 @@ _FALSE_NAMES = frozenset((
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
     "misaligned", "unrelated", "irrelevant",
 ))  # fmt: skip
-"""Words in the names of columns that hold false texts, and of labels whose "yes" may mean that the text is false."""
+"""Words in the names of columns with false texts, and of labels in which "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
-"""Words in the names of labels whose values may also be indices of the right text in a list."""
+"""Words in the names of labels whose values may also be indices of the right text in a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
 """Words in the names of labels that may have other values too."""
-_FEW = 5  # distinct values of such a label
+_FEW = 5  # most distinct values of such a label
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
     "entails",
@@ -75,16 +75,16 @@ _DEEP = 8  # largest nesting depth that is searched
 
 @dataclass
 class Column:
-    """A metadata column, and the evidence on whether it labels texts as true or false.
+    """A metadata column, and the evidence for and against its being a truth label.
 
     Args:
         name: name of the column.
-        words: words of the name.
+        words: words in the name.
         row: index of the first row that has the column.
-        values: distinct values, keyed by their lower case; only those that a label may have, unless the name is that of a label.
-        has_others: whether other values were left out of ``values``.
+        values: distinct values by their lower-case form; only values that a label may have, unless the name is a label's name.
+        has_others: whether ``values`` leaves out any other value.
         false_text: a false text or the name of its picture, if the column's name suggests false texts.
-        unseen: a picture named by a row that shows no picture.
+        unseen: name of a picture in a row that shows no picture.
     """
 
     name: str
@@ -111,20 +111,20 @@ class Column:
 
     @property
     def is_label(self) -> bool:
-        """True if the name and values are those of a label."""
+        """True if name and values indicate a label."""
         values = self.values.keys() - _GAPS - {""}
         if not values or self.words[-1:] in (["id"], ["ids"]):
             return False
         if _LABEL_NAMES.isdisjoint(self.words):
             return not self.has_others and not _SAID_FALSE.isdisjoint(values)
-        if "weight" in self.words:  # of OpenAI's messages: 0 is an answer that must not be learned
+        if "weight" in self.words:  # in OpenAI's messages, 0 marks an answer that must not be learned
             return "0" in values
         others = values - _TRUTHS.keys() - {"-1"}
         if not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others))):
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # a slip, another language, 0 to 2, or 1 to 5
+        return has_few + has_verdict + has_both > 1  # accepts a typing error, another language, 0 to 2, or 1 to 5
 
     @property
     def negative(self) -> str:
@@ -137,7 +137,7 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
-    """Return the columns of metadata that may be labels, false texts, or pictures of rows without pictures, in this order.
+    """Return the metadata columns that may hold labels, false texts, or pictures in rows that show none, in this order.
 
     Args:
         rows: index and metadata of each row, and True if it shows no picture.
@@ -155,7 +155,8 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
 
 
 def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each leaf in a row; ``a.b`` is ``b`` within ``a``, which is an object, an object as JSON text, or a list.
+    """Yield the name and value of each leaf in a row; ``a.b`` is ``b`` within ``a``, where ``a`` is an object, the JSON text of an object,
+    or a list.
 
     Only the last item of a list is searched, because the last message is the answer.
     """
@@ -169,17 +170,17 @@ def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator
 
 
 def option_value(value: str) -> str:
-    """Return the notation of a value for an option of a format, which is in quotes if it contains a comma."""
+    """Return a value as it is written in a format's options: in quotes if it contains a comma."""
     return f'"{value}"' if "," in value else value
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """Split the columns that an option names at each ``+``. The unsplit text is included, because a column's name may contain a ``+``."""
+    """Split an option's value at each ``+`` into column names. The unsplit value is included, because a column name may contain a ``+``."""
     return (columns, *columns.split("+"))
 
 
 def _words(name: str) -> list[str]:
-    """Split the last part of a column's name into words, without the prefix "is" and the extension of a tar's member: ``isFoil`` and
+    """Split the last part of a column's name into words, without the prefix "is" and the extension of a tar member: ``isFoil`` and
     ``foil.txt`` become ``foil``.
     """
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
@@ -188,11 +189,11 @@ def _words(name: str) -> list[str]:
 
 def _word(value: Any) -> str:
     word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # tables with gaps store integers as floats
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", word)  # tables with missing values store integers as floats
 
 
 def check_label(label: str, true: str, false: str, **others: object) -> None:
-    """Raise DataError for options of a format that contradict each other or would have no effect.
+    """Raise DataError for format options that contradict each other or would have no effect.
 
     Args:
         label: column of the label.
@@ -216,7 +217,8 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """Convert a label to 1, 0, or None for unknown. ``true`` and ``false`` list its values, joined by ``+``; by default the usual ones.
+    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the label's values, joined by ``+``; by default, the usual
+    values.
 
     Raises DataError for any other value.
     """
@@ -293,8 +295,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows whose claims are about one image and prompt, joined into one row, in the order of their first rows. They need 8 bytes of memory
-    per row.
+    """Rows of a manifest in which all rows about one image and prompt are joined into one, in the order of the first of them. Takes 8 bytes
+    of memory per row.
 
     Args:
         rows: rows of the manifest.
@@ -307,7 +309,7 @@ class JoinedRows:
         self._rows, self._claim = rows, claim
         keys = np.concatenate([*over(self._keys)])
         _, first, joined = np.unique(keys, return_index=True, return_inverse=True)
-        joined = np.argsort(np.argsort(first))[joined]  # numbered in the order of the file
+        joined = np.argsort(np.argsort(first))[joined]  # numbered in file order
         self._members = np.argsort(joined, kind="stable").astype("<u4")
         self._ends = np.cumsum(np.bincount(joined)).astype("<u4")
 
