@@ -1,4 +1,4 @@
-"""DeepSpeed: validation of its configuration, estimates of memory, and its start."""
+"""The DeepSpeed engine: its configuration, its start, and estimates of its memory."""
 
 from __future__ import annotations
 
