@@ -73,9 +73,7 @@ def _parse(path: str, options: Mapping[str, Any]) -> Any:
     import deepspeed
     from pydantic import ValidationError
 
-    copied = {
-        key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"
-    }  # the resolver has checked it
+    copied = {key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"}  # the resolver has checked it
     try:
         return deepspeed.DeepSpeedConfig(copied)
     except ValidationError as error:
