@@ -149,7 +149,7 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a JSON or YAML file, if given. Missing thresholds have their defaults. Raises ConfigError for an invalid file."""
+    """Read thresholds from a JSON or YAML file, if given. Missing thresholds get their defaults. Raises ConfigError if it is invalid."""
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
         value = read_yaml(file) if file else {}

@@ -63,7 +63,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Describe the optimizer's flat tensors. Return the names and shapes of the weights in each, and its number of elements on this rank."""
+    """Describe the optimizer's flat tensors: names and shapes of the weights in each, and its number of elements on this rank."""
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

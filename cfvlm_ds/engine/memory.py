@@ -21,7 +21,7 @@ def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
 
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Estimate the size of weights, gradients and optimizer states in mixed precision, in bytes (GPU memory per GPU, host memory per node)."""
+    """Estimate the size of weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)

@@ -36,7 +36,7 @@ class Fcd(MarginTerm):
         return "star"
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask), each [G, 1 or 2]: the factual text's hardest comparison, and the hardest comparison of any other text."""
+        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest of any other text."""
         violation, mask = comparisons(*(each.transpose(1, 2) for each in (similarity, layout.own, layout.negative)))
         violation, mask = violation.flatten(2), mask.flatten(2)
         per_text, some = masked_max(violation, mask, 2, self.soft), mask.any(2)

@@ -1,4 +1,4 @@
-"""Picture editors, which make a picture show a counterfactual caption without any other change. A new editor is one file and one line here."""
+"""Picture editors: make a picture show a counterfactual caption and change nothing else. A new editor is one file and one line here."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Task:
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, which is white where the picture may change; None without a mask. Raises DataError if it is not of size ``size``."""
+        """Open the mask, which is white where the picture may change; None without a mask. Raises DataError if its size is not ``size``."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")

@@ -27,7 +27,7 @@ imports any module that the folder names.
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``, which runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
+    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
 
     varies, threads = True, 1
 
