@@ -100,7 +100,7 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Remove an earlier run's baseline from the run folder, copy cached sets into the folder, and return the accuracies on these sets."""
+        """Remove an earlier run's baseline from the run folder, copy cached sets there, and return the accuracies on these sets."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:

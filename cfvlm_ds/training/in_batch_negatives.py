@@ -40,7 +40,7 @@ class StepPart(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeSteps:
-    """The ``batch_sampler`` of a DataLoader over ``WithNegatives``. It yields a rank's micro-batches with the groups of their whole step."""
+    """The ``batch_sampler`` for a DataLoader over ``WithNegatives``: yields a rank's micro-batches with the groups of the whole step."""
 
     sampler: GroupSampler
 
