@@ -1,8 +1,8 @@
 """Verdicts on candidates: pure functions that compare measurements with thresholds. New thresholds do not require a model.
 
 A candidate is good if all four comparisons are won by a margin: each picture prefers its own text, and each text prefers its own picture.
-In addition, the pictures must differ in one piece, in no other place, and by as much as the edit's type allows. An accidental second change
-shows in how much worse the new text fits its picture than the caption fits the original.
+In addition, the two pictures must differ as much as the edit's type allows, in one connected piece and nowhere else. An accidental second
+change is detected because the new text fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class EditOptions:
         attempts: pictures per edit, for editors whose results depend on the seed.
         seed: seed of the attempts, combined with their ids.
         folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the editor folder.
-        masks: folder of masks with the same names; white marks where the picture may change.
+        masks: folder of masks with the same names; white marks the pixels that may change.
         composite: restore the original outside of the mask, outside of the measured difference, or nowhere (none).
         command: command line of the editor command, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.

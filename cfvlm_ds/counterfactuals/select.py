@@ -143,7 +143,7 @@ def _is_selected(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folder of each picture of a row that is outside the file's folder: one of ``roots``, or a converted table's folder."""
+    """For each picture of a row outside the file's folder, yield its folder: one of ``roots``, or a converted table's folder."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):

@@ -108,7 +108,7 @@ def measured(
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
         scores = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
-    except DataError:  # one of them cannot be scored
+    except DataError:  # a group cannot be scored
         scores = {}
     for k in wanted:
         try:

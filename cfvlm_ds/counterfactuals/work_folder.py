@@ -2,7 +2,7 @@
 
     W/run.json                        the data and the number of shards
     W/STEP.json                       settings of a step: back ends, options, versions
-    W/STEP/shard-00003.jsonl          one record per unit of work, one per line
+    W/STEP/shard-00003.jsonl          records, one line per unit of work
     W/STEP/shard-00003.done.json      for a finished shard: sha256 of its records, and sha256 of the previous step's records
     W/pictures/shard-00003.tar        edited pictures, named by their offsets
     W/prices.json                     prices of words, for the back end rules (see propose/balance.py)

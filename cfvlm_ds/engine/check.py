@@ -29,7 +29,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""The top-level keys. DeepSpeed itself ignores an unknown one."""
+"""The top-level keys. DeepSpeed itself ignores unknown keys."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),

@@ -62,7 +62,7 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
     stage = zero.get("stage", 0)
-    if zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce the other
+    if zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce another
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         sizes["gradient buckets"] = 2 * buffers * int(zero.get("reduce_bucket_size", 5e8))
     if stage == 3:

@@ -172,7 +172,7 @@ def recompute_activations(model: Any) -> None:
 
 
 def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
-    """Return two optimizer groups per module, each with the module's learning rate: decayed weights, and exempt ones (biases and norms).
+    """Return two optimizer groups per module: weights with weight decay, and biases and norms without. Both use the module's learning rate.
 
     The order is fixed (by module, decayed before exempt), because checkpoints store optimizer state by position.
     """

@@ -59,7 +59,8 @@ class Scorer(nn.Module):
     tokens.
 
     Everything happens in one forward pass. ZeRO-3 therefore gathers each layer once for any number of candidates, and every rank calls
-    every submodule equally often. If the model is a mixture of experts, ``routed`` holds the expert routing of the last forward pass.
+    every submodule the same number of times. If the model is a mixture of experts, ``routed`` holds the expert routing of the last forward
+    pass.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:

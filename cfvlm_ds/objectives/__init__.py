@@ -1,4 +1,4 @@
-"""The table of objectives and their weighted sum as one loss.
+"""The table of objectives, and their weighted sum as one loss.
 
 A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
 """

@@ -19,7 +19,7 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_o
 class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts of the whole step, and each text must prefer its own image.
 
-    Texts of other groups are drawn from those that answer the factual text's prompt. They count as false without a check; no other
+    Other groups' texts are drawn only if they answer the factual text's prompt. They count as false without a check; no other
     objective uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the
     group's ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
 
@@ -134,6 +134,6 @@ def _in_batch(layout: GroupLayout) -> Tensor:
 
 
 def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
-    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 where nothing is false."""
+    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 without false entries."""
     others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
     return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

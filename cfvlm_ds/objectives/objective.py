@@ -98,7 +98,7 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over all axes but the first of the ``values`` where ``mask`` is True; 0 for a group without such values."""
+    """Average the masked ``values`` over all axes but the first. The mean of a group without such values is 0."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 

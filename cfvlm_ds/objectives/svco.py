@@ -1,4 +1,4 @@
-"""S-VCO (arXiv 2502.13928): a text must prefer its own picture to a blank one, and the blank picture to one that it is false of."""
+"""S-VCO (arXiv 2502.13928): a text must prefer its own picture to a blank picture, and the blank picture to a picture it is false of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hard negatives: of a group's many counterfactuals, a step trains only on the ones that are hardest for the current model.
+"""Hard negatives: a step trains only on those of a group's many counterfactuals that are hardest for the current model.
 
 A forward pass without gradients scores all counterfactuals. The row is packed again with only the hardest, so the training pass costs as
 much as for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
@@ -22,7 +22,7 @@ from cfvlm_ds.training.in_batch_negatives import look_ahead
 class Hardest:
     """The selected cells [G, I, C], and two counts over groups with a single prompt.
 
-    ``proposed`` is the number of scored counterfactuals, and ``entered`` is the number of kept ones.
+    ``proposed`` counts all scored counterfactuals, and ``entered`` counts the kept counterfactuals.
     """
 
     cells: Tensor

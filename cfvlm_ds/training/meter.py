@@ -1,4 +1,4 @@
-"""Meter of training metrics: sums and rates per second, which stay on the device until they are recorded."""
+"""Meter of training metrics. Sums stay on the device until a record turns them into means and rates per second."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Key(NamedTuple):
 
 
 class Meter:
-    """Sums and counts since the last record. Ratios are computed only after the sums of all ranks are added.
+    """Sums and counts since the last record. Ratios are computed only after all ranks' sums have been added up.
 
     ``gathering`` returns the seconds since its last call in which computation waited for partitioned weights. It is None without
     partitioning.

@@ -53,7 +53,7 @@ class Samples:
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
-        """Read the texts up to the step from which the run continues. If the file cannot be read, warn; it will be replaced."""
+        """Read the texts up to the step from which the run continues. A file that cannot be read causes a warning and is replaced."""
         if self.number and self.world.is_main:
             try:
                 self._lines = [line for line in records(self._file, "its texts are dropped") if line["step"] <= step]

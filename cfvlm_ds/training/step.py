@@ -89,7 +89,7 @@ class OptimizerStep:
             votes: [2], this rank's votes to stop; see cfvlm_ds.cluster.signals.
             save_due: True if this rank wants a checkpoint.
 
-        Raises WorkerLost on all ranks, before gradients are computed, if a rank has lost its data workers.
+        Raises WorkerLost on all ranks, before anything is computed, if a rank has lost a data worker.
         """
         self.mark("data", number)
         started = time.monotonic()

@@ -77,7 +77,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map ids to one of their texts that also occurs in a benchmark: it equals a text there or shares eight consecutive words with one."""
+    """Map the id of each group with a text from a benchmark to that text, which equals a benchmark text or shares eight words in a row."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

@@ -69,7 +69,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split: its name and groups. ``owners`` maps a picture to the ids of groups that show it, ``looks`` a readable one to its hashes."""
+    """A split. ``owners`` maps each picture to the ids of the groups that show it, and ``looks`` maps readable pictures to their hashes."""
 
     name: str
     groups: Sequence[CounterfactualGroup]

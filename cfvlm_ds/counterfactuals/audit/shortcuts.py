@@ -71,7 +71,7 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """Classify by a bag of words: one half gives each word's log-odds (counterfactual against original), which are summed over a text."""
+    """Classify by a bag of words: each word's log-odds (counterfactual against original) come from one half, and a score is their sum."""
     if len(set(halves)) < 2:
         return _not_measured("texts by their words")
     counts: list[Counter[str]] = [Counter(), Counter()]

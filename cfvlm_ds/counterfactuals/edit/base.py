@@ -19,7 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
+    """An attempt at an edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
 
     id: str
     source: str
@@ -39,7 +39,7 @@ class Task:
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, which is white where the picture may change; None without a mask. Raises DataError if its size is not ``size``."""
+        """Open the mask, in which white marks what may change. Return None without a mask. Raises DataError if its size is not ``size``."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")

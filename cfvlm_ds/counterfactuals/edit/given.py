@@ -1,4 +1,4 @@
-"""Editors that create no picture. One takes edited pictures from a folder, the other edits only the text."""
+"""Editors that create no picture. ``folder`` takes edited pictures from a folder, and ``none`` edits only the text."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cfvlm_ds.data.store import GroupStore
 
 @dataclass(frozen=True)
 class Source:
-    """A picture with one of its captions."""
+    """A picture and one of its captions."""
 
     id: str
     caption: str
@@ -26,7 +26,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A counterfactual caption that differs in one thing.
+    """A counterfactual caption, which differs from the source's caption in one thing.
 
     ``source`` and ``target`` are the words before and after the change. ``instruction`` tells a picture editor what to do. ``picture`` is
     an existing picture that the text describes, or None.
