@@ -32,7 +32,7 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """The good attempt with the largest worst margin. If no attempt is good, the attempt that passed the most stages."""
+        """The good attempt whose smallest margin is largest. If no attempt is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property

@@ -1,7 +1,7 @@
 """HTTP calls to untrusted servers. A reply's size and time are limited, redirects are refused, and stored messages contain no secrets.
 
-Only the standard library is used. The client of openai 3.57 gives none of these guarantees: with a timeout of 0.5 s it waited 6 s for a
-body that arrived byte by byte, it read a body of 200 MB, followed a redirect, and did not retry after prose or truncated JSON.
+Only the standard library is used. The client of openai 3.57 gives none of these guarantees: despite a timeout of 0.5 s, it waited 6 s
+for a body that arrived byte by byte. It also read a body of 200 MB, followed a redirect, and did not retry after prose or truncated JSON.
 """
 
 from __future__ import annotations

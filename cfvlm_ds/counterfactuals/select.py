@@ -78,7 +78,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError naming all shards that are not verified yet, or if no candidate is kept.
+    Raises ConfigError if shards are not verified yet (the message names all of them) or if no candidate is kept.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -143,7 +143,7 @@ def _is_selected(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each picture of a row outside the file's folder, yield its folder: one of ``roots``, or a converted table's folder."""
+    """For each of a row's pictures outside the file's folder, yield the picture's folder: one of ``roots`` or a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):

@@ -166,8 +166,8 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 def recompute_activations(model: Any) -> None:
     """Enable gradient checkpointing for every block that has a gradient."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # The call above makes all embeddings require a gradient. Only reentrant checkpointing needs it, and a frozen tower would be run
-    # backward.
+    # The call above makes all embeddings require a gradient. Only reentrant checkpointing needs that, and a frozen tower would run a
+    # needless backward pass.
     model.disable_input_require_grads()
 
 

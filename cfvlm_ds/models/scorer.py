@@ -47,7 +47,7 @@ class ScoringHead(nn.Linear):
         compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
         """Return the logits [..., V] of ``hidden`` [..., d] or, given ``targets`` [N], their log-probs [N] followed by the divergences of
-        ``compared``. A row of ``hidden`` [P, d] predicts each target.
+        ``compared``. Each target is predicted by a row of ``hidden`` [P, d].
         """
         if predicted_by is None or targets is None:
             return super().forward(hidden)

@@ -91,7 +91,7 @@ class Sham(DivergenceTerm):
     """KL(p || q) at a true text's tokens, with p on the factual image and q on a sham; both get gradients (DVRP, arXiv 2601.06801).
 
     The paper uses reinforcement learning and minimises the KL to a perturbed picture on texts that the model samples. Whether it stops a
-    gradient is not known here. A group without a sham has no comparison.
+    gradient could not be determined. A group without a sham has no comparison.
     """
 
     @property

@@ -49,8 +49,8 @@ class RunData:
     """The training and evaluation data of a run.
 
     ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
-    is None if the data check opened no picture; every picture is compared with its description when it is opened. ``collator`` is the
-    model's collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation
+    is None if the data check opened no picture. When a picture is opened, it is compared with its description. ``collator`` is the model's
+    collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation
     benchmarks.
     """
 

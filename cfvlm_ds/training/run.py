@@ -45,7 +45,7 @@ from cfvlm_ds.training.validation import scores_needed, validate
 def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export one run. Every rank calls it. It joins the process group unless a ``world`` is given.
 
-    If the run has already finished, it only prints a message. After a stop signal, it saves a checkpoint and raises SystemExit with
+    A run that has already finished only prints a message. After a stop signal, a run saves a checkpoint and raises SystemExit with
     ``EXIT_STOPPED``, without evaluation or export. The same call continues the run.
 
     Raises ConfigError or DataError before the first step for an error in the configuration or data, and FloatingPointError on all ranks if

@@ -89,7 +89,7 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
 
 
 def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, data: RunData) -> Any:
-    """Open the run's tracker at the step of ``checkpoint_dir``, from which the run continues, or at the start if it is None."""
+    """Open the run's tracker. If the run continues from ``checkpoint_dir``, the tracker continues at the checkpoint's step."""
     # A run that was killed before its first checkpoint starts again at step 0 and remains the same MLflow run.
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)

@@ -69,8 +69,8 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """On rank 0, print the changes and append them to a file in the run folder. Return a list that holds the file, or is empty if there
-        are no changes.
+        """On rank 0, print the changes and append them to a file in the run folder. Return a list of this file, or an empty list without
+        changes.
         """
         for change in self.changed:
             world.say(f"after step {step}: {change}")

@@ -77,7 +77,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map the id of each group with a text from a benchmark to that text, which equals a benchmark text or shares eight words in a row."""
+    """Map ids to one of their texts that a benchmark contains: it equals a benchmark text or shares eight consecutive words with it."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

@@ -30,7 +30,7 @@ def png(image: Image.Image) -> bytes:
 
 class Command(Editor):
     """Editor ``command``: runs a command line that contains ``{request}`` and ``{output}``. The first stands for a JSON file with the
-    picture's path and the instruction, the second for the file to write.
+    picture's path and the instruction, and the second stands for the file to write.
 
     No text from a model or a row becomes part of the command line.
     """

@@ -1,4 +1,4 @@
-"""Proposers of counterfactual captions, which differ from a caption in one thing. A new back end is one file and one line here."""
+"""Proposers of counterfactual captions, which differ from the source caption in one thing. A new back end is one file and one line here."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ class Caption:
         names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
         compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
         self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
-        """Indices of words that must not change: names, parts of a compound, lettering in the picture, and all sentences after the first.
-        """
+        """Indices of words that must not change: names, parts of a compound, lettering in the picture, and any sentence after the first."""
 
     @property
     def is_definition(self) -> bool:

@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows with which a caption is compared per open word. Of more rows, an evenly spaced subset is used."""
+"""Largest number of rows with which a caption is compared per open word. If there are more, an evenly spaced subset is used."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),

@@ -42,8 +42,8 @@ class SlotIndex:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
-        """Return at most ``most`` rows that have the key but an open word other than ``word``. Of more rows, return an evenly spaced
-        subset, so that each word keeps its share. ``start`` determines its offset.
+        """Return at most ``most`` rows that have the key but an open word other than ``word``. If there are more, return an evenly
+        spaced subset, whose offset ``start`` determines, so that each word keeps its share.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))
