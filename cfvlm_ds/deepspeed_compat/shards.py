@@ -149,7 +149,7 @@ class Shards:
         for alias, name in state["shared_params"].items():
             if name in weights:
                 weights[alias] = weights[name]
-        # The module holds the buffers and, except under ZeRO-3, all weights. Under ZeRO-1, frozen weights are only there.
+        # The module holds the buffers and, except under ZeRO-3, all weights. Under ZeRO-1, only the module holds frozen weights.
         for name in state["buffer_names"] if self._stage == 3 else state["module"]:
             tensor = state["module"][name]
             weights.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its configuration, its start, and estimates of its memory."""
+"""The DeepSpeed engine: validation of its configuration, its start, and memory estimates."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_o
 class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts of the whole step, and each text must prefer its own image.
 
-    Other groups' texts are drawn only if they answer the factual text's prompt. They count as false without a check; no other
-    objective uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the
-    group's ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
+    Other groups' texts are drawn only if they answer the factual text's prompt. They count as false without a check; no other objective
+    uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's
+    ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
 
     Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and the texts of other groups, with s = (log p(text |
     image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the prior cancels and

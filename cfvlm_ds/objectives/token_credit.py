@@ -15,9 +15,9 @@ def token_weights(scores: Scores) -> Tensor:
     """Return the weight of each token, [G, I, C, T], without a gradient: 1/2 + sigmoid(s) in a true text, 3/2 - sigmoid(s) in a false one.
 
     s = log p(token | image) - mean_k log p(token | I_k), in nats, over the group's scored images I_k on which the text has the opposite
-    truth value. The authors use a noisy version of the image instead of I_k. Without any I_k, the weight is 1. For a text
-    on two images, s and the truth flip together, so both cells have the same weights and the text's prior still cancels. Raises ValueError
-    if the scores have no tokens.
+    truth value. The authors use a noisy version of the image instead of I_k. Without any I_k, the weight is 1. For a text on two
+    images, s and the truth flip together, so both cells have the same weights and the text's prior still cancels. Raises ValueError if the
+    scores have no tokens.
     """
     if scores.tokens is None:
         raise ValueError("token_credit needs scores of tokens; collate the groups with tokens=True (Collator.of_run)")

@@ -123,7 +123,7 @@ class Evaluator:
             return batch.scores(self.engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch, so that a lack of memory shows before the first step and not after the training."""
+        """Run the largest evaluation batch, so that a lack of memory shows before the first step instead of after training."""
         self.engine.eval()
         shuffled = self.config.train.eval_shuffled
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}

@@ -14,8 +14,8 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""A function of the last forward's batch and a flag. It returns the loss of that forward in addition to the objective, or 0 if the flag is
-False. False marks a repeated batch.
+"""A function of the last forward's batch and a flag. It returns the forward's additional loss, or 0 if the flag is False, which marks a
+repeated batch.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]
 """A function from a batch to its reference scores [G, I, C], or None if they are stored or not needed."""

@@ -50,8 +50,7 @@ class RunData:
 
     ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
     is None if the data check opened no picture. When a picture is opened, it is compared with its description. ``collator`` is the model's
-    collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation
-    benchmarks.
+    collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation benchmarks.
     """
 
     groups: Sequence[CounterfactualGroup]

@@ -19,8 +19,7 @@ from cfvlm_ds.evaluation import Accuracy, headline_metric
 
 @dataclass
 class Retention:
-    """Monitor that compares metrics with their first values. It warns if a log-likelihood falls by more than
-    ``train.displacement_warning``.
+    """Monitor that compares metrics with their first values and warns if a likelihood falls by more than ``train.displacement_warning``.
 
     ``identities`` maps each evaluation set to its identity. If a set's contents have changed, it is compared with its first evaluation
     after the change.

@@ -74,7 +74,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """A cell that is scored in a packed row and alone in a row: both scores in nats, the number of tokens in the text, and the inputs and
+    """A cell that is scored in a packed row and in its own row: both scores in nats, the number of tokens in the text, and the inputs and
     largest logit of the single-row forward.
     """
 
@@ -91,7 +91,7 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare two cells of the first packed row of ``groups`` with single-row forwards: the first cell, and a cell behind other texts.
+    """Compare two cells of the first packed row of ``groups`` with single-row forwards: the first cell, and a cell after other texts.
 
     Every rank calls it with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
     differs by more than rounding explains.
@@ -132,7 +132,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
 def _compared(
     forward: Any, model: Any, collator: Collator, groups: Sequence[CounterfactualGroup], scores: Scores, place: list[int]
 ) -> Cell:
-    """Score one cell (group, image, text) of a packed row alone in a row."""
+    """Score one cell (group, image, text) of a packed row in its own row."""
     g, i, c = place
     images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]
     alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())
