@@ -18,7 +18,7 @@ SIDE = 128
 pixels by less than VISIBLE.
 """
 VISIBLE = 16
-"""A pixel that differs by more than this number of levels (of 255) is visibly changed."""
+"""Number of levels (of 255) above which a difference is visible."""
 _HASHED = 32
 
 Array = npt.NDArray[Any]

@@ -54,7 +54,7 @@ class History:
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
     """Read thresholds from ``file``, or from W/thresholds.json if none is given. If neither exists and no candidate was scored, the rule is
-    ``checks``, which only compares pixels.
+    ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

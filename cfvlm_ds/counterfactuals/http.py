@@ -30,7 +30,7 @@ class CallFailed(Exception):
 
 
 class Unreachable(CallFailed):
-    """A call that failed because there was no connection to the server."""
+    """A call that failed for lack of a connection to the server."""
 
 
 class Unfit(CallFailed):

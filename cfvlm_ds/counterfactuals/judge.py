@@ -2,7 +2,7 @@
 
 A candidate is good if all four comparisons are won by a margin: each picture prefers its own text, and each text prefers its own picture.
 In addition, the two pictures must differ as much as the edit's type allows, in one connected piece and nowhere else. An accidental second
-change is detected because the new text fits its picture much worse than the caption fits the original.
+change shows in a new text that fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Thresholds:
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions;
             if two texts are compared, each text's log-likelihood on a blank picture is subtracted), or ``checks`` (no scores, only pixels).
-        margin: margin by which each of the four comparisons must be won, in nats, at least 0.
+        margin: smallest margin of each of the four comparisons, in nats, at least 0.
         changed: smallest and largest share of visibly changed pixels, keyed by edit type; "*" for other types.
         largest: smallest share of the changed pixels that must form one piece.
         outside: largest share of the pixels outside the mask that may differ.
@@ -60,8 +60,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the stage that decided: 0 for the picture,
-    1 for the checks, 2 for the scores.
+    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the deciding stage (0 picture, 1 checks,
+    2 scores).
     """
 
     reason: str
@@ -167,7 +167,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds fitted to labelled candidates, and the results of the thresholds on these candidates."""
+    """Thresholds fitted to labelled candidates, and their results on these candidates."""
 
     thresholds: Thresholds
     kept: int

@@ -165,11 +165,10 @@ class SelectOptions:
 
     Args:
         rule: scores that decide: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
-        margin: margin by which each comparison must be won, in nats, at least 0.
+        margin: smallest margin of each comparison, in nats, at least 0.
         thresholds: file of thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
-        per_type: largest number of edits per type, drawn at random from the good edits; 0 for all.
-        per_source: largest number of edits per caption, drawn at random from the good edits. Edits with the largest margins would be the
-            easiest.
+        per_type: largest number of edits per type, drawn from the good edits; 0 for all.
+        per_source: largest number of edits per caption, drawn from the good edits, because edits with the largest margins are the easiest.
         splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.

@@ -1,6 +1,6 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which are true, and true and false texts form groups.
 
-The journal holds the texts without verdicts. They are judged after all shards are finished, so a corrected judge does not require a model.
+The journal holds the texts without verdicts. They are judged after all shards are finished, so a corrected judge needs no model.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Source:
         return found
 
     def verdict(self, text: str, question: Question) -> bool | None:
-        """Judge a text. Raises DataError naming the row if the judge raises an exception or returns anything but True, False or None."""
+        """Judge a text. Raises DataError naming the row if the judge fails or returns anything but True, False or None."""
         about = f"{question.where}: --judge {self.options.judge}, called with {quoted(text, 80)},"
         try:
             verdict = self.judge(text, to_row(question.group, self.folder))

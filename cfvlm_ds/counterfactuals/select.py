@@ -42,8 +42,7 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Outcome counts of all edits, by type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` are the picture folders, unless all pictures are below the files'
-    folder.
+    ``files`` maps each written file to its number of groups. ``roots`` are the picture folders, unless all are in the files' folder.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -256,7 +255,7 @@ def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError if they do not add up to 1."""
+    """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError unless they add up to 1."""
     given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
     shares: dict[str, float] = fitted(dict[str, float], given, "--splits", (1e-9, 1))
     if shares and abs(sum(shares.values()) - 1) > 1e-6:

@@ -173,8 +173,8 @@ def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGrou
 
 
 def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:
-    """Return the results of both probes in nats: log P(yes) and the log-likelihood of each text on each picture, and the log-likelihood of
-    each text on a blank picture.
+    """Return the results of both probes in nats: each text's log P(yes) and log-likelihood on each picture, and its log-likelihood on a
+    blank picture.
     """
     item, probe = _item(candidate), Match(options.template)
     num_match = len(probe.cells(item))

@@ -289,7 +289,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a small JSON file. The result is empty if the file does not exist. Raises ConfigError if the file is invalid."""
+    """Read a small JSON file. The result is empty without a file. Raises ConfigError if the file is invalid."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:

@@ -93,7 +93,7 @@ def invalidate_prefetch_trace(engine: Any) -> None:
 
 
 def drop_prefetch_recording(engine: Any) -> None:
-    """Drop the trace of a forward pass that had no backward pass, so that the next forward pass is recorded together with its backward."""
+    """Drop the trace of a forward pass that had no backward pass, so that the next forward pass is recorded with its backward pass."""
     coordinator = _coordinator(engine)
     if coordinator is not None and coordinator.is_record_trace():
         coordinator._invalidate_trace()

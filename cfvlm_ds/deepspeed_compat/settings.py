@@ -16,8 +16,8 @@ def field_names() -> list[str]:
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Estimate the size of the states of ``trained`` parameters under ZeRO-3: bytes per GPU, and bytes of host memory per node.
-    ``optimizer`` and ``weights`` are True if they are offloaded.
+    """Estimate the states of ``trained`` parameters under ZeRO-3: bytes per GPU, and bytes of host memory per node. ``optimizer`` and
+    ``weights`` are True if offloaded.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 

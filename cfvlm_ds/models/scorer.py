@@ -58,9 +58,8 @@ class Scorer(nn.Module):
     """The module that DeepSpeed runs. It encodes each distinct image once, runs the language model, and returns the log-probs of scored
     tokens.
 
-    Everything happens in one forward pass. ZeRO-3 therefore gathers each layer once for any number of candidates, and every rank calls
-    every submodule the same number of times. If the model is a mixture of experts, ``routed`` holds the expert routing of the last forward
-    pass.
+    Everything happens in one forward pass, so ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
+    submodule the same number of times. For a mixture of experts, ``routed`` holds the expert routing of the last forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:

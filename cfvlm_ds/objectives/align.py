@@ -17,8 +17,8 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
-    Each part is a separate mean. Both NLLs are per token, end-of-turn tokens included. The first is over all factual pairs. The second is
-    over the other true pairs and is averaged within each group first. The InfoNCE is a mean over the groups that have a negative.
+    Each part is a separate mean. Both NLLs are per token, end-of-turn tokens included. The first is over factual pairs. The second is over
+    the other true pairs, averaged within each group first. The InfoNCE is a mean over groups that have a negative.
 
     Args:
         weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).

@@ -25,8 +25,7 @@ class Dpo(ReferenceTerm):
         image_side: weight of the image pairs (mDPO's conditional term).
         anchor: weight of -log sigmoid(beta r) on the true pairs (mDPO's anchor: the chosen answer must not become less likely).
         token_credit: multiply the gradient of each token's log-likelihood by its weight w_t (see ``csd``). r itself stays unweighted,
-            because the stored reference is already a sum over tokens. The authors weight both; the gradients are equal while the model
-            equals the reference.
+            because the stored reference is already a sum over tokens. The authors weight both; the gradients are equal at the reference.
     """
 
     text_side: float = 1.0

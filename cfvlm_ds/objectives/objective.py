@@ -145,8 +145,8 @@ class MarginTerm(Objective):
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: difference by which the true cell must win, in ``margin_unit``.
         margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
-        link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta. The second is
-            smooth, and its gradient fades as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
+        link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient fades
+            as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
         beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.
         hinge_cap: cap of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no cap.
         len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own`` token count, or ``none``.

@@ -1,4 +1,4 @@
-"""S-VCO (arXiv 2502.13928): a text must prefer its own picture to a blank picture, and the blank picture to a picture it is false of."""
+"""S-VCO (arXiv 2502.13928): a text must prefer its own picture to a blank picture, and that to a picture of which it is false."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Svco(ReferenceTerm):
 def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
     """Compare each text's own image with the blank picture, and the blank picture with each image that the text is false of.
 
-    Texts without an own image are left out. All tensors are [G, I, C].
+    Only texts with an own image count. All tensors are [G, I, C].
     """
     if not layout.blank:
         raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")

@@ -59,8 +59,7 @@ def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and a mask of the
     complete pairs.
 
-    A pair (i, c) is complete if text c answers the factual text's prompt and the truth of all four cells of images 0, i and texts 0, c is
-    known.
+    A pair (i, c) is complete if text c answers the factual text's prompt and all four cells of images 0, i and texts 0, c are known.
     """
     negative, positive = layout.negative, layout.positive
     complete = positive & positive[:, :1, :1] & negative[:, :1, :] & negative[:, :, :1] & layout.same_prompt[:, :1]

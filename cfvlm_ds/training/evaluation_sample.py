@@ -62,7 +62,7 @@ class EvaluationSample:
 
         A set whose sample is the whole set is left out, because eval/SET/METRIC has the same value.
 
-        ``results`` are accuracies on the sample or on sets that contain it. Other groups of these sets do not count.
+        ``results`` are accuracies on the sample or on sets that contain it; their other groups do not count.
         """
         accuracies = {}
         for name, keys in self._keys.items():
@@ -83,7 +83,7 @@ class EvaluationSample:
 
 
 def random_order(size: int, count: int) -> list[int]:
-    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` returns a prefix of the same order."""
+    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` returns a prefix."""
     return random.Random(0).sample(range(size), size)[:count]
 
 

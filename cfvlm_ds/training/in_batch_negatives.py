@@ -173,7 +173,7 @@ class CrossRankScores:
     def added_to(self, scores: Scores) -> Scores:
         """Extend the scores of a micro-batch with the scores of its texts on images of other groups.
 
-        If the own group of a text was left out of the step, the text has no such scores and takes part in no comparison.
+        If a text's own group was left out of the step, the text has no such scores and takes part in no comparison.
         """
         layout = scores.layout
         if layout.in_batch is None:

@@ -80,7 +80,7 @@ def record(
 def model_hashes(
     name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str] | None:
-    """Return the ``fingerprint`` of the model's files, or None as long as a hub model is not on this machine."""
+    """Return the ``fingerprint`` of the model's files, or None while a hub model is not on this machine."""
     folder = name_or_path
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download

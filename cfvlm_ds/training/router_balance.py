@@ -50,7 +50,7 @@ class RouterBalance:
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """Return the loss to add to the backward pass of the last forward, which computed ``batch``; 0 unless ``counts`` is True."""
+        """Return the loss to add to the backward pass of the last forward, which computed ``batch``; 0 unless it ``counts``."""
         routed = self._last(batch, counts)
         if routed is None:
             return 0.0

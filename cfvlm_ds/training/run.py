@@ -253,7 +253,7 @@ def _order(config: RunConfig, data: RunData) -> Order:
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model. A failure is an error on all ranks, or only a warning if train.self_check is ``warn``."""
+    """Run a check of the model. A failure is an error on all ranks, or a warning if train.self_check is ``warn``."""
     mode = config.train.self_check
     try:
         if mode != "off":

@@ -85,8 +85,8 @@ def decide(
 ) -> Start | None:
     """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
 
-    Raises ConfigError or DataError on all ranks if the run cannot continue, because checkpoints are unusable, a relevant option has changed
-    or the data are different.
+    Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
+    data.
     """
     run_dir, train = Path(config.train.output_dir), config.train
     allowed = train.resume_changes == "allow"

@@ -38,8 +38,7 @@ class Samples:
     Each text is recorded with the group's likeliest text for that image, and with the margin of the likeliest true text over the likeliest
     false text.
 
-    Every rank generates all texts, because under ZeRO-3 the ranks gather weights together in each forward. Rank 0 keeps the texts in
-    samples.jsonl.
+    Every rank generates all texts, because under ZeRO-3 the ranks gather weights together. Rank 0 keeps the texts in samples.jsonl.
     """
 
     number: int

@@ -58,7 +58,7 @@ class SkippedGroups:
 
 @dataclass
 class NonfiniteSteps:
-    """Record, in nonfinite.jsonl, of the steps with a non-finite loss or gradient."""
+    """Record of the steps with a non-finite loss or gradient, in nonfinite.jsonl."""
 
     train: TrainConfig
     run_dir: Path
@@ -73,8 +73,8 @@ class NonfiniteSteps:
         """Record a non-finite step with its groups. All ranks call it. ``what`` is "loss" or "gradient".
 
         For a loss, only the groups of micro-batches with a non-finite loss are listed. A gradient is known only as the sum over all ranks,
-        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, if the step has been ``applied``,
-        or after too many such steps in a row.
+        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, the step has been ``applied``, or
+        too many such steps follow each other.
         """
         file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

@@ -36,8 +36,8 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 class Measured:
     """A micro-batch after its forward pass.
 
-    ``loss`` and ``shares`` are this micro-batch's parts of the step's loss and of its terms, on this rank. ``routed`` holds the expert
-    routing of each forward of a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
+    ``loss`` and ``shares`` are its parts of the step's loss and of the loss terms, on this rank. ``routed`` holds the expert routing of
+    each forward of a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
     """
 
     micro_batch: MicroBatch
@@ -69,7 +69,7 @@ class OptimizerStep:
     Args:
         engine: DeepSpeed engine of a Scorer.
         collator: the run's collator. It packs rows again, and makes a stand-in batch on a rank whose data workers have died.
-        mark: function of a phase and a step number that records where the run is, so that a hang can be located.
+        mark: function that records a phase and step number, so that a hang can be located.
     """
 
     config: RunConfig

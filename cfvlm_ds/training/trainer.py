@@ -351,7 +351,7 @@ class Trainer:
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker. Only this rank exits if ``alone`` is True, otherwise all ranks exit together."""
+        """Exit from a run that has lost a data worker. If not ``alone``, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)

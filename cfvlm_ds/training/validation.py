@@ -128,8 +128,8 @@ def _is_below(path: str, folder: str) -> bool:
 def scores_needed(config: RunConfig) -> bool:
     """Return True if an objective needs stored scores of the training groups.
 
-    The model without its adapters can replace a stored reference, but not a stored prior. Raises ConfigError if no file is given for scores
-    that are needed.
+    The model without its adapters can replace a stored reference, but not a stored prior. Raises ConfigError if the file of needed scores
+    is not set.
     """
     without = [name for name, source in config.data.train_sets.items() if source.scores is None]
     needed = False

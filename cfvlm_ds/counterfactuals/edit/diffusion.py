@@ -112,7 +112,7 @@ def _padded(image: Image.Image) -> Image.Image:
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError if the text has another form."""
+    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError for another form."""
     options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
     for name, value in options.items():
         with contextlib.suppress(ValueError):

@@ -10,7 +10,7 @@ from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 
 class Flip(Editor):
-    """Editor ``flip``: mirrors the picture if the only change in the caption is an exchange of left and right."""
+    """Editor ``flip``: mirrors the picture if the edit only exchanges left and right."""
 
     def takes(self, task: Task) -> bool:
         """Return whether the text equals the caption with every left and right exchanged."""

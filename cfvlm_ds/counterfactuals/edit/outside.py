@@ -29,8 +29,8 @@ def png(image: Image.Image) -> bytes:
 
 
 class Command(Editor):
-    """Editor ``command``: runs a command line that contains ``{request}`` and ``{output}``. The first stands for a JSON file with the
-    picture's path and the instruction, and the second stands for the file to write.
+    """Editor ``command``: runs a command line in which ``{request}`` is a JSON file with the picture's path and the instruction, and
+    ``{output}`` is the file to write.
 
     No text from a model or a row becomes part of the command line.
     """

@@ -28,7 +28,7 @@ class Source:
 class Proposal:
     """A counterfactual caption, which differs from the source's caption in one thing.
 
-    ``source`` and ``target`` are the words before and after the change. ``instruction`` tells a picture editor what to do. ``picture`` is
+    ``source`` and ``target`` are the words before and after the change. ``instruction`` is for a picture editor. ``picture`` is
     an existing picture that the text describes, or None.
     """
 
@@ -71,8 +71,7 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns whatever determines the proposals; it is stored with them. ``threads`` is the number of sources that are processed
-    concurrently.
+    ``settings`` determines the proposals and is stored with them. ``threads`` is the number of concurrently processed sources.
     """
 
     threads: int

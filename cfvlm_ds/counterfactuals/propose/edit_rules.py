@@ -35,7 +35,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return the adjectives of a kind that can replace ``word`` before a noun. The list is empty if the noun allows no other."""
+    """Return the adjectives of a kind that can replace ``word`` before a noun. The list may be empty."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]

@@ -154,7 +154,7 @@ class LanguageModel:
 
 
 def edits_of(reply: Any) -> list[Any]:
-    """Return the edits of a reply. Raises CallFailed for a truncated reply, for prose and for JSON of another form."""
+    """Return the edits of a reply. Raises CallFailed for a truncated reply, prose, and JSON of another form."""
     try:
         choice = reply["choices"][0]
         ended, content = choice["finish_reason"], choice["message"]["content"]

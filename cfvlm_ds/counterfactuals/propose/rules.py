@@ -22,7 +22,7 @@ from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
 VERSION = 8
-"""Version of the rules. Increment it if they produce different edits for a caption."""
+"""Version of the rules, to be incremented if a caption's edits change."""
 _LOOKED_AT = 10_000
 """Largest number of rows from which the prices are computed."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
