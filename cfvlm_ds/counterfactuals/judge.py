@@ -110,7 +110,7 @@ def _number(value: Any) -> float:
 
 
 def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
-    """Return the margin of each comparison in nats, keyed by the comparison's name. Without scores, the result is empty."""
+    """Return the margin of each comparison in nats, keyed by the comparison's name; empty without scores."""
     scores = record.get("scores")
     if not isinstance(scores, Mapping):
         return {}

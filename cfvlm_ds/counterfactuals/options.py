@@ -194,8 +194,8 @@ class SampleOptions:
     """Options of `data sample`.
 
     Args:
-        judge: judge of whether a text is true, which must not be the model itself: answers, which compares short answers with the answers
-            in the data, or MODULE:FUNCTION, a function that takes a text and its row and returns True, False or None (undecided).
+        judge: judge of a text's truth, other than the model itself: answers, which compares short answers with the answers in the data, or
+            MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
         n: texts per picture and prompt; they are generated together.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: probability mass from which tokens are sampled; 1 for all.
@@ -233,8 +233,8 @@ class AuditOptions:
         against: benchmarks that must share nothing with the data: manifests and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
         seed: seed for drawing halves and samples.
-        refine: output file for a balanced subset of the groups, in which every word is introduced as often as it is removed. Guesses by
-            length are right as often as wrong, and so are the blind guesses of a scorer, if given.
+        refine: output file for a balanced subset of the groups. In it, every word is introduced as often as it is removed, and guesses by
+            length, and by a scorer on a blank picture if one is given, are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.
     """
 

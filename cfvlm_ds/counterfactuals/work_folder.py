@@ -133,7 +133,7 @@ class WorkFolder:
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
-        """Read the settings of a step. They are empty if the step was not started."""
+        """Read the settings of a step; empty if the step was not started."""
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
@@ -289,7 +289,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a small JSON file. The result is empty without a file. Raises ConfigError if the file is invalid."""
+    """Read a small JSON file; empty if it does not exist. Raises ConfigError if it is invalid."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:

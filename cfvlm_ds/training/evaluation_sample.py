@@ -54,7 +54,7 @@ class EvaluationSample:
         return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
 
     def is_due(self, step: int) -> bool:
-        """Return True if the sample is scored after this step. Without a sample, the result is always False."""
+        """Return True if the sample is scored after this step. Without a sample, it never is."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
@@ -83,7 +83,7 @@ class EvaluationSample:
 
 
 def random_order(size: int, count: int) -> list[int]:
-    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` returns a prefix."""
+    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` gives a prefix of a longer list."""
     return random.Random(0).sample(range(size), size)[:count]
 
 

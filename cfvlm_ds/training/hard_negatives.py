@@ -38,7 +38,7 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Cut each micro-batch to the hardest counterfactuals of its groups. Return the new micro-batches and their selections. Collective.
+    """Cut micro-batches to the hardest counterfactuals of their groups. Return the new micro-batches and the selections. Collective.
 
     ``pack`` packs a micro-batch again with the given cells (Collator.packed_again).
     """

@@ -60,8 +60,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts. Rank 0 adds them to samples.jsonl and removes texts of this or later steps, which an earlier start wrote. If
-        any rank cannot read a picture, the error takes the place of the text.
+        """Generate the texts. In samples.jsonl, rank 0 replaces an earlier start's texts of this and later steps. If any rank cannot read a
+        picture, the error takes the place of the text.
         """
         if next(self._groups(), None) is None:
             return
