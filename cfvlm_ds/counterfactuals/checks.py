@@ -1,4 +1,4 @@
-"""Pixel comparison of an original and an edited picture: the share of changed pixels, and whether they form one piece."""
+"""Pixel comparison between an original and an edited picture: the share of changed pixels, and whether they form one piece."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
-"""Longer side, in pixels, at which pictures are compared. At this size, saving as JPEG or encoding with a latent model changes pixels by
-less than VISIBLE.
+"""Longer side, in pixels, of the reduced pictures that are compared. At this size, JPEG compression or a latent model's encoding changes
+pixels by less than VISIBLE.
 """
 VISIBLE = 16
-"""Difference of a visibly changed pixel, in levels of 255."""
+"""Number of levels (of 255) above which a difference is visible."""
 _HASHED = 32
 
 Array = npt.NDArray[Any]
 
 
 def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> dict[str, Any]:
-    """Compare an edited picture with its original. Raises DataError if one of them cannot be read.
+    """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
-    Returns ``changed``: share of visibly changed pixels. ``largest``: share of these in the largest connected piece. ``identical``: whether
-    no pixel differs. ``outside``: share of the pixels outside the mask that differ. ``hash``: number of the 64 bits in which the perceptual
-    hashes differ. ``same_size``: whether the sizes are equal; if not, only ``hash`` is compared.
+    The result holds ``changed``, the share of visibly changed pixels; ``largest``, the share of these in the largest connected piece;
+    ``identical``, True if no pixel differs; ``outside``, the share of the pixels outside the mask that differ; ``hash``, the number of bits
+    (of 64) in which the perceptual hashes differ; and ``same_size``. If the sizes differ, only ``hash`` is compared.
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
@@ -48,7 +48,7 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
 
 def largest_piece(mask: Array) -> int:
-    """Count the cells of the largest connected piece; cells that touch at a corner are connected."""
+    """Count the cells of the largest connected piece. Cells that touch at a corner are connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     return int(np.bincount(labels[mask], minlength=1).max())
 

@@ -1,4 +1,4 @@
-"""Candidates of a shard with their history: caption, proposal, and every attempt with its picture, measurements and verdict."""
+"""The history of a shard's candidates: caption, proposal, and every attempt with its picture, measurements and verdict."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Edited:
-    """A proposal with its attempts, in order."""
+    """A proposal and its attempts, in order."""
 
     proposal: Mapping[str, Any]
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def best(self) -> Attempt:
-        """The good attempt whose smallest margin is largest. If no attempt is good, the one that passed the most stages."""
+        """The good attempt whose smallest margin is largest. If no attempt is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
     def reason(self) -> str:
-        """The reason why the best attempt is rejected; "" if it is good."""
+        """Why the best attempt is rejected, or "" if it is good."""
         return self.best.verdict.reason
 
 
 @dataclass(frozen=True)
 class History:
-    """A source with its edits; ``picture`` is the original, or None for text without a picture."""
+    """A source and its edits. ``picture`` is the original, or None for text without a picture."""
 
     id: str
     caption: str
@@ -53,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read the given thresholds, or those of W/thresholds.json. If there are none and no candidate was scored, only pixels are checked
-    (rule ``checks``).
+    """Read thresholds from ``file``, or from W/thresholds.json if none is given. If neither exists and no candidate was scored, the rule is
+    ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")
@@ -63,7 +63,7 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, ma
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """Yield the sources of a shard that have candidates, one at a time in memory."""
+    """Yield the histories of a shard's sources that have candidates. Only one is in memory at a time."""
     for source, records in groupby(work.records("verify", shard), key=lambda record: str(record["source"])):
         edits: dict[str, Edited] = {}
         for record in records:

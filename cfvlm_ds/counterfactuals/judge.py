@@ -1,8 +1,8 @@
-"""Verdicts on candidates: measurements compared with thresholds in pure functions. New thresholds do not require a model.
+"""Verdicts on candidates: pure functions that compare measurements with thresholds. New thresholds do not require a model.
 
-A candidate is good if all four cells are correct: each picture prefers its own text, and each text its own picture, by a margin. In
-addition, the pictures must differ by as much as an edit of its type does, in one piece, and nowhere else. An accidental second change is
-detected by how much worse the new text fits its picture than the caption did.
+A candidate is good if all four comparisons are won by a margin: each picture prefers its own text, and each text prefers its own picture.
+In addition, the two pictures must differ as much as the edit's type allows, in one connected piece and nowhere else. An accidental second
+change shows in a new text that fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Thresholds:
     """Requirements for a good candidate.
 
     Args:
-        rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` of the texts as captions (minus that on a
-            blank picture when two texts are compared), or ``checks`` (none, pixels only).
-        margin: nats by which each of the four comparisons must be won, at least 0.
-        changed: smallest and largest share of visibly changed pixels, by type of edit; "*" for other types.
-        largest: smallest share of the changed pixels that must be in one piece.
+        rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions;
+            if two texts are compared, each text's log-likelihood on a blank picture is subtracted), or ``checks`` (no scores, only pixels).
+        margin: smallest margin of each of the four comparisons, in nats, at least 0.
+        changed: smallest and largest share of visibly changed pixels, keyed by edit type; "*" for other types.
+        largest: smallest share of the changed pixels that must form one piece.
         outside: largest share of the pixels outside the mask that may differ.
         drop: largest number of nats by which the new text on the edited picture may be less likely than the caption on the original; null
-            for no limit. This difference is large if something else changed too, which the four comparisons do not show.
+            for no limit. The difference is large if something else changed too, which the four comparisons do not show.
     """
 
     rule: Rule = "match"
@@ -53,15 +53,15 @@ class Thresholds:
                 raise ConfigError(f"changed.{kind} must be two shares, the smaller first, not {shares}")
 
     def bounds(self, kind: str) -> tuple[float, float]:
-        """Return the smallest and largest share of changed pixels for a type of edit."""
+        """Return the smallest and largest allowed share of changed pixels for an edit type."""
         low, high = self.changed.get(kind, self.changed.get("*", (0.0, 1.0)))
         return low, high
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the stage of the decision: 0 picture, 1
-    checks, 2 scores.
+    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the deciding stage (0 picture, 1 checks,
+    2 scores).
     """
 
     reason: str
@@ -91,7 +91,7 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 
 
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
-    if mined:  # two photographs have nothing in common but their captions
+    if mined:  # only the captions of two photographs are similar
         return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
     if not checks["same_size"]:
         return "picture: the size changed"
@@ -131,9 +131,9 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """Return the nats by which the new text on the edited picture is less likely than the caption on the original.
+    """Return by how many nats the new text on the edited picture is less likely than the caption on the original.
 
-    Without an edited picture it is -inf, without a finite likelihood inf.
+    The result is -inf without an edited picture, and inf if a likelihood is not finite.
     """
     rows = record["scores"]["likelihood"]
     if len(rows) < 2:
@@ -149,7 +149,7 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a JSON or YAML file if one is given, with defaults for missing ones. Raises ConfigError."""
+    """Read thresholds from a JSON or YAML file, if given. Missing thresholds get their defaults. Raises ConfigError if it is invalid."""
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
         value = read_yaml(file) if file else {}
@@ -167,7 +167,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Thresholds fitted to labelled candidates, and their results on these."""
+    """Thresholds fitted to labelled candidates, and their results on these candidates."""
 
     thresholds: Thresholds
     kept: int
@@ -191,8 +191,8 @@ class Calibrated:
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
     """Fit the margin and the drop that keep the most labelled candidates at the given precision.
 
-    The margin is at least 0. A drop is set only if more candidates are kept with it than with a margin only. Raises ConfigError if no
-    thresholds reach the precision.
+    The margin is at least 0. A drop is set only if it keeps more candidates than a margin alone. Raises ConfigError if no thresholds reach
+    the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
@@ -219,9 +219,9 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
 
 
 def _between(low: float, high: float) -> float:
-    """Return a short number in the range from ``low`` to below ``high``."""
+    """Return a number with few digits that is at least ``low`` and less than ``high``."""
     return middle if low <= (middle := round((low + high) / 2, 4)) < high else low
 
 
 _LIMITS = 256
-"""Largest number of values that are tried for the threshold ``drop``."""
+"""Largest number of values that are tried as the threshold ``drop``."""

@@ -1,4 +1,4 @@
-"""Candidates, including rejected ones, as items of a page."""
+"""A page that shows candidates, including rejected ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
-    """Write a page that shows candidates sampled with ``seed``; with ``rejected``, only rejected ones.
+    """Write a page of candidates sampled with ``seed``. If ``rejected`` is True, the page shows only rejected candidates.
 
-    Raises ConfigError for a folder that is not a work folder, or has no such candidate.
+    Raises ConfigError if the folder is not a work folder or has no such candidate.
     """
     work = WorkFolder.open(out)
     thresholds = thresholds_of(work)

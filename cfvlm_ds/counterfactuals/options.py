@@ -1,4 +1,4 @@
-"""Options of the commands that make groups, in YAML and on the command line. This module has no slow imports."""
+"""Options of the commands that make groups, for YAML and the command line. This module has no slow imports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cfvlm_ds.core.named import near
 TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
-"""Types of edits. Only `mine` and a language model propose edits of type ``other``."""
+"""Edit types. Only `mine` and a language model propose edits of type ``other``."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 Rule = Literal["match", "likelihood", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
-    """Raise ConfigError for a number below its smallest value, and for one that is not finite."""
+    """Raise ConfigError for an option that is below its minimum or not finite."""
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
@@ -28,7 +28,7 @@ def _at_least(options: object, **least: float) -> None:
 
 
 def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
-    """Split a list of names. Raises ConfigError for an unknown name, and for an empty list."""
+    """Split a comma-separated list of names. Raises ConfigError for an unknown name and for an empty list."""
     names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     for name in names:
         if name not in known:
@@ -39,7 +39,7 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
 
 
 def pairs(listed: str, option: str, example: str) -> dict[str, str]:
-    """Split a list of ``NAME=VALUE``. Raises ConfigError for another form."""
+    """Split a comma-separated list of ``NAME=VALUE``. Raises ConfigError for an entry of another form."""
     values: dict[str, str] = {}
     for part in filter(None, map(str.strip, listed.split(","))):
         name, equals, value = part.partition("=")
@@ -50,7 +50,7 @@ def pairs(listed: str, option: str, example: str) -> dict[str, str]:
 
 
 def meaning(options: Any) -> dict[str, Any]:
-    """Return the options of a step that determine its records; the others may change before the step is resumed."""
+    """Return the options that determine a step's records. The other options may change before the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}
 
 
@@ -63,18 +63,18 @@ class ProposeOptions:
     """Options of `data propose`.
 
     Args:
-        back_ends: back ends, separated by commas: rules, mine, llm, or one of a script.
-        types: types of edits, separated by commas.
-        per_type: largest number of proposals of one type for a caption and back end.
-        seed: seed of the choice between several possible edits.
-        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. By default the built-in
-            words are used, as often as they occur in the captions.
+        back_ends: back ends, separated by commas: rules, mine, llm, or a back end from a script.
+        types: edit types, separated by commas.
+        per_type: largest number of proposals per type, caption and back end.
+        seed: seed for choosing between possible edits.
+        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. The default is the built-in
+            words, each as often as it occurs in the captions.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
-        llm_model: name of its model.
+        llm_model: name of the server's model.
         llm_see: also send the picture.
         llm_calls: largest number of concurrent calls.
-        llm_timeout_s: time limit of a call in seconds.
-        llm_attempts: calls for a caption before its failure is recorded.
+        llm_timeout_s: time limit per call, in seconds.
+        llm_attempts: number of calls for a caption before a failure is recorded.
     """
 
     FREE: ClassVar = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
@@ -96,7 +96,7 @@ class ProposeOptions:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Requested types of edits. Raises ConfigError for an unknown one."""
+        """Requested edit types. Raises ConfigError for an unknown type."""
         return tuple(named(self.types, TYPES, "--types", "type of edit"))
 
 
@@ -105,17 +105,17 @@ class EditOptions:
     """Options of `data edit`.
 
     Args:
-        back_ends: editors, separated by commas; each edit goes to the first that accepts it: flip, folder, none, diffusers, command,
-            or one of a script.
+        back_ends: editors, separated by commas: flip, folder, none, diffusers, command, or an editor from a script. Each edit goes to the
+            first editor that accepts it.
         model: model folder or hub name for the editor diffusers.
         attempts: pictures per edit, for editors whose results depend on the seed.
         seed: seed of the attempts, combined with their ids.
-        folder: folder of edited pictures for the editor folder, FOLDER/SOURCE/NUMBER.png.
-        masks: folder of masks with the same names; white marks where the picture may change.
+        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the editor folder.
+        masks: folder of masks with the same names; white marks the pixels that may change.
         composite: restore the original outside of the mask, outside of the measured difference, or nowhere (none).
-        command: command line of the editor command, run for each picture; it must contain {request} and {output}.
+        command: command line of the editor command, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
-        timeout_s: time limit of the command for one picture in seconds.
+        timeout_s: time limit of the command per picture, in seconds.
         threads: number of concurrent commands.
     """
 
@@ -141,9 +141,9 @@ class VerifyOptions:
     """Options of `data verify`.
 
     Args:
-        scorer: model folder, hub name or run folder that scores the candidates; without one only pixels are compared.
-        template: question whether a picture shows a text, with {text} in it; the default is that of VQAScore.
-        prompt: prompt of the captions.
+        scorer: model that scores the candidates: a model folder, hub name or run folder. Without a scorer, only pixels are compared.
+        template: question whether a picture shows {text}. The default is VQAScore's question.
+        prompt: prompt that the captions answer.
         batch_size: candidates per batch of the scorer.
     """
 
@@ -164,15 +164,14 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores that decide: match, likelihood, or checks for pixels only; match if candidates were scored.
-        margin: nats by which each comparison must be won, at least 0.
-        thresholds: file of thresholds; W/thresholds.json if `data verify --calibrate` wrote one.
-        per_type: largest number of edits of a type, drawn from the good ones; 0 for all.
-        per_source: largest number of edits of one caption, drawn from the good ones, because those with the largest margins are the
-            easiest.
+        rule: scores that decide: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
+        margin: smallest margin of each comparison, in nats, at least 0.
+        thresholds: file of thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
+        per_type: largest number of edits per type, drawn from the good edits; 0 for all.
+        per_source: largest number of edits per caption, drawn from the good edits, because edits with the largest margins are the easiest.
         splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
-        prompt: prompt of the texts.
-        source: name of the data set in its rows.
+        prompt: prompt that the texts answer.
+        source: name of the data set, written to every row.
         seed: seed for assigning pictures to splits.
     """
 
@@ -195,16 +194,16 @@ class SampleOptions:
     """Options of `data sample`.
 
     Args:
-        judge: what decides whether a text is true, and is not the model itself: answers, which compares short answers with those of the
-            data, or MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
+        judge: judge of a text's truth, other than the model itself: answers, which compares short answers with the answers in the data, or
+            MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
         n: texts per picture and prompt; they are generated together.
-        temperature: temperature of the sampling; 1 is the model's own distribution.
-        top_p: share of the probability from which tokens are sampled; 1 for all.
+        temperature: sampling temperature; 1 is the model's own distribution.
+        top_p: probability mass from which tokens are sampled; 1 for all.
         max_new_tokens: largest number of tokens; a text that is cut off is left out.
-        prompt: prompt of every picture, whose true texts are then those of the first prompt in its row; by default, all prompts of the rows
-            are used.
+        prompt: prompt for every picture, whose true texts are the answers to the first prompt in its row. By default, all prompts of the
+            rows are used.
         most_false: largest number of false texts in a group.
-        seed: seed of the sampling, combined with the contents of the picture and the prompt.
+        seed: sampling seed, combined with the picture's contents and the prompt.
     """
 
     FREE: ClassVar = ("most_false",)
@@ -231,11 +230,11 @@ class AuditOptions:
 
     Args:
         scorer: model that measures how well the texts can be guessed without a picture.
-        against: benchmarks that must share nothing with the data: manifests, and folders of pictures, separated by commas.
+        against: benchmarks that must share nothing with the data: manifests and folders of pictures, separated by commas.
         sample: largest number of picture pairs whose grain is compared.
-        seed: seed of halves and samples.
-        refine: file for a balanced subset of the groups. In it, guessing by length, and by the scorer on a blank picture if one is given,
-            is right as often as wrong, and every word is introduced as often as it is removed.
+        seed: seed for drawing halves and samples.
+        refine: output file for a balanced subset of the groups. In it, every word is introduced as often as it is removed, and guesses by
+            length, and by a scorer on a blank picture if one is given, are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.
     """
 

@@ -1,4 +1,4 @@
-"""Campaign plan in one YAML file: the data, the work folder, and the options of every step."""
+"""Campaign plan: one YAML file with the data, the work folder and the options of every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
 @dataclass(frozen=True)
 class Plan:
-    """Data, work folder and step options of a campaign: making groups from one data set.
+    """Data, work folder and step options of a campaign, which makes groups from one data set.
 
     Args:
         data: captions and pictures, in any known format.
@@ -49,8 +49,8 @@ class Plan:
                 raise ConfigError(f"{option} is empty; name the captions and the work folder")
 
     def check(self) -> None:
-        """Raise ConfigError for options that a later step would refuse: invalid ones, or ones that differ from those with which the step
-        was started.
+        """Raise ConfigError for options that a later step would refuse because they are invalid or differ from the step's recorded
+        options.
         """
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
@@ -69,7 +69,7 @@ class Plan:
 
 
 def read_plan(file: str) -> Plan:
-    """Read a plan from a YAML file, the user's own or one that comes with the package. An option without a value keeps its default. Raises
+    """Read a plan from the user's own YAML file or from a file of the package. An option without a value keeps its default. Raises
     ConfigError naming the key.
     """
     path = resolve_shipped(file, "examples")
@@ -81,7 +81,7 @@ def read_plan(file: str) -> Plan:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{path}: it contains a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
     listed = dict(given)
-    for section in (value for value in listed.values() if isinstance(value, dict)):  # the command line separates names by commas
+    for section in (value for value in listed.values() if isinstance(value, dict)):  # as on the command line, names are separated by commas
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):
         listed["root"] = [listed["root"]]
@@ -94,7 +94,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """Return an option, or a section without the options that have no value."""
+    """Return an option, or a section without its empty options."""
     if not isinstance(value, Mapping):
         return value
     return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

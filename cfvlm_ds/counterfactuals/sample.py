@@ -1,6 +1,6 @@
-"""Step ``sample``: a model writes texts about pictures, something else judges them, and true texts against false ones become groups.
+"""Step ``sample``: a model writes texts about pictures, a separate judge decides which are true, and true and false texts form groups.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge needs no model.
+The journal holds the texts without verdicts. They are judged after all shards are finished, so a corrected judge needs no model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ GROUPS, COUNTS = "groups.jsonl", "counts.json"
 _LONGEST_ANSWER = 3  # words
 
 Judge = Callable[[str, Mapping[str, Any]], "bool | None"]
-"""Function from a text and the ``cfgroup/1`` row of its picture to whether the text is true, or None if that cannot be decided. The row has
-one picture, the prompt, its known true texts and the metadata of the source.
+"""A function that takes a text and the ``cfgroup/1`` row of its picture, and returns whether the text is true, or None if undecided. The
+row holds one picture, the prompt, the known true texts and the metadata of the source.
 """
 
 
 class Question(NamedTuple):
-    """A picture with a prompt and its true texts, and the location of its first row."""
+    """A picture with a prompt and its true texts. ``where`` is the location of its first row."""
 
     group: CounterfactualGroup
     where: str
@@ -57,12 +57,12 @@ def sample(
     say: Say,
     of: int | None = 1,
 ) -> tuple[dict[str, Any], Counter[str] | None]:
-    """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, write
-    OUT/groups.jsonl and OUT/counts.json, and return the counts too.
+    """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, also write
+    OUT/groups.jsonl and OUT/counts.json, and return the counts.
 
     ``model`` identifies the model that ``load`` returns as scorer, collator and world. Texts of an earlier call are not generated again.
-    Raises ConfigError for options that differ from those of the folder, and for a judge that decides nothing or leaves no group; DataError
-    for a judge that fails on a text.
+    Raises ConfigError if options differ from the folder's options, or if the judge decides nothing or leaves no group. Raises DataError if
+    the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
@@ -85,7 +85,7 @@ def sample(
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
     """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
 
-    Return None if a true text has more than three words, and for a text that contains a true one, such as "Yes, it is", or is a part of it.
+    Return None if a true text has more than three words, or if the answer contains a true text (such as "Yes, it is") or is part of one.
     """
     given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
     if any(len(each.split()) > _LONGEST_ANSWER for each in true):
@@ -96,7 +96,7 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Pictures and prompts of a data set, and the judge of texts about them. Paths in rows are relative to ``folder`` or absolute."""
+    """Pictures and prompts of a data set, and the judge. Paths in rows are absolute or relative to ``folder``."""
 
     store: GroupStore
     options: SampleOptions
@@ -104,7 +104,7 @@ class _Source:
     folder: Path
 
     def places(self, say: Say) -> dict[int, list[int]]:
-        """Return the rows of each different picture and prompt, by their hash, in the order of the data."""
+        """Map the hash of each distinct pair of picture and prompt to its rows, in the order of the data."""
         found: dict[int, list[int]] = {}
         for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
             for key in self._true(group):
@@ -125,7 +125,7 @@ class _Source:
         return Question(group, self.store.where(rows[0]))
 
     def _true(self, group: CounterfactualGroup) -> dict[int, list[Candidate]]:
-        """Return the true texts of a group's first image, by a hash of the image and the prompt."""
+        """Return the true texts of a group's first image, keyed by a hash of the image and the prompt."""
         asked, found = self.options.prompt, dict[int, list[Candidate]]()
         for truth, candidate in zip(group.match[0], group.candidates, strict=True):
             if truth == 1 and group.num_pictures and not (asked and candidate.prompt != group.candidates[0].prompt):
@@ -134,18 +134,18 @@ class _Source:
         return found
 
     def verdict(self, text: str, question: Question) -> bool | None:
-        """Judge a text. Raises DataError, naming the row, if the judge raises an exception or returns something else."""
+        """Judge a text. Raises DataError naming the row if the judge fails or returns anything but True, False or None."""
         about = f"{question.where}: --judge {self.options.judge}, called with {quoted(text, 80)},"
         try:
             verdict = self.judge(text, to_row(question.group, self.folder))
-        except Exception as error:  # a function of the user's may raise anything
+        except Exception as error:  # a user's function may raise anything
             raise DataError(f"{about} raises {first_line(error)}; correct the function") from error
         if not (verdict is None or isinstance(verdict, bool)):
             raise DataError(f"{about} returns {quoted(verdict, 80)}; return True, False or None")
         return verdict
 
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate the texts of a question, and return them with the counts of what was left out."""
+        """Generate the texts of a question. Return them with the counts of texts that were left out."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
         if self.verdict(first.text, question) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
@@ -165,7 +165,7 @@ class _Source:
         return {"texts": texts, "counts": counts}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
-        """Return the group of a question with its true and false texts, or None without a false text, and count all texts."""
+        """Count all texts of a question, and return its group of true and false texts, or None if no text is false."""
         group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
         different = dict[str, str]()
@@ -189,7 +189,7 @@ class _Source:
 
 
 def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
-    """Return whether a model can be trained on a text, which then has no control token, for instance."""
+    """Return whether a model can be trained on a text. A text with a control token, for example, is not accepted."""
     try:
         collator.prompts.encoded(candidate.prompt, candidate.text, num_pictures, "a text")
     except DataError:

@@ -1,4 +1,4 @@
-"""Step ``select``: the best attempt of each good edit joins a group, within quotas, and every other edit is counted with its reason.
+"""Step ``select``: within quotas, the best attempt of each good edit joins a group. Every other edit is counted with the reason.
 
 Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
@@ -35,14 +35,14 @@ TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real pict
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-"""Settings of a step that are copied to every group: back ends, models and versions, for reproduction."""
+"""Settings of a step that are copied to every group for reproduction: back ends, models and versions."""
 
 
 @dataclass
 class Survival:
     """Outcome counts of all edits, by type.
 
-    ``files`` are the written files. ``roots`` are the folders of their pictures, unless all are in the files' folder.
+    ``files`` maps each written file to its number of groups. ``roots`` are the picture folders, unless all are in the files' folder.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -55,11 +55,11 @@ class Survival:
 
     @property
     def total(self) -> Counter[str]:
-        """Counts of all types."""
+        """Outcome counts summed over types."""
         return sum(self.by_type.values(), Counter())
 
     def table(self) -> str:
-        """Format a table: a row for each outcome, a column for each type, and the share of the proposed edits."""
+        """Format a table with one row per outcome and one column per type. The last column is the share of all proposed edits."""
         kinds = sorted(self.by_type)
         total = self.total
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
@@ -77,7 +77,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if shards are not verified yet, naming all of them, or if no candidate is kept.
+    Raises ConfigError if shards are not verified yet (the message names all of them) or if no candidate is kept.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -121,9 +121,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return the files to write and the shares of the splits. Raises ConfigError for invalid options, and for a file that another program
-    wrote.
-    """
+    """Return the files to write and the shares of the splits. Raises ConfigError if options are invalid or another program wrote a file."""
     shares = parse_splits(options.splits)
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
@@ -134,7 +132,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the counts, next to ``file``."""
+    """Return the path of the counts file next to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 
@@ -144,7 +142,7 @@ def _is_selected(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folders of a row's pictures outside its file's folder: one of ``roots``, or the folder of a converted table."""
+    """For each of a row's pictures outside the file's folder, yield the picture's folder: one of ``roots`` or a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -153,8 +151,8 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a random number derived from their ids. Quotas then keep a random choice; sorting by margin would keep the
-    easiest."""
+    """Sort the good edits by a random number derived from their ids, so that quotas keep a random choice. Sorting by margin would keep the
+    easiest edits."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -163,8 +161,8 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Return, for each type with more edits than its quota, the largest draw (see ``_draw``) that is kept. This takes 8 bytes of memory for
-    each good edit.
+    """Return the largest draw (see ``_draw``) that is kept, for each type with more edits than its quota. This takes 8 bytes of memory per
+    good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
@@ -182,9 +180,9 @@ def _kept(
     home: str,
     shares: Mapping[str, float],
 ) -> list[Edited]:
-    """Return the edits of a source that join its group, in the order of their proposal, and count every edit.
+    """Return the edits of a source that join its group, in the order of proposal, and count every edit.
 
-    ``home`` is the split of the source; a real picture must be in the same split.
+    ``home`` is the split of the source. A real picture must belong to the same split.
     """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []
@@ -236,7 +234,7 @@ def _row(
 
 
 def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -> CounterfactualGroup:
-    """Build the group of a source with the given edits and their known cells."""
+    """Build the group of a source from the given edits. Cells between different edits are unknown."""
     images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
     texts, edits = [history.caption], []
     match: list[list[int | None]] = [[1]]
@@ -257,7 +255,7 @@ def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """Parse ``train=0.9,test=0.1`` to shares with sum 1. Raises ConfigError."""
+    """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError unless they add up to 1."""
     given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
     shares: dict[str, float] = fitted(dict[str, float], given, "--splits", (1e-9, 1))
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
@@ -266,14 +264,14 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
-    """Draw the split of a source by the contents of its picture, so that all rows of one picture have the same split."""
+    """Draw the split of a source from the contents of its picture, so that all rows of a picture have the same split."""
     made = next((attempt.made for edited in history.edits for attempt in edited.attempts if "parent_sha256" in attempt.made), {})
     name = str(made.get("parent_sha256") or history.picture or history.id)
     return _drawn(name, shares, seed)
 
 
 def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
-    """Draw the split of a picture by its sha256."""
+    """Draw a split from ``seed`` and a picture's sha256."""
     if not shares:
         return ""
     place = seed_of(seed, name) / 2**63
@@ -285,7 +283,7 @@ def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Format ascending numbers as ``0-3,7``, as sbatch reads them."""
+    """Format ascending numbers in sbatch's notation, such as ``0-3,7``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:

@@ -1,6 +1,6 @@
-"""Step ``verify``: scores and pixel comparisons of every candidate are recorded; the verdict is derived from them later.
+"""Step ``verify``: records scores and pixel comparisons of every candidate. The verdict is derived from them later.
 
-The scorer fills the matrix of a candidate, two pictures x two texts, in one row, so that both probes share one encoding of the pictures.
+The scorer computes a candidate's matrix (two pictures x two texts) in one row, so that both probes share one encoding of the pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEP = "verify"
 _DECIMALS = 4
 
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
-"""Function from candidate groups to their scores, in order. Raises DataError for a group that exceeds the model's window."""
+"""A function that returns the scores of candidate groups, in order. Raises DataError for a group that exceeds the model's window."""
 
 
 def verify(
@@ -74,7 +74,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt: its record from the step ``edit``, and its pictures."""
+    """An attempt: its record from the step ``edit`` and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None
@@ -101,14 +101,14 @@ def candidates(work: WorkFolder, shard: int) -> Iterator[Candidate]:
 def measured(
     chunk: Sequence[Candidate], records: list[dict[str, Any]], options: VerifyOptions, score: Score | None
 ) -> list[dict[str, Any]]:
-    """Add the scores to the records of the given candidates, which hold the pixel comparisons, and return the records."""
+    """Add the scores to the candidates' records, which already hold the pixel comparisons, and return the records."""
     wanted = [k for k, record in enumerate(records) if "problem" not in record and chunk[k].original is not None]
     if score is None or not wanted:
         return records
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
         scores = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
-    except DataError:  # one of them cannot be scored
+    except DataError:  # a group cannot be scored
         scores = {}
     for k in wanted:
         try:
@@ -119,7 +119,7 @@ def measured(
 
 
 def _inspected(candidate: Candidate) -> dict[str, Any]:
-    """Build the record of a candidate with its ids and the pixel comparison, or the problem of its pictures."""
+    """Build the record of a candidate: its ids, and the pixel comparison or the problem with its pictures."""
     made = candidate.record
     record: dict[str, Any] = {
         "edit": made["edit"],
@@ -163,8 +163,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build the group of both pictures with all texts to score: the captions, and "yes" and "no" in their spellings as answers to the
-    question about each caption.
+    """Build a group of both pictures and all texts to score: the captions, and all spellings of "yes" and "no" as answers to the question
+    about each caption.
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
@@ -173,8 +173,8 @@ def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGrou
 
 
 def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:
-    """Return the matrices of both probes, in nats: log P(yes) of each text on each picture,
-    log-likelihoods, and the latter on a blank picture.
+    """Return the results of both probes in nats: each text's log P(yes) and log-likelihood on each picture, and its log-likelihood on a
+    blank picture.
     """
     item, probe = _item(candidate), Match(options.template)
     num_match = len(probe.cells(item))
@@ -187,7 +187,7 @@ def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptio
 
 
 def _rounded(value: float) -> float | None:
-    """Round a number; one that is not finite becomes None, because JSON cannot represent it."""
+    """Round a number. If it is not finite, return None, because JSON cannot represent it."""
     value = round(float(value), _DECIMALS)
     return value if value - value == 0 else None
 
@@ -201,9 +201,9 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit the margin to labelled candidates, one {"edit": ID, "attempt": 0, "good": true} per line, and write W/thresholds.json.
+    """Fit the thresholds to labelled candidates (one {"edit": ID, "attempt": 0, "good": true} per line), and write W/thresholds.json.
 
-    Raises DataError for labels that cannot be read or name no candidate, and ConfigError if no margin reaches the precision.
+    Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no margin reaches the precision.
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():

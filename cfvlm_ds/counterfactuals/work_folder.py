@@ -1,16 +1,16 @@
-"""Work folder: the records of each step for each shard, with the settings that determine them.
+"""Work folder: the records of each step and shard, and the settings that determine them.
 
-    W/run.json                        the data, the number of shards
+    W/run.json                        the data and the number of shards
     W/STEP.json                       settings of a step: back ends, options, versions
-    W/STEP/shard-00003.jsonl          one record per line and unit of work
-    W/STEP/shard-00003.done.json      for a finished shard: its sha256, and that of the previous step's records from which it was made
+    W/STEP/shard-00003.jsonl          records, one line per unit of work
+    W/STEP/shard-00003.done.json      for a finished shard: sha256 of its records, and sha256 of the previous step's records
     W/pictures/shard-00003.tar        edited pictures, named by their offsets
     W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
     W/mine/slots.bin                  index of captions with one word left open, for the back end mine
 
-The folder of ``data sample`` has the step ``sample`` only, and its result, W/groups.jsonl, with W/counts.json.
+The folder of ``data sample`` has only the step ``sample`` and its results, W/groups.jsonl and W/counts.json.
 
-Shard k of N has every Nth row of the data from row k. The records of a source do not depend on the number of shards.
+Shard k of N has every Nth row of the data, starting at row k. The records of a source do not depend on the number of shards.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from values that describe its purpose."""
+    """Derive a 63-bit seed from values that describe what it is for."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def row_line(row: Mapping[str, Any]) -> bytes:
-    """Encode a row of groups as a line of JSON."""
+    """Encode a row as a line of JSON."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of a file, as completion records hold it."""
+    """Return the sha256 of a file in the form used in completion records."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
         while block := handle.read(MIB):
@@ -70,7 +70,7 @@ def sha256_of_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """An existing work folder; ``about`` is its run.json."""
+    """An existing work folder. ``about`` is the content of its run.json."""
 
     path: Path
     about: Mapping[str, Any]
@@ -87,13 +87,13 @@ class WorkFolder:
 
     @property
     def roots(self) -> list[Path]:
-        """Folders of the source pictures, without those of converted tables, whose names change with the tables."""
+        """Folders of the source pictures. Folders of converted tables are left out, because their names change with the tables."""
         return [Path(root) for root in self.about["source"]["roots"]]
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
-        """Open the work folder of this data, number of shards and steps, creating it if necessary. Without a number of shards, that of the
-        folder is used. Raises ConfigError if it belongs to others.
+        """Open the work folder for this data, number of shards and steps, or create it. If ``shards`` is None, the folder's own number is
+        used. Raises ConfigError if the folder was created for other data, shards or steps.
         """
         _refuse_links(path)
         shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
@@ -124,20 +124,20 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write the settings of a step, with secrets masked. Raises ConfigError if they differ from existing ones, except in secrets."""
+        """Write the settings of a step, with secrets masked. Raises ConfigError if existing settings differ in anything but secrets."""
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Raise ConfigError for options that differ from those with which a step was started. Nothing is loaded for this check."""
+        """Raise ConfigError if options differ from the options with which a step was started. Nothing is loaded for this check."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
-        """Read the settings of a step; empty if it was not started."""
+        """Read the settings of a step; empty if the step was not started."""
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
-        """Return the journal path for a step and shard."""
+        """Return the path of the journal of a step and shard."""
         return self.path / step / f"shard-{shard:05d}.jsonl"
 
     def tar(self, shard: int) -> Path:
@@ -145,14 +145,14 @@ class WorkFolder:
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
-        """Read the completion record of a shard: number of records, sha256, counts. None if it is not
-        finished, or its journal is missing.
+        """Read the completion record of a shard: number of records, sha256, counts. Return None if the shard is not finished or its journal
+        is missing.
         """
         record = _read(self.path / step / f"shard-{shard:05d}.done.json")
         return record if record and self.file(step, shard).is_file() else None
 
     def again(self, step: str, shard: int) -> str:
-        """Describe how to repeat a step, and the following steps, for a shard."""
+        """Describe how to repeat a step and the following steps for a shard."""
         files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in self.steps[self.steps.index(step) :])
         return f"remove {files}; then run these steps again"
 
@@ -161,17 +161,17 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """Read the records for a step and shard. Raises DataError naming the file and line of an invalid record."""
+        """Read the records of a step and shard. Raises DataError naming the file and line of an invalid record."""
         return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:
-        """Return the path of the picture that an attempt names, a file or a part of a tar."""
+        """Return the path of an attempt's picture: a file or a part of a tar file."""
         if "path" in named:
             return Path(named["path"])
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError if a step has not finished a shard, and DataError if it, or an earlier step, was made from other records."""
+        """Raise ConfigError if a step has not finished a shard. Raise DataError if its records, or an earlier step's, are outdated."""
         if self.done(step, shard) is None:
             begun = f"{self.about['source']['path']} --out {self.path}" if step == self.steps[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
@@ -184,10 +184,10 @@ class WorkFolder:
     def finished(
         self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
     ) -> dict[str, Any] | None:
-        """Return the completion record of a shard, or None if the step has yet to be done.
+        """Return the completion record of a shard, or None if the step is not finished.
 
-        Raises ConfigError for a step or shard that the folder does not have, an unfinished previous step, and options that differ from
-        those with which the step was started; DataError for outdated records. All are checked before anything is loaded.
+        Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if the options differ
+        from the options with which the step was started. Raises DataError for outdated records. All checks run before anything is loaded.
         """
         if step not in self.steps:
             raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
@@ -204,7 +204,7 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard, in progress. The first ``count`` units have a record.
+    """One step of one shard in progress. The first ``count`` units already have a record.
 
     Records contain neither times nor machine names, so that interrupted and resumed work produces the same bytes.
     """
@@ -216,19 +216,19 @@ class ShardStep:
             self.count = sum(1 for _ in file)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append the record of the next unit."""
+        """Append the next unit's record."""
         self._journal.append(as_line(record))
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record does not belong to this unit, because the folder then belongs to other data."""
+        """Raise DataError if an existing record does not belong to this unit: in that case, the folder belongs to other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
     ) -> Iterator[T]:
-        """Yield the units that have no record yet; each counts as done when the next one is requested."""
+        """Yield the units that have no record yet. Each counts as done when the next unit is requested."""
         for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
             self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
@@ -253,7 +253,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If a failed step has no records, remove its settings, because they may have been wrong."""
+        """Close the journal. If the step failed without any records, remove its settings, because they may be wrong."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
@@ -263,14 +263,14 @@ class ShardStep:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise ConfigError if the folder, or one of its folders that steps write to, is a link."""
+    """Raise ConfigError if the work folder, or a folder in it that steps write to, is a link."""
     refuse_link(path, "name the folder itself")
     for name in _FOLDERS:
         refuse_link(path / name, "put the folder itself there")
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a file of settings, or raise ConfigError if they differ from the existing ones."""
+    """Write a settings file, or raise ConfigError if its existing settings differ."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
@@ -289,7 +289,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a small JSON file; empty if it does not exist. Raises ConfigError for an invalid one."""
+    """Read a small JSON file; empty if it does not exist. Raises ConfigError if it is invalid."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoint files of DeepSpeed, with hooks to replace its reader and its writer."""
+"""DeepSpeed's checkpoint files, and hooks that replace its reader and its writer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
     """Within the block, make ``engine.save_checkpoint`` write its states with ``write``, and wrap every write in ``guard``.
 
-    Each write is followed by a collective. If a rank had left with an exception, the others would wait there.
+    A collective follows each write. If an exception ended one rank, the others would wait in the collective.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs
@@ -33,7 +33,7 @@ def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> I
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``, because its own reader would run code from a file."""
+    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``: DeepSpeed's own reader would run code from a file."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -44,9 +44,9 @@ def reading_tensors_alone(engine: Any) -> Iterator[None]:
 
 
 def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Read a file of a checkpoint: tensors, and the objects that DeepSpeed pickles with them.
+    """Read a checkpoint file: tensors, and the objects that DeepSpeed pickles with them.
 
-    Raises ConfigError for a file that holds anything else, because unpickling it would run code.
+    Raises ConfigError for a file that contains anything else, because unpickling it could run code.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -63,9 +63,7 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Return the names and shapes of the weights in each flat tensor of the optimizer, and the number of elements in each flat tensor on
-    this rank.
-    """
+    """Describe the optimizer's flat tensors: names and shapes of the weights in each, and its number of elements on this rank."""
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

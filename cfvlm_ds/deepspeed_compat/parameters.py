@@ -1,4 +1,4 @@
-"""Full and partitioned sizes of a parameter under ZeRO-3."""
+"""The full shape and the local partition of a parameter under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape before partitioning; the ``shape`` of a partitioned parameter is that of an empty tensor."""
+    """Return the shape before partitioning. A partitioned parameter's own ``shape`` is the shape of an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """Return the data of this rank: its partition under ZeRO-3, otherwise all of it."""
+    """Return this rank's data: its partition under ZeRO-3, otherwise the whole parameter."""
     return getattr(parameter, "ds_tensor", parameter)

@@ -1,4 +1,4 @@
-"""A running engine: options of a restored optimizer, time spent waiting for weights, the prefetch trace."""
+"""Access to a running engine: options of a restored optimizer, time spent waiting for weights, and the prefetch trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def optimizer_options(engine: Any) -> dict[str, Any]:
-    """Return this run's settings of optimizer, clipping and schedule. Loading a checkpoint replaces them with those of the checkpoint's
+    """Return this run's settings of optimizer, clipping and schedule. Loading a checkpoint replaces them with the settings of the earlier
     run.
     """
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
@@ -25,8 +25,8 @@ def optimizer_options(engine: Any) -> dict[str, Any]:
 
 
 def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
-    """Apply settings from ``optimizer_options`` to a restored engine. They take effect at the next step, at its position in the
-    schedule.
+    """Apply settings from ``optimizer_options`` to a restored engine. They take effect at the next step; the position in the schedule is
+    kept.
     """
     engine.optimizer.clip_grad = options["clip"]
     groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
@@ -46,9 +46,9 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
     """Return a function that measures how long computation waits for ZeRO-3 to gather weights; None if weights are not partitioned.
 
-    The function returns the seconds since its last call. A module's wait lasts from the request for its weights to their arrival. On CUDA
-    this is measured by events of the computing stream. Events that the stream has not reached yet are left to the next call, so that the
-    measurement delays nothing. On other devices the process's clock is used.
+    The function returns the seconds waited since its last call. A module's wait lasts from the request for its weights to their arrival. On
+    CUDA, events on the compute stream measure it. Events that the stream has not reached are left for the next call, so that the
+    measurement delays nothing. On other devices, the process's clock measures it.
     """
     if (coordinator := _coordinator(engine)) is None:
         return None
@@ -86,14 +86,14 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
 
 
 def invalidate_prefetch_trace(engine: Any) -> None:
-    """Invalidate ZeRO-3's prefetch trace, because the next forward runs other modules than the last ones; a new trace is then recorded."""
+    """Invalidate ZeRO-3's prefetch trace before a forward pass that runs other modules than the last passes. A new trace is recorded."""
     coordinator = _coordinator(engine)
     if coordinator is not None and not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
 
 
 def drop_prefetch_recording(engine: Any) -> None:
-    """Drop the prefetch trace of a forward without a backward; the next forward is then recorded with its backward."""
+    """Drop the trace of a forward pass that had no backward pass, so that the next forward pass is recorded with its backward pass."""
     coordinator = _coordinator(engine)
     if coordinator is not None and coordinator.is_record_trace():
         coordinator._invalidate_trace()

@@ -1,4 +1,4 @@
-"""Names of DeepSpeed's settings, and its estimates of memory."""
+"""The names of DeepSpeed's settings, and DeepSpeed's memory estimates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def field_names() -> list[str]:
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Return the bytes per GPU, and of host memory per node, for this many trained parameters; ``optimizer`` and ``weights`` may be
-    offloaded.
+    """Estimate the states of ``trained`` parameters under ZeRO-3: bytes per GPU, and bytes of host memory per node. ``optimizer`` and
+    ``weights`` are True if offloaded.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 

@@ -1,9 +1,9 @@
-"""Layout of weights and their moments in the files of ZeRO's ranks. The export reads these files; resharding reads and writes them.
+"""The layout of weights and their moments in ZeRO's checkpoint files. The export reads these files; resharding reads and writes them.
 
-ZeRO-3 cuts every weight into one part per rank, padded to equal sizes. A rank's parts follow each other in its flat tensors, one per
-sub-group. ZeRO-1 and 2 concatenate the weights of a group, pad the end and cut the result. Moments are laid out like their weights.
-DeepSpeed's zero_to_fp32 defines the layout. It is not used itself, because its lazy mode only covers the trained weights of ZeRO-3: it
-loads every frozen weight, concatenates all trained ones under ZeRO-2, and supports no frozen weights under ZeRO-1.
+ZeRO-3 cuts every weight into one part per rank, padded to equal sizes. Each rank has one flat tensor per sub-group, in which its parts
+follow each other. ZeRO-1 and 2 concatenate the weights of a group, pad the end and cut the result. Moments are laid out like their weights.
+DeepSpeed's zero_to_fp32 defines the layout but is not used, because its lazy mode only covers the trained weights of ZeRO-3: it loads every
+frozen weight, concatenates all trained weights under ZeRO-2, and supports no frozen weights under ZeRO-1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.deepspeed_compat.checkpoint_files import read_states
 
 Shapes = Sequence[Mapping[str, torch.Size]]
-"""Name -> shape of the trained weights, one mapping per flat tensor, in their order in it."""
+"""One mapping per flat tensor, from the names of its trained weights to their shapes, in the tensor's order."""
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _ZERO = "optimizer_state_dict"
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``start`` to ``stop`` of a flattened tensor, which is found in a file of the checkpoint under ``keys``."""
+    """Elements ``start`` to ``stop`` of a flattened tensor. The tensor is stored in a checkpoint file under ``keys``."""
 
     file: Path
     keys: tuple[str | int, ...]
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight, given as its parts in order; elements of the last parts beyond its size are padding."""
+    """A weight as its parts in order. Elements of the last parts beyond the weight's size are padding."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -60,7 +60,7 @@ class Weight:
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
     """Return the pieces of each weight in order. ``sizes`` are the numbers of elements in each rank's flat tensors. Raises ConfigError if
-    they do not fit.
+    sizes and shapes do not match.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes)
 
@@ -91,7 +91,7 @@ def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, lis
 
 
 def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, start, stop): the pieces of the range ``start`` to ``stop`` in concatenated tensors of these sizes."""
+    """Yield the range ``start`` to ``stop`` of concatenated tensors of these sizes as pieces (index of the tensor, start, stop)."""
     before = 0
     for index, size in enumerate(sizes):
         first, last = max(start - before, 0), min(stop - before, size)
@@ -103,13 +103,13 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 class Shards:
     """The files of a ZeRO-1, 2 or 3 checkpoint, memory-mapped on first use.
 
-    Raises ConfigError for a folder that is not such a checkpoint, or whose files do not match its number of ranks. Other damage may raise
-    any exception.
+    Raises ConfigError if the folder is not such a checkpoint, or if its number of files differs from its number of ranks. Other damage may
+    raise any exception.
     """
 
     def __init__(self, folder: Path) -> None:
         self.contents = functools.cache(functools.partial(read_states, mmap=True))
-        """Function that returns the contents of a file, with its tensors mapped."""
+        """A function that returns a file's contents with memory-mapped tensors."""
         self._optimizer, self._model = (_by_rank(folder, kind) for kind in ("optim", "model"))
         zero, self._state = self._zero(0), self.contents(self._model[0])
         ranks = zero["partition_count"]
@@ -137,7 +137,7 @@ class Shards:
         return sum(file.stat().st_size for file in self._optimizer)
 
     def weights(self) -> dict[str, Weight]:
-        """Return all weights and buffers of the module that DeepSpeed trained, keyed by their names in it."""
+        """Return all weights and buffers of the module that DeepSpeed trained, keyed by their names in the module."""
         state, weights = self._state, {}
         for name, pieces in self._pieces.items():
             parts = [Part(self._optimizer[piece.rank], (_ZERO, self._flat, piece.flat), piece.start, piece.stop) for piece in pieces]
@@ -149,7 +149,7 @@ class Shards:
         for alias, name in state["shared_params"].items():
             if name in weights:
                 weights[alias] = weights[name]
-        # The module holds the buffers and, outside ZeRO-3, all weights. Under ZeRO-1, only the module holds the frozen ones.
+        # The module holds the buffers and, except under ZeRO-3, all weights. Under ZeRO-1, only the module holds frozen weights.
         for name in state["buffer_names"] if self._stage == 3 else state["module"]:
             tensor = state["module"][name]
             weights.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
@@ -163,19 +163,18 @@ class Shards:
         return tensor.detach().reshape(-1)
 
     def unmap(self) -> None:
-        """Drop the mappings until the next use, because pages that were read count as this process's memory."""
+        """Drop the memory mappings until the next use, because pages that were read count as this process's memory."""
         self.contents.cache_clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """Yield (name, contents) of each file that rank number ``rank`` of ``ranks`` ranks would have. The values are the same, bit for
-        bit.
+        """Yield (name, contents) for each file that rank number ``rank`` of ``ranks`` ranks needs. The values are the same, bit for bit.
 
-        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for the engine of that rank.
+        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for that rank's engine.
         """
         prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
         yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
-        # Everything that is not cut is equal on all ranks except the random state, of which every rank needs one.
+        # Everything that is not partitioned is equal on all ranks, except for the random state: every rank needs its own.
         state = {**self.contents(self._model[rank % len(self._model)]), "dp_world_size": ranks}
         if self._stage == 3:
             yield _RANK.sub(prefix, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}
@@ -186,8 +185,8 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the number of elements in each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, and only the file of the
-        first is opened.
+        """Return the number of elements in each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, so only the first rank's
+        file is opened.
         """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))
         sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]
@@ -212,11 +211,11 @@ class Shards:
         for index, names in enumerate(shapes):
             owners.append(group := self._pieces[next(iter(names))][0].flat)
             entry = old[self._base]["state"][group]
-            # Copies, because two sub-groups made from one would otherwise count their steps in the same tensor.
+            # Copies are needed because two sub-groups that come from one would otherwise count their steps in the same tensor.
             state[index] = {
                 key: flat(index, key) if torch.is_tensor(value) and value.dim() else copy.deepcopy(value) for key, value in entry.items()
             }
-        # A sub-group of ZeRO-3 belongs to the optimizer's group of its weights; the number of sub-groups depends on the number of ranks.
+        # A ZeRO-3 sub-group belongs to the optimizer group of its weights. The number of sub-groups depends on the number of ranks.
         groups = [
             {**group, "params": [index for index, owner in enumerate(owners) if owner in group["params"]]}
             for group in old[self._base]["param_groups"]
@@ -227,7 +226,7 @@ class Shards:
         return {**old, "partition_count": count, self._base: {"state": state, "param_groups": groups}, self._flat: weights}
 
     def _elements(self, name: str, moment: str | None, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield elements ``start`` to ``stop`` of a weight, or of its ``moment``, as far as they exist, from the ranks that hold them."""
+        """Yield elements ``start`` to ``stop`` of a weight or its ``moment`` from the ranks that hold them. Padding is left out."""
         stop, first = min(stop, self._shapes[name].numel()), 0
         for piece in self._pieces[name]:
             last = first + piece.stop - piece.start
@@ -238,7 +237,7 @@ class Shards:
             first = last
 
     def _frozen_of(self, state: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Tensor] | None:
-        """Return the parts of the frozen weights that ZeRO-3 assigns to a rank."""
+        """Return the part of each frozen weight that ZeRO-3 assigns to a rank."""
         if state["frozen_param_fragments"] is None:
             return None
         fragments = [self.contents(file)["frozen_param_fragments"] for file in self._model]

@@ -1,4 +1,4 @@
-"""Import of DeepSpeed, and removal of the build locks that a killed process has left in torch's extensions."""
+"""The import of DeepSpeed, and the removal of stale build locks from torch's extension cache."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
-    """Remove and return the build locks that a killed process left in torch's extension cache. Every later start would wait for them
+    """Remove and return the build locks that killed processes left in torch's extension cache. Every later start would wait for them
     forever.
 
-    The holder of a lock keeps it open, so a lock that no process of this machine has open is stale. On a network file system the holder may
-    be on another machine, so the lock must also have been untouched for five minutes.
+    The holder of a lock keeps the file open. A lock that no process of this machine has open is stale. On a network file system the holder
+    may be on another machine, so the lock must also have been untouched for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -39,7 +39,7 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
 
 
 def _held(lock: Path) -> str | None:
-    """Return the reason why a lock may be in use: ``process`` or another one; None if it is stale or gone."""
+    """Return why a lock may be in use (``process`` or a sentence), or None if the lock is stale or gone."""
     import psutil
 
     with contextlib.suppress(OSError):
@@ -57,9 +57,9 @@ def _held(lock: Path) -> str | None:
 
 def import_deepspeed() -> None:
     """Import DeepSpeed without the parts that training does not use."""
-    with _absent("mlflow"):  # its autotuner would import it on every rank: 1.4 CPU seconds each
+    with _absent("mlflow"):  # DeepSpeed's autotuner would import it on every rank, which costs 1.4 CPU seconds per rank
         import deepspeed
-    # The shared-memory all-reduce serves CPU inference. ZeRO-3 does not use it, and it needs a compiler and a minute at the first start.
+    # Only CPU inference uses the shared-memory all-reduce. It needs a compiler, and its build takes a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -1,4 +1,4 @@
-"""The versions of DeepSpeed against whose sources this folder was checked."""
+"""The versions of DeepSpeed with which this folder was checked."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ KNOWN = ">=0.19.8,<0.20"
 
 
 def unknown_version(installed: str) -> str | None:
-    """Return one sentence if ``installed`` is a version of DeepSpeed that has not been checked, or None."""
+    """Return a one-sentence warning if the ``installed`` version of DeepSpeed has not been checked, otherwise None."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 
     try:
         known = SpecifierSet(KNOWN).contains(Version(installed), prereleases=True)
-    except InvalidVersion:  # DeepSpeed that runs from its sources has no version
+    except InvalidVersion:  # DeepSpeed run from its sources has no version
         known = False
     if known:
         return None

@@ -1,4 +1,4 @@
-"""DeepSpeed: validation of its configuration, estimates of memory, and its start."""
+"""The DeepSpeed engine: validation of its configuration, its start, and memory estimates."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""The top-level keys. DeepSpeed itself ignores an unknown one."""
+"""The top-level keys. DeepSpeed itself ignores unknown keys."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),
@@ -45,13 +45,13 @@ _INSIDE = {
     ),
     "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
 }  # fmt: skip
-"""The keys of the sections for which DeepSpeed has no pydantic model; the models refuse unknown keys themselves."""
+"""The keys of sections without a pydantic model in DeepSpeed. Pydantic models refuse unknown keys themselves."""
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
     """Parse a resolved JSON with DeepSpeed, and refuse settings that it would ignore or fail on after the model is loaded.
 
-    ``device`` is the device of the run; None if that is another machine. Raises ConfigError naming the key.
+    ``device`` is the device of the run, or None if the run is on another machine. Raises ConfigError naming the key.
     """
     path, options = config.deepspeed, resolved.config
     for key, value in options.items():
@@ -68,14 +68,12 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
 
 
 def _parse(path: str, options: Mapping[str, Any]) -> Any:
-    """Parse the JSON with DeepSpeed. Raises ConfigError naming the invalid key."""
+    """Parse the JSON with DeepSpeed. Raises ConfigError naming an invalid key."""
     import_deepspeed()
     import deepspeed
     from pydantic import ValidationError
 
-    copied = {
-        key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"
-    }  # checked when it was resolved
+    copied = {key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"}  # the resolver has checked it
     try:
         return deepspeed.DeepSpeedConfig(copied)
     except ValidationError as error:
@@ -86,7 +84,7 @@ def _parse(path: str, options: Mapping[str, Any]) -> Any:
         if first["type"] == "extra_forbidden":
             _refuse_key(path, section, key, settings.field_names())
         raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
-    except Exception as error:  # outside its models, DeepSpeed asserts, compares and divides raw values
+    except Exception as error:  # without a pydantic model, DeepSpeed asserts, compares and divides raw values
         raise unusable(path, error) from error
 
 
@@ -127,7 +125,7 @@ def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_siz
 
 
 def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each setting that DeepSpeed supports but this training does not, or that would change its results."""
+    """Yield one sentence for each setting that DeepSpeed supports, but that this trainer does not or that would change its results."""
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
         yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"

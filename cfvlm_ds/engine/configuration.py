@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run, read and with every "auto" resolved. check.py validates the result."""
+"""Reader and resolver of a run's DeepSpeed JSON: every "auto" becomes a value. check.py validates the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read the DeepSpeed JSON of a run. Raises ConfigError naming the file when it is missing or broken."""
+    """Read the DeepSpeed JSON of a run. Raises ConfigError naming the file if it is missing or broken."""
     try:
         content = parse_json(Path(path).read_bytes().decode())
     except FileNotFoundError:
@@ -34,7 +34,7 @@ def read_json(path: str) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed {path}: contains a {type(content).__name__}, not an object; give a file like those in ds_configs")
     if flat := sorted(name for name in _SECTIONS if not isinstance(content.get(name, {}), dict)):
         raise ConfigError(f"--deepspeed {path}: {', '.join(flat)} must be an object of options, as in ds_configs")
-    for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in the values that count as true
+    for section in ("bf16", "fp16"):  # transformers, DeepSpeed and Python differ in what they accept as true
         enabled = content.get(section, {}).get("enabled", False)
         if not isinstance(enabled, bool) and enabled != "auto":
             raise ConfigError(f'--deepspeed {path}: {section}.enabled must be true, false or "auto", not {json.dumps(enabled)}')
@@ -45,7 +45,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
-    """Return the DeepSpeed configuration with every "auto" filled in by transformers' rules, as transformers' own config object.
+    """Fill in every "auto" of the DeepSpeed configuration by transformers' rules, and return transformers' own config object.
 
     Raises ConfigError naming both values if the JSON contradicts the run configuration.
     """
@@ -78,14 +78,14 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
         resolved.trainer_config_process(arguments)
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except Exception as error:  # if no values contradict each other, a value is invalid, which transformers does not check
+    except Exception as error:  # without a contradiction, some value is invalid: transformers does not check values
         if resolved is None or not resolved.mismatches:
             raise unusable(config.deepspeed, error) from error
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
         pairs = pairs.replace("train.train_batch_size (calculated)", "micro-batch x accumulation x ranks").replace("|bf16_full_eval", "")
         raise ConfigError(f'{config.deepspeed} contradicts the run configuration: {pairs}; write "auto" there or change one') from error
     finally:
-        unset_hf_deepspeed_config()  # while it is set, transformers partitions every model that is built on any rank
+        unset_hf_deepspeed_config()  # while it is set, transformers partitions every model that it builds
     if unresolved := sorted(name for name, value in flat(resolved.config).items() if value == "auto"):
         raise ConfigError(f'{config.deepspeed}: there is no rule for "auto" in {", ".join(unresolved)}; write a value')
     if "gradient_clipping" not in resolved.config:

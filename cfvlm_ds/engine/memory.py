@@ -1,4 +1,4 @@
-"""Memory of a model's states under ZeRO, as DeepSpeed estimates it, and of a forward and backward, measured on meta tensors."""
+"""Memory estimates: DeepSpeed's formulas for model states under ZeRO, and the peak of a forward and backward pass on meta tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
 
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Estimate weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
+    """Estimate the size of weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
@@ -32,7 +32,7 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
         layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         card, host = settings.states_of_stage_3(num_trained, layer, *layout, is_offloaded["optimizer"], is_offloaded["param"])
         node = zero.get("zero_hpz_partition_size", 1)
-        copy = 2 * (num_trained + num_frozen) // min(gpus, node) if node > 1 else 0  # of all weights, divided within a node
+        copy = 2 * (num_trained + num_frozen) // min(gpus, node) if node > 1 else 0  # a copy of all weights, partitioned within a node
         card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus + copy
         host += 2 * num_frozen // nodes if is_offloaded["param"] else 0
     else:
@@ -44,8 +44,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register an attention for models on the meta device, and return its name in transformers. It saves the tensors that flash attention
-    saves.
+    """Register an attention function for models on the meta device, and return its name in transformers. It saves the same tensors as flash
+    attention.
     """
     from transformers import AttentionInterface
 
@@ -54,15 +54,15 @@ def attention_without_data() -> str:
 
 
 def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute: bool) -> dict[str, int]:
-    """Estimate the memory of a forward and backward over ``tokens`` tokens beyond ``model_states``: bytes per GPU, by purpose.
+    """Estimate what a forward and backward pass over ``tokens`` tokens needs in addition to ``model_states``: bytes per GPU, by purpose.
 
-    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A tower that trains is not
+    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A trained tower is not
     counted. A frozen tower runs before the language model and saves nothing.
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
     stage = zero.get("stage", 0)
-    if zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce the other
+    if zero.get("contiguous_gradients", True):  # ZeRO-1 and 2 fill one buffer while they reduce another
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         sizes["gradient buckets"] = 2 * buffers * int(zero.get("reduce_bucket_size", 5e8))
     if stage == 3:
@@ -72,12 +72,12 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
 
 
 _LOGIT_BYTES = 12
-"""Bytes of a logit, its probability and its gradient, in float32."""
+"""Bytes of a logit, its probability and its gradient, each in float32."""
 _CONTEXT = 3 << 29
 
 
 def activations(model: Any, tokens: int, recompute: bool) -> int:
-    """Measure the peak of the language model's forward and backward over ``tokens`` tokens, in bytes.
+    """Measure the peak memory of the language model's forward and backward pass over ``tokens`` tokens, in bytes.
 
     Weights and their finished gradients are not counted. ``model`` and ``recompute`` are as in ``working_memory``.
     """
@@ -103,7 +103,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counter of the bytes in live computed tensors, and of their peak."""
+    """Counter of the current and peak bytes of live computed tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Peak(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that saves the tensors that flash attention saves: its inputs, its output and a float32 log-sum-exp for every query."""
+    """Attention that saves the same tensors as flash attention: its inputs, its output and a float32 log-sum-exp per query."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

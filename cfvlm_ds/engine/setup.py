@@ -1,4 +1,4 @@
-"""Start of DeepSpeed: process group, loading under zero.Init, parameter groups, initialize."""
+"""The start of DeepSpeed: process group, model loading under zero.Init, parameter groups, initialization."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's position in it.
 
-    ``timeout`` bounds every collective, so that a dead peer causes an error and not a hang.
+    ``timeout`` bounds every collective, so that a dead peer causes an error instead of a hang.
     """
     launch_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    # DeepSpeed calls collectives by deprecated names, and newer torch warns once per call and rank.
+    # DeepSpeed calls collectives by deprecated names, and newer versions of torch warn on every call on every rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import_deepspeed()
     import deepspeed
@@ -61,9 +61,9 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Return the index of a rank's GPU among those that it sees. Raises ConfigError if a launcher started more ranks than there are GPUs.
+    """Return a rank's GPU as an index into its visible GPUs. Raises ConfigError if a launcher started more ranks than there are GPUs.
 
-    A Slurm task may see only its own GPU (--gpus-per-task), which then has index 0.
+    A Slurm task may see only its own GPU (--gpus-per-task); in that case the index is 0.
     """
     if local_rank >= visible and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
@@ -76,8 +76,8 @@ def device_index(local_rank: int, visible: int) -> int:
 def keep_freed_memory() -> None:
     """Make the C library reuse freed memory, as CUDA's allocator does, instead of returning it to the system.
 
-    Otherwise every step requests its activations and gradients from the system again, page by page, which takes 10 to 15 % of a training
-    step on a CPU. This is a setting of glibc (mallopt(3)); other C libraries ignore it.
+    Otherwise every step requests the memory of its activations and gradients again, page by page. On a CPU this takes 10 to 15 % of a
+    training step. The setting belongs to glibc (mallopt(3)); with other C libraries it has no effect.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -95,8 +95,8 @@ def hidden_size(config: RunConfig) -> int:
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model, initialize DeepSpeed with it, and return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned
-    as it loads.
+    """Load the model, initialize DeepSpeed, and return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned while it
+    loads.
     """
     import deepspeed
     from transformers import get_scheduler
@@ -129,13 +129,13 @@ def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int)
             lr_scheduler=None if "scheduler" in resolved.config else schedule,
             config=resolved.config,
         )
-    except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:  # DeepSpeed's own validation
+    except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:  # errors of DeepSpeed's own validation
         raise unusable(config.deepspeed, error) from error
     return engine
 
 
 def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
-    """Load a model partitioned over all ranks (ZeRO-3) for forwards only, and return the engine, whose module is a Scorer in evaluation
+    """Load a model for forward passes only, partitioned over all ranks (ZeRO-3). Return the engine, whose module is a Scorer in evaluation
     mode.
     """
     import deepspeed
@@ -156,7 +156,7 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
 def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    set_hf_deepspeed_config(ds_config)  # from_pretrained detects ZeRO-3 by it
+    set_hf_deepspeed_config(ds_config)  # tells from_pretrained about ZeRO-3
     try:
         return load_model(config, dtype)
     finally:
@@ -164,16 +164,17 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 
 
 def recompute_activations(model: Any) -> None:
-    """Enable gradient checkpointing of every block that has a gradient."""
+    """Enable gradient checkpointing for every block that has a gradient."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # The call makes all embeddings require a gradient, which only reentrant checkpointing needs. A frozen tower would be run backward.
+    # The call above makes all embeddings require a gradient. Only reentrant checkpointing needs that, and a frozen tower would run a
+    # needless backward pass.
     model.disable_input_require_grads()
 
 
 def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
-    """Return one optimizer group per module and kind of weight, with the module's learning rate and no decay of biases and norms.
+    """Return two optimizer groups per module: weights with weight decay, and biases and norms without. Both use the module's learning rate.
 
-    The order is fixed (module, then decayed before exempt), because checkpoints store optimizer state by position.
+    The order is fixed (by module, decayed before exempt), because checkpoints store optimizer state by position.
     """
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for module, _, parameter in trainable(scorer):

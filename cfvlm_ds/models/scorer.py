@@ -1,4 +1,4 @@
-"""The module that DeepSpeed runs: a model whose output head returns log-probs of scored tokens."""
+"""The module that DeepSpeed runs: a model whose output head returns the log-probs of scored tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head without data. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are not
-        capped, because the model itself does that.
+        """Create the head on the meta device. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are
+        not capped, because the model caps them itself.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap
 
     @classmethod
     def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
-        """Return a scoring head with the head's own parameters. Raises ValueError for a bias, which no supported family has."""
+        """Return a scoring head that shares the parameters of ``head``. Raises ValueError if it has a bias; no supported family does."""
         if head.bias is not None:
             raise ValueError("the model's output head has a bias, which is not supported")
         scoring = cls(head.in_features, head.out_features, cap)
@@ -46,8 +46,8 @@ class ScoringHead(nn.Linear):
         targets: Tensor | None = None,
         compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
-        """Return logits [..., V] of ``hidden`` [..., d]; or log-probs [N] of ``targets`` [N], each predicted by a row of ``hidden`` [P, d],
-        and then the divergences of ``compared``.
+        """Return the logits [..., V] of ``hidden`` [..., d] or, given ``targets`` [N], their log-probs [N] followed by the divergences of
+        ``compared``. Each target is predicted by a row of ``hidden`` [P, d].
         """
         if predicted_by is None or targets is None:
             return super().forward(hidden)
@@ -55,11 +55,11 @@ class ScoringHead(nn.Linear):
 
 
 class Scorer(nn.Module):
-    """The module that DeepSpeed runs. It encodes each distinct image once, runs the language model, and returns log-probs of the scored
+    """The module that DeepSpeed runs. It encodes each distinct image once, runs the language model, and returns the log-probs of scored
     tokens.
 
-    Everything happens inside one forward, so that ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
-    submodule equally often. ``routed`` holds the expert routing of the last forward, if the model is a mixture of experts.
+    Everything happens in one forward pass, so ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
+    submodule the same number of times. For a mixture of experts, ``routed`` holds the expert routing of the last forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -74,13 +74,13 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. ZeRO-3 requires both to be forwards of the
-        module.
+        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3 both must be forward calls of
+        this module.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
     def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tower's outputs for each module of the projector, keyed by the module's name."""
+        """Return the tower outputs that each projector module takes, keyed by the module's name."""
         model: Any = self.model
         taken: dict[str, Tensor] = {}
 
@@ -112,31 +112,31 @@ class Scorer(nn.Module):
         image_inputs: dict[str, Any],
         compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
-        """Return log-probs [N], nats, fp32, of ``targets`` [N], and then the divergences of ``compared``.
+        """Return the log-probs [N] of ``targets`` [N] in nats and fp32, followed by the divergences of ``compared``.
 
         Args:
             input_ids: [1, T].
             position_ids: [1, T] or [axes, 1, T].
-            forest: the prefixes and branches among the tokens.
+            forest: the tree structure of the row's tokens.
             visual: indices of visual tokens in the row.
             scored: [P] positions whose logits are needed.
             predicted_by: [N] index into ``scored`` of the position that predicts each target.
             images_of_tree: for each tree, its images as indices into the distinct images of ``image_inputs``.
             visual_tokens: number of visual tokens in each distinct image.
-            image_inputs: inputs of the tower; or ``tower_features``, in which case the tower does not run.
+            image_inputs: inputs of the tower, or ``tower_features`` to skip the tower.
             compared: pairs of positions for each divergence, as in ``head_logprobs``.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert features at the visual tokens. The model itself would wait for the device to locate these."""
+            """Insert image features at the visual tokens. The model's own code would wait for the device to locate these tokens."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
             if features[1:]:
                 named |= {"visual_pos_masks": visual, "deepstack_visual_embeds": features[1:]}
-            # An image that occurs in no tree still takes part in the backward pass: ZeRO-3 waits for every rank at every module, and with
-            # frozen text embeddings gradients pass through the language model only by way of the image.
+            # An image that occurs in no tree still takes part in the backward pass: ZeRO-3 waits for every rank at every module, and if
+            # text embeddings are frozen, only image features carry gradients through the language model.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
         language_model = self.model.get_submodule(self.family.language_model[0])
@@ -156,16 +156,14 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the marks of visual tokens if the family's own masks depend on them; otherwise nothing. Only its stock attention uses
-        them.
-        """
+        """Return the family's mark of visual tokens if its own attention masks need it; otherwise nothing. Only stock attention uses it."""
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the trees' image features, first those for the embeddings and then any for layers, and the sum of unused ones."""
+        """Return the image features of the trees (first for the embeddings, then for any deeper layers) and the sum of unused features."""
         model: Any = self.model
         has_features = "tower_features" in image_inputs
         output = self._projected(**image_inputs) if has_features else model.get_image_features(**image_inputs, return_dict=True)
@@ -176,12 +174,12 @@ class Scorer(nn.Module):
         return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """Return the result of ``get_image_features``, given the tower's output; ``rows`` counts the rows of each image in the projector's
+        """Compute the result of ``get_image_features`` from the tower's output. ``rows`` is each image's number of rows in the projector's
         output.
         """
         model: Any = self.model
         projector_inputs = [inputs[name] for name in self.family.projector_inputs]
-        *further, first = (  # dropout in adapters must draw its numbers in the model's own order
+        *further, first = (  # adapters' dropout must draw its random numbers in the model's own order
             self.family.arrange(model, model.get_submodule(name)(tower_features[name], *projector_inputs), rows, inputs)
             for name in self.projectors
         )
@@ -189,7 +187,7 @@ class Scorer(nn.Module):
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:
-    """Return features in any family's form (per image, per tile, in one piece) as one [visual tokens, hidden] tensor per image."""
+    """Convert features in any family's form (per image, per tile, in one piece) to one [visual tokens, hidden] tensor per image."""
     pieces = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
     if len(flat) != sum(visual_tokens):

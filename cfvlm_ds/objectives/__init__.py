@@ -1,4 +1,4 @@
-"""Objectives, keyed by name, and the combination of their sums into one loss.
+"""The table of objectives, and their weighted sum as one loss.
 
 A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
 """
@@ -73,7 +73,7 @@ def required_cells(objectives: Objectives) -> Cells:
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return what objectives need besides scores of their cells, as arguments of ``Collator.of_run``."""
+    """Return, as arguments of ``Collator.of_run``, what objectives need in addition to the scores of their cells."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
@@ -81,18 +81,18 @@ def scored_besides(objectives: Objectives) -> dict[str, Any]:
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:
-    """Return the terms that use texts from the step's other groups, each with the number of such texts that it needs per image."""
+    """Map each term that uses texts of the step's other groups to the number of such texts that it needs per image."""
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Return the denominators of each objective on this layout, [P], which must be summed over micro-batches and ranks."""
+    """Return each objective's denominators [P] on this layout. The caller must sum them over micro-batches and ranks."""
     visible = {name: layout.seen(objective.cells == "batch", objective.needs_blank) for name, objective in objectives.items()}
     return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores of the groups that count in an objective, with texts of other groups and the blank picture only if it uses them."""
+    """Return the scores of the groups that count in an objective. Other groups' texts and the blank picture stay only if it uses them."""
     visible = scores.seen(objective.cells == "batch", objective.needs_blank)
     return replace(visible, layout=visible.layout.of_objective(name))
 
@@ -107,10 +107,10 @@ def weighted_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return this micro-batch's share of the step's loss as (loss to call backward on, each term's unweighted share).
 
-    Summed over the micro-batches and ranks of one optimizer step, the shares are exactly the global means, however groups are distributed
-    to ranks, because each numerator is divided by its *global* denominator. DeepSpeed averages gradients over ranks, hence the factor
-    ``world_size``. It must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part with a
-    denominator of 0 adds nothing.
+    Each numerator is divided by its *global* denominator. The shares of all micro-batches and ranks of an optimizer step therefore add up
+    to exactly the global means, however groups are distributed to ranks. The factor ``world_size`` is there because DeepSpeed averages
+    gradients over ranks. DeepSpeed must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part
+    with a denominator of 0 adds nothing.
     """
     loss = scores.logp.sum() * 0  # every rank runs the same backward, even without any comparison
     shares: dict[str, Tensor] = {}
@@ -126,8 +126,8 @@ def weighted_loss(
 def likelihood_report(scores: Scores) -> Report:
     """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). Their means show likelihood displacement.
 
-    lp_00 is the factual pair, lp_kk the other true pairs, lp_k0 the factual text on images that it is false of, and lp_0k false texts on
-    the factual image.
+    The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images that it is false of (lp_k0), and false
+    texts on the factual image (lp_0k).
     """
     layout = scores.layout
     first_image, first_text = torch.zeros_like(layout.valid), torch.zeros_like(layout.valid)

@@ -1,4 +1,4 @@
-"""L_align: the NLL of true pairs and, optionally, an InfoNCE within the group (CF-VLM, arXiv 2506.17267, section 3)."""
+"""L_align: the NLL of true pairs and, optionally, an InfoNCE loss within the group (CF-VLM, arXiv 2506.17267, section 3)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
-    Each part is a separate mean. The first NLL is per token (end-of-turn included) over all factual pairs. The second is the same over the
-    other true pairs, averaged within each group first. The InfoNCE is a mean over groups that have a negative.
+    Each part is a separate mean. Both NLLs are per token, end-of-turn tokens included. The first is over factual pairs. The second is over
+    the other true pairs, averaged within each group first. The InfoNCE is a mean over groups that have a negative.
 
     Args:
         weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).
@@ -27,7 +27,7 @@ class Align(Objective):
         infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual prompt.
         temperature: tau of the InfoNCE, on the scale of ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
-        pmi: factor of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.
+        pmi: multiple of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.
     """
 
     weight: float = 1.0
@@ -74,7 +74,7 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums of ``values`` [G, I, C] over groups: of the factual pair, and of the mean over the other true pairs."""
+    """Return two weighted sums over groups: the value of the factual pair, and the mean of ``values`` [G, I, C] over other true pairs."""
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()
     others[:, 0, 0] = False
@@ -83,9 +83,9 @@ def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tens
 
 
 def _infonce_mask(layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return the anchor cells, and the negatives in row 0 (with the anchor's prompt) and in column 0; both [G, I, C] bool."""
+    """Return two masks [G, I, C]: the anchor cells, and the negatives in row 0 (only those with the anchor's prompt) and column 0."""
     anchor = torch.zeros_like(layout.valid)
-    anchor[:, 0, 0] = True  # even in a group without scores: a softmax over no cell is NaN, over one cell it is 1
+    anchor[:, 0, 0] = True  # even in a group without scores: a softmax over no cells is NaN, a softmax over one cell is 1
     star = torch.zeros_like(layout.valid)
     star[:, 0, :] = layout.same_prompt[:, 0]
     star[:, :, 0] = True

@@ -1,6 +1,4 @@
-"""InfoNCE over the texts and images of an optimizer step: the alignment loss of CF-VLM (arXiv 2506.17267), with likelihoods instead of
-cosines.
-"""
+"""InfoNCE over the texts and images of an optimizer step: CF-VLM's alignment loss (arXiv 2506.17267) on likelihoods instead of cosines."""
 
 from __future__ import annotations
 
@@ -19,15 +17,16 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_o
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAlign(Objective):
-    """InfoNCE across groups: on each image its own text must win among texts of the whole step, and each text must prefer its own image.
+    """InfoNCE across groups: an image's own text must beat texts of the whole step, and each text must prefer its own image.
 
-    Texts of other groups are drawn from those that answer the factual text's prompt, and count as false without a check; no other objective
+    Other groups' texts are drawn only if they answer the factual text's prompt. They count as false without a check; no other objective
     uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's
     ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
 
     Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and the texts of other groups, with s = (log p(text |
-    image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same over images for one text, without the prior, which
-    cancels. Each side has a weight of one half and is a mean, over a group's true pairs or its texts, so a group counts once.
+    image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the prior cancels and
+    is left out. Each side has a weight of one half and is a mean over a group's true pairs (text side) or texts (image side), so that each
+    group counts once.
 
     Args:
         weight: factor of the term in the loss.
@@ -35,7 +34,7 @@ class BatchAlign(Objective):
         texts: number of texts from other groups that are scored on each image.
         temperature: divisor of the scores, on the scale of ``len_norm``.
         len_norm: divisor of log-likelihoods: each text's ``own`` token count, or ``none``.
-        pmi: factor of the blind score that is subtracted where texts are compared; needs ``--data.scores`` unless it is 0.
+        pmi: multiple of the blind score that is subtracted on the text side; needs ``--data.scores`` unless it is 0.
     """
 
     weight: float = 1.0
@@ -78,7 +77,7 @@ class BatchAlign(Objective):
         }
 
     def _text_side(self, scores: Scores) -> Tensor:
-        """Return the text side [G], a mean over each group's true pairs."""
+        """Return the text side's loss [G], a mean over each group's true pairs."""
         layout = scores.layout
         similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
         lost = _against(similarity, similarity, self._false_texts(layout), 2)
@@ -88,7 +87,7 @@ class BatchAlign(Objective):
         return (layout.negative & layout.same_prompt[:, :1]) | _in_batch(layout)
 
     def _image_side(self, scores: Scores) -> Tensor:
-        """Return the image side [G], a mean over each group's texts that are true of at least one image."""
+        """Return the image side's loss [G], a mean over each group's texts that are true of at least one image."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         own = own_images(layout)
@@ -98,7 +97,7 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a zero whose gradient is that of other groups' image sides with respect to the scores on images of this batch."""
+        """Return a zero that carries the gradient of other groups' image sides with respect to scores on this batch's images."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
@@ -108,7 +107,7 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the scores [G, I, C] and the scores on R images of other groups [G, R, C], in units of the temperature."""
+        """Return the scores on the group's images [G, I, C] and on R images of other groups [G, R, C], in units of the temperature."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
@@ -123,18 +122,18 @@ _LEAST = -1e30
 
 
 def own_images(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: the own image of each text that answers the factual text's prompt."""
+    """Return a mask [G, I, C] of the own images of texts that answer the factual text's prompt."""
     return layout.own & layout.same_prompt[:, :1]
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:
-    """Return [G, I, C] bool: scored cells of other groups' texts."""
+    """Return a mask [G, I, C] of the scored cells of other groups' texts."""
     foreign = torch.zeros_like(layout.valid)
     foreign[:, :, layout.num_own :] = True
     return layout.valid & foreign
 
 
 def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
-    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 where nothing is false."""
+    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 without false entries."""
     others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
     return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

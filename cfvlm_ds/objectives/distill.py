@@ -1,4 +1,4 @@
-"""Divergences between the next-token distributions of one text on two images: contrastive self-distillation, and equality on a sham."""
+"""Divergences between a text's next-token distributions on two images: contrastive self-distillation, and consistency on a sham."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cfvlm_ds.objectives.objective import Objective, has_any, mean_over
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceTerm(Objective):
-    """The mean of a divergence in nats per token, over a group's comparisons and then over the groups that have one.
+    """The mean of a divergence, in nats per token: first over a group's comparisons, then over the groups that have a comparison.
 
     Args:
         weight: factor of the term in the loss.
@@ -51,14 +51,16 @@ class DivergenceTerm(Objective):
 class ContrastDistill(DivergenceTerm):
     """KL(t || p) at the tokens of a true text, with the target t of VCSD (arXiv 2607.21556) and p on the text's own image.
 
-    t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the contrast image: it favours
-    tokens that the own image makes likelier. The teacher is the current model without a gradient, and the texts are those of the data. The
-    paper's teacher is an exponential average of the weights, its texts are sampled from the model, and its temperature is 2 instead of 1.
+    t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the contrast image. The target
+    favours tokens that become likelier on the text's own image. The teacher is the current model without a gradient, and the texts come
+    from the data. In the paper, the teacher is an exponential average of the weights, the texts are sampled from the model, and the
+    temperature is 2 instead of 1.
 
     Args:
-        contrast: ``edited`` compares with every image that the text is false of, ``blank`` with the blank picture (the paper's form).
+        contrast: ``edited`` compares with every image that the text is false of; ``blank`` compares with the blank picture (the paper's
+            form).
         alpha: exponent of p / q.
-        beta: probability, as a share of the likeliest token's, from which tokens belong to the target.
+        beta: smallest probability of a target token, as a fraction of the likeliest token's probability.
     """
 
     contrast: Literal["edited", "blank"] = "edited"
@@ -86,10 +88,10 @@ class ContrastDistill(DivergenceTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class Sham(DivergenceTerm):
-    """KL(p || q) at the tokens of a true text, with p on the factual image and q on a sham, and gradients of both (DVRP, arXiv 2601.06801).
+    """KL(p || q) at a true text's tokens, with p on the factual image and q on a sham; both get gradients (DVRP, arXiv 2601.06801).
 
-    The paper minimises the KL to a perturbed picture in reinforcement learning, at texts that the model samples. Its stop of a gradient, if
-    any, could not be read. A group without a sham counts as no comparison.
+    The paper uses reinforcement learning and minimises the KL to a perturbed picture on texts that the model samples. Whether it stops a
+    gradient could not be determined. A group without a sham has no comparison.
     """
 
     @property

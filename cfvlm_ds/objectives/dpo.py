@@ -18,14 +18,14 @@ class Dpo(ReferenceTerm):
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Text side: on every image, a true text is chosen and each false text of the same prompt is rejected. Image side: a text is chosen on its
-    own image and rejected on each image that it is false of. Each side is a mean over a group's pairs, so a group counts once.
+    own image and rejected on each image that it is false of. Each side is a mean over a group's pairs, so each group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).
         image_side: weight of the image pairs (mDPO's conditional term).
-        anchor: weight of -log sigmoid(beta r) of the true pairs (mDPO's anchor: the chosen answer must not become less likely).
+        anchor: weight of -log sigmoid(beta r) on the true pairs (mDPO's anchor: the chosen answer must not become less likely).
         token_credit: multiply the gradient of each token's log-likelihood by its weight w_t (see ``csd``). r itself stays unweighted,
-            because the reference is a sum over tokens: the authors weight both, and at the reference their gradient is this one.
+            because the stored reference is already a sum over tokens. The authors weight both; the gradients are equal at the reference.
     """
 
     text_side: float = 1.0

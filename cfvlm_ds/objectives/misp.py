@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717): a text's image against all images of which the text is false, as a baseline for the default loss."""
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: a text's own image against all images of which the text is false."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text
 
 @dataclass(frozen=True, kw_only=True)
 class Misp(ReferenceTerm):
-    """DPO between texts and, between images, the first choice of a Plackett-Luce model: log(1 + sum_k exp(beta (r_k - r))) for each text.
+    """DPO between texts, and the first choice of a Plackett-Luce model between images: log(1 + sum_k exp(beta (r_k - r))) for each text.
 
-    r = log p - log p_reference on the text's image, with the reference from ``--data.scores``; k runs over the images that the text is
-    false of. With one such image the second part is mDPO's. The paper's search for negative pictures (CLIP, a sparse autoencoder,
-    importance sampling) is not included; instead, all negatives are pictures of the same group.
+    r = log p - log p_reference on the text's own image, and k runs over the images that the text is false of. The reference comes from
+    ``--data.scores``. With one such image, the second part is mDPO's image term. The paper's search for negative pictures (CLIP, a sparse
+    autoencoder, importance sampling) is not included; all negatives are pictures of the same group.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

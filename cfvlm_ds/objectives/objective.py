@@ -1,8 +1,8 @@
-"""Protocol of objectives, comparisons within a group, and the margin term that several objectives share.
+"""The objective protocol, comparisons within a group, and the margin term that several objectives share.
 
 Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
-- text side: a true text against a false text on one image. Both answer the same prompt;
+- text side: a true text against a false text on one image, both answers to the same prompt;
 - image side: an image that a text is true of against an image that it is false of. The text's prior and length cancel.
 """
 
@@ -64,20 +64,20 @@ class Objective(Protocol):
 
     @property
     def needs_blank(self) -> bool:
-        """True if the last image of scores must be the blank picture. One more image with all texts of a group costs as much as any."""
+        """True if the last image of scores must be the blank picture. It costs as much as any other image with all texts of the group."""
         return False
 
     @property
     def divergence(self) -> Divergence | None:
-        """The divergence that scores must have; the output head is computed twice at the tokens that it compares."""
+        """The divergence that scores must have. At the tokens that it compares, the output head runs twice."""
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        """Return the number of tokens or groups that each part is a mean over: scalar or [P]."""
+        """Return the number of tokens or groups that each part averages over: scalar or [P]."""
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
-        """Return the differentiable sum over the tokens or groups of each part, in nats: scalar or [P]."""
+        """Return each part's differentiable sum over tokens or groups, in nats: scalar or [P]."""
         ...
 
     def report(self, scores: Scores) -> Report:
@@ -88,9 +88,9 @@ class Objective(Protocol):
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compare true with false entries along the last axis of [G, R, X], and return (violation, mask), each [G, R, X true, X false].
 
-    violation = S[false] - S[true], which is positive if the model prefers the false entry. For the text side, pass scores [G, I, C] and, as
-    ``together``, the layout's ``same_prompt`` [G, C, C], which marks the texts that may be compared. For the image side, pass the
-    transposed scores [G, C, I].
+    violation = S[false] - S[true] is positive if the model prefers the false entry. For the text side, pass scores [G, I, C] and the
+    layout's ``same_prompt`` [G, C, C] as ``together``: it marks the texts that may be compared. For the image side, pass the transposed
+    scores [G, C, I].
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
     mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
@@ -98,7 +98,7 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of ``values`` where ``mask`` is True, over all axes but the first; 0 for a group without such values."""
+    """Average the masked ``values`` over all axes but the first. The mean of a group without such values is 0."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
@@ -109,24 +109,24 @@ def has_any(mask: Tensor) -> Tensor:
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return scores of 0 for every cell. Denominators use them to count comparisons, which depend only on the layout."""
+    """Return a score of 0 for every cell. Denominators use these scores to count comparisons; the counts depend only on the layout."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
     """Return the maximum over ``dim`` of the entries in ``mask``, or 0 if there are none.
 
-    If ``soft`` > 0, return soft * (logsumexp(v / soft) - log n) over the n entries v instead. It tends to the maximum as ``soft`` -> 0, and
-    does not change if every entry is duplicated.
+    If ``soft`` > 0, return soft * (logsumexp(v / soft) - log n) over the n entries v instead. This value tends to the maximum as ``soft``
+    -> 0 and does not change if every entry is duplicated.
     """
     hidden = torch.where(mask, values, float("-inf"))
     some = mask.any(dim)
     if soft > 0:
-        # Rows without entries are all -inf: give them a finite dummy before the logsumexp, or its gradient is NaN.
+        # Rows without entries are all -inf. They need a finite dummy value, or the gradient of the logsumexp is NaN.
         safe = torch.where(some.unsqueeze(dim), hidden, 0.0)
         top = soft * (torch.logsumexp(safe / soft, dim) - mask.sum(dim).clamp(min=1).log())
     else:
-        # One index, not amax: amax shares the gradient between ties, and exactly two cells should carry it.
+        # max, not amax: amax splits the gradient between ties, but exactly two cells should carry it.
         top = torch.where(some.unsqueeze(dim), hidden, 0.0).max(dim).values
     return torch.where(some, top, 0)
 
@@ -137,22 +137,23 @@ class MarginTerm(Objective):
 
     The defaults compare summed log-likelihoods. An edit changes only a few words, and a mean over the whole text would divide their
     gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh
-    that. The link therefore saturates slowly; with a link that a small margin satisfies, training would stop too early. The paper's form is
-    link hinge, len_norm anchor, weight 0.5, margins 0.25 (csd) and 0.30 (fcd).
+    the prior. The link therefore saturates slowly; if a small margin satisfied it, training would stop too early. The paper uses a hinge
+    link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: difference by which the true cell must win, in ``margin_unit``.
         margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
-        link: ``hinge`` max(0, margin + violation), or ``logsigmoid`` the smooth log(1 + exp(beta (margin + violation))) / beta, whose
-            gradient fades as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
+        link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient fades
+            as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
         beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.
-        hinge_cap: number of margins at which a hinge becomes constant, so that an impossible pair stops contributing; 0 for no cap.
-        len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own``, or ``none``.
-        pmi: factor of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
-        token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t, with weights w_t between 1/2 and 3/2 that are larger for
-            tokens whose likelihood the other picture changes (TPO, arXiv 2412.14487); 1 in texts whose truth is the same on all pictures.
+        hinge_cap: cap of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no cap.
+        len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own`` token count, or ``none``.
+        pmi: multiple of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
+        token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
+            tokens whose likelihood the other picture changes (TPO, arXiv 2412.14487). They are 1 in texts whose truth is the same on all
+            pictures.
     """
 
     weight: float = 1.0
@@ -183,7 +184,7 @@ class MarginTerm(Objective):
         return self.token_credit
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask) of the term's comparisons, each [G, ...], from scores ``similarity`` [G, I, C] on the term's scale."""
+        """Return (violation, mask) of the term's comparisons, each [G, ...]; ``similarity`` [G, I, C] holds scores on the term's scale."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:

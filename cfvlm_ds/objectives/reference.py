@@ -1,6 +1,6 @@
-"""Objectives with a reference model: their log-ratio and the comparisons of a group.
+"""The log-ratio to a reference model, and comparisons within a group, for objectives with a reference.
 
-A preference data set has a row for each chosen text. Accordingly, each true pair of a group is chosen once, including counterfactual pairs,
+A preference data set has one row per chosen text. Accordingly, each true pair of a group, counterfactual pairs included, is chosen once,
 and the loss of a group is the mean over these choices.
 """
 
@@ -20,12 +20,12 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, has_an
 Compared = tuple[Tensor, Tensor]
 """(violation, mask) of comparisons, in nats of log-ratio."""
 Part = tuple[Tensor, Tensor]
-"""The loss of each group [G], and True where the group has a comparison [G]."""
+"""Two tensors [G]: each group's loss, and a mask of the groups that have a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTerm(Objective):
-    """A term of the log-ratio r = log p - log p_reference; the reference comes from ``--data.scores``.
+    """A term that depends on the log-ratio r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Args:
         weight: factor of the term in the loss.
@@ -73,7 +73,7 @@ class ReferenceTerm(Objective):
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:
-        """Return, as sums and counts, the share of won comparisons and the mean of beta (r_true - r_false) over all comparisons."""
+        """Return the share of won comparisons and the mean of beta (r_true - r_false), each as a sum and a count of comparisons."""
         won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
         margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
         count = torch.stack([mask.sum() for _, mask in pairs]).sum()

@@ -18,11 +18,10 @@ from cfvlm_ds.objectives.objective import Objective, Report
 class Retain(Objective):
     """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
 
-    It is 0 if the model and the reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not the
-    whole vocabulary. For texts of n tokens sampled from the reference, the mean of -d is the KL per token, and the mean of exp(d) - 1 is at
-    most
-    0. The mean of the term is therefore at most that KL, and equals it for n = 1. The reference comes from ``--data.scores``, or is the
-    model without its adapters.
+    The term is 0 if the model and the reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not
+    the whole vocabulary. For texts of n tokens that are sampled from the reference, the mean of -d is the KL per token, and the mean of
+    exp(d) - 1 is not positive. The mean of the term is therefore at most the KL, and equal to it for n = 1. The reference comes from
+    ``--data.scores`` or is the model without its adapters.
 
     Args:
         weight: factor of the term in the loss.
@@ -58,7 +57,7 @@ class Retain(Objective):
         return {"retain/ratio": (torch.where(selected, tokens * ratio.detach(), 0).sum(), torch.where(selected, tokens, 0).sum())}
 
     def _ratio(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the log-ratio per token, which is 0 outside the selected pairs, and the number of tokens; both [G, I, C]."""
+        """Return two tensors [G, I, C]: the log-ratio per token (0 outside the selected pairs), and the number of tokens."""
         if scores.reference is None:
             raise ValueError("retain needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         tokens = scores.layout.num_tokens.clamp(min=1)
@@ -66,7 +65,7 @@ class Retain(Objective):
         return torch.where(self._selected(scores.layout), ratio, 0), tokens
 
     def _selected(self, layout: GroupLayout) -> Tensor:
-        """Return [G, I, C] bool: the true pairs of the selected rows."""
+        """Return a mask [G, I, C] of the true pairs of the selected rows."""
         if self.rows == "all":
             return layout.positive
         plain = ~(layout.match == 0).flatten(1).any(1)

@@ -1,4 +1,4 @@
-"""S-VCO (arXiv 2502.13928): a text attends to its picture and rejects another one, with the blank picture between the two."""
+"""S-VCO (arXiv 2502.13928): a text prefers its own picture to a blank picture, and the blank picture to a picture of which it is false."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm
 class Svco(ReferenceTerm):
     """-log sigmoid(beta (r_ic - r_bc)) on a text's own image i, and -log sigmoid(beta (r_bc - r_kc)) on each image k that it is false of.
 
-    r = log p - log p_reference, and b is the blank picture; the reference comes from ``--data.scores``. Both directions count: T_0 with I_0
-    against I_k, and T_k with I_k against I_0. Each part is a mean over a group's pairs, so the loss of one counterfactual pair is half the
-    authors' sum of four terms. The authors leave the picture out of the prompt where this term shows a blank one.
+    r = log p - log p_reference, and b is the blank picture. The reference comes from ``--data.scores``. Both directions count: T_0 compares
+    I_0 with I_k, and T_k compares I_k with I_0. Each part is a mean over a group's pairs, so the loss of one counterfactual pair is half
+    the authors' sum of four terms. Where this term shows a blank picture, the authors leave the picture out of the prompt.
 
     Args:
-        attend: weight of the comparisons of a text's own image with the blank one.
-        reject: weight of the comparisons of the blank image with those that the text is false of.
+        attend: weight of the comparisons between a text's own image and the blank picture.
+        reject: weight of the comparisons between the blank picture and each image that the text is false of.
     """
 
     attend: float = 1.0
@@ -41,7 +41,10 @@ class Svco(ReferenceTerm):
 
 
 def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
-    """Compare each text's own image, and each image that a text with an own image is false of, with the blank one; all [G, I, C]."""
+    """Compare each text's own image with the blank picture, and the blank picture with each image that the text is false of.
+
+    Only texts with an own image count. All tensors are [G, I, C].
+    """
     if not layout.blank:
         raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")
     own, blank = layout.own, ratio[:, -1:]

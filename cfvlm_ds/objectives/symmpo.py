@@ -1,4 +1,4 @@
-"""SymMPO (arXiv 2506.11712): preferences between texts on both images of a counterfactual pair, as a baseline for the default loss."""
+"""SymMPO (arXiv 2506.11712), a baseline for the default loss: preferences between texts on both images of a counterfactual pair."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 class SymMPO(ReferenceTerm):
     """DPO on every image, and on both images of each counterfactual pair, with a penalty on unequal gaps.
 
-    Let r = log p - log p_reference, where the reference comes from ``--data.scores``. d_k = r_00 - r_0k is the gap between two texts on the
-    factual image, and e_k = r_kk - r_k0 that on the counterfactual image. The parts are
+    Let r = log p - log p_reference, where the reference comes from ``--data.scores``. The gap between two texts is d_k = r_00 - r_0k on the
+    factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
 
     - text pairs: -log sigmoid(beta d_k) and -log sigmoid(beta e_k), over every false text of each image;
     - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;
     - anchors: -log sigmoid(beta r_00) and -log sigmoid(beta r_kk).
 
-    Each part is a mean over a group's pairs, so a group counts once. Two texts are compared on one image, so the partition functions of
-    DPO's derivation cancel.
+    Each part is a mean over a group's pairs, so each group counts once. Two texts are always compared on one image, so the partition
+    functions in DPO's derivation cancel.
 
     Args:
-        text_side: weight of the text pairs of every image (plain DPO).
-        symmetric: weight of the pairs on both images.
-        consistency: weight of the squared difference of the two gaps, per square nat.
+        text_side: weight of the text pairs (plain DPO).
+        symmetric: weight of the two log-sigmoids of complete pairs.
+        consistency: weight of the squared difference between the two gaps, per square nat.
         anchor: weight of the anchors, which keep both true texts from becoming less likely.
     """
 
@@ -56,10 +56,10 @@ class SymMPO(ReferenceTerm):
 
 
 def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and the complete
-    pairs.
+    """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and a mask of the
+    complete pairs.
 
-    A pair (i, c) is complete if its four cells with the factual pair are known and text c answers the factual text's prompt.
+    A pair (i, c) is complete if text c answers the factual text's prompt and all four cells of images 0, i and texts 0, c are known.
     """
     negative, positive = layout.negative, layout.positive
     complete = positive & positive[:, :1, :1] & negative[:, :1, :] & negative[:, :, :1] & layout.same_prompt[:, :1]

@@ -1,4 +1,4 @@
-"""Token credit: weights of a text's tokens by the difference that the picture makes to them (TPO, arXiv 2412.14487).
+"""Token credit: a token's weight depends on how much the picture changes its likelihood (TPO, arXiv 2412.14487).
 
 Shapes: G groups, I images, C candidates, T tokens of the longest text.
 """
@@ -14,10 +14,10 @@ from cfvlm_ds.core.scores import Scores
 def token_weights(scores: Scores) -> Tensor:
     """Return the weight of each token, [G, I, C, T], without a gradient: 1/2 + sigmoid(s) in a true text, 3/2 - sigmoid(s) in a false one.
 
-    s = log p(token | image) - the mean of log p(token | I_k) over the group's scored images I_k for which the truth of the text is the
-    opposite, in nats. The authors use noise on the image instead of I_k. Without such an image, the weight is 1. Of one text on two images,
-    s and the truth change together, so both cells have the same weights and the text's prior still cancels. Raises ValueError if the scores
-    have no tokens.
+    s = log p(token | image) - mean_k log p(token | I_k), in nats, over the group's scored images I_k on which the text has the opposite
+    truth value. The authors use a noisy version of the image instead of I_k. Without any I_k, the weight is 1. For a text on two
+    images, s and the truth flip together, so both cells have the same weights and the text's prior still cancels. Raises ValueError if the
+    scores have no tokens.
     """
     if scores.tokens is None:
         raise ValueError("token_credit needs scores of tokens; collate the groups with tokens=True (Collator.of_run)")
@@ -40,7 +40,7 @@ def token_credit(scores: Scores) -> Tensor:
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return, as a sum and a count, the mean weight of the tokens in which texts differ; above 1 if the pictures decide these tokens."""
+    """Return a sum and a count for the mean weight of the tokens in which texts differ. It exceeds 1 if these tokens depend on pictures."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""The baseline of a run: accuracies of its evaluation sets before the first step, for the table of what the training changed.
+"""A run's baseline: accuracies on its evaluation sets before the first step, for the table of what the training changed.
 
-They are stored in the run folder, and in a cache keyed by model, precision and set, so that a second run from the same model need not
-evaluate them again.
+They are stored in the run folder and in a cache keyed by model, precision and set, so that another run from the same model need not
+evaluate the sets again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from cfvlm_ds.training.evaluation_sample import SHARE, part_of, random_order
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FEWEST = 100
-"""Number of groups per set that are always evaluated, however short the training is."""
+"""Smallest number of groups that are evaluated per set, however short the training is."""
 _FORM = 2
-"""Version of the files in the cache; files of another version are not found."""
+"""Version of the cache files. Files of another version are not found."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Accuracies of the evaluation sets before the first step.
+    """Accuracies on the evaluation sets before the first step.
 
     Args:
-        model: fingerprint of the model's files; None if it is not known, in which case nothing is cached.
+        model: fingerprint of the model's files, or None if unknown. Without a fingerprint nothing is cached.
         dtype: dtype of the model in this run.
-        trained: number of groups that the run trains on; a group that is repeated counts each time.
+        trained: number of groups that the run trains on. A repeated group counts each time.
     """
 
     config: RunConfig
@@ -55,9 +55,8 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random part of a set was evaluated, ``num`` of the mean row is the size of the part.
-
-        A set of ``train.retention`` is always evaluated completely, and never taken from the cache.
+        If only a random sample of a set was evaluated, ``num`` of the mean row is the size of the sample. A set of ``train.retention`` is
+        always evaluated in full and never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -78,8 +77,8 @@ class Baseline:
         return results
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
-        """Compare accuracies with the baseline and return the changes; only rank 0 calls this. A set without a baseline, or whose contents
-        have changed since, has no changes.
+        """Compare accuracies with the baseline and return the changes. Only rank 0 calls this. A set is skipped if it has no baseline or
+        its contents have changed since.
         """
         changed = []
         for name, after in results.items():
@@ -93,7 +92,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of the groups that are evaluated in a set."""
+        """Return the indices of a set's groups to evaluate."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:
@@ -101,7 +100,7 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Remove an earlier run's baseline from the run folder, copy the cached sets into it, and return the accuracies of these."""
+        """Remove an earlier run's baseline from the run folder, copy cached sets there, and return the accuracies on these sets."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:
@@ -112,23 +111,23 @@ class Baseline:
             if file is None or not (rows := self._read(file)[1]):
                 continue
             now = {(group.id, content_hash(group)) for group in part_of(self.splits[name], places)}
-            if all((group, content) in now for group, content, _ in rows[-1].by_group):  # labels of edits are outside the set's identity
+            if all((group, content) in now for group, content, _ in rows[-1].by_group):  # a set's identity does not cover labels of edits
                 replace(self._file(name), file.read_bytes())
                 found[name] = rows
         return found
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
-        """Write the accuracies of a set, without losses, which depend on the objective of a run."""
+        """Write the accuracies on a set. Losses are left out, because they depend on the run's objective."""
         plain = [vars(row) | {"losses": {}} for row in rows]
         text = json.dumps({"data": self.identities[name], "rows": plain})
         write_if_possible(self._file(name), text, self.world.say)
         if (file := self._cached(name, count)) is not None:
-            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            with contextlib.suppress(OSError):  # without the cache a later run only loses time
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(file, text.encode(), shared=True)
 
     def _read(self, file: Path) -> tuple[Any, list[Accuracy]]:
-        """Read the identity and the accuracies of a set from a file that ``_keep`` wrote. If it is damaged, print a warning and return no
+        """Read a set's identity and accuracies from a file that ``_keep`` wrote. If the file is damaged, print a warning and return no
         accuracies.
         """
         try:

@@ -1,4 +1,4 @@
-"""Benchmarks of a run's evaluation. They are read and checked before the first step, and scored with the training engine; results are
+"""Benchmarks in a run's evaluation. They are read and checked before the first step and scored with the training engine. Results are
 written at the end.
 """
 
@@ -30,16 +30,16 @@ from cfvlm_ds.evaluation.suite.tables import logged, number
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
-"""Folder of benchmark results in a run's folder, in the form that `cfvlm-ds compare` reads."""
+"""Folder of benchmark results in the run folder, in the format that `cfvlm-ds compare` reads."""
 BEFORE = "baseline/benchmarks"
-"""The same for the results before the first step, if train.eval_on_start is true."""
+"""Folder of benchmark results before the first step, if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
 class RunBenchmark:
     """A benchmark of a run.
 
-    ``plan`` holds the groups that are scored for it, ``identity`` identifies its items, and ``prompt`` is that of one item.
+    ``plan`` holds the groups to score, ``identity`` identifies the items, and ``prompt`` is the prompt of one item.
     """
 
     chosen: Chosen
@@ -57,7 +57,7 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
-    """Return the benchmark and probe of an evaluation set. Raises ConfigError for an unknown benchmark or a probe that it does not have."""
+    """Return an evaluation set's benchmark and probe. Raises ConfigError if the benchmark is unknown or does not have the probe."""
     try:
         (chosen,) = choose(
             [str(evaluation_set.benchmark)], Path(str(evaluation_set.root)), [evaluation_set.probe] if evaluation_set.probe else []
@@ -68,9 +68,9 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict[str, RunBenchmark]:
-    """Read the benchmarks of data.evaluation. Collective.
+    """Read the benchmarks in data.evaluation. Collective.
 
-    Raises DataError for the first item that the model cannot take.
+    Raises DataError for the first item that the model cannot process.
     """
     benchmarks = {}
     for name, each in config.data.benchmark_sets.items():
@@ -90,7 +90,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict
 
 
 def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
-    """Return the benchmarks' metrics, keyed by the names under which they are logged."""
+    """Return the benchmarks' metrics under their logged names."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
         flat |= logged(name, results(benchmarks[name].chosen.benchmark, outcome))
@@ -98,7 +98,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Return the names of the metrics that ``benchmark_metrics`` will return without control images, derived only from the items."""
+    """Derive the names that ``benchmark_metrics`` will return from the items alone. Metrics on control images are left out."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -106,7 +106,7 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Return the headline metrics as a line for a progress log."""
+    """Format the headline metrics as a line of the progress log."""
     controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:
@@ -127,10 +127,10 @@ def write_benchmarks(
     exported: bool = False,
     draws: int | None = None,
 ) -> list[Result]:
-    """Write the results of every benchmark below a folder on rank 0, and return them; other ranks return an empty list.
+    """On rank 0, write the results of every benchmark below a folder and return them. Other ranks return an empty list.
 
-    Collective, since the ranks share the bootstrap, which has ``draws`` draws. The results identify the weights if ``model`` is
-    ``exported`` and therefore on disk.
+    Collective: the ranks share the ``draws`` draws of the bootstrap. If ``model`` is ``exported``, its weights are on disk and the results
+    identify them.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
@@ -159,7 +159,7 @@ def write_benchmarks(
 
 
 def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
-    """Return a section for results.md with the benchmarks before and after training, "" if they were not evaluated before."""
+    """Return a section for results.md with the benchmarks before and after training, or "" if they were not evaluated before."""
     if not benchmarks or not (run_dir / BEFORE).is_dir():
         return ""
     try:
@@ -171,7 +171,7 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark],
 
 
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
-    """Return the identity of the exported model, equal to that of `cfvlm-ds evaluate` on the run's folder."""
+    """Return the identity of the exported model. `cfvlm-ds evaluate` on the run folder computes the same identity."""
     run_dir = Path(config.train.output_dir)
     try:
         if only_adapters_train(config.model):

@@ -1,7 +1,7 @@
 """Model card of an export: the base model, the data, the objective, the training and the results.
 
-The card is a README.md with the front matter that Hugging Face reads. Values are written on one line, without secrets, in code spans, where
-Markdown and HTML have no effect. Cards are published, so only the last name of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Each value is one line without secrets in a code span, where Markdown
+and HTML have no effect. Cards are published, so only the last component of a path is shown.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """Return the model card for an export of this checkpoint; None, with a warning, if it cannot be composed. An export never fails because
+    """Return the model card for an export of this checkpoint. If it cannot be composed, warn and return None: an export never fails because
     of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default they do if the run finished at this step.
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at this step.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated)
@@ -46,7 +46,7 @@ def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, ev
 
 
 def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None) -> str:
-    """Return the text of the card. Raises ConfigError if the run folder has no configuration."""
+    """Return the card's text. Raises ConfigError if the run folder has no configuration."""
     from huggingface_hub import ModelCardData
 
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
@@ -159,7 +159,7 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def license_of(base: str) -> dict[str, Any]:
-    """Return the license from the base's own card as front matter; empty if the card states none or is not on this machine."""
+    """Return the license in the base model's card as front matter. It is empty if the card states none or is not on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
@@ -182,10 +182,10 @@ def _line(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Return a value as a code span, in which no character has a meaning."""
+    """Return a value as a code span, in which no character has a special meaning."""
     return f"`{_line(value).replace('`', chr(39)) or ' '}`"
 
 
 def _cell(value: Any) -> str:
-    """Return a code span for a table cell. A bar would end the cell, even after a backslash, and is replaced."""
+    """Return a code span for a table cell. A bar is replaced, because it would end the cell even after a backslash."""
     return _code(value).replace("|", "\N{BROKEN BAR}")

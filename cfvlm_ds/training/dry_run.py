@@ -1,4 +1,4 @@
-"""Dry run: sizes, trainable parameters and memory per GPU of a run, computed without weights, data or other ranks."""
+"""Dry run: a run's sizes, trainable parameters and memory per GPU, computed without weights, data or other ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def dry_run(config: RunConfig) -> str:
     """Resolve the configuration and the DeepSpeed JSON, build the model on the meta device, and return the report. Raises the same
     ConfigErrors as a run.
 
-    The memory of the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. Activations are those
-    of the language model at the peak of a forward and backward in bfloat16.
+    The memory of the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. The memory of
+    activations is the language model's peak during a forward and backward pass in bfloat16.
     """
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)

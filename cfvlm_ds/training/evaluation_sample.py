@@ -1,4 +1,4 @@
-"""Sample of the evaluation sets: the same groups are scored several times during a training, for the learning curves."""
+"""Sample of the evaluation sets. For the learning curves, the same groups are scored several times during a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluator import Splits
 
 FEWEST, MOST = 30, 300
-"""Smallest and largest number of a set's groups in the sample. A set for which the budget allows fewer has no sample."""
+"""Smallest and largest number of sampled groups per set. If the budget allows fewer, the set has no sample."""
 SHARE = 0.15
-"""Number of groups scored per group trained. A trained group costs three forwards, a scored one up to two, so evaluating takes a tenth of
-the training's time.
+"""Number of scored groups per trained group. Training on a group costs three forward passes and scoring up to two, so evaluation takes a
+tenth of the training time.
 """
 _PARTS = 4
-"""Number of equal parts into which the evaluations of the sample divide the training."""
+"""Number of equal parts into which the sample's evaluations divide the run."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EvaluationSample:
     """Fixed random groups of each evaluation set.
 
     Args:
-        trained: number of groups that the run trains on; a group that is repeated counts each time.
+        trained: number of groups that the run trains on. A repeated group counts each time.
         total_steps: number of steps in the run.
     """
 
@@ -50,19 +50,19 @@ class EvaluationSample:
 
     @property
     def counts(self) -> dict[str, str]:
-        """The number of sampled groups and of all groups of each set, for the figure of the learning curves."""
+        """The number of sampled groups out of all groups for each set, for the figure of the learning curves."""
         return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
 
     def is_due(self, step: int) -> bool:
-        """Return True if the sample is scored after this step; without a sample always False."""
+        """Return True if the sample is scored after this step. Without a sample, it never is."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
         """Return the headline accuracy of each set's sample in %, named eval_sample/SET/METRIC.
 
-        A set that is sampled whole has none, because its eval/SET/METRIC is the same.
+        A set whose sample is the whole set is left out, because eval/SET/METRIC has the same value.
 
-        ``results`` are those of the sample, or of sets that contain it, whose other groups do not count.
+        ``results`` are accuracies on the sample or on sets that contain it; their other groups do not count.
         """
         accuracies = {}
         for name, keys in self._keys.items():
@@ -83,7 +83,7 @@ class EvaluationSample:
 
 
 def random_order(size: int, count: int) -> list[int]:
-    """Return ``count`` of the indices below ``size`` in random order; a smaller ``count`` returns the first of them."""
+    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` gives a prefix of a longer list."""
     return random.Random(0).sample(range(size), size)[:count]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation within a run: all splits and benchmarks, with the training engine and the ranks' votes to stop."""
+"""Evaluation within a run: all splits and benchmarks are scored with the training engine, and ranks can vote to stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluation of a run's splits and benchmarks within the token budget of training."""
+    """Evaluator of a run's splits and benchmarks. It keeps to the token budget of training."""
 
     config: RunConfig
     world: World
@@ -45,9 +45,9 @@ class Evaluator:
     num_workers: int
 
     def __call__(self, splits: Splits, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-        """Evaluate sets of groups, and return their accuracies and scores, both keyed by set.
+        """Evaluate sets of groups, and return the accuracies and scores, each keyed by set.
 
-        Raises StopRequested on all ranks if they agree to stop, and WorkerLost on the rank that has lost a data worker.
+        Raises StopRequested on all ranks if any rank votes to stop, and WorkerLost on the rank that has lost a data worker.
         """
         with self._evaluating():
             return evaluate(
@@ -84,7 +84,7 @@ class Evaluator:
         return outcomes
 
     def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
-        """Return the outcomes of items about which the model writes. Each rank writes a part of the different texts."""
+        """Return the outcomes of items for which the model generates text. Each rank generates a part of the distinct texts."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
         views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]
@@ -93,7 +93,7 @@ class Evaluator:
         progress = Progress(self.world.say, f"evaluating {name}", len(every), "texts")
         for start in range(0, len(every), self.world.size):
             self._vote()
-            shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks write equally often
+            shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks generate equally often
             options = {"do_sample": False, "synced_gpus": self.world.size > 1}
             model, device = self.engine.module.model, self.world.device
             text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
@@ -109,7 +109,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.engine.eval()
-        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs equally many forwards
+        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs the same number of forwards
         try:
             with together(), worker_deaths():
                 yield
@@ -118,12 +118,12 @@ class Evaluator:
             self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Return the scores [G, I, C] of the model without its adapters, computed as in training (cfvlm_ds.training.step)."""
+        """Score a batch with the model without its adapters, as in training (cfvlm_ds.training.step), and return [G, I, C] nats."""
         with adapters_off(self.engine.module.model):
             return batch.scores(self.engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch, so that a lack of memory is detected before the first step and not after the training."""
+        """Run the largest evaluation batch, so that a lack of memory shows before the first step instead of after training."""
         self.engine.eval()
         shuffled = self.config.train.eval_shuffled
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
@@ -137,7 +137,7 @@ class Evaluator:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
-        """Return the options of scoring: the token budget, and the advice for an out-of-memory error."""
+        """Return the scoring options: batch size, token budget, and the remedy that an out-of-memory error names."""
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         remedy = (
@@ -148,7 +148,7 @@ class Evaluator:
 
 
 def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBenchmark] | None = None) -> None:
-    """Raise ConfigError if train.save_best names a metric that the evaluation of these data cannot produce."""
+    """Raise ConfigError if train.save_best names a metric that evaluation on these data cannot produce."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Gradients of a micro-batch, computed in one or several forwards with a gradient cache (arXiv 2101.06983)."""
+"""Gradients of a micro-batch in one or several forward passes, with a gradient cache (arXiv 2101.06983)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""(batch of the last forward, flag) -> the loss of that forward in addition to the objective; 0 if the flag is False, which marks a
+"""A function of the last forward's batch and a flag. It returns the forward's additional loss, or 0 if the flag is False, which marks a
 repeated batch.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]
-"""Function from a batch to its reference scores [G, I, C]; None if they are stored or not needed."""
+"""A function from a batch to its reference scores [G, I, C], or None if they are stored or not needed."""
 Backward = Callable[[Tensor], None]
-"""Function that computes the gradients of a loss over the scores, and adds them to those of the weights."""
+"""A function that computes the gradients of a loss over the scores and adds them to the gradients of the weights."""
 
 
 def forward(
@@ -32,13 +32,12 @@ def forward(
     last: bool,
     beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
-    """Score a micro-batch in ``number`` forwards, the same number on all ranks, and return the scores [G, I, C] and the function that adds
+    """Score a micro-batch in ``number`` forwards, the same number on all ranks. Return the scores [G, I, C] and the function that adds
     gradients.
 
-    Only the activations of one forward at a time are in memory. The first pass computes the scores, which the loss couples. The derivatives
-    of the loss with respect to the log-probs are the weights of the second pass, which repeats all forwards but the last with the same
-    random numbers. Repeated batches have the weight 0. ``last`` marks the last micro-batch of a step, whose backward completes the
-    gradients.
+    Only one forward's activations are in memory at a time. The first pass computes the scores, which the loss couples. The second pass
+    repeats all forwards but the last with the same random numbers, and weights log-probs with the derivatives of the loss. Repeated batches
+    have a weight of 0. ``last`` marks the last micro-batch of a step, whose backward pass completes the gradients.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

@@ -1,7 +1,7 @@
-"""Hard negatives: of a group's many counterfactuals, a step trains on those that the current model scores highest.
+"""Hard negatives: a step trains only on those of a group's many counterfactuals that are hardest for the current model.
 
-A forward without gradients scores all of them. The row is then packed again without the others, so the forward and backward that follow
-cost as much as those of a group with few counterfactuals. Shapes: G groups, I images, C candidates.
+A forward pass without gradients scores all counterfactuals. The row is packed again with only the hardest, so the training pass costs as
+much as for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cfvlm_ds.training.in_batch_negatives import look_ahead
 class Hardest:
     """The selected cells [G, I, C], and two counts over groups with a single prompt.
 
-    ``proposed`` counts the counterfactuals that were scored, ``entered`` those of them that are kept.
+    ``proposed`` counts all scored counterfactuals, and ``entered`` counts the kept counterfactuals.
     """
 
     cells: Tensor
@@ -38,7 +38,7 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Return the micro-batches with only the hardest cells of each group, and the selection of each. Collective, like ``look_ahead``.
+    """Cut micro-batches to the hardest counterfactuals of their groups. Return the new micro-batches and the selections. Collective.
 
     ``pack`` packs a micro-batch again with the given cells (Collator.packed_again).
     """
@@ -49,12 +49,12 @@ def cut_to_hardest(
 
 
 def hardest(scores: Scores, number: int) -> Hardest:
-    """Select all cells except those of the counterfactuals beyond the ``number`` hardest ones of each group.
+    """Select the ``number`` hardest counterfactuals of each group, and all cells that belong to no counterfactual.
 
-    A counterfactual is one of two units: a text that is not true of the factual image, with the images of which it is true; or an image of
-    which the factual text is false and no other text is true. All other cells are kept. The hardness of a counterfactual is its largest
-    margin of a false cell over a true one, on one image or for one text. Ties go to the first. A group with several prompts keeps all its
-    cells.
+    A counterfactual is one of two units: a text that is not true of the factual image, together with the images of which it is true; or an
+    image of which the factual text is false and no other text is true. A counterfactual's hardness is the largest margin of a false cell
+    over a true cell, on one image or for one text. Of equally hard counterfactuals, the first wins. A group with several prompts keeps all
+    its cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()
@@ -81,7 +81,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""The index of its text, or None, and the indices of its images."""
+"""The index of the counterfactual's text, or None, and the indices of its images."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
@@ -96,7 +96,7 @@ def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
 def _hardness(
     unit: Counterfactual, match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], known: Sequence[Sequence[bool]]
 ) -> float:
-    """Return the largest S[false] - S[true] among the comparisons with the factual pair; -inf without any."""
+    """Return the largest S[false] - S[true] among comparisons with the factual pair, or -inf without a comparison."""
     text, images = unit
     cells = [(0, 0), *((i, 0) for i in images)]
     cells += [] if text is None else [(0, text), *((i, text) for i in images)]

@@ -1,4 +1,4 @@
-"""Warnings about options that have no effect on the data of a run, or a smaller one than configured."""
+"""Warnings about options that have no effect, or less effect than configured, on the run's data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _LACKS = {
     "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without one, the term is dpo with an anchor"),
     "misp": ("misp/accuracy", "no image that the factual text is false of", "without one, the term is dpo"),
 }
-"""Term -> a metric that exists only where the term finds its data, the data that it lacks otherwise, and the remedy."""
+"""Term -> a metric that exists only if the term finds suitable data, the data that are otherwise missing, and the remedy."""
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Monitor of options without an effect. It passes one warning for each such option to ``say``."""
+    """Monitor for options without effect. It passes one warning per option to ``say``."""
 
     config: RunConfig
     say: Callable[[str], object]
     warned: set[str] = field(default_factory=set)
 
     def recorded(self, metrics: Mapping[str, float]) -> None:
-        """Check the metrics of a training record and warn about new findings."""
+        """Check the metrics of a training record, and warn about new findings."""
         for option, why in self._findings(metrics):
             if option not in self.warned:
                 self.say(f"warning: {option} {why}")

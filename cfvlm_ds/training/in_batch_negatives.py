@@ -1,11 +1,11 @@
-"""In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and their scores on all ranks.
+"""In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and the exchange of their scores.
 
-The texts that a group gets depend only on the ids of the groups in the step, not on their distribution over ranks and micro-batches. Every
-rank therefore reads the rows of the whole step from the store, but opens no pictures of other ranks' groups.
+Which texts a group gets depends only on the ids of the groups in the step, not on how they are distributed over ranks and micro-batches.
+Every rank therefore reads the rows of the whole step from the store, but it opens no pictures of other ranks' groups.
 
-A loss that compares a text on images of several groups couples micro-batches and ranks. The gradient of a group's own scores is correct if
-the other scores are constants, so ranks exchange scores and no gradients. Shapes: G groups, I images, C texts, R scores of a text on images
-of other groups.
+A loss that compares a text on images of several groups couples micro-batches and ranks. The gradient of a group's own scores is correct
+even if the other scores are constants, so ranks exchange scores but no gradients. Shapes: G groups, I images, C texts, R scores of a text
+on images of other groups.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Entry = CounterfactualGroup | DataError
 
 
 class StepPart(NamedTuple):
-    """A micro-batch: the data indices of all groups in its step, and the positions of its own groups among them."""
+    """A micro-batch: the data indices of all groups in its step, and the positions of its own groups in the step."""
 
     step: tuple[int, ...]
     places: range
@@ -40,7 +40,7 @@ class StepPart(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeSteps:
-    """Micro-batches of a rank, each with the groups of its whole step: the ``batch_sampler`` of a DataLoader over ``WithNegatives``."""
+    """The ``batch_sampler`` for a DataLoader over ``WithNegatives``: yields a rank's micro-batches with the groups of the whole step."""
 
     sampler: GroupSampler
 
@@ -55,12 +55,12 @@ class WholeSteps:
 
 
 class WithNegatives:
-    """The groups of a run, each with its position in its step and with texts from the other groups in that step.
+    """The groups of a run. Each has its position in its step, and texts from the other groups in that step.
 
     Args:
         groups: the training groups.
-        terms: objective term -> number of other groups' texts that it needs for each image.
-        seed: seed of the draw.
+        terms: objective term -> number of other groups' texts that it needs per image.
+        seed: seed for drawing texts.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup], terms: dict[str, int], seed: int) -> None:
@@ -68,14 +68,14 @@ class WithNegatives:
         self._last: tuple[tuple[int, ...], _Step] | None = None
 
     def __getitems__(self, batch: StepPart) -> list[Entry]:
-        """Return a micro-batch. A group whose row cannot be read is replaced by the DataError."""
+        """Return a micro-batch. If a row cannot be read, the DataError takes the group's place."""
         if self._last is None or self._last[0] != batch.step:  # a worker with several micro-batches of a step reads the step once
             self._last = batch.step, _Step([self._groups[index] for index in batch.step], self._terms, self._seed)
         return [self._last[1].group_at(place) for place in batch.places]
 
 
 class _Offer(NamedTuple):
-    """A text that other groups of the step may score. It is true of the images ``shown``, which belong to its own group."""
+    """A text that other groups of the step may score. It is true of ``shown``, images of its own group."""
 
     negative: InBatchNegative
     text: str
@@ -84,7 +84,7 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and the number of its pictures, because the same prompt has different answers for one picture and for two."""
+"""A prompt and its number of pictures: the same prompt has different answers for one picture and for two."""
 
 
 class _Step:
@@ -109,7 +109,7 @@ class _Step:
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
     def _wanted(self, group: CounterfactualGroup) -> int:
-        """Return the number of other groups' texts that the terms need for each of the group's images; 0 without a picture."""
+        """Return how many texts of other groups the terms need per image of the group. Without a picture, it is 0."""
         counts = group.objectives is None
         wanted = (number for name, number in self._terms.items() if counts or name in (group.objectives or ()))
         return max(wanted, default=0) if group.num_pictures else 0
@@ -123,7 +123,7 @@ class _Step:
             for offer in (self._offers.get(_question(group), ()) if missing else ())
             if offer.negative.group != group.id and offer.shown.isdisjoint(group.images)
         ]
-        # A step on the border of two epochs may contain a group twice. The texts of its first occurrence come first and are taken.
+        # A step across the border between two epochs may contain a group twice. The texts of its first occurrence come first and are used.
         for offer in sorted(offers, key=lambda offer: self._draw(group, offer.negative)):
             if missing and offer.text not in taken and excluded.isdisjoint((offer.text, offer.key)):
                 taken.add(offer.text)
@@ -148,7 +148,7 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Return the normalised form of a text. Texts with the same form count as equal."""
+    """Return the form of a text for comparisons. Texts of the same form count as equal."""
     return normalised(text).casefold()
 
 
@@ -156,7 +156,7 @@ class CrossRankScores:
     """The scores of a step's texts on the images of every group that scored them.
 
     Args:
-        table: [M, 4], the rows of ``_entries`` from all ranks.
+        table: [M, 4], the concatenated ``_entries`` of all ranks.
     """
 
     def __init__(self, table: npt.NDArray[np.float64]) -> None:
@@ -166,14 +166,14 @@ class CrossRankScores:
 
     @classmethod
     def gathered(cls, local: Sequence[Scores], world: World) -> CrossRankScores:
-        """Gather the scores of the step's micro-batches from all ranks; collective."""
+        """Gather the scores of the step's micro-batches from all ranks. Collective."""
         mine = np.concatenate([_entries(scores) for scores in local])
         return cls(np.concatenate(gather_objects(mine, world)))
 
     def added_to(self, scores: Scores) -> Scores:
-        """Return the scores of a micro-batch, extended with those of its texts on images of other groups.
+        """Extend the scores of a micro-batch with the scores of its texts on images of other groups.
 
-        A text whose own group was left out of the step has no such scores and takes part in no comparison.
+        If a text's own group was left out of the step, the text has no such scores and takes part in no comparison.
         """
         layout = scores.layout
         if layout.in_batch is None:
@@ -193,8 +193,8 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return [M, 4], a row for each score that other groups compare with: source group of the text and its index there, scoring group,
-    nats.
+    """Return [M, 4], one row per score that other groups need: the text's source group, its index in that group, the scoring group, and the
+    score in nats.
     """
     layout = scores.layout
     if layout.in_batch is None:
@@ -210,7 +210,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
 
 
 def _names(scores: Scores) -> list[list[tuple[int, int]]]:
-    """Return [G][C]: for each text, its source group and its index in that group."""
+    """Return nested lists [G][C] of (source group, index in that group), one pair per text."""
     layout = scores.layout
     assert layout.in_batch is not None
     own = range(layout.num_own)
@@ -219,10 +219,10 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 
 
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
-    """Score all micro-batches of this rank before the first gradients are computed, and return the scores.
+    """Score all micro-batches of this rank before any gradients are computed.
 
-    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank runs equally many
-    forwards.
+    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank runs the same number
+    of forwards.
     """
     state, scored = random_state(device), []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Meter of training metrics: sums, which stay on the device until they are recorded, and rates per second."""
+"""Meter of training metrics. Sums stay on the device until a record turns them into means and rates per second."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.training.step import Measured
 
 
 class _Key(NamedTuple):
-    """A metric's name, and the index of one of its parts."""
+    """A metric's name and the index of one of its parts."""
 
     name: str
     part: int = 0
@@ -25,9 +25,10 @@ class _Key(NamedTuple):
 
 
 class Meter:
-    """Sums and counts since the last record. Ratios are taken only after the sums of all ranks are added.
+    """Sums and counts since the last record. Ratios are computed only after all ranks' sums have been added up.
 
-    ``gathering`` returns the seconds for which computation waited for partitioned weights since its last call; None without partitioning.
+    ``gathering`` returns the seconds since its last call in which computation waited for partitioned weights. It is None without
+    partitioning.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
@@ -47,7 +48,7 @@ class Meter:
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
         """Add to the sum and count of a metric's part, in float64. The metric is the sum of its parts' means.
 
-        Tensors stay on their device, because fetching one would wait for the GPU.
+        Tensors stay on their device, because fetching a tensor would wait for the GPU.
         """
         self._add(_Key(name, part), total, count)
 
@@ -61,13 +62,13 @@ class Meter:
             sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
-        """Count seconds that a step has waited for its data."""
+        """Add seconds for which a step has waited for its data."""
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Return global means, and rates per second of wall-clock time, and start the next record.
+        """Return global means and rates per second of wall-clock time, and start the next record.
 
-        Collective. This is the only transfer from the device for a record.
+        Collective. A record needs only this one transfer from the device.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
@@ -95,11 +96,11 @@ def measure(
     """Add the measurements of a micro-batch to the meter.
 
     A step's loss is the sum over its micro-batches and ranks, so a micro-batch counts as ``part_of_step`` of a step. ``flops`` counts the
-    model's own operations. ``sources`` names the sources of a mixture, which are also measured one by one. ``progress`` is the share of all
-    steps done before this one, on which the weights of terms with a warm-up depend.
+    model's own operations. ``sources`` names the sources of a mixture, each of which is also measured separately. ``progress`` is the share
+    of all steps done before this step; the weights of terms with a warm-up depend on it.
     """
     scores = measured.scores
-    real = float(len(scores.layout.ids) > 0)  # a stand-in for groups that cannot be read is not measured
+    real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured
     meter.add("loss", measured.loss, part_of_step)
     weights = sum(objective.weight * ramp(objective, progress) for objective in objectives.values())
     meter.add("loss_mean", measured.loss / (weights or 1.0), part_of_step)

@@ -1,8 +1,8 @@
 """Option changes: the differences between a run and the run that it continues, and their effect on a resume.
 
-Every option declares the effect of its change (see core/options.py); those of DeepSpeed's settings are listed below. All fields of an
-objective affect what is trained. A checkpoint holds the record of its run. A start compares its own record with that one before it writes
-anything.
+Every option declares the effect of a change (see core/options.py). The effects of changed DeepSpeed settings are listed below. All fields
+of an objective affect what is trained. A checkpoint holds the record of its run. Before a start writes anything, it compares this record
+with its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cfvlm_ds.models import fingerprint
 ON_RESUME: dict[str, OnResume | None] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
-"""Option -> the effect of its change on a resume."""
+"""Option -> the effect of a change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
     # compared through the values that _effective derives, or as options of train.*, which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
@@ -36,8 +36,7 @@ DEEPSPEED: dict[str, OnResume] = {
     **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "ignored"),
     **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "ignored"),
 }
-"""DeepSpeed setting -> the effect of changing it or any setting below it. A setting that is not listed counts as ``confirm``, to be
-safe."""
+"""DeepSpeed setting -> the effect of changing it or any setting below it. To be safe, an unlisted setting counts as ``confirm``."""
 
 _UNSET = {
     "optimizer.params.adam_w_mode": True,
@@ -50,7 +49,7 @@ _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or ch
 
 @dataclass(frozen=True)
 class Change:
-    """A changed option: its name, its value in the continued run, and its value in this run."""
+    """A changed option: its name, its value in the continued run and its value in this run."""
 
     option: str
     before: Any
@@ -69,8 +68,8 @@ def record(
     alive: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return the record of a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks,
-    total steps, hashes of the model.
+    """Record a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks, total steps and
+    hashes of the model.
 
     ``alive`` is called while the model's files are read, and ``say`` reports progress.
     """
@@ -81,7 +80,7 @@ def record(
 def model_hashes(
     name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str] | None:
-    """Return ``fingerprint`` of the model's files; None while a hub's model is not on this machine."""
+    """Return the ``fingerprint`` of the model's files, or None while a hub model is not on this machine."""
     folder = name_or_path
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
@@ -90,13 +89,13 @@ def model_hashes(
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are compared as options
+    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are options and compared as such
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return those differences between two records that affect what is trained."""
+    """Return the differences between two records that affect what is trained."""
     old, new = _effective(before), _effective(now)
-    for one, other in ((old, new), (new, old)):  # an absent term has the weight 0
+    for one, other in ((old, new), (new, old)):  # an absent term has a weight of 0
         missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
         one.update(dict.fromkeys(missing, (0.0, "confirm")))
     changes = []
@@ -111,7 +110,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Return the reason why ``what`` cannot be continued with these changes, or None."""
+    """Return why ``what`` cannot be continued with these changes, or None if it can."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
@@ -123,7 +122,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the options and settings that affect what is trained. Options that act together are replaced with their joint value."""
+    """Return the options and settings that affect what is trained. A joint value replaces options that act together."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
@@ -162,7 +161,7 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
         f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")
     }
     half = [name for name in ("bf16", "fp16") if settings.get(f"{name}.enabled")]
-    optimizer = f"{settings.get('optimizer.type', 'AdamW')}"  # three implementations share this name, and their states differ in form
+    optimizer = f"{settings.get('optimizer.type', 'AdamW')}"  # three implementations share this name but store different states
     if "optimizer.type" not in settings or settings.get("optimizer.params.torch_adam"):
         optimizer += " of torch"
     elif settings.get("zero_optimization.offload_optimizer.device", "none") != "none":

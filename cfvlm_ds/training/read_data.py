@@ -1,4 +1,4 @@
-"""Data of a run: stores that are opened, and prepared if necessary, before training. Errors are raised on every rank."""
+"""The data of a run. Stores are opened before training, and prepared if necessary. Errors are raised on every rank."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Largest number of groups in a data set that a run prepares itself, while its GPUs wait."""
+"""Largest number of groups in a data set that a run prepares itself. Its GPUs wait in the meantime."""
 
 
 @dataclass(frozen=True)
 class RunData:
     """The training and evaluation data of a run.
 
-    ``identity`` identifies the training groups, and ``identities`` the splits. ``pictures`` describes the stores' pictures, with which
-    every picture is compared when it is opened, or is None if the data check opened no picture. ``collator`` is the model's. ``sources``
-    maps names to the training sets, which together make up ``groups``. ``benchmarks`` maps names to the benchmarks of the evaluation.
+    ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
+    is None if the data check opened no picture. When a picture is opened, it is compared with its description. ``collator`` is the model's
+    collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation benchmarks.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -64,7 +64,7 @@ class RunData:
 
 
 class SourceData(NamedTuple):
-    """A training set: its groups and its identity."""
+    """The groups and the identity of a training set."""
 
     groups: GroupStore
     identity: Identity
@@ -73,8 +73,8 @@ class SourceData(NamedTuple):
 def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits.
 
-    Rank 0 prepares a data set that is not a store yet (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. Errors are
-    raised on every rank: ConfigError for a lost rank, DataError for an invalid manifest, image or text.
+    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. Raises
+    ConfigError for a lost rank, and DataError for an invalid manifest, image or text, each on every rank.
     """
     data = config.data
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
@@ -108,15 +108,13 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
 
 
 def stored_rows(groups: GroupStore) -> StoredRows:
-    """Return the store that groups are read from."""
+    """Return the store from which groups are read."""
     assert isinstance(groups.rows, StoredRows)
     return groups.rows
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError for a term with nothing to compare: none of the training groups that it uses has a text that is known to be
-    false.
-    """
+    """Raise ConfigError for a term with nothing to compare: no text in the training groups that it uses is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one = torch.ones(1, 1, 1, dtype=torch.int64)
     plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
@@ -133,9 +131,9 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, with all cores of its machine, while the other ranks wait, and return its result on every rank.
+    """Call a function on rank 0, with all cores of its machine, while the other ranks wait. Return its result on every rank.
 
-    Raises its error on every rank, and StorageError if one of its processes was killed.
+    Raises the function's error on every rank, and StorageError if a process of the function was killed.
     """
 
     def call() -> Any:
@@ -155,7 +153,7 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Make the next start prepare the training data again, because this start is refused on account of them.
+    """Make the next start prepare the training data again, because they are the reason why this start is refused.
 
     The user may restore files without changing the manifest. Pictures that have not been written since are not opened again.
     """
@@ -165,7 +163,7 @@ def forget(config: RunConfig, world: World) -> None:
 
 
 def _disown(folder: Path) -> None:
-    """Mark a store as outdated, so that it is prepared again. Its table of pictures is kept."""
+    """Mark a store as outdated, so that it is prepared again. Its picture table is kept."""
     with contextlib.suppress(OSError):
         if (folder / STORE).exists():
             replace(folder / STORE, json.dumps({"schema": SCHEMA}).encode())
@@ -175,8 +173,8 @@ def _disown(folder: Path) -> None:
 class _Stores:
     """The stores of a run, opened on all ranks.
 
-    A data set that is not a store is prepared in the run folder, and prepared again if its files have been written since. The lengths of
-    its texts and its visual tokens, which depend on the model, are stored there too.
+    A data set that is not a store is prepared in the run folder, and again if its files have been written since. The folder also stores
+    values that depend on the model: lengths of texts and numbers of visual tokens.
     """
 
     config: RunConfig
@@ -187,7 +185,7 @@ class _Stores:
     collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
-        """Open the groups of a data set; rank 0 prints a summary. Raises DataError with the first problem on every rank."""
+        """Open the groups of a data set. Rank 0 prints a summary. Raises DataError with the first problem on every rank."""
         prepared = self._by_rank_0(lambda: self._prepared(data_set))
         stores, problem = list[GroupStore](), None
         try:
@@ -206,7 +204,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run if necessary, and return its folder, or None for a store, which is used where it is."""
+        """Prepare a data set for this run if necessary, and return its folder. Return None for a store, which is used where it is."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
@@ -243,7 +241,7 @@ class _Stores:
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self.scan, progress=self.world.say)
 
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
-        """Raise DataError for the first problem of a data set, if there is any."""
+        """Raise DataError if the data set has problems. The message states the first problem."""
         if not report.problems:
             return
         more = len(report.problems) - 1
@@ -252,7 +250,7 @@ class _Stores:
         raise DataError(report.problems[0] + remedy * (self.config.data.on_error == "skip") + others)
 
     def _summary(self, each: DataSet, groups: GroupStore, prepared: bool) -> str:
-        """Return a line that describes a data set. Raises DataError for a text or an image that the model cannot take."""
+        """Return a line that describes a data set. Raises DataError for a text or an image that the model cannot process."""
         store, config = stored_rows(groups), self.config
         summary = f"{each.path}: {len(groups)} groups"
         if store.found["left_out"]:
@@ -276,7 +274,7 @@ class _Stores:
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
-        """Return a hash of everything that the lengths of a store's texts depend on."""
+        """Return a hash of everything that determines the lengths of a store's texts."""
         model = self.config.model
         inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]

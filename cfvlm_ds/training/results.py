@@ -1,4 +1,4 @@
-"""Results of a run: the exported model, tables, scores and figures."""
+"""The results of a run: the exported model, tables, scores and figures."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ CHANGES = "before_after.json"
 """File with the table that shows what the training changed."""
 
 PAGE = "results.html"
-"""Page for a browser with results.md and the figures."""
+"""Browser page with results.md and the figures."""
 WORST = "worst"
-"""Folder of the page that shows the groups with the worst margins."""
+"""Folder of the page of the groups with the worst margins."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
@@ -56,7 +56,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
-    """Add the results of the evaluation, which follows the export, to the export's card."""
+    """Add evaluation results to the export's card. The evaluation follows the export."""
     adapter, folder, _ = _exported(config)
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     with harmless(folder / CARD, say):
@@ -65,7 +65,7 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
 
 
 def refuse_export(config: RunConfig) -> None:
-    """Raise ConfigError if the export could not be written to its folder after the training."""
+    """Raise ConfigError if the export could not be written to its folder after training."""
     if config.train.export:
         _, folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
@@ -92,11 +92,11 @@ def write_results(
     samples: str,
     warning: str,
 ) -> tuple[str, list[Path]]:
-    """Write results.md, results.json, before_after.json, the scores of every split, and a page of the worst groups (``train.figures``) into
-    the run folder, and return the opening of the first and the paths of the first three.
+    """Write results.md, results.json, before_after.json, the scores of every split and, with ``train.figures``, a page of the worst groups
+    into the run folder. Return the opening of results.md and the paths of the first three files.
 
-    results.md also contains the results of ``benchmarks``, ``samples``, a section of Markdown, and a ``warning`` about the training. Raises
-    StorageError on a full disk.
+    results.md also contains the results of ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training. Raises
+    StorageError if the disk is full.
     """
     run_dir = path = Path(config.train.output_dir)
     parts = [summary_of(config, step, results, changes, warning)]
@@ -126,8 +126,8 @@ def write_results(
 
 
 def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
-    """Return the opening of results.md: the model, data, number of steps and objective, a ``warning`` about the training if there is one,
-    and the accuracies before and after it.
+    """Return the opening of results.md: model, data, number of steps, objective, a ``warning`` about the training, if any, and the
+    accuracies before and after training.
     """
     lines = [
         f"# {in_cell(Path(config.train.output_dir).absolute().name)}",
@@ -148,7 +148,7 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
-    """Write results.html: results.md and the figures, for a browser. A failure only causes a warning."""
+    """Write results.html, which shows results.md and the figures in a browser. A failure only causes a warning."""
     with harmless(run_dir / PAGE, say):
         text = (run_dir / "results.md").read_text(encoding="utf-8")
         shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
@@ -157,7 +157,7 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
 
 @contextlib.contextmanager
 def harmless(path: Path, say: Say) -> Iterator[None]:
-    """Within the block, which writes a file, make a failure a warning, because a drawing library may fail on any caption or number."""
+    """Turn a failure in the block, which writes ``path``, into a warning. A drawing library may fail on any caption or number."""
     try:
         yield
     except Exception as error:
@@ -167,7 +167,7 @@ def harmless(path: Path, say: Say) -> Iterator[None]:
 def _worst_groups(
     config: RunConfig, step: int, splits: Mapping[str, GroupStore], scores: Mapping[str, Sequence[GroupScores]], say: Say
 ) -> bool:
-    """Write the page of the worst groups, and return True if there is one. A failure only causes a warning."""
+    """Write the page of the worst groups, and return True if it was written. A failure only causes a warning."""
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
@@ -178,7 +178,7 @@ def _worst_groups(
 
 
 def description(summary: str, files: Sequence[Path]) -> str:
-    """Return the description of the run for MLflow: ``summary``, cut after a line if it is too long for a tag, and the figures."""
+    """Return the run's description for MLflow: ``summary`` and the figures. A summary that is too long for a tag is cut after a line."""
     figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
     if len(summary) > _MOST_DESCRIBED:
         summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nresults.md has the whole table."
@@ -186,7 +186,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
 
 
 _MOST_DESCRIBED = 4000
-"""Maximum number of characters of the summary in the description; MLflow accepts tags of 5,000."""
+"""Largest length of the summary in the description, in characters. MLflow accepts tags of 5,000 characters."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
     "from the training data."
@@ -196,8 +196,8 @@ _NO_SETS = (
 def draw_figures(
     run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
 ) -> list[Path]:
-    """Draw the figures and return the paths of those that could be drawn. A failure only causes a warning. ``samples`` maps sets to the
-    sizes of the samples that the learning curves show.
+    """Draw the figures, and return the paths of the figures that were drawn. A failure only causes a warning. ``samples`` maps sets to the
+    sizes of the samples in the learning curves.
     """
 
     def draw_scores(path: Path, split: str) -> None:
@@ -214,9 +214,9 @@ def draw_figures(
 
 
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group of each edit type, for at most four types, in the form that score_matrix_figure takes.
+    """Return one group per edit type, for at most four types, in the form that score_matrix_figure takes.
 
-    Prompts precede the texts of a group with several prompts.
+    If a group has several prompts, each text follows its prompt.
     """
     first: dict[str, int] = {}
     for index, group in enumerate(groups):

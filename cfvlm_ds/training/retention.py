@@ -1,7 +1,8 @@
-"""Retention: checks that training does not cost the likelihood of factual texts or the results on held-out sets.
+"""Retention: checks that training lowers neither the likelihood of factual texts nor the results on held-out sets.
 
 A model can win margins by making every text less likely (likelihood displacement, arXiv 2410.08847). A model that learns one kind of edit
-may also forget captions or other kinds. The sets of ``train.retention`` are evaluated before the first step and at every later evaluation.
+may also forget captions or other kinds of edits. The sets of ``train.retention`` are evaluated before the first step and at every later
+evaluation.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from cfvlm_ds.evaluation import Accuracy, headline_metric
 
 @dataclass
 class Retention:
-    """Comparison of metrics with their first values, with a warning if one has fallen by more than ``train.displacement_warning``.
+    """Monitor that compares metrics with their first values and warns if a likelihood falls by more than ``train.displacement_warning``.
 
-    ``identities`` are those of the evaluation sets. A set whose contents have changed is compared with its first evaluation since then.
+    ``identities`` maps each evaluation set to its identity. If a set's contents have changed, it is compared with its first evaluation
+    after the change.
     """
 
     config: RunConfig
@@ -39,13 +41,13 @@ class Retention:
         return f"{advice}, raise objective.align.weight or lower train.learning_rate"
 
     def trained(self, metrics: Mapping[str, float]) -> None:
-        """Check a training record. A warning is repeated only when the fall has doubled since the last one."""
+        """Check a training record. The warning is repeated only if the drop has doubled since the last warning."""
         if (warning := self.displacement(metrics)) and (fallen := self._fallen(metrics)) > 2 * self.warned:
             self.warned = fallen
             self.say(warning)
 
     def displacement(self, metrics: Mapping[str, float]) -> str:
-        """Return a warning if the factual log-likelihood of a training record is too far below the first one, else ""."""
+        """Return a warning if a training record's factual log-likelihood is too far below its first value, otherwise ""."""
         if (fallen := self._fallen(metrics)) <= self.config.train.displacement_warning:
             return ""
         return (
@@ -57,8 +59,8 @@ class Retention:
         return self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Compare an evaluation with the first one, and return how much each set of ``train.retention`` has changed, in nats per token and
-        in percentage points.
+        """Compare an evaluation with the first evaluation. Return the change of each set in ``train.retention``, in nats per token and in
+        percentage points.
         """
         changed: dict[str, float] = {}
         for split in self.config.train.retention or ():
@@ -79,7 +81,7 @@ class Retention:
         return changed
 
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
-        """Return the first evaluation of a set with its ``step``. In a continued run that may be the present one."""
+        """Return the first evaluation of a set with its ``step``. In a continued run, the first may be the current evaluation."""
         start, data = self.state.retained.get(split), self.identities[split]
         if start is not None and changes(start["data"], data) is None:
             return start

@@ -1,4 +1,4 @@
-"""A run from its options to its results, in phases that each take the result of the previous one."""
+"""A run from its options to its results. Each phase takes the result of the previous phase."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from cfvlm_ds.training.validation import scores_needed, validate
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
-    """Train, evaluate and export one run; every rank calls it. It joins the process group unless a ``world`` is given.
+    """Train, evaluate and export one run. Every rank calls it. It joins the process group unless a ``world`` is given.
 
-    A run that has already finished only prints that. A run that receives a stop signal saves a checkpoint and raises SystemExit with
-    ``EXIT_STOPPED``, without evaluation and export; the same call continues it.
+    A run that has already finished only prints a message. After a stop signal, a run saves a checkpoint and raises SystemExit with
+    ``EXIT_STOPPED``, without evaluation or export. The same call continues the run.
 
-    Raises ConfigError or DataError before the first step for any error in configuration or data, and FloatingPointError on all ranks if the
-    loss or its gradient is not finite.
+    Raises ConfigError or DataError before the first step for an error in the configuration or data, and FloatingPointError on all ranks if
+    the loss or its gradient is not finite.
     """
     world = world or engine.start()
     with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 
 def prepare(config: RunConfig, world: World) -> None:
-    """Prepare the data of a run as its first start would: stores, lengths of texts, token counts. Raises the same errors as ``train``."""
+    """Prepare a run's data (stores, lengths of texts, token counts) as its first start would. Raises the same errors as ``train``."""
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
@@ -75,10 +75,10 @@ _LEFT = {
 
 @contextlib.contextmanager
 def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
-    """Hold the lock of the run folder for the duration of the block.
+    """Hold the lock of the run folder within the block.
 
-    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
-    of these ``options``, or if ``check`` raises it.
+    Raises ConfigError on all ranks before anything is written, if another process holds the lock, if the folder does not belong to a run
+    with these ``options``, or if ``check`` raises it.
     """
     locks: list[RunLock] = []
 
@@ -97,10 +97,10 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
 
 
 def _run(config: RunConfig, world: World) -> None:
-    """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and their scores have been found
-    correct.
+    """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and their scores have passed the
+    self-check.
 
-    Only the caches of the data check and of features, and the ranks' heartbeats, are written earlier.
+    Only the caches of the data check and of features and the ranks' heartbeats are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -139,20 +139,20 @@ def _run(config: RunConfig, world: World) -> None:
             groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
             folder = Path(config.data.feature_cache)
             cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, num_workers)
-            engine.invalidate_prefetch_trace(ds_engine)  # it contains the vision tower, which does not run again
+            engine.invalidate_prefetch_trace(ds_engine)  # the trace contains the vision tower, which does not run again
             collator = collator.taking_features(cache)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
         if start.checkpoint_dir is not None:
             options = engine.optimizer_options(ds_engine)
             checkpoint.load(ds_engine, start.checkpoint_dir, state, world, run_dir)
             start.check(state, config, sampler)
-            if start.changed:  # this run's options apply
+            if start.changed:  # this run's options replace the checkpoint's
                 engine.apply_optimizer_options(ds_engine, options)
             state.note(data=start.data)
             world.say(f"resumed from {start.checkpoint_dir} at step {state.step}")
             _checked(config, world, refuse_nonfinite, model, str(start.checkpoint_dir))
         state.note(record=start.complete_record(config, world))
-        with preserve_rng(world.device):  # a resumed run draws the random numbers of an uninterrupted one
+        with preserve_rng(world.device):  # a resumed run draws the same random numbers as an uninterrupted run
             _check_scores(config, world, ds_engine, collator, data, sampler)
             if (data.splits or data.benchmarks) and state.step < total_steps:
                 trainer.evaluator.rehearse()
@@ -175,8 +175,8 @@ def _run(config: RunConfig, world: World) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """Return the stored scores of the training groups if an objective needs them and the model without its adapters cannot replace them;
-    otherwise None.
+    """Return the stored scores of the training groups, or None if no objective needs them or the model without its adapters can replace
+    them.
     """
     if not scores_needed(config):
         return None
@@ -195,14 +195,14 @@ def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[st
 
 
 def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) -> Any:
-    """Return the token counts of all groups, or None if the configuration does not limit tokens."""
+    """Return the token counts of all groups, or None if no option limits tokens."""
     if not (config.data.max_tokens_per_micro_batch or config.data.max_tokens_per_forward):
         return None
     known = data.identity.get("pictures") is not None  # otherwise a picture's size may change
     depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
     folders = [Path(config.train.output_dir) / "prepared"]
     if not config.data.is_mixture and is_store(store := Path(str(config.data.train))):
-        folders.insert(0, store / "tokens")  # other runs read them there too
+        folders.insert(0, store / "tokens")  # there, other runs find the counts too
     return group_tokens(data.groups, collator, config.data, world, data.pictures, folders=folders, depends_on=depends_on)
 
 
@@ -216,9 +216,9 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 
 
 def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
-    """Return the configuration with the default micro-batch lowered so that a step needs no more groups than an epoch has.
+    """Return the configuration, with the default micro-batch size lowered if a step would need more groups than an epoch has.
 
-    Raises ConfigError if the configured steps need more, since a step would contain groups twice.
+    Raises ConfigError if a configured step size needs more groups, because a step would contain groups twice.
     """
     train, ranks = config.train, world.size
     epoch = _order(config, data).length
@@ -247,7 +247,7 @@ def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
     shares = shares_of([each.weight for each in sources.values()], sizes) if config.data.is_mixture else ()
-    firsts = [each.groups.together for each in data.sources.values()]  # of rows that hold several groups
+    firsts = [each.groups.together for each in data.sources.values()]  # first groups of the rows, if rows hold several groups
     rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
 
@@ -265,9 +265,9 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 
 
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
-    """Compare packed scores of this rank's first micro-batch with single-row forwards."""
+    """Compare the packed scores of this rank's first micro-batch with scores of single-row forwards."""
     ds_engine.eval()
-    if config.data.feature_cache is None:  # the cache has no features of the stand-in's picture
+    if config.data.feature_cache is None:  # the cache has no features for the stand-in's picture
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)
     groups = [data.groups[index] for index in next(iter(sampler))]
     _checked(config, world, check_scores, config, ds_engine, collator, groups)

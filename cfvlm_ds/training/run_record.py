@@ -1,4 +1,4 @@
-"""The record that defines a run, for people and for MLflow: configuration, environment, data sets."""
+"""The record that defines a run: configuration, environment and data sets, for people and for MLflow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cfvlm_ds.training.results import CHANGES
 
 
 def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any], world: World, data: RunData) -> list[Path]:
-    """Write config.yaml, ds_config.json, environment.json and data.json into the run folder on rank 0, and return their paths.
+    """On rank 0, write config.yaml, ds_config.json, environment.json and data.json into the run folder. Return their paths.
 
     Raises StorageError on all ranks if a file cannot be written.
     """
@@ -69,7 +69,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe the data sets of a run by name, source, size and digest, from values that are already known."""
+    """Describe a run's data sets by name, source, size and digest. All values are already known."""
     sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]
@@ -89,8 +89,8 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
 
 
 def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, data: RunData) -> Any:
-    """Open the run's tracker at the step of the ``checkpoint_dir`` that the run continues from, if any."""
-    # A run that was killed before its first checkpoint starts over at step 0 and remains the same MLflow run.
+    """Open the run's tracker. If the run continues from ``checkpoint_dir``, the tracker continues at the checkpoint's step."""
+    # A run that was killed before its first checkpoint starts again at step 0 and remains the same MLflow run.
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
     run_dir, revision = Path(config.train.output_dir), git_revision()

@@ -1,4 +1,4 @@
-"""Start of a run: at step 0, from a checkpoint, or not at all. It is decided before anything is loaded or written."""
+"""The start of a run: at step 0, from a checkpoint, or not at all. The decision is made before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CHANGES = "resume_changes.jsonl"
 
 
 class OtherData(ConfigError):
-    """The training groups differ from those of the checkpoint."""
+    """The training groups differ from the checkpoint's groups."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a run: the checkpoint that it continues, if any, the changes since then, and the record of this start's options."""
+    """The start of a run: the checkpoint that it continues, if any, the option changes since then, and the record of its own options."""
 
     checkpoint_dir: Path | None
     changed: Sequence[Change]
@@ -42,7 +42,7 @@ class Start:
     data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
-        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if that is not a position in this run."""
+        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if this run does not have that position."""
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
@@ -56,11 +56,11 @@ class Start:
             )
         sampler.load_state_dict(state.sampler or {})
         if state.record["options"]["train"]["save_best"] != config.train.save_best:
-            state.note(best=None, worse=0)  # they belong to another metric
+            state.note(best=None, worse=0)  # the values belong to another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
-        """Return the record for the run's checkpoints, with the model's hashes. They are missing at the start if a hub's model is not on
-        disk yet.
+        """Return the record for the run's checkpoints, with the model's hashes. The hashes are missing at the start if a hub model is not
+        on disk yet.
         """
         if self.record["model"]:
             return self.record
@@ -69,8 +69,8 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """Print the changes and append them to a file in the run folder, on rank 0. Return a list with the file, or an empty list if there
-        are no changes.
+        """On rank 0, print the changes and append them to a file in the run folder. Return a list of this file, or an empty list without
+        changes.
         """
         for change in self.changed:
             world.say(f"after step {step}: {change}")
@@ -83,10 +83,9 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start, and return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the
-    groups.
+    """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
 
-    Raises ConfigError or DataError on all ranks if the run cannot continue: unusable checkpoints, a changed option that matters, other
+    Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
     data.
     """
     run_dir, train = Path(config.train.output_dir), config.train
@@ -135,13 +134,13 @@ def decide(
 
 
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
-    """Return the last step of a finished run and the number of its steps; None if the folder's run has not finished.
+    """Return a finished run's last step and its number of steps, or None if the folder's run has not finished.
 
-    After early stopping, the number of steps is the planned one, or the last step if ``early_stopping`` has changed since, so that the run
-    may continue. Raises ConfigError if no checkpoint or record in the folder reaches the step at which the run is said to have ended.
+    After early stopping, the number of steps is the planned number. If ``early_stopping`` has changed since, it is the last step, so that
+    the run may continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step that finished.json states.
     """
     finished: Any = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that a power loss has truncated counts as absent
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent
         finished = read_json(run_dir / FINISHED)
     if not isinstance(finished, dict) or type(step := finished.get("step")) is not int:
         return None

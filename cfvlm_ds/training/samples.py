@@ -1,4 +1,4 @@
-"""Samples of a run: at each evaluation, the texts that the model writes about a few evaluation pictures, and the texts that it prefers."""
+"""Samples of a run: texts that the model writes about a few evaluation pictures at each evaluation, and texts that it prefers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
-"""Number of characters of a text that results.md shows; samples.jsonl has the whole text."""
+"""Largest number of characters of a text in results.md. samples.jsonl has the whole text."""
 _MEANING = (
     "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
     "the log-likelihood of the likeliest true text minus that of the likeliest false one. What the model writes may be false even if it "
@@ -33,12 +33,12 @@ _MEANING = (
 
 @dataclass
 class Samples:
-    """Greedy texts about the first picture of ``number`` groups, taken from the evaluation sets in turn.
+    """Greedily decoded texts about the first image of ``number`` groups, taken from the evaluation sets in turn.
 
-    Each is recorded with the likeliest of the group's own texts for that picture, and with the margin of the likeliest true text over the
-    likeliest false one.
+    Each text is recorded with the group's likeliest text for that image, and with the margin of the likeliest true text over the likeliest
+    false text.
 
-    Every rank writes all of them: under ZeRO-3 the ranks gather weights together in each forward. Rank 0 keeps them in samples.jsonl.
+    Every rank generates all texts, because under ZeRO-3 the ranks gather weights together. Rank 0 keeps the texts in samples.jsonl.
     """
 
     number: int
@@ -52,7 +52,7 @@ class Samples:
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
-        """Read the texts up to a step from which the run continues. A file that cannot be read is a warning, and is replaced."""
+        """Read the texts up to the step from which the run continues. A file that cannot be read causes a warning and is replaced."""
         if self.number and self.world.is_main:
             try:
                 self._lines = [line for line in records(self._file, "its texts are dropped") if line["step"] <= step]
@@ -60,8 +60,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Write the texts, and add them to samples.jsonl (rank 0) in place of those of this step and later ones, which an earlier start
-        wrote. A picture that cannot be read on all ranks has its error as the text.
+        """Generate the texts. In samples.jsonl, rank 0 replaces an earlier start's texts of this and later steps. If any rank cannot read a
+        picture, the error takes the place of the text.
         """
         if next(self._groups(), None) is None:
             return
@@ -85,8 +85,8 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Return a section for results.md, and the files to track; small copies of the pictures are saved in ``samples/``. A failure is a
-        warning, and the section is empty.
+        """Return a section for results.md and the files to track, and save small copies of the pictures in ``samples/``. A failure only
+        causes a warning, and the section is empty.
         """
         if next(self._groups(), None) is not None:
             with harmless(self.run_dir / "samples", self.world.say):
@@ -126,7 +126,7 @@ class Samples:
         return self.run_dir / "samples.jsonl"
 
     def _unreadable(self, pictures: Pictures) -> str:
-        """Return the error of a picture that this rank cannot read, or ""."""
+        """Return the error if this rank cannot read a picture, otherwise ""."""
         try:
             for picture in pictures:
                 self.collator.files.open((picture, False))
@@ -136,14 +136,14 @@ class Samples:
 
     def _text(self, prompt: Prompt, pictures: Pictures) -> str:
         model, ranks = self.engine.module.model, self.world.size
-        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that ends a text earlier takes part in the others' forwards
+        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that finishes its text early still joins the others' forwards
         try:
             return write(model, self.collator, self.world.device, pictures, prompt, _MAX_NEW_TOKENS, **options)
         except DataError as error:
             return str(error)
 
     def _groups(self) -> Iterator[tuple[str, CounterfactualGroup]]:
-        """Yield the groups whose first picture has a true text, from each set in turn."""
+        """Yield the groups whose first image has a true text, from each set in turn."""
         found = 0
         for index in range(max(map(len, self.splits.values()), default=0)):
             for name, groups in self.splits.items():
@@ -155,7 +155,7 @@ class Samples:
 
 
 def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
-    """Return the likeliest text for the first prompt, and the margin of the true texts; the margin is None without a false text."""
+    """Return the likeliest text for the first prompt, and the margin of the true texts. Without a false text, the margin is None."""
     texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
     best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}
     margin = None if best[0] is None or best[1] is None else best[1] - best[0]

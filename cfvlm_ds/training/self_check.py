@@ -1,8 +1,8 @@
-"""Self-check before training: weights must be finite, and packed rows must score like single rows with stock attention.
+"""Self-check before training: weights must be finite, and packed rows must give the same scores as single rows with stock attention.
 
 Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error
-of the precision. It has two sources: the spread of scores when every module's output is rounded differently, which is measured with single
-rows, and the rounding of the largest logit. A wrong mask or position causes a larger difference than both.
+of the precision. It has two sources: the spread of scores if every module's output is rounded differently (measured on single rows), and
+the rounding of the largest logit. A wrong mask or position causes a larger difference.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.models.model_files import explained
 
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Nats per token up to which a difference needs no explanation; half-precision types have 0.05."""
+"""Dtype -> largest difference, in nats per token, that needs no explanation. Half-precision types have 0.05."""
 _HALF = 0.05
-_CELLS, _REPEATS = 8, 2  # cells that are compared when a difference needs an explanation; forwards with other roundings for each
-_SPREADS = 3  # a difference beyond this many spreads of those forwards' scores is not caused by rounding
+_CELLS, _REPEATS = 8, 2  # number of cells to compare if a difference needs an explanation; differently rounded forwards per cell
+_SPREADS = 3  # rounding does not explain a difference beyond this many spreads of the scores of differently rounded forwards
 _NAMED = 5
 
 
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks, naming the weights with NaN or infinite values. Under ZeRO-3 every rank checks its own partition.
 
-    Bounds may be infinite, as those of Gemma 4's clipped layers are if nothing is clipped.
+    Bounds may be infinite: in Gemma 4's clipped layers they are infinite if nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -60,9 +60,9 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show at that point.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show here.
 
-    Every rank calls it. Errors of the machine, such as a lack of memory, are raised unchanged.
+    Every rank calls it. Machine errors, such as a lack of memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -74,8 +74,8 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """One cell, scored in a packed row and in a row of its own: both scores in nats, the number of tokens in its text, and the inputs of
-    the single-row forward.
+    """A cell that is scored in a packed row and in its own row: both scores in nats, the number of tokens in the text, and the inputs and
+    largest logit of the single-row forward.
     """
 
     packed: float
@@ -86,15 +86,15 @@ class Cell:
 
     @property
     def off(self) -> float:
-        """Absolute difference of the two scores in nats; NaN if either is NaN."""
+        """Absolute difference between the two scores in nats, or NaN if either score is NaN."""
         return abs(self.packed - self.alone)
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare two cells of the first packed row of ``groups``, the first cell and one after other texts, with single-row forwards.
+    """Compare two cells of the first packed row of ``groups`` with single-row forwards: the first cell, and a cell after other texts.
 
     Every rank calls it with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
-    differs by more than its precision explains.
+    differs by more than rounding explains.
     """
     model = forward.module.model
     dtype = next(model.parameters()).dtype
@@ -114,7 +114,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
         allowed = bound
         if not worst <= bound and math.isfinite(worst):
             step = max(1, len(places) // _CELLS)
-            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # equally many forwards on every rank
+            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # the same number of forwards on every rank
             worst = _largest(cells, world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
     backend = attention(config.model.attn_implementation, model.config, dtype)
@@ -132,7 +132,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
 def _compared(
     forward: Any, model: Any, collator: Collator, groups: Sequence[CounterfactualGroup], scores: Scores, place: list[int]
 ) -> Cell:
-    """Score one cell (group, image, text) of a packed row in a row of its own."""
+    """Score one cell (group, image, text) of a packed row in its own row."""
     g, i, c = place
     images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]
     alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())
@@ -156,10 +156,10 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 
 
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
-    """Return the root mean square, over cells and ranks, of the differences in units of the rounding error.
+    """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of its tokens,
-    and one unit in the last place of its largest logit.
+    The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of the number of
+    tokens, and one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):
@@ -172,13 +172,13 @@ def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype
 
 
 def _mean(values: Sequence[float], world: World) -> float:
-    """Return the mean over all ranks."""
+    """Return the mean over the values of all ranks."""
     return fmean(value for of_rank in gather_objects(values, world) for value in of_rank)
 
 
 @contextlib.contextmanager
 def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block, shift every module output of ``dtype`` at random by up to half a unit in the last place."""
+    """Within the block, randomly shift every module output of ``dtype`` by up to half a unit in the last place."""
     random = torch.Generator(device).manual_seed(seed)
     half_unit = torch.finfo(dtype).eps / 2
 
@@ -200,6 +200,6 @@ def rounded_otherwise(model: nn.Module, dtype: torch.dtype, seed: int, device: t
 
 
 def _largest(cells: Sequence[Cell], world: World) -> float:
-    """Return the largest difference per token over all ranks; NaN if any difference is NaN."""
+    """Return the largest difference per token over all ranks, or NaN if any difference is NaN."""
     off = [value for of_rank in gather_objects([cell.off / cell.tokens for cell in cells], world) for value in of_rank]
     return math.nan if any(map(math.isnan, off)) else max(off)

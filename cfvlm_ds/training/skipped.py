@@ -1,6 +1,4 @@
-"""Omissions of a run: unreadable groups and non-finite steps that are left out while the run continues. All of them are counted and
-named.
-"""
+"""Omissions of a run: unreadable groups and non-finite steps are left out while the run continues. All of them are counted and named."""
 
 from __future__ import annotations
 
@@ -25,10 +23,10 @@ _MOST_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class SkippedGroups:
-    """Record of the groups that could not be read and the reasons, in the run's state and in skipped.json.
+    """Record of the groups that could not be read, with reasons, in the run's state and in skipped.json.
 
     Args:
-        skipped: group id -> reason. It belongs to the run's state, and ``note`` adds to it.
+        skipped: group id -> reason. The mapping belongs to the run's state, and ``note`` adds to it.
     """
 
     data: DataConfig
@@ -37,7 +35,7 @@ class SkippedGroups:
     world: World
 
     def note(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Record the groups that were left out of these micro-batches. Collective: all ranks call it if any rank has left groups out.
+        """Record the groups that are missing from these micro-batches. Collective: all ranks call it if any rank has left out groups.
 
         Raises DataError on all ranks if data.on_error and data.max_skipped do not allow it.
         """
@@ -60,7 +58,7 @@ class SkippedGroups:
 
 @dataclass
 class NonfiniteSteps:
-    """Record of the steps whose loss or gradient was not finite, in nonfinite.jsonl."""
+    """Record of the steps with a non-finite loss or gradient, in nonfinite.jsonl."""
 
     train: TrainConfig
     run_dir: Path
@@ -72,11 +70,11 @@ class NonfiniteSteps:
         self.in_a_row = 0
 
     def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
-        """Record a non-finite step with its groups; all ranks call it. ``what`` is "loss" or "gradient".
+        """Record a non-finite step with its groups. All ranks call it. ``what`` is "loss" or "gradient".
 
-        For a loss, the groups are those of the micro-batches whose loss was not finite. A gradient is known only as the sum over all ranks,
-        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is not ``skip``, or if the step has been
-        ``applied``.
+        For a loss, only the groups of micro-batches with a non-finite loss are listed. A gradient is known only as the sum over all ranks,
+        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, the step has been ``applied``, or
+        too many such steps follow each other.
         """
         file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

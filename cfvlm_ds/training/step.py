@@ -1,6 +1,6 @@
-"""One optimizer step: its micro-batches, the global denominators, one forward and one backward for each micro-batch, and the update.
+"""One optimizer step: its micro-batches, the global denominators, one forward and backward pass per micro-batch, and the update.
 
-All ranks handle failures within a step alike: groups that cannot be read, a loss that is not finite, a lack of memory.
+All ranks handle failures within a step alike: unreadable groups, a non-finite loss, a lack of memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 
 @dataclass(frozen=True)
 class Measured:
-    """A micro-batch after its forward.
+    """A micro-batch after its forward pass.
 
-    ``loss`` and the ``shares`` of the terms are parts of the step's loss, on this rank. ``routed`` holds the routing of a mixture of
-    experts for each forward, ``hardest`` the selection of train.hard_negatives.
+    ``loss`` and ``shares`` are its parts of the step's loss and of the loss terms, on this rank. ``routed`` holds the expert routing of
+    each forward of a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
     """
 
     micro_batch: MicroBatch
@@ -50,10 +50,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements, which are empty if the step was left out.
+    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements (empty if the step was left out).
 
-    ``stop`` is the reason to stop after this step. ``save_due`` is True if a rank wants a checkpoint. ``waited_s`` is the time spent
-    waiting for data.
+    ``stop`` is the reason to stop after this step, if any. ``save_due`` is True if any rank wants a checkpoint. ``waited_s`` is the time
+    spent waiting for data, in seconds.
     """
 
     stop: str | None
@@ -67,9 +67,9 @@ class OptimizerStep:
     """Runner of optimizer steps.
 
     Args:
-        engine: drives a Scorer.
+        engine: DeepSpeed engine of a Scorer.
         collator: the run's collator. It packs rows again, and makes a stand-in batch on a rank whose data workers have died.
-        mark: called with the phase and the step's number, so that a hang can be located.
+        mark: function that records a phase and step number, so that a hang can be located.
     """
 
     config: RunConfig
@@ -84,12 +84,12 @@ class OptimizerStep:
         """Fetch the micro-batches, agree on the global denominators, compute the gradients, update the weights, and return the result.
 
         Args:
-            number: number of the step, from 1.
-            progress: share of all steps done before, 0 to 1.
-            votes: [2] this rank's votes to stop, see cfvlm_ds.cluster.signals.
+            number: number of the step, starting at 1.
+            progress: share of all steps done before this step, 0 to 1.
+            votes: [2], this rank's votes to stop; see cfvlm_ds.cluster.signals.
             save_due: True if this rank wants a checkpoint.
 
-        Raises WorkerLost on all ranks, before anything is computed, if one of them has lost its batches.
+        Raises WorkerLost on all ranks, before anything is computed, if a rank has lost a data worker.
         """
         self.mark("data", number)
         started = time.monotonic()
@@ -117,7 +117,7 @@ class OptimizerStep:
         if dropped:
             self.skipped.note(micro_batches)
         measured, finite = self._compute(number, micro_batches, dict(zip(local, sums, strict=True)), progress)
-        # the loss scaling of fp16 skips steps on its own
+        # fp16 loss scaling skips steps on its own
         if not finite or not (self.engine.was_step_applied() or self.engine.fp16_enabled()):
             losses = [(each.micro_batch, each.loss) for each in measured]
             self.nonfinite.note(number, losses, "gradient" if finite else "loss", self.engine.was_step_applied())
@@ -129,7 +129,7 @@ class OptimizerStep:
         return StepResult(reason(all_votes), bool(save_due), waited, measured)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
-        """Return the step's micro-batches and None; if a data worker has died, a stand-in and the error message."""
+        """Return the step's micro-batches and None. If a data worker has died, return a stand-in and the error message."""
         device, count = self.world.device, self.config.train.gradient_accumulation_steps
         try:
             return [next(batches).to(device) for _ in range(count)], None
@@ -143,9 +143,7 @@ class OptimizerStep:
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
-        """Compute the gradients of all micro-batches and update the weights. Returns the measurements, and whether every loss was
-        finite.
-        """
+        """Compute the gradients of all micro-batches and update the weights. Return the measurements and whether every loss was finite."""
         world, objective, engine = self.world, self.config.objective, self.engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
@@ -169,7 +167,7 @@ class OptimizerStep:
                 finite.mul_(torch.isfinite(loss.detach()))
                 if last:
                     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-                # DeepSpeed skips a step whose global gradient norm is not finite, so the last loss must be finite on all ranks or on none.
+                # DeepSpeed skips a step with a non-finite global gradient norm, so the last loss must be finite on all ranks or on none.
                 backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
                 loss, (share, routed) = loss.detach() / world.size, balance.taken()
                 if share is not None:
@@ -179,7 +177,7 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forwards for each micro-batch, equal on every rank because ZeRO-3 gathers weights on all ranks together."""
+        """Return the number of forwards per micro-batch. It is equal on all ranks, because under ZeRO-3 they gather weights together."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards
@@ -188,15 +186,15 @@ class OptimizerStep:
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
-        """Return the scores [G, I, C] of the model without its adapters, if an objective needs a reference and none is stored; otherwise
-        None.
+        """Score a batch with the model without its adapters, and return [G, I, C] nats. Return None if no objective needs a reference or
+        the reference is stored.
         """
         if batch.reference is not None or not any(term.needs_reference for term in self.config.objective.values()):
             return None
         self.engine.eval()
         with torch.no_grad(), adapters_off(self.engine.module.model):
             logp = batch.scores(self.engine(**batch.model_inputs)).logp
-        drop_prefetch_recording(self.engine)  # the training forward begins like this one but continues with a backward
+        drop_prefetch_recording(self.engine)  # the training forward begins like this one, but a backward pass follows it
         self.engine.train()
         return logp
 

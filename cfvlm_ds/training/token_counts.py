@@ -1,6 +1,4 @@
-"""Token counts of all groups, which determine how micro-batches are packed. They are measured once, and all ranks map one file into
-memory.
-"""
+"""Token counts of all groups, which determine how micro-batches are packed. They are computed once, and all ranks memory-map one file."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ from cfvlm_ds.data.picture_index import PictureTable, sizes_of
 from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
-_NAME = 16  # characters of a hash in the name of a file
-_FORM = 2  # version of the counts; stored counts of another version are not used
+_NAME = 16  # characters of the hash in a file name
+_FORM = 2  # version of the counts; stored counts of another version are ignored
 
 
 def group_tokens(
@@ -44,19 +42,19 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return the token counts of all groups in the rows that ``collator`` builds; rank 0 counts them on all its cores.
+    """Return the token counts of all groups in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
 
-    Image headers are read for images that ``pictures`` do not contain. The counts are stored in the first of ``folders`` that is writable,
-    under a hash of everything that they depend on: all ranks map one file, and the next start reads it. Nothing is stored if ``depends_on``
-    is None.
+    If ``pictures`` does not contain a picture, its header is read. The counts are stored in the first writable folder of ``folders``, under
+    a hash of everything that they depend on. All ranks map this file, and the next start reads it. If ``depends_on`` is None, nothing is
+    stored.
 
-    Raises DataError on every rank for a file without a header and for a group that exceeds a limit of ``data``. The limit of a micro-batch
-    applies to all images and texts of a group, the limit of a forward to one image with one text.
+    Raises DataError on every rank for a picture file without a header and for a group that exceeds a limit of ``data``. The limit of a
+    micro-batch applies to all images and texts of a group, and the limit of a forward applies to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
-        """Return the counts of the groups at ``places``, or the message about one that cannot be read."""
+        """Return the counts of the groups at ``places``, or an error message if a group cannot be read."""
         try:
             chunk = [groups[index] for index in places]
             shown = (picture for group in chunk for image in group.images for picture in image)
@@ -72,7 +70,7 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return [2, groups]: the token count of every whole group, and that of its largest image with one text."""
+        """Return [2, groups]: the token counts of each whole group and of its largest image with one text."""
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):
@@ -88,7 +86,7 @@ def group_tokens(
                 return file
         counted.append(counts_of_all())
         for file in files:
-            with contextlib.suppress(OSError):  # a full disk only costs memory and the time of the next start
+            with contextlib.suppress(OSError):  # with a full disk, counts stay in memory and the next start counts again
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as handle:
                     np.save(handle, counted[0], allow_pickle=False)
@@ -115,7 +113,7 @@ def group_tokens(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Return the paths at which the counts may be stored; none if their dependencies are not known."""
+    """Return the paths at which the counts may be stored. There are none if ``depends_on`` is None."""
     if depends_on is None:
         return []
     parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]

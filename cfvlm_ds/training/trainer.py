@@ -1,4 +1,4 @@
-"""Training loop: steps, records, evaluations and checkpoints, and the evaluation and export at the end."""
+"""Training loop: steps, records, evaluations, checkpoints, and the final export and evaluation."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ from cfvlm_ds.training.step import OptimizerStep
 
 @dataclass
 class Trainer:
-    """Trainer of a model from its present state to the end of the run.
+    """Trainer that takes a model from its current state to the end of the run.
 
     Args:
-        engine: the DeepSpeed engine, which drives a Scorer.
-        collator: makes batches of the groups.
+        engine: DeepSpeed engine of a Scorer.
+        collator: collator that makes batches from groups.
         sampler: sampler of groups, at the position where training continues.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
-        num_workers: number of data workers, which may be forked from here on.
+        num_workers: number of data workers. They may be forked once the trainer exists.
     """
 
     config: RunConfig
@@ -96,7 +96,7 @@ class Trainer:
 
     @cached_property
     def sample(self) -> EvaluationSample:
-        """The groups that are scored several times during the training, if ``train.eval_steps`` is not given."""
+        """The groups that are scored several times during training if ``train.eval_steps`` is not set."""
         splits = self.data.splits if self.config.train.eval_steps is None else {}
         return EvaluationSample(splits, self.sampler.groups_in(self.total_steps), self.total_steps)
 
@@ -122,7 +122,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or until the ranks agree to stop. Returns the reason to stop, or None at the end."""
+        """Train to the end, or until the ranks agree to stop. Return the reason to stop, or None at the end."""
         train, state, world = self.config.train, self.state, self.world
         skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
@@ -170,7 +170,7 @@ class Trainer:
                     save_due |= self._evaluate(tracker)
                 except StopRequested as request:
                     stop = str(request)
-                meter.reset()  # the evaluation's time is not training time
+                meter.reset()  # evaluation time is not training time
             last |= self._stopped_early
             if last or stop or save_due or (train.save_steps and state.step % train.save_steps == 0):
                 self.pulse.mark("checkpoint", state.step)
@@ -190,9 +190,9 @@ class Trainer:
         return patience is not None and self.state.worse >= patience
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of this rank from the sampler's position on, prepared by data workers while the engine computes.
+        """Yield this rank's micro-batches, starting at the sampler's position. Data workers prepare them while the engine computes.
 
-        Raises WorkerLost when a data worker has died.
+        Raises WorkerLost if a data worker has died.
         """
         groups, sampler, num_workers, terms = self.data.groups, self.sampler, self.num_workers, batch_terms(self.config.objective)
         loader: Any = DataLoader(
@@ -216,9 +216,9 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint and return its cost as metrics: seconds, and their share of the time since the last checkpoint.
+        """Save a checkpoint. Return its cost as metrics: the seconds, and their share of the time since the last checkpoint.
 
-        A failure raises SaveError if the checkpoint is ``needed``; otherwise it prints a warning.
+        A failure raises SaveError if the checkpoint is ``needed``. Otherwise it only causes a warning.
         """
         started, train, failed = time.monotonic(), self.config.train, False
         try:
@@ -262,14 +262,14 @@ class Trainer:
         self.samples.write(self.state.step)
         if (best := self.config.train.save_best) is None:
             return False
-        if best not in metrics:  # such as an area under a curve of scores that are not numbers
+        if best not in metrics:  # for example, the area under the curve of NaN scores
             self.world.say(f"warning: this evaluation has no {best} (train.save_best), which counts as no improvement")
         return self.state.evaluated(metrics.get(best, math.nan))
 
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all of its metrics. A part of a set counts only for the sample's metrics."""
+        """Log an evaluation, print its headlines, and return all metrics. A partly evaluated set counts only for the sample's metrics."""
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
         metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(whole)
@@ -287,8 +287,8 @@ class Trainer:
     def _finish(self, tracker: Any) -> None:
         """Export, evaluate every split, and write tables and figures.
 
-        The export comes first, so that no later failure withholds the trained model from the user. If the export itself fails, its error is
-        raised after the evaluation has been written.
+        The export comes first, so that the user has the trained model even if a later part fails. If the export itself fails, its error is
+        raised after the evaluation results are written.
         """
         config, step, say = self.config, self.state.step, self.world.say
         self.pulse.mark("evaluation and export", step)
@@ -343,15 +343,15 @@ class Trainer:
             raise failed
 
     def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
-        """Exit from a run that will continue from the checkpoint of its last step; all ranks call it."""
+        """Exit from a run that will continue from the checkpoint of its last step. All ranks call it."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
         self.world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
-        self.world.wait()  # the launcher kills all ranks as soon as one exits with a non-zero code
+        self.world.wait()  # the launcher kills all ranks as soon as one rank exits with a non-zero code
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker: this rank ``alone``, or all ranks together."""
+        """Exit from a run that has lost a data worker. If not ``alone``, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)

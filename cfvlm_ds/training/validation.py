@@ -29,8 +29,8 @@ _UNKNOWN_WIDTH = 64
 def validate(config: RunConfig, world: World | None) -> None:
     """Raise ConfigError or DataError for settings that would stop the run later.
 
-    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that the configuration's ``build``
-    section will write need not exist.
+    In a dry run, which needs no data and may be for another machine, ``world`` is None. Files that the ``build`` section will write need
+    not exist.
     """
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
@@ -55,12 +55,12 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 
 def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
-    """Raise ConfigError for a path that does not exist in the working folder but does exist next to the YAML file."""
+    """Raise ConfigError if a path does not exist relative to the working folder but exists relative to the YAML file's folder."""
     data, paths = config.data, [config.model.name_or_path]
     for data_set in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
         roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []
         paths += [data_set.path, *roots, getattr(data_set, "scores", None) or ""]
-    for path in paths if config.build == BuildConfig() else ():  # with ``build`` a path may be written first
+    for path in paths if config.build == BuildConfig() else ():  # ``build`` may still write the path
         if path and not is_there(Path(path)) and is_there(beside := Path(config.yaml_folder, path)):
             raise ConfigError(f"{path} does not exist{counted_from(path)}; use {beside}, which exists next to the YAML file")
 
@@ -128,7 +128,8 @@ def _is_below(path: str, folder: str) -> bool:
 def scores_needed(config: RunConfig) -> bool:
     """Return True if an objective needs stored scores of the training groups.
 
-    The model without its adapters can replace a stored reference, not a stored prior. Raises ConfigError if a needed file is not named.
+    The model without its adapters can replace a stored reference, but not a stored prior. Raises ConfigError if the file of needed scores
+    is not set.
     """
     without = [name for name, source in config.data.train_sets.items() if source.scores is None]
     needed = False

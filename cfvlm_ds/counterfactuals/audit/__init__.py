@@ -1,3 +1,1 @@
-"""Audit of a set of groups: shortcuts by which a model could tell true from false without looking,
-duplicates, and overlap with benchmarks.
-"""
+"""Audit of a set of groups: duplicates, overlap with benchmarks, and shortcuts that tell true from false texts without the picture."""

@@ -1,6 +1,6 @@
-"""Thinning of a set until words, length and a scorer on a blank picture no longer distinguish true texts from false ones.
+"""Thinning of a set until words, length and a blind scorer no longer distinguish true texts from false texts.
 
-It balances words as the back end ``rules`` does (propose/balance.py), with length and the scorer's guess as two additional words.
+It balances words like the back end ``rules`` (propose/balance.py) and treats length and the scorer's guess as two additional words.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 REFINED = "refined"
-"""Key of a row's ``meta`` with the parameters of the thinning."""
+"""Key in a row's ``meta`` under which the parameters of the thinning are stored."""
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
-    """Pair each true text of the factual image with each false one of the same prompt."""
+    """Pair each true text of the factual image with each false text of the same prompt."""
     return [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write the groups that are kept, and return a sentence that says how often blind guesses are right on them. ``blind`` are the margins
-    of a scorer without a picture.
+    """Write the kept groups, and return a sentence that states how often blind guesses are right on them. ``blind`` holds one margin per
+    group, from a scorer that sees no picture.
 
     Raises ConfigError if no group can be kept.
     """
@@ -66,7 +66,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
 
 
 def refined_file(file: Path, *inputs: str) -> None:
-    """Raise ConfigError if the output file is an input, or was written by another program."""
+    """Raise ConfigError if the output file is an input or another program wrote it."""
     own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
 
 
@@ -75,5 +75,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of correct guesses, with ties counted as one half."""
+    """Return the share of correct guesses. A tie counts as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

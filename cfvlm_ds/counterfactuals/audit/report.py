@@ -1,4 +1,4 @@
-"""Audit report on a set of groups: shortcuts, duplicates, leaks and balance, as text, JSON and a page that shows the affected groups."""
+"""Audit report on a set of groups (shortcuts, duplicates, leaks, balance) as text, as JSON, and as a page of the affected groups."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit: facts for a table, and sentences about exceeded limits with the ids of the affected groups."""
+    """Results of an audit: facts for a table, shortcuts, and exceeded limits, each as a sentence and the ids of the affected groups."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split: its name and groups, the groups that show each picture, and the hashes of each readable picture."""
+    """A split. ``owners`` maps each picture to the ids of the groups that show it, and ``looks`` maps readable pictures to their hashes."""
 
     name: str
     groups: Sequence[CounterfactualGroup]
@@ -80,7 +80,7 @@ class _Set:
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
-    """Audit all groups and pictures of the given manifests, which are the splits of one set. Returns the report and the splits."""
+    """Audit all groups and pictures of the manifests, which are the splits of one set. Return the report and the splits."""
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
@@ -100,7 +100,7 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Hash every picture of a split, and return the split. The problem of an unreadable picture is added to ``broken``, under the id of a
+    """Hash every picture of a split, and return the split. If a picture is unreadable, add the problem to ``broken`` under the id of a
     group that shows it.
     """
     owners: dict[Path, list[str]] = {}
@@ -160,8 +160,8 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report originals that occur in several groups, and pictures that occur in several splits. Edits of one picture resemble each other
-    and are left out.
+    """Report originals that occur in several groups, and pictures that occur in several splits. Edits are left out, because edits of one
+    picture resemble each other.
     """
     originals = []
     for split in sets:
@@ -224,7 +224,7 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
 
 
 def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """Score all texts on a blank picture, and return for each group the mean margin of its true texts over its false ones."""
+    """Score all texts on a blank picture, and return each group's mean margin of true over false texts, in the scorer's unit."""
     margins: list[list[float]] = []
     for split in sets:
         progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")
@@ -249,7 +249,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write a page of the groups that a fault names into the folder ``out``, with report.md and report.json."""
+    """Write report.md, report.json and a page into the folder ``out``. The page shows the groups that a fault names."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

@@ -1,7 +1,7 @@
-"""Shortcuts: classifiers that detect counterfactual texts from their words or length, and edited pictures from their grain, without regard
-to whether the text and the picture match.
+"""Shortcuts: classifiers that detect counterfactual texts by their words or length, and edited pictures by their grain. They ignore whether
+a text matches its picture.
 
-Each classifier is fitted on half of the groups and evaluated on the other half; all groups of a source are in the same half.
+Each classifier is fitted on half of the groups and evaluated on the other half. All groups of a source are in the same half.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % interval (None if not measured), the number of
-    pairs, and its strongest features, or why it was not measured.
+    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % interval (None if not measured) and the number of
+    pairs. ``telling`` lists the strongest features or states why nothing was measured.
     """
 
     name: str
@@ -45,7 +45,7 @@ def _not_measured(name: str) -> Shortcut:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve, with ties as one half, and both ends of Hanley and McNeil's interval (1982)."""
+    """Compute the area under the ROC curve, and both ends of its interval (Hanley and McNeil 1982). A tie counts as one half."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -58,7 +58,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify by length in characters, without fitting; only the better of the two directions is chosen."""
+    """Classify by length in characters. Nothing is fitted, except that the better of the two directions is used."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:
@@ -71,7 +71,7 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """Classify by a bag of words: the log-odds of each word in counterfactuals and originals of one half are summed on the other half."""
+    """Classify by a bag of words: each word's log-odds (counterfactual against original) come from one half, and a score is their sum."""
     if len(set(halves)) < 2:
         return _not_measured("texts by their words")
     counts: list[Counter[str]] = [Counter(), Counter()]
@@ -93,7 +93,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute FEATURES, statistics of a picture that depend on how it was made and not on what it shows."""
+    """Compute FEATURES: statistics that depend on how a picture was made rather than on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)
@@ -125,8 +125,8 @@ def grain(image: Image.Image) -> Array:
 
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
-    """Classify by a linear rule over FEATURES, fitted by ridge regression on one half. Pairs show the same scene, so a useful feature
-    reveals how the pictures were made.
+    """Classify by a linear rule over FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same scene, so a
+    useful feature reveals how the pictures were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain")

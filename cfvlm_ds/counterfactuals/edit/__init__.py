@@ -1,6 +1,4 @@
-"""Picture editors: each turns a picture into one that shows the counterfactual caption and no other change. An editor is one file and one
-line here.
-"""
+"""Picture editors: make a picture show a counterfactual caption and change nothing else. A new editor is one file and one line here."""
 
 from __future__ import annotations
 
@@ -20,4 +18,4 @@ EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "diffusers": Diffusers,
     "command": Command,
 }
-"""Name -> editor. A user's script adds one by ``EDITORS["mine"] = ...``."""
+"""Name -> editor. A user's script adds an editor with ``EDITORS["mine"] = ...``."""

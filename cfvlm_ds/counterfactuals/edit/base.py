@@ -1,4 +1,4 @@
-"""Interface of picture editors: their tasks and results, and checks of pictures from external sources."""
+"""The interface of picture editors: their tasks and results, and checks of pictures from external sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
+    """An attempt at an edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
 
     id: str
     source: str
@@ -39,7 +39,7 @@ class Task:
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, which is white where the picture may change. Returns None if there is none. Raises DataError for another size."""
+        """Open the mask, in which white marks what may change. Return None without a mask. Raises DataError if its size is not ``size``."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Picture:
-    """An edited picture; ``info`` is its editor's record of how it was made."""
+    """An edited picture. ``info`` is the editor's record of how it was made."""
 
     image: Image.Image
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Refused:
-    """A refusal to edit, with the reason."""
+    """A refusal to edit, and the reason."""
 
     reason: str
 
@@ -68,7 +68,7 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the options of the step.
 
-    ``varies`` is true if the picture depends on the seed, which makes repeated attempts useful. ``threads`` is the number of concurrent
+    ``varies`` is true if the picture depends on the seed, so that repeated attempts are useful. ``threads`` is the number of concurrent
     tasks.
     """
 
@@ -77,20 +77,20 @@ class Editor:
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings that determine the pictures, to be stored with them."""
+        """Return the settings that determine the pictures. They are stored with the pictures."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor accepts an edit, judging only by its words."""
+        """Return whether this editor accepts an edit. The pixels are not read."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return the edited picture, as large as the original, or a refusal; None if only the text is edited."""
+        """Return the edited picture, which has the size of the original, or a refusal. Return None if only the text is edited."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the file in ``folder`` that is named by the id ``name``, or None if there is none or the id cannot be a file name."""
+    """Return the file in ``folder`` whose name is the id ``name``, or None if it is missing or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
@@ -102,7 +102,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """Open a picture file. The message of a refusal calls the file ``shown``."""
+    """Open a picture file. If it is refused, the reason calls the file ``shown``."""
     try:
         return Picture(open_image(path))
     except DataError as error:

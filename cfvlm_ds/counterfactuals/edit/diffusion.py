@@ -1,6 +1,6 @@
 """Diffusion pipelines of the diffusers library: instruction editing, inpainting, and generation of a new picture from the text.
 
-The parameters of a pipeline's call determine its kind: it takes a mask, a picture, or neither.
+A pipeline's kind follows from what its call accepts: a mask, a picture, or neither.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from cfvlm_ds.core.versions import version
 from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.options import EditOptions, pairs
 
-_MULTIPLE = 32  # pixels; every known pipeline accepts sides that are multiples of it
+_MULTIPLE = 32  # pixels; every known pipeline accepts pictures whose sides are multiples of this number
 OLDEST = "0.42.1"
-"""Oldest supported version, as in pyproject.toml. Before 0.38, diffusers runs code in a pipeline's folder; before this version, it imports
-any module that the folder names.
+"""Oldest supported version, as in pyproject.toml. Before 0.38, diffusers runs code from a pipeline's folder. Before this version, it
+imports any module that the folder names.
 """
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``, which runs a diffusion pipeline. Each batch has one picture, because the result of a seed depends on the batch
-    size.
-    """
+    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
 
     varies, threads = True, 1
 
@@ -59,7 +57,7 @@ class Diffusers(Editor):
                 options.model, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
             self.pipe = pipe.to(self._device)
-        except Exception as error:  # raised for a folder without a pipeline
+        except Exception as error:  # for example, the folder contains no pipeline
             if not is_failure(error):
                 raise
             raise ConfigError(f"--model {options.model} is not a diffusers pipeline ({type(error).__name__}: {error})") from error
@@ -107,14 +105,14 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Pad a picture by repeating its last row and column, until a pipeline accepts its sides."""
+    """Pad a picture to a size that pipelines accept by repeating its last row and column."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """Parse ``NAME=VALUE,...``; values are numbers, booleans or texts. Raises ConfigError."""
+    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError for another form."""
     options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
     for name, value in options.items():
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Editors that create no picture: edited pictures from a folder, named by the ids of the edits, and edits of only the text."""
+"""Editors that create no picture. ``folder`` takes edited pictures from a folder, and ``none`` edits only the text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 class Folder(Editor):
-    """Editor ``folder``: FOLDER/SOURCE/NUMBER.png is the picture of the edit SOURCE/NUMBER. It accepts only edits with such a file."""
+    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png for the edit SOURCE/NUMBER. It accepts an edit only if the file exists."""
 
     def __init__(self, options: EditOptions) -> None:
         self._folder = Path(options.folder)

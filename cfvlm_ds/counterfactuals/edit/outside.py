@@ -1,4 +1,4 @@
-"""External editor: a command that is called for each picture. Its output is checked like any untrusted file."""
+"""External editor: a command that runs once per picture. Its output is checked like any untrusted file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def png(image: Image.Image) -> bytes:
 
 
 class Command(Editor):
-    """Editor ``command``: a command line with ``{request}``, a JSON file with the picture's path and the instruction, and ``{output}``, the
-    file to write.
+    """Editor ``command``: runs a command line in which ``{request}`` is a JSON file with the picture's path and the instruction, and
+    ``{output}`` is the file to write.
 
-    No text of a model or a row becomes part of the command line.
+    No text from a model or a row becomes part of the command line.
     """
 
     varies = True
@@ -69,7 +69,7 @@ class Command(Editor):
             return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:
-        """Run the command, and return why it failed, or "". A command that is stopped is killed with all its child processes."""
+        """Run the command, and return why it failed, or "". If it must be stopped, its child processes are killed too."""
         with open(errors, "w+b") as error_output:
             try:
                 process = subprocess.Popen(

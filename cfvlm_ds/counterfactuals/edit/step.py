@@ -1,4 +1,4 @@
-"""Step ``edit``: each proposed edit of a shard is applied to its picture, several times if its editor's results vary."""
+"""Step ``edit``: each proposed edit of a shard is applied to its picture, several times if the editor's results vary."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
-_CHANGED = 24  # smallest difference, in levels of 255, that a composite keeps
+_CHANGED = 24  # a composite keeps differences above this number of levels (of 255)
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the name of its editor, and the fields of its record about the proposal and its source."""
+    """An attempt at an edit, the name of its editor, and the record's fields about the proposal and its source."""
 
     task: Task
     editor: str
@@ -38,7 +38,7 @@ class Unit(NamedTuple):
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
-    """Edit the pictures of a shard, and return its completion record. Finished work of an earlier call is not repeated."""
+    """Edit the pictures of a shard, and return its completion record. Work that an earlier call finished is not repeated."""
     names = checked(options)
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -72,7 +72,7 @@ def checked(options: EditOptions) -> list[str]:
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one for each edit, or ``options.attempts`` if its editor's results vary."""
+    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results vary."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
@@ -91,7 +91,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
-    """Return the record of a unit, and the bytes of its picture if it is a new one."""
+    """Return the record of a unit, and the bytes of its picture if the picture is new."""
     task = unit.task
     record: dict[str, Any] = {
         "edit": task.id,
@@ -140,7 +140,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
 
 
 def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
-    """Return a slightly enlarged mask of the visible differences between two pictures."""
+    """Return a mask of the visible differences between two pictures, slightly enlarged."""
     changed = np.abs(np.asarray(original, np.int16) - np.asarray(edited, np.int16)).max(2) > _CHANGED
     mask = Image.fromarray((changed * 255).astype(np.uint8))
     return mask.filter(ImageFilter.MaxFilter(9))
@@ -157,7 +157,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 class _Tar(Journal):
-    """Tar of a shard's pictures; anything after the last recorded picture is cut off."""
+    """Tar file of a shard's pictures. Anything after the last recorded picture is cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), 0
@@ -177,6 +177,6 @@ class _Tar(Journal):
         self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
-        """Append a picture, and return its offset and length. Its record is written afterwards."""
+        """Append a picture, and return its offset and length. The caller writes the record afterwards."""
         start = self.append(tar_member(name, content))
         return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

@@ -1,7 +1,7 @@
-"""Balance of words: the probability with which each edit is kept, chosen so that words do not distinguish counterfactuals from originals.
+"""Word balancing: edits are kept with probabilities that stop single words from distinguishing counterfactuals from originals.
 
-A word that edits introduce more often than they remove reveals counterfactuals. Each word has a price; an edit from s to t is kept with
-probability min(1, price of t / price of s). The prices are chosen such that every word is introduced as often as removed, up to chance.
+A word that edits introduce more often than they remove reveals counterfactuals. Each word has a price. An edit from s to t is kept with
+probability min(1, price of t / price of s). The prices are chosen so that every word is introduced as often as it is removed, up to chance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ROUNDS, _CLOSE = 1000, 0.01
-_DIGITS = 6  # digits of a price, which are the same on every machine
+_DIGITS = 6  # significant digits of a price: few enough that all machines agree
 
 Numbers = npt.NDArray[Any]
 
@@ -40,8 +40,8 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability with which an edit is kept: 1 if its type has no prices or words only exchange their positions, 0 if a word
-    has no price.
+    """Compute the probability with which an edit is kept. It is 1 if the type has no prices or words only trade places, and 0 if a word has
+    no price.
     """
     if edit.type not in prices or not edit.gone:
         return 1.0
@@ -50,8 +50,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type: each with its probability, or less if the probabilities add up to more than
-    ``most``.
+    """Draw at most ``most`` of a caption's edits of one type. Each has the probability of ``share``; if their sum exceeds ``most``, all are
+    scaled down.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -61,7 +61,8 @@ def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> li
 def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
     """Draw indices, each with its probability, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 
-    One random number is drawn for all. Among any consecutive indices, the number drawn is the sum of their probabilities, up to rounding.
+    All draws share one random number. In any run of consecutive indices, the number of draws equals the sum of the probabilities, up to
+    rounding.
     """
     remaining, places = seed_of(*purpose) / 2.0**63, []
     for k, share in enumerate(shares):
@@ -73,7 +74,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices for the edits of captions, of which at most ``most`` are kept for each caption and type."""
+    """Compute the prices of words from the edits of all captions. At most ``most`` edits are kept per caption and type."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:
@@ -83,7 +84,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
-        """Return, for each edit, the share of its caption's edits of its type that the limit ``most`` admits."""
+        """Return, for each edit, the share of edits of the same caption and type that the limit ``most`` allows."""
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}
@@ -94,7 +95,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
 
 
 Move = tuple[int, Any, int]
-"""Index of an edit, a word, and 1 if the edit introduces the word, -1 if it removes it."""
+"""Index of an edit, a word, and a direction: 1 if the edit introduces the word, -1 if it removes the word."""
 
 
 def balanced(
@@ -102,8 +103,8 @@ def balanced(
 ) -> tuple[dict[Any, float], Numbers]:
     """Compute the logarithm of each word's price, and the probability with which each edit is kept.
 
-    For each word, the numbers of introductions and removals differ by at most one standard deviation of a count; for words of ``exact``,
-    they are equal.
+    For each word, the numbers of introductions and removals differ by at most one standard deviation of a count. For the words in
+    ``exact``, they are equal.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

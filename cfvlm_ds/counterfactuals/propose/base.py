@@ -1,4 +1,4 @@
-"""Interface of proposers: sources, proposals and rejections, and the context of a back end."""
+"""The interface of proposers: sources, proposals, rejections, and the context of a back end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.data.store import GroupStore
 
 @dataclass(frozen=True)
 class Source:
-    """A picture with one of its captions."""
+    """A picture and one of its captions."""
 
     id: str
     caption: str
@@ -26,10 +26,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A counterfactual caption that differs in one thing.
+    """A counterfactual caption, which differs from the source's caption in one thing.
 
-    ``source`` and ``target`` are the words before and after the change; ``instruction`` is for an editor of pictures. ``picture`` is an
-    existing picture that the text describes, or None.
+    ``source`` and ``target`` are the words before and after the change. ``instruction`` is for a picture editor. ``picture`` is
+    an existing picture that the text describes, or None.
     """
 
     type: str
@@ -41,7 +41,7 @@ class Proposal:
     picture: Path | None = None
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return the record of the proposal for the journal."""
+        """Return the proposal as a record for the journal."""
         record = {
             "id": name, "type": self.type, "text": self.text, "from": self.source, "to": self.target,
             "instruction": self.instruction, "back_end": self.back_end,
@@ -51,7 +51,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rejected proposal, with the reason. ``failed`` is true if there was no reply."""
+    """A rejected proposal and the reason. ``failed`` is true if the back end gave no reply."""
 
     back_end: str
     reason: str
@@ -60,7 +60,7 @@ class Rejected:
     failed: bool = False
 
     def record(self) -> dict[str, Any]:
-        """Return the record of the rejection for the journal."""
+        """Return the rejection as a record for the journal."""
         record = {"back_end": self.back_end, "reason": self.reason, "type": self.type, "text": self.text}
         return record | ({"failed": True} if self.failed else {})
 
@@ -71,7 +71,7 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` determines its proposals and is stored with them. ``threads`` is the number of sources processed concurrently.
+    ``settings`` determines the proposals and is stored with them. ``threads`` is the number of concurrently processed sources.
     """
 
     threads: int
@@ -79,7 +79,7 @@ class Proposer(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """Propose edits for a source. Sources may come in any order: the result depends only on the source and the settings."""
+        """Propose edits for a source. The result depends only on the source and the settings, so sources may come in any order."""
         ...
 
 
@@ -95,7 +95,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources of a data set: the first image of each group with every caption that is true of it, or the error of a row."""
+    """Yield a source for each true caption of each group's first image. For a row that cannot be read, yield the error."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group

@@ -1,4 +1,4 @@
-"""Edit rules for a caption, based on its parse and on lists of words. They favour precision: few edits, nearly all of them correct."""
+"""Edit rules for captions, based on a parse and on word lists. They favour precision: few edits, nearly all of them correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
 )
 
 Change = tuple[dict[int, str], str]
-"""New words keyed by the index of the old one, and the instruction for an editor of pictures."""
+"""A mapping from the index of an old word to its replacement, and the instruction for a picture editor."""
 
 _KINDS = {"colour": COLOURS, "size": tuple(SIZES), "material": MATERIALS, "texture": TEXTURES}
 _ALIKE = {word: {other for group in LISTS["colours_alike"] if word in group.split() for other in group.split()} for word in COLOURS}
@@ -35,7 +35,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return the alternatives to an adjective of a kind for a noun; empty if the noun allows no other."""
+    """Return the adjectives of a kind that can replace ``word`` before a noun. The list may be empty."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]
@@ -49,7 +49,7 @@ def others(kind: str, word: str, noun: str) -> list[str]:
 
 
 def _described(caption: Caption, kind: str) -> Iterator[tuple[Any, str]]:
-    """Yield the adjectives of a kind, each with the singular of its noun."""
+    """Yield each adjective of a kind and the singular of the noun that it describes."""
     for token in caption.doc:
         before, after = caption.word(token.i - 1), caption.word(token.i + 1)
         beside = {"pale", "hot", *_ALIKE} if kind == "colour" else ()
@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption names another thing with which the size can be compared. A picture of a single ball shows no size."""
+    """Return whether the caption names another thing to compare the size with. A picture of a single ball shows no size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -153,7 +153,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether a dependent of a noun is also possible with another noun."""
+    """Return whether a dependent of a noun also fits the noun ``new``."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")
@@ -162,7 +162,7 @@ def _fits(child: Any, category: str, new: str) -> bool:
         if kind in ("material", "texture"):
             return bool(others(kind, word, new))
         return word in (by_word("colours_of").get(new, COLOURS) if kind == "colour" else word_set("said_of_things"))
-    if child.dep_ == "acl":  # an action of any animal
+    if child.dep_ == "acl":  # an action that any animal can do
         return category in ("pet", "farm_animal", "wild_animal") and child.tag_ == "VBG"
     owned = child.dep_ == "poss" and category not in ("top", "legwear")
     return not (owned or child.dep_ in ("compound", "nmod") or (child.dep_ == "prep" and word in ("of", "with")))
@@ -202,7 +202,7 @@ def _relation(caption: Caption) -> Iterator[Change]:
 
 
 def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
-    """Return whether a phrase describes a position, and its opposite would be false of the same picture."""
+    """Return whether a phrase describes a position and its opposite would be false of the same picture."""
     where, subject = [_singular(noun) for noun in objects(caption.doc[places[-1]])], caption.doc[places[0]].head
     while subject.pos_ in ("VERB", "AUX", "ADP") and doer(subject) is not None:
         subject = doer(subject)
@@ -219,7 +219,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return the changes that replace a phrase with another one, which may have more or fewer words."""
+    """Return the changes that replace a phrase with another phrase. The two may differ in length."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}
@@ -251,4 +251,4 @@ MAKERS: dict[str, Callable[[Caption], Iterator[Change]]] = {
     "swap_attribute": _swap_attribute,
     "swap_object": _swap_object,
 }
-"""Type of edit -> function that yields the edits of a caption. A new type is one function and one line."""
+"""Edit type -> function that yields the edits of a caption. A new type is one function and one line here."""

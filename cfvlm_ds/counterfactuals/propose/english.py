@@ -1,4 +1,4 @@
-"""Dependency parse of a caption, made with spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
+"""Dependency parses of captions by spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def parser() -> Any:
     return spacy.load(name, exclude=["ner", "senter"])
 
 
-@functools.lru_cache(1 << 11)  # 30 KiB each; small sets are parsed once for both the prices and the edits
+@functools.lru_cache(1 << 11)  # 30 KiB per entry; a small set is parsed once for both prices and edits
 def _parsed(text: str) -> Any:
     with _ONE_AT_A_TIME:
         return parser()(text)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the proposals depend on."""
+    """Return the versions of the packages that the proposals depend on."""
     return {"spacy": version("spacy"), _PIPELINE: parser().meta["version"]}
 
 
@@ -57,7 +57,7 @@ def like(word: str, model: str) -> str:
 
 
 class Caption:
-    """A caption with its parse: ``doc`` holds spaCy's tokens, and ``said`` the set of their texts in lower case."""
+    """A caption with its parse. ``doc`` holds spaCy's tokens, and ``said`` is the set of their texts in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)
@@ -77,7 +77,7 @@ class Caption:
         return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
 
     def word(self, place: int) -> str:
-        """Return the word at an index; "" before the first and after the last word."""
+        """Return the word at an index, or "" if the index is outside the caption."""
         return self.words[place] if 0 <= place < len(self.words) else ""
 
     def places(self, start: int, end: int) -> list[int]:
@@ -85,7 +85,7 @@ class Caption:
         return [token.i for token in self.doc if start <= token.idx < end]
 
     def nouns(self) -> Iterator[Any]:
-        """Yield the nouns that head a phrase, without parts of a compound such as "hot dog"."""
+        """Yield the nouns that head a phrase. Other parts of a compound such as "hot dog" are left out."""
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
@@ -102,7 +102,7 @@ class Caption:
 
 
 def described(token: Any) -> Any:
-    """Return the noun that an adjective describes, or None. There may be several adjectives, as in "a red and blue hat"."""
+    """Return the noun that an adjective describes, or None. A noun may have several adjectives, as in "a red and blue hat"."""
     head = token.head
     while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
         token, head = head, head.head
@@ -127,7 +127,7 @@ def objects(token: Any) -> list[Any]:
 
 
 def governor(noun: Any) -> str:
-    """Return the preposition or verb that governs a noun; "of_a_sentence" for a subject, or the noun of a caption without a verb."""
+    """Return the preposition or verb that governs a noun. Return "of_a_sentence" for a subject or the head noun of a verbless caption."""
     while noun.dep_ == "conj":
         noun = noun.head
     if noun.dep_ in ("pobj", "dobj"):

@@ -1,5 +1,5 @@
-"""Language model back end: edits are proposed by a server with an OpenAI-compatible API. Replies are untrusted data, and every edit is
-judged by the package's own rules.
+"""Language model back end: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted data, so the package's own
+rules judge every edit.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cfvlm_ds.data.decoding import open_image
 
 VERSION = 1
 _MOST_BYTES = 1 << 20
-_MAX_TOKENS = 700  # ends a reply of endless white space, which is a known failure
-_SIDE = 768  # longer side, in pixels, of a picture that is sent
+_MAX_TOKENS = 700  # ends a reply of endless white space, a known failure
+_SIDE = 768  # longer side, in pixels, of the pictures in requests
 IN_A_ROW = 20
-"""Number of consecutive captions without a usable reply after which the step ends."""
+"""The step ends after this number of consecutive captions without a usable reply."""
 pause = time.sleep
-"""Pause between two calls."""
+"""Function that waits between two calls."""
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
 Rules for every edit:
@@ -79,8 +79,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a failed request. Raises ConfigError, which ends the step, if the server is unreachable and has not answered any request
-        yet, or after IN_A_ROW consecutive failures. Any other failure affects only its own caption.
+        """Count a failed request. A ConfigError ends the step if the server is unreachable and has never answered, or after IN_A_ROW
+        consecutive failures. Any other failure affects only its own caption.
         """
         with self._lock:
             self._in_a_row += 1
@@ -127,7 +127,7 @@ class LanguageModel:
         return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
 
     def _judged(self, source: Source, edits: list[Any]) -> Found:
-        """Return the proposals of a reply, and its rejected edits with reasons. The changed words are computed here, not taken from the
+        """Return a reply's proposals, and its rejected edits with the reasons. The changed words are computed here and not taken from the
         model.
         """
         results: list[Proposal | Rejected] = []
@@ -154,7 +154,7 @@ class LanguageModel:
 
 
 def edits_of(reply: Any) -> list[Any]:
-    """Return the edits of a reply. Raises CallFailed for a truncated reply, prose, and other JSON."""
+    """Return the edits of a reply. Raises CallFailed for a truncated reply, prose, and JSON of another form."""
     try:
         choice = reply["choices"][0]
         ended, content = choice["finish_reason"], choice["message"]["content"]

@@ -1,6 +1,6 @@
-"""Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, such as two colours.
+"""Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, for example a colour.
 
-An index of all captions with one word left open yields the pairs; each pair is proposed once, for the source with the smaller id.
+An index of all captions with one word left open yields the pairs. Each pair is proposed once, for the source with the smaller id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows with which a caption is compared for each open word. If there are more, evenly spaced ones are taken."""
+"""Largest number of rows with which a caption is compared per open word. If there are more, an evenly spaced subset is used."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),
@@ -27,8 +27,8 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``, which pairs existing pictures whose captions differ in one word. Memory does not grow with the data, because the
-    index is a file in the work folder.
+    """Back end ``mine``: pairs existing pictures whose captions differ in one word. Its index is a file in the work folder, so memory does
+    not grow with the data.
     """
 
     threads = 1
@@ -71,7 +71,7 @@ class Mine:
         return proposals
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
-        """Return the type of a pair's difference; "" if it is not a counterfactual of a requested type."""
+        """Return the type of a pair's difference, or "" if the pair is not a counterfactual of a requested type."""
         differs = difference(source.caption, other.caption)
         if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""

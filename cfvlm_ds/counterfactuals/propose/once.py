@@ -1,4 +1,4 @@
-"""Shared files of a work folder: one of the shards that run at the same time writes them, and the others wait."""
+"""Shared files of a work folder. One of the concurrent shards writes each file, and the others wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cfvlm_ds.core.files import file_lock
 
 
 def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path], bool] = Path.exists) -> Path:
-    """Return the file at ``path``, which ``make`` writes if it does not exist or is not current."""
+    """Return ``path`` after calling ``make`` to write the file if it is missing or not current."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_name(f"{path.name}.lock")):

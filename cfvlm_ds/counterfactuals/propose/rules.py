@@ -1,4 +1,4 @@
-"""Rules back end: edits of a caption, based on its parse and on closed lists of words. It favours precision over the number of edits."""
+"""Rules back end: edits based on a caption's parse and on closed word lists. It favours precision over the number of edits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
 VERSION = 8
-"""Incremented when the edits of a caption change."""
+"""Version of the rules, to be incremented if a caption's edits change."""
 _LOOKED_AT = 10_000
 """Largest number of rows from which the prices are computed."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
-"""Types of edits whose words ``--words`` may list."""
+"""Edit types for which ``--words`` may list words."""
 
 
 class Rules:
-    """Back end ``rules``, for English. The proposals for a caption depend on all captions of the data, because their words are balanced."""
+    """Back end ``rules`` for English. Words are balanced over the data, so the proposals for one caption depend on all captions."""
 
     threads = 1
 
@@ -60,8 +60,8 @@ class Rules:
         return proposals or [Rejected("rules", "every possible new word is already introduced more often than removed")]
 
     def _read(self, context: Context) -> Prices:
-        """Read the prices of words, which the first shard of a work folder writes for all. They are computed from evenly spaced captions,
-        few enough for memory.
+        """Read the prices of words. The first shard of a work folder writes them for all shards. It computes them from evenly spaced rows,
+        so that memory is bounded.
         """
         path, store = context.work.path / "prices.json", context.store
         settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
@@ -82,8 +82,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit that the rules allow: new words keyed by the index of the old one, the words that it removes and introduces (empty if words
-    only exchange their positions), and the instruction for an editor of pictures.
+    """An edit that the rules allow.
+
+    ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
+    both are empty if words only trade places. ``instruction`` is for a picture editor.
     """
 
     type: str
@@ -104,8 +106,8 @@ class Edit:
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
-    """Return all edits of a caption that the rules allow, by type, or the reason why there is none. ``words`` lists the words that edits of
-    a type may introduce.
+    """Return all edits that the rules allow for a caption, ordered by type, or the reason why there are none. ``words`` maps a type to the
+    words that its edits may introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "the caption is not one printable line")

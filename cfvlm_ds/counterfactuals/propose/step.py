@@ -1,4 +1,4 @@
-"""Step ``propose``: the back ends propose edits for every caption of a shard, and all proposals and rejections are recorded."""
+"""Step ``propose``: back ends propose edits for every caption of a shard. All proposals and rejections are recorded."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ STEP = "propose"
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int | None = 1) -> dict[str, Any]:
-    """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Finished work of an earlier call is not
+    """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Work that an earlier call finished is not
     repeated.
 
-    Raises ConfigError for options that are unknown or differ from those of the work folder.
+    Raises ConfigError if an option is unknown or differs from the work folder's options.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
@@ -59,7 +59,7 @@ def _named(unit: Source | DataError) -> dict[str, str]:
 
 
 def record_of(source: Source, answers: Iterable[Found]) -> dict[str, Any]:
-    """Build the journal's record of a source: edits with ids, and rejections with their reasons."""
+    """Build the journal record of a source: edits with ids, and rejections with reasons."""
     results = [result for answer in answers for result in answer]
     edits: list[dict[str, Any]] = []
     rejected = [result.record() for result in results if isinstance(result, Rejected)]
@@ -88,8 +88,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources of the rows ``places``. A source whose id occurred before is replaced by an error, because histories are identified
-    by that id.
+    """Yield the sources of the rows ``places``. If an id occurred before, yield an error instead, because the id identifies a source's
+    history.
     """
     seen = set[int]()
     for place in places:

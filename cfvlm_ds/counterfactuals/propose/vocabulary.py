@@ -1,4 +1,4 @@
-"""Vocabulary of the rules: `words.yaml` as sets and tables."""
+"""The rules' vocabulary: `words.yaml` as sets and tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def word_set(name: str) -> frozenset[str]:
 
 @functools.cache
 def by_word(name: str) -> dict[str, tuple[str, ...]]:
-    """Return a table of the vocabulary, with each key of several words split into one key per word."""
+    """Return a table of the vocabulary. A key of several words becomes one key per word."""
     return {word: tuple(listed.split()) for words, listed in LISTS[name].items() for word in words.split()}
 
 

@@ -1,4 +1,4 @@
-"""Word difference of two captions, and the check that a counterfactual changes exactly one visible thing."""
+"""Word difference between two captions, and the check that a counterfactual changes exactly one visible thing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
-"""A word with its apostrophes and hyphens, a number, or a mark."""
+"""A word with its apostrophes and hyphens, a number, or a punctuation mark."""
 MOST_CHANGED = 6
 """Largest number of words in one change."""
 MOST_CHARACTERS = 2000
@@ -26,12 +26,12 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
     taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
-"""Word -> a number that synonyms share: exchanging synonyms is not a change, and is never proposed."""
+"""Word -> a number that its synonyms share. Exchanging synonyms is not a change and is never proposed."""
 
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Words whose change cannot be seen in a picture if nothing else changes."""
+"""Words that make no visible difference if only they change."""
 
 
 @functools.lru_cache(256)
@@ -42,8 +42,8 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The words of each text between their ``first`` common words at the beginning and those at the end. ``swap`` is true if both texts
-    have the same words.
+    """The words in which two texts differ, after ``first`` common words at the beginning and before the common words at the end. ``swap``
+    is true if both texts have the same words.
     """
 
     before: tuple[str, ...]
@@ -54,7 +54,7 @@ class Difference:
 
 @functools.lru_cache(16)
 def difference(caption: str, text: str) -> Difference:
-    """Compute the difference of two texts in words."""
+    """Compute the word difference between two texts."""
     old, new = words(caption), words(text)
     first = shared_start(old, new)
     last = shared_start(old[first:][::-1], new[first:][::-1])
@@ -62,7 +62,7 @@ def difference(caption: str, text: str) -> Difference:
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
-    """Return the reason why a text is not a counterfactual of a caption, or None if it is one. Only the words are compared."""
+    """Return why a text is not a counterfactual of a caption, or None if it is a counterfactual. Only words are compared."""
     if not text.strip():
         return "no text"
     if printable(text) != text or len(text) > MOST_CHARACTERS:
@@ -92,7 +92,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """Return the words without numbers, and with the different forms of a noun or verb made equal."""
+    """Return the words without numbers and with inflected forms reduced to one form."""
     kept = [
         word
         for word in side
@@ -102,13 +102,13 @@ def _uncounted(side: Sequence[str]) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """Strip the ending of a plural noun, or of a verb's third person: flies and fly, passes and pass become equal."""
+    """Strip the ending of a plural noun or a third-person verb, so that flies equals fly and passes equals pass."""
     if word.endswith("ies") and len(word) > 4:
         return f"{word[:-3]}y"
     return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)
 
 
 def _kept_between(differs: Difference) -> int:
-    """Count the content words that stay the same between two changed words, such as "big" between "red big dog" and "blue big cat"."""
+    """Count the unchanged content words between two changed words, such as "big" in "red big dog" and "blue big cat"."""
     common = Counter(differs.before) & Counter(differs.after)
     return sum(count for word, count in common.items() if word not in EMPTY_WORDS and word.isalnum())
