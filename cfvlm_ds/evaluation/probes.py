@@ -122,7 +122,7 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter: the log-probability of an option's letter among all letters. Probabilities are averaged over option orders.
+    """Multiple choice by letter: log-probability of an option's letter among all letters. The probability is averaged over option orders.
 
     Up to four options are presented in all orders, and more options in cyclic orders. Each option takes each position equally often, so a
     preference for a position or a letter is no advantage. ``alone`` omits the question and the picture, which measures the prior of the
