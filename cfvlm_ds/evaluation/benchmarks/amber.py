@@ -74,8 +74,8 @@ _OTHERS = 2
 def description(row: Row) -> Item:
     """Return an item with a text for each object in the picture, each object often imagined there, the safe words, and all other words.
 
-    Each word belongs to one text. A safe word belongs to the safe words. Any other word belongs to the first object that has this name or
-    with which relation.json lists the word; objects in the picture come first. An object that has no word left cannot be mentioned.
+    Each word belongs to one text. A safe word belongs to the safe words. Any other word belongs to the first object with which
+    relation.json lists it, or to the object of that name; objects in the picture come first. An object without words cannot be mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")

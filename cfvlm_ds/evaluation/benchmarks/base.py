@@ -133,7 +133,7 @@ class Benchmark:
 
     Args:
         title: name that the authors gave the benchmark.
-        files: official files; a file without columns is not read row by row.
+        files: official files; rows of a file without columns do not become items.
         item: function that converts a row to one or more items, or to None for a row that does not count. Its exceptions are reported with
             the row.
         metrics: pure function of judged items.
@@ -233,8 +233,8 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items in whole, evenly spread clusters, so that every part is represented and no pair is split. If ``limit`` is
-    None, return all items.
+    """Return about ``limit`` items in whole, evenly spread clusters, so no part is missing and no pair is split. If ``limit`` is None,
+    return all items.
     """
     if limit is None or limit >= len(items):
         return list(items)
