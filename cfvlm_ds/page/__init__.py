@@ -47,7 +47,7 @@ MAX_TEXT = 20_000
 """Maximum number of characters that are shown of a text."""
 MAX_COMPARED = 40_000
 """Maximum number of word pairs to compare between two texts. Without this limit, hostile texts would take cubic time."""
-_SEARCHED = 1000  # number of searchable characters per text and per group
+_SEARCHED = 1000  # number of searchable characters of a group
 _SHAM = "sham (rendered again; compared with the edited images only)"
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
