@@ -172,8 +172,7 @@ def test_pictures_of_arrow_stay_and_those_of_parquet_are_copied_once(tmp_path):
     groups = read_manifest(path, format=format)
     (tar,) = tmp_path.rglob("pictures.tar")
     with tarfile.open(tar) as members:
-        assert sorted(members.extractfile(each).read() for each in members) == sorted(picture(k) for k in range(12))  # type:
-        ignore[union-attr]
+        assert sorted(members.extractfile(each).read() for each in members) == sorted(picture(k) for k in range(12))  # type: ignore[union-attr]
     assert len({each for g in groups for image in g.images for each in image}) == 12
 
 
