@@ -315,9 +315,10 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         config={"mm_tokens_per_image": 16} | {f"{name}_index": token for name, token in _GEMMA3.items()},
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
-    ), # All features of Gemma 4 except its mixture of experts. Smaller models: per-layer embeddings, and keys and values shared between
-    layers. # Larger models: bidirectional attention within pictures, and full-attention layers whose values are their keys. "gemma4":
-    partial(
+    ),
+    # All features of Gemma 4 except its mixture of experts. Smaller models: per-layer embeddings, and keys and values shared by layers.
+    # Larger models: bidirectional attention within pictures, and full-attention layers whose values are their keys.
+    "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],
         bos_token="<bos>",
