@@ -77,7 +77,7 @@ def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
 
 
 class _Labels:
-    """Function that returns the edit types of a comparison: the types of the edits that share the most images and texts with it."""
+    """Function that returns the types of the edits that share the most images and texts with a comparison."""
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]

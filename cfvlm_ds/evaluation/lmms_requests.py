@@ -168,7 +168,7 @@ class Likelihood(NamedTuple):
 
 @contextmanager
 def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield a function that returns, for each cell of the last scored batch, how many tokens are not the likeliest at their positions."""
+    """Yield a function that returns, for each cell of the last scored batch, how many tokens are not the likeliest ones."""
     head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 

@@ -51,8 +51,8 @@ HEADLINES = ("group", "pair", "image_pair")
 MEAN = "mean of edit types"
 """Table label of the row in which every edit type has equal weight, whatever its number of groups."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names of the counts for the shuffled control. They may be lower than the counts for the metrics, because some groups may have no other
-group's image to use.
+"""Names of the counts for the shuffled control. They may be lower than the counts for the metrics, because some groups have no other
+group's image.
 """
 NAMED = 5
 """Number of unused groups that are named for a metric; the others are only counted."""

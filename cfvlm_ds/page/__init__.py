@@ -105,7 +105,7 @@ class ScoreTable:
     def rank(self) -> float | None:
         """Smallest margin per word that is not NaN; None if there is none.
 
-        It determines the order of groups. Margins are sums over tokens, so long texts have larger margins; the division corrects for that.
+        It determines the order of groups. Margins are sums over tokens, so long texts have larger margins.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)

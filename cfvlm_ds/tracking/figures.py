@@ -1,6 +1,6 @@
 """Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
 
-Each function takes plain data and writes one PNG. matplotlib is imported, and the style set, only while a figure is drawn.
+Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn, and the style applies only to that figure.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _figure(path: Path, width: float, height: float, layout: Any = "constrained"
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the score matrices of sample groups as one PNG, with images beside the rows, captions above the columns and outlined true cells.
+    """Draw score matrices of sample groups as one PNG, with images beside rows, captions above columns and outlined true cells.
 
     For a large group, only the first images and captions are drawn. The title gives the totals.
 
     Args:
         path: PNG file to write.
-        groups: mappings with ``images`` (I lists of PIL images; the images of a list are shown together), ``captions`` (C texts),
+        groups: mappings with ``images`` (I lists of PIL images that are shown together), ``captions`` (C texts),
             ``scores`` ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally,
             ``title``.
     """

@@ -47,7 +47,7 @@ _FIRST_PAGE = re.compile(
     "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
     "|perception|yes_ratio)"
 )
-"""Metrics that people look at first. Their names begin with ``Main/``, which MLflow shows before ``detail/`` because of the capital."""
+"""Metrics to look at first. MLflow shows their prefix ``Main/`` before ``detail/``, the prefix of all others, because of the capital."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 """MLflow's tags for a run's description (Markdown), and for JSON files to be shown as tables."""
 

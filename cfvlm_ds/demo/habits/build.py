@@ -186,7 +186,7 @@ def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether a pair fits its test set: both scenes follow all habits (``agrees``), or the edit changes how habits are broken."""
+    """Return whether both scenes follow all habits (``agrees``), or else whether the anchor breaks some and the edit changes which."""
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 

@@ -160,9 +160,9 @@ def judge(text: str, scene: Scene) -> Verdict:
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where a scene differs from the first one.
 
-    All things are listed with number and colour; one colour may have its own sentence. If no colour has, and two things have a relation in
-    every scene, a relation follows. What differs between scenes is always mentioned: a relation, the background, or, if a thing is added,
-    the total number of things (without it, the text with fewer things would be true of both scenes).
+    All things are listed with number and colour, but one colour may be in a sentence of its own. Otherwise, a relation follows if two
+    things have a relation in every scene. What differs between scenes is always mentioned: a relation, the background or, if a thing is
+    added, the total number of things. Without the total, the text with fewer things would be true of both scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}

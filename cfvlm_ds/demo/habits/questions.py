@@ -44,7 +44,7 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Ask a question about what ``edit`` changed between scenes 0 and 1. Return None if no question of this kind has different answers."""
+    """Ask a question about what ``edit`` changed between scenes 0 and 1. Return None if the answers would be equal."""
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]

@@ -137,7 +137,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count, for each metric, the clusters in which it rose, and those in which it fell, from the first table to the second."""
+    """Count, for each metric, the clusters in which it rose and the clusters in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)

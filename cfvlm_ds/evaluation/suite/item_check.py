@@ -1,6 +1,6 @@
 """Item check before scoring: opens every picture once and measures every text once. The ranks share the work.
 
-The check names items that the model cannot process, because a picture is unreadable or a text exceeds the context window.
+Items that the model cannot process are named: a picture is unreadable, or a text exceeds the context window.
 """
 
 from __future__ import annotations

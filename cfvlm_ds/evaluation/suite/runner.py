@@ -261,7 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each turn. An error that ends the turns is yielded last, not raised, because all ranks must learn of it."""
+    """Yield (rows, None) for each turn. An error that ends the turns is yielded last, not raised, because all ranks need it."""
     try:
         for rows in turns:
             yield rows, None
