@@ -19,7 +19,7 @@ _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 
 FEWEST_CHANGED = 6
 """Least number of changed groups (or clusters of a benchmark) for an interval. If n groups change, all in one direction, the sign test
-gives p = 2 / 2^n. With fewer groups, p is above 5 %.
+gives p = 2 / 2^n. With fewer than 6 groups, p is above 5 %.
 """
 _MEANINGS = {
     "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "

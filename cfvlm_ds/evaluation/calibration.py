@@ -86,7 +86,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
     anchored, why = _length_norm(all_gaps)
     reasons.append(why)
     priors = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
-    guessed = quantile(priors, _GUESSED) if priors else 0.0  # only a larger change of the scores by the picture can outweigh this
+    guessed = quantile(priors, _GUESSED) if priors else 0.0  # the picture must change the scores by more than this
     for side, term in TERMS.items():
         of_side = [gap for gap in all_gaps if gap.side == side]
         if not of_side:

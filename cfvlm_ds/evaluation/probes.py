@@ -1,4 +1,4 @@
-"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts that the model scores, and converts
+"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts for the model, and converts
 their log-likelihoods into scores of the item.
 
 Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures, on a blank
