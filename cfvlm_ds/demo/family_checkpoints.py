@@ -1,7 +1,7 @@
 """Family checkpoints: small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat
 template).
 
-They are meant for smoke tests of code and clusters. Their output is meaningless.
+They are for smoke tests of code and clusters. Their output is meaningless.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
-_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens of several newlines, like Gemma's
+_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for several newlines, as in Gemma's tokenizer
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = "size of the vocabulary"
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": _VOCABULARY, "bos_token_id": None}
@@ -54,9 +54,9 @@ _GLM = (
 )
 
 Parts = tuple[Any, Any]
-"""A configuration or a model, and a processor."""
+"""(configuration or model, processor)."""
 t: Any = transformers
-"""transformers as Any, because its constructors accept arguments that their signatures hide in ``**kwargs``."""
+"""transformers, typed as Any, because its constructors hide arguments in ``**kwargs``."""
 
 
 def write_small(model_type: str, out_dir: Path) -> Path:
@@ -74,7 +74,7 @@ def write_small(model_type: str, out_dir: Path) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.1)  # with the usual 0.02, a model this narrow has the same output for all inputs
+                    parameter.normal_(0, 0.1)  # at the usual 0.02, a model this narrow gives the same output for all inputs
         return model, processor
 
     return write_checkpoint(out_dir, make)
@@ -98,13 +98,13 @@ def _parts(
     """Build a configuration, with control tokens replaced by their ids, and a processor.
 
     Args:
-        special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets another.
+        special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets a different one.
         end: control token that ends a turn.
         template: chat template.
-        text: configuration of the language model, in addition to _TEXT.
+        text: configuration of the language model, added to _TEXT.
         vision: configuration of the vision tower.
-        config: the rest of the configuration.
-        parts: name -> class and options of each part of the processor except its tokenizer.
+        config: other values of the configuration.
+        parts: name -> (class, options) of each part of the processor except the tokenizer.
         options: options of the processor.
         corpus: texts on which the tokenizer is trained.
         named: other options of the tokenizer.
@@ -154,10 +154,10 @@ def _qwen(model_type: str, folder: Path) -> Parts:
     if model_type.startswith("qwen3_5"):
         text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}}
         text |= {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one layer of attention
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one attention layer
     elif newer:
         vision["deepstack_visual_indexes"] = [0, 1]
-        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would not reach any text
+        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would not affect any text
     if model_type.endswith("moe"):
         text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     if model_type == "qwen3_5_moe":
@@ -226,7 +226,7 @@ _cohere = partial(
 def _glm(model_type: str, folder: Path) -> Parts:
     fields = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # both frames of a picture are counted
+    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # counts both frames of a picture
     kind = {"glm4v": "Glm4v", "glm46v": "Glm46V"}[model_type]
     return _parts(
         model_type,
@@ -316,8 +316,8 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
     ),
-    # All features of Gemma 4 except its mixture of experts: from the smaller models, embeddings for each layer and shared keys and values;
-    # from the larger ones, bidirectional attention within pictures and full layers whose values are their keys.
+    # All features of Gemma 4 except its mixture of experts. Smaller models: per-layer embeddings, and keys and values shared by layers.
+    # Larger models: bidirectional attention within pictures, and full-attention layers whose values are their keys.
     "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],
@@ -390,7 +390,7 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         config={"image_token_id": "<|IMG_PATCH|>", "alignment_intermediate_size": 64},
         parts={
             "image_processor": ("Cohere2VisionImageProcessor", {"size": _TILE, "patch_size": 2, "max_patches": 4})
-        },  # patch_size: visual tokens on a side of a tile
+        },  # patch_size: number of visual tokens per side of a tile
     ),
 }
-"""Model type -> function that builds its configuration and processor; it writes a tokenizer file to the folder if the family has one."""
+"""Model type -> function that builds the configuration and processor, and writes a tokenizer file to the folder if the family has one."""

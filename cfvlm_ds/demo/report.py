@@ -1,4 +1,4 @@
-"""Final table of `make demo`: a run on the world with habits before and after training, beside other objectives that trained as long.
+"""Final table of `make demo`: a run on the world with habits before and after training, beside other objectives with equal training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -30,11 +30,11 @@ AXES = {
     "things mentioned, habit contradicted": "habits/covered/contradicts",
     "outside the grammar": "habits/unparsed",
 }
-"""Row of the table -> metric of a run whose evaluation sets have the names of examples/quickstart.yaml, in %."""
+"""Table row -> metric (%) of a run whose evaluation sets are named as in examples/quickstart.yaml."""
 
 
 def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the values of ``AXES`` before and after a run, which are the same if it was evaluated once."""
+    """Return the values of ``AXES`` before and after a run. They are equal if the run was evaluated only once."""
     name = f"eval/{next(iter(AXES.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     found = [{axis: line[f"eval/{metric}"] for axis, metric in AXES.items() if f"eval/{metric}" in line} for line in evaluated]

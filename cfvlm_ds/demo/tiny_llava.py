@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
-    """Write a small, randomly initialised LLaVA and its processor unless the folder has a model, and return the folder.
+    """Write a small, randomly initialised LLaVA and its processor unless the folder already has a model, and return the folder.
 
     The tokenizer is trained on ``texts``.
     """
@@ -48,7 +48,7 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Save the random model and processor that ``make`` returns, and return ``out_dir``.
 
-    ``make`` may write files to the folder that it receives, which is renamed to ``out_dir`` when it is complete.
+    ``make`` receives a folder to which it may write files. The folder is renamed to ``out_dir`` when it is complete.
     """
     refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:
@@ -59,13 +59,13 @@ def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> 
 
 
 def is_random(folder: Path) -> bool:
-    """Return whether ``write_checkpoint`` wrote a model folder."""
+    """Return whether a model folder was written by ``write_checkpoint``."""
     card = folder / "README.md"
     return card.is_file() and card.read_text(errors="replace").startswith(_RANDOM)
 
 
 def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:
-    """Build LLaVA's processor with a SentencePiece BPE tokenizer trained on ``texts``, and write tokenizer.model to ``folder``."""
+    """Build a LLaVA processor with a SentencePiece BPE tokenizer trained on ``texts``. Write tokenizer.model to ``folder``."""
     import sentencepiece
     from transformers import CLIPImageProcessor, LlamaTokenizer, LlavaProcessor
 
@@ -100,11 +100,11 @@ def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str])
 
 
 def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
-    """Build the configuration of a LLaVA for ``processor``."""
+    """Build a LLaVA configuration that fits ``processor``."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     tokenizer, width = processor.tokenizer, config.hidden_size
-    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000, and doubles the training time of a small model
+    spread = 0.64 * width**-0.5  # the usual 0.02 suits a width of 1000 but doubles a small model's training time
     vision = CLIPVisionConfig(
         hidden_size=config.vision_hidden_size,
         intermediate_size=2 * config.vision_hidden_size,
@@ -138,7 +138,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
 
 
 def _place_positions(tower: Any, side: int) -> None:
-    """Initialise the tower's position embeddings with two-dimensional sines and cosines, because they cannot be learned from few images."""
+    """Initialise the tower's position embeddings with 2D sines and cosines, because few images do not suffice to learn them."""
     weight = tower.embeddings.position_embedding.weight
     width = weight.shape[1]
     rates = 1.5 * torch.exp(-math.log(50.0) * torch.arange(width // 4) / (width // 4))

@@ -1,4 +1,4 @@
-"""Evaluation of groups with the forward pass of training. All metrics are functions of score matrices."""
+"""Evaluation of groups with the training forward pass. All metrics are functions of score matrices."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def evaluate(
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-    """Score every split, and return its accuracies and its scores, each keyed by split. The results are the same on every rank.
+    """Score every split. Return the accuracies keyed by split, and the scores keyed by split. The results are the same on every rank.
 
-    The last row of a split's accuracies, the mean, also has the NLL of true texts and the losses of ``objectives``. ``reference`` computes
-    the reference scores that some of them need. ``score_groups`` explains the other options.
+    The last row of a split's accuracies is the mean; it also has the NLL of true texts and the losses of ``objectives``. ``reference``
+    computes the reference scores that some objectives need. ``score_groups`` explains the other options.
     """
     results, scores = {}, {}
     for name, groups in splits.items():

@@ -1,6 +1,6 @@
-"""Scoring plan: converts items into groups that a model scores, and the groups' scores into outcomes of the items.
+"""Scoring plan: converts items into groups that a model scores, and converts the scores back into outcomes of the items.
 
-Items with the same pictures share a group, so that the pictures are encoded once. Each text of a prompt occurs once in a group.
+Items with the same pictures share a group, so that the pictures are encoded once. A group contains each text of a prompt once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ MOST_CELLS = 256
 """Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""Index of a group, and columns of its scores."""
+"""Index of a group, and column indices of its scores."""
 
 
 class Packing:
-    """Groups under construction. Each set of pictures has at most one open group, whose texts are keyed by their normalised form."""
+    """Groups under construction. Each tuple of images has at most one open group. Its texts are keyed by their normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
-        """Add texts that are scored on the given images, and return the index of their group and their columns in it.
+        """Add texts to score on the given images, and return the index of their group and their columns in it.
 
-        The texts start a new group if one of them differs from a text of the open group only in white space, because their tokens differ.
+        If a text differs only in white space from a text of the open group, the texts start a new group, because the tokens differ.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -52,9 +52,9 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group needs one true cell, so its first cell is marked as true; the items have the truth of all cells.
+        """Return the groups. A group needs a true cell, so its first cell is marked as true. The actual truth values are in the items.
 
-        Raises DataError for more cells than a group can have.
+        Raises DataError if a group has too many cells.
         """
         groups = []
         for name, images, known in self._started:
@@ -65,8 +65,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates its options without the
-    question and the picture, and is None if they are not scored. The groups of a probe that generates text only show what is asked.
+    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates the cells that show its
+    options without the question and the picture; None if they are not scored. If the probe generates text, the groups are not scored
+    but only show what is asked.
     """
 
     items: tuple[Item, ...]
@@ -76,7 +77,7 @@ class Plan:
     alone: tuple[Place | None, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
-        """Return the outcome of each item from the scores of the groups, which are in the groups' order."""
+        """Return the outcome of each item, given the scores of the groups in order."""
         return [self._outcome(number, scores, lengths) for number in range(len(self.items))]
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
@@ -107,9 +108,9 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 
 
 def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
-    """Build the groups that contain the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
+    """Build groups that contain the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
 
-    Raises DataError for an item with more cells than a group can have.
+    Raises DataError for an item with too many cells for a group.
     """
     packing = Packing()
     places = [packing.add(item.id, item.images, probe.cells(item)) for item in items]
@@ -118,10 +119,10 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return the outcome of an item from texts that were generated about each image, a blank image and, optionally, another item's image.
+    """Return the outcome of an item, given the texts generated for each image, a blank image and, optionally, another item's image.
 
-    The text that a parser selects has the score 1, all others 0. An answer that cannot be parsed is wrong. In a description, the score of a
-    text is the number of its mentions.
+    The text that the parser selects scores 1 and all others score 0. An answer that cannot be parsed is wrong. For a description, the score
+    of a text is the number of its mentions.
     """
 
     def row(text: str) -> Row:

@@ -1,4 +1,4 @@
-"""Comparison of two models' accuracies on the same groups, with intervals of the differences paired by group."""
+"""Comparison of two models' accuracies on the same groups, with confidence intervals for the differences, paired by group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
 """Numbers of comparisons won and made, keyed by group and edit type."""
 
 FEWEST_CHANGED = 6
-"""Least number of changed groups, or clusters of a benchmark, for an interval. If n changed, all in one direction, the sign test gives
-p = 2 / 2^n, which is above 5 % for fewer.
+"""Least number of changed groups (or clusters of a benchmark) for an interval. If n groups change, all in one direction, the sign test
+gives p = 2 / 2^n. With fewer than 6 groups, p is above 5 %.
 """
 _MEANINGS = {
     "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
@@ -32,15 +32,15 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A row of the table: a metric of a set, for an edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
+    """A table row: a metric of a set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
-    ``groups`` counts the groups that were measured both before and after, ``of`` those with a comparison of this row in at least one of the
-    two, ``better`` and ``worse`` those that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``: None
-    if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, and if an edit type has one group.
+    ``groups`` counts the groups that were measured both before and after. ``of`` counts the groups that were measured before or after.
+    ``better`` and ``worse`` count the groups that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``. They
+    are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, or if an edit type has one group.
 
-    ``blank_factual`` is the accuracy ``factual`` after training with a blank image, for the row's edit type; None without text comparisons.
-    ``nll_before`` and ``nll_after`` belong to the whole set, in nats per token. They are None for an edit type of several, and if other
-    groups were measured before than after.
+    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image, after training; None without text comparisons.
+    ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None in the rows of single edit types if the
+    set has several, and None if different groups were measured before and after.
     """
 
     set: str
@@ -68,27 +68,27 @@ class Change:
 
 
 def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
-    """Return the rows as {"columns": names, "data": rows}, the form of before_after.json, which MLflow shows as a table."""
+    """Return {"columns": names, "data": rows}, the format of before_after.json, which MLflow shows as a table."""
     return {"columns": [each.name for each in fields(Change)], "data": [list(vars(each).values()) for each in changes]}
 
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
-    """Return the rows of a table that ``to_table`` made. Raises KeyError, TypeError or ValueError for another one."""
+    """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
     return [Change(**dict(zip(table["columns"], row, strict=True))) for row in table["data"]]
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows of single edit types in sets that have several."""
+    """Return the rows of single edit types, for sets with several edit types."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows of a set: the mean over edit types of each of ``HEADLINES``, then each edit type by the first of them.
+    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the first metric.
 
-    A metric has a row if at least one group has it both before and after. Groups are matched by id and content (``content_hash``). A set
-    with one edit type has no mean, and its rows bear the name of the type.
+    A metric has a row if at least one group has a value both before and after. Groups are matched by id and content (``content_hash``). A
+    set with one edit type has no mean row. Its rows have the name of that type.
     """
     if not before or not after:
         return []
@@ -105,16 +105,16 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def is_tested(better: int, worse: int) -> bool:
-    """Return whether enough groups, or clusters of a benchmark, changed for an interval of the difference."""
+    """Return whether enough groups (or clusters of a benchmark) changed to compute an interval."""
     return better + worse >= FEWEST_CHANGED
 
 
 def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
-    """Return the mean over edit types of a metric, then each type; only the type if there is one.
+    """Return a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
 
-    An accuracy is the number of comparisons won in all groups divided by the number made, and the mean row averages these ratios. The
-    interval is 1.96 standard errors of the difference, by the delta method with groups as independent units. In the mean row, a group with
-    several edit types is better if the types that rose weigh more than those that fell.
+    An accuracy is the number of comparisons won in all groups divided by the number made. The mean row averages these ratios. The interval
+    is the difference plus or minus 1.96 standard errors, by the delta method with groups as independent units. In the mean row, a group
+    with several edit types counts as better if its weighted gains exceed its losses.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
     for key in (key for key in new if key in old):
@@ -132,7 +132,7 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
-        correction = math.sqrt(n / (n - 1)) if n > 1 else math.nan  # of a standard error that is estimated from n groups
+        correction = math.sqrt(n / (n - 1)) if n > 1 else math.nan  # standard error estimated from n groups
         gains = {key: b - a for key, (a, b, _) in of_group.items()}
         errors = {key: 100 * (b - a - (last - first) / made * k) / made * correction for key, (a, b, k) in of_group.items()}
         for key, value in errors.items():
@@ -157,8 +157,8 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return a Markdown table of the sets, one of their rows without those of single edit types (see ``of_types``), and the
-    definitions that they need. ``plain`` escapes names from the data for a cell. ``files`` maps sets to their manifests, if they are known.
+    """Return Markdown: a table of the sets, a table of their rows except single edit types (see ``of_types``), and definitions of the
+    columns. ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest, if known.
     """
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # the first row of every set
@@ -218,8 +218,8 @@ def is_results(path: Path) -> bool:
 
 
 def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
-    """Read the accuracies from a run folder, or from a file written by ``cfvlm-ds evaluate --out``, keyed by evaluation set. Raises
-    DataError.
+    """Read accuracies, keyed by evaluation set, from a run folder or a file written by ``cfvlm-ds evaluate --out``. Raises DataError if
+    they are missing or invalid.
     """
     file = path if path.is_file() else path / "results.json"
     if not file.is_file():
@@ -233,9 +233,9 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
 
 
 def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> dict[str, list[Change]]:
-    """Compare each result with the first and, for several results, also their mean. The returned changes are keyed by result.
+    """Compare each result of ``after`` with ``before``; if there are several, also compare their mean. Return the changes keyed by result.
 
-    Raises DataError for a file without accuracies, and ConfigError if two results have no group in common.
+    Raises DataError for a file without accuracies, and ConfigError if a result has no group in common with ``before``.
     """
     first, others = read_accuracies(before), {str(path): read_accuracies(path) for path in after}
     for label, results in others.items():
@@ -263,7 +263,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
-    """Return the tables of each result that ``compare_results`` has compared with ``before``."""
+    """Return the tables for the changes that ``compare_results`` returned."""
     tables = list[str]()
     for label, changes in compared.items():
         tables.append(changes_table(changes, (str(before), label)))
@@ -273,7 +273,7 @@ def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) ->
 
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
-    """Return the mean over runs of the values that ``compare_accuracies`` reads, over the groups that all runs have."""
+    """Average the values that ``compare_accuracies`` reads over runs, using only groups that all runs have."""
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 

@@ -1,6 +1,6 @@
-"""Calibration: margins and weights of objectives for a model and its data, derived from the model's gaps before training.
+"""Calibration: margins and weights of objectives for a given model and data set, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] in one of an objective's comparisons: between texts on one image (csd), or between images for one text (fcd).
+A gap is S[true] - S[false] in a comparison: two texts on one image (csd), or two images for one text (fcd).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.objective import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
-"""Side of a comparison -> name of the term that makes it."""
+"""Side of a comparison -> term that uses it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
-"""Number of comparisons below which quantiles say little."""
+"""Number of comparisons below which quantiles are unreliable."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin
-_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured, in a loss with align
+_MEASURED_TOKENS = 12  # caption length at which a weight of 1 beside align was measured
 _LEAST_WEIGHT = 0.1
-_KNOWN = 10  # comparisons that an edit type needs to be used
-_LONGER = 1.5  # ratio of token counts that shows whether gaps grow with length
-_LOST = 4  # margins, equal to MarginTerm.hinge_cap
+_KNOWN = 10  # least number of comparisons for an edit type to count
+_LONGER = 1.5  # least ratio of token counts at which growth of gaps with length is visible
+_LOST = 4  # in margins; equal to MarginTerm.hinge_cap
 _MANY_LOST = 0.1
 _GUESSED = 75  # percentile of the blind gaps that a margin must cover
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``: the nats by which the true cell wins, and the number of tokens in the factual text.
+    """One comparison of a ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the factual text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """
@@ -54,7 +54,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Advice:
-    """Recommended options of each term, and a sentence for each reason."""
+    """Recommended options for each term, and the reasons, one sentence each."""
 
     options: dict[str, dict[str, Any]]
     reasons: list[str]
@@ -63,7 +63,7 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield every comparison of star cells except shams. In training, csd uses all of them, and fcd only the hardest ones of each group.
+    """Yield every comparison of star cells except shams. In training, csd uses all its comparisons, and fcd only each group's hardest.
 
     Scores must be finite. ``length`` counts the tokens of a group's factual text.
     """
@@ -80,20 +80,20 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Return options for csd and fcd. Link, length norm, margin and weight depend only on the gaps."""
+    """Return options for csd and fcd. The link, length norm, margin and weight depend only on the gaps."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(all_gaps)
     reasons.append(why)
     priors = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
-    guessed = quantile(priors, _GUESSED) if priors else 0.0  # a picture decides a comparison only if it changes the scores by more
+    guessed = quantile(priors, _GUESSED) if priors else 0.0  # the picture must change the scores by more than this
     for side, term in TERMS.items():
         of_side = [gap for gap in all_gaps if gap.side == side]
         if not of_side:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
         size = quantile([gap.tokens for gap in of_side], 50)
-        per = size if anchored else 1.0  # so a text of median length has the same link as in nats
+        per = size if anchored else 1.0  # so that the link of a text of median length is the same as in nats
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
@@ -143,7 +143,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return whether gaps grow with the length of the texts, and the reason."""
+    """Return whether gaps grow with text length, and the reason."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
@@ -165,10 +165,9 @@ def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
 
 
 def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """Split the gaps at the median length of their texts, and return the ratio of mean lengths, the shorter part and the longer part.
+    """Split the gaps at the median text length. Return the ratio of mean lengths, the gaps of shorter texts and the gaps of longer texts.
 
-    Texts of median length, which may be more than half, belong to the longer part if ``with_longer``. Return None if a part has too few
-    gaps.
+    Texts of median length, which may be the majority, belong to the longer part if ``with_longer``. Return None if a part has too few gaps.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
@@ -178,7 +177,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: shares of comparisons won with the picture and on a blank image, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: win rates on the picture and on a blank image, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
@@ -196,7 +195,7 @@ def table(all_gaps: Sequence[Gap]) -> str:
 
 
 def block(advice: Advice) -> str:
-    """Return the options as YAML for the configuration of a run."""
+    """Return the options as YAML for a run's configuration."""
     lines = ["objective:"]
     for term, options in advice.options.items():
         lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")

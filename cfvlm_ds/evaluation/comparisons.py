@@ -1,7 +1,7 @@
-"""Comparisons that a group's truth table defines. The edits only name the slices in which they are reported.
+"""Comparisons that a group's truth table defines. The group's edits only name the slices under which comparisons are reported.
 
-An unknown cell is in no comparison. Texts are compared if they answer the same prompt. A sham image shows the factual scene again, so its
-comparisons would repeat those of the factual image; it only has ``sham`` comparisons.
+Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene again, so
+other comparisons with it would be redundant; it only has ``sham`` comparisons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
-"""Slice of the comparisons that belong to no edit."""
+"""Slice for comparisons that belong to no edit."""
 
 Kind = Literal["quad", "text", "image", "sham"]
 
@@ -24,13 +24,13 @@ Kind = Literal["quad", "text", "image", "sham"]
 class Comparison:
     """One comparison, and the edit types (usually one) under which it is reported.
 
-    ``at`` has indices into the score matrix, which depend on ``kind``:
+    ``at`` has indices into the score matrix. Their meaning depends on ``kind``:
 
-    - ``quad``: images i, j and texts c, d of one prompt, where c is true of i and false of j, and d is true of j and false of i. (i, c) is
-      the anchor of the prompt, which is its first true cell: for the prompt of the factual text, the factual pair;
-    - ``text``: image i, a text c that is true of it and a text d of the same prompt that is false of it;
-    - ``image``: text c, an image i that it is true of and an image j that it is false of;
-    - ``sham``: the factual text, a sham image and an image that the text is false of, in the order of ``image``.
+    - ``quad``: i, j, c, d: images i and j, and texts c and d of one prompt; c is true of i and false of j, and d is true of j and false of
+      i. (i, c) is the prompt's anchor, its first true cell. For the prompt of the factual text, the anchor is the factual pair;
+    - ``text``: i, c, d: an image, a text that is true of it, and a text of the same prompt that is false of it;
+    - ``image``: c, i, j: a text, an image that it is true of, and an image that it is false of;
+    - ``sham``: c, i, j: the factual text, a sham image, and an image that the text is false of.
     """
 
     kind: Kind
@@ -39,7 +39,7 @@ class Comparison:
 
     @property
     def cells(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(image, text) of the true cell and of the cell that it is compared with, for every kind except ``quad``."""
+        """The true cell and the other cell, each as (image, text). Not defined for ``quad``."""
         a, b, c = self.at
         return ((a, b), (a, c)) if self.kind == "text" else ((b, a), (c, a))
 
@@ -72,12 +72,12 @@ def comparisons(group: CounterfactualGroup) -> Iterator[Comparison]:
 
 
 def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
-    """Return the text comparisons on the factual image as (true text, false text): every such pair of texts with the same prompt."""
+    """Return the indices (true text, false text) of every text comparison on the factual image."""
     return [each.at[1:] for each in comparisons(group) if each.kind == "text" and each.at[0] == 0]  # type: ignore[misc]
 
 
 class _Labels:
-    """The edit types of a comparison: those of the edits that share the most images and texts with it."""
+    """Function that returns the types of the edits that share the most images and texts with a comparison."""
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]

@@ -1,6 +1,6 @@
-"""Text generation about pictures with transformers' ``generate`` and the model's own prompts.
+"""Text generation for pictures with transformers' ``generate`` and the model's own chat template.
 
-A batch has only texts about the same pictures, so neither padding nor another prompt can change a text.
+A batch has a single prompt with its pictures, so neither padding nor another prompt can change a text.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 
 def writing_digest(model: Any) -> str:
-    """Return a hash of the model's generation_config.json, whose options, such as a repetition penalty, ``generate`` applies."""
+    """Return a hash of the model's generation config, because ``generate`` applies its options, such as a repetition penalty."""
     options = {name: value for name, value in model.generation_config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Written(NamedTuple):
-    """A generated text, and whether the model ended it; otherwise it was cut off at the largest number of tokens."""
+    """A generated text. ``ended`` is False if it was cut off at the maximum number of tokens."""
 
     text: str
     ended: bool
 
 
 def write(*arguments: Any, **options: Any) -> str:
-    """Generate one text, with the arguments of ``write_several``."""
+    """Generate one text. Takes the arguments of ``write_several``."""
     return write_several(*arguments, **options)[0].text
 
 
 def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> list[Written]:
-    """Generate texts about pictures for a prompt, with the ``options`` of transformers' ``generate``, such as ``num_return_sequences``.
-    Without the option ``num_beams`` there is no beam search, whatever the model's generation_config.json says.
+    """Generate texts for a prompt and the pictures ``shown``. ``options`` are passed to transformers' ``generate``, for instance
+    ``num_return_sequences``. Beam search is off unless ``num_beams`` is given, whatever the model's generation_config.json says.
 
-    ``model`` must be in evaluation mode. All ranks call this together for a partitioned model, with the same arguments and the option
+    ``model`` must be in evaluation mode. If it is partitioned, all ranks must call this with the same arguments and the option
     ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
     model cannot process, and OutOfMemory if memory runs out.
     """

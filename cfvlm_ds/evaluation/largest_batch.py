@@ -1,4 +1,4 @@
-"""Rehearsal of the largest evaluation batch before training, which detects insufficient memory or a broken row early."""
+"""Rehearsal of the largest evaluation batch before training, to detect insufficient memory or a broken row early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: the tokens of its largest forward pass, its number of tokens, its split, and its groups in one view."""
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (seen in one view)."""
 
     largest: int
     tokens: int
@@ -38,10 +38,10 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score on every rank the evaluation batch with the largest forward pass and, if several have one of ``max_tokens``, the most tokens.
+    """Score the evaluation batch with the largest forward pass on every rank. Of several such batches, take the one with the most tokens.
 
-    A part that cannot be divided may exceed ``max_tokens``. All batches that ``score_groups`` will run are considered, with the same
-    meaning of ``shuffled``. Raises the same errors as ``score_groups``, on all ranks.
+    A forward pass may exceed ``max_tokens`` if a part cannot be divided. All batches that ``score_groups`` will run are considered.
+    ``shuffled`` has the same meaning as there. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
     collator = collator.scoring_everything()

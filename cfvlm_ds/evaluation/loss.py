@@ -1,7 +1,7 @@
-"""Loss of the training objectives on evaluated groups: means over a whole split, with full weights even during warm-up.
+"""Training loss on evaluation sets: means over a whole split, with full weights even during warm-up.
 
-A term is computed if its inputs exist for the split. Stored scores exist only for training groups. Therefore a term that needs reference
-scores is computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.
+A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term that needs reference scores is
+therefore computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 Reference = Callable[[Batch], Tensor]
-"""Function that computes log-likelihoods [G, I, C] of a batch under the reference model; all ranks must call it equally often."""
+"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it equally often."""
 
 
 class EvaluationLoss:
-    """The loss of one split, summed batch by batch. Each group must be added once.
+    """Loss of one split, summed batch by batch. Each group must be added exactly once.
 
     Args:
-        objectives: the terms of the run.
+        objectives: terms of the run.
         reference: function that computes reference scores; None without a reference model.
     """
 
@@ -51,11 +51,11 @@ class EvaluationLoss:
         self.reference = reference if has_reference_term else None
 
     def add(self, groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
-        """Add a batch whose cells are all scored."""
+        """Add a batch in which every cell is scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
-        layout = scores.layout  # restricted to the cells of training, because an objective may use any scored cell
+        layout = scores.layout  # restricted to the cells scored in training, because an objective may use every scored cell
         prompt = torch.zeros_like(layout.match[:, 0], dtype=torch.int64) if layout.prompt is None else layout.prompt
         layout = replace(layout, valid=layout.valid & wanted_cells(groups, layout.match, prompt, self._cells))
         logp, end_logp = (torch.where(layout.valid, each, 0) for each in (scores.logp, scores.end_logp))
@@ -74,10 +74,10 @@ class EvaluationLoss:
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> dict[str, Any]:
-        """Return the fields of ``Accuracy`` over the groups of all ranks, which must all call this: ``nll``, None without true texts, and
-        ``losses``, every term.
+        """Return two fields of ``Accuracy`` over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which has every
+        term. All ranks must call this.
 
-        ``value`` is a term's unweighted mean, or None. If it could not be computed, ``lacking`` has the reason.
+        ``value`` is a term's unweighted mean, or None. ``lacking`` is the reason if the term could not be computed, else "".
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums), world)
         likelihoods, lacking, sums = zip(*gathered, strict=True)
@@ -98,7 +98,7 @@ class EvaluationLoss:
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Return the sum of the parts' means. As in training, a part with a denominator of 0 adds nothing. Return None if all are 0."""
+    """Return the sum of the parts' means. As in training, a part with denominator 0 adds nothing. Return None if all denominators are 0."""
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())

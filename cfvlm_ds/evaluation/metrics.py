@@ -1,16 +1,16 @@
-"""Accuracies over the comparisons of groups: Winoground's text, image and group score (arXiv 2204.03162), and single comparisons.
+"""Accuracies over the comparisons of groups: Winoground's text, image and group scores (arXiv 2204.03162), and single comparisons.
 
-S is the log-likelihood of a text on an image. Take two images i, j and two texts c, d with one prompt, where c is true of i only and d of j
-only (see Comparison). They win in
+S is the log-likelihood of a text on an image. Take two images i and j, and two texts c and d of one prompt. c is true only of i, and d is
+true only of j (see Comparison). The model wins
 
-- text, if each image prefers its own text: S_ic > S_id and S_jd > S_jc;
-- image, if each text prefers its own image: S_ic > S_jc and S_jd > S_id;
-- group, if both hold.
+- text, if it prefers the right text for each image: S_ic > S_id and S_jd > S_jc;
+- image, if it prefers the right image for each text: S_ic > S_jc and S_jd > S_id;
+- group, if it wins both.
 
-``pair`` is the share of won text comparisons (one image, a true text against a false one of the same prompt) and ``factual`` that share on
-the factual image. ``image_pair`` is the share of won image comparisons (one text, an image that it is true of against one that it is false
-of). ``sham`` is the share of comparisons on the factual text in which a sham image beats a counterfactual image; a model that merely
-detects edited pictures loses them. A tie counts as a loss.
+``pair`` is the share of text comparisons that are won (on one image, the true text must beat a false text of the same prompt). ``factual``
+is the share won on the factual image. ``image_pair`` is the share of image comparisons that are won (for one text, an image that it is true
+of must beat an image that it is false of). ``sham`` is the share of comparisons in which a sham image beats a counterfactual image for the
+factual text; a model that merely detects edited pictures loses them. A tie counts as a loss.
 
 Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
 """
@@ -47,32 +47,33 @@ RANDOM = {
 
 METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
-"""Metrics for a summary of a split in one number, which is the first of these that the split has."""
+"""Metrics that can summarise a split in one number. The first one that the split has is used."""
 MEAN = "mean of edit types"
-"""Name in tables of the row in which every edit type counts equally, whatever its number of groups."""
+"""Table label of the row in which every edit type has equal weight, whatever its number of groups."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names under which the shuffled control is counted. It may have fewer comparisons than the metrics, because there may be no other group's
-picture to show.
+"""Names of the counts for the shuffled control. They may be lower than the counts for the metrics, because some groups have no other
+group's image.
 """
 NAMED = 5
-"""Number of groups that are named among those that a metric cannot use; the others are only counted."""
+"""Number of unused groups that are named for a metric; the others are only counted."""
 Matrix = list[list[float]]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One row of a result table: an edit type, or the mean over edit types (``mean``, named ``all``). Accuracies are in %.
+    """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row; ``comparisons`` and ``groups`` count those from which each metric is computed. The mean row has
-    these counts for all metrics, with 0 for a metric without any comparison in the split, which is then absent from ``metrics``. Its
-    ``unused`` names a few of the groups that a metric cannot use.
+    ``num`` counts the groups of the row. ``comparisons`` and ``groups`` count the comparisons and groups from which each metric is
+    computed. The mean row has these counts for all metrics. A metric without any comparison in the split has a count of 0 and is absent
+    from ``metrics``. ``unused`` of the mean row names a few of the groups that each metric cannot use.
 
-    ``blind`` holds ``pair`` and ``factual`` with a blank image instead of the pictures, and ``shuffled`` the same with another group's
-    picture. They measure the language prior, and a tie counts as one half.
+    ``blind`` holds ``pair`` and ``factual`` on a blank image, and ``shuffled`` holds them on another group's image. Both measure the
+    language prior, and in both a tie counts as one half.
 
-    ``losses`` of the mean row are the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
-    log-likelihood of its true texts on their images, in nats per token, end-of-turn included. ``by_group`` of the mean row has an entry for
-    each group: its id, its ``content_hash``, and its points and number of comparisons, keyed by metric (of ``HEADLINES``) and edit type.
+    ``losses`` of the mean row holds the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
+    log-likelihood of the split's true texts on their images, in nats per token, end-of-turn tokens included. ``by_group`` of the mean row
+    has an entry for each group: its id, its ``content_hash``, and its points and number of comparisons, keyed by metric (of ``HEADLINES``)
+    and edit type.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Accuracy:
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
-    """Return one row per edit type in alphabetical order, then the row ``all`` with means over edit types; [] without groups."""
+    """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types; [] without groups."""
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
@@ -151,20 +152,20 @@ def headline_metric(rows: Sequence[Accuracy]) -> str | None:
 
 
 def content_hash(group: CounterfactualGroup) -> int:
-    """Hash a group's texts, prompts, truth table, edits and the names of its picture files."""
+    """Hash a group's texts, prompts, truth table, edits and picture file names."""
     texts = [[repr(each.prompt), each.text] for each in group.candidates]
     names = [[picture.name for picture in pictures] for pictures in group.images]
     return hashed(json.dumps([texts, group.match, [[each.type, each.image, each.text] for each in group.edits], names]))
 
 
 _ALL = ""
-"""Label of all comparisons, used like an edit type."""
+"""Label that covers all comparisons, used like an edit type."""
 _PREFIXES = ("", "blind_", "shuffled_")
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield, for each comparison, its labels (edit types) and its points keyed by metric: 1 for a win, 0 for a loss, and in the blind and
-    shuffled controls 1/2 for a tie.
+    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie gives 1/2 in
+    the blind and shuffled controls.
     """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
@@ -191,13 +192,14 @@ def _quad(s: Matrix, i: int, j: int, c: int, d: int) -> dict[str, bool]:
 
 
 _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
-"""Kind of two-cell comparison -> the metric for which it counts."""
+"""Kind of two-cell comparison -> metric."""
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-    """Return the accuracies keyed by logged name: eval/SPLIT/METRIC for the mean, eval/SPLIT/EDIT/METRIC for an edit type.
+    """Return the accuracies keyed by logged name: eval/SPLIT/METRIC for the mean, and eval/SPLIT/EDIT/METRIC for an edit type.
 
-    The training loss is eval/SPLIT/loss, its terms eval/SPLIT/loss_TERM; eval/SPLIT/nll is the NLL of true texts per token.
+    eval/SPLIT/loss is the training loss, eval/SPLIT/loss_TERM is one of its terms, and eval/SPLIT/nll is the NLL of true texts in nats per
+    token.
     """
     flat = {}
     for split, rows in splits.items():
@@ -214,13 +216,13 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
 
 
 def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the weighted sum of the terms, or None if one of them could not be computed or no term has a group."""
+    """Return the weighted sum of the terms, or None if a term could not be computed or no term has a value."""
     weighted = [(term["weight"], term["value"]) for term in losses.values() if term["value"] is not None]
     return None if not weighted or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in weighted)
 
 
 def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:
-    """Return the keys that ``flat_metrics`` will have for an evaluation of these splits during training. No model is needed."""
+    """Return the keys that ``flat_metrics`` will return when these splits are evaluated during training. Needs no model."""
 
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))

@@ -1,8 +1,8 @@
-"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts that the model scores, and their
-log-likelihoods into scores of the item.
+"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts for the model, and converts
+their log-likelihoods into scores of the item.
 
-Every probe returns one score per image and text, so the same metrics apply to all probes. The scores are computed on the item's pictures,
-on a blank picture and on another item's picture (cfvlm_ds.evaluation.asking).
+Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures, on a blank
+picture and on another item's picture (cfvlm_ds.evaluation.asking).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cfvlm_ds.evaluation.benchmarks.base import Item
 Row = tuple[float, ...]
 LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
-"""Largest number of options that are presented in all orders; more options are presented in cyclic orders."""
+"""Maximum number of options for which all orders are used. More options are presented in cyclic orders only."""
 
 
 class Probe(ABC):
-    """Base class of probes. ``cells`` are scored with the item's pictures, ``alone`` without any."""
+    """Base class of probes. ``cells`` are scored with the item's pictures, and ``alone`` is scored without pictures."""
 
     name: ClassVar[str]
 
@@ -35,27 +35,27 @@ class Probe(ABC):
 
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        """Return one score per text of an item from the log-likelihoods of its cells on one picture.
+        """Return one score per text of an item. ``values`` has the log-likelihoods of the item's cells on one image.
 
-        ``blank`` has the log-likelihoods of the same cells on a blank picture, and ``lengths`` their numbers of tokens, empty if they were
-        not counted.
+        ``blank`` has the log-likelihoods of the same cells on a blank picture. ``lengths`` has the number of tokens in each cell's text, or
+        is empty if tokens were not counted.
         """
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the same option as on average over orders; None without orders."""
+        """Return the share of option orders in which the model's choice equals its choice averaged over orders; None without orders."""
         return None
 
 
 @dataclass(frozen=True)
 class Caption(Probe):
-    """The log-likelihood of each text as a description of the picture.
+    """Log-likelihood of each text as a description of the picture.
 
     Args:
-        mode: ``sum`` over tokens, ``mean`` over tokens, or ``pmi``, the sum minus the sum on a blank picture, which removes the prior.
-        prompt: prompt of an item without a question.
+        mode: ``sum`` over tokens, ``mean`` over tokens, or ``pmi``: the sum minus the sum on a blank picture, which removes the prior.
+        prompt: prompt for items without a question.
     """
 
     name: ClassVar[str] = "caption"
@@ -75,10 +75,11 @@ class Caption(Probe):
 
 @dataclass(frozen=True)
 class Match(Probe):
-    """VQAScore (Lin et al. 2024, arXiv 2404.01291): log of P(yes) / (P(yes) + P(no)) for each text. Each P is summed over spellings.
+    """VQAScore (Lin et al. 2024, arXiv 2404.01291): the log of P(yes) / (P(yes) + P(no)) for each text. P(yes) and P(no) are summed over
+    spellings.
 
     Args:
-        template: the question, in which {text} stands for the text.
+        template: question with the placeholder {text}.
     """
 
     name: ClassVar[str] = "match"
@@ -101,7 +102,7 @@ class Match(Probe):
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """The log-likelihood of each of an item's texts, such as yes, no or a letter, as the answer to its question, summed over spellings."""
+    """Log-likelihood of each text (such as yes, no or a letter) as the answer to the item's question, summed over spellings."""
 
     name: ClassVar[str] = "yes_no"
 
@@ -121,15 +122,15 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by the letter of an option: the log of its probability among the letters, averaged over orders of the options.
+    """Multiple choice by letter: log-probability of an option's letter among all letters. The probability is averaged over option orders.
 
-    Up to four options are presented in all orders, more in cyclic orders. Each option has each position equally often, so a preference for
-    a position or a letter is not an advantage. ``alone`` asks without the question and the picture, which measures the prior of the
+    Up to four options are presented in all orders, and more options in cyclic orders. Each option takes each position equally often, so a
+    preference for a position or a letter is no advantage. ``alone`` omits the question and the picture, which measures the prior of the
     options.
 
     Args:
-        question: question for an item without one, such as captions.
-        instruction: text after the options.
+        question: question for items that have none, such as captions.
+        instruction: text that follows the options.
     """
 
     name: ClassVar[str] = "letters"
@@ -156,7 +157,7 @@ class Letters(Probe):
         )
 
     def asked(self, item: Item, order: Sequence[int], question: str) -> str:
-        """Return a prompt with the question, the options in the given order, and the instruction."""
+        """Return the prompt: the question, the options in the given order, and the instruction."""
         listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
         return "\n".join([*filter(None, [question]), *listed, self.instruction])
 
@@ -173,7 +174,7 @@ class Letters(Probe):
         return sum(chosen is not None and _only_best(row) == chosen for row in per_order) / len(per_order)
 
     def _per_order(self, item: Item, values: Row) -> list[Row]:
-        """Return the log-probability of each option among the letters, indexed [order][option]."""
+        """Return the log-probability of each option's letter among all letters, indexed [order][option]."""
         size, rows = len(item.texts), []
         for number, order in enumerate(orders(size)):
             part = values[number * size : (number + 1) * size]
@@ -185,8 +186,8 @@ class Letters(Probe):
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy generation of an answer, which is parsed by the rule of the benchmark's authors if they published one. It scores no cells and
-    needs a model that generates.
+    """Greedy generation of an answer, which is parsed by the benchmark authors' rule if they published one. No cells are scored. The model
+    must be able to generate text.
 
     Args:
         max_new_tokens: maximum length of an answer in tokens.
@@ -200,14 +201,14 @@ class Generate:
             raise ConfigError(f"the probe {self.name} must generate at least 1 token, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """Return the prompt of an item. If it does not list the options, they are appended in the order of the benchmark."""
+        """Return the prompt of an item. If it does not list the options, they are appended in the benchmark's order."""
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         letters = Letters()
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        """Return the prompt with one answer, by which an item is checked and planned."""
+        """Return a cell with the prompt and one answer, with which the item is checked and planned."""
         return (Candidate(self.asked(item), item.texts[0]),)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
@@ -216,10 +217,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Write(Generate):
-    """Greedy generation of a description, in which the benchmark counts the objects that are mentioned.
+    """Greedy generation of a description. The benchmark counts the objects that it mentions.
 
     Args:
-        prompt: prompt of an item without one.
+        prompt: prompt for items that have none.
         max_new_tokens: maximum length of a description in tokens.
     """
 
@@ -237,13 +238,13 @@ class Write(Generate):
 PROBES: dict[str, Probe | Generate] = {
     "caption": Caption(), "match": Match(), "letters": Letters(), "yes_no": Answers(), "generate": Generate(), "write": Write(),
 }  # fmt: skip
-"""Name -> probe with its defaults."""
+"""Name -> probe with default options."""
 
 
 def variants(text: str) -> tuple[str, ...]:
-    """Return the spellings of an answer, which differ in case. A single letter has only one.
+    """Return the spellings of an answer, which differ in case. A single letter has only one spelling.
 
-    White space before an answer does not make another spelling, because the chat template writes the white space before it.
+    White space before an answer is not a separate spelling, because the chat template writes it.
     """
     if len(text) == 1:
         return (text,)
@@ -259,7 +260,7 @@ def orders(size: int) -> list[tuple[int, ...]]:
 
 
 def log_share(first: float, second: float) -> float:
-    """Return log(exp(first) / (exp(first) + exp(second))), which is accurate even for shares that round to 1."""
+    """Return log(exp(first) / (exp(first) + exp(second))), computed accurately even for shares that round to 1."""
     margin = first - second
     return -math.log1p(math.exp(-margin)) if margin > 0 else margin - math.log1p(math.exp(margin))
 

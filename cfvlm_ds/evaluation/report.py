@@ -1,4 +1,4 @@
-"""Accuracies as Markdown tables: the metrics with their controls, and the number of comparisons from which each is computed."""
+"""Markdown tables of accuracies: metrics with their controls, and the number of comparisons behind each metric."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST_TYPES = 12  # edit types in a line of a progress log
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
-    """Return the accuracies as a Markdown table, split by split, with rows for the language prior and for random scores.
+    """Return a Markdown table of the accuracies, split by split, with rows for the language prior and for random scores.
 
-    A second table counts the groups and comparisons of each metric and names a few unused groups. Terms of the loss that could not be
-    computed are listed with the reason. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons behind each metric and names a few unused groups. Loss terms that could not be computed
+    are listed with the reason. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
@@ -33,7 +33,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
     notes = list[str]()
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
-        metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics of the same comparisons share a line
+        metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics with equal counts share a line
         for metric in row.groups:
             key = row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))
             metrics_by_counts.setdefault(key, []).append(metric)
@@ -47,12 +47,12 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
-    """Return the number of unused groups and a few of their names; "" if there are none."""
+    """Return the number of unused groups and a few of their ids; "" if there are none."""
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
-    """Return a line for a progress log: the split's headline metric for each edit type and in the mean, and the NLL."""
+    """Return a line for a progress log: the split's headline metric per edit type and as a mean, and the NLL."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
     nll_text = "" if nll is None else f"; NLL {nll:.4f} nats per token"
     if metric is None:

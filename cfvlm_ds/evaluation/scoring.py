@@ -1,4 +1,4 @@
-"""Scoring of groups with the forward pass of training, without gradients. The model may be partitioned over ranks."""
+"""Scoring of groups with the training forward pass, without gradients. The model may be partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class GroupScores:
-    """One group's full score matrix: ``logp`` [I, C] and ``blank`` [C] (the texts on a blank image), in nats.
+    """Scores of one group in nats: the full score matrix ``logp`` [I, C], and ``blank`` [C], the scores of the texts on a blank image.
 
-    ``shuffled`` [C] scores the texts on another group's image. It is empty if there is no such image, and None if it was not requested. A
-    score that is not finite becomes NaN, which wins no comparison.
+    ``shuffled`` [C] has the scores of the texts on another group's image. It is empty if there is no such image, and None if it was not
+    requested. A score that is not finite becomes NaN, which wins no comparison.
     """
 
     logp: Tensor
@@ -54,16 +54,16 @@ class GroupScores:
         return all(bool(part.isfinite().all()) for part in (self.logp, self.blank, self.shuffled) if part is not None)
 
     def stored(self) -> StoredScores:
-        """Return the scores as plain numbers, for a scores file."""
+        """Return the scores as plain numbers for a scores file."""
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function for worker processes, which calls ``Collator.parts``.
+    """Return a collate function for worker processes that calls ``Collator.parts``.
 
-    It returns a DataError instead of raising it, because an error that is raised in a worker loses its message.
+    It returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -92,17 +92,17 @@ def score_groups(
     remedy: str = "lower the batch size",
     loss: EvaluationLoss | None = None,
 ) -> Sequence[GroupScores]:
-    """Score every cell of every group, and every text on a blank image, in the order of ``groups``; the result is the same on every rank.
+    """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
-    ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank, and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. ``shuffled`` also scores the texts
-    of each group on an image of another group. ``loss`` receives the scores on the groups' own images.
+    ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
+    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. With ``shuffled``, the texts of
+    each group are also scored on another group's image. ``loss`` receives the scores on the groups' own images.
 
-    Raises the same DataErrors as the collator, on all ranks, and OutOfMemory with ``remedy`` in its message if memory runs out.
+    Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
     donors = other_images(groups) if shuffled else None
-    local: dict[int, list[Any]] = {}  # arrays, which are smaller than tensors
+    local: dict[int, list[Any]] = {}  # arrays are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
     views, reference = seen_as(groups, donors), None if loss is None else loss.reference
     turns = scored_batches(
@@ -139,10 +139,10 @@ def scored_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
-    """Yield this rank's share of ``batches`` (indices of groups), each with its scores in each of the ``views`` (see ``seen_as``).
+    """Yield each batch (group indices) of this rank's share of ``batches``, with its scores in each of the ``views`` (see ``seen_as``).
 
-    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has run out of batches scores a group again and yields
-    no indices. Raises the same errors as ``score_batches``.
+    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has no batch left scores a group again and yields no
+    indices. Raises the same errors as ``score_batches``.
     """
     places = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
     mine = [batches[place] if place < len(batches) else batches[-1][-1:] for place in places]
@@ -165,8 +165,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by index. ``scored`` has the batch's scores in each view; without a blank view, a
-    group's own scores replace it.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If there is no
+    blank view, ``blank`` has the scores on the group's own first image.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}
@@ -181,7 +181,7 @@ def matrices(
 
 
 def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[Sequence[CounterfactualGroup]]:
-    """Return the views in which groups are scored: with their own images, with a blank image and, given ``donors``, with another group's
+    """Return the views in which groups are scored: on their own images, on a blank image and, if ``donors`` is given, on another group's
     image.
     """
     views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
@@ -203,10 +203,10 @@ def score_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> list[Scores]:
-    """Return the scores of each batch, a list of parts. All ranks must pass the same number of batches, but each may have any number of
-    parts.
+    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but a batch may have any
+    number of parts.
 
-    ``reference`` computes reference scores for the first batch only. Raises DataError on all ranks if a batch of any rank is a DataError.
+    ``reference`` computes reference scores for the first batch only. If a batch of any rank is a DataError, raises DataError on all ranks.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)
@@ -234,10 +234,11 @@ def score_batches(
 
 
 def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
-    """Return, for each group or item, the first image of another one with as many pictures, none of which is its own, or None.
+    """Return, for each group or item, the first image of another one; None if there is none. Both images have the same number of pictures,
+    and the other image shares no picture with the group.
 
     In a random but fixed order, each group takes the image of the next group, so each image is used once. If the two share a picture, up to
-    ``_TRIES`` of the following groups are tried.
+    ``_TRIES`` following groups are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Page of groups: a sample of a manifest, or the groups of a run with the worst scores."""
+"""Page of groups: a sample of a manifest, or a run's groups with the worst scores."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ WORST = 30
 
 
 class _Source(NamedTuple):
-    """Groups of one manifest, and their scores keyed by id; {} if there are none.
+    """Groups of one manifest, and their scores keyed by group id; {} without scores.
 
-    ``split`` is its name in a run's evaluation. ``lost_before`` states whether a group lost a comparison before training, for the groups
-    that were evaluated then, keyed by id and content hash.
+    ``split`` is the manifest's name in a run's evaluation. ``lost_before`` is keyed by id and content hash, and states whether the group
+    lost a comparison before training. It has only groups that were evaluated then.
     """
 
     groups: GroupStore
@@ -59,13 +59,13 @@ def view(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = print_line,
 ) -> Written:
-    """Write a page of groups into the folder ``out``, and replace an earlier page there. The return value displays itself in a notebook.
+    """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order,
-    or the groups named in the file ``ids``, one per line, in the file's order. For a run, it shows the ``sample`` evaluated groups with the
-    worst scores. ``scores`` is a file from ``cfvlm-ds score`` or from a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order.
+    If the file ``ids`` is given, it shows the groups with these ids (one per line), in the file's order. For a run, it shows the ``sample``
+    evaluated groups with the worst scores. ``scores`` is a file written by ``cfvlm-ds score`` or by a run.
 
-    Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if the folder has something other than a page.
+    Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if the folder has anything other than a page.
     """
     refuse_foreign_folder(Path(out))
     facts: list[Fact] = [("scores", str(scores))] * (scores is not None)
@@ -93,9 +93,9 @@ def view_worst(
     max_pixels: int,
     say: Callable[[str], object],
 ) -> Written:
-    """Write a page of the groups with the worst scores, as ``view`` does for a run that has ended, and return it.
+    """Write a page of the groups with the worst scores, as ``view`` does for a finished run, and return it.
 
-    ``scores`` holds the scores of each group after ``step`` steps, keyed by split. Raises the same errors as ``view``.
+    ``scores`` holds the scores of all groups after ``step`` steps, keyed by split. Raises the same errors as ``view``.
     """
     sources = [
         _Source(
@@ -119,7 +119,7 @@ def _worst_page(
             else:
                 without += 1
 
-    for k, source in enumerate(sources):  # margins of sets with other kinds of texts are not comparable
+    for k, source in enumerate(sources):  # margins of sets with different kinds of texts are not comparable
         worst += heapq.nsmallest(math.ceil(sample / len(sources)), compared(k, source))
     shown = [(k, index) for _, k, index in sorted(worst)[:sample]]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
@@ -138,7 +138,7 @@ def _page(
     max_pixels: int,
     say: Callable[[str], object],
 ) -> Written:
-    """Write the groups at (number of a source, index in it). ``how`` says how they were selected."""
+    """Write a page of the groups ``shown``, each given as (source number, index in the source). ``how`` says how they were selected."""
     number, total = len(shown), sum(len(each.groups) for each in sources)
     facts = [("source", source), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
     items = (_item(sources[k], index) for k, index in shown)
@@ -146,7 +146,7 @@ def _page(
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
-    """Open the manifests of a run's evaluation, with their scores. Raises DataError, and ConfigError for a run without evaluation."""
+    """Open a run's evaluation manifests and scores. Raises DataError if they cannot be read, and ConfigError if the run has none."""
     sources = []
     for name, split in recorded_evaluation(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
@@ -162,7 +162,7 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """Return whether each group lost a comparison before the training; {} if the run has not evaluated the set then."""
+    """Return whether each group lost a comparison before training; {} if the run did not evaluate the set before training."""
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]
         return {
@@ -174,12 +174,12 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """Read the scores of these groups. Texts and paths of pictures must match; for a page, contents of pictures are not compared."""
+    """Read the scores of these groups. Texts and picture paths must match. For a page, picture contents are not compared."""
     return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
-    """Return the indices of the groups that a file names, one id per line. Raises DataError for an unknown id."""
+    """Return the indices of the groups whose ids a file lists, one per line. Raises DataError for an unknown id."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
@@ -210,9 +210,9 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a group's stored scores with the smallest margin of every true cell, among texts and among images (docs/evaluation.md).
+    """Return a group's stored scores, and for every true cell its smallest margins over texts and over images (docs/evaluation.md).
 
-    A tie is lost. ``quad`` comparisons are not counted, because they follow from the comparisons of their cells.
+    A tie counts as a loss. ``quad`` comparisons are not counted, because they follow from the comparisons of two cells.
     """
     logp, decided, lengths = stored.logp, list[float](), list[int]()
     margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]

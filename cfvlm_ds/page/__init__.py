@@ -1,7 +1,7 @@
-"""Static pages that show groups of pictures and texts, viewed in a browser from a folder without a server.
+"""Static pages of groups with their pictures and texts. A browser opens them from a folder; no server is needed.
 
 The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
-Each group is a ``<template>`` element of a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
+Each group is a ``<template>`` element of a single document. Its pictures are loaded when it is shown. Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from cfvlm_ds.data.identity import path_in
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""Name and value of a fact that the page shows."""
+"""(name, value) of a fact that the page shows."""
 Span: TypeAlias = tuple[int, int]
-"""Range of characters: index of the first one, and of the one after the last."""
+"""Range of characters: (start, end), without the character at ``end``."""
 
 MOST = 1000
-"""Maximum number of groups on a page. If there are more, it shows the first ones and a note."""
+"""Maximum number of groups on a page. If there are more, the page shows the first ones and a note."""
 MAX_TEXT = 20_000
-"""Number of characters after which a shown text is cut."""
+"""Maximum number of characters that are shown of a text."""
 MAX_COMPARED = 40_000
-"""Maximum number of word pairs compared between two texts. The limit exists because hostile texts take cubic time."""
-_SEARCHED = 1000  # searchable characters of a group's texts
+"""Maximum number of word pairs to compare between two texts. Without this limit, hostile texts would take cubic time."""
+_SEARCHED = 1000  # number of searchable characters of a group
 _SHAM = "sham (rendered again; compared with the edited images only)"
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
@@ -67,7 +67,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the index of its prompt. ``reference`` is the index of the text with which its words are compared, or None."""
+    """A text and the index of its prompt. ``reference`` is the index of the text that its words are compared with, or None."""
 
     text: str
     label: str = ""
@@ -79,10 +79,10 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` ``[I][C]`` has the scores, and ``blank`` ``[C]`` those of the texts without an image. ``margins`` ``[I][C]`` has two margins
-    for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
-    such text or image, and the entry of any other cell is None. ``decided`` has the margin of every comparison, and ``lengths`` the number
-    of words of its longer text.
+    ``rows`` ``[I][C]`` has the scores. ``blank`` ``[C]`` has the scores of the texts without an image. ``margins`` ``[I][C]`` has two
+    margins for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there
+    is no such text or image. The entry of a cell that is not true is None. ``decided`` has the margin of every comparison, and ``lengths``
+    has the word count of its longer text.
     """
 
     rows: Sequence[Sequence[float | None]]
@@ -93,7 +93,7 @@ class ScoreTable:
 
     @property
     def lost(self) -> int:
-        """Number of comparisons decided wrongly, including ties."""
+        """Number of comparisons that are lost, including ties."""
         return sum(not margin > 0 for margin in self.decided)
 
     @property
@@ -105,7 +105,7 @@ class ScoreTable:
     def rank(self) -> float | None:
         """Smallest margin per word that is not NaN; None if there is none.
 
-        Groups are ordered by it. Margins are sums over tokens, so those of long texts are larger.
+        It determines the order of groups. Margins are sums over tokens, so long texts have larger margins.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
@@ -113,9 +113,9 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Item:
-    """One group: pictures, texts, a truth table of 1, 0 or None (unknown), and other facts.
+    """One group: pictures, texts, a truth table (1, 0, or None for unknown), and other facts.
 
-    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim. Paths of pictures are shown
+    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim. Picture paths are shown
     relative to ``roots``.
     """
 
@@ -134,7 +134,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Folder and contents of a written page. ``problems`` maps the pictures that could not be shown to the reasons."""
+    """Folder and contents of a written page. ``problems`` maps each picture that could not be shown to the reason."""
 
     folder: Path
     num_items: int
@@ -142,7 +142,7 @@ class Written:
     problems: dict[Path, str]
 
     def _repr_html_(self) -> str:
-        """Return an iframe that shows the page in a notebook. It works if the page's folder is below the notebook's folder."""
+        """Return an iframe that shows the page in a notebook. The page's folder must be below the notebook's folder."""
         style = "width: 100%; height: 820px; border: 1px solid #8884; border-radius: 6px"
         return Markup('<iframe src="{}/index.html" style="{}" title="groups"></iframe>').format(os.path.relpath(self.folder), style)
 
@@ -155,8 +155,8 @@ def group_item(
     filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
-    """Build the item of a group. Images and texts are labelled with the types of their edits, and the words of each text are compared with
-    those of its prompt's anchor. ``facts`` and ``filters`` are added to those of the group. ``roots`` are the folders of its pictures.
+    """Build the item of a group. Images and texts are labelled with their edit types. The words of each text are compared with the anchor's
+    text for the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -199,7 +199,7 @@ def _change(edit: Edit) -> str:
 
 
 def refuse_foreign_folder(out: Path) -> Path:
-    """Return the resolved path of a page's output folder, which may be new or contain an earlier page. Raises ConfigError for any other."""
+    """Resolve the output folder of a page. It must be new or contain an earlier page; raises ConfigError for any other folder."""
     return refuse_replacing(out, _MARKER, names=_NAMES)
 
 
@@ -215,10 +215,10 @@ def write_page(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
-    """Write a page of ``total`` items into a folder. An earlier page there is replaced when the new one is complete.
+    """Write a page of ``total`` items to a folder. An earlier page is replaced when the new page is complete.
 
-    ``scored`` describes the numbers of score tables. ``beside`` maps the names of additional files to their texts. Items are consumed one
-    at a time; memory holds the page without its pictures, and the comparison grids of the last 2048 pictures (at most 57 MB).
+    ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
+    consumed one by one. Memory holds the page without its pictures, and the comparison grids of the last 2048 pictures (at most 57 MB).
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
@@ -267,13 +267,13 @@ def _number(value: float | None, signed: bool = False) -> str:
 
 _CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
-"""A word, a mark of punctuation, or a character of a script that has no spaces between words."""
+"""A word, a punctuation mark, or a character of a script without spaces between words."""
 
 
 def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
-    """Return, for each of two texts, the spans of whole words that the other text does not have. White space is ignored.
+    """Return, for each of two texts, the spans of whole words that differ from the other text. White space is ignored.
 
-    If there are more than MAX_COMPARED pairs of words to compare, everything between the common beginning and end counts as changed.
+    If there are more than MAX_COMPARED word pairs, everything between the common beginning and the common end counts as changed.
     """
     word_matches = [list(_WORD.finditer(text)) for text in (reference, other)]
     words = [[match[0] for match in matches] for matches in word_matches]
@@ -292,8 +292,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Mark the characters of each text that differ from its reference, or from a text whose reference it is. Return a byte per character, 1
-    if it is marked, or b"" for a text without marks.
+    """Mark the characters of each text that differ from its reference or from a text that refers to it. Return one byte per character (1 if
+    marked), or b"" for a text without marks.
     """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):
@@ -305,8 +305,8 @@ def _marks(texts: Sequence[Text]) -> list[bytes]:
 
 
 def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
-    """Yield (changed, hidden, text) for each part of a text. A hidden character is replaced with its code, and the characters beyond
-    MAX_TEXT with their number.
+    """Yield (changed, hidden, text) for each part of a text. A hidden character is replaced with its code point. Characters beyond MAX_TEXT
+    are replaced with their count.
     """
     shown = text[:MAX_TEXT]
     kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
@@ -320,10 +320,10 @@ def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
 
 
 def _is_hidden(text: str, place: int) -> bool:
-    """Return whether a character is invisible, or reverses the text after it.
+    """Return whether a character is invisible or changes the direction of the text after it.
 
-    These are all control and format characters except line breaks, tabs, and the joiners that Indic scripts, Persian and emoji have between
-    letters.
+    This is true of all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian
+    and emoji.
     """
     character = text[place]
     if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":
@@ -335,8 +335,8 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """Describe the pictures of each image for the template: the copy of each and its difference from the factual picture, or the reason why
-    it cannot be shown, which is also added to ``problems``.
+    """Describe the pictures of each image for the template: a picture's copy and its difference from the factual picture, or the reason why
+    it cannot be shown. The reason is also added to ``problems``.
     """
     drawn: list[list[dict[str, Any]]] = []
     prefixes = [root.parts for root in item.roots]

@@ -20,7 +20,7 @@
     const shown = end ? `${end - start > 1 ? `${start + 1}–` : ""}${end} / ${listed.length}` : "0";
     position.textContent = shown + (listed.length < rows.length ? ` of ${rows.length}` : "");
     const parameters = [["group", listed[place] + 1], ...new FormData(form), ["overview", sheet ? 1 : ""]].filter(([, value]) => value);
-    try { history.replaceState(null, "", `#${new URLSearchParams(parameters)}`); } catch { /* some browsers take a hundred in half a minute */ }
+    try { history.replaceState(null, "", `#${new URLSearchParams(parameters)}`); } catch { /* some browsers allow a hundred calls in 30 s */ }
     main.replaceChildren(...listed.slice(start, end).map(drawn));
     if (!end) main.innerHTML = `<p class="empty">${rows.length ? "No group matches the filters and the search." : "There are no groups."}</p>`;
     main.querySelectorAll("[data-style]").forEach((element) => { element.style.cssText = element.dataset.style; });

@@ -22,14 +22,14 @@ Grid: TypeAlias = npt.NDArray[Any]
 GRID = 96
 """Number of cells along the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
-"""Difference of a cell's means above which it is visibly changed, in levels of 0 to 255. JPEG or a latent diffusion model changes less."""
-_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline, and of the changed share that has one
-_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # longer side, in pixels, of any copy, of a PNG copy, and of one shown enlarged
-_RECENT = 2048  # pictures whose grids, of 27 kB at most, are cached, because groups of one scene share them
+"""Least visible difference of a cell's means, on a scale of 0 to 255. JPEG and latent diffusion models cause smaller differences."""
+_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; largest changed share that gets one
+_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # maximum longer side, in pixels: any copy, PNG copies, enlarged copies
+_RECENT = 2048  # number of cached grids (27 kB at most each), because groups of one scene share pictures
 
 
 class Seen(NamedTuple):
-    """A picture: the name of its copy, which all pictures with the same pixels share, its size in pixels, and its comparison grid."""
+    """A picture: file name of its copy (shared by all pictures with the same pixels), size in pixels, and comparison grid."""
 
     name: str
     size: tuple[int, int]
@@ -40,9 +40,10 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties, or else the error.
+    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties. If decoding fails,
+    the function returns the error message.
 
-    The name of the copy does not reveal the name of the picture.
+    The copy's file name does not reveal the picture's file name.
     """
 
     @functools.lru_cache(_RECENT)
@@ -54,7 +55,7 @@ def looks(folder: Path, max_pixels: int) -> Looks:
         pixels = "x".join(map(str, image.size)) + "-" + hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
         seen = Seen(f"pictures/{pixels}.{'png' if max(image.size) <= _LOSSLESS_SIDE else 'jpg'}", image.size, reduced(image))
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Pillow.Resampling.LANCZOS)
-        image.info.clear()  # comments, and where a photograph was taken
+        image.info.clear()  # such as comments, and the place where a photograph was taken
         image.save(folder / seen.name, quality=85)
         return seen
 
@@ -62,14 +63,14 @@ def looks(folder: Path, max_pixels: int) -> Looks:
 
 
 def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
-    """Reduce an RGB picture to means on a grid with ``longer`` cells on its longer side. A smaller picture is not changed."""
+    """Reduce an RGB picture to means on a grid with ``longer`` cells on the longer side. Smaller pictures are not changed."""
     scale = min(1.0, longer / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))
 
 
 def difference(first: Grid, second: Grid) -> tuple[str, float]:
-    """Compute the difference of two reduced pictures of the same shape: an SVG path on their grid, and the share of changed cells.
+    """Compare two reduced pictures of the same shape. Return the outline of the difference as an SVG path, and the share of changed cells.
 
     The path is empty if no cell differs visibly, or if most cells do.
     """
@@ -85,7 +86,7 @@ def difference(first: Grid, second: Grid) -> tuple[str, float]:
 
 
 def _boundary(mask: Grid) -> list[str]:
-    """Return the edges between cells inside and outside the mask, as lines along the grid."""
+    """Return the boundary of the mask as SVG lines along the grid."""
     padded, lines = np.pad(mask, 1), []
     across, down = padded[1:, 1:-1] != padded[:-1, 1:-1], (padded[1:-1, 1:] != padded[1:-1, :-1]).T
     for edges, form in ((across, "M{1} {0}h{2}"), (down, "M{0} {1}v{2}")):

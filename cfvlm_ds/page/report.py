@@ -1,4 +1,4 @@
-"""Page of a report in Markdown, for a browser: one HTML file without scripts beside the pictures that it shows."""
+"""HTML page of a Markdown report: one file without scripts, stored beside the pictures that it shows."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ img { max-width: 100%; } code { background: #f5f7f9; padding: 0 .2rem; } a { col
 
 
 def write_report_page(path: Path, title: str, markdown: str) -> None:
-    """Write Markdown as an HTML page, with a list of contents if it has several headings. HTML in the Markdown is shown as text.
+    """Write Markdown as an HTML page, with links to the headings if there are more than two. HTML in the Markdown is shown as text.
 
-    Raises OSError.
+    Raises OSError if the page cannot be written.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens, headings = parser.parse(markdown), dict[str, str]()

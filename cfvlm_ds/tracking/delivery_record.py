@@ -1,4 +1,4 @@
-"""Delivery record of a run: data for MLflow other than metrics, stored in the run folder so that another process can finish the
+"""Delivery record of a run: all data for MLflow except metrics. It is stored in the run folder, so another process can finish the
 delivery.
 """
 
@@ -18,20 +18,20 @@ from cfvlm_ds.tracking.metrics_log import say
 RECORD_FILE = ".mlflow_delivery.json"
 
 INPUT = ("name", "digest", "source", "context", "groups")
-"""Keys of a data set: its name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
+"""Keys of a data set: name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 
 @dataclass(frozen=True)
 class DeliveryRecord:
-    """Data for MLflow other than metrics, and the state of the delivery.
+    """All data for MLflow except metrics, and the state of the delivery.
 
     Attributes:
-        inputs: data sets of this start, each with the keys ``INPUT``.
-        token: identifies the run if the response to its creation was lost.
-        offset: bytes of metrics.jsonl that MLflow has.
-        artifacts: path (relative if it is in the run folder) -> its ``folder`` in MLflow, and ``pending``: True until it is uploaded.
+        inputs: data sets of the current start, each with the keys ``INPUT``.
+        token: random id that finds the run again if the server's response to its creation was lost.
+        offset: number of bytes of metrics.jsonl that have been delivered.
+        artifacts: path (relative if it is in the run folder) -> ``folder`` in MLflow, and ``pending``: True until the file is uploaded.
     """
 
     experiment: str = ""
@@ -50,7 +50,7 @@ class DeliveryRecord:
 
     @classmethod
     def load(cls, run_dir: Path) -> DeliveryRecord | None:
-        """Return the record of a run folder, or None if there is none or a power loss has damaged it."""
+        """Read the record in a run folder. Return None if there is no record or a power loss has damaged it."""
         path = run_dir / RECORD_FILE
         try:
             return cls(**json.loads(path.read_bytes()))
@@ -61,7 +61,7 @@ class DeliveryRecord:
             return None
 
     def save(self, run_dir: Path) -> str | None:
-        """Write the record, and return the reason if it could not be written, else None."""
+        """Write the record. Return None, or the reason if it cannot be written."""
         path = run_dir / RECORD_FILE
         try:
             replace(path, json.dumps(dataclasses.asdict(self), indent=1).encode())

@@ -1,6 +1,6 @@
-"""Figures of score matrices and learning curves, drawn with matplotlib's Agg backend in a style that is set only while a figure is drawn.
+"""Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
 
-Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn.
+Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn, and the style applies only to that figure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
 
 _STYLE: Any = {
-    "text.parse_math": False, "text.usetex": False,  # two dollar signs in a caption do not make a formula
+    "text.parse_math": False, "text.usetex": False,  # so that two dollar signs in a caption are not a formula
     "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.labelsize": 8.5, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "axes.axisbelow": True,
@@ -42,7 +42,7 @@ _STYLE: Any = {
 
 @contextmanager
 def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Figure]:
-    """Yield a figure, with its size in inches, that is written to a PNG file at the end of the block."""
+    """Yield a figure of ``width`` x ``height`` inches, and write it to a PNG file at the end of the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -53,14 +53,15 @@ def _figure(path: Path, width: float, height: float, layout: Any = "constrained"
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw sample groups as one PNG: each image next to its row of scores, each caption above its column, true cells outlined.
+    """Draw score matrices of sample groups as one PNG, with images beside rows, captions above columns and outlined true cells.
 
-    For a large group, only the first images and captions are drawn, and the title gives the totals.
+    For a large group, only the first images and captions are drawn. The title gives the totals.
 
     Args:
-        path: the PNG to write.
-        groups: mappings with ``images`` (I entries, each a list of the PIL images shown together), ``captions`` (C texts), ``scores``
-            ([I][C], nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and optionally ``title``.
+        path: PNG file to write.
+        groups: mappings with ``images`` (I lists of PIL images that are shown together), ``captions`` (C texts),
+            ``scores`` ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally,
+            ``title``.
     """
     from matplotlib.patches import Rectangle
 
@@ -77,7 +78,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
 
 
 def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the group's first images and captions, limited to a readable number; its title counts the others."""
+    """Limit a group to a readable number of images and captions. If some are left out, the title gives the totals."""
     images, captions = len(group["images"]), len(group["captions"])
     title = one_line(str(group.get("title", "")), _TITLE_CHARS)
     if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
@@ -88,7 +89,7 @@ def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
         "title": title,
         "images": group["images"][:_MOST_IMAGES],
         "captions": [
-            # wrapping takes time for a caption of megabytes
+            # cut first, because wrapping megabytes of text is slow
             textwrap.fill(caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES], _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=_DOTS)
             for caption in group["captions"][:_MOST_CAPTIONS]
         ],
@@ -105,7 +106,7 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
     num_images, num_captions = len(group["images"]), len(group["captions"])
     figure.suptitle(group["title"], x=0.01, ha="left", color=INK)
     axes = figure.add_subplot(frameon=False)
-    for i, pictures in enumerate(group["images"]):  # thumbnails stand to the left of their row
+    for i, pictures in enumerate(group["images"]):  # thumbnails to the left of their row
         if not pictures:
             axes.text(-0.06 - _THUMB / 2 / _CELL_W, i + 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
         for k, picture in enumerate(pictures):
@@ -131,21 +132,22 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Draw a run's ``metrics.jsonl`` as one PNG of small multiples over optimizer steps.
+    """Draw a run's ``metrics.jsonl`` as one PNG with several panels over optimizer steps.
 
-    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and ``eval_sample/SPLIT/METRIC``
-    or else ``eval/SPLIT/METRIC`` (%), by split and not by edit type. A panel shows only a few series and counts the others; of accuracies,
-    the most informative metric of every split comes first. A panel without data is omitted, and so is a fraction that never changes; a
-    value that is not finite leaves a gap. Long series show a running average over faint raw values.
+    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and, in %,
+    ``eval_sample/SPLIT/METRIC`` or else ``eval/SPLIT/METRIC``. Accuracies of single edit types are not shown. A panel shows only a few
+    series and the number of others. In accuracy panels, the most informative metric of every split comes first. Panels without data and
+    fractions that never change are omitted. A value that is not finite leaves a gap. A long series shows a running average over its faint
+    raw values.
 
     Args:
-        path: the PNG to write.
-        metrics_jsonl: the run's metrics.
-        samples: set -> the size of its sample, such as "120 of 450 groups", which the legend shows.
+        path: PNG file to write.
+        metrics_jsonl: path of the run's metrics.
+        samples: set -> size of its sample for the legend, such as "120 of 450 groups".
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file holds none of these metrics.
+        FileNotFoundError: the metrics file does not exist.
+        ValueError: it has none of these metrics.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
@@ -181,7 +183,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
                 short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
                 if name.startswith("eval_sample/") and (size := samples.get(name.split("/")[1])):
                     short = f"{short}, {size}"
-                # matplotlib omits labels that begin with an underscore from the legend
+                # matplotlib's legend omits labels that begin with an underscore
                 axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
             axes.set(title=title, xlabel="optimizer step", ylabel=label)
             axes.grid(axis="y")
@@ -194,10 +196,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
 
 
 def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
-    """Draw differences in percentage points as one PNG: a row for each label, a colour for each result, bars for intervals.
+    """Draw differences in percentage points as one PNG, with a row per label, a colour per result and bars for intervals.
 
     Args:
-        differences: result -> label -> (difference, its interval or None). At most 40 labels are drawn, and the title counts the others.
+        differences: result -> label -> (difference, interval or None). At most 40 labels are drawn. The title gives the total.
     """
     labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
     shown = labels[:_MOST_ROWS]
@@ -222,7 +224,7 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
-"""Accuracies in the order in which they are shown, as space permits."""
+"""Accuracies in order of priority; as many as fit are shown."""
 _PANELS = (
     ("Loss terms in training", "loss", "loss/"),
     ("Log-likelihoods of the training groups", "nats per token", "logp/"),
@@ -230,18 +232,18 @@ _PANELS = (
     ("Accuracy on a sample of the evaluation sets", "%", "eval_sample/"),
     ("Evaluation accuracy", "%", "eval/"),
 )
-"""(title, unit, prefix of its metrics' names)."""
+"""(title, unit, prefix of metric names) of each panel."""
 _LABELS = {
     "logp/lp_00": "true text, its image",
     "logp/lp_kk": "edited text, its edited image",
     "logp/lp_0k": "false text, true image",
     "logp/lp_k0": "true text, edited image (false)",
 }
-"""Names of series in the legend, where a metric's name does not say what it is."""
+"""Metric -> legend label, for metrics whose names are not self-explanatory."""
 
 
 def _place(name: str) -> int | None:
-    """Return the rank of a name in its panel; None if the metric is not shown, such as the accuracy for one edit type."""
+    """Return a metric's priority in its panel, or None if it is not shown, like the accuracy for one edit type."""
     first, *_, metric = parts = name.split("/")
     if first not in ("eval", "eval_sample"):
         return 0
@@ -249,12 +251,12 @@ def _place(name: str) -> int | None:
 
 
 def _is_constant(points: Sequence[tuple[int, float]]) -> bool:
-    """Return True for at least two equal values."""
+    """Return whether a series has several points, all with the same value."""
     return len(points) > 1 and len({value for _, value in points}) == 1
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return an exponential average over about a fiftieth of the run, corrected for its start; gaps are kept."""
+    """Return an exponential moving average over about a fiftieth of the run, with bias correction. Gaps are kept."""
     keep = 1 - 1 / max(len(values) / 50, 2)
     total = weight = 0.0
     smooth = []

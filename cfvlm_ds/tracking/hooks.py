@@ -1,4 +1,4 @@
-"""Tracking hooks: TensorBoard, and classes of the user's own."""
+"""Tracking hooks: TensorBoard, and user-defined classes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from cfvlm_ds.tracking.metrics_log import say
 
 
 class Hook(Protocol):
-    """A receiver of a run's metrics, on rank 0.
+    """Receiver of a run's metrics on rank 0.
 
     Args:
         run_dir: folder of the run.
-        params: the resolved options, nested, with secrets masked.
-        step: the step after which the run continues; 0 for a new run.
+        params: resolved options, nested, with secrets masked.
+        step: step after which the run continues; 0 for a new run.
     """
 
     def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Receive the metrics of a step; the run waits for the return."""
+        """Receive the metrics of a step. The run waits until this returns."""
 
     def close(self, status: str) -> None:
-        """End the run with its status in MLflow's words, such as FINISHED or FAILED."""
+        """Receive the final status of the run, in MLflow's terms: FINISHED, FAILED, KILLED or SCHEDULED."""
 
 
 class TensorBoard:
-    """Event files for TensorBoard in ``RUN/tensorboard``; see Hook."""
+    """Hook that writes TensorBoard event files to ``RUN/tensorboard``."""
 
     def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +48,7 @@ class TensorBoard:
 
 
 def hook_class(name: str) -> type[Hook]:
-    """Return the class that an entry of ``tracking.also`` names. Raises ConfigError if there is none."""
+    """Return the class that an entry of ``tracking.also`` names. Raises ConfigError if there is no such class."""
     if name == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tracking.also: tensorboard is not installed; pip install tensorboard")
@@ -64,7 +64,7 @@ def _line(error: Exception) -> str:
 
 
 class Hooks:
-    """The hooks of a run. A hook that raises an exception is reported and disabled."""
+    """Hooks of a run. A hook that raises an exception is reported and disabled."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         self._hooks: dict[str, Hook] = {}

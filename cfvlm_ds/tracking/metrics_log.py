@@ -1,4 +1,4 @@
-"""The file metrics.jsonl, with one line per record. It is read from the delivery's position on, and truncated at the step of a resume."""
+"""Metrics log: metrics.jsonl, with one record per line. It is read from the position of the delivery, and truncated on resume."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """Return the points (name, value, milliseconds, step) of the lines after ``offset`` bytes, and the new offset.
+    """Read lines from the byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops after at least ``limit`` points.
+    Reading stops once there are at least ``limit`` points.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():
@@ -37,8 +37,8 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop steps after ``resume_step`` (None: all) and torn lines, and return the names of the metrics recorded at that step, and the new
-    ``offset``.
+    """Drop torn lines and the lines of steps after ``resume_step``; if it is None, drop all lines. Return the names of the metrics recorded
+    at ``resume_step``, and the new ``offset``.
     """
     if not path.exists():
         return set(), 0
@@ -64,7 +64,7 @@ def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[
 
 
 def last_values(path: Path) -> tuple[dict[str, float], int]:
-    """Return the last value of each metric, and the last step with a record, or -1 if there is none."""
+    """Return the last value of each metric, and the last recorded step (-1 if there is no record)."""
     values: dict[str, float] = {}
     step = -1
     for row in read_rows(path) if path.is_file() else ():
@@ -80,7 +80,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line of metrics.jsonl, and return the row, or None if a killed process or a power loss left the line torn."""
+    """Parse a line of metrics.jsonl. Return None if a killed process or a power loss left the line incomplete."""
     try:
         row: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

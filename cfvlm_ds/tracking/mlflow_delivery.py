@@ -1,8 +1,8 @@
 """Delivery of a run folder to MLflow by a thread that retries as long as the run lives.
 
 MLflow's own asynchronous logging drops a batch whose request fails. The thread therefore sends batches itself, and advances its position in
-metrics.jsonl only after the server has answered. Metrics are logged by training/trainer.py; parameters and tags come from
-training/run_record.py.
+metrics.jsonl only after the server has answered. training/trainer.py logs the metrics, and training/run_record.py provides parameters and
+tags.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from cfvlm_ds.tracking.metrics_log import METRICS_FILE, read_metrics, say
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the delivery thread retries and can be stopped while it waits
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints the URI with its password
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the delivery thread retries instead, and can be stopped while it waits
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow would print the URI with its password
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _POLL_SECONDS, _MAX_BACKOFF_SECONDS, _CLOSING_BACKOFF_SECONDS = 1.0, 30.0, 2.0
@@ -41,19 +41,19 @@ _MAX_PER_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 5000, 250, 500
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
-_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also a part of a path that is empty, "." or ".."
+_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also path segments that are empty, "." or ".."
 _FIRST_PAGE = re.compile(
     "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
     "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
     "|perception|yes_ratio)"
 )
-"""Metrics that a person looks at first. MLflow shows ``Main/``, as a name with a capital, before ``detail/``, which has all others."""
+"""Metrics to look at first. MLflow shows their prefix ``Main/`` before ``detail/``, the prefix of all others, because of the capital."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
-"""MLflow's tags for the description of a run, in Markdown, and for the JSON files that it shows as tables."""
+"""MLflow's tags for a run's description (Markdown), and for JSON files to be shown as tables."""
 
 
 def import_mlflow() -> threading.Thread:
-    """Import MLflow (2-3 s) in a thread, and return the thread, which must be joined before data workers are forked."""
+    """Import MLflow (2-3 s) in a thread, and return the thread. It must be joined before data workers are forked."""
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
@@ -72,10 +72,11 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds, and return True if everything has arrived.
+    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds, and return whether everything has arrived.
 
-    With ``MLFLOW_TRACKING_URI`` set, also copy a run recorded in its own folder to that server. A run that was never closed becomes KILLED.
-    Do not call it for a live run, because two processes would write one record. Raises FileNotFoundError for a folder without a record.
+    If ``MLFLOW_TRACKING_URI`` is set, a run recorded in its own folder is copied to that server. A run that was never closed becomes
+    KILLED. Do not call this for a live run, because two processes would write the same record. Raises FileNotFoundError for a folder
+    without a record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)
@@ -89,7 +90,7 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
 
 
 class Delivery:
-    """A thread that sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and leaves MLflow's global state untouched."""
+    """Thread that sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and does not change MLflow's global state."""
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, enabled: bool = True) -> None:
         self.record = record
@@ -98,25 +99,25 @@ class Delivery:
         self._lock = threading.Lock()  # guards the record; not held during a request
         self._closing, self._stop = threading.Event(), threading.Event()
         self._client: Any = None
-        self._steps_on_server: dict[str, set[int]] | None = None  # by metric; None if this process created the run
-        self._note: str | None = None  # description of the run on the server
+        self._steps_on_server: dict[str, set[int]] | None = None  # metric -> steps; None if this process created the run
+        self._note: str | None = None  # run description on the server
         self._done, self._unsaved = not enabled, False
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-tracking", daemon=True)
         if enabled:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
-        """Schedule the upload of a file into ``folder``, again if it was uploaded before."""
+        """Schedule the upload of a file to ``folder``, even if it was uploaded before."""
         if Path(path).is_relative_to(self._run_dir):  # a relative path stays valid when the folder is moved
             path = str(Path(path).relative_to(self._run_dir))
         self._change(artifacts={path: {"folder": folder, "pending": True}})
 
     def describe(self, text: str) -> None:
-        """Schedule the description of the run, in Markdown, in which ``RUN_ID`` stands for the id of the MLflow run."""
+        """Schedule an update of the run's description, in Markdown. ``RUN_ID`` in it stands for the id of the MLflow run."""
         self._change(tags={**self.record.tags, NOTE: text})
 
     def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
-        """Change the record, add ``artifacts`` to it, and save it. A full disk is reported once and does not affect the run."""
+        """Change values of the record, add ``artifacts``, and save it. A full disk is reported once and does not affect the run."""
         with self._lock:
             self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
             if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
@@ -124,7 +125,7 @@ class Delivery:
             self._unsaved = error is not None
 
     def finish(self, status: Status, end_ms: int, timeout: float) -> bool:
-        """Set the final status, wait up to ``timeout`` seconds for the rest, and return True if everything has arrived."""
+        """Set the final status, wait up to ``timeout`` seconds for the delivery, and return whether everything has arrived."""
         self._change(status=status, end_ms=end_ms)
         self._closing.set()
         if self._thread.ident is not None:
@@ -162,7 +163,7 @@ class Delivery:
                 self._closing.wait(backoff if failures else _POLL_SECONDS)
 
     def _deliver_everything(self) -> None:
-        status = self.record.status  # read first: once it is set, metrics.jsonl is complete
+        status = self.record.status  # read first, because metrics.jsonl is complete once the status is set
         if self._client is None:
             self._connect()
         while self._deliver_metrics():
@@ -202,7 +203,7 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Return the existing run, set to RUNNING, or None. A run that the server does not know is delivered again as a new one."""
+        """Find the existing run and set it to RUNNING, or return None. A run that the server does not know is delivered as a new run."""
         record, run = self.record, None
         if record.run_id is not None:
             try:
@@ -227,7 +228,7 @@ class Delivery:
         return run
 
     def _describe(self, client: Any, run: Any) -> None:
-        """Send parameters, tags and data sets, and record the run's id."""
+        """Send parameters, tags and data sets, and save the run's id."""
         entities = _mlflow("mlflow.entities")
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
@@ -253,7 +254,7 @@ class Delivery:
         self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl, and return False if there was none."""
+        """Send the next part of metrics.jsonl. Return False if nothing was left."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [
@@ -283,12 +284,12 @@ class Delivery:
                 self._client.log_artifact(self.record.run_id, str(file), artifact["folder"] or None)
             else:
                 say(f"{file} was deleted before it was sent to MLflow")
-            if self.record.artifacts[path] is artifact:  # otherwise the file has changed meanwhile and is uploaded again
+            if self.record.artifacts[path] is artifact:  # otherwise the file has changed in the meantime and is uploaded again
                 self._change(artifacts={path: {**artifact, "pending": False}})
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-    """Log entities in batches of permitted size. An entity that MLflow refuses is reported and skipped."""
+    """Log entities in batches of the permitted size. An entity that MLflow refuses is reported and skipped."""
     size = _MAX_PER_REQUEST[kind]
     for part in (entities[start : start + size] for start in range(0, len(entities), size)):
         try:
@@ -308,7 +309,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mlflow_name(metric: str) -> str:
-    """Return MLflow's name for a metric in metrics.jsonl, such as ``Main/eval_test_group``, or ``detail/loss/csd``."""
+    """Return MLflow's name for a metric of metrics.jsonl, such as ``Main/eval_test_group`` or ``detail/loss/csd``."""
     return _name("Main/" + metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
 
 
@@ -317,7 +318,7 @@ def _name(name: str) -> str:
 
 
 def _make_store(uri: str) -> None:
-    """Create a local store with all of its tables, or none, because MLflow refuses one whose creation was interrupted."""
+    """Create a local store atomically, because MLflow refuses a store whose creation was interrupted."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return

@@ -1,19 +1,19 @@
-"""Tracker of a run: metrics are written to ``metrics.jsonl``, and sent from there to MLflow, which may be slow, down or absent.
+"""Tracker of a run: writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow, which may be slow, down or absent.
 
-MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md, renamed by ``mlflow_name``),
-the parameters, tags and files of the run record (training/run_record.py), the tables and figures of the results (training/results.py), and
-the first table and the figures as the description of the run.
+MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md, renamed by ``mlflow_name``);
+the parameters, tags and files of the run record (training/run_record.py); and the tables and figures of the results (training/results.py).
+The first table and the figures also form the run's description.
 
-The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns; a thread sends new lines to MLflow in
-order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in the file. A resumed run, or ``cfvlm-ds track
-RUN`` after a run has ended, can therefore finish the delivery.
+The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns. A thread sends new lines to MLflow in
+order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in ``metrics.jsonl``. A resumed run, or ``cfvlm-ds
+track RUN`` after a run has ended, can therefore finish the delivery.
 
-Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy, and the
-timestamp comes from the file. A process that continues a run reads from the server which steps it has and skips them: a step that is
-computed again after a resume keeps its first recorded value in MLflow.
+Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy. The timestamp
+comes from the file. A process that continues a run asks the server which steps it has and skips them, so a step that is computed again
+after a resume keeps its first recorded value in MLflow.
 
-The destination is ``MLFLOW_TRACKING_URI`` if set, else ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui`` shows when
-started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
+The destination is ``MLFLOW_TRACKING_URI`` if it is set, otherwise ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui``
+shows when started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
 """
 
 from __future__ import annotations
@@ -49,25 +49,24 @@ def open_tracker(
     inputs: Sequence[Mapping[str, Any]] = (),
     also: Sequence[str] = (),
 ) -> Tracker | NullTracker:
-    """Start tracking and return a ``Tracker`` if ``enabled`` (rank 0), else an object with the same methods that does nothing.
+    """Start tracking and return a ``Tracker`` if ``enabled`` (rank 0), else a ``NullTracker``, which does nothing.
 
     Args:
-        run_dir: the run's folder; created if missing.
-        experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides the first).
-        params: nested mapping. MLflow receives it flattened with dots and cut at its length limits. Secrets are masked, here and in the
-            tags and inputs. On resume a changed value becomes a tag ``param_changed.<name>``, since MLflow's parameters are immutable.
+        run_dir: folder of the run; created if missing.
+        experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides ``experiment``).
+        params: nested mapping. MLflow receives it flattened with dots and cut at its length limits. Secrets are masked, as in tags and
+            inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's parameters are immutable.
         tags: plain strings.
-        run_id: the MLflow run to continue, as stored in a checkpoint. The run folder's own record takes precedence.
-        resume_step: None starts a new run and discards earlier metrics in ``run_dir``. A step continues a run: metrics of later steps are
-            dropped from ``metrics.jsonl``, to be logged again.
-        mlflow: False writes the metrics only to ``metrics.jsonl``; ``deliver`` can send them later.
-        close_timeout: longest time in seconds that ``close`` waits for MLflow.
-        inputs: data sets, with the keys that are listed in cfvlm_ds.tracking.delivery_record.INPUT; those that the run already has are not
-            logged again.
-        also: additional trackers, ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
+        run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
+        resume_step: step from which a run continues: metrics of later steps are dropped from ``metrics.jsonl`` and logged again. None
+            starts a new run and discards earlier metrics in ``run_dir``.
+        mlflow: if False, metrics are written only to ``metrics.jsonl``; ``deliver`` can send them later.
+        close_timeout: maximum time in seconds that ``close`` waits for MLflow.
+        inputs: data sets with the keys in cfvlm_ds.tracking.delivery_record.INPUT. Data sets that the run already has are not logged again.
+        also: additional trackers: ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
     Raises:
-        OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr and never raised.
+        OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr, not raised.
     """
     if not enabled:
         return NullTracker()
@@ -100,7 +99,7 @@ def _experiment(name: str) -> str:
 
 
 def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
-    """Return the last values and the last step of a folder's run in an experiment, or None if there is none."""
+    """Return the last values and the last step of the run in a folder, or None if the folder has no run in this experiment."""
     record = DeliveryRecord.load(Path(run_dir).absolute())
     if record is None or record.experiment != _experiment(experiment):
         return None
@@ -108,7 +107,7 @@ def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int]
 
 
 class NullTracker:
-    """The tracker of the other ranks: it does nothing and touches no file."""
+    """Tracker for the other ranks: it does nothing and touches no file."""
 
     run_id: str | None = None
 
@@ -123,10 +122,10 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Writer of a run's metrics to ``metrics.jsonl``, from where they are delivered to MLflow. Created by ``open_tracker``.
+    """Writer of a run's metrics to ``metrics.jsonl``, from which they are delivered to MLflow. Created by ``open_tracker``.
 
-    As a context manager it marks the run FAILED after an exception, KILLED after KeyboardInterrupt or a non-zero SystemExit, else FINISHED.
-    The exception is not suppressed.
+    As a context manager, it marks the run KILLED after KeyboardInterrupt or a non-zero SystemExit, FAILED after any other exception, and
+    FINISHED otherwise. The exception is not suppressed.
     """
 
     lines: Waiting
@@ -137,41 +136,41 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The id of the MLflow run, which checkpoints store; None until MLflow has answered for the first time."""
+        """Id of the MLflow run, which checkpoints store; None until MLflow has answered for the first time."""
         return self.delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an optimizer step to ``metrics.jsonl``, without waiting for MLflow.
 
-        Data that the disk does not accept are kept in memory, with a warning, and written in order as soon as possible.
+        Data that cannot be written are kept in memory, with a warning, and written in order as soon as possible.
 
         Raises:
-            TypeError: a value that is not a number.
+            TypeError: a value is not a number.
         """
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
             if step == self.delivery.record.resume_step and name in self.kept_names:
-                continue  # for example the evaluation at a checkpoint's step, which a resume computes again
+                continue  # for example the evaluation at a checkpoint, which a resumed run computes again
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self.lines.write(json.dumps(line))
         self.hooks.call("log", int(step), {name: float(value) for name, value in line.items() if name not in ("step", "time")})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Schedule the upload of a file into ``folder``. The file is read later and must stay in place. A second call uploads its new
+        """Schedule the upload of a file to ``folder``. The file is read later and must stay in place. A second call uploads its new
         contents.
         """
         self.delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def describe(self, text: str) -> None:
-        """Set the description of the run in MLflow, in Markdown, in which ``RUN_ID`` stands for the id of the MLflow run."""
+        """Set the run's description in MLflow, in Markdown. ``RUN_ID`` in it stands for the id of the MLflow run."""
         self.delivery.describe(without_secrets(text))
 
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
-        """Set the final status and wait for MLflow to receive the rest, at most ``timeout`` or else ``close_timeout`` seconds.
+        """Set the final status and wait for the delivery to finish, for at most ``timeout`` (default ``close_timeout``) seconds.
 
-        A second call does nothing. SCHEDULED is the status of a run that was requested to stop and will continue; MLflow's other statuses
-        are for live or ended runs. Undelivered data are counted on stderr, with the command that delivers them later.
+        A second call does nothing. SCHEDULED is for a run that was asked to stop and will continue; MLflow's other statuses are for live or
+        ended runs. If data remain undelivered, their number and the command that delivers them are printed on stderr.
         """
         if self.lines.closed:
             return
@@ -180,7 +179,7 @@ class Tracker:
             span = f" (steps {steps[0]} to {steps[-1]})" if steps else ""
             say(f"{len(lost)} records of metrics{span} are lost, because {self.lines.path} could not be written")
         self.delivery.finish(status, now_ms(), self.close_timeout if timeout is None else timeout)
-        self.hooks.call("close", status)  # last, because it may take any time, or be killed
+        self.hooks.call("close", status)  # last, because a hook may take any time or be killed
 
     def __enter__(self) -> Tracker:
         return self

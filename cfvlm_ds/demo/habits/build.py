@@ -1,10 +1,10 @@
-"""World with habits as an ordinary folder of ``cfgroup/1`` manifests, with the pictures of a split in an uncompressed tar.
+"""World with habits as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar.
 
-Splits: in ``train`` and ``validation`` a thing follows a habit with the probability ``strength``, 0.96 as in pretraining. The test sets are
-balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. The
-first scene of such a row breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions, ``test_combo``
-the same of scenes with a held-out colour, and the others ask questions. ``pope`` and ``habits`` have the first picture of each row of
-``test_agrees`` and ``test_contradicts`` as benchmarks: questions in the files of POPE, and scenes that a model describes.
+In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (0.96, as in pretraining). The test sets are
+balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. In
+"contradicts" rows, the first scene breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions.
+``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. ``pope`` and ``habits`` are
+benchmarks on the first pictures of ``test_agrees`` and ``test_contradicts``: questions in POPE's format, and scenes to describe.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 SOURCE = "habits"
 _DESCRIBED = ("test_agrees", "test_contradicts")
 TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
-"""Test sets. Those with a habit in their name have only rows of that kind, and every other row of the others agrees with habit."""
+"""Test sets. A name with "agrees" or "contradicts" means that all rows are of this kind. In other sets, every second row agrees."""
 SPLITS = ("train", "validation", *TESTS)
 GENERATOR = 3
-"""Version of the generator. It is incremented whenever the same settings would produce other data, so older folders are not reused."""
+"""Version of the generator. It is incremented when the same settings would give different data, so older folders are not reused."""
 _MAX_DRAWS = 20_000
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A group before it is written: its pictured scenes (the anchor, the edited ones and, in evaluation sets, a sham), the types of the
-    edits, and the texts with their truth, scenes x texts. Text k describes scene k, and other texts answer questions.
+    """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
+    and their truth ``match`` [scenes][texts]. The first ``described`` texts describe the scenes in order; other texts answer questions.
     """
 
     scenes: tuple[Scene, ...]
@@ -65,10 +65,11 @@ class Drawn:
 
 
 def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
-    """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist, and return it.
+    """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
+    folder.
 
-    The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. Raises DataError
-    for settings that cannot be built, or if the folder contains something else. ``alive`` is called for every group.
+    The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. ``alive`` is
+    called for every group. Raises DataError for settings that cannot be built, or if the folder has anything else.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -113,12 +114,12 @@ def png(scene: Scene) -> bytes:
 
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a row's pictures from its metadata, without their jitter."""
+    """Return the scenes of a row's pictures from its metadata, without jitter."""
     return [scene_from(values) for values in meta["scenes"]]
 
 
 def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Judge a text about the first picture of a row, as `data sample --judge` calls it. Return None unless the grammar produces every
+    """Judge a text about the first picture of a row, for `data sample --judge`. Return None if the grammar does not produce every
     sentence.
     """
     verdict = judge(text, scenes_in(row["meta"])[0])
@@ -151,9 +152,9 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 
 
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
-    """Draw group ``index`` of a split. It depends only on the arguments, but not on ``out_dir`` or the number of groups.
+    """Draw group ``index`` of a split. The result depends only on the arguments, and not on ``out_dir`` or the number of groups.
 
-    In test sets, types of edits take turns. Raises DataError if no scene allows the edits.
+    Outside of ``train``, edit types take turns. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
@@ -174,23 +175,23 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 
 
 def question_of(split: str) -> str:
-    """Return the kind of question that a split asks, which is none of ``QUESTIONS`` for descriptions."""
+    """Return the kind of question that a split asks. If the split asks for descriptions, it is not in ``QUESTIONS``."""
     return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """Draw different types of edits in proportion to their weights, one after the other (Efraimidis and Spirakis, 2006)."""
+    """Draw distinct edit types one by one, with probabilities proportional to weight (Efraimidis and Spirakis, 2006)."""
     keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
     return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether both scenes follow all habits, or whether the anchor breaks some and the edit changes how they are broken."""
+    """Return whether both scenes follow all habits (``agrees``), or else whether the anchor breaks some and the edit changes which."""
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Add descriptions, questions or both, or return None if the texts do not tell the scenes apart."""
+    """Add descriptions, questions or both. Return None if the texts do not tell the scenes apart."""
     question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
@@ -199,8 +200,8 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
     candidates = tuple(Candidate(prompt, text) for text in texts)
     match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
     if any(match[0][k] and match[k][0] for k in range(1, len(texts))):
-        return None  # the caption omits what was edited
-    kinds = ["yes_no", *QUESTIONS]  # yes or no is asked twice as often, because it has the most edits
+        return None  # the caption does not mention what was edited
+    kinds = ["yes_no", *QUESTIONS]  # yes/no is asked twice as often, because most edit types change its answer
     for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
         candidates += answers
         match = [line + more for line, more in zip(match, truths, strict=True)]
@@ -208,7 +209,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
-    """Ask up to ``number`` different questions about the first edit, or about any edit if the group has none."""
+    """Ask up to ``number`` different questions about the first edit, or about a new edit if the group has none."""
     asked = dict[Prompt, Asked]()
     for _ in range(4 * number):
         if len(asked) == number:
@@ -225,7 +226,7 @@ def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], 
 
 
 def as_group(drawn: Drawn, group_id: str, images: Sequence[Path]) -> CounterfactualGroup:
-    """Build the group of a drawn one and its pictures."""
+    """Build a group from a drawn group and its picture files."""
     texts = [candidate.text for candidate in drawn.candidates]
     edits = []
     for k, kind in enumerate(drawn.edits, start=1):

@@ -1,7 +1,7 @@
-"""Counterfactual edits: a scene with one factor changed, and the same background pattern, jitter and other things.
+"""Counterfactual edits: each changes one factor of a scene and keeps its background pattern, its jitter and all other things.
 
-Each edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if it does not apply. Things keep their order, and a
-thing is added or removed at the end, so a caption of the edited scene differs only in the words of the edit.
+An edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if the edit does not apply. Things keep their order, and
+a thing is added or removed at the end, so a caption of the edited scene differs only in the words of the edit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
 def _with(scene: Scene, may_hold_out: bool, changed: dict[int, Thing]) -> Scene | None:
-    """Return the scene with the things at some indices changed, or None if one of them gets a colour that training must not show."""
+    """Replace the things at some indices. Return None if one of them would get a colour that training must not show."""
     if not may_hold_out and any(thing.held_out for thing in changed.values()):
         return None
     return replace(scene, things=tuple(changed.get(i, thing) for i, thing in enumerate(scene.things)))

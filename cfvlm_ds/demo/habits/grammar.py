@@ -1,9 +1,9 @@
-"""Grammar of the texts about a scene: sentences, the statements that they make, and the judge of any text.
+"""Grammar for texts about a scene: sentences, the statements that they make, and a judge for any text.
 
-A statement is a tuple of words, such as ``("colour", "cup", "red")``, and is true or false of every scene. ``read`` returns the statements
-of a sentence, or None for a sentence that the grammar does not produce. Nothing is guessed: "there is two cup" has no statements.
+A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
+statements of a sentence, or None if the grammar does not produce the sentence. Nothing is guessed: "there is two cup" has no statements.
 
-A noun phrase states that a thing of its kind is there, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
+A noun phrase states that a thing of this kind is there, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SENTENCES = {
     "total": ("there are {total} things", "we see {total} things"),
     "background": ("this is a {background} scene", "it is a {background} scene"),
 }
-"""Form -> its phrasings. ``is`` agrees with ``x``, or with the first of ``things``, a list of noun phrases."""
+"""Form -> phrasings. ``is`` agrees with ``x``, or with the first noun phrase in ``things``."""
 
 
 def noun(kind: str, number: int) -> str:
-    """Return the noun in the singular or plural."""
+    """Return the singular or plural noun."""
     return kind if number == 1 else kind + ("es" if kind.endswith(("s", "sh")) else "s")
 
 
@@ -50,7 +50,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Return a sentence without a capital letter and a full stop."""
+    """Return a sentence without its capital letter and full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
 
@@ -81,7 +81,7 @@ _PHRASE = re.compile(rf"(?P<number>a|two|three) (?:{_one_of('colour', COLOURS)} 
 
 
 def read(sentence: str) -> list[Statement] | None:
-    """Return the statements of a sentence without a full stop, or None if the grammar does not produce it."""
+    """Return the statements of a sentence (without its full stop), or None if the grammar does not produce it."""
     for name, phrasing, pattern in _PATTERNS:
         if match := pattern.fullmatch(sentence):
             slots = match.groupdict()
@@ -127,10 +127,10 @@ def holds(statement: Statement, scene: Scene) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Truth of a text about a scene.
+    """Verdict on a text about a scene.
 
-    ``statements`` has each different statement with its truth, ``unparsed`` the sentences that the grammar does not produce, and
-    ``sentences`` the number of all. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
+    ``statements`` maps each distinct statement to its truth. ``unparsed`` has the sentences that the grammar does not produce, and
+    ``sentences`` is the number of all sentences. ``mentioned`` has the kinds of things in the text, and ``present`` those in the scene.
     """
 
     statements: dict[Statement, bool]
@@ -141,7 +141,7 @@ class Verdict:
 
 
 def judge(text: str, scene: Scene) -> Verdict:
-    """Judge a text of any kind. Sentences end with a full stop, and capital letters and spaces do not matter."""
+    """Judge any text about a scene. Sentences end with a full stop. Capital letters and extra spaces are ignored."""
     sentences = [" ".join(sentence.split()) for sentence in text.lower().split(".") if sentence.strip()]
     parsed = [(sentence, read(sentence)) for sentence in sentences]
     statements = {statement: holds(statement, scene) for _, found in parsed for statement in found or ()}
@@ -158,11 +158,11 @@ def judge(text: str, scene: Scene) -> Verdict:
 
 
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
-    """Return a description of each scene in the same words except for what differs between the first scene and another.
+    """Return a description of each scene. The descriptions differ only where a scene differs from the first one.
 
-    All things are listed with their number and colour, which may have its own sentence. Unless a colour has one, a relation follows if two
-    things have one in every scene. What differs is mentioned: a relation, the background, or the number of all things if a thing is added,
-    without which a text with fewer things would also be true.
+    All things are listed with number and colour, but one colour may be in a sentence of its own. Otherwise, a relation follows if two
+    things have a relation in every scene. What differs between scenes is always mentioned: a relation, the background or, if a thing is
+    added, the total number of things. Without the total, the text with fewer things would be true of both scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
@@ -198,22 +198,22 @@ def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
 
 
 def written(sentences: Sequence[str]) -> str:
-    """Join sentences to a text with capital letters and full stops."""
+    """Join sentences into a text with capital letters and full stops."""
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
 def difference(before: str, after: str) -> tuple[str, str]:
-    """Return the words that differ between two texts, first those of ``before``, then those of ``after``."""
+    """Return the words in which two texts differ: the words of ``before``, and the words of ``after``."""
     old, new = re.findall(r"\w+", before), re.findall(r"\w+", after)
     parts = [part for part in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if part[0] != "equal"]
     return " ".join(word for _, i, j, _, _ in parts for word in old[i:j]), " ".join(word for *_, i, j in parts for word in new[i:j])
 
 
 def key(things: Sequence[Thing]) -> str:
-    """Return the key of the texts that list these things, wherever they are and whatever the background is."""
+    """Return a key for texts that list these things, regardless of positions and background."""
     return ", ".join(sorted(map(phrase, things)))
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all texts that may be true of a scene: those that list at least two of its things."""
+    """Return the keys of all texts that may be true of a scene, which list at least two of its things."""
     return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

@@ -1,7 +1,7 @@
-"""Questions about scenes in the files of POPE (arXiv 2305.10355): is there a thing in the picture?
+"""Questions about scenes in POPE's file format (arXiv 2305.10355): is a thing in the picture?
 
-Absent things are random ones, popular ones (those that most pretraining scenes have), or adversarial ones: first the usual company of a
-thing in the picture, then kinds that usually have its background, then popular ones.
+Absent things are random, popular (most frequent in pretraining scenes) or adversarial. Adversarial things are, in order of priority, the
+usual company of a thing in the picture, kinds that usually have the picture's background, and popular kinds.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from cfvlm_ds.demo.habits.world import HABITS, KINDS, STRENGTH, Scene, draw_scen
 
 _SPLITS = ("random", "popular", "adversarial")
 _COUNTED = 2000
-"""Pretraining scenes that are drawn to rank kinds by popularity."""
+"""Number of pretraining scenes drawn to rank kinds by popularity."""
 _EACH = 2
-"""Questions about a picture with the answer yes, and with the answer no."""
+"""Number of questions per picture with the answer yes, and with the answer no."""
 
 
 def popular_kinds(seed: int) -> list[str]:
-    """Return the kinds in the order of their frequency in pretraining scenes."""
+    """Return the kinds, ordered by frequency in pretraining scenes."""
     rng = Random(f"{seed}/popular")
     counts = Counter(thing.kind for _ in range(_COUNTED) for thing in draw_scene(rng, STRENGTH).things)
     return sorted(KINDS, key=lambda kind: -counts[kind])
 
 
 def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) -> list[str]:
-    """Return the absent kinds that questions about a scene name."""
+    """Return the absent kinds to ask about in a scene."""
     absent = [kind for kind in popular if not scene.find(kind)]
     if split == "random":
         return rng.sample(absent, _EACH)
@@ -42,8 +42,8 @@ def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) 
 
 
 def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed: int) -> None:
-    """Write the three files and the pictures, which are given as a name, a scene and a PNG file. ``habit`` of a question is an addition to
-    the official form, and states whether the scene breaks a habit.
+    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official columns, a
+    question has ``habit``, which states whether the scene breaks a habit.
     """
     (folder / "output" / "coco").mkdir(parents=True)
     (folder / "val2014").mkdir()

@@ -1,7 +1,7 @@
-"""Questions about a scene that it and an edited scene answer differently.
+"""Questions whose answer differs between a scene and an edited scene.
 
-Both answers to a question are texts of one group with both pictures. A model that ignores the pictures is therefore right on exactly one of
-them. In pretraining, only the first picture is shown.
+Both answers to a question are texts of one group, which has both pictures. A model that ignores the pictures is therefore right on exactly
+one of them. In pretraining, only the first picture is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUESTIONS = {
     "count": ("count",),
     "colour": ("colour", "colour_swap"),
 }
-"""Kind of question -> types of edits that change its answer."""
+"""Kind of question -> edit types that change the answer."""
 DESCRIBE = (
     "Describe the image.",
     "What do you see?",
@@ -30,21 +30,21 @@ DESCRIBE = (
     "Say what the picture shows.",
 )
 THERE = "Is there a {} in the image?"
-"""The question of POPE."""
+"""POPE's question."""
 _SHORT = "\nAnswer the question using a single word or phrase."
 _YES_NO = ("{}", "{}", f"{{}}{_SHORT}", "{} Answer yes or no.")
 _CHOICE = ("Which is true? A: {} B: {}", "A: {} B: {} Which one fits the image?", "Does A or B describe the image? A: {} B: {}")
 _COUNT = ("How many {n} are there?", f"How many {{n}} are there?{_SHORT}", "Count the {n}.")
 _COLOUR = ("What colour {is} the {x}?", f"What colour {{is}} the {{x}}?{_SHORT}", "Name the colour of the {x}.")
 _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "count": "number"}
-"""Type of edit -> form of the statements that it changes, if the name is another one."""
+"""Edit type -> form of the statements that it changes, if their names differ."""
 
 Asked = tuple[tuple[Candidate, ...], list[list[int]]]
-"""Two answers to a prompt, and their truth (1 or 0) about each scene. The first is true of scene 0, and the second of scene 1."""
+"""Two answers to a prompt, and their truth (1 or 0), [scene][answer]. Answer 0 is true of scene 0, and answer 1 of scene 1."""
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Ask a question of a kind about what ``edit`` changed from scene 0 to scene 1, or return None if their answers are the same."""
+    """Ask a question about what ``edit`` changed between scenes 0 and 1. Return None if the answers would be equal."""
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
@@ -55,7 +55,7 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
         prompt = rng.choice(_YES_NO).format(_asked(claim, scenes[0]))
         answers, truths = ("Yes", "No"), [[int(holds(claim, scene)), int(not holds(claim, scene))] for scene in scenes]
     else:
-        same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # the things of the two claims
+        same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # the words of a claim that both claims must share
         pairs = [(one, two) for one, two in product(own[0], own[1]) if one[same] == two[same]]
         if not pairs:
             return None
@@ -76,7 +76,7 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
 
 
 def _facts(scene: Scene, factor: str) -> list[Statement]:
-    """Return the statements about a factor that are true of a scene. Relations are those of single things."""
+    """Return the statements about a factor that are true of a scene. Only things with one copy have relations here."""
     if factor == "background":
         return [(factor, scene.background)]
     if factor == "thing":
@@ -95,7 +95,7 @@ def _thing(fact: Statement, scene: Scene) -> Thing:
 
 
 def _asked(claim: Statement, scene: Scene) -> str:
-    """Return a yes/no question. A thing is called by its number in ``scene``."""
+    """Return a yes/no question. A noun is singular or plural according to the thing's number in ``scene``."""
     name, *words = claim
     if name == "background":
         return f"Is this a {words[0]} scene?"
@@ -110,7 +110,7 @@ def _asked(claim: Statement, scene: Scene) -> str:
 
 
 def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
-    """Return a sentence with a claim that is true of ``scene``, or with a false one about the colour or relation of its things."""
+    """Return a sentence with a claim: one that is true of ``scene``, or a false claim about the colour or relation of its things."""
     name, *words = claim
     if name == "background":
         return form(name, phrasing, background=words[0])
@@ -124,7 +124,7 @@ def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
 
 
 def all_texts(seed: int, number: int) -> list[str]:
-    """Draw descriptions, prompts and answers from the whole grammar, on which a tokenizer should be trained."""
+    """Draw descriptions, prompts and answers from the whole grammar, for training a tokenizer."""
     rng = Random(f"{seed}/texts")
     texts = [*DESCRIBE, "Yes", "No", "A", "B", *NUMBERS[1:], *COLOURS]
     for index in range(number):

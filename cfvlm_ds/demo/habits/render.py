@@ -1,4 +1,4 @@
-"""Drawing of scenes: RGB pictures of 64 x 64 pixels, from 16 x 16 pixel art and integers only, so that every platform draws the same."""
+"""Renderer of scenes: RGB pictures of 64 x 64 pixels from 16 x 16 pixel art. Integer arithmetic gives the same pixels on every platform."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ART = """
 ...#oooooooo#... ................ ..#oooooooooo#.. ....#oooooo#.... .############### .....######..... ...##......##... ................
 ...##########... ................ ..############.. .....######..... ................ ................ ................ ................
 """
-"""The kinds in their order, eight in a line: outline (#), colour (o), details (+) and highlights (w)."""
+"""Kinds in order, eight per row: outline (#), colour (o), details (+) and highlights (w)."""
 
 _RGB = {
     "red": (222, 38, 38),
@@ -67,7 +67,7 @@ _TONES = {
     "desert": ((230, 204, 158), (206, 174, 124)),
     "lake": ((160, 202, 220), (116, 168, 196)),
 }
-"""Colour of each background, and of its pattern."""
+"""Background -> (base colour, pattern colour)."""
 
 _LINES = _ART.split("\n")[1:-1]
 _STAMPS = {
@@ -77,7 +77,7 @@ _MASKS = {kind: {mark: stamp == mark for mark in "#o+w"} for kind, stamp in _STA
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene. The jitter of a cell depends only on the scene's seed and the cell, so an edit changes only what it names."""
+    """Draw a scene. A cell's jitter depends only on the cell and the scene's seed, so an edit changes nothing else in the picture."""
     pixels = _background(scene.background, scene.seed)
     for thing in scene.things:
         for column in thing.columns:
@@ -93,7 +93,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def _background(name: str, seed: int) -> NDArray[np.uint8]:
-    """Draw a background with its pattern, whose offset depends on the seed."""
+    """Draw a background and its pattern. The seed sets the pattern's offset."""
     x, y = np.arange(SIZE)[None, :] + seed % 29, np.arange(SIZE)[:, None] + seed % 31
     pattern = {
         "meadow": ((x + 3 * (y // 5)) % 7 < 1) & (y % 5 < 3),

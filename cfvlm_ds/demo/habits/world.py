@@ -1,10 +1,10 @@
-"""World with habits: drawn scenes of a few things, in which most things look and stand as they usually do.
+"""World with habits: drawn scenes of a few things, most of which look and stand as usual.
 
-``HABITS`` lists what is usual. ``draw_scene`` follows each habit with a given probability: 0.96 in pretraining pictures, so that a model
-acquires the habits as priors, and 1 or 0 in test sets, so that the accuracy of a model that relies on them can be told apart.
+``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. It is 0.96 in pretraining pictures, so that a
+model learns the habits as priors. It is 1 or 0 in test sets, to expose a model that relies on habits.
 
-A picture has three rows of three cells. A thing of one kind and colour has one to three copies in neighbouring cells of a row, and the
-things of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
+A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
+of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BACKGROUNDS = ("meadow", "kitchen", "night", "desert", "lake")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 ROWS = ("top", "middle", "bottom")
 SIDE = 3
-"""Rows of cells, and columns."""
+"""Number of rows, and of columns."""
 FEWEST, MOST = 2, 5
-"""Copies of things in a scene."""
+"""Minimum and maximum number of copies of all things in a scene."""
 
 
 @dataclass(frozen=True)
 class Habit:
-    """What is usual for a kind of thing: its colour, number of copies, row, background and company, another kind in the picture. A factor
-    with the value "" or 0 has no habit.
+    """What is usual for a kind of thing: colour, number of copies, row, background, and company (another kind in the picture). There is no
+    habit for a factor whose value is "" or 0.
     """
 
     colour: str = ""
@@ -56,19 +56,19 @@ HABITS = {
     "car": Habit(row="bottom"),
     "key": Habit(colour="purple"),
 }
-"""Kind -> its habits. Every background is usual for the same number of kinds, so that all backgrounds are equally frequent."""
+"""Kind -> habits. Every background is usual for the same number of kinds, so all backgrounds are equally frequent."""
 KINDS = tuple(HABITS)
 STRENGTH = 0.96
-"""Probability in pretraining pictures that a thing follows one of its habits."""
+"""Probability that a thing in a pretraining picture follows a given habit."""
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
 HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
-"""Kind -> the colour that it never has in training. It is not the usual one."""
+"""Kind -> colour that it never has in training. It is never the usual colour."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing with a copy in each of ``columns``, which are neighbours, of its row."""
+    """A thing. Its row has a copy of it in each of ``columns``, which are adjacent."""
 
     kind: str
     colour: str
@@ -86,7 +86,7 @@ class Thing:
         return HELD_OUT[self.kind] == self.colour
 
     def relation(self, other: Thing, axis: int) -> str:
-        """Return where the thing is, seen from another: "left" or "right" (axis 0), "above" or "below" (axis 1), "" if none is true."""
+        """Return the thing's position relative to another: "left" or "right" (axis 0), "above" or "below" (axis 1), or "" if neither."""
         if axis:
             return "" if self.row == other.row else "above" if self.row < other.row else "below"
         return "left" if self.columns[-1] < other.columns[0] else "right" if self.columns[0] > other.columns[-1] else ""
@@ -94,7 +94,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things of different kinds, in the order in which captions mention them, and a background. ``seed`` is that of all jitter."""
+    """Things of different kinds, in the order in which captions mention them, and a background. ``seed`` determines all jitter."""
 
     things: tuple[Thing, ...]
     background: str
@@ -110,12 +110,12 @@ class Scene:
         return next((thing for thing in self.things if thing.kind == kind), None)
 
     def free(self, row: int) -> set[int]:
-        """Return the columns of a row without a thing."""
+        """Return the empty columns of a row."""
         return set(range(SIDE)).difference(*(thing.columns for thing in self.things if thing.row == row))
 
     @property
     def broken(self) -> frozenset[tuple[str, str, object]]:
-        """Habits that the scene does not follow, as (kind, factor, its value instead of the usual one)."""
+        """Habits that the scene breaks, as (kind, factor, actual value)."""
         broken = set[tuple[str, str, object]]()
         for thing in self.things:
             usual = HABITS[thing.kind]
@@ -126,26 +126,26 @@ class Scene:
 
 
 def spelled(scene: Scene) -> list[Any]:
-    """Return a scene, without its jitter, as JSON values: the background, and kind, colour, row and columns of each thing."""
+    """Convert a scene without its jitter to JSON values: the background, and the kind, colour, row and columns of each thing."""
     return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
 
 
 def scene_from(values: Sequence[Any]) -> Scene:
-    """Return the scene that ``spelled`` has converted."""
+    """Convert the output of ``spelled`` back to a scene."""
     background, *things = values
     return Scene(tuple(Thing(kind, colour, row, tuple(columns)) for kind, colour, row, columns in things), background, 0)
 
 
 def places(free: set[int], number: int) -> list[tuple[int, ...]]:
-    """Return the choices of ``number`` neighbouring columns out of the free ones."""
+    """Return every choice of ``number`` adjacent columns that are free."""
     spans = [tuple(range(first, first + number)) for first in range(SIDE - number + 1)]
     return [span for span in spans if free.issuperset(span)]
 
 
 def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
-    """Draw a scene that follows each habit of its things with the probability ``strength``.
+    """Draw a scene that follows each habit of its things with probability ``strength``.
 
-    No thing has its held-out colour, or with ``held_out`` exactly one has.
+    If ``held_out``, exactly one thing has its held-out colour; otherwise none has.
     """
     empty = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
     while (scene := _filled(empty, rng, strength)) is None:
@@ -158,7 +158,7 @@ def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
 
 
 def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
-    """Return an empty scene with things, or None if they do not fit."""
+    """Fill an empty scene with things. Return None if they do not fit."""
     for kind in _kinds(rng, strength, scene.background):
         usual = HABITS[kind]
         colours = [colour for colour in COLOURS if colour != HELD_OUT[kind]]
@@ -172,7 +172,7 @@ def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
 
 
 def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, float]) -> Value:
-    """Draw a value by its weight. If one is usual, draw it with the probability ``strength``, and otherwise one of the others."""
+    """Draw a value by weight. If there is a usual value, draw it with probability ``strength``, otherwise one of the other values."""
     if usual and rng.random() < strength:
         return usual
     left = {value: weight for value, weight in weights.items() if value != usual}

@@ -1,9 +1,9 @@
-"""Descriptions of scenes as a benchmark: how much of what a model writes is false, and how much of a scene it mentions.
+"""Benchmark of scene descriptions: how much of what a model writes is false, and how much of a scene it mentions.
 
-The judge of the grammar reads every sentence. ``hallucinated`` is the share of false statements, ``chair_i`` the share of mentioned things
-that are absent and ``chair_s`` the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of the
-scenes' things that are mentioned, without which the other metrics say little, because an empty text has no false statement. ``unparsed`` is
-the share of sentences that the grammar does not produce. METRIC/agrees is of scenes that follow all habits, METRIC/contradicts of others.
+The grammar's judge reads every sentence. ``hallucinated`` is the share of false statements. ``chair_i`` is the share of mentioned things
+that are absent, and ``chair_s`` is the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of
+the scenes' things that are mentioned. Read the others beside it, because an empty text has no false statement. ``unparsed`` is the share of
+sentences outside the grammar. METRIC/agrees is for scenes that follow all habits, and METRIC/contradicts is for all other scenes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SCENES = File("scenes.jsonl", ("image", "scene", "habit"))
 _COUNTED = (
     "a true statement", "a false statement", "a thing that is there", "an absent thing", "a sentence", "a sentence outside the grammar",
 )  # fmt: skip
-"""What is counted in a text."""
+"""What ``counts`` counts in a text."""
 
 
 def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> None:
-    """Write the benchmark's file, with a line for each picture of the folder of POPE beside it."""
+    """Write the benchmark's file, with a line for each picture. The pictures are in the POPE folder beside it."""
     folder.mkdir()
     rows = [{"image": name, "scene": spelled(scene), "habit": "contradicts" if scene.broken else "agrees"} for name, scene, _ in pictures]
     (folder / SCENES.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -44,7 +44,7 @@ def item(row: Row) -> Item:
 
 
 def counts(text: str, item: Item) -> tuple[float, ...]:
-    """Return how often a text has each of ``_COUNTED``. A statement that is repeated counts once."""
+    """Count each of ``_COUNTED`` in a text. A repeated statement counts once."""
     verdict = judge(text, scene_from(json.loads(item.tags["scene"])))
     true, there = sum(verdict.statements.values()), len(verdict.mentioned & verdict.present)
     false, absent = len(verdict.statements) - true, len(verdict.mentioned) - there
@@ -52,7 +52,7 @@ def counts(text: str, item: Item) -> tuple[float, ...]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the metrics in %."""
+    """Compute the metrics in %."""
     if not table:
         return {}
     true, false, there, absent, sentences, unparsed = (sum(column) for column in zip(*(each.scores[0] for each in table), strict=True))
@@ -78,5 +78,5 @@ WRITING = Benchmark(
 
 
 def register() -> None:
-    """Add the benchmark to those that are found by name."""
+    """Register the benchmark under its name."""
     BENCHMARKS[NAME] = WRITING

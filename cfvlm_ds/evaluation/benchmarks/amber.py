@@ -1,9 +1,9 @@
 """AMBER (Wang et al. 2023, arXiv 2311.07397): yes/no questions about existence, attributes and relations, and descriptions.
 
-The metrics of descriptions are those of the authors' inference.py, but words are recognised by a simpler rule. The authors count the nouns
-that relation.json contains, as NLTK tags them. They also count a noun as any object with a similar word vector (spaCy's large model, cosine
-above 0.8). Here every word of relation.json counts, whatever its part of speech, except "can" as a verb and "hot". It counts only as the
-objects with which relation.json lists it, so a true description in other words may be right there and invented here.
+Descriptions have the same metrics as in the authors' inference.py, but a simpler rule recognises words. The authors count words that NLTK
+tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model, cosine
+above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word matches
+only the objects with which relation.json lists it, so a true statement in other words can be right there and invented here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _annotation(row: Row) -> Row:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """Return the annotations keyed by id, and the first error among them or None."""
+    """Return the annotations keyed by id, and the first error or None."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
@@ -55,7 +55,7 @@ AMBER = Benchmark(
     title="AMBER (discriminative)",
     files=(QUERIES, File(TRUTH.name)),
     item=item,
-    metrics=by("type", partial(yes_no, positive=1)),  # F1 measures the detection of absent things
+    metrics=by("type", partial(yes_no, positive=1)),  # F1 is for the answer no, so it measures detection of absent things
     headline="f1",
     beside="yes_ratio",
     probes=("yes_no", "generate"),
@@ -66,16 +66,16 @@ AMBER = Benchmark(
 DESCRIBE = File("data/query/query_generative.json", ("id", "image", "query"), 1004)
 RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "word"), unnamed=True)
 _CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
-"""Listed words that are hardly ever nouns: "can" unless such a word is before it, and "hot"."""
+"""Listed words that are rarely nouns: "hot", and "can" unless one of these words precedes it."""
 _OTHERS = 2
-"""Number of an item's last texts, which are words that count as mentions, but for no object of the item."""
+"""Number of an item's last texts. They hold words that count as mentions but belong to no object of the item."""
 
 
 def description(row: Row) -> Item:
-    """Return an item with a text for each object that is there, each that is often imagined there, the safe words, and all other words.
+    """Return an item with a text for each object in the picture, each object often imagined there, the safe words, and all other words.
 
-    A word counts for one text: a safe word; else for the first object with which relation.json lists it, or the object itself; first those
-    that are there. An object that has no word left cannot be mentioned.
+    Each word belongs to one text. A safe word belongs to the safe words. Any other word belongs to the first object with which
+    relation.json lists it, or to the object of that name; objects in the picture come first. An object without words cannot be mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")
@@ -100,7 +100,7 @@ def description(row: Row) -> Item:
 
 @lru_cache(1)
 def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the words that relation.json lists with each object, and the safe words, which are never invented."""
+    """Return the words that relation.json lists with each object, and the safe words, which never count as invented."""
     rows = [row.values for row in source.sound_rows(RELATION)]
     listed = [words if isinstance(words, list) else [None] for row in rows for words in row.values()]
     if len(rows) != 1 or not all(isinstance(word, str) for words in listed for word in words):
@@ -109,14 +109,14 @@ def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def nouns(text: str, item: Item) -> tuple[float, ...]:
-    """Return the number of mentions of each text."""
+    """Return how often a description mentions each text of an item."""
     names = names_of(item.texts)
     return tally(named(_CAN.sub(" . ", text), names), names, len(item.texts))
 
 
 def generative(table: Sequence[Judged]) -> Values:
-    """Return CHAIR, the share of mentions that are of nothing there; Cover, the share of objects that are mentioned; Hal, the share of
-    descriptions with such a mention; and Cog, the share of objects often imagined there that are mentioned.
+    """Return four metrics in %. CHAIR: share of mentions that name something absent. Cover: share of the picture's objects that are
+    mentioned. Hal: share of descriptions with a false mention. Cog: share of often imagined objects that are mentioned.
     """
     if not table:
         return {}

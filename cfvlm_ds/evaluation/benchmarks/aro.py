@@ -1,7 +1,6 @@
-"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a caption against one with its parts exchanged.
+"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against one with its parts exchanged.
 
-The pictures are cropped to the box that holds the relation, as in the authors' loader. Each crop is written once, as PNG, to a separate
-folder.
+As in the authors' loader, pictures are cropped to the box around the relation. Each crop is written once, as PNG, to a separate folder.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
 CUTS = "cut"
 LEAST = 25
-"""Number of cases that a pair of attributes needs to count in the mean, as in the authors' code."""
+"""Least number of items for a pair of attributes to count in the mean, as in the authors' code."""
 _SYMMETRIC = (
     "adjusting|attached to|between|bigger than|biting|boarding|brushing|chewing|cleaning|climbing|close to|coming from|"
     "coming out of|contain|crossing|dragging|draped over|drinking|drinking from|driving|driving down|driving on|"
@@ -66,8 +65,8 @@ def _pair(row: Row, **tags: str) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """Return the path of a file with the part of a picture inside a box, and write the file if it does not exist. Raises DataError if the
-    box is not inside the picture.
+    """Return the path of a picture's crop to a box, and write the file if it does not exist. Raises DataError if the box extends beyond the
+    picture.
     """
     x, y, width, height = box
     cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"
@@ -80,7 +79,7 @@ def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
 
 
 def relation_metrics(table: Sequence[Judged]) -> Values:
-    """Return the mean over relations, without the symmetric ones, and the accuracy over all items."""
+    """Return the mean accuracy over asymmetric relations, and the accuracy over all items."""
     asymmetric = [judged for judged in table if judged.item.tags["relation"] not in SYMMETRIC]
     return macro(asymmetric, tag("relation")) | accuracy(table)
 

@@ -1,8 +1,8 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its own words. The shuffles are made here and are not official.
+"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its words. The shuffles are not official; this module makes them.
 
-The authors draw new shuffles in every run with a tagger that must be installed; in a test, 19 % of 150 captions had a shuffle equal to the
-caption. Here the shuffles are a fixed function of the caption: they are drawn by a hash, a word list replaces the tagger, and a shuffle
-that equals the caption or another shuffle is drawn again or dropped.
+The authors draw new shuffles in every run and need a tagger for it. In a test, 19 % of 150 captions had a shuffle equal to the caption.
+Here the shuffles are a fixed function of the caption: a hash draws them, and a word list replaces the tagger. A shuffle that equals the
+caption or another shuffle is drawn again or dropped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _FUNCTION_WORDS = frozenset(_WORDS.split())
 
 
 def cleaned(caption: str) -> str:
-    """Normalise a caption in the same way as the authors' loader: lower case, without punctuation, at most MAX_WORDS words."""
+    """Normalise a caption as the authors' loader does: lower case, no punctuation, at most MAX_WORDS words."""
     plain = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     return " ".join(plain.rstrip("\n").split()[:MAX_WORDS])
 
 
 def shuffles(caption: str) -> list[str]:
-    """Return up to four false word orders of a cleaned caption, which differ from it and from each other."""
+    """Return up to four false word orders of a cleaned caption. They differ from the caption and from each other."""
     words, orders = caption.split(), list[str]()
     for name, make in _KINDS.items():
         for attempt in range(_TRIES):
@@ -94,7 +94,7 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
         return [
             single(f"{row.number}/{number}", picture, texts, str(row["image"]), one_hot(0, len(texts)), options=str(len(texts)))
             for number, texts in enumerate(orders)
-            if len(texts) > 1  # a caption of one word has no other order
+            if len(texts) > 1  # a one-word caption has no other order
         ]
 
     return items

@@ -1,8 +1,8 @@
-"""Benchmarks: official files, rows that become items, probes that score the items, and metrics of the scores.
+"""Benchmarks: their official files, items built from the files' rows, probes that score the items, and metrics of the scores.
 
-An item is images x texts with a truth table. The texts are captions, the options of a question, or the answers yes and no. A probe computes
-one score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be recomputed from a file of results
-without the model.
+An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe computes one
+score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be recomputed from a result file without
+the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.core.groups import Pictures, normalised
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 Scores = tuple[tuple[float, ...], ...]
-"""Scores, [image][text]; a higher score means that the text fits the image better."""
+"""Scores, [image][text]. A higher score means that the text fits the image better."""
 
 YES_NO = ("Yes", "No")
 
@@ -27,14 +27,14 @@ class Item:
     """One judged question: images, texts, and their truth table.
 
     Args:
-        id: name that is unique within the benchmark.
-        images: images that the texts are judged on; an image is a tuple of pictures, empty for text only.
+        id: unique name within the benchmark.
+        images: images on which the texts are judged; an image is a tuple of pictures, empty for text only.
         texts: captions, options or answers.
-        match: 1 where a text is true of an image, 0 where it is false.
-        prompt: the question, with the benchmark's own instruction; empty for captions.
+        match: truth table, [image][text]: 1 for true, 0 for false.
+        prompt: question with the benchmark's own instruction; empty for captions.
         listed: True if the prompt lists the options and the texts are their letters.
-        tags: values by which metrics group items, such as a category or the item's pair.
-        cluster: name of the item's cluster. A bootstrap draws the items of a cluster together, because they share pictures or a pair.
+        tags: values by which metrics group items, such as a category or a pair.
+        cluster: name of the item's cluster. Items of a cluster share pictures or form a pair, so a bootstrap draws them together.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Item:
 
 
 def quad(id: str, pictures: Sequence[Path], captions: Sequence[str], cluster: str = "", **tags: str) -> Item:
-    """Return an item of two pictures and two texts, each text true of its own picture."""
+    """Return an item with two pictures and two texts. Each text is true of its own picture only."""
     images = tuple((picture,) for picture in pictures)
     return Item(id, images, tuple(captions), ((1, 0), (0, 1)), tags=tags, cluster=cluster or id)
 
@@ -77,22 +77,22 @@ def single(
     /,
     **tags: str,
 ) -> Item:
-    """Return an item of one picture; by default the first of two texts is true of it."""
+    """Return an item with one picture. By default, it has two texts, of which the first is true."""
     return Item(id, ((picture,),), tuple(texts), (truth,), prompt, listed, tags, cluster)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The scores of an item under a probe.
+    """Scores of an item under a probe. If the probe generates text, a text scores 1 if it was the answer and 0 otherwise; in a description,
+    a text scores its number of mentions.
 
     Args:
-        seen: a score per image and text.
-        blank: a score per text on a blank picture: the language prior.
-        shuffled: a score per text on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
-        prior: a score per option without the picture and the question; None if it was not requested.
-        said: the generated text about each image; None if the probe does not generate text. If it does, a score is 1 for the answer and 0
-            for other texts, or the number of mentions of a text.
+        seen: scores, [image][text].
+        blank: scores of the texts on a blank picture: the language prior.
+        shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
+        consistency: share of option orders in which the model's choice equals its choice averaged over orders; None without orders.
+        prior: scores of the options without the picture and the question; None if they were not requested.
+        said: generated text for each image; None if the probe does not generate text.
     """
 
     item: Item
@@ -106,10 +106,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """An item and one table of scores for it.
+    """An item with its scores from one table.
 
-    A ``blind`` table has the same scores for every image. In such a table a tie counts as a guess, in other tables as wrong. ``draw``
-    distinguishes copies of an item in a bootstrap: a pair that is drawn twice counts as two pairs.
+    A ``blind`` table has the same scores for every image. A tie counts as a guess in a blind table and as wrong in other tables. ``draw``
+    distinguishes copies of an item in a bootstrap, so a pair that is drawn twice counts as two pairs.
     """
 
     item: Item
@@ -119,12 +119,12 @@ class Judged:
 
 
 Values = dict[str, float]
-"""Name of a metric -> its value in %, or NaN if it is not defined. ``macro`` is the value of the whole benchmark, ``macro/add_att`` that
-of one part.
+"""Metric -> value in %; NaN if the metric is not defined. ``macro`` is the value for the whole benchmark, and ``macro/add_att`` is the
+value for one part.
 """
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
-"""Function from a description and an item to the number of mentions of each of the item's texts."""
+"""Function that returns how often a description mentions each text of an item."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,17 @@ class Benchmark:
     """A public benchmark, or one of your own: ``BENCHMARKS["mine"] = Benchmark(...)``.
 
     Args:
-        title: name that the authors gave it.
-        files: official files; rows of a file without columns are not read.
-        item: function from a row to an item or several, or to None for a row that does not count. Its exceptions are reported with the row.
+        title: name that the authors gave the benchmark.
+        files: official files; rows of a file without columns do not become items.
+        item: function that converts a row to one or more items, or to None for a row that does not count. Its exceptions are reported with
+            the row.
         metrics: pure function of judged items.
-        headline: name of the metric that an overview shows.
-        beside: name of a metric without which the headline misleads, so every table shows both.
-        probes: names of the probes that fit, the default first.
-        mentions: function that reads a description of an item's picture; None if the model does not describe but answer.
-        random: values of random scores for metrics that are not sums of independent comparisons; others are computed from ties.
-        total: number of rows in all official files together; None if it is not known.
+        headline: metric that an overview shows.
+        beside: metric without which the headline is misleading; every table shows both.
+        probes: names of the supported probes, the default first.
+        mentions: function that reads a description of an item's picture; None if the model answers questions instead.
+        random: values of random scores, for metrics that are not sums of independent comparisons; other values are computed from ties.
+        total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
 
@@ -159,16 +160,16 @@ class Benchmark:
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """Names of the metrics that an overview shows."""
+        """Metrics that an overview shows."""
         return tuple(filter(None, (self.headline, self.beside)))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The items of a benchmark: about ``limit`` of the ``in_files`` items in the files, or all if ``limit`` is None.
+    """Items of a benchmark: about ``limit`` of the ``in_files`` items in its files, or all if ``limit`` is None.
 
-    ``problems`` holds an error for each unreadable row and each missing picture. ``notes`` report deviations. ``own_files`` is True if a
-    file does not have as many rows as the published one.
+    ``problems`` has an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
+    published benchmark. ``own_files`` is True if a file's row count differs from the published one.
     """
 
     items: tuple[Item, ...]
@@ -180,9 +181,9 @@ class Loaded:
 
 
 def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
-    """Load the items of a benchmark from its files in ``root``: all of them, or about ``limit`` items spread evenly over them.
+    """Load the items of a benchmark from its files in ``root``: all items, or about ``limit`` items spread evenly over the files.
 
-    The pictures must exist but are not opened. Problems are returned, not raised. ``say`` reports the progress of long work.
+    Pictures must exist but are not opened. Problems are returned, not raised. ``say`` reports the progress of long work.
     """
     source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
@@ -232,8 +233,8 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items in whole clusters that are spread evenly, so no part is missing and no pair is split. If ``limit`` is
-    None, return all items.
+    """Return about ``limit`` items in whole, evenly spread clusters, so no part is missing and no pair is split. If ``limit`` is None,
+    return all items.
     """
     if limit is None or limit >= len(items):
         return list(items)
@@ -244,7 +245,7 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def clusters_of(items: Iterable[Item]) -> list[list[int]]:
-    """Return the indices of the items of each cluster, in the order of the first ones. An item without a cluster is one by itself."""
+    """Return the item indices of each cluster, ordered by first item. An item without a cluster forms a cluster of its own."""
     members: dict[str, list[int]] = {}
     for number, item in enumerate(items):
         members.setdefault(item.cluster or item.id, []).append(number)
@@ -252,9 +253,9 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables from which metrics are computed: ``seen`` and, for the language prior, ``blank``, ``shuffled`` and ``prior``.
+    """Return the tables from which metrics are computed: ``seen``, and the controls ``blank``, ``shuffled`` and ``prior``.
 
-    A table contains only the items that have its scores, and an empty table is left out.
+    A table has only items with scores of its kind. Empty tables are left out.
     """
     tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
     for name in ("blank", "shuffled", "prior"):
@@ -264,7 +265,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the values of random scores on these items. They are computed from ties unless the benchmark states a value."""
+    """Return the metrics of random scores on these items. A value is computed from ties unless the benchmark states it."""
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated
@@ -276,8 +277,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``random``. ``seen`` also has the mean
-    ``consistency`` over orders of options.
+    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``random`` scores. ``seen`` also has the mean
+    ``consistency`` over option orders.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

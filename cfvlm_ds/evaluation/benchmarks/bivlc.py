@@ -1,4 +1,4 @@
-"""BiVLC (Miranda et al. 2024, arXiv 2406.09952): SugarCrepe's captions with a picture for each negative caption, in both directions."""
+"""BiVLC (Miranda et al. 2024, arXiv 2406.09952): SugarCrepe with an added picture for each negative caption."""
 
 from __future__ import annotations
 

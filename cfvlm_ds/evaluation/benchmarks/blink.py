@@ -1,4 +1,4 @@
-"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation set: fourteen perception tasks with one to four pictures, multiple choice."""
+"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation set: fourteen multiple-choice perception tasks with one to four pictures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are not there.
+"""CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are absent.
 
-A picture shows the objects of its instances and those that its captions mention. Words are read as in the authors' utils/chair.py, except
-for the singular: here a word matches a name as it is, or with a plural ending removed, where the authors use a library.
+The objects in a picture are those annotated as instances or mentioned in its captions. Words are parsed as in the authors' utils/chair.py,
+with one exception. The authors singularise words with a library. Here a word matches a name as it is, or with a plural ending removed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PHRASES = {
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
     "passenger jet": "jet", "passenger train": "train", "toilet seat": "toilet", "home plate": "", "train track": "",
 }  # fmt: skip
-"""The authors' phrases, and the name as which each counts. Names that the synonyms lack count as nothing."""
+"""Phrase of the authors -> name that it counts as. A name that is not in the synonyms counts as nothing."""
 
 
 def items(row: Row) -> list[Item]:
-    """Return an item for each picture of a file of instances."""
+    """Return an item for each picture in an instance file."""
     texts, names = _objects(row.source)
     objects = {}
     for category in row.rows("categories", "id", "name"):
@@ -49,7 +49,7 @@ def items(row: Row) -> list[Item]:
 
 
 def mentions(text: str, item: Item) -> tuple[float, ...]:
-    """Return the number of mentions of each object. The seat of a toilet is not a chair."""
+    """Return how often a description mentions each object. The seat of a toilet does not count as a chair."""
     names = _with_phrases(item.texts)
     found = named(text, names)
     if {"toilet", "toilet seat"} & {*found}:
@@ -65,7 +65,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 
 @lru_cache(1)
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the texts of the objects, one for each line of synonyms, and the index of each name."""
+    """Return one text per object (a line of the synonyms), and the object index of each name."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
     texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines if line)
     return texts, names_of(texts)
@@ -73,7 +73,7 @@ def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
 
 @lru_cache(1)
 def _captions(source: Source) -> dict[Any, set[int]]:
-    """Return the objects that the captions of each picture mention, keyed by the picture's id."""
+    """Return the indices of the objects that a picture's captions mention, keyed by picture id."""
     texts, _ = _objects(source)
     reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[Any, set[int]](set)
     if not glob(CAPTIONS.name, root_dir=source.root):

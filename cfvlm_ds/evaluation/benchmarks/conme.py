@@ -1,4 +1,4 @@
-"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions about details of a picture with two options, one of them a hard negative."""
+"""ConMe (Huang et al. 2024, arXiv 2406.08164): questions about details of a picture, each with a correct option and a hard negative."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 
 
 def item(row: Row) -> Item:
-    name = row["image"]  # a COCO number or a path
+    name = row["image"]  # a COCO id or a path
     file = f"{int(name):012d}.jpg" if name.isascii() and name.isdecimal() and len(name) <= 12 else name
     picture = row.picture(file, "", "images", "../coco/val2017")
     options = row.text("correct_option"), row.text("incorrect_option")

@@ -1,7 +1,7 @@
-"""Descriptions: the objects that a generated text mentions, and the shares of objects that are invented or covered.
+"""Metrics of descriptions: the shares of objects that a generated text invents or covers.
 
-An item has one text for each object that can be recognised, of the form "chair: chair, seat, stool": a label and names of one or two words.
-A text is true if the picture shows the object. Its score is the number of mentions.
+An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
+if the picture shows the object. Its score is its number of mentions.
 """
 
 from __future__ import annotations
@@ -19,30 +19,28 @@ _PLURALS = (
     ("men", "man"), ("children", "child"), ("people", "person"), ("mice", "mouse"), ("geese", "goose"), ("ies", "y"), ("ves", "f"),
     ("ves", "fe"), ("es", ""), ("s", ""),
 )  # fmt: skip
-"""Ending of a plural -> ending of its singular."""
+"""(plural ending, singular ending)."""
 
 
 @lru_cache(16)
 def names_of(texts: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of the text to which each name belongs, keyed by the name in lower case. A name of several texts belongs to the
-    last.
-    """
+    """Return lower-case name -> index of its text. A name that occurs in several texts belongs to the last of them."""
     return {name.lower(): number for number, text in enumerate(texts) for name in text.partition(": ")[2].split(", ") if name}
 
 
 @lru_cache(1 << 16)
 def _forms(word: str) -> tuple[str, ...]:
-    """Return a word and its possible singulars, most of which are no words and match no name."""
-    if word == "leaves":  # as WordNet has it, although AMBER lists the object "leave"
+    """Return a word and its candidate singulars. Most candidates are not words, so they match no name."""
+    if word == "leaves":  # WordNet's singular, although AMBER lists an object "leave"
         return word, "leaf"
     return word, *(word.removesuffix(plural) + singular for plural, singular in _PLURALS if word.endswith(plural))
 
 
 def named(text: str, names: Mapping[str, object]) -> list[str]:
-    """Return the ``names`` that a text mentions, in the order of the text, ignoring case and number.
+    """Return the ``names`` that a text mentions, in text order, ignoring case and number.
 
-    Words are tokens between spaces and punctuation, so "dog's" mentions a dog. A name of two words comes before a name of one: "hot dogs"
-    are not dogs. Other uses of a word, such as "to sink", are mentions too.
+    Words are split at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not dogs. Any use
+    of a word counts as a mention, even "to sink".
     """
     tokens, found, place = [_forms(token) for token in _TOKEN.findall(text.lower())], list[str](), 0
     while place < len(tokens):
@@ -55,13 +53,13 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
 
 
 def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tuple[float, ...]:
-    """Return the number of ``found`` names that belong to each text. Names that belong to -1 are left out."""
+    """Return the number of ``found`` names per text. Names with the index -1 are left out."""
     counts = Counter(names[name] for name in found)
     return tuple(float(counts[number]) for number in range(num_texts))
 
 
 class Counts(NamedTuple):
-    """Counts over descriptions: mentions, and pairs of a description and an object. ``false`` objects are not in the picture."""
+    """Counts over descriptions: mentions, and (description, object) pairs. ``false`` objects are not in the picture."""
 
     inventing: float
     """Number of descriptions that mention a false object."""
@@ -82,7 +80,7 @@ def _counted(scores: tuple[float, ...], truth: tuple[int, ...]) -> Counts:
 
 
 def counted(table: Sequence[Judged], num_last: int = 0) -> Counts:
-    """Return the counts over all items, without the last ``num_last`` texts of each. ``table`` must not be empty."""
+    """Return the counts over all items. The last ``num_last`` texts of each item are ignored. ``table`` must not be empty."""
     rows = [(judged.scores[0], judged.item.match[0]) for judged in table]
     if num_last:
         rows = [(scores[:-num_last], truth[:-num_last]) for scores, truth in rows]
@@ -90,14 +88,14 @@ def counted(table: Sequence[Judged], num_last: int = 0) -> Counts:
 
 
 def share(part: float, whole: float) -> float:
-    """Return a share in %, which is 0 for an empty whole."""
+    """Return ``part / whole`` in %, or 0 if ``whole`` is 0."""
     return 100 * part / whole if whole else 0.0
 
 
 def described(table: Sequence[Judged]) -> Values:
-    """Return the metrics of descriptions in %: ``hallucinated``, the share of false objects among those that a description mentions;
-    ``covered``, the share of the picture's objects that are mentioned; CHAIR's ``chair_i``, the share of mentions that are false; and its
-    ``chair_s``, the share of descriptions with a false object. All objects and mentions count alike, in whichever description they are.
+    """Return four metrics in %. ``hallucinated``: share of mentioned objects that are false. ``covered``: share of the pictures' objects
+    that are mentioned. ``chair_i`` (CHAIR): share of mentions that are false. ``chair_s`` (CHAIR): share of descriptions with a false
+    object. Objects and mentions are pooled over all descriptions.
     """
     if not table:
         return {}

@@ -1,4 +1,4 @@
-"""EqBen (Wang et al. 2023, arXiv 2303.14465), the subset for large models: two slightly different pictures and two captions."""
+"""EqBen (Wang et al. 2023, arXiv 2303.14465), subset for large models: two slightly different pictures and two captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUBSETS = {
 }  # fmt: skip
 
 MADE = "png"
-"""Folder of the pictures that are converted from arrays."""
+"""Folder for pictures converted from arrays."""
 
 
 def item(row: Row) -> Item:
@@ -32,7 +32,7 @@ def item(row: Row) -> Item:
 
 
 def _picture(row: Row, name: Any) -> Path:
-    """Return the path of a picture. The official files store video frames as BGR arrays, which are converted once to PNG."""
+    """Return the path of a picture. Official video frames are BGR arrays and are converted to PNG once."""
     path, source = row.picture(name, "images"), row.source
     if path.suffix != ".npy" or path in source.absent:
         return path

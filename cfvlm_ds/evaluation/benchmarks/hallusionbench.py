@@ -28,11 +28,12 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the shares of right answers (aAcc), of questions right on all figures of their set (qAcc) and of figures with all questions
-    right (fAcc).
+    """Return aAcc, the share of right answers; qAcc, the share of questions that are right on all figures of their set; and fAcc, the share
+    of figures with all questions right.
 
     ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers only rows with a picture; leaderboards show the mean of
-    these three. Keys of sets and figures include category and subcategory, because VD and VS each have an ``ocr`` with the same numbers.
+    these three. Keys of sets and figures include category and subcategory, because VD and VS both have an ``ocr`` subcategory with equal
+    numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

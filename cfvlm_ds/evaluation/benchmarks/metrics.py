@@ -1,7 +1,7 @@
 """Metrics of benchmarks: pure functions of judged items, in %.
 
-``seen`` tables follow the official rules, by which a tie is wrong. A blind table has the same scores for every image. In a blind table, a
-tie counts as a guess among the tied texts, the probabilities of a conjunction are multiplied, and metrics that compare images are absent.
+``seen`` tables follow the official rules: a tie is wrong. A blind table has the same scores for every image. In it, a tie counts as a guess
+among the tied texts, joint probabilities are products, and metrics that compare images are absent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
-"""Number of items whose results are cached, because a bootstrap draws each of them up to a thousand times."""
+"""Number of items whose results are cached, because a bootstrap draws an item up to a thousand times."""
 
 
 def tag(*names: str) -> Key:
-    """Return a key function, which returns the value of an item's tag, or the joined values of several tags."""
+    """Return a function that returns the value of an item's tag, or the joined values of several tags."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
 def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
-    """Group the items by key, in the order of the keys' first occurrence."""
+    """Group items by key, in order of first occurrence."""
     groups: dict[str, list[Judged]] = {}
     for judged in table:
         groups.setdefault(key(judged), []).append(judged)
@@ -35,19 +35,19 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Return the sets of items with the same key, such as pairs, that are judged together. A pair that is drawn twice is two sets."""
+    """Return sets of items, such as pairs, that share a key and are judged together. A pair that is drawn twice forms two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of shares in %; ``values`` must not be empty."""
+    """Return the mean of shares (0 to 1) in %. ``values`` must not be empty."""
     return 100 * sum(values) / len(values)
 
 
 def text_right(judged: Judged, image: int = 0) -> float:
     """Return 1 if every text that is true of an image beats every text that is false of it, else 0.
 
-    In a blind table, return the probability of this when ties are broken at random.
+    For a blind table, return the probability of this if ties are broken at random.
     """
     return _text_right(judged.scores[image], judged.item.match[image], judged.blind)
 
@@ -71,12 +71,12 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Return 1 if ``text_right`` holds for every image, else 0. In a blind table, return the probability of this."""
+    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the probability of this."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
 def image_right(judged: Judged) -> float:
-    """Return 1 if every text scores higher on each image that it is true of than on each image that it is false of, else 0."""
+    """Return 1 if every text scores higher on all images of which it is true than on all images of which it is false, else 0."""
     match, scores = judged.item.match, judged.scores
     for c in range(len(judged.item.texts)):
         true = [row[c] for row, truth in zip(scores, match, strict=True) if truth[c]]
@@ -87,19 +87,19 @@ def image_right(judged: Judged) -> float:
 
 
 def accuracy(table: Sequence[Judged]) -> Values:
-    """Return the share of images whose true texts beat the false ones."""
+    """Return the share of images whose true texts beat their false texts."""
     values = [text_right(judged, image) for judged in table for image in range(len(judged.scores))]
     return {"accuracy": mean(values)} if values else {}
 
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
-    """Return the accuracy of each part as ``macro/PART``, and their mean as ``macro``. Parts of fewer than ``least`` items are left out."""
+    """Return the accuracy of each part as ``macro/PART``, and the mean as ``macro``. Parts with fewer than ``least`` items are left out."""
     parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
     return means(parts, {"macro": "macro/"}) | parts
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a function that computes ``metrics`` for all items and, as METRIC/PART, for the items with each value of the tag ``name``."""
+    """Return a function that computes ``metrics`` for all items and, as METRIC/PART, for each value of the tag ``name``."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -116,15 +116,15 @@ def macro_by(name: str, least: int = 1) -> Metrics:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """Return, for each (name, prefix) of ``starts``, the mean of the values whose names have the prefix. Prefixes without values are
-    omitted.
+    """Return name -> mean of all values whose metric names start with the prefix, for each name and prefix in ``starts``. Prefixes without
+    values are omitted.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 
 
 def quads(table: Sequence[Judged]) -> Values:
-    """Return Winoground's text, image and group score, and ``pair``, the share of single text comparisons that are won."""
+    """Return Winoground's text, image and group scores, and ``pair``: the share of single text comparisons that are won."""
     if not table:
         return {}
     values = {"text": mean([all_right(judged) for judged in table]), "pair": accuracy(table)["accuracy"]}
@@ -135,11 +135,11 @@ def quads(table: Sequence[Judged]) -> Values:
 
 
 QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Values of random scores for two images and two texts, in %."""
+"""Metrics of random scores for two images and two texts, in %."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
-    """Group the items by key, and return the share of groups in which all items are right; None without items."""
+    """Group the items by key, and return the share of groups in which every item is right; None without items."""
     products = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(products) if products else None
 
@@ -149,9 +149,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
-    """Return the row of ``answers`` for an item. With a tie there is no answer, except in a blind table, where each of n tied texts gets
-    1/n.
-    """
+    """Return the row of ``answers`` for an item. A tie gives no answer, except in a blind table: there, each of n tied texts gets 1/n."""
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
     return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
@@ -160,17 +158,17 @@ def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> t
 def answers(table: Sequence[Judged]) -> Any:
     """Return an array [items, 6] for items with the texts yes and no.
 
-    Its columns are 1 if the answer is yes, 1 if it is no, 1 if yes is correct, 1 if no is correct, 1 if the answer is correct, and the
-    log-odds of yes over no in nats.
+    The first five columns are indicators (0 or 1): answer is yes, answer is no, yes is correct, no is correct, answer is correct. The last
+    column has the log-odds of yes over no in nats.
     """
     return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
-    """Return the area under the ROC curve in %: the share of pairs (a yes item, a no item) in which the yes item has the larger margin. A
-    tie counts as one half. ``margins`` [items] are the log-odds of yes over no in nats, and ``truth`` [items] is 1 if yes is correct.
+    """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger margin. A tie
+    counts as one half. ``margins`` [items] has the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
 
-    Return None if one of the two answers never occurs or a score is not a number.
+    Return None if yes or no is never correct, or if a score is NaN.
     """
     yes, no = _by_answer(margins, truth)
     if not len(yes) or not len(no) or np.isnan(margins).any():
@@ -180,13 +178,13 @@ def auc(margins: Any, truth: Any) -> float | None:
 
 
 def _by_answer(margins: Any, truth: Any) -> tuple[Any, Any]:
-    """Return the sorted margins of items whose answer is yes, and those of the other items."""
+    """Return the sorted margins of the items for which yes is correct, and the sorted margins of the other items."""
     return np.sort(margins[truth == 1]), np.sort(margins[truth != 1])
 
 
 def threshold(margins: Any, truth: Any) -> float:
-    """Return the margin threshold for yes that classifies the most items correctly. Of several such thresholds, return the one nearest to
-    0, and of two equally near the smaller one.
+    """Return the margin threshold for yes that classifies the most items correctly. Among equally good thresholds, return the one nearest
+    to 0; if two are equally near, return the smaller one.
     """
     yes, no = _by_answer(margins, truth)
     values = np.unique(margins)
@@ -196,8 +194,8 @@ def threshold(margins: Any, truth: Any) -> float:
 
 
 def calibrated(table: Sequence[Judged], found: Any) -> float | None:
-    """Return the accuracy in % with a threshold that is fitted on the other half of the clusters. A hash of the cluster selects its half.
-    ``found`` are the ``answers`` of the table.
+    """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash assigns clusters to halves.
+    ``found`` is the result of ``answers`` for the table.
 
     Return None if a half is empty or a margin is not finite. A model that always answers yes but separates the classes scores high.
     """
@@ -214,11 +212,11 @@ def _half(cluster: str) -> int:
 
 
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return accuracy, the share of items answered with yes, precision, recall and F1 of the answer ``positive`` (0: yes, 1: no), the area
-    under the ROC curve and, unless a table is blind, the accuracy of ``calibrated``.
+    """Return accuracy, the share of yes answers, the area under the ROC curve, ``calibrated`` accuracy (except for a blind table), and
+    precision, recall and F1 for the answer ``positive`` (0: yes, 1: no).
 
-    An item has the texts yes and no, in this order. An item without an answer is wrong, and is not a prediction in precision. If no item is
-    positive, precision, recall and F1 are left out. If no answer is positive, precision and F1 are not defined (NaN).
+    Items have the texts yes and no, in this order. An item without an answer is wrong and does not count as a prediction. If no item is
+    positive, precision, recall and F1 are left out. If no answer is positive, precision and F1 are NaN.
     """
     if not table:
         return {}

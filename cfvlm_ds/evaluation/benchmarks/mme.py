@@ -1,4 +1,4 @@
-"""MME (Fu et al. 2023, arXiv 2306.13394): fourteen tasks with two yes/no questions on each picture."""
+"""MME (Fu et al. 2023, arXiv 2306.13394): fourteen tasks with two yes/no questions per picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDINGS = (".jpg", ".png", ".jpeg")
 
 def item(row: Row) -> Item:
     stem = PurePosixPath(row.file).stem
-    folder = row.source.root / row.part / "images"  # smaller tasks have pictures and questions in one folder
+    folder = row.source.root / row.part / "images"  # smaller tasks keep pictures and questions in one folder
     folder = folder if folder.is_dir() else folder.parent
     name = next((file for ending in ENDINGS if (folder / (file := f"{stem}{ending}")).is_file()), f"{stem}.jpg")
     picture = f"{row.part}/{stem}"
@@ -32,9 +32,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task, at most 200: its accuracy plus the share of pictures with both answers right. Also return sums.
+    """Return the score of each task (at most 200): its accuracy plus the share of pictures with both answers right. Also return sums.
 
-    The sums over tasks are at most 2,000 (perception) and 800 (cognition). A sum is absent if one of its tasks is.
+    The maximum sums are 2,000 (perception) and 800 (cognition). A sum is left out if one of its tasks is missing.
     """
     if not table:
         return {}

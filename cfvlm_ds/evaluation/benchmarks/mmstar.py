@@ -1,4 +1,4 @@
-"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions on six skills, selected so that the picture is needed."""
+"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions on six skills, selected to require the picture."""
 
 from __future__ import annotations
 

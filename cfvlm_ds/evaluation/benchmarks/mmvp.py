@@ -1,4 +1,4 @@
-"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP confuses, with one question and two options for both."""
+"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP confuses; a pair shares one question with two options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Benchmark, Item, Judged, Values,
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, tag, together
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, one_hot
 
-INDEX = ("Index", "lndex")  # the released file spells the second with a small L
+INDEX = ("Index", "lndex")  # the released file spells it with a lower-case L
 _OPTIONS = re.compile(r"\s*\(a\)(?P<a>.+?)\(b\)(?P<b>.+)", re.DOTALL)
 
 
@@ -28,7 +28,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the share of pairs in which both questions are right, and the accuracy over single questions."""
+    """Return the share of pairs with both answers right, and the accuracy over single questions."""
     value = together(table, tag("pair"))
     return {} if value is None else {"pair": value} | accuracy(table)
 

@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def items(row: Row) -> list[Item]:
-    """Return a row's two questions, each with both pictures."""
+    """Return two items, one per question. Both show both pictures."""
     kind, group = row["Question_Type"], str(row["Index"])
     if kind not in KINDS:
         raise row.error(f"'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}")
@@ -41,8 +41,8 @@ def items(row: Row) -> list[Item]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the shares of right answers (accuracy), of questions right on both pictures (q_acc), of pictures with both questions right
-    (i_acc) and of groups with all answers right (g_acc).
+    """Return accuracy, the share of right answers; q_acc, the share of questions that are right on both pictures; i_acc, the share of
+    pictures with both questions right; and g_acc, the share of groups with all answers right.
     """
     if not table:
         return {}

@@ -19,7 +19,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the yes/no metrics over all questions and over each split, and the means over splits, which papers report."""
+    """Return the yes/no metrics over all questions and for each split, and the means over splits, which papers report."""
     values = by("split", yes_no)(table)
     return values | means(values, {"f1_macro": "f1/", "accuracy_macro": "accuracy/"})
 

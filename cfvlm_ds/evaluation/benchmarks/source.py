@@ -1,8 +1,8 @@
-"""Official files of a benchmark in its folder: rows with their locations, and pictures with their paths.
+"""Official files in a benchmark's folder: rows with their locations, and pictures with their paths.
 
-The files are untrusted, so sizes are bounded and a name in a row cannot lead to a file outside the folder. A folder of pictures may be a
-link, because picture collections are large and shared; a link inside it must stay inside. Parquet files are converted once to JSON lines,
-and their pictures are copied into one file (cfvlm_ds.data.containers).
+The files are untrusted, so sizes are bounded, and a name in a row cannot lead to a file outside the folder. A picture folder may be a link,
+because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to JSON
+lines, and their pictures are copied into one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cfvlm_ds.data.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
 MAX_FILE = 256 * MIB
-"""Largest size in bytes of an annotation file, which is read as a whole: ten times the largest official one."""
+"""Maximum size in bytes of an annotation file that is read as a whole: ten times the largest official file."""
 MAX_ROW = 4 * MIB
 _OUTSIDE = "put the picture itself there; only a whole folder of pictures may be a link"
 _AGAIN = "get the official file again"
@@ -35,15 +35,15 @@ _AGAIN = "get the official file again"
 
 @dataclass(frozen=True)
 class File:
-    """An official file of rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with a tab between its two columns.
+    """An official file with rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with two tab-separated columns.
 
     Args:
         name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
-        columns: columns that a row must have. Other columns are metadata; a misspelt column is an error.
-        rows: number of rows in the official file; None if it is not known.
+        columns: required columns. Other columns are metadata; a misspelt column is an error.
+        rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
         part: part of the benchmark to which the rows belong, such as a split.
-        unnamed: True if rows are lists with the values of the columns.
+        unnamed: True if rows are lists of column values without names.
     """
 
     name: str
@@ -59,9 +59,9 @@ class Row:
     """A row of an official file.
 
     Args:
-        values: column -> value, including columns that the file does not require.
-        where: location of the row, with which every error begins.
-        number: number of the row in its file, from 1, or its key in an object.
+        values: column -> value, including optional columns.
+        where: location of the row; every error begins with it.
+        number: number of the row in its file, from 1, or its key if the file is an object.
         part: part of the benchmark to which the file belongs.
         file: path of the file below the benchmark's folder.
         source: folder of the benchmark.
@@ -82,7 +82,7 @@ class Row:
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def rows(self, column: str, *columns: str) -> Iterator[Row]:
-        """Yield the objects of a list as rows that must have ``columns``. Raises DataError for another value."""
+        """Yield the objects in a list column as rows, which must have ``columns``. Raises DataError if the value is not a list."""
         values = self[column]
         if not isinstance(values, list):
             raise self.error(f"{column!r} must be a list, not {quoted(values)}")
@@ -92,14 +92,14 @@ class Row:
             yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return a text without white space around it. Raises DataError for a value that is not a text, or is empty."""
+        """Return a stripped text. Raises DataError for a value that is empty or not a text."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """Return the index of a value in ``known``, ignoring case. Raises DataError for another value."""
+        """Return the index of a value in ``known``, ignoring case. Raises DataError if it is not there."""
         value = self[column]
         plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
         normalised = value.strip().lower() if isinstance(value, str) else value
@@ -123,12 +123,12 @@ def one_hot(gold: int, size: int) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class Source:
-    """The folder of a benchmark; ``say`` reports the progress of long work on its files.
+    """Folder of a benchmark. ``say`` reports the progress of long work on its files.
 
     Attributes:
-        counts: name of an official file -> number of its rows, without those that do not count.
-        read: name of an official file -> name of the file that was read for it.
-        absent: path of a missing picture -> error of the first row that names it.
+        counts: name of an official file -> number of its rows that count.
+        read: name of an official file -> name of the file that was read instead, or the same name.
+        absent: path of a missing picture -> error for the first row that names it.
     """
 
     root: Path
@@ -137,7 +137,7 @@ class Source:
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)
     _brought: tuple[Path, ...] = ()
-    """Folder with the pictures of the current file, if the file contained them."""
+    """Folder with the pictures that the current file contained, if any."""
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
@@ -155,14 +155,14 @@ class Source:
             yield from self._rows(file, name)
 
     def sound_rows(self, file: File) -> Iterator[Row]:
-        """Yield the rows of a file that other rows depend on. Raises DataError for a missing file or an invalid row."""
+        """Yield the rows of a file on which other rows depend. Raises DataError for a missing file or an invalid row."""
         for row in self.rows(file):
             if isinstance(row, DataError):
                 raise row
             yield row
 
     def _rows(self, file: File, name: str) -> Iterator[Row | DataError]:
-        # imported late, as below, because training without benchmarks does not need them
+        # imported late, here and below, because training without benchmarks does not need them
         from cfvlm_ds.data.containers.rows import rows_of
         from cfvlm_ds.data.containers.tables import csv_rows, tsv_rows
 
@@ -190,8 +190,8 @@ class Source:
             yield error
 
     def _prepared(self, path: Path) -> _Placed:
-        """Yield the rows of Parquet files, which are converted to JSON lines on first use. A line that is a JSON string instead of an
-        object is the error message of its row.
+        """Yield the rows of Parquet files, which are converted to JSON lines on first use. A line with a JSON string instead of an object
+        holds the error message for its row.
         """
         from cfvlm_ds.data.containers.prepared import prepare
 
@@ -201,10 +201,10 @@ class Source:
             yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """Return the path of a picture that a row names, in the first of ``folders`` that has it. If none has it, add it to ``absent``.
+        """Return the path of a named picture in the first of ``folders`` that contains it. If none does, add it to ``absent``.
 
-        A folder that begins with ``../`` is next to the benchmark's folder and shared by several benchmarks. Raises a DataError that begins
-        with ``where`` for an invalid name.
+        A folder that begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. Raises a DataError that
+        begins with ``where`` for an invalid name.
         """
         if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is not the name of a picture; {_AGAIN}")
@@ -225,9 +225,9 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write a picture that was derived from an official one as PNG below the benchmark's folder, and return its path.
+    """Write a picture derived from an official one to ``path`` as PNG, below the benchmark's folder, and return the path.
 
-    Raises StorageError, and ConfigError if a link leads out of the folder.
+    Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
     """
     refuse_foreign(path, root)
     content = io.BytesIO()
@@ -258,11 +258,11 @@ def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
 
 
 _Placed = Iterator[tuple[str, Any]]
-"""Iterator over the values of a file, or their DataErrors, each after its location."""
+"""Iterator over (location, value) pairs of a file. An unreadable value is a DataError."""
 
 
 def _json_values(path: Path) -> _Placed:
-    """Yield the rows of a file that is one JSON value, or one object per line. Published files of both kinds are named .json."""
+    """Yield the rows of a file with one JSON value, or with one object per line. Published .json files come in both forms."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)
@@ -292,7 +292,7 @@ def _json_lines(path: Path) -> _Placed:
 
 
 def _text_lines(path: Path) -> _Placed:
-    """Yield each line, split at its last tab."""
+    """Yield each non-empty line, split at its last tab."""
     content = read_bytes(path, MIB).decode("utf-8-sig")
     for number, line in enumerate((line for line in content.splitlines() if line.strip()), 1):
         before, _, after = line.rpartition("\t")

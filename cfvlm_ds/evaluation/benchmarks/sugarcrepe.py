@@ -1,4 +1,4 @@
-"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture, a true caption and a hard negative; seven kinds of edits."""
+"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture with a true caption and a hard negative; seven kinds of edits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy on each subset, their mean, the means over the three kinds of edits, and the accuracy over all items."""
+    """Return the accuracy on each subset, the mean over subsets, the mean for each edit operation, and the accuracy over all items."""
     values = macro(table, tag("subset"))
     return values | means(values, {f"macro/{kind}": f"macro/{kind}_" for kind in ("add", "replace", "swap")}) | accuracy(table)
 

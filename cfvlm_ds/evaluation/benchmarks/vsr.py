@@ -18,7 +18,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the yes/no metrics, and the mean accuracy over relations."""
+    """Return the yes/no metrics, and the mean of the accuracies for each relation."""
     by_relation = macro(table, tag("relation"))
     return yes_no(table) | ({"macro": by_relation["macro"]} if by_relation else {})
 

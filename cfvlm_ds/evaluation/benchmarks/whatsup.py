@@ -19,7 +19,7 @@ QUESTIONS = {
     "vg_one": ("vg_images",),
     "vg_two": ("vg_images",),
 }
-"""Part -> folders of its pictures."""
+"""Part -> folders that may contain its pictures."""
 PAIRS = {
     "left": "left-right",
     "right": "left-right",
@@ -50,8 +50,8 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Return the two objects and the pair of relations from a file name such as ``beer-bottle_left_of_armchair.jpeg``, by the rule of the
-    authors' code. Raises DataError for a name without a relation.
+    """Return the two objects and the pair of relations that a file name such as ``beer-bottle_left_of_armchair.jpeg`` contains. The rule is
+    the authors'. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -60,10 +60,10 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. The controlled parts also have the shares of pairs and of scenes in which all pictures are right.
+    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes with all pictures right.
 
-    An incomplete pair or scene counts as wrong, because the number of pairs is taken as half the number of pictures, and the number of
-    scenes as a quarter, as in the authors' code.
+    An incomplete pair or scene counts as wrong. As in the authors' code, the denominators are a half and a quarter of the number of
+    pictures.
     """
     values: Values = {}
     for part, members in grouped(table, tag("part")).items():

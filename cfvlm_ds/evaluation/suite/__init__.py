@@ -1,1 +1,1 @@
-"""Benchmark suite: checks items, scores those without scores on disk, and writes, shows and compares results."""
+"""Benchmark suite: checks items, scores the items that have no scores on disk, and writes, shows and compares results."""

@@ -1,9 +1,9 @@
-"""Confidence intervals of metrics, and of their differences between two models. A metric may be any function of judged items.
+"""Confidence intervals for metrics, and for differences between two models. A metric may be any function of judged items.
 
-The items of a cluster, such as those about one picture, are not independent, so they are drawn and exchanged together. The intervals of a
-single model come from a bootstrap, in which draw k depends only on the seed and k, so ranks can share the draws. Percentile intervals of
-few clusters are too narrow, so there are none below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which
-exchanges their answers and is exact for any number of clusters.
+Items of a cluster, such as all items about one picture, are not independent, so they are drawn and exchanged together. Intervals for a
+single model come from a bootstrap. Draw k depends only on the seed and k, so ranks can share the draws. Percentile intervals from few
+clusters are too narrow, so none are given below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges
+their answers and is exact for any number of clusters.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
 FEWEST_DRAWN = 30
-"""Least number of clusters for a bootstrap. Its intervals contain the true share in 92 to 96 % of simulations; with 10 clusters in 66 to 96
-%, and with 6 in 45 to 97 %."""
+"""Least number of clusters for a bootstrap. With this number, intervals contain the true share in 92 to 96 % of simulations. With 10
+clusters it is 66 to 96 %, and with 6 clusters 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
-_ITEMS_OF_ALL = 10_000_000  # limit of items over all draws, so a benchmark of fifty thousand items has fewer draws
+_ITEMS_OF_ALL = 10_000_000  # maximum number of items over all draws, so 50,000 items get fewer draws
 
 
 def draws_for(num_items: int) -> int:
@@ -34,8 +34,8 @@ def draws_for(num_items: int) -> int:
 
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
-    """Return draw ``k`` of whole clusters with replacement, as pairs (index of an item, copy). ``members`` has the indices of the items of
-    each cluster; ``copy`` counts repeated draws of the item's cluster from 0.
+    """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
+    cluster. ``copy`` counts repeated draws of the item's cluster, from 0.
     """
     generator = random.Random(f"{SEED}/{k}")
     copies = [0] * len(members)
@@ -47,14 +47,14 @@ def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
 
 
 def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Sequence[int]], k: int) -> Values:
-    """Return the metrics of the table on draw ``k``."""
+    """Compute the metrics of the table on draw ``k``."""
     return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in draw_of(members, k)])
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield the indices of items that two models exchange, in whole clusters: first none, then every choice of clusters.
+    """Yield the indices of items whose answers two models exchange, in whole clusters: first no cluster, then every other choice.
 
-    If there are more than ``draws`` choices, ``draws`` random ones are used. The first cluster is never exchanged, because the opposite
+    If there are more than ``draws`` choices, ``draws`` random choices are used. The first cluster is never exchanged, because the opposite
     choice only changes the sign of a difference.
     """
     rest = members[1:]
@@ -69,9 +69,9 @@ def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]
 def drawn_together(
     world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, barrier: ProgressBarrier
 ) -> list[Values]:
-    """Return the metrics of each draw, in order, on every rank; [] for too few clusters.
+    """Return the metrics of each draw, in order, on every rank; [] if there are too few clusters.
 
-    The ranks share the draws, and wait for each other as long as one of them makes progress.
+    The ranks share the draws, and they wait for each other as long as any rank makes progress.
     """
     members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
@@ -91,14 +91,14 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the interval that contains the central ``LEVEL`` of the values, interpolated between neighbours."""
+    """Return the central interval that contains the share ``LEVEL`` of the values, interpolated linearly."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
 
 def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
-    """Return the interval of each metric that is defined in every draw. A metric with the same value in all draws, such as 100 %, is
-    omitted.
+    """Return the interval of each metric that is defined in every draw. Metrics with the same value in all draws, such as 100 %, are left
+    out.
     """
     names = [name for name in drawn[0] if not any(math.isnan(values.get(name, math.nan)) for values in drawn)] if drawn else []
     spans = {name: interval([values[name] for values in drawn]) for name in names}
@@ -106,11 +106,11 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return the intervals of the differences between two models. ``differences`` has the observed differences first, then those after each
-    exchange.
+    """Return intervals for the differences between two models. ``differences`` has the observed differences first, then the differences
+    after each exchange.
 
-    An interval excludes 0 if at most 5 % of the exchanges reach the observed difference, as in an exact test. The metrics are tested
-    together (max-T of Westfall and Young): for two equal models, all intervals contain 0 in 95 % of cases.
+    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges reach the observed difference. The metrics are tested
+    jointly (max-T of Westfall and Young): for two equal models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}

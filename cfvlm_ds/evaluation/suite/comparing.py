@@ -1,6 +1,6 @@
-"""Comparison of two result folders: differences with intervals from an exact test, and the items whose outcome changed.
+"""Comparison of two result folders: differences with intervals from an exact test, and items whose outcome changed.
 
-Neither the model nor the benchmark's files are needed, because metrics are recomputed from the scores of items that both folders have.
+Metrics are recomputed from stored scores of the items that both folders have, so neither models nor benchmark files are needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference, which is None if too few clusters changed or without draws.
+    """A metric before and after, and the interval of its difference; None without draws or if too few clusters changed.
 
-    ``changed`` counts the clusters in which the metric rose and fell. It is None for a metric that has no value in single clusters, for
-    which ``clusters``, the number of all, must suffice for a test.
+    ``changed`` has the number of clusters in which the metric rose, and the number in which it fell. It is None for a metric that is not
+    defined for a single cluster. Such a metric is tested if ``clusters``, the total number, is large enough.
     """
 
     before: float
@@ -54,7 +54,7 @@ class Difference:
 
     @property
     def resolved(self) -> bool:
-        """True if the interval excludes 0, so it determines the sign of the difference."""
+        """True if the interval excludes 0, so the sign of the difference is known."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of two models on a benchmark under the same probe: the outcomes of the items that both have, and the differences."""
+    """Results of two models on a benchmark under the same probe: outcomes of their common items, and differences of the metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -75,19 +75,19 @@ class Compared:
 
     @property
     def headlines(self) -> dict[str, tuple[float, Interval | None]]:
-        """The differences of the headline metrics that have a value, and their intervals."""
+        """Headline metric -> difference and its interval, for metrics that have a value."""
         found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
         return {name: (each.after - each.before, each.interval) for name, each in found.items()}
 
     def changes(self) -> tuple[list[str], list[str]]:
-        """Return the ids of items that were wrong before and are right now, and of items that were right before and are wrong now."""
+        """Return the ids of items that became right, and the ids of items that became wrong."""
         right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]
         return [item for item, was, now in right if now and not was], [item for item, was, now in right if was and not now]
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Return whether all true texts of an item beat all false ones on every image. If the headline of the benchmark compares images, each
-    text must also prefer the images that it is true of. A description is right if it mentions nothing false.
+    """Return whether an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
+    text must also score higher on the images of which it is true. A description is right if it mentions nothing false.
     """
     table = Judged(outcome.item, outcome.seen)
     if benchmark.mentions:
@@ -101,7 +101,7 @@ def compare_results(
 ) -> list[Compared]:
     """Compare the results that both folders have, in the order of ``before``.
 
-    Raises ConfigError if they have nothing in common, and DataError for files that are not results.
+    Raises ConfigError if the folders have no result or item in common, and DataError for files that are not results.
     """
     first, second = ({result.place: result for result in read_results(folder)} for folder in (before, after))
     shared = [place for place in first if place in second]
@@ -137,19 +137,19 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Return, for each metric, the numbers of clusters in which it rose and fell from the first table to the second."""
+    """Count, for each metric, the clusters in which it rose and the clusters in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
         for name in was.keys() & now.keys():
-            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # such as precision without a yes
+            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # for example precision without any yes
             rose[name] += new > old
             fell[name] += new < old
     return {name: (rose[name], fell[name]) for name in rose}
 
 
 def _pairs(before: Result, after: Result) -> tuple[list[tuple[Outcome, Outcome]], list[str]]:
-    """Return the outcomes of items that both results have, and notes on differences between the results."""
+    """Return pairs of outcomes for the items that both results have, and notes on differences between the results."""
     first, second = ({outcome.item.id: outcome for outcome in result.outcomes} for result in (before, after))
     same = [name for name in first if name in second and _content(first[name]) == _content(second[name])]
     notes, shared = [], set(same)
@@ -173,7 +173,7 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table with each benchmark's headline metrics and other resolved ones, then the items whose outcome changed, and notes."""
+    """Return a table of headline metrics and all other resolved metrics, followed by the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | clusters +, - |",

@@ -1,6 +1,6 @@
-"""Item check before scoring: every picture is opened once and every text is measured once, and the ranks share the work.
+"""Item check before scoring: opens every picture once and measures every text once. The ranks share the work.
 
-Items that the model cannot process are named: those with an unreadable picture, or with a text that exceeds the context window.
+Items that the model cannot process are named: a picture is unreadable, or a text exceeds the context window.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from cfvlm_ds.evaluation.suite.selection import Way
 
 @dataclass(frozen=True)
 class Checked:
-    """Items that the model can process, ids of the other items with the reasons, and the table of the pictures."""
+    """Items that the model can process, (id, reason) of each item left out, and a table of the pictures."""
 
     items: tuple[Item, ...]
     left_out: tuple[tuple[str, str], ...]
     pictures: PictureTable
 
     def identity(self) -> dict[str, Any]:
-        """Return the identity of the items: their number, a digest of their texts, and a digest of their pictures' contents."""
+        """Return what identifies the items: their number, a digest of their texts, and a digest of their picture contents."""
         texts, pictures = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for item in self.items:
             content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
-    """Check all items. All ranks must call this. An invalid item raises no error."""
+    """Check all items. All ranks must call this. Invalid items raise no error."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -67,7 +67,7 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        """Return the reason why the model cannot process an item, or None if it can."""
+        """Return why the model cannot process an item, or None if it can."""
         found = [[pictures[picture] for picture in image] for image in item.images]
         if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
             return unread[0]

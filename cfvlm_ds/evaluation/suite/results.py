@@ -1,7 +1,7 @@
 """Result files of a benchmark: results.json, items.jsonl and, during scoring, scores.jsonl.
 
-``results.json`` records the benchmark, the probe, the model and the data, and holds the metrics. ``items.jsonl`` has a line for each item
-with its scores and everything that metrics need, so that metrics can be recomputed and models compared without the model. Neither file
+``results.json`` records the benchmark, the probe, the model, the data and the metrics. ``items.jsonl`` has one line per item with its
+scores and everything else that metrics need. It allows metrics to be recomputed and results to be compared without the model. Neither file
 contains a time or a machine's name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
 ``scores.jsonl`` exists until the result is complete. It has a header that identifies the evaluation, and a line for each scored group.
 """
@@ -39,7 +39,7 @@ RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 class Result:
     """Result of a benchmark under one probe: the contents of results.json, and the outcomes of the items.
 
-    Its folder is CALLED/LABEL: ``called`` names the benchmark or a run's evaluation set, and ``label`` the probe.
+    Its folder is CALLED/LABEL. ``called`` names the benchmark or a run's evaluation set, and ``label`` names the probe.
     """
 
     called: str
@@ -54,23 +54,23 @@ class Result:
 
     @property
     def place(self) -> str:
-        """Path below a folder of results."""
+        """Path below the results folder."""
         return f"{self.called}/{self.label}"
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """Names of the metrics that an overview shows."""
+        """Metrics that an overview shows."""
         return tuple(filter(None, (self.record["headline"], self.record.get("beside"))))
 
     @property
     def metrics(self) -> dict[str, Values]:
-        """Table -> metric -> value; NaN for a metric that is not defined, which JSON stores as null."""
+        """Table -> metric -> value. An undefined metric is NaN; JSON stores it as null."""
         tables: dict[str, dict[str, float | None]] = self.record["metrics"]
         return {name: {key: math.nan if value is None else value for key, value in table.items()} for name, table in tables.items()}
 
     @property
     def shown(self) -> str:
-        """``called`` for tables, with a note if the files are not the published ones."""
+        """Name for tables: ``called``, with a note if the files are not the published ones."""
         return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
@@ -87,11 +87,11 @@ def result_of(
     in_files: int | None = None,
     own_files: bool = False,
 ) -> Result:
-    """Return the result of an evaluation.
+    """Build the result of an evaluation.
 
-    Its record has the ``header`` with everything that the scores depend on, the name of the ``model``, the metrics of every table, the
-    intervals from the bootstrap's ``drawn`` metrics, the ``prompt`` of one item, the items that were left out, notes, and whether the files
-    are not the published ones.
+    The record has the ``header`` (everything on which the scores depend), the name of the ``model``, the metrics of every table, intervals
+    from the metrics ``drawn`` by the bootstrap, the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the files
+    are not the published ones).
     """
     benchmark = chosen.benchmark
     counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
@@ -120,7 +120,7 @@ def result_of(
 
 
 def result_folder(folder: Path) -> Path:
-    """Return the folder for the files of one result, and create it if necessary. Raises ConfigError if a link leads elsewhere."""
+    """Create the folder for the files of one result if it is missing, and return it. Raises ConfigError if a link leads elsewhere."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
     try:
@@ -131,7 +131,7 @@ def result_folder(folder: Path) -> Path:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write the files of a result. results.json is written last and marks the others as complete. Raises StorageError."""
+    """Write the files of a result. results.json is written last and marks the result as complete. Raises StorageError."""
     try:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
@@ -146,7 +146,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return a copy of a value in which numbers that JSON cannot represent are None."""
+    """Return a copy of a value, with None in place of numbers that JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read all results in a folder, in the order of their names. Raises DataError for an invalid file or a folder without results."""
+    """Read all results in a folder, ordered by name. Raises DataError for an invalid file or a folder without results."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of results; `cfvlm-ds evaluate MODEL --benchmarks ... --out FOLDER` writes one")
     results = [read_result(path.parent) for path in sorted(folder.glob(f"*/*/{RESULTS}"))]
@@ -209,17 +209,17 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
 
 
 class Partial:
-    """Scores of an unfinished evaluation on disk: a line for each group or, with generated texts, for each item.
+    """Scores of an unfinished evaluation on disk: one line per group or, if texts are generated, one line per item.
 
     Args:
         folder: folder of the result, which the evaluation has locked.
-        header: everything that the scores depend on; a file with another header is refused with a ConfigError.
+        header: everything on which the scores depend; a file with a different header raises ConfigError.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         path, header = folder / SCORES, {"schema": JOURNAL, **header}
         self.rows: dict[int, Any] = {}
-        """Rows on disk, keyed by the index of their group."""
+        """Rows on disk, keyed by group (or item) index."""
         self._journal = Journal(path, alone=False)
         lines = list(records(path, "remove it"))
         if lines:
@@ -229,7 +229,7 @@ class Partial:
             self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Append the scores of more groups. Raises StorageError, after which the earlier scores are still on disk."""
+        """Append the scores of more groups. Raises StorageError; the earlier scores stay on disk."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
 
 
@@ -238,7 +238,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")
-    ):  # reports a changed limit rather than its effect on the items
+    ):  # settings first: report a changed limit rather than its effect on the items
         was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(
@@ -248,7 +248,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _exact(value: Any) -> bytes:
-    """Encode scores as a line of JSON. A value that is not finite is written as NaN or Infinity, which Python's parser accepts."""
+    """Encode a value as a line of JSON. Non-finite numbers are written as NaN or Infinity, which Python's parser accepts."""
     return json.dumps(value).encode() + b"\n"
 
 
@@ -258,5 +258,5 @@ def kept(scores: GroupScores) -> dict[str, Any]:
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
-    """Return the scores in a row that ``kept`` returned."""
+    """Convert a row from ``kept`` back to scores."""
     return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

@@ -1,7 +1,7 @@
-"""Benchmark runner: scores benchmarks one after the other, and reuses results that are on disk.
+"""Benchmark runner: scores benchmarks one by one and reuses results on disk.
 
-The division of items into forward passes depends only on the items and the settings, not on the number of ranks or on interruptions.
-Therefore the result files are always identical.
+How items are divided into forward passes depends only on the items and the settings, not on the number of ranks or on interruptions. The
+result files are therefore always identical.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from cfvlm_ds.evaluation.suite.selection import OF_MODEL, Chosen, refuse_problem
 from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 
 _Rows = dict[int, dict[str, Any]]
-"""Scores of groups, keyed by group index, or generated texts about items, keyed by item index."""
+"""Group index -> scores, or item index -> generated texts."""
 MAX_TOKENS = 16_384
-"""Default number of tokens in a forward pass: about a hundred questions about a picture, for any model."""
+"""Default maximum of tokens in a forward pass: about a hundred questions about one picture, with any model."""
 _TABLES = "results.md"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The model under evaluation: its forward pass, in evaluation mode on every rank, and its identity.
+    """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity.
 
-    ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if there is one, and ``writing``, the
-    hash of the generation options, if the model generates. ``say`` generates a text about pictures for a prompt, up to a number of tokens.
-    It is None if the model cannot generate, for instance because it is partitioned over several GPUs.
+    ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
+    ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text, given pictures, a prompt and a maximum
+    number of tokens. It is None if the model cannot generate, for instance because it is partitioned over several GPUs.
     """
 
     forward: Forward
@@ -77,10 +77,10 @@ class Settings:
 
     Args:
         batch_size: number of groups in a batch.
-        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several. None for one forward pass per batch.
+        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
         num_workers: number of processes per rank that prepare batches.
         shuffled: also score each item with another item's picture.
-        skip: leave out items that the model cannot process, and count and name them; otherwise the first one is an error.
+        skip: leave out items that the model cannot process, and count and name them. Otherwise, the first such item is an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
@@ -96,8 +96,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Hold the lock of the results folder within the block. Raises ConfigError on all ranks if another process holds it, or if the folder
-    contains something other than results.
+    """Hold the lock of the results folder within the block. Raises ConfigError on all ranks if another process holds the lock or the folder
+    has anything other than results.
     """
     locks: list[RunLock] = []
 
@@ -115,17 +115,17 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         with locks[0] if locks else contextlib.nullcontext():
             yield
     finally:
-        if locks:  # a refused evaluation leaves no empty folder
+        if locks:  # so that a refused evaluation leaves no empty folder
             with contextlib.suppress(OSError):
                 out.rmdir()
 
 
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:
-    """Evaluate a model on loaded benchmarks, write each result to a folder below ``out``, and write ``results.md``. Return the results.
+    """Evaluate a model on loaded benchmarks. Write each result to a folder below ``out``, write ``results.md``, and return the results.
 
     Results of the same model on the same data are not computed again. All ranks must call this, and all get the results.
 
-    Raises ConfigError for a folder with results of another evaluation, and DataError for an invalid item unless such items are skipped.
+    Raises ConfigError if a folder has results of another evaluation, and DataError for an invalid item unless such items are skipped.
     """
     world = model.world
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
@@ -147,7 +147,7 @@ def _refuse_another_model(out: Path, model: Asked) -> None:
 
 
 def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings) -> Result:
-    """Return the result of one benchmark under one probe: from disk if it is complete, else after evaluating the model."""
+    """Return the result of one benchmark under one probe. Read it from disk if it is complete; otherwise evaluate the model."""
     world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
     checked = checked_items(loaded.items, chosen.way, model.collator, world, label)
     refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
@@ -170,7 +170,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Return a message with paths relative to the folder of the benchmarks, so it is the same on every machine."""
+        """Make paths in a message relative to the benchmarks folder, so that the message is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
@@ -183,7 +183,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 def _outcomes(
     model: Asked, chosen: Chosen, settings: Settings, checked: Checked, journal: Partial, label: str, barrier: ProgressBarrier
 ) -> list[Outcome]:
-    """Score the groups, or generate the texts, that the journal lacks, and return the outcomes of all items."""
+    """Score the groups (or generate the texts) that are missing from the journal, and return the outcomes of all items."""
     way, rows, world, items = chosen.way, journal.rows, model.world, checked.items
     if isinstance(way, Generate):
         items_of, turns = Counter(range(len(items))), _written(model, items, way, settings, rows, barrier)
@@ -213,7 +213,7 @@ def _outcomes(
 
 
 def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
-    """Yield the scores of this rank's groups, a batch at a time, except the groups that are ``known``."""
+    """Yield the scores of this rank's groups, batch by batch. Batches whose groups are all ``known`` are left out."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
     for pictured in (True, False):  # groups without pictures have no blank view
@@ -240,13 +240,13 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
 def _written(
     model: Asked, items: Sequence[Item], way: Generate, settings: Settings, known: _Rows, barrier: ProgressBarrier
 ) -> Iterator[_Rows]:
-    """Yield the generated texts about this rank's items, a batch at a time."""
+    """Generate the texts for this rank's items that are not ``known``, and yield them batch by batch."""
     if model.say is None:
         raise ConfigError(
             f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
         )
     say, world, most = model.say, model.world, way.max_new_tokens
-    say_blank = cache(say)  # descriptions have a prompt in common
+    say_blank = cache(say)  # descriptions share a prompt
     donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
     for start in range(0, len(unwritten), together):
@@ -261,7 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield the rows of each turn with None. An error that ends the turns is yielded last, not raised, because all ranks must get it."""
+    """Yield (rows, None) for each turn. An error that ends the turns is yielded last, not raised, because all ranks need it."""
     try:
         for rows in turns:
             yield rows, None

@@ -25,7 +25,7 @@ _SKIP = "use --on_error skip to leave such items out; they are counted and named
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with one of its probes. ``label`` names the probe in files, with its options if they are not the defaults."""
+    """A benchmark with one of its probes. ``label`` is the probe's name in files, with the values of non-default options."""
 
     name: str
     benchmark: Benchmark
@@ -40,11 +40,11 @@ class Chosen:
 
     @property
     def place(self) -> str:
-        """Path of the result below a folder of results."""
+        """Path of the result below the results folder."""
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that scores depend on, in the form of results.json. ``model`` has the model's hashes, keyed by name."""
+        """Return everything on which scores depend, in the format of results.json. ``model`` maps names to the model's hashes."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,
@@ -57,10 +57,10 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """Select benchmarks by name, each with the given ``probes`` that fit it or, if none are given, with its default probe. ``root`` has
-    their folders.
+    """Select benchmarks by name. Each gets those of the given ``probes`` that it supports or, if none are given, its default probe.
+    ``root`` contains the benchmarks' folders.
 
-    Raises ConfigError for an unknown name, for a benchmark that no given probe fits, and for a probe that fits no benchmark.
+    Raises ConfigError for an unknown name, for a benchmark that supports no given probe, and for a probe that no benchmark supports.
     """
     requested = [way_named(spec) for spec in probes]
     selected: list[Chosen] = []
@@ -79,7 +79,7 @@ def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Return the benchmark with this name. Raises ConfigError for an unknown name."""
+    """Return a benchmark by name. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         hint = near(name, BENCHMARKS, "known: ")
         raise ConfigError(f"unknown benchmark {name!r}; {hint} (a script must register a benchmark of your own before this call)")
@@ -87,8 +87,8 @@ def benchmark_named(name: str) -> Benchmark:
 
 
 def way_named(spec: str) -> tuple[str, Way]:
-    """Return the label and the probe that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies. Raises ConfigError for an unknown name
-    or option.
+    """Parse ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``, and return the probe's label and the probe. Raises ConfigError for an unknown
+    name or option.
     """
     try:
         way: Way = named("probe", spec, PROBES)
@@ -101,9 +101,9 @@ def way_named(spec: str) -> tuple[str, Way]:
 def load_items(
     chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False, remedy: str = _SKIP
 ) -> Loaded:
-    """Load the items of a benchmark, about ``limit`` of them.
+    """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture unless such items are skipped, and if no item remains.
+    Raises DataError for the first invalid row or missing picture, unless ``skip`` leaves out such items and other items remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
@@ -113,7 +113,7 @@ def load_items(
 
 
 def refuse_problems(label: str, problems: Sequence[object], num_items: int, skip: bool = False, remedy: str = _SKIP) -> None:
-    """Raise DataError for the first problem with a benchmark's items, unless ``skip`` is set and items remain."""
+    """Raise DataError for the first problem with a benchmark's items, unless ``skip`` is True and items remain."""
     if problems and not (skip and num_items):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{label}: {problems[0]}{more}{f'; {remedy}' if num_items else ''}")

@@ -1,4 +1,4 @@
-"""Results of benchmarks as Markdown: the model's values next to those of random scores and of the language prior."""
+"""Markdown tables of benchmark results, with the language prior and random scores as controls."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
 from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
-"""Name of a control table -> its heading."""
+"""Control table -> heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics used instead of a headline that compares images, which has no value for a blank image."""
+"""Metrics used in place of a headline metric that compares images, because it has no value for a blank image."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
@@ -23,7 +23,7 @@ _NAMED = 20
 
 
 def overview(results: Sequence[Result]) -> str:
-    """Return a table with the headline metrics of each result, and a note on their intervals."""
+    """Return a table of each result's headline metrics, and a note on the intervals."""
     shown = [name for name in TABLES if any(name in result.metrics for result in results)]
     lines = [
         f"| benchmark | probe | items | clusters | metric | value | 95 % | {' | '.join(TABLES[name] for name in shown)} |",
@@ -40,8 +40,8 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line with the points above random scores, and how many of them the model also achieves with a blank image. If the
-    headline stands beside another metric, return both, with the images and with a blank image.
+    """Return a line that states how many points the model is above random scores, and how many of them it also gains with a blank image.
+    For a benchmark with two headline metrics, state both, with the images and with a blank image.
     """
     seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
@@ -62,7 +62,7 @@ def summary(result: Result) -> str:
 
 
 def omissions(result: Result) -> list[str]:
-    """Return a line on items that were left out, and one on items that count as wrong because their scores are not finite, if any."""
+    """Return a line about items left out, and a line about items that count as wrong because their scores are not finite, if any."""
     left_out, broken = result.record["left_out"], result.record["not_finite"]
     notes = []
     if left_out:
@@ -102,8 +102,8 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics keyed by logged name: eval/NAME/METRIC, and eval/NAME/blind_METRIC and shuffled_METRIC for the language prior. A
-    metric that is not defined is left out.
+    """Return the metrics keyed by logged name: eval/NAME/METRIC and, for the language prior, eval/NAME/blind_METRIC and
+    eval/NAME/shuffled_METRIC. Undefined metrics are left out.
     """
     prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
     return {
@@ -115,10 +115,10 @@ def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """Format a value for a table cell, with its sign if ``sign`` is "+"; None becomes an empty cell."""
+    """Format a value for a table cell, always with a sign if ``sign`` is "+". None gives an empty cell."""
     return "" if value is None else "\N{EN DASH} (undefined)" if math.isnan(value) else f"{value:{sign}.1f}"
 
 
 def between(span: Sequence[float] | None) -> str:
-    """Format an interval for a table cell; None becomes an empty cell."""
+    """Format an interval for a table cell. None gives an empty cell."""
     return "" if span is None else f"{span[0]:.1f} to {span[1]:.1f}"
