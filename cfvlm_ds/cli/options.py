@@ -83,9 +83,9 @@ class ImageLimits:
     """Limits on the visual tokens of an image.
 
     Args:
-        min_pixels: as in training; by default, the model's own.
-        max_pixels: as in training; by default, the model's own.
-        max_tiles: as in training; by default, the model's own.
+        min_pixels: minimum number of pixels of an image; use the value of the training. By default, the model's own limit.
+        max_pixels: maximum number of pixels of an image; use the value of the training. By default, the model's own limit.
+        max_tiles: maximum number of tiles of an image; use the value of the training. By default, the model's own limit.
     """
 
     PREFIX: ClassVar = "model."

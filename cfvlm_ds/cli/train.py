@@ -34,8 +34,8 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
-    """Return the options of a run: the given options, preceded by the quickstart's options unless the given ones name a model, data or a
-    file of options.
+    """Return the options of a run: the given options, preceded by the quickstart's options unless the given ones name a model, data or an
+    options file.
     """
     option_names = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
     if option_names & {"model", "data"} or any(

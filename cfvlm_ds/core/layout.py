@@ -48,9 +48,9 @@ class GroupLayout:
     CounterfactualGroup), or none if no group names any. With ``in_batch``, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
-    first text with its prompt. In that first text, it marks the tokens in which any other text differs. T is the number of tokens in the
-    longest text. With ``blank``, the last image is the blank picture. Every own text of a group with pictures is scored on it; its truth is
-    unknown.
+    first text with its prompt. For the first text, the marked tokens are those in which any other text differs. T is the number of tokens
+    in the longest text. With ``blank``, the last image is the blank picture. The group's own texts are scored on that picture, with unknown
+    truth.
     """
 
     valid: Tensor

@@ -194,14 +194,14 @@ class SampleOptions:
     """Options of `data sample`.
 
     Args:
-        judge: judge of a text's truth, other than the model itself: answers, which compares short answers with the answers in the data, or
-            MODULE:FUNCTION, a function of a text and its row that returns True, False or None (undecided).
+        judge: judge of a text's truth, which must not be the model itself. The judge ``answers`` compares short answers with those in the
+            data; MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
         n: texts per picture and prompt; they are generated together.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: probability mass from which tokens are sampled; 1 for all.
         max_new_tokens: largest number of tokens; a text that is cut off is left out.
-        prompt: prompt for every picture, whose true texts are the answers to the first prompt in its row. By default, all prompts of the
-            rows are used.
+        prompt: one prompt for all pictures; the answers to the first prompt in a picture's row count as its true texts. By default, each
+            picture is shown with the prompts of its row.
         most_false: largest number of false texts in a group.
         seed: sampling seed, combined with the picture's contents and the prompt.
     """

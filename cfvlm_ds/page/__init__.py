@@ -81,8 +81,8 @@ class ScoreTable:
 
     ``rows`` ``[I][C]`` has the scores. ``blank`` ``[C]`` has the scores of the texts without an image. ``margins`` ``[I][C]`` has two
     margins for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there
-    is no such text or image. The entry of a cell that is not true is None. ``decided`` has the margin of every comparison, and ``lengths``
-    has the word count of its longer text.
+    is no such text or image. The entry of a cell that is not true is None. ``decided`` has the margin of each comparison of two
+    texts or images, and ``lengths`` has, for each of these comparisons, the word count of the longer text.
     """
 
     rows: Sequence[Sequence[float | None]]

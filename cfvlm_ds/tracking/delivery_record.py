@@ -28,10 +28,10 @@ class DeliveryRecord:
     """All data for MLflow except metrics, and the state of the delivery.
 
     Attributes:
-        inputs: data sets of the current start, each with the keys ``INPUT``.
-        token: random id that finds the run again if the server's response to its creation was lost.
+        inputs: data sets used since the latest start of the run, each with the keys ``INPUT``.
+        token: random id by which the run is found if the server's response to its creation was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
-        artifacts: path (relative if it is in the run folder) -> ``folder`` in MLflow, and ``pending``: True until the file is uploaded.
+        artifacts: maps each path (relative in the run folder) to its ``folder`` in MLflow and to ``pending``, True until it is uploaded.
     """
 
     experiment: str = ""

@@ -1,4 +1,4 @@
-"""Metrics log: metrics.jsonl, with one record per line. It is read from the position of the delivery, and truncated on resume."""
+"""Metrics log: metrics.jsonl, with one record per line. It is read from the delivered offset on, and truncated on resume."""
 
 from __future__ import annotations
 

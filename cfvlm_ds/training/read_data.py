@@ -114,7 +114,7 @@ def stored_rows(groups: GroupStore) -> StoredRows:
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError for a term with nothing to compare: no text in the training groups that it uses is known to be false."""
+    """Raise ConfigError for a term with nothing to compare: its training groups have no text that is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one = torch.ones(1, 1, 1, dtype=torch.int64)
     plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))

@@ -249,7 +249,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and a page into the folder ``out``. The page shows the groups that a fault names."""
+    """Write report.md, report.json and a page into the folder ``out``. The page shows the groups with faults."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

@@ -60,7 +60,7 @@ class Drawn:
 
     @property
     def habit(self) -> str:
-        """Return "agrees" if every scene follows all habits of its things, else "contradicts"."""
+        """Return "agrees" if every thing in every scene follows all of its habits, else "contradicts"."""
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 

@@ -27,8 +27,8 @@ FEWEST, MOST = 2, 5
 
 @dataclass(frozen=True)
 class Habit:
-    """What is usual for a kind of thing: colour, number of copies, row, background, and company (another kind in the picture). There is no
-    habit for a factor whose value is "" or 0.
+    """Typical attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that appears with it). A
+    factor with the value "" or 0 has no habit.
     """
 
     colour: str = ""

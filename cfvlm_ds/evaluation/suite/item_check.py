@@ -36,7 +36,7 @@ class Checked:
     pictures: PictureTable
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the items: their number, a digest of their texts, and a digest of their picture contents."""
+        """Return a fingerprint of the items: their number, a digest of their texts, and a digest of their picture contents."""
         texts, pictures = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for item in self.items:
             content = [item.id, item.prompt, item.listed, item.texts, item.match, sorted(item.tags.items())]
