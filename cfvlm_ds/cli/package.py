@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import put_in_place
 from cfvlm_ds.core.shipped import SHIPPED, shipped
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -44,14 +45,18 @@ def init(folder: str) -> None:
         if os.path.lexists(to / name):
             raise ConfigError(f"{to / name} already exists and would be overwritten; name another folder, or move it")
     to.mkdir(parents=True, exist_ok=True)
-    for name in SHIPPED:
-        source = shipped(name)
-        for path in filter(Path.is_file, source.iterdir() if source.is_dir() else [source]):
-            target = to / path.relative_to(source.parent)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-    environment = to / "slurm" / "env.sh"
-    environment.write_text(_with_python(environment.read_text()))
+    with TemporaryDirectory(dir=to) as partial:
+        for name in SHIPPED:
+            source = shipped(name)
+            for path in source.iterdir() if source.is_dir() else [source]:
+                if path.is_file():
+                    target = Path(partial) / path.relative_to(source.parent)
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(path.read_bytes())
+        environment = Path(partial) / "slurm" / "env.sh"
+        environment.write_text(_with_python(environment.read_text()))
+        for name in SHIPPED:
+            put_in_place(Path(partial) / name, to / name, Path(partial) / "older")
     print(f"wrote {', '.join(SHIPPED)} to {to}; next: cd {to}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
 
 

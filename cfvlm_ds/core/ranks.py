@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ def others_wait() -> Iterator[None]:
 def cores_per_rank() -> int:
     """Return the number of this machine's cores per rank; see also ``others_wait``."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
 def default_workers() -> int:

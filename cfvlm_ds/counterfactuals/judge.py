@@ -15,7 +15,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import COUNT, SHARE
-from cfvlm_ds.core.reading import read_yaml
+from cfvlm_ds.core.reading import read_json, read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
@@ -152,7 +152,7 @@ def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | 
     """Read thresholds from a JSON or YAML file, if given. Missing thresholds get their defaults. Raises ConfigError if it is invalid."""
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
-        value = read_yaml(file) if file else {}
+        value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
         if not isinstance(value, dict):
             raise ValueError("it does not contain thresholds; write them as `cfvlm-ds data verify --calibrate` does")
         thresholds: Thresholds = build(Thresholds, value | given)

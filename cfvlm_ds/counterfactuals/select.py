@@ -20,7 +20,7 @@ from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.strict import Given, fitted
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.core.untrusted import output_file, own_output
+from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -127,7 +127,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for path in files.values():
         own_output(path, _is_selected, "select", data)
-    output_file(_beside(file))
+    own_output(_beside(file), _is_survival, "select", data)
     return files, shares
 
 
@@ -139,6 +139,11 @@ def _beside(file: Path) -> Path:
 def _is_selected(file: IO[bytes]) -> bool:
     row = parse_json(next(lines(file, MAX_LINE)).decode())
     return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict) and REFINED not in row["meta"]
+
+
+def _is_survival(file: IO[bytes]) -> bool:
+    head, rule = file.readline(100), file.readline(100)
+    return head.startswith(b"| | ") and rule.startswith(b"|---")
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:

@@ -107,12 +107,19 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Name each path by its stem, or by the path itself if any two stems are equal. Return name -> path. Raises DataError for a path that
-    is given twice.
+    """Give each path a distinct name: its stem, preceded by as many of its folders as distinguish it from the others. Return name -> path.
+
+    Raises DataError for a path that is given twice.
     """
-    absolute = list(map(os.path.abspath, paths))
-    for path in paths:
-        if absolute.count(os.path.abspath(path)) > 1:
+    all_parts = [Path(os.path.normpath(Path(path).absolute())).parts for path in paths]
+    for path, parts in zip(paths, all_parts, strict=True):
+        if all_parts.count(parts) > 1:
             raise DataError(f"{path} is given twice; name each manifest once")
-    stems = [Path(path).stem for path in paths]
-    return dict(zip(stems if len(set(stems)) == len(stems) else paths, paths, strict=True))
+    stems = [(*parts[:-1], Path(parts[-1]).stem) for parts in all_parts]
+    if len(set(stems)) == len(stems):
+        all_parts = stems
+    return {"/".join(parts[-_depth(parts, all_parts) :]): path for path, parts in zip(paths, all_parts, strict=True)}
+
+
+def _depth(parts: tuple[str, ...], among: list[tuple[str, ...]]) -> int:
+    return next(n for n in range(1, len(parts) + 1) if sum(other[-n:] == parts[-n:] for other in among) == 1)

@@ -78,6 +78,8 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
         for name, (shape, dtype) in header(folder / file).items():
             if dtype not in DTYPES:
                 raise ConfigError(f"{folder / file} stores {name} as {dtype}, which cannot be exported; use another source")
+            if name in stored:
+                raise ConfigError(f"{folder / file} and {stored[name].file} both store {name}; download the model again")
             stored[name] = Saved(file, shape, DTYPES[dtype])
     return stored
 

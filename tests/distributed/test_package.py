@@ -217,6 +217,21 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
 
+def test_copies_that_fail_leave_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").touch()
+
+    def broken(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        read = Path.read_bytes
+        patch.setattr(Path, "read_bytes", lambda path: broken(path) if path.suffix == ".yaml" else read(path))
+        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path)
+        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"] and not list((tmp_path / "new").iterdir())
+    main(["init", str(tmp_path)])
+
+
 # --- the command ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -229,8 +229,9 @@ def test_a_root_may_be_a_link_and_a_loop_is_named(folder):
 
 def test_manifests_of_one_name_are_told_apart():
     assert named_apart(["a/test_iid.jsonl", "/b/ood.json"]) == {"test_iid": "a/test_iid.jsonl", "ood": "/b/ood.json"}
-    for paths in (["a/test.jsonl", "b/test.jsonl", "b/ood.jsonl"], ["test.json", "test.jsonl"]):
-        assert named_apart(paths) == dict(zip(paths, paths, strict=True))
+    assert list(named_apart(["a/test.jsonl", "b/test.jsonl", "b/ood.jsonl"])) == ["a/test", "b/test", "ood"]
+    assert list(named_apart(["x/a/test.jsonl", "y/a/test.jsonl"])) == ["x/a/test", "y/a/test"]
+    assert list(named_apart(["test.json", "test.jsonl"])) == ["test.json", "test.jsonl"]
     for twice in (["a.jsonl", "a.jsonl"], ["a.jsonl", "b.jsonl", "./x/../a.jsonl"]):
         with pytest.raises(DataError, match=r"a\.jsonl is given twice; name each manifest once"):
             named_apart(twice)

@@ -270,7 +270,7 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
     pictures.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (32, 32), ("red", "blue")[name == "b"]).save(pictures / f"{name}.png")
-    assert "name the data file" in refusal(pictures)
+    assert "put the caption of a.png into a.txt next to it" in refusal(pictures)
     for name in ("a", "b"):
         (pictures / f"{name}.txt").write_text(f"a picture called {name}\n")
 
@@ -285,6 +285,9 @@ def test_an_image_folder_has_captions_beside_its_pictures_or_in_a_table(tmp_path
         (pictures / name).write_text("a caption of nothing")
         assert f"{name} would be ignored" in refusal(pictures) and len(read(pictures / "*.png")) == 2
         (pictures / name).unlink()
+    (pictures / "a.jpg").write_bytes((pictures / "a.png").read_bytes())
+    assert "a.txt is the caption of several pictures" in refusal(pictures)
+    (pictures / "a.jpg").unlink()
     (tmp_path / "secret.txt").write_text("of somebody else")
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes())
     (pictures / "c.txt").symlink_to(tmp_path / "secret.txt")

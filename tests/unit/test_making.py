@@ -968,13 +968,13 @@ def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
     for words in ([*selecting, groups], [*auditing, tmp_path / "thin.jsonl"]) * 2:
         printed(capsys, *words)
     for name, text in (
-        ("notes.jsonl", '{"schema": "cfgroup/1", "meta": {"mine": 1}}\n'), ("h.a.jsonl", "notes\n"),
+        ("notes.jsonl", '{"schema": "cfgroup/1", "meta": {"mine": 1}}\n'), ("h.a.jsonl", "notes\n"), ("i.jsonl.survival.md", "notes\n"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
     for name, words in (
         ("captions.jsonl", selecting), ("notes.jsonl", selecting), ("W/run.json", selecting), ("W/edit/shard-00000.jsonl", selecting),
-        ("thin.jsonl", selecting), ("h.jsonl", [*selecting[:3], "--splits", "a=0.5,b=0.5", "--out"]),
+        ("thin.jsonl", selecting), ("i.jsonl", selecting), ("h.jsonl", [*selecting[:3], "--splits", "a=0.5,b=0.5", "--out"]),
         ("pairs.jsonl", auditing), ("g.jsonl", auditing), ("a/thin.jsonl", auditing),
     ):  # fmt: skip
         assert Path(name).name.replace(".jsonl", "") in refused(capsys, *words, tmp_path / name)

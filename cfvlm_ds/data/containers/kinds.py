@@ -108,8 +108,8 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption in an image folder belongs to no picture, or if other files in the folder would be ignored."""
-    texts = {picture.with_suffix(".txt").name for picture in pictures}
+    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if other files would be ignored."""
+    texts = {picture.with_suffix(".txt").name: picture for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]
     others += sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(map(_is_picture, folder.iterdir())))
@@ -117,6 +117,9 @@ def _refuse_unread(path: Path, pictures: list[Path]) -> None:
         raise DataError(
             f"{path}: {few(others)} would be ignored next to captions in .txt files; move it away, or name the pictures as {path}/*.png"
         )
+    if len(texts) < len(pictures):
+        twice = next(picture for picture in pictures if texts[picture.with_suffix(".txt").name] != picture)
+        raise DataError(f"{path}: {twice.with_suffix('.txt').name} is the caption of several pictures, such as {twice.name}; rename one")
 
 
 def _in_folder(path: Path) -> list[Path]:
@@ -142,6 +145,8 @@ def _in_folder(path: Path) -> list[Path]:
     hint = f"name {' or '.join(map(str, below[:3]))}, which contains data files" if below else "name the data file"
     if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
         hint = f"name {path / named}"
+    elif pictures:
+        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} next to it, or name the data file"
     if any((path / name).is_file() for name in _OF_MODELS):
         hint = "it is a model folder; name the data, after the model if the command takes both"
     raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")

@@ -17,7 +17,7 @@ from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.formats import format_named
-from cfvlm_ds.data.formats.captions import DEFAULTS
+from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
 from cfvlm_ds.data.formats.chat import without_nulls
 from cfvlm_ds.data.formats.preference import unpacked
 from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
@@ -134,7 +134,11 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     elif first.false_text:
         what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
     if hasattr(convert, option) and not label:
-        use = f"add {option}={option_value(first.name)} to the options of the format"
+        names = [first.name]
+        if isinstance(convert, Captions) and first.false_text:
+            given = convert.columns_of(store.rows.value(first.row), option)
+            names = [*given, *(column.name for column in columns if column.false_text and column.negative == option)]
+        use = f"add {option}={option_value('+'.join(names))} to the options of the format"
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, otherwise add ignore={ignore}"

@@ -122,6 +122,8 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
         raise ConfigError(f"{before.place}: the two results have no item in common; evaluate both models on the same files")
     tables = [judged([pair[side] for pair in pairs])["seen"] for side in (0, 1)]
     was, now = (benchmark.metrics(table) for table in tables)
+    if before.name != after.name:
+        raise ConfigError(f"{before.place} belongs to {before.name} in one folder and to {after.name} in the other; compare results of one")
     members, draws = clusters_of(pair[0].item for pair in pairs), draws_for(len(pairs)) if draws is None else draws
     changed = _changed(benchmark, tables, members)
     differences = {name: Difference(was[name], now[name], None, changed.get(name), len(members)) for name in was if name in now}
