@@ -35,6 +35,9 @@ class Idle:
         for term, (metric, lack, remedy) in _LACKS.items():
             if f"loss/{term}" in metrics and metric not in metrics:
                 yield f"objective.{term}", f"found {lack} in the steps of this record; {remedy}"
+        for term in ("contrast_distill", "sham"):
+            if metrics.get(f"loss/{term}") == 0:
+                yield f"objective.{term}", "found no text to compare on two images in the steps of this record; see docs/objectives.md"
         for term, requested in batch_terms(self.config.objective).items():
             if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:
                 yield (

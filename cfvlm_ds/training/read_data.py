@@ -116,8 +116,8 @@ def stored_rows(groups: GroupStore) -> StoredRows:
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
     """Raise ConfigError for a term with nothing to compare: its training groups have no text that is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
-    one = torch.ones(1, 1, 1, dtype=torch.int64)
-    plain = GroupLayout(one.bool(), one.to(torch.int8), one, one, torch.ones(1))
+    one, match = torch.ones(1, 3, 1, dtype=torch.int64), torch.tensor([[[1], [1], [-1]]], dtype=torch.int8)
+    plain = GroupLayout(one.bool(), match, one, one, torch.ones(1), blank=True)  # a picture, its sham and the blank picture
     idle = []
     for name, term in config.objective.items():
         counting = [nothing_false for terms, nothing_false in sets if terms is None or name in terms]

@@ -82,16 +82,18 @@ def test_options_that_do_nothing_are_named_once():
     said: list[str] = []
     idle = Idle(config(Retain(), SymMPO(), Misp(), BatchAlign(texts=8), hard_negatives=2), said.append)
     busy = {"retain/ratio": 0.0, "symmpo/accuracy": 1.0, "misp/accuracy": 1.0, "batchalign/texts": 4.0}
-    idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, **busy})
+    idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, "loss/sham": 0.1, "loss/contrast_distill": 0.1, **busy})
     idle.recorded({"hard_negatives/proposed": 3.0, "hard_negatives/entered": 1.5})
     assert not said
     for _ in range(2):
         idle.recorded({"loss/retain": 0.0, "loss/symmpo": 1.0, "loss/misp": 1.0, "batchalign/texts": 3.9})
+        idle.recorded({"loss/sham": 0.0, "loss/contrast_distill": 0.0})
         idle.recorded({"hard_negatives/proposed": 1.5, "hard_negatives/entered": 1.5})
     assert [line.split()[1] for line in said] == [
-        "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts", "train.hard_negatives",
+        "objective.retain", "objective.symmpo", "objective.misp", "objective.batchalign.texts",
+        "objective.contrast_distill", "objective.sham", "train.hard_negatives",
     ]  # fmt: skip
-    assert "requests 8 texts per image, but a step has only 3.9" in said[3] and "train.hard_negatives 2 left nothing out" in said[4]
+    assert "requests 8 texts per image, but a step has only 3.9" in said[3] and "train.hard_negatives 2 left nothing out" in said[6]
 
 
 def test_a_fall_is_said_once_and_again_when_it_has_doubled():
