@@ -1,4 +1,4 @@
-"""Native rows, ``cfgroup/1``: one JSON object per line.
+"""The native format ``cfgroup/1``: one JSON object per line.
 
     {"schema": "cfgroup/1", "id": "dog-17", "source": "mine", "prompt": "Describe the image.",
      "images": [{"id": "i0", "path": "img/17.jpg"}, {"id": "i1", "path": "img/17_edit.jpg"}],
@@ -9,13 +9,13 @@
 
 ``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
 as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text may have a ``key`` that
-identifies its meaning. The row's ``exclude`` lists keys or texts of other rows that may be true of one of its images.
+identifies its meaning. A row's ``exclude`` lists texts of other rows, or their keys, that may be true of an image of this row.
 
 A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with a user turn: ``[{"role": "system", "content": "Be
 brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Pictures that are shown together
 form one entry of ``images``, whose ``path`` is a list. A row without pictures has one entry, whose ``path`` is null. The ``split`` and
-``license`` of a row, and the ``role``, ``sha256`` and ``meta`` of its parts, are kept as metadata. The data check counts metadata; nothing
-else uses them.
+``license`` of a row, and the ``role``, ``sha256`` and ``meta`` of its parts, are metadata: the data check counts them, and nothing else
+uses them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
-    """Collect the unused fields: the row's ``meta``, and fields of its parts under names such as ``images.sha256``."""
+    """Collect the metadata: the row's ``meta``, ``split`` and ``license``, and its parts' fields under names such as ``images.sha256``."""
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
         for key in _KEPT_OF_PARTS:
@@ -126,7 +126,8 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
 def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Convert a group to a ``cfgroup/1`` row. This is the inverse of from_row.
 
-    Image paths are written relative to ``root``, or as absolute paths if they are outside it. ``meta``, if given, replaces the group's own.
+    Image paths are written relative to ``root``, or as absolute paths if they are outside it. ``meta``, if given, replaces the group's
+    metadata.
     """
     prompts = {candidate.prompt for candidate in group.candidates}
     shared: Prompt = group.candidates[0].prompt if len(prompts) == 1 else ""

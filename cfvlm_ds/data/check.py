@@ -1,7 +1,7 @@
-"""Data check: a report on a data set's contents and all its problems, made before a long run begins.
+"""Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes three passes over the groups: rows, pictures, texts. It keeps no group in memory. It needs 16 bytes for each row, and 16
-bytes for each picture of a row.
+The check makes three passes over the groups, for rows, pictures and texts. It keeps no group in memory. It needs 16 bytes per row, and 16
+bytes for each picture in a row.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Keys of the distinct pictures with the index of the first group that shows each; and indices of groups that repeat an earlier id."""
+    """Result of all rows: each distinct picture's key and the index of its first group, and the indices of groups with a repeated id."""
 
     pictures: tuple[Array, Array]
     repeats: list[int]
 
 
 class _Rows(NamedTuple):
-    """Result for a chunk of rows: a report, (hash of the id, index) of each group, and (key, index of the first group) of each picture."""
+    """Result for a chunk of rows: a report, each group's id hash and index, and each picture's key and the index of its first group."""
 
     report: CheckReport
     ids: tuple[Array, Array]
@@ -74,7 +74,7 @@ class _Rows(NamedTuple):
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
-    """Check all rows, add their contents and problems to ``report``, and return their pictures and the repeated ids."""
+    """Check all rows, add their contents and problems to ``report``, and return the pictures and repeated ids."""
     ids, pictures = [_arrays({})], [_arrays({})]
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
         report.add(part.report)
@@ -110,7 +110,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that repeats an earlier id, with a message. If two hashes are equal, the ids are compared."""
+    """Yield the index of each group that repeats an earlier id, with a message. Ids whose hashes are equal are compared."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():
@@ -126,10 +126,10 @@ def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Itera
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images of each group and measure its texts, and return a report.
+    """Compare the images within each group, measure its texts, and return a report.
 
-    With ``lengths``, texts are measured in tokens and images in visual tokens; otherwise texts are measured in characters. ``pictures`` has
-    the sound pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
+    With ``lengths``, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
+    ``pictures`` contains the readable pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
     """
     report, shown = CheckReport(str(store.path)), [_arrays({})]
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
@@ -142,7 +142,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Third pass over a chunk of groups. A call returns the report, and the hash and the number of visual tokens of each distinct image."""
+    """Third pass over a chunk of groups. A call returns the report, and the hash and visual token count of each distinct image."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -207,7 +207,7 @@ def sound_groups(
     limit: int | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> GroupStore:
-    """Open a manifest with ``open_groups`` after checking its rows. Raises DataError for the first problem, which may be a repeated id."""
+    """Open a manifest with ``open_groups`` and check its rows. Raises DataError for the first problem, such as a repeated id."""
     store = open_groups(path, root, format, limit=limit, progress=progress)
     if problems := check_rows(store, progress=progress).problems:
         raise DataError(problems[0])
@@ -223,11 +223,11 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely, and report its contents and problems. Every picture is decoded once. Problems are returned, not raised.
+    """Check a data set completely, and report its contents and problems. Every picture is decoded once. Problems are reported, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. In a store, rows,
-    pictures and tables are compared with their checksums.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. The rows,
+    pictures and tables of a store are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)

@@ -15,10 +15,11 @@ _OF_DATA = "add the folder that contains it to data.root, a folder or a list of 
 
 
 class Confinement:
-    """Callable that joins a manifest's path to a data root. Raises DataError if the file is outside all roots after links are resolved.
+    """Callable that joins a path from a manifest to a data root. Raises DataError if the file is outside all roots after links are
+    resolved.
 
-    A relative path is joined to the first root that has the file, or to the first root if none has it. ``remedy`` ends the message about a
-    path outside the roots.
+    A relative path is joined to the first root that has the file, or to the first root if none has it. ``remedy`` is the end of the error
+    message for a path outside the roots.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -67,8 +68,8 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        A million images are usually in a few folders. Resolved folders are cached, so each image needs only one system call. This matters
-        on a network file system.
+        Even a million images are usually in a few folders. Resolved folders are cached, so each image needs only one system call, which
+        matters on a network file system.
         """
         target, inside = self._followed(Path(folder))
         return str(target), inside
@@ -86,4 +87,4 @@ def mode_of(path: str) -> int | None:
         return None
 
 
-_FOLDERS = 4096  # largest number of cached folders, and of cached files; every row may have its own folder
+_FOLDERS = 4096  # maximum number of cached folders and of cached files, because every row may have its own folder

@@ -1,4 +1,4 @@
-"""Image decoding of untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a DataError."""
+"""Image decoding for untrusted files: the size is checked before decoding, the result is always RGB, and every failure is a DataError."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 MAX_PIXELS = 50_000_000
-"""Default limit on width x height. This many pixels take 150 MB and exceed what any vision tower can use."""
+"""Default limit on width x height. An RGB image of this size takes 150 MB and is larger than any vision tower can use."""
 
 MAX_ASPECT = 200
 """Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
 pixels would become 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
-"""Limit on the size of a picture file in bytes: 80 bytes for each of MAX_PIXELS. It is needed because the whole file is hashed."""
+"""Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). The limit is needed because the whole file is hashed.
+"""
 
-# Formats with plain decoders. PIL would also start Ghostscript for EPS, and decode an ICO with a payload larger than its header says.
+# Formats with simple decoders. PIL would start Ghostscript for an EPS file, and decode an ICO payload larger than its header states.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 """File name suffixes of the supported formats, without the dot."""
@@ -39,7 +40,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     ``max_pixels`` limits width x height, and MAX_ASPECT the ratio of the longer to the shorter side; both are checked in the header before
     anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a DataError that names the file
     if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
-    confined to a root here; read_manifest does that.
+    confined to a data root; read_manifest ensures that.
     """
     with _opened(Path(path), max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)  # decodes
@@ -65,7 +66,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         with open_picture(path) as handle:
             handle.peek()  # fetch the header before taking the lock, so that threads wait for the network in parallel
             image = _read_header(handle)
-            _check_size(path, image, max_pixels)  # before _is_turned decodes a PNG whose orientation follows its pixels
+            _check_size(path, image, max_pixels)  # first, because _is_turned decodes a PNG if its orientation follows the pixels
             yield image
     except (DataError, MemoryError):
         raise
@@ -86,20 +87,20 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
         )
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{path}: image is {width}x{height}, over the limit of {MAX_ASPECT}:1 for its sides; crop it, or drop the row")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows a part of it
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded completely even if the image shows only a part of it
         across, down = (int(image.tag_v2.get(side, 1)) for side in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
         if across * down > max_pixels:
             raise DataError(f"{path}: image has tiles of {across}x{down} pixels, over the limit of {max_pixels}; save it again")
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already exchanged them in the header."""
+    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already done so in the header."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _read_header(handle: io.BufferedReader) -> Image.Image:
     # PIL warns above its own limit and raises above twice that limit, without stating the size. Our limit is always checked right after,
-    # so PIL's limit is lifted while the header is read. It is a global of PIL, so a lock guards it (catch_warnings is not thread-safe).
+    # so PIL's limit is lifted while the header is read. It is a global variable, so a lock guards it (catch_warnings is not thread-safe).
     with _PIL_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

@@ -26,7 +26,7 @@ class Features:
     """Outputs of the vision tower for a picture: everything that a batch needs in place of the picture.
 
     ``size`` is the picture's width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower``
-    maps the name of each projector module to the module's inputs. ``inputs`` holds one row of every other model input.
+    maps the name of each projector module to the module's inputs. ``inputs`` holds the picture's row of every other model input.
     """
 
     size: tuple[int, int]
@@ -40,10 +40,10 @@ class FeatureCache:
     """Disk cache of the vision tower's outputs for a run's pictures.
 
     Args:
-        folder: folder of the files; several runs may share it at the same time.
-        origin: everything that features depend on except the picture (tower, processor, dtype, versions); each origin has its own
+        folder: folder for the files; several runs can share it at the same time.
+        origin: everything besides the picture that determines its features (tower, processor, dtype, versions); each origin has its own
             subfolder.
-        known: digest of each picture, or a message that says why it cannot be read.
+        known: digest of each picture, or an error message if it cannot be read.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class FeatureCache:
         return self.place / name[:2] / f"{name}.safetensors"
 
     def of(self, picture: Any) -> Features:
-        """Read the features of a picture. Raises a DataError that names the picture or the file that cannot be read."""
+        """Read the features of a picture. Raises a DataError that names the unreadable picture or feature file."""
         digest = self.known[picture]
         if isinstance(digest, str):
             raise DataError(digest)
@@ -72,7 +72,7 @@ def picture_digest(content: bytes, together: bool) -> bytes:
 
 
 def write_features(file: Path, features: Features) -> None:
-    """Write a picture's features under another name and rename the file, so several processes can read and write it. Raises OSError."""
+    """Write a picture's features to a temporary file and rename it, so several processes can share the cache. Raises OSError."""
     tensors = {f"{_TOWER}{name}": tensor.contiguous() for name, tensor in features.tower.items()}
     tensors |= {f"{_INPUT}{name}": tensor.contiguous() for name, tensor in features.inputs.items()}
     tensors |= {"size": torch.tensor(features.size), "placeholder_ids": torch.tensor(features.placeholder_ids)}
@@ -96,8 +96,8 @@ def read_features(file: Path) -> Features:
 
 
 def stored_bytes(file: Path) -> int | None:
-    """Return the size of a feature file in bytes, or None if the file does not exist. Raises DataError if its header is damaged or its end
-    is missing.
+    """Return the size of a feature file in bytes, or None if the file does not exist. Raises DataError if the file is truncated or its
+    header is damaged.
     """
     try:
         with safe_open(file, "pt"):

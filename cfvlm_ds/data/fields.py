@@ -1,6 +1,6 @@
-"""Field validation of untrusted rows: a DataError of one sentence for a missing or unknown key, or a value of the wrong type.
+"""Field validation for untrusted rows: raises DataError for a missing or unknown key, or a value of the wrong type.
 
-The sentence begins with ``where``: the row's location, as far as the caller knows it.
+The message is one sentence that begins with ``where``, the row's location as far as the caller knows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> 
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return the fields whose keys are not ``known``, for a row in a published format.
+    """Return the row's fields that are not ``known``. Rows in published formats may have further fields.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """
@@ -42,12 +42,12 @@ _MISSPELT = 0.8
 
 
 def as_meta(further: Any) -> str:
-    """Encode metadata as JSON text, which takes a tenth of the memory of nested objects; "" if there are none."""
+    """Encode metadata as JSON text, which takes a tenth of the memory of nested objects; return "" if there is no metadata."""
     return json.dumps(further, ensure_ascii=False, separators=(",", ":")) if further else ""
 
 
 def json_object(value: Any) -> dict[str, Any]:
-    """Parse a text that is a JSON object, and return {} for any other value."""
+    """Parse a string that contains a JSON object, and return {} for any other value."""
     if isinstance(value, str) and value.lstrip()[:1] == "{":
         try:
             parsed = json.loads(value)
@@ -58,7 +58,7 @@ def json_object(value: Any) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> Any:
-    """Parse a text that is a list in JSON or in Python's notation, as tables contain them. Return any other value unchanged."""
+    """Parse a string that contains a list in JSON or Python notation, as in tables. Return any other value unchanged."""
     if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
         return value
     try:
@@ -74,13 +74,13 @@ def as_list(value: Any) -> Any:
 
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
 _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""A list in Python's notation, which occurs in fields of published tables."""
+"""Pattern of a list in Python notation, which occurs in published tables."""
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``. ``a`` is an object, the JSON text of an object, or a list of objects, for which a list is returned.
+    ``a.b`` is ``b`` within ``a``, which may be an object or the JSON text of an object. If ``a`` is a list of objects, a list is returned.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -122,7 +122,7 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """Return a string value, or a number as a string: ids in published files may be either. Without ``default``, the key is required."""
+    """Return a string, or a number as a string, because ids in published files may be either. Without ``default``, the key is required."""
     if isinstance(value := row.get(key, default), str):
         return value
     value = required(row, key, where) if default is None else value
@@ -132,10 +132,10 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 
 
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
-    """Build the id of a row from its own id and a hash of its contents, or only from the hash if it has no id.
+    """Build a group's id from its row's id, if there is one, and a hash of the row's contents.
 
-    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a row that occurs
-    twice is detected as a duplicate.
+    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a repeated row is
+    detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

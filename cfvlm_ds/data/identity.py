@@ -1,4 +1,4 @@
-"""Identity of a data set: hashes of the row order and of each part of the rows, so that a message can name a change."""
+"""Data set identity: hashes of the row order and of each part of the rows, so that a message can say what has changed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
-"""``rows`` is the number of rows and ``order`` a hash of their ids in order. The other entries are sums of per-row hashes and do not depend
-on the order. ``pictures`` is None if the contents of a picture are unknown."""
+"""``rows`` is the number of rows, and ``order`` is a hash of their ids in order. The other entries are sums of per-row hashes and do not
+depend on the order. ``pictures`` is None if the contents of a picture are unknown.
+"""
 
 _PARTS = {
     "texts": "prompts or texts",
@@ -27,7 +28,7 @@ _PARTS = {
 SUMS = ("ids", *_PARTS)
 _OF_SCORES = ("texts", "paths", "pictures")
 _MODULUS = 1 << 128
-_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would build one for each part
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would build an encoder for each part
 
 
 def data_identity(
@@ -37,7 +38,7 @@ def data_identity(
 ) -> Identity:
     """Compute the identity of groups whose pictures are in ``roots``. It does not change if these folders are moved.
 
-    Edits are not part of it, because they only name rows of result tables.
+    Edits are not part of the identity, because they only label rows of result tables.
     """
     return joined_identity([identity_part(groups, roots, pictures)])
 
@@ -118,8 +119,8 @@ def digest(identity: Identity) -> str:
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
     """Describe the difference between two identities, or return None if there is none.
 
-    Pictures are compared by contents if both sides know them, else by path. With ``of_scores``, order, labels and weights are ignored,
-    because scores are stored by id and depend only on texts and pictures.
+    Pictures are compared by contents if both identities include them, otherwise by path. With ``of_scores``, order, labels and weights are
+    ignored, because scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"
@@ -139,7 +140,7 @@ def _hash(value: Any) -> int:
 
 
 def path_in(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return the path relative to the first root that contains it, or the whole path if no root does."""
+    """Return a picture's path relative to the first root that contains it, or the whole path if no root does."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

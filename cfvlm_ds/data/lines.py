@@ -79,7 +79,7 @@ class IndexedLines:
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """Open the lines of a complete file with the index that ``write_index`` wrote. Raises OSError and ValueError."""
+        """Open a file with the index that ``write_index`` wrote. Raises OSError and ValueError."""
         data = np.memmap(index_file(path), np.uint8, "r")
         begin, rows = _HEADER.itemsize, int(data[: _HEADER.itemsize].view(_HEADER)["rows"][0])
         end = begin + 8 * (rows + 1)
@@ -89,7 +89,7 @@ class IndexedLines:
         return len(self.sums)
 
     def where(self, row: int) -> str:
-        """Return ``file:line`` of a row."""
+        """Return the location of a row as ``file:line``."""
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
@@ -110,7 +110,7 @@ def index_file(path: Path) -> Path:
 
 
 def write_index(path: Path) -> Path:
-    """Write the index of a file that has no blank lines, as in a store. Return the path of the index. Raises OSError."""
+    """Write the index of a file without blank lines, as in a store, and return the path of the index. Raises OSError."""
     lines, file = IndexedLines.scanned(path), index_file(path)
     header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:

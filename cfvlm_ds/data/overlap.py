@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Numbers of distinct rows and pictures of an evaluation set that are also in the training set, and the evaluation set's totals."""
+    """Number of an evaluation set's distinct rows and pictures that are also in the training set, and their total numbers."""
 
     rows: int
     pictures: int
@@ -42,14 +42,14 @@ def shared_with(train: Keys, evaluation: Keys) -> Shared:
     """Count the rows and pictures that an evaluation set shares with the training set.
 
     Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and order of texts. Pictures are compared by
-    contents if known, else by path.
+    contents if these are known, otherwise by path.
     """
     rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))
     return Shared(rows, pictures, *map(len, evaluation))
 
 
 def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None) -> Keys:
-    """Compute the keys of groups. ``pictures`` has the digests of their pictures; without it, pictures are identified by path."""
+    """Compute the keys of groups. ``pictures`` contains picture digests; without it, pictures are identified by path."""
     rows, shown = set[int](), set[int]()
     for group in groups:
         of_images = [[_picture(picture, pictures) for picture in image] for image in group.images]
@@ -64,8 +64,8 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
-    """Hash the contents of a row to 64 bits, independently of its id, its labels, and the order of its texts and images. ``pictures`` has
-    the keys of each image's pictures.
+    """Hash the contents of a row to 64 bits, independently of its id, its labels, and the order of its texts and images. ``pictures``
+    contains the picture keys of each image.
     """
     texts = sorted((json.dumps(normalised_prompt(text.prompt), default=str), normalised(text.text)) for text in group.candidates)
     return hashed(json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Passes over all groups of a data set, in chunks and in several processes."""
+"""Passes over all groups of a data set, in chunks and optionally in several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 Done = Callable[[], object]
-"""Function that is called after every item of a chunk."""
+"""Function to be called after every item of a chunk."""
 
 _CHUNK = 256
 _MANY = 1 << 14  # number of items above which several processes are faster than one
@@ -24,11 +24,11 @@ _MANY = 1 << 14  # number of items above which several processes are faster than
 
 @dataclass(frozen=True)
 class Scan:
-    """Execution of a pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
+    """Pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
-        alive: called for every row and picture; may raise to end the pass.
-        shield: called in each process that is started.
+        alive: function called for every row and picture; can raise an exception to end the pass.
+        shield: function called in each worker process.
     """
 
     alive: Callable[[], object] = lambda: None
@@ -66,14 +66,14 @@ class Scan:
 
 
 def distinct(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Return the distinct 64-bit keys of all parts, sorted, each with its first value."""
+    """Return the sorted distinct 64-bit keys of all parts, and the first value for each key."""
     keys, values = map(np.concatenate, zip(*parts, strict=True))
     keys, first = np.unique(keys, return_index=True)
     return keys, values[first]
 
 
 def contains(keys: Array, wanted: Array) -> Array:
-    """Return a mask of ``wanted``, True for each key that is among the sorted ``keys``."""
+    """Return a mask over ``wanted`` that is True where the key is among the sorted ``keys``."""
     if not len(keys):
         return np.zeros(len(wanted), bool)
     mask: Array = np.asarray(keys)[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted

@@ -1,10 +1,10 @@
 """Permutations of the groups in an epoch. They depend only on the number of groups, the seed and the epoch.
 
-Up to ``STORED`` groups, a permutation is drawn and kept. For more groups, a Feistel network over the next power of two computes entries on
-demand, without memory. An entry that is too large is passed through the network again until it is the index of a group.
+For up to ``STORED`` groups, a permutation is drawn and kept in memory. For more groups, a Feistel network over the next power of two
+computes entries on demand. An entry that is too large is passed through the network again until it is a valid group index.
 
-If a row has several groups, such as the answers of a conversation, rows are permuted and their groups stay together. A micro-batch then
-encodes their common part once.
+If a row has several groups, such as the answers of a conversation, rows are permuted and each row's groups stay together. A micro-batch can
+then encode their common part once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STORED = 1_000_000
 """Largest number of groups whose permutation is stored: 8 MB per epoch."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names in a sampler's state for the computed order and for the order of rows with several groups. A changed order gets a new name."""
+"""Names in a sampler's state for the computed order and the order of rows with several groups. A changed order needs a new name."""
 
 _BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
@@ -32,7 +32,7 @@ Array = npt.NDArray[np.uint64]
 
 
 def permuted(start: int, count: int, num_groups: int, seed: int | str, epoch: int) -> list[int]:
-    """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
+    """Return the indices of ``count`` groups, starting at position ``start`` of an epoch; fewer at the end of the epoch."""
     stop = min(start + count, num_groups)
     if num_groups <= STORED:
         return _stored(num_groups, seed, epoch)[start:stop].tolist()
@@ -59,7 +59,7 @@ class RowsTogether:
         self._kept = functools.lru_cache(maxsize=8)(self._block)
 
     def permuted(self, start: int, count: int, seed: int | str, epoch: int) -> list[int]:
-        """Return the indices of the groups at ``count`` positions of an epoch, starting at ``start``; fewer at the end of the epoch."""
+        """Return the indices of ``count`` groups, starting at position ``start`` of an epoch; fewer at the end of the epoch."""
         stop, groups = min(start + count, self.num_groups), list[int]()
         before = self._before(seed, epoch)
         while start < stop:
@@ -77,8 +77,8 @@ class RowsTogether:
         return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """Return, for each row in a block of the order: its first group, its number of groups, and the cumulative number of groups in the
-        block.
+        """Return three values for each row in a block of the permutation: its first group, its number of groups, and the cumulative number
+        of groups.
         """
         rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
         first, end = (self._firsts[index].astype(np.int64) for index in (rows, rows + 1))
@@ -87,14 +87,14 @@ class RowsTogether:
 
 
 _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
-"""(number of groups, seed) -> permutations of two epochs: the current one, and the one that prefetching has reached."""
+"""(number of groups, seed) -> permutations of the current epoch and of the epoch that prefetching has reached."""
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Return a permutation, [num_groups] int64. It is always drawn on the CPU. Seed and epoch are hashed, so (0, 1) and (1, 0) give
-    unrelated permutations.
+    """Return a permutation drawn on the CPU, [num_groups] int64. Seed and epoch are hashed, so (0, 1) and (1, 0) give unrelated
+    permutations.
     """
-    import torch  # not needed by a check of data
+    import torch  # a data check does not need it
 
     kept = _KEPT.setdefault((num_groups, seed), {})
     if epoch not in kept:
@@ -123,8 +123,8 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection of numbers with ``bits`` bits. Each round changes one half by a function of the other half and a key, then swaps
-    the halves.
+    """Apply a bijection on ``bits``-bit numbers. Each round combines one half with a function of the other half and a key, then swaps the
+    halves.
     """
     low, high = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
@@ -135,7 +135,7 @@ def _network(values: Array, bits: int, keys: Array) -> Array:
 
 
 def _mixed(values: Array) -> Array:
-    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014). Every bit of the result depends on every bit of the value."""
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014). Every bit of the result depends on every bit of the input."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

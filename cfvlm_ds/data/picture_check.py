@@ -1,4 +1,4 @@
-"""Picture check of a manifest: each picture is opened once, and the pictures of a group are compared with each other."""
+"""Picture check: each picture of a manifest is opened once, and the pictures of a group are compared with each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore, told_apart
 from cfvlm_ds.data.stored import StoredRows
 
-_AHEAD = 64  # pictures opened before they are requested
+_AHEAD = 64  # number of pictures opened ahead of their use
 
 Array = npt.NDArray[Any]
 
@@ -30,9 +30,9 @@ Array = npt.NDArray[Any]
 def open_pictures(
     report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
 ) -> tuple[PictureTable, dict[int, str]]:
-    """Open each picture once. Return the table of sound pictures, and a mapping from the key of each broken picture to its problem.
+    """Open each picture once. Return a table of the readable pictures, and a mapping from each broken picture's key to its problem.
 
-    The problems are also added to ``report``, with the first group that shows each picture.
+    The problems are also added to ``report``, with the location of the first group that shows the picture.
     """
     broken = dict[int, str]()
 
@@ -49,8 +49,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield (index of the first group that shows the picture, path) for each picture with one of these keys. Only groups at ``places`` are
-    read.
+    """Yield, for each of the ``keys``, the index of the first group that shows the picture, and the picture's path. ``places`` are these
+    indices; no other group is read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
@@ -63,7 +63,7 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """A picture: the first group that shows it, its path, its properties or its problem, and its bytes (empty unless requested)."""
+    """Result for a picture: the first group that shows it, its path, its properties or problem, and its bytes (empty unless requested)."""
 
     group: int
     path: Path
@@ -81,13 +81,13 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Yield the pictures with these keys. All are opened except ``known`` pictures whose files have not changed."""
+    """Yield a result for each picture key. Every picture is opened, except ``known`` pictures whose files have not changed."""
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
 
     def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:
         return opened_picture(use[1], known, prepared, max_pixels, contents)
 
-    # Threads suffice, because PIL decodes without the interpreter lock.
+    # Threads suffice, because PIL releases the interpreter lock while decoding.
     for (index, path), result in side_by_side(opened, first_uses(store, keys, places), cores_per_rank(), _AHEAD):
         scan.alive()
         yield OpenedPicture(index, path, *result)
@@ -96,9 +96,9 @@ def opened_pictures(
 def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    """Return the properties of a picture (or its problem) and its bytes (empty unless requested).
+    """Return a picture's properties or problem, and its bytes (empty unless requested).
 
-    A ``known`` picture whose file has not changed is not opened. A picture of a store must match its entry in the table ``prepared``.
+    A ``known`` picture whose file has not changed is not opened. A picture in a store must match its entry in the table ``prepared``.
     """
     try:
         known_before = None if known is None else known.find(path)

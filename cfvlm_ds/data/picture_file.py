@@ -1,7 +1,8 @@
-"""Picture files. A picture is a file of its own, or a part of a container with a path such as ``images.tar#512+60123``.
+"""Picture files. A picture is a separate file, or a part of a container with a path such as ``images.tar#512+60123``.
 
-Such a path gives the file, offset and length of a member of an uncompressed tar or of a value in an Arrow file, so the picture is read
-without listing the container. Pictures are opened, measured and confined only through this module, which handles both kinds.
+Such a path gives the container, offset and length of a member of an uncompressed tar or of a value in an Arrow file. The picture can
+therefore be read without listing the container. Pictures are opened, measured and confined only through this module, which handles both
+kinds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
-"""Pattern of a part's name. Each part has exactly one name: leading zeros and non-ASCII digits are not allowed."""
+"""Pattern of a part's name. Leading zeros and non-ASCII digits are not allowed, so each part has exactly one name."""
 
 _OPEN = 256  # number of containers that a process keeps open, because opening files is slow on parallel file systems
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name of ``length`` bytes in a container, starting at offset ``start``."""
+    """Return the name of the ``length`` bytes at offset ``start`` of a container."""
     return f"{container}#{start}+{length}"
 
 
@@ -53,7 +54,7 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 def open_picture(path: Path) -> io.BufferedReader:
     """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach other bytes, and has no
-    file descriptor with which an image library would read the container from its start. Raises the same errors as picture_stat, and
+    file descriptor through which an image library could read the container from its start. Raises the same errors as picture_stat, and
     ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:
@@ -67,14 +68,14 @@ def open_picture(path: Path) -> io.BufferedReader:
 
 def picture_bytes(path: Path, limit: int) -> bytes:
     """Read all bytes of a picture. Raises the same errors as ``open_picture``, and TooLarge for more than ``limit`` bytes."""
-    if picture_stat(path)[0] > limit:  # not read
+    if picture_stat(path)[0] > limit:  # checked before reading
         raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
     with open_picture(path) as handle:
         return handle.read()
 
 
 def _part(path: Path) -> tuple[int, int] | None:
-    """Return the offset and length of a part of a container, or None if the picture is a file of its own."""
+    """Return the offset and length of a part of a container, or None if the picture is a separate file."""
     match = _PART.fullmatch(path.name)
     return None if match is None else (int(match["start"]), int(match["length"]))
 
@@ -90,5 +91,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container. If another file replaces it, the ``state`` differs and the new file is opened."""
+    """Open a container. If another file replaces it, ``state`` differs, so the new file is opened."""
     return HeldFile(path)

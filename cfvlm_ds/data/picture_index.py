@@ -1,7 +1,7 @@
 """Picture table: size, change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
 
-Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If the change
-time differs, the contents are hashed again, and changed contents are refused.
+Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If only the
+change time differs, the contents are hashed again. Changed contents are refused.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 RECORD = np.dtype([("key", "<u8"), ("facts", FACTS)])
 _BLOCK = 1 << 20  # records written at a time
-_AT_ONCE = 4096  # pictures processed, and cached, at a time
+_AT_ONCE = 4096  # pictures processed or cached at a time
 
 
 class Picture(NamedTuple):
-    """Properties of a sound picture: size in bytes, change time of its file in ns (0 if it is not compared), digest of its bytes, and width
-    and height in pixels (0 if they are unknown).
+    """Properties of a readable picture: size in bytes, change time of its file in ns (0 if not compared), digest of its bytes, and width
+    and height in pixels (0 if unknown).
     """
 
     size: int
@@ -64,14 +64,14 @@ def content_digest(path: Path) -> bytes:
 
 
 def picture_of(path: Path, width: int, height: int) -> Picture:
-    """Build the entry of a picture. Raises the same errors as picture_stat and content_digest."""
+    """Build a picture's table entry. Raises the same errors as picture_stat and content_digest."""
     return Picture(*picture_stat(path), content_digest(path), width, height)
 
 
 class PictureTable:
-    """Properties of pictures, looked up by path. They are stored as arrays sorted by picture key.
+    """Table of picture properties, looked up by path. They are stored as arrays sorted by picture key.
 
-    ``roots`` are the folders to which the paths of a store's pictures are relative; None stands for absolute paths.
+    ``roots`` are the folders to which a store's picture paths are relative; None stands for absolute paths.
     """
 
     def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:
@@ -80,7 +80,7 @@ class PictureTable:
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
-        """Map the table in a file. All processes share its pages, and the system can drop them when memory is short. Raises OSError."""
+        """Memory-map a table file. Processes share its pages, and the system can drop them when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())
@@ -89,7 +89,7 @@ class PictureTable:
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[Path, Picture]]) -> PictureTable:
-        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, the last entry counts."""
+        """Build a table in memory from an iterable of pictures, chunk by chunk. If a path occurs several times, its last entry is used."""
         items, parts = iter(pictures), [np.empty(0, RECORD)]
         while chunk := list(islice(items, _AT_ONCE)):
             parts.append(np.array([(picture_key(path), tuple(picture)) for path, picture in chunk], RECORD))
@@ -99,7 +99,7 @@ class PictureTable:
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
-        """Build a table of files by hashing their contents. Unreadable files are left out; opening them will report the reason."""
+        """Build a table by hashing the contents of files. Unreadable files are left out; opening them later reports the error."""
 
         def look(path: Path) -> Picture | None:
             with contextlib.suppress(OSError, ValueError):
@@ -112,7 +112,7 @@ class PictureTable:
         return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the contents of the file that ``opened`` reads, part by part."""
+        """Yield the contents of a table file for ``opened``, part by part."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
@@ -147,7 +147,7 @@ class PictureTable:
                 return
             same = size == known.size and content_digest(path) == known.digest
         except (OSError, ValueError):
-            return  # opening it will report the problem
+            return  # opening the picture will report the problem
         if not same:
             raise DataError(
                 f"{path}: the picture has changed since the data were checked for this run; restore it, or set another "

@@ -1,4 +1,4 @@
-"""Report of a data check, as data and as text."""
+"""Data check report, as an object and as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # limits: names in a line, characters in a name
 
 @dataclass
 class CheckReport:
-    """Counts over a manifest's valid rows, and its problems. Each problem is one sentence that begins with the file and the row."""
+    """Counts over a manifest's valid rows, and the manifest's problems. Each problem is a sentence that begins with the file and row."""
 
     manifest: str
     num_groups: int = 0
@@ -35,14 +35,14 @@ class CheckReport:
     """Number of cells that ``match`` does not list."""
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
-    """Number of groups by prompt: DESCRIBE (the default prompt of captions), "empty" or "others"."""
+    """Number of groups by prompt: DESCRIBE (the default prompt for captions), "empty" or "others"."""
     shapes: Counter[str] = field(default_factory=Counter)
     """"images x texts" -> number of groups of that shape; a group without pictures has 0 images."""
     sources: Counter[str] = field(default_factory=Counter)
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image, or the number of
-    images that the factual text is not true of (without shams), whichever is larger.
+    images (without shams) of which the factual text is not true, whichever is larger.
     """
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
@@ -52,7 +52,7 @@ class CheckReport:
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
-    """Key of metadata -> number of groups that have it."""
+    """Metadata key -> number of groups that have it."""
     problems: list[str] = field(default_factory=list)
 
     def add_group(self, group: CounterfactualGroup) -> None:
@@ -85,7 +85,7 @@ class CheckReport:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
-        """Add the report on later rows in the same manifest."""
+        """Add a report on later rows of the same manifest."""
         if other.longest_text > self.longest_text:
             self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
         self.longest_text = max(self.longest_text, other.longest_text)
@@ -115,7 +115,7 @@ class CheckReport:
         return f"{counted(self.metadata)} (kept, not used)"
 
     def __str__(self) -> str:
-        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # zeros are not informative
+        lines = [("manifest", self.manifest), *(self._counts() if self.num_groups or self.ok else ())]  # counts of zero are not informative
         lines.append(("problems", str(len(self.problems)) if self.problems else "none"))
         table = [f"{name:<16} {value}" for name, value in lines]
         first: dict[str, str] = {}
@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Remove the file and the row from a problem, so that the same problem in several rows can be recognised."""
+    """Remove the file and row from a problem, so that the same problem in several rows is recognised."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 
@@ -158,12 +158,12 @@ _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
 def quantiles(counts: Counter[int], *percent: float) -> list[int]:
-    """Compute percentiles of values, given as value -> count."""
+    """Compute percentiles of a distribution. ``counts`` maps each value to its count."""
     return np.percentile(np.repeat(list(counts), list(counts.values())), percent, method="lower").tolist()
 
 
 def counted(counts: Counter[str]) -> str:
-    """Format names with their counts on one line of limited length."""
+    """Format names and their counts as one line of limited length."""
     shown = [f"{one_line(name, _SHOWN_CHARS)}: {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

@@ -17,7 +17,7 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders to which the names of pictures within containers are relative; () for a file without such pictures."""
+    """Folders to which picture names from containers are relative; () for a file without such names."""
 
     def __len__(self) -> int: ...
 

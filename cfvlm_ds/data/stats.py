@@ -1,4 +1,4 @@
-"""Statistics of a data set: counts, lengths, unknown cells and repetitions, as data and as text."""
+"""Data set statistics: counts, lengths, unknown cells and repetitions, as an object and as text."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from cfvlm_ds.data.stored import StoredRows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Contents of a manifest's valid rows. ``sides`` counts the longer sides of the pictures in pixels. The fields ``num_...`` count
-    distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
+    """Statistics of a manifest's valid rows. ``sides`` maps the length of a picture's longer side, in pixels, to the number of such
+    pictures. The fields ``num_...`` count distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
     """
 
     report: CheckReport
@@ -83,8 +83,8 @@ def statistics(
     """Collect the statistics of a manifest.
 
     The pictures of a prepared store are looked up in its table; other pictures are opened. Rows, pictures and texts with problems are
-    counted, and left out of all other statistics. ``lengths`` (for instance a Collator) gives lengths in tokens. Raises DataError for an
-    unknown format, and for a manifest that cannot be read at all.
+    counted, but left out of all other statistics. With ``lengths`` (for instance a Collator), lengths are in tokens. Raises DataError for
+    an unknown format or an unreadable manifest.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))

@@ -1,7 +1,7 @@
 """Arrow containers: Parquet files, Arrow files and data sets saved by ``datasets``, read by pyarrow.
 
-Pictures in an Arrow file are not copied; their names give the offset and length of their bytes (``data.arrow#4096+60123``). Parquet
-compresses pictures or at least divides them into pages, so these are copied when the rows are converted.
+Pictures in an Arrow file are not copied; their names give the offset and length of their bytes (``data.arrow#4096+60123``). Pictures
+in a Parquet file are compressed, or at least divided into pages, so they are copied when the rows are converted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cfvlm_ds.core.reading import MIB, open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _ROWS = 64  # rows in a batch: 256 MB if each has a picture of 4 MB
-_BYTES = 256 * MIB  # limit on a Parquet batch's uncompressed size according to its file; a few kB may decompress to as many GB
+_BYTES = 256 * MIB  # limit on a Parquet batch's uncompressed size as stated in the file; a few kB can decompress to a few GB
 
 Named = Callable[[Any], str | None]
-"""Function that returns the name of a pyarrow buffer's bytes in the file, or None if they are not in the file."""
+"""Function from a pyarrow buffer to the name that locates its bytes in the file, or to None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -57,8 +57,8 @@ def arrow_rows(path: Path) -> Rows:
 
         number = 0
         for batch in _batches(mapped, arrow):
-            batch.validate(full=True)  # offsets may point outside the file
-            for start in range(0, len(batch), _ROWS):  # the file may have all rows in one batch
+            batch.validate(full=True)  # offsets can point outside the file
+            for start in range(0, len(batch), _ROWS):  # a file can have all its rows in one batch
                 for row in _batch_rows(batch.slice(start, _ROWS), arrow, named):
                     number += 1
                     yield f"row {number}", row
@@ -84,13 +84,13 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert a column to Python values. Bytes that lie in the file become their name. ``datasets`` stores a picture as a struct of bytes
-    and path.
+    """Convert a column to Python values. Bytes in the file are replaced with the name that locates them. ``datasets`` stores a picture as a
+    struct of bytes and path.
     """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
         return _values(array.storage, arrow, named)
-    if types.is_dictionary(kind):  # decoded, it could take the size of its longest value for every row
+    if types.is_dictionary(kind):  # decoding could take the size of the longest value for every row
         places = array.indices.unique().drop_null()
         decoded = dict(zip(places.to_pylist(), _values(array.dictionary.take(places), arrow, named), strict=True))
         return [decoded.get(place) for place in array.indices.to_pylist()]
@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures of ``datasets``, which have bytes and the original path. The path is used only if there are no bytes."""
+    """Convert pictures stored by ``datasets``, which have bytes and the original path. The path is used only if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)
@@ -136,7 +136,7 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert each binary value to the name of its bytes in the file if there is one, else to bytes. The buffer is sliced directly, because
+    """Convert each binary value to the name that locates it, or to bytes if it is not in the file. The buffer is sliced directly, because
     creating a pyarrow scalar for each value would copy the data.
     """
     _, offsets, contents = array.buffers()

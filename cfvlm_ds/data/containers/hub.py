@@ -32,7 +32,7 @@ _EVERY_S = 1.0
 
 
 class _Address(NamedTuple):
-    """Name and revision of a data set, and the path of its files, whose last part may be a pattern."""
+    """A data set's name and revision, and the path of its files. The last part of the path can be a pattern."""
 
     name: str
     revision: str
@@ -44,7 +44,7 @@ def fetched(
 ) -> Path:
     """Return the local path of the files at a hub address, after fetching them on first use. Any other path is returned unchanged.
 
-    ``alive`` is called every second during the download. Raises DataError for a malformed address or an address of another site, and for
+    ``alive`` is called every second during the download. Raises DataError for a malformed address or an address on another site, and for
     files that do not exist or cannot be fetched.
     """
     if match := _OTHER_ADDRESS.fullmatch(str(path)):

@@ -1,7 +1,7 @@
 """JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. They are read as a whole.
 
-A COCO file has separate lists of pictures and captions. A row consists of a picture, the list of its captions, and a list of values for
-each other key of the captions. In an object of numbered rows, as in SugarCrepe, the values are the rows.
+A COCO file lists pictures and captions separately. A row combines a picture, the list of its captions and, for each other caption key, the
+list of its values. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
-"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
+"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take up several times this much memory."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 
@@ -80,7 +80,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values of the keys ``name`` and ``content`` of an item in a COCO file, and the item's other fields. Raises DataError."""
+    """Return a COCO item's values for the keys ``name`` and ``content``, and its other fields. Raises DataError."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")
@@ -94,9 +94,8 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 def is_lines(path: Path) -> bool:
     """Return whether a file named .json has one object per line, as in some published data sets.
 
-    A single object counts as one row, unless it is a COCO file, or all its values are lists or objects, which are probably rows or columns.
-
-    Raises the same errors as open_regular.
+    A single object counts as one row unless it is a COCO file or all its values are lists or objects (probably rows or columns). Raises the
+    same errors as open_regular.
     """
     with open_regular(path) as handle:
         line = handle.readline(MAX_ROW + 1)

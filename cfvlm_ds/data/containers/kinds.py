@@ -1,4 +1,4 @@
-"""Container kinds: detection of a path's kind and of the files that belong to it."""
+"""Container kinds: detects a path's kind and finds the files that belong to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfvlm_ds.data.containers.tar import tar_rows
 from cfvlm_ds.data.decoding import ENDINGS
 
 LINES = "jsonl"
-"""Kind of a JSON lines file, into which every other container is converted."""
+"""Kind of a JSON lines file. All containers are converted to this kind."""
 
 CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "json": json_rows,
@@ -41,7 +41,7 @@ _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
 """Files by which a model folder or a run folder is recognised."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""Name of a numbered shard file of a split, as the hub and ``datasets`` write it."""
+"""Name of a split's numbered shard without its suffix, as the hub and ``datasets`` write it."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
@@ -50,7 +50,7 @@ _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """Return the kind of a path's container, or ``jsonl``. It follows from the suffix of a file, or from the contents of a folder.
+    """Return a path's kind: a container kind or ``jsonl``. The kind follows from a file's suffix or a folder's contents.
 
     Raises DataError for a compressed file, and the same errors as ``sources_of``.
     """
@@ -61,7 +61,7 @@ def sources_of(path: Path) -> list[Path]:
     """Return the files that a path stands for, sorted by name: the path itself, the files in a folder, or the matches of a pattern such as
     ``train-*.parquet``.
 
-    Raises DataError for a folder without data or with several splits, and for a pattern without files or with files of several kinds.
+    Raises DataError for a folder without data or with several splits, and for a pattern that matches no files or files of several kinds.
     """
     if path.is_dir():
         return _in_folder(path)
@@ -103,7 +103,7 @@ def _kind(path: Path, file: Path) -> str:
         try:
             return LINES if is_lines(file) else kind
         except (OSError, ValueError):
-            return LINES  # the reader of JSON lines reports the error
+            return LINES  # the JSON lines reader reports the error
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Opening of rows: JSON lines, or a container, which is converted to JSON lines."""
+"""Opening of manifests. JSON lines are read directly; a container is first converted to JSON lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PreparedRows(LineRows):
         self._ends = list(accumulate(rows for _, rows in prepared.sources))
 
     def where(self, row: int) -> str:
-        """Return the location of a row: the path, the file if the path stands for several, and the number of the item."""
+        """Return the location of a row: the path, the file name if the path stands for several files, and the item number."""
         if (file := bisect_right(self._ends, row)) == len(self._ends):
             return f"{self.path}: item {row + 1}"
         return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"
@@ -47,7 +47,7 @@ def open_rows(
     """Open the rows of a JSON lines file or a container.
 
     A container is converted to JSON lines on first use, in the first writable folder of ``cache`` (default: the folder of the data, then
-    the user's cache folder). Raises DataError for a file that cannot be read at all, or has no row.
+    the user's cache folder). Raises DataError for a file that cannot be read or has no rows.
     """
     options: Any = {"alive": alive, "progress": progress}
     try:

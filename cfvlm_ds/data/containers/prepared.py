@@ -1,8 +1,8 @@
 """Converted containers. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
 
-The folder's name contains a hash of the source files and their state. If there are several source files, the number of rows in each is
-recorded. Row n is line n. For an invalid row, the line is a string with the error. The folder is written under a temporary name and renamed
-when it is complete, so an interrupted conversion is simply repeated.
+The folder's name contains a hash of the source's path and state. Row n is line n of rows.jsonl; the line of an invalid row is a string with
+the error. If there are several source files, their row counts are recorded. The folder is written under a temporary name and renamed when
+it is complete, so an interrupted conversion is simply repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORM = 3  # version of the written files; a new version makes existing folders 
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
 """Suffix of the folder's name."""
-_KNOWN = 100_000  # pictures that are recognised if repeated: consecutive questions are often about the same picture
+_KNOWN = 100_000  # number of pictures remembered to recognise repeats; consecutive questions are often about the same picture
 
 
 class Prepared(NamedTuple):
@@ -114,7 +114,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
             if len(line) <= MAX_ROW:
                 return line
             row = DataError(f"the row has {len(line)} bytes as JSON, over the limit of {MAX_ROW} for one row; shorten it")
-        except DataError as error:  # an error that is one of the row's values
+        except DataError as error:  # one of the row's values is an error
             row = error
         except (ValueError, RecursionError, TypeError) as error:
             row = DataError(f"the row cannot be written as JSON ({error}); correct it")
@@ -131,9 +131,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return the name of a picture's bytes in the tar. Bytes that are new are added.
+        """Return the name that locates a picture in the tar, after adding the picture if it is new.
 
-        Raises ``value`` if it is a DataError, and TypeError for a value of another type.
+        ``value`` is the picture's bytes. Raises ``value`` itself if it is a DataError, and TypeError for a value of another type.
         """
         if isinstance(value, DataError):
             raise value

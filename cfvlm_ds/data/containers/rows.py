@@ -1,4 +1,4 @@
-"""Rows of containers, and the conversion of their parsers' errors."""
+"""Container rows, and the conversion of parser errors to DataErrors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ROW = 4 * MIB
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file. If the parser ``read`` fails, raises a DataError that names the file and the last row that was read."""
+    """Yield the rows of a file. If the parser ``read`` fails, raises a DataError that names the file and the last row read."""
     where = ""
     try:
         for where, row in read(path):

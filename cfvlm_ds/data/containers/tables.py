@@ -15,7 +15,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _INDEX = "index"
-"""Name for a first column that has none, such as the index that pandas writes."""
+"""Name given to an unnamed first column, such as the index that pandas writes."""
 
 
 def _rows(path: Path, delimiter: str) -> Rows:

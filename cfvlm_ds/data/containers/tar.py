@@ -31,7 +31,7 @@ def tar_rows(path: Path) -> Rows:
 
 
 class _Headers:
-    """File object of a tar from which only headers are read. Raises ValueError for a header of more than _HEADER bytes."""
+    """File object through which only a tar's headers are read. Raises ValueError for a header of more than _HEADER bytes."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.name = handle, ""
@@ -47,7 +47,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
     size = os.fstat(handle.fileno()).st_size
     key, sample, problem = "", Row(), ""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # a million members would stay in memory
+        tar.members.clear()  # type: ignore[attr-defined]  # otherwise all members would stay in memory
         if member.isdir() or os.path.basename(member.name).startswith("."):
             continue
         is_file = member.isreg() and not member.issparse()
@@ -56,7 +56,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
-            continue  # not part of a sample, for instance a read-me
+            continue  # not part of a sample, for instance a README
         if (own_key := f"{folder}/{stem}" if folder else stem) != key:
             if sample:
                 yield f"sample {key!r}", DataError(problem) if problem else {"__key__": key, **sample}

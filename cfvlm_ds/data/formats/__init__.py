@@ -1,9 +1,9 @@
-"""Formats: functions from the rows of a manifest to counterfactual groups, one file per format.
+"""Formats: functions that convert the rows of a manifest to counterfactual groups, one file per format.
 
-A new format is one function from a row to a group (see cfvlm_ds/data/cfgroup.py) and one line in FORMATS. A format with several groups per
-row returns a sequence, and has ``parts(row)``, which counts the groups without building them. A format that joins several rows into one
-group has ``claim(row)``, which returns the labelled texts of a row (see truth.py). A format with options is a frozen dataclass whose fields
-are the options.
+A new format needs a function that converts a row to a group (see cfvlm_ds/data/cfgroup.py) and a line in FORMATS. A format with several
+groups per row returns a sequence, and has ``parts(row)``, which counts the groups without building them. A format that joins several rows
+into one group has ``claim(row)``, which returns the labelled texts of a row (see truth.py). A format with options is a frozen dataclass
+whose fields are the options.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ FORMATS: dict[str, Format] = {
 
 
 def format_named(spec: str, where: object) -> Format:
-    """Return the format that ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE`` specifies; a value that contains a comma must be in double
-    quotes.
+    """Return the format for ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. A value that contains a comma must be in double quotes.
 
-    Raises DataError for an unknown name or option. Its message begins with ``where``.
+    Raises DataError for an unknown name or option. The message begins with ``where``.
     """
     try:
         return cast(Format, named("format", spec, FORMATS, [AUTO]))

@@ -30,7 +30,7 @@ class Cfvlm:
     """Format of the rows in CF-VLM's published files.
 
     Args:
-        ask: prompt of rows without text around the image; empty for no prompt.
+        ask: prompt for rows without text around the image; empty for no prompt.
         ignore: columns that are not read, joined by ``+``.
     """
 

@@ -1,4 +1,4 @@
-"""Columns of any name, as in data sets on the Hugging Face hub. Options map the columns to read; all other columns are metadata.
+"""Rows with columns of any name, as on the Hugging Face hub. Options map the columns to read; all other columns are metadata.
 
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong

@@ -4,11 +4,11 @@
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-A content is a string in which ``<image>`` marks the position of a picture, or a list of parts. A part may name its picture: ``{"type":
-"image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value`` in parts of any
-type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and ``completion``,
-ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In the last two kinds of rows, a ``history``
-of pairs may precede the question.
+The ``content`` of a message is a string in which ``<image>`` marks the position of a picture, or a list of parts. A part may name its
+picture: ``{"type": "image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value``
+in parts of any type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and
+``completion``, ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In the last two cases, a
+``history`` of question-answer pairs may precede the question.
 
 ``messages:per_turn=true`` works as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
 marks the answer as good or bad; rows with the same picture and the same conversation before the answer form one group.
@@ -53,7 +53,7 @@ class Messages(Instruct):
 
 
 def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
-    """Return the columns that hold the question of a row, and the question; () and None if the row has none of ``columns``."""
+    """Return the columns that hold a row's question, and the question itself; () and None if the row has none of ``columns``."""
     if not (key := only(row, columns, "hold the question")):
         return (), None
     value, beside = row[key], BESIDE.get(key, ())
@@ -73,7 +73,7 @@ def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str,
 
 
 def spoken_as(value: Any, role: str, key: str) -> Spoken:
-    """Parse a string as one turn of ``role``, or a list of messages."""
+    """Parse a string as one turn by ``role``, and any other value as a list of messages."""
     if not isinstance(value, str):
         return read_messages(value, f"row: {key!r}")
     parts = read_text(value)

@@ -32,7 +32,7 @@ class Pairs:
     """Format of rows with two images and two captions.
 
     Args:
-        ask: prompt of rows without one; empty for no prompt.
+        ask: prompt for rows that have none; empty for no prompt.
         ignore: columns that are not read, joined by ``+``.
     """
 

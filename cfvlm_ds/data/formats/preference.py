@@ -11,8 +11,8 @@
 Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or in ``instruction`` and ``input``. It may
 be missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
-The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If both are
-given, the rejected answer is false of the rejected pictures; all other pairs with a rejected answer or picture are unknown.
+The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If a row has
+both, the rejected answer is false of the rejected pictures; all other pairs with a rejected answer or picture are unknown.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Its DataErrors do not name the file and line."""
+        """Convert a row to a group. Raises DataError, without the file and line, for an invalid row."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)
@@ -99,8 +99,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Return the columns that hold the question and the chosen answer; the question; the chosen answer; the rejected answer or None; and
-    the other keys of their messages, by column.
+    """Read the question and answers of a row. Return the columns of the question and the chosen answer, the question, the chosen answer,
+    the rejected answer or None, and the other keys of their messages by column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
@@ -117,7 +117,7 @@ def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | N
     further = {name: spoken.further for name, spoken in columns if spoken is not None and any(spoken.further)}
     if question is None:
         shared = chosen.turns[:-1]
-        if rejected is not None:  # for two complete conversations, their common beginning
+        if rejected is not None:  # the common beginning of two complete conversations
             shared = shared[: shared_start(shared, rejected.turns)]
         question = chosen._replace(turns=shared)
     if not question.turns:
@@ -132,7 +132,9 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the answer without the question, which a complete conversation repeats. Raises DataError unless exactly one turn is left."""
+    """Return the answer's text. If the answer is a complete conversation, its repetition of the question is removed. Raises DataError
+    unless exactly one turn is left.
+    """
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:
         remedy = "list those of the rejected answer in 'rejected_images', and name the others once"
