@@ -40,8 +40,8 @@ def convert(
     say: Callable[[str], object] = lambda line: None,
     max_pixels: int = MAX_PIXELS,
 ) -> Converted:
-    """Write the groups of a manifest to ``out``. The file is written under another name and renamed when it is complete. Pictures that must
-    be copied are written to the same folder.
+    """Write the groups of a manifest to ``out``. The file is written under a temporary name and renamed when it is complete. Pictures that
+    must be copied are written to the same folder.
 
     With ``skip``, every picture is opened. Invalid rows, and groups with a picture that the check refuses, are left out and listed in a
     file next to ``out``; ``max_pixels`` is as in open_image. With ``error``, no picture is opened, and an invalid row raises DataError.

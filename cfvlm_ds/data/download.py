@@ -1,7 +1,7 @@
-"""Picture download: pictures that rows name by URL, or contain as base64 text, become files before training.
+"""Picture download: pictures that rows name by URL, or contain as base64 text, are written to files before training.
 
 No other module fetches pictures over a network. Each picture is limited in size and time, checked to be an image, and named by a hash of
-its address, so that a second run fetches only the missing ones.
+its address, so that a second run fetches only missing pictures.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def download(
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out``. The addresses of pictures are replaced with files in the folder ``OUT.pictures`` next to it.
+    """Write the rows of ``path`` to ``out``. Picture addresses are replaced with the paths of files in the folder ``OUT.pictures`` next to
+    it.
 
     If a row's pictures cannot be fetched, ``skip`` leaves the row out and lists it in a file next to ``out``; ``error`` raises DataError.
     Raises ConfigError or StorageError if ``out`` exists or cannot be written.
@@ -96,7 +97,7 @@ def _addresses(row: Any) -> list[str]:
 
 
 def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
-    """Return a copy of a row with each address of a picture replaced with ``file(address)``."""
+    """Return a copy of a row in which each picture address is replaced with ``file(address)``."""
     if isinstance(value, Mapping):
         return {name: _with_files(item, file, name) for name, item in value.items()}
     if isinstance(value, list):

@@ -36,15 +36,15 @@ def open_groups(
     ``cache`` on first use. ``path`` may also be a store, whose format is fixed, or an address such as
     hf://datasets/ORG/NAME/data/train-*.parquet, whose files are fetched from the Hugging Face hub on first use. ``format`` is the name of a
     format, with or without options. ``auto`` selects the format of the first row whose format is recognised; ``progress`` reports it unless
-    it is the native one.
+    it is the native format.
 
     Image paths are absolute or relative to ``root`` (default: the manifest's folder). Of several roots, the first one that has the file is
-    used. The groups have the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened. Only
-    the first ``limit`` groups are used. ``scan`` runs the passes over the rows that some formats need.
+    used. The groups contain the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened.
+    Only the first ``limit`` groups are used. Some formats need passes over all rows, which ``scan`` runs.
 
-    Raises DataError for a manifest that cannot be read at all, has no row, or lacks a column that ``format`` names. Accessing an invalid
-    row raises a DataError of one sentence that names the file, the row (1-based line, or item of a list) and the remedy. Repeated ids are
-    detected by the data check, not here.
+    Raises DataError for a manifest that cannot be read, has no rows, or lacks a column that ``format`` names. Accessing an invalid row
+    raises a DataError of one sentence that names the file, the row (1-based line, or item of a list) and the remedy. Repeated ids are
+    detected by the data check, not by this function.
     """
     known_format(path, format)
     path = local_path(path, scan, progress)
@@ -62,7 +62,7 @@ def open_groups(
 
 
 def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
-    """Return the local path of a data set. A data set of the Hugging Face hub is fetched on first use. Raises DataError if that fails."""
+    """Return the local path of a data set. A data set on the Hugging Face hub is fetched on first use. Raises DataError if that fails."""
     if ":/" not in str(path):
         return Path(path)
     from cfvlm_ds.data.containers.hub import fetched
@@ -71,7 +71,7 @@ def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[s
 
 
 def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> list[CounterfactualGroup]:
-    """Load all groups of a manifest into memory. Raises DataError for the first problem, which may be a repeated id."""
+    """Load all groups of a manifest into memory. Raises DataError for the first problem, such as a repeated id."""
     groups, seen = [], dict[str, int]()
     for index, group in (store := open_groups(path, root, format)).entries():
         if isinstance(group, DataError):
@@ -107,9 +107,10 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Give each path a distinct name: its stem, preceded by as many of its folders as distinguish it from the others. Return name -> path.
+    """Give each path a distinct name: its stem, preceded by as many folders as distinguish it from the other paths. Return a mapping from
+    names to paths.
 
-    Raises DataError for a path that is given twice.
+    Raises DataError for a path that occurs twice.
     """
     all_parts = [Path(os.path.normpath(Path(path).absolute())).parts for path in paths]
     for path, parts in zip(paths, all_parts, strict=True):

@@ -1,9 +1,9 @@
 """Mixtures of sources: the source at each position in the stream of groups, computed only from the position.
 
-The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. Which sources are
-rounded up changes from window to window, so every source has its exact share in the long run (systematic sampling with a start that
-advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
-and any position can be computed directly, because the number of draws before a window has a closed form.
+The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. The sources that are
+rounded up change from window to window, so every source has its exact share in the long run (systematic sampling with a start that advances
+by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks, and any
+position can be computed directly, because the number of draws before a window has a closed form.
 
 Shapes: S sources, W windows.
 """
@@ -42,7 +42,7 @@ class Draws:
     shares: tuple[Fraction, ...]
 
     def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the source, and the number of earlier draws from it, at ``count`` positions of the stream, starting at ``start``."""
+        """Return each draw's source and the number of earlier draws from it, for ``count`` stream positions starting at ``start``."""
         sources, earlier = [], []
         stop = start + count
         for window in range(start // WINDOW, -(-stop // WINDOW)):
@@ -61,7 +61,7 @@ class Draws:
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """Return the position in the stream of draw ``number`` (from 0) of a source that has a share."""
+        """Return the stream position of draw ``number`` (from 0) from a source, which must have a positive share."""
         low, high = 0, 1
         while int(self.before(high)[source]) <= number:
             low, high = high, 2 * high
@@ -103,7 +103,7 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return each position's source in a window, and the index of the draw among that source's draws. Draw k of n is at (k + 1/2) / n."""
+    """Return each position's source in a window, and the draw's index among the source's draws. Draw k of n is at (k + 1/2) / n."""
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")
@@ -113,7 +113,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    If only some sources have a weight, ``DataConfig.train_sets`` refuses them.
+    ``DataConfig.train_sets`` refuses a mixture in which only some sources have a weight.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]
@@ -130,11 +130,11 @@ class Order:
     A single data set is a sequence of epochs, each in its own permutation. In a mixture, every source goes through its own epochs.
 
     Args:
-        sizes: number of groups in each source; their groups are numbered one source after the other.
-        shares: each source's share of the draws, with sum 1; empty for a single data set.
+        sizes: number of groups in each source; groups are numbered source by source.
+        shares: each source's share of the draws, summing to 1; empty for a single data set.
         seed: seed of the permutations.
-        stop: end of an epoch of a mixture: when all sources have been seen completely (``all_exhausted``), or when one of them has been
-            (``first_exhausted``).
+        stop: condition for the end of a mixture's epoch: every source has been seen completely (``all_exhausted``), or at least one source
+            has (``first_exhausted``).
         rows: for each source, the permutation that keeps the groups of a row together; None if every row is one group.
     """
 
@@ -156,13 +156,13 @@ class Order:
         return max(ends) if self.stop == "all_exhausted" else min(ends)
 
     def at(self, start: int, count: int) -> list[int]:
-        """Return the indices of the groups at ``count`` positions of the stream, starting at ``start``."""
+        """Return the group indices at ``count`` stream positions, starting at ``start``."""
         sources, numbers = self.draws.at(start, count)
         groups = np.empty(count, np.int64)
         first = 0
         for source, size in enumerate(self.sizes):
             places, seed = np.flatnonzero(sources == source), f"{self.seed}/{source}" if self.shares else self.seed
-            while len(places):  # a source's draws are consecutive, so each of its epochs is one slice
+            while len(places):  # a source's draw numbers are consecutive, so each epoch is one slice
                 epoch, offset = divmod(int(numbers[places[0]]), size)
                 stretch = places[: size - offset]
                 if rows := self.rows[source] if self.rows else None:
@@ -187,7 +187,7 @@ class Order:
         return (drawn / np.array(self.sizes)).tolist() if self.shares else []
 
     def identity(self) -> dict[str, Any]:
-        """Return, as JSON, everything that determines the group at each position."""
+        """Return everything that determines the group at each position, as JSON values."""
         mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
         kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(rows is not None for rows in self.rows)]
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}

@@ -1,7 +1,7 @@
-"""Preparation of a data set: a complete check, and the writing of a store (cfvlm_ds/data/stored.py) for training.
+"""Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. One unit of work consists of the pictures that first occur in a range of groups. With
-``pack``, a unit becomes one uncompressed tar. Each picture is stored once and read by its offset. The bytes of every file depend only on
+``pack``, a unit becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every file depend only on
 the data set and the options, not on the number of processes or on interruptions.
 """
 
@@ -66,7 +66,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of a preparation. The same data set and options give the same store.
+    """Preparation options. The same data set and options give the same store.
 
     Args:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
@@ -83,7 +83,7 @@ class PrepareOptions:
 
 
 class Prepared(NamedTuple):
-    """Result of ``prepare``: the report of the check, and whether the store is complete."""
+    """Result of ``prepare``: the check's report, and True if the store is complete."""
 
     report: CheckReport
     whole: bool
@@ -118,16 +118,15 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and write a store; this call does shard ``shard`` of ``of``. Return the report of the check, and whether the store
-    is complete.
+    """Check a data set and write a store. This call does the work of shard ``shard`` out of ``of`` shards.
 
-    Every process checks all rows; each picture is opened by one process. Work that an earlier call finished is not repeated. Rows are
-    written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the report
-    has problems and ``on_error`` is ``error``, nothing more is written.
+    Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
+    are written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the
+    report has problems and ``on_error`` is ``error``, nothing more is written.
 
     Unfinished work for another state of the data set is discarded, unless there are several shards. With ``anew``, a complete store of
-    another state is discarded too. Without ``pack``, pictures that were opened for the discarded state are opened again only if their files
-    have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
+    another state is also discarded. Without ``pack``, pictures that were opened for the discarded state are opened again only if their
+    files have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -135,7 +134,7 @@ def prepare(
     job = _Job(source, out, work, stamp, options, say, shard, of, known, scan or Scan(), report)
     try:
         whole = job.is_ended() or job.run()
-    except FileNotFoundError:  # another process finished the store and removed this one's temporary files
+    except FileNotFoundError:  # another process finished the store and removed this process's temporary files
         if not ((out / FILE).exists() and (whole := job.is_ended())):
             raise
     if whole:
@@ -244,7 +243,7 @@ class _Job:
         finally:  # keep the results if the call is interrupted
             with whole_file(units.file(number, "npy"), shared=True) as handle:
                 np.save(handle, np.sort(np.array(records, _PLACE), order="key"), allow_pickle=False)
-        if problems and self.options.on_error == "error":  # the next call opens them again
+        if problems and self.options.on_error == "error":  # the next call opens these pictures again
             self.report.problems.extend(problems)
         else:
             units.note(number, pictures=len(records), broken=broken, **record)
@@ -342,12 +341,12 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder of groups as native rows. It leaves out groups that cannot be used.
+    """Encoder that converts groups to native rows. It leaves out groups that cannot be used.
 
     Args:
         source: the data set.
         root: folder to which picture paths are relative.
-        pictures: table of the pictures; None if none was opened.
+        pictures: picture table; None if no picture was opened.
         broken: problem of each broken picture, by picture key.
         repeats: indices of groups that repeat an earlier group or its id.
         name: function from a picture's path to the path in the row; None for the absolute path.
@@ -365,7 +364,7 @@ class RowLines:
         root = Path(os.path.abspath(self.root))
         for index, group in self.source.entries(places):
             done()
-            if isinstance(group, DataError) or index in self.repeats:  # already reported by the check of the rows
+            if isinstance(group, DataError) or index in self.repeats:  # already reported by the row check
                 continue
             try:
                 line = self._line(group, root)
@@ -449,8 +448,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it``, remove a complete or unfinished store that was made from another state of the data set. Return the tables of its
-    pictures, which are empty if nothing was removed.
+    """If ``remove_it`` is True, remove a complete or unfinished store of another state of the data set. Return its picture tables, or no
+    table if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
@@ -471,9 +470,11 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Return the folder of unfinished work; create it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
+    """Return the folder for unfinished work, which is created unless the store is complete. Raises ConfigError if ``out`` has other
+    contents.
+    """
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
-    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # others are from a killed call
+    others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # .tmp files are from a killed call
     if others and not (begun.is_file() or whole.is_file()):
         raise ConfigError(f"{out} exists and is not a store; name another folder with --out")
     if not whole.is_file():

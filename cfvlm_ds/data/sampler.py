@@ -1,15 +1,14 @@
 """Samplers: the assignment of groups to ranks and micro-batches. It is deterministic and resumable, and does not depend on the world size.
 
-The stream of a run is a sequence of epochs. Each is a permutation of all groups that depends only on (seed, epoch). With B =
+The stream of a run is a sequence of epochs. Each epoch is a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
-epochs, so no batch is short and no group is dropped. Element j of those B goes to
+epochs, so no batch is short and no group is dropped. Element j of a step goes to
 
     micro-batch j // (groups_per_micro_batch * world_size)    of rank (j // groups_per_micro_batch) % world_size
 
-so the groups of a step depend only on B and the position, not on the factors of B.
+The groups of a step therefore depend only on B and the position, not on the factors of B.
 
-PackedSampler fills micro-batches by tokens instead. Its micro-batches differ in their numbers of groups, but hardly in their numbers of
-tokens.
+PackedSampler fills micro-batches by tokens instead. Its micro-batches have different numbers of groups, but nearly equal numbers of tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from cfvlm_ds.data.mixture import Order
 
 
 class GroupSampler:
-    """Endless micro-batches of group indices for one rank; usable as a DataLoader's ``batch_sampler``.
+    """Sampler of endless micro-batches of group indices for one rank. It can be a DataLoader's ``batch_sampler``.
 
-    A DataLoader prefetches, so the position counts consumed groups, not yielded groups. The training loop calls advance() once per
+    Because a DataLoader prefetches, the position counts consumed groups, not yielded groups. The training loop calls advance() once per
     optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of all ranks.
     """
 
@@ -47,9 +46,9 @@ class GroupSampler:
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Create the sampler of a rank.
+        """Create a rank's sampler.
 
-        ``order`` is the order of a mixture, or of a data set whose rows have several groups. Without it, the groups are one data set,
+        ``order`` is the order of a mixture, or of a data set whose rows have several groups. Without it, the groups form one data set,
         permuted by ``seed``.
         """
         self.num_groups = num_groups
@@ -119,15 +118,15 @@ class _Position:
 
 
 class PackedSampler(GroupSampler):
-    """Sampler that fills each micro-batch with whole groups up to ``max_tokens``, so that all ranks have similar numbers of tokens in a
+    """Sampler that fills each micro-batch with whole groups up to ``max_tokens``, so that all ranks process similar numbers of tokens per
     step.
 
-    A step has one micro-batch per rank and accumulation step. Groups are taken in the order of the stream. Each goes into the micro-batch
-    where it leaves the least room (best fit). A group that fits nowhere is placed first in the next step. The step is full when ``_WINDOW``
-    groups wait, or when the stream repeats a waiting group; a small data set would otherwise repeat its other groups many times before the
-    waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are balanced. No group is lost or
-    repeated. The numbers of times that any two groups have been seen differ by at most two. The order depends only on the data, the seed,
-    ``max_tokens`` and the number of micro-batches per step.
+    A step has one micro-batch per rank and accumulation step. Groups are taken in stream order. Each group goes into the micro-batch where
+    it leaves the least room (best fit). A group that fits nowhere waits, and is placed first in the next step. The step is full when
+    ``_WINDOW`` groups wait, or when the stream repeats a waiting group; a small data set would otherwise repeat its other groups many times
+    before the waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are balanced. No group is
+    lost or repeated. The use counts of any two groups differ by at most two. The order depends only on the data, the seed, ``max_tokens``
+    and the number of micro-batches per step.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Create the sampler of a rank. Raises ValueError if a group has more than ``max_tokens`` tokens."""
+        """Create a rank's sampler. Raises ValueError if a group has more than ``max_tokens`` tokens."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,
@@ -172,9 +171,9 @@ class PackedSampler(GroupSampler):
     def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
 
-        For up to ``_COUNTED`` groups, the steps are counted. For more, only the steps of the first ``_TRIED`` groups are counted, and the
-        other groups are assumed to have as many tokens on average. Steps are nearly full, so the error is below one in a thousand. The
-        result is the same whenever a run starts, and no whole epoch has to be packed before the first step.
+        For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
+        and the result is scaled by the number of tokens in all groups. Because steps are nearly full, the error is below one in a thousand.
+        The result is the same each time a run starts, and no whole epoch has to be packed before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
@@ -250,10 +249,10 @@ class PackedSampler(GroupSampler):
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
     """Return the indices (i, j) of the items in ``given`` and ``taken`` whose exchange leaves the smallest gap; None if no exchange reduces
-    it.
+    the gap.
 
-    Both lists contain numbers of tokens. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without an exchange.
-    The best exchange moves half of ``gap``.
+    Both lists contain token counts. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without an exchange. An
+    ideal exchange moves half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):
@@ -262,9 +261,9 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     return None if best[0] == gap else best[1:]
 
 
-_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting so many takes seconds, or a fraction of a second
+_COUNTED, _TRIED = 1 << 18, 1 << 16  # counting takes seconds and a fraction of a second, respectively
 _AHEAD = 64  # groups taken from the order at once
-_WINDOW = 32  # groups that may wait: enough to fill gaps, few enough to stay close to the order of the stream
+_WINDOW = 32  # maximum number of waiting groups: enough to fill gaps, few enough to stay close to the stream order
 
 
 def _groups_in(num_epochs: float, num_groups: int) -> int:

@@ -25,7 +25,7 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Row -> group or groups, with image paths as written. Its DataErrors do not name the file and line."""
+"""Function from a row to one or several groups, with image paths as written. Its DataErrors do not name the file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
@@ -34,11 +34,11 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     Args:
         rows: rows of the manifest.
-        roots: folders that pictures may be in; a relative path is joined to the first one that has the file.
+        roots: folders of the pictures; a relative path is joined to the first folder that has the file.
         convert: function from a row to its groups: the format, or ``joined`` in formats/truth.py for rows with labels.
         firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
-        limit: maximum number of groups; only the first ones are used.
+        limit: maximum number of groups; only the first groups are used.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of each row's first group, followed by the total number of groups; None if every row is one group. In a prepared store,
-        rows are the rows of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a prepared store,
+        the rows are those of the store's source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored

@@ -1,9 +1,9 @@
 """Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
 pictures, and store.json.
 
-A store never changes after it has been written. Opening it compares file sizes and the checksums of indexes, not modification times, so a
-copy is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest and dimensions of every
-picture, so no picture has to be opened to learn them.
+A store never changes after it has been written. When a store is opened, file sizes and index checksums are compared, but not modification
+times, so a copy is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest and
+dimensions of every picture, so no picture has to be opened to determine them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard by shard, and the results of the check in its preparation.
+    """Rows of a store, shard by shard, and the results of the check during its preparation.
 
     Args:
         folder: the store.
@@ -71,7 +71,7 @@ class StoredRows:
                 raise ValueError(f"{strange[0]} has changed since it was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
-            """Folders to which the names of pictures are relative."""
+            """Folders to which picture names are relative."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
             """Hash of the source's files and options, identity of the data set, and counts from the check."""
             self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in names else None

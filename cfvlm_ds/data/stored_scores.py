@@ -83,7 +83,7 @@ def is_written(file: IO[bytes]) -> bool:
 
 
 class ScoresFile(Mapping[str, StoredScores]):
-    """Scores keyed by group id, read from their file on access. The object takes 16 bytes of memory per group, plus the index of lines.
+    """Scores keyed by group id, read from their file on access. The object takes 16 bytes of memory per group, plus the line index.
 
     Args:
         rows: lines of the file; the first line is the header.

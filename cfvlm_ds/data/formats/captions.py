@@ -4,8 +4,8 @@
 
 Columns are detected by their usual names (``DEFAULTS``), or mapped: ``captions:image=file_name,caption=text``. A column may hold a list,
 ``caption=first+second`` joins two columns into one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture, every
-negative caption is false of it, and the captions are false of every negative picture. If there are as many negative captions as negative
-pictures, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them unrelated.
+negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative pictures are equal
+in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them unrelated.
 All other cells are unknown. In a row without a prompt, captions answer "Describe the image."
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 
 
 _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
-"""A text that looks like a list but cannot be parsed as one, such as numpy's notation without commas."""
+"""Pattern of a text that looks like a list but cannot be parsed, such as numpy's notation without commas."""
 
 
 class _Read(NamedTuple):
@@ -60,16 +60,16 @@ class Captions:
     """Format of rows with captioned pictures.
 
     Args:
-        image: column of the picture, or of a list of pictures.
-        caption: column of the captions that are true of the picture.
-        negative_caption: column of the captions that are false of it.
-        negative_image: column of the pictures of which the captions are false.
-        prompt: column of the prompt that the captions answer.
-        edit: column of the counterfactuals' edit type, which labels a row in result tables.
-        id: column of the group's id.
-        ask: prompt of rows without one; empty for no prompt.
-        paired: whether negative caption k is true of negative picture k, if there are as many of each.
-        label: column that marks the caption as true or false; a list for a list of captions.
+        image: column with the picture or a list of pictures.
+        caption: column with the captions that are true of the picture.
+        negative_caption: column with the captions that are false of the picture.
+        negative_image: column with the pictures of which the captions are false.
+        prompt: column with the prompt that the captions answer.
+        edit: column with the counterfactuals' edit type, which labels a row in result tables.
+        id: column with the group's id.
+        ask: prompt for rows that have none; empty for no prompt.
+        paired: whether the k-th negative caption is true of the k-th negative picture if both lists are equally long.
+        label: column that marks the caption, or each caption in a list, as true or false.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
         json: whether captions may be JSON objects.
@@ -99,7 +99,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Its DataErrors do not name the file and line."""
+        """Convert a row to a group. Raises DataError, without the file and line, for an invalid row."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)
@@ -128,7 +128,7 @@ class Captions:
         )
 
     def claim(self, row: Mapping[str, Any]) -> Claim:
-        """Read the labelled texts of a row, if the format has a ``label``."""
+        """Read a row's labelled texts. The option ``label`` must be set."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:
@@ -184,9 +184,9 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """Return the row's columns for an option: the ones that the option names, or the first column with a usual name.
+        """Return the row's columns for an option: the columns that the option names, or the first column with a usual name.
 
-        Raises DataError if a named column of pictures or captions is missing.
+        Raises DataError if a named picture or caption column is missing.
         """
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")

@@ -1,9 +1,9 @@
-"""Conversations in the notations of public data sets: their turns, the positions of pictures in them, and the scored answer.
+"""Conversations in the notations of public data sets: parsing of turns, picture positions and scored answers.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
-"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without such a mark, the
-pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A
-column that is null is treated as missing, because Parquet stores missing values as nulls.
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without marks, the pictures
+are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A column that
+is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
-"""Columns that may name the picture if a row has none of the columns IMAGES."""
+"""Columns that may name the picture if a row has no column in IMAGES."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, the pictures shown in them (None if the message does not name the picture), and the other keys of each turn's message."""
+    """Turns, their pictures (None for a picture that the message does not name), and the other keys of each message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -118,7 +118,7 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
 
 
 def read_picture(value: Any, where: str) -> Path:
-    """Return the path of a picture that is given as a path or as an object with a path. Raises DataError for a URL, and for picture bytes
+    """Return the path of a picture. ``value`` is the path or an object with the path. Raises DataError for a URL, and for picture bytes
     within the row.
     """
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
@@ -140,8 +140,8 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """Return the pictures in the one column of ``keys`` that a row has; () if it has none. Raises DataError for two such columns, and for
-    video or audio.
+    """Return the pictures in a row's only column among ``keys``, or () if it has no such column. Raises DataError for several such columns,
+    and for video or audio.
     """
     for key in _OTHER_MEDIA:
         if key in row:
@@ -151,7 +151,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has two."""
+    """Return the only one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")
@@ -161,8 +161,8 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
     """Return the turns with a mark for every picture, and the pictures in the order of these marks.
 
-    The pictures are named in the messages, or ``given`` by other columns. Without marks, they are placed at the beginning of the first user
-    turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
+    The pictures are named in the messages or by other columns (``given``). Without marks, they are placed at the beginning of the first
+    user turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
@@ -200,7 +200,7 @@ def answer_of(turn: Turn) -> str:
 
 
 def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
-    """Return the conversation. If the row has a column ``system``, it becomes the first turn."""
+    """Return the conversation, preceded by the system prompt if the row has a column ``system``."""
     system = string(row, "system", "row") if "system" in row else ""
     if not system.strip():
         return spoken
@@ -210,7 +210,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed row of a conversation. ``beside`` has the name of the message column and the other keys of each message."""
+    """Parsed conversation row. ``beside`` has the name of the message column and the other keys of each message."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
@@ -221,16 +221,16 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Base class of formats for conversations. A group has one image and one text or, with ``label``, all labelled answers to one question.
+    """Base class of conversation formats. A group has one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
         per_turn: make one group for every answer of a conversation instead of only the last.
-        label: column that marks the last answer as true or false, as in rows for KTO.
+        label: column that marks the last answer as true or false, as in KTO rows.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
         ignore: columns that are not read, joined by ``+``.
 
-    A subclass defines ``keys``, the possible columns of the messages, and ``source``, the name of the format.
+    A subclass defines ``keys``, the columns that may hold the messages, and ``source``, the name of the format.
     """
 
     per_turn: bool = False
@@ -246,7 +246,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to a group, or to several. Its DataErrors do not name the file and line."""
+        """Convert a row to one or several groups. Raises DataError, without the file and line, for an invalid row."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)
@@ -269,11 +269,11 @@ class Instruct:
 
     @property
     def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
-        """Function that counts the groups of a row; None if every row is one group."""
+        """Function that counts a row's groups; None if every row is one group."""
         return self._answers if self.per_turn else None
 
     def claim(self, row: Mapping[str, Any]) -> Claim:
-        """Read the labelled answer of a row, if the format has a ``label``."""
+        """Read a row's labelled answer. The option ``label`` must be set."""
         read = self._read(row)
         label = value_of(read.row, self.label)
         truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)
@@ -299,7 +299,7 @@ class Instruct:
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """Return the prompt of the answer in turn ``number``, the pictures shown before it, and the answer."""
+        """Return the prompt for the answer in turn ``number``, the pictures shown before it, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

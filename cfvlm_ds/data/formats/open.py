@@ -1,4 +1,4 @@
-"""Opening of data in any format. A column that looks like a label or a false text is refused unless an option names it."""
+"""Opening of data sets in any format. A column that looks like labels or false texts is refused unless an option names it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_data(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open data in any format as groups, except a store; see cfvlm_ds.data.open_groups."""
+    """Open a data set in any format, but not a store; see cfvlm_ds.data.open_groups."""
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
@@ -58,8 +58,8 @@ def open_data(
 
 
 def _taken(rows: Rows) -> str:
-    """Return the format of the first row whose format is recognised, or the native format if no row can be read. Raises DataError if no
-    format is recognised.
+    """Return the format of the first row whose format is recognised, or the native format if no row can be read. Raises DataError if rows
+    can be read but no format is recognised.
     """
     first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
     for value in first.values():
@@ -76,8 +76,8 @@ def _taken(rows: Rows) -> str:
     return NATIVE
 
 
-_LOOKED_AT = 100  # rows from which the format is detected
-_LOOKED_FOR_MARKS = 2048  # groups, spread over the file, whose metadata are searched for labels
+_LOOKED_AT = 100  # number of rows from which the format is detected
+_LOOKED_FOR_MARKS = 2048  # number of groups, spread over the file, whose metadata is searched for labels
 
 
 def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
@@ -114,7 +114,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all metadata columns that no option names and that may be labels, hold false texts or name pictures."""
+    """Raise one DataError for all metadata columns that may hold labels, false texts or picture names and that no option names."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
@@ -166,11 +166,11 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Formats and their keys. The first match wins, because a row may have the keys of several formats."""
 
 _KTO = ("label", "kto_tag")
-"""Columns that mark a KTO row's answer as good or bad, first in TRL and ms-swift, then in LLaMA-Factory."""
+"""Columns that mark a KTO row's answer as good or bad: the first in TRL and ms-swift, the second in LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the label column of KTO conversations: one whose values are all true, false, 1, 0 or null. None if there is no such column."""
+    """Return the label column of KTO conversations, or None if there is none. All its values must be true, false, 1, 0 or null."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):

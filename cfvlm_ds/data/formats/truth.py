@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
 The user names such a column (``label=COLUMN``). A column that no option names is refused if public data sets use its name and values for
-labels, if its values can only be labels, or if its name suggests false texts. Otherwise, false texts would be learned as true, or lost. A
-claim is the set of texts that one row labels. The claims about one image, with one prompt, become one group.
+labels, if its values can only be labels, or if its name suggests false texts. Without this check, false texts would be learned as true, or
+lost. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SAID_FALSE = frozenset(_FALSE) - {
 """Values that identify a column as a label, whatever its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
-"""Notations of a missing value in tables."""
+"""Notations for missing values in tables."""
 
 _FALSE_NAMES = frozenset((
     *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
@@ -52,25 +52,25 @@ _FALSE_NAMES = frozenset((
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
     "misaligned", "unrelated", "irrelevant",
 ))  # fmt: skip
-"""Words in the names of columns with false texts, and of labels in which "yes" may mean that the text is false."""
+"""Words in the names of columns with false texts, and of label columns in which "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
-"""Words in the names of labels whose values may also be indices of the right text in a list of texts."""
+"""Words in the names of label columns whose values may also be indices into a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of labels that may have other values too."""
-_FEW = 5  # most distinct values of such a label
+"""Words in the names of label columns that may also have other values."""
+_FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
     "entails",
 }  # fmt: skip
 _LABEL_NAMES -= {"t", "f", "n"}
-"""Words in the names of labels."""
+"""Words in the names of label columns."""
 
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
-"""Ending of a picture's file name, or of the name that locates its bytes in a container."""
+"""Pattern for the end of a picture's file name, or of the name that locates it in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-_DEEP = 8  # largest nesting depth that is searched
+_DEEP = 8  # maximum nesting depth that is searched
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Column:
         name: name of the column.
         words: words in the name.
         row: index of the first row that has the column.
-        values: distinct values by their lower-case form; only values that a label may have, unless the name is a label's name.
-        has_others: whether ``values`` leaves out any other value.
-        false_text: a false text or the name of its picture, if the column's name suggests false texts.
+        values: distinct values by lower-case form; unless the name suggests a label, only values that a label may have.
+        has_others: whether the column has values that ``values`` leaves out.
+        false_text: a text or picture name from the column, if the column's name suggests false texts.
         unseen: name of a picture in a row that shows no picture.
     """
 
@@ -111,7 +111,7 @@ class Column:
 
     @property
     def is_label(self) -> bool:
-        """True if name and values indicate a label."""
+        """True if the column's name and values indicate a label."""
         values = self.values.keys() - _GAPS - {""}
         if not values or self.words[-1:] in (["id"], ["ids"]):
             return False
@@ -124,7 +124,7 @@ class Column:
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # accepts a typing error, another language, 0 to 2, or 1 to 5
+        return has_few + has_verdict + has_both > 1  # allows a typing error, another language, 0 to 2, or 1 to 5
 
     @property
     def negative(self) -> str:
@@ -137,7 +137,7 @@ class Column:
 
 
 def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
-    """Return the metadata columns that may hold labels, false texts, or pictures in rows that show none, in this order.
+    """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
         rows: index and metadata of each row, and True if it shows no picture.
@@ -155,8 +155,8 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
 
 
 def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each leaf in a row; ``a.b`` is ``b`` within ``a``, where ``a`` is an object, the JSON text of an object,
-    or a list.
+    """Yield the name and value of each leaf in a row. ``a.b`` is ``b`` within ``a``, which may be an object, the JSON text of an object, or
+    a list.
 
     Only the last item of a list is searched, because the last message is the answer.
     """
@@ -217,8 +217,8 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the label's values, joined by ``+``; by default, the usual
-    values.
+    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the label's values, joined by ``+``. If both are empty, the
+    usual values apply.
 
     Raises DataError for any other value.
     """
@@ -256,7 +256,7 @@ class Claim(NamedTuple):
 
     @property
     def key(self) -> int:
-        """Hash of the pictures and the prompt, as a non-negative integer of 63 bits."""
+        """Hash of the pictures and the prompt, as a non-negative 63-bit integer."""
         about = [[str(picture) for picture in self.pictures], spelled(normalised_prompt(self.prompt))]
         return hashed(json.dumps(about)) >> 1
 
@@ -295,8 +295,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest in which all rows about one image and prompt are joined into one, in the order of the first of them. Takes 8 bytes
-    of memory per row.
+    """Rows of a manifest, where all rows about one image and prompt are joined into one. The joined rows are in the order of their first
+    rows. Takes 8 bytes of memory per row of the manifest.
 
     Args:
         rows: rows of the manifest.

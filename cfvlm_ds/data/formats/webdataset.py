@@ -1,11 +1,11 @@
-"""Samples of a WebDataset tar: all members ``KEY.EXTENSION`` with the same key, keyed by extension.
+"""Samples of a WebDataset tar. All members ``KEY.EXTENSION`` with the same key form a sample, keyed by extension.
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
-(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture's extension, or with
+(The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture extension or the extension
 ``image``. The caption is ``txt`` or ``caption``, or a value in ``json``. ``neg_caption.txt`` and ``neg_image.jpg`` are a negative caption
-and a negative picture. If ``json`` is a row of ``llava``, ``messages`` or ``preference``, it is read as such a row, with the sample's
-picture. Labels are read as in ``captions``.
+and a negative picture. If ``json`` is a row in the format ``llava``, ``messages`` or ``preference``, it is read in that format, with the
+sample's picture. Labels are read as in ``captions``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the checks of the options, because they do not come from the user."""
+        """Skip the option checks, because these options do not come from the user."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class WebDataset:
     """Format of the samples in a WebDataset tar.
 
     Args:
-        caption: member, or column of the ``json``, with the caption; ``txt.KEY`` is a value within a ``txt`` that is a JSON object.
+        caption: member or ``json`` column with the caption; ``txt.KEY`` is a value within a ``txt`` that is a JSON object.
         json: whether captions may be JSON objects.
-        ask: prompt of the captions; empty for no prompt.
-        label: member, or column of the ``json``, that marks the text as true or false.
+        ask: prompt for the captions; empty for no prompt.
+        label: member or ``json`` column that marks the text as true or false.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
-        ignore: members, and columns of the ``json``, that are not read, joined by ``+``.
+        ignore: members and ``json`` columns that are not read, joined by ``+``.
     """
 
     caption: str = ""
@@ -66,12 +66,12 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a sample to a group. Its DataErrors do not name the file and line."""
+        """Convert a sample to a group. Raises DataError, without the file and line, for an invalid sample."""
         read, columns = self._read(row)
         return read(columns)
 
     def claim(self, row: Mapping[str, Any]) -> Claim:
-        """Read the labelled texts of a sample, if the format has a ``label``."""
+        """Read a sample's labelled texts. The option ``label`` must be set."""
         read, columns = self._read(row)
         if isinstance(read, Preference):
             raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
@@ -127,7 +127,9 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
-    """Return the row in ``json`` with the sample's picture as its image. The image named in it and the other members become metadata."""
+    """Return the row in ``json`` with the sample's picture as its image. The image that the row names and the other members become
+    metadata.
+    """
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
     named = [key for key in IMAGES if key in json_row and (not isinstance(json_row[key], list) or len(json_row[key]) == 1)]
     if not picture or (len(named) != 1 and any(key in json_row for key in IMAGES)):
