@@ -9,7 +9,7 @@
 
 ``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
 as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text may have a ``key`` that
-identifies its meaning. A row's ``exclude`` lists texts of other rows, or their keys, that may be true of an image of this row.
+identifies its meaning. ``exclude`` lists texts of other rows, or their keys, that may be true of an image in this row.
 
 A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with a user turn: ``[{"role": "system", "content": "Be
 brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Pictures that are shown together
@@ -41,7 +41,7 @@ _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
 def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``; by default they stay as written. No image is opened.
+    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``; by default they are left as written. No image is opened.
 
     Raises DataError (without the file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth
     value other than 0 or 1, or a group that CounterfactualGroup refuses.
@@ -160,7 +160,7 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
 
 
 def _prompt(value: Any, where: str) -> Prompt:
-    """Parse a prompt, which is a string or a list of messages in the form that ``spelled`` returns. Raises DataError."""
+    """Parse a prompt: a string, or a list of messages as ``spelled`` returns it. Raises DataError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
@@ -197,7 +197,7 @@ def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
 
 
 def _relative(picture: Path, root: Path) -> str:
-    if root.is_absolute() and not picture.is_absolute():  # relative to the current folder
+    if root.is_absolute() and not picture.is_absolute():  # the picture's path is relative to the current folder
         picture = picture.absolute()
     return picture.as_posix().removeprefix(f"{root.as_posix().rstrip('/')}/")  # five times as fast as Path.relative_to
 

@@ -1,7 +1,7 @@
 """Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes three passes over the groups, for rows, pictures and texts. It keeps no group in memory. It needs 16 bytes per row, and 16
-bytes for each picture in a row.
+The check makes three passes over the groups, for rows, pictures and texts. It keeps no groups in memory, but needs 16 bytes per row, plus
+16 bytes for each picture in a row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Result of all rows: each distinct picture's key and the index of its first group, and the indices of groups with a repeated id."""
+    """Result of the row pass: the key and first group's index of each distinct picture, and the indices of groups with a repeated id."""
 
     pictures: tuple[Array, Array]
     repeats: list[int]
@@ -93,7 +93,7 @@ def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
     last: object = None
     for index, group in store.entries(places):
         if isinstance(group, DataError):
-            if group is not last:  # one error for all groups of a row
+            if group is not last:  # all groups of an invalid row share one error
                 report.problems.append(str(group))
             last = group
         else:
@@ -110,7 +110,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that repeats an earlier id, with a message. Ids whose hashes are equal are compared."""
+    """Yield the index of each group that repeats an earlier id, with an error message. If hashes are equal, the ids are compared."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():
@@ -166,7 +166,7 @@ class _Texts:
         for image in group.images:
             try:
                 if (shown := _sizes(image, self.pictures)) is not None:
-                    tokens = lengths.visual_tokens(shown)  # raises for a picture that the model cannot process
+                    tokens = lengths.visual_tokens(shown)  # raises DataError for a picture that the model cannot process
                     sizes.add(shown)
                     if image:
                         keys = np.array([picture_key(picture) for picture in image], np.uint64)

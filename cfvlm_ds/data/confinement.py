@@ -1,4 +1,4 @@
-"""Path confinement: the paths of a manifest, work folder or benchmark must lead into its data roots after all links are resolved."""
+"""Path confinement: paths in a manifest, work folder or benchmark must be inside its data roots after all links are resolved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Confinement:
         return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
 
     def _confined(self, path: Path, file: Path) -> Path:
-        """Return the path of a picture's ``file``, joined to a root. Raises DataError if it is outside all roots."""
+        """Join a picture's ``file`` to a root. Raises DataError if the result is outside all roots."""
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):
@@ -80,7 +80,7 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return the mode of a file, without following links, or None if the file does not exist. Raises any other OSError of lstat."""
+    """Return a file's mode without following links, or None if the file does not exist. Raises any other OSError of lstat."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -21,7 +21,8 @@ MAX_PIXELS = 50_000_000
 
 MAX_ASPECT = 200
 """Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
-pixels would become 34 GB. Qwen's processors have the same limit."""
+pixels would grow to 34 GB. Qwen's processors have the same limit.
+"""
 
 MAX_BYTES = 4 << 30
 """Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). The limit is needed because the whole file is hashed.
@@ -37,10 +38,10 @@ _PIL_LIMIT = threading.Lock()
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB (8 bits per channel), turned upright according to its EXIF orientation. An animation's first frame is used.
 
-    ``max_pixels`` limits width x height, and MAX_ASPECT the ratio of the longer to the shorter side; both are checked in the header before
-    anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a DataError that names the file
-    if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt. The file is not
-    confined to a data root; read_manifest ensures that.
+    ``max_pixels`` limits width x height, and MAX_ASPECT limits the ratio of the longer to the shorter side. Both are checked in the header
+    before anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a DataError that names
+    the file if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt. This
+    function does not confine the file to a data root; read_manifest does.
     """
     with _opened(Path(path), max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)  # decodes
@@ -57,7 +58,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Yield an image whose header has been read and checked. Within the block, any error becomes a DataError."""
+    """Yield an image after checking its header. Any error inside the ``with`` block becomes a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
@@ -66,7 +67,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         with open_picture(path) as handle:
             handle.peek()  # fetch the header before taking the lock, so that threads wait for the network in parallel
             image = _read_header(handle)
-            _check_size(path, image, max_pixels)  # first, because _is_turned decodes a PNG if its orientation follows the pixels
+            _check_size(path, image, max_pixels)  # first, because _is_turned decodes a PNG whose orientation tag follows its pixels
             yield image
     except (DataError, MemoryError):
         raise
@@ -94,7 +95,7 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already done so in the header."""
+    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already exchanged them in ``size``."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 

@@ -1,7 +1,7 @@
 """Picture download: pictures that rows name by URL, or contain as base64 text, are written to files before training.
 
-No other module fetches pictures over a network. Each picture is limited in size and time, checked to be an image, and named by a hash of
-its address, so that a second run fetches only missing pictures.
+No other module fetches pictures over a network. For each picture, size and download time are limited, and the file is checked to be an
+image. Its name is a hash of the address, so a second run fetches only missing pictures.
 """
 
 from __future__ import annotations

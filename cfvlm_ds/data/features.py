@@ -1,4 +1,6 @@
-"""Feature cache: outputs of a frozen vision tower in one safetensors file per picture, named by a hash of everything they depend on."""
+"""Feature cache: outputs of a frozen vision tower in one safetensors file per picture. File paths are hashes of all that determines the
+outputs.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _MISSPELT = 0.8
 
 
 def as_meta(further: Any) -> str:
-    """Encode metadata as JSON text, which takes a tenth of the memory of nested objects; return "" if there is no metadata."""
+    """Encode metadata as JSON text, which takes a tenth of the memory of nested objects. Return "" if there is no metadata."""
     return json.dumps(further, ensure_ascii=False, separators=(",", ":")) if further else ""
 
 
@@ -58,7 +58,7 @@ def json_object(value: Any) -> dict[str, Any]:
 
 
 def as_list(value: Any) -> Any:
-    """Parse a string that contains a list in JSON or Python notation, as in tables. Return any other value unchanged."""
+    """Parse a string that contains a list in JSON or Python notation, which is common in tables. Return any other value unchanged."""
     if not isinstance(value, str) or value[:1] + value[-1:] != "[]":
         return value
     try:
@@ -80,7 +80,8 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``, which may be an object or the JSON text of an object. If ``a`` is a list of objects, a list is returned.
+    ``a.b`` is ``b`` within ``a``, which may be an object or the JSON text of an object. If ``a`` is a list of objects, a list of values is
+    returned.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -122,7 +123,9 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """Return a string, or a number as a string, because ids in published files may be either. Without ``default``, the key is required."""
+    """Return a field as a string. A number is converted, because ids in published files may be numbers. Without ``default``, the key is
+    required.
+    """
     if isinstance(value := row.get(key, default), str):
         return value
     value = required(row, key, where) if default is None else value

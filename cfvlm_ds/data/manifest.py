@@ -1,6 +1,6 @@
-"""Manifests: opening their groups, resolving their paths, and naming them.
+"""Manifests: functions that open their groups, resolve their paths and name them.
 
-``open_groups`` opens a manifest of any size; ``read_manifest`` loads all groups of a small one into memory.
+``open_groups`` opens a manifest of any size; ``read_manifest`` loads all groups of a small manifest into memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import is_store, open_store
 
 Root = str | Path | Sequence[str | Path] | None
-"""Folders of a manifest's images; None for the manifest's folder."""
+"""Folders of a manifest's images; None for the manifest's own folder."""
 
 
 def open_groups(

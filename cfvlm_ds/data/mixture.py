@@ -1,4 +1,4 @@
-"""Mixtures of sources: the source at each position in the stream of groups, computed only from the position.
+"""Mixtures of sources. The source at each position in the stream of groups is computed from the position alone.
 
 The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. The sources that are
 rounded up change from window to window, so every source has its exact share in the long run (systematic sampling with a start that advances
@@ -25,7 +25,7 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 WINDOW = 1000
-"""Number of draws in a window. In every window, each source has its share to within one draw."""
+"""Number of draws in a window. In every window, each source gets its share to within one draw."""
 _TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
 _CIRCLE = 1 << 64
 _KEPT = 1 << 10  # cached windows
@@ -76,8 +76,8 @@ class Draws:
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
     """Return the number of draws from each source in the first ``windows`` windows, [S].
 
-    In every window, the sources are adjacent arcs on a circle of length 1. From window to window, their start advances by the golden ratio.
-    An arc is as long as the fractional part of the source's share of WINDOW. The share is rounded up if the arc contains a whole number.
+    In every window, the sources are adjacent arcs on a circle of length 1. From window to window, the start of the arcs advances by the
+    golden ratio. An arc's length is the fractional part of share * WINDOW. The share is rounded up if the arc contains a whole number.
     """
     whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Number of an evaluation set's distinct rows and pictures that are also in the training set, and their total numbers."""
+    """Counts of an evaluation set's distinct rows and pictures: shared with the training set, and in total."""
 
     rows: int
     pictures: int
@@ -41,8 +41,8 @@ class Keys(NamedTuple):
 def shared_with(train: Keys, evaluation: Keys) -> Shared:
     """Count the rows and pictures that an evaluation set shares with the training set.
 
-    Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and order of texts. Pictures are compared by
-    contents if these are known, otherwise by path.
+    Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and the order of texts. Pictures are compared
+    by contents if these are known, otherwise by path.
     """
     rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))
     return Shared(rows, pictures, *map(len, evaluation))

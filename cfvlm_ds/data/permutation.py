@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 STORED = 1_000_000
-"""Largest number of groups whose permutation is stored: 8 MB per epoch."""
+"""Maximum number of groups for which the permutation is stored (8 MB per epoch)."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names in a sampler's state for the computed order and the order of rows with several groups. A changed order needs a new name."""
+"""Names in a sampler's state: for the computed order, and for the order of rows with several groups. A changed order needs a new name."""
 
 _BLOCK = 1 << 12  # positions computed at once
 _ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
@@ -77,8 +77,8 @@ class RowsTogether:
         return np.cumsum([0, *sizes], dtype=np.int64)
 
     def _block(self, block: int, seed: int | str, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """Return three values for each row in a block of the permutation: its first group, its number of groups, and the cumulative number
-        of groups.
+        """Return three arrays with a value for each row in a block of the permutation: its first group, its number of groups, and the
+        cumulative number of groups.
         """
         rows = np.array(permuted(block * _BLOCK, _BLOCK, self._rows, seed, epoch), np.int64)
         first, end = (self._firsts[index].astype(np.int64) for index in (rows, rows + 1))

@@ -53,7 +53,7 @@ def picture_key(path: Path, root: Path | None = None) -> int:
 
 
 def find(keys: npt.NDArray[Any], key: int) -> int | None:
-    """Return the index of ``key`` in the sorted ``keys``, or None if they do not contain it."""
+    """Return the index of ``key`` in the sorted ``keys``, or None if it is absent."""
     place = int(keys.searchsorted(np.uint64(key)))
     return place if place < len(keys) and int(keys[place]) == key else None
 
@@ -69,9 +69,9 @@ def picture_of(path: Path, width: int, height: int) -> Picture:
 
 
 class PictureTable:
-    """Table of picture properties, looked up by path. They are stored as arrays sorted by picture key.
+    """Table of picture properties, looked up by path. The table consists of arrays sorted by picture key.
 
-    ``roots`` are the folders to which a store's picture paths are relative; None stands for absolute paths.
+    ``roots`` are the folders to which a store's picture paths are relative; None means that paths are absolute.
     """
 
     def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:

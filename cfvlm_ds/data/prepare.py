@@ -320,7 +320,7 @@ class _Job:
             "tables": [_written(self.out / name, parts) for name, parts in tables.items()],
         }
         self.is_ended()
-        for left in self.out.glob("*.tmp"):  # files of killed calls
+        for left in self.out.glob("*.tmp"):  # left by killed calls
             left.unlink(missing_ok=True)
         replace(self.out / FILE, json.dumps(record, indent=1).encode(), shared=True)
         return True
@@ -330,7 +330,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows for a range of groups, and their contributions to the tables. ``rows`` has the index of each group's source row."""
+    """Encoded rows for a range of groups, and their contributions to the tables. ``rows`` contains the index of each group's source row."""
 
     lines: bytes
     rows: Array
@@ -470,9 +470,7 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Return the folder for unfinished work, which is created unless the store is complete. Raises ConfigError if ``out`` has other
-    contents.
-    """
+    """Return the folder for unfinished work, creating it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
     others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # .tmp files are from a killed call
     if others and not (begun.is_file() or whole.is_file()):

@@ -18,7 +18,7 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
-_SHOWN, _SHOWN_CHARS = 30, 60  # limits: names in a line, characters in a name
+_SHOWN, _SHOWN_CHARS = 30, 60  # maximum names per line and characters per name
 
 
 @dataclass

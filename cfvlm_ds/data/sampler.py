@@ -1,4 +1,4 @@
-"""Samplers: the assignment of groups to ranks and micro-batches. It is deterministic and resumable, and does not depend on the world size.
+"""Samplers: assign groups to ranks and micro-batches. The assignment is deterministic, resumable and independent of the world size.
 
 The stream of a run is a sequence of epochs. Each epoch is a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across
@@ -29,7 +29,7 @@ from cfvlm_ds.data.mixture import Order
 
 
 class GroupSampler:
-    """Sampler of endless micro-batches of group indices for one rank. It can be a DataLoader's ``batch_sampler``.
+    """Sampler that endlessly yields one rank's micro-batches of group indices. It can serve as a DataLoader's ``batch_sampler``.
 
     Because a DataLoader prefetches, the position counts consumed groups, not yielded groups. The training loop calls advance() once per
     optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of all ranks.
@@ -173,7 +173,7 @@ class PackedSampler(GroupSampler):
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
         and the result is scaled by the number of tokens in all groups. Because steps are nearly full, the error is below one in a thousand.
-        The result is the same each time a run starts, and no whole epoch has to be packed before the first step.
+        The result is the same whenever a run starts or resumes, and no whole epoch has to be packed before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
@@ -227,8 +227,8 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _balance(self, bins: list[list[int]]) -> list[list[int]]:
-        """Exchange groups between the fullest and the emptiest micro-batch while that reduces their gap. Return the micro-batches, fullest
-        first.
+        """Exchange groups between the fullest and the emptiest micro-batch as long as this narrows the gap between them. Return the
+        micro-batches, fullest first.
         """
         ranked = sorted((int(self.tokens[groups].sum()), b) for b, groups in enumerate(bins))
         while True:
@@ -262,7 +262,7 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
 
 
 _COUNTED, _TRIED = 1 << 18, 1 << 16  # counting takes seconds and a fraction of a second, respectively
-_AHEAD = 64  # groups taken from the order at once
+_AHEAD = 64  # number of groups read from the order at a time
 _WINDOW = 32  # maximum number of waiting groups: enough to fill gaps, few enough to stay close to the stream order
 
 

@@ -38,7 +38,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         convert: function from a row to its groups: the format, or ``joined`` in formats/truth.py for rows with labels.
         firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
-        limit: maximum number of groups; only the first groups are used.
+        limit: maximum number of groups, counted from the first.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
     @property
     def together(self) -> npt.NDArray[Any] | None:
         """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a prepared store,
-        the rows are those of the store's source.
+        this refers to the rows of its source.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
@@ -74,7 +74,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return self.rows.where(self._row(index)[0])
 
     def entry(self, index: int) -> CounterfactualGroup | DataError:
-        """Return a group, or its row's error, which names the row's location."""
+        """Return a group. For an invalid row, return its DataError, which names the row's location."""
         row, part = self._row(index)
         if (last := self._last)[0] != row:  # a row with many groups is read once
             self._last = last = (row, _unraised(self._groups, row))

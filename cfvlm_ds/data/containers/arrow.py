@@ -47,7 +47,7 @@ def _batch_size(metadata: Any) -> int:
 def arrow_rows(path: Path) -> Rows:
     """Yield the rows of an Arrow file, in the file format or the stream format."""
     arrow = _pyarrow(path)
-    open_regular(path).close()  # refuses a pipe
+    open_regular(path).close()  # raises an error for a pipe
     with arrow.memory_map(str(path)) as mapped:
         begin, size = mapped.read_buffer(1).address, os.stat(path).st_size
 

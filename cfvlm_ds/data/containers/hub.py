@@ -1,4 +1,4 @@
-"""Hugging Face hub: data sets by address, such as ``hf://datasets/ORG/NAME/data/train-*.parquet``.
+"""Hugging Face hub: data sets with an address such as ``hf://datasets/ORG/NAME/data/train-*.parquet``.
 
 The files are fetched into the user's cache on first use. Later runs read the cached files without network access, even if the hub has newer
 files, so a resumed run uses the same data. ``@REVISION`` after the name is a branch, tag or commit. ``@~parquet`` selects the hub's own
@@ -42,7 +42,7 @@ class _Address(NamedTuple):
 def fetched(
     path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> Path:
-    """Return the local path of the files at a hub address, after fetching them on first use. Any other path is returned unchanged.
+    """Return the local path of the files at a hub address, fetching them on first use. Any other path is returned unchanged.
 
     ``alive`` is called every second during the download. Raises DataError for a malformed address or an address on another site, and for
     files that do not exist or cannot be fetched.
@@ -91,7 +91,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder into which an earlier call fetched all files. Return None if a file is missing or its size differs."""
+    """Return the folder into which an earlier call fetched all files. Return None if a file is missing or has a different size."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]

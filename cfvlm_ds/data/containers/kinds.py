@@ -33,13 +33,13 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
     "tar": tar_rows,
     "pictures": picture_rows,
 }
-"""Kind of a file -> function that yields its rows."""
+"""File kind -> function that yields the rows of such a file."""
 
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 _SUFFIXES |= {f".{ending}": "pictures" for ending in ENDINGS}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _OF_MODELS = ("config.json", "config.yaml")
-"""Files by which a model folder or a run folder is recognised."""
+"""Files that identify a model folder or a run folder."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
 """Name of a split's numbered shard without its suffix, as the hub and ``datasets`` write it."""
 COMPRESSED = {

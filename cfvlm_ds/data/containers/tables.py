@@ -1,4 +1,4 @@
-"""CSV and TSV tables: a line of column names, followed by rows of texts. A quoted field may contain line breaks."""
+"""CSV and TSV tables: a line of column names, followed by rows of text. A quoted field may contain line breaks."""
 
 from __future__ import annotations
 

@@ -1,17 +1,18 @@
-"""Captioned pictures: columns of a CSV, TSV, JSON lines or COCO captions file, optionally with negative captions and negative pictures.
+"""Captioned pictures from the columns of a CSV, TSV, JSON lines or COCO captions file, optionally with negative captions and negative
+pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
-Columns are detected by their usual names (``DEFAULTS``), or mapped: ``captions:image=file_name,caption=text``. A column may hold a list,
-``caption=first+second`` joins two columns into one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture, every
-negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative pictures are equal
-in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them unrelated.
-All other cells are unknown. In a row without a prompt, captions answer "Describe the image."
+Columns are detected by their usual names (``DEFAULTS``), or mapped by options: ``captions:image=file_name,caption=text``. A column may hold
+a list, ``caption=first+second`` joins two columns into one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture,
+every negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative pictures are
+equal in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them
+unrelated. All other cells are unknown. In a row without a prompt, captions answer "Describe the image."
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
-``label`` names a column that marks captions as true or false. With it, rows with the same picture and prompt form one group. A column that
-looks like a label is refused unless ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
+``label`` names a column that marks captions as true or false. If it is set, rows with the same picture and prompt form one group. A column
+that looks like a label is refused unless ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversations in the notations of public data sets: parsing of turns, picture positions and scored answers.
+"""Parsing of conversations in the notations of public data sets: turns, picture positions and scored answers.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
 "content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without marks, the pictures
@@ -140,8 +140,8 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """Return the pictures in a row's only column among ``keys``, or () if it has no such column. Raises DataError for several such columns,
-    and for video or audio.
+    """Return the pictures in the column of ``keys`` that a row has, or () if it has none. Raises DataError if the row has several such
+    columns, video or audio.
     """
     for key in _OTHER_MEDIA:
         if key in row:
@@ -151,7 +151,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the only one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
+    """Return the column in ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")

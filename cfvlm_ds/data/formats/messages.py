@@ -29,7 +29,7 @@ ASKED = ("prompt", "question", "query", "instruction")
 """Columns that may hold the question."""
 ANSWERS = ("completion", "response", "output")
 BESIDE = {"query": ("history",), "instruction": ("input", "history")}
-"""Column of the question -> other columns that are part of the question."""
+"""Question column -> other columns that belong to the question."""
 
 
 @dataclass(frozen=True)

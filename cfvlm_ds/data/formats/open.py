@@ -1,4 +1,4 @@
-"""Opening of data sets in any format. A column that looks like labels or false texts is refused unless an option names it."""
+"""Opening of data sets in any format. A column that seems to hold labels or false texts is refused unless an option names it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_data(
     progress: Callable[[str], object] = lambda line: None,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
-    """Open a data set in any format, but not a store; see cfvlm_ds.data.open_groups."""
+    """Open a data set that is not a store. The arguments are as in cfvlm_ds.data.open_groups."""
     scan = scan or Scan()
     rows = open_rows(path, cache=cache, alive=scan.alive, progress=progress)
     if format == AUTO and (format := _taken(rows)) != NATIVE:
@@ -163,14 +163,14 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("query", "response")),
     ("messages", ("instruction", "output")),
 )
-"""Formats and their keys. The first match wins, because a row may have the keys of several formats."""
+"""Formats and the keys that identify them. A row may have the keys of several formats; the first match wins."""
 
 _KTO = ("label", "kto_tag")
 """Columns that mark a KTO row's answer as good or bad: the first in TRL and ms-swift, the second in LLaMA-Factory."""
 
 
 def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the label column of KTO conversations, or None if there is none. All its values must be true, false, 1, 0 or null."""
+    """Return the label column of KTO conversations, or None if there is none. Its values must all be true, false, 1, 0 or null."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):

@@ -12,7 +12,7 @@ Messages are written as in ``llava`` or ``messages``. The question may also be i
 be missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
 The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If a row has
-both, the rejected answer is false of the rejected pictures; all other pairs with a rejected answer or picture are unknown.
+both, the rejected answer is false of the rejected pictures; all other cells with a rejected answer or picture are unknown.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ _DEEP = 8  # maximum nesting depth that is searched
 
 @dataclass
 class Column:
-    """A metadata column, and the evidence for and against its being a truth label.
+    """A metadata column, and the evidence on whether it is a truth label.
 
     Args:
         name: name of the column.
@@ -124,7 +124,7 @@ class Column:
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # allows a typing error, another language, 0 to 2, or 1 to 5
+        return has_few + has_verdict + has_both > 1  # two signs suffice: a label may have typing errors, another language or a 1-5 scale
 
     @property
     def negative(self) -> str:
@@ -140,7 +140,7 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
     """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
-        rows: index and metadata of each row, and True if it shows no picture.
+        rows: index and metadata of each row, and True if the row shows no picture.
         ignore: columns to skip, joined by ``+``.
     """
     columns: dict[str, Column] = {}
@@ -295,8 +295,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest, where all rows about one image and prompt are joined into one. The joined rows are in the order of their first
-    rows. Takes 8 bytes of memory per row of the manifest.
+    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are ordered by their first manifest rows. This
+    takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.

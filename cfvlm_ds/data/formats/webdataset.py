@@ -45,7 +45,7 @@ class WebDataset:
     """Format of the samples in a WebDataset tar.
 
     Args:
-        caption: member or ``json`` column with the caption; ``txt.KEY`` is a value within a ``txt`` that is a JSON object.
+        caption: member or ``json`` column with the caption; ``txt.KEY`` selects a value from a ``txt`` that is a JSON object.
         json: whether captions may be JSON objects.
         ask: prompt for the captions; empty for no prompt.
         label: member or ``json`` column that marks the text as true or false.
