@@ -1,4 +1,4 @@
-"""Data: manifests of counterfactual groups, their pictures, the check before a run, and the order in which a run uses the groups."""
+"""Data: manifests of counterfactual groups, their pictures, the data check, and the order in which a run uses the groups."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Lengths(Protocol):
 
 
 def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
-    """Check the rows of a data set and count their contents, without opening a picture."""
+    """Check the rows of a data set and count their contents, without opening any pictures."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
     return report
@@ -59,14 +59,18 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Result of the row pass: the key and first group's index of each distinct picture, and the indices of groups with a repeated id."""
+    """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of its first group. ``repeats`` holds the
+    indices of groups with a repeated id.
+    """
 
     pictures: tuple[Array, Array]
     repeats: list[int]
 
 
 class _Rows(NamedTuple):
-    """Result for a chunk of rows: a report, each group's id hash and index, and each picture's key and the index of its first group."""
+    """Result for a chunk of rows. ``ids`` holds the id hash and the index of each group. ``pictures`` holds the key of each picture and the
+    index of its first group.
+    """
 
     report: CheckReport
     ids: tuple[Array, Array]
@@ -142,7 +146,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Third pass over a chunk of groups. A call returns the report, and the hash and visual token count of each distinct image."""
+    """Third pass over a chunk of groups. A call returns a report, and the hash and visual token count of each distinct image."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -194,7 +198,7 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
-    """Return the sizes of an image's pictures, or None if any is unknown."""
+    """Return the sizes of an image's pictures, or None if any size is unknown."""
     entries = [pictures.find(picture) for picture in image]
     known = [(picture.width, picture.height) for picture in entries if picture is not None and picture.width]
     return tuple(known) if len(known) == len(image) else None

@@ -80,7 +80,7 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return a file's mode without following links, or None if the file does not exist. Raises any other OSError of lstat."""
+    """Return a file's mode without following links, or None if the file does not exist. Raises other OSErrors from lstat."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

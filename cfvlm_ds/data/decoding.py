@@ -21,8 +21,7 @@ MAX_PIXELS = 50_000_000
 
 MAX_ASPECT = 200
 """Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
-pixels would grow to 34 GB. Qwen's processors have the same limit.
-"""
+pixels would grow to 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
 """Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). The limit is needed because the whole file is hashed.
@@ -49,7 +48,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image returns. Only the header is read, so damaged pixels are not detected.
+    """Return the width and height of the image that open_image would return. Only the header is read, so damaged pixels are not detected.
     Otherwise raises the same errors as open_image.
     """
     with _opened(Path(path), max_pixels) as image:

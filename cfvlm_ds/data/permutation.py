@@ -25,8 +25,8 @@ STORED = 1_000_000
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
 """Names in a sampler's state: for the computed order, and for the order of rows with several groups. A changed order needs a new name."""
 
-_BLOCK = 1 << 12  # positions computed at once
-_ROUNDS = 8  # four suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
+_BLOCK = 1 << 12  # positions computed at a time
+_ROUNDS = 8  # four rounds suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
 
 Array = npt.NDArray[np.uint64]
 

@@ -118,7 +118,7 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and write a store. This call does the work of shard ``shard`` out of ``of`` shards.
+    """Check a data set and write a store. This call processes shard ``shard`` of ``of``.
 
     Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
     are written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the
@@ -144,7 +144,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """One call to ``prepare``: its arguments and its work."""
+    """One call to ``prepare``, with its arguments."""
 
     source: GroupStore
     out: Path
@@ -347,7 +347,7 @@ class RowLines:
         source: the data set.
         root: folder to which picture paths are relative.
         pictures: picture table; None if no picture was opened.
-        broken: problem of each broken picture, by picture key.
+        broken: picture key -> problem of a broken picture.
         repeats: indices of groups that repeat an earlier group or its id.
         name: function from a picture's path to the path in the row; None for the absolute path.
     """

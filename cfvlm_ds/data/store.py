@@ -38,7 +38,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         convert: function from a row to its groups: the format, or ``joined`` in formats/truth.py for rows with labels.
         firsts: index of each row's first group, followed by the total number of groups; None if every row is one group.
         format: name of the format, with its options.
-        limit: maximum number of groups, counted from the first.
+        limit: use only the first ``limit`` groups; None for all.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures stored by ``datasets``, which have bytes and the original path. The path is used only if there are no bytes."""
+    """Convert pictures stored by ``datasets``, which consist of bytes and the original path. The path is used if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)

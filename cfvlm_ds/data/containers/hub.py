@@ -122,7 +122,7 @@ def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]
         api.snapshot_download(**where, revision=known.sha, local_dir=folder, allow_patterns=[glob.escape(name) for name in files])
         sizes = {name: (folder / name).stat().st_size for name in files}
         replace(record, json.dumps({"folder": folder.name, "files": sizes}).encode(), shared=True)
-    except Exception as error:  # errors of the network, the hub or the disk
+    except Exception as error:  # network, hub or disk errors
         reason = f"{type(error).__name__}: {one_line(str(error), 300)}"
         command = f"`hf download --repo-type dataset {address.name} --local-dir FOLDER`"
         problems.append(

@@ -21,7 +21,7 @@ TEXTS = ("txt", "text", "caption", "cls", "json", "id")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
-"""Maximum size in bytes of a member's header, including a long name; real headers have a size of a few kB."""
+"""Maximum size in bytes of a member's header, including a long name; real headers take a few kB."""
 
 
 def tar_rows(path: Path) -> Rows:

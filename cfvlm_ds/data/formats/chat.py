@@ -44,7 +44,7 @@ class Spoken(NamedTuple):
 
 
 def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
-    """Copy a row without ignored columns, null columns, and empty columns for video or audio."""
+    """Copy a row without ignored columns, null columns, and empty video or audio columns."""
     return {
         key: value
         for key, value in row.items()

@@ -36,12 +36,12 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Value of a label in lower case -> its truth: 1, 0 or None (unknown)."""
+"""Lower-case label value -> its truth: 1, 0 or None (unknown)."""
 
 _SAID_FALSE = frozenset(_FALSE) - {
     "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
 }  # fmt: skip
-"""Values that identify a column as a label, whatever its name."""
+"""Values that identify a column as a label, regardless of its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations for missing values in tables."""
@@ -84,7 +84,7 @@ class Column:
         values: distinct values by lower-case form; unless the name suggests a label, only values that a label may have.
         has_others: whether the column has values that ``values`` leaves out.
         false_text: a text or picture name from the column, if the column's name suggests false texts.
-        unseen: name of a picture in a row that shows no picture.
+        unseen: picture name in a row that shows no picture.
     """
 
     name: str
@@ -262,7 +262,8 @@ class Claim(NamedTuple):
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Join the claims about one image and prompt into a group, true texts first. A repeated text is kept once and counted in the metadata.
+    """Join the claims about one image and prompt into a group, with true texts first. A repeated text is kept once and counted in the
+    metadata.
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
