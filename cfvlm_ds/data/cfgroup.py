@@ -160,7 +160,6 @@ def to_row(group: CounterfactualGroup, root: Path, meta: Mapping[str, Any] | Non
 
 
 def _prompt(value: Any, where: str) -> Prompt:
-    """Parse a prompt: a string, or a list of messages as ``spelled`` returns it. Raises DataError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):

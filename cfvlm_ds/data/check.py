@@ -198,7 +198,6 @@ def note_characters(report: CheckReport, group: CounterfactualGroup, where: Call
 
 
 def _sizes(image: Pictures, pictures: PictureTable) -> tuple[Size, ...] | None:
-    """Return the sizes of an image's pictures, or None if any size is unknown."""
     entries = [pictures.find(picture) for picture in image]
     known = [(picture.width, picture.height) for picture in entries if picture is not None and picture.width]
     return tuple(known) if len(known) == len(image) else None

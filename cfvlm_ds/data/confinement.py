@@ -35,7 +35,6 @@ class Confinement:
         return full if file is path else full.with_name(full.name + path.name[len(file.name) :])
 
     def _confined(self, path: Path, file: Path) -> Path:
-        """Join a picture's ``file`` to a root. Raises DataError if the result is outside all roots."""
         if not path.name:
             raise DataError(f"image path is empty; write the file's path, relative to the data root {self.roots[0]} or absolute")
         if "\0" in str(path):

@@ -24,8 +24,7 @@ MAX_ASPECT = 200
 pixels would grow to 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
-"""Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). The limit is needed because the whole file is hashed.
-"""
+"""Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). A limit is needed because whole files are hashed."""
 
 # Formats with simple decoders. PIL would start Ghostscript for an EPS file, and decode an ICO payload larger than its header states.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

@@ -90,7 +90,7 @@ def download(
 
 
 def _addresses(row: Any) -> list[str]:
-    """Return the addresses of pictures in a row, including data URLs, which contain the picture."""
+    """Return the picture addresses in a row, including data URLs."""
     addresses = list[str]()
     _with_files(row, addresses.append)
     return addresses

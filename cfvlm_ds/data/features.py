@@ -1,6 +1,4 @@
-"""Feature cache: outputs of a frozen vision tower in one safetensors file per picture. File paths are hashes of all that determines the
-outputs.
-"""
+"""Feature cache: a frozen vision tower's outputs in one safetensors file per picture, named by a hash of all that determines them."""
 
 from __future__ import annotations
 

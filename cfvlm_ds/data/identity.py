@@ -15,8 +15,7 @@ from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
 """``rows`` is the number of rows, and ``order`` is a hash of the row ids in order. The other entries are sums of per-row hashes and do not
-depend on the order. ``pictures`` is None if the contents of a picture are unknown.
-"""
+depend on the order. ``pictures`` is None if the contents of a picture are unknown."""
 
 _PARTS = {
     "texts": "prompts or texts",

@@ -144,8 +144,6 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Job:
-    """One call to ``prepare``, with its arguments."""
-
     source: GroupStore
     out: Path
     work: Path
@@ -341,7 +339,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder that converts groups to native rows. It leaves out groups that cannot be used.
+    """Encoder from groups to native rows. It leaves out groups that cannot be used.
 
     Args:
         source: the data set.
@@ -429,11 +427,9 @@ class _Files:
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:
-        """Record that a file is complete."""
         replace(self.file(number, "json"), json.dumps(record).encode(), shared=True)
 
     def records(self) -> list[Any]:
-        """Read the records of all files."""
         return [read_json(self.file(number, "json")) for number in range(self.count)]
 
 
@@ -483,7 +479,6 @@ def _begun(out: Path, stamp: str) -> Path:
 
 
 def _array(array: Array) -> Iterator[bytes]:
-    """Yield the contents of an array's .npy file."""
     np.lib.format.write_array(buffer := io.BytesIO(), array, allow_pickle=False)
     yield buffer.getvalue()
 

@@ -32,8 +32,8 @@ from cfvlm_ds.data.stored import StoredRows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a manifest's valid rows. ``sides`` maps the length of a picture's longer side, in pixels, to the number of such
-    pictures. The fields ``num_...`` count distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
+    """Statistics of a manifest's valid rows. ``sides`` counts pictures by the length of their longer side in pixels. The fields ``num_...``
+    count distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
     """
 
     report: CheckReport
@@ -112,7 +112,6 @@ def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], 
 
 
 def _spread(counts: Counter[int], unit: str) -> str:
-    """Format the minimum, median, 95th percentile and maximum; "none" if there are no values."""
     if not counts:
         return "none"
     low, middle, high, most = quantiles(counts, 0, 50, 95, 100)

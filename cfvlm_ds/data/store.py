@@ -146,7 +146,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
-    """Count the groups of a row. An invalid row counts as one group. Accessing that group raises the row's error."""
+    """Count a row's groups. An invalid row counts as one group, and accessing it raises the row's error."""
     try:
         return max(1, int(parts(row))) if isinstance(row, dict) else 1
     except (ValueError, TypeError, AttributeError, OverflowError, LookupError):

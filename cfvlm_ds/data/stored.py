@@ -96,7 +96,7 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return ``file:line`` of a row within its shard."""
+        """Return a row's ``file:line`` within its shard."""
         rows, place = self._find(row)
         return rows.where(place)
 

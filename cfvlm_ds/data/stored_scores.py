@@ -203,7 +203,6 @@ def _scores_of(row: Any) -> StoredScores:
 
 
 def _key(name: str) -> int:
-    """Hash an id to 64 bits. Raises TypeError for an id that is not a string."""
     if not isinstance(name, str):
         raise TypeError(f"an id is a {type(name).__name__}")
     return hashed(name)

@@ -91,7 +91,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder into which an earlier call fetched all files. Return None if a file is missing or has a different size."""
+    """Return the folder of an earlier call's files, or None if a file is missing or has a different size."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]

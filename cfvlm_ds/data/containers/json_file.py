@@ -17,7 +17,7 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
-"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take up several times this much memory."""
+"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 

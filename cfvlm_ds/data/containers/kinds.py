@@ -50,7 +50,7 @@ _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """Return a path's kind: a container kind or ``jsonl``. The kind follows from a file's suffix or a folder's contents.
+    """Return a path's kind, which follows from a file's suffix or a folder's contents.
 
     Raises DataError for a compressed file, and the same errors as ``sources_of``.
     """

@@ -19,7 +19,6 @@ _INDEX = "index"
 
 
 def _rows(path: Path, delimiter: str) -> Rows:
-    """Yield the rows of a table."""
     csv.field_size_limit(MAX_ROW)
     with open_regular(path) as raw:
         if (head := raw.peek(4)[:4])[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:  # type: ignore[attr-defined]

@@ -100,7 +100,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError, without the file and line, for an invalid row."""
+        """Convert a row to a group. DataErrors do not name the file and line."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)

@@ -246,7 +246,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to one or several groups. Raises DataError, without the file and line, for an invalid row."""
+        """Convert a row to one or several groups. DataErrors do not name the file and line."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)
@@ -294,7 +294,7 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the metadata of the row, including the other keys of the messages up to the scored answer."""
+        """Return the row's metadata, including the other keys of messages up to the scored answer."""
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 

@@ -56,7 +56,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. Raises DataError, without the file and line, for an invalid row."""
+        """Convert a row to a group. DataErrors do not name the file and line."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)
@@ -132,8 +132,8 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the answer's text. If the answer is a complete conversation, its repetition of the question is removed. Raises DataError
-    unless exactly one turn is left.
+    """Return the answer's text, without the question that a complete conversation repeats. Raises DataError unless exactly one turn is
+    left.
     """
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:

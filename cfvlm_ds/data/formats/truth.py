@@ -343,7 +343,7 @@ class JoinedRows:
             return DataError(f"{where}: {error}")
 
     def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
-        """Return a number for each row. Rows about the same image and prompt have equal numbers, and an invalid row has a unique number."""
+        """Return a number per row. It is equal for rows about the same image and prompt, and unique for an invalid row."""
         keys = []
         for row in places:
             claim = self._read(row)

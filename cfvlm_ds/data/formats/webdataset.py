@@ -66,7 +66,7 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a sample to a group. Raises DataError, without the file and line, for an invalid sample."""
+        """Convert a sample to a group. DataErrors do not name the file and line."""
         read, columns = self._read(row)
         return read(columns)
 
