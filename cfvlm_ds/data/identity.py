@@ -83,7 +83,7 @@ def identity_part(
 
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
-    """Join consecutive parts into one."""
+    """Join consecutive parts into one part."""
     sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 

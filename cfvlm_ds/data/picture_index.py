@@ -137,7 +137,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the contents of a known picture's file have changed. Unknown pictures pass."""
+        """Raise DataError if the contents of a picture in the table have changed. Other pictures pass."""
         known = self.find(path)
         if known is None:
             return
@@ -156,7 +156,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables as one. A picture's entry comes from the first table that has the picture."""
+    """Several tables combined. A picture's entry comes from the first table that has the picture."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)

@@ -2,7 +2,7 @@
 
 The folder's name contains a hash of the source's path and state. Row n is line n of rows.jsonl; the line of an invalid row is a string with
 the error. If there are several source files, their row counts are recorded. The folder is written under a temporary name and renamed when
-it is complete, so an interrupted conversion is simply repeated.
+it is complete, so an interrupted conversion is repeated.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Cfvlm:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group. Image 0 and text 0 are the original; image k and text k are the k-th sample.
 
-        A sample's text is false of the original image, and the original text is false of a sample's image. Whether a sample's text is true
-        of another sample's image is unknown. The prompt is the text around the image's path in ``orig_input``. Rows have no ids, so the
+        A sample's text is false of the original image, and the original text is false of a sample's image. It is unknown whether a sample's
+        text is true of another sample's image. The prompt is the text around the image's path in ``orig_input``. Rows have no ids, so the
         group's id is a hash of the row's contents.
 
         Raises DataError (without the file and line) for a missing or misspelt key, a value of another type, an input without exactly one

@@ -224,7 +224,7 @@ class Instruct:
     """Base class of conversation formats. A group has one image and one text or, with ``label``, all labelled answers to one question.
 
     Args:
-        per_turn: make one group for every answer of a conversation instead of only the last.
+        per_turn: make one group for every answer of a conversation, not only for the last.
         label: column that marks the last answer as true or false, as in KTO rows.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
