@@ -53,7 +53,7 @@ class Confinement:
                     full = Path(os.path.normpath(full))
                     if full.resolve() != target:  # ".." after a link leads elsewhere
                         full = target
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: link loop, before Python 3.13
             raise DataError(f"image path {str(path)!r} cannot be resolved ({error}); correct it") from error
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Counts of an evaluation set's distinct rows and pictures: shared with the training set, and in total."""
+    """Numbers of distinct rows and pictures: in both the training and the evaluation set, and in the whole evaluation set."""
 
     rows: int
     pictures: int

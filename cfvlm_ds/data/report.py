@@ -23,7 +23,7 @@ _SHOWN, _SHOWN_CHARS = 30, 60  # maximum names per line and characters per name
 
 @dataclass
 class CheckReport:
-    """Counts over a manifest's valid rows, and the manifest's problems. Each problem is a sentence that begins with the file and row."""
+    """Counts for a manifest's valid rows, and the manifest's problems. Each problem is a sentence that begins with the file and row."""
 
     manifest: str
     num_groups: int = 0

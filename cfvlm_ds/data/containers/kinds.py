@@ -1,4 +1,4 @@
-"""Container kinds: detects a path's kind and finds the files that belong to it."""
+"""Container kinds: detection of a path's kind and its files."""
 
 from __future__ import annotations
 

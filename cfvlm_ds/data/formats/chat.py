@@ -140,8 +140,8 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
-    """Return the pictures in the column of ``keys`` that a row has, or () if it has none. Raises DataError if the row has several such
-    columns, video or audio.
+    """Find a row's picture column among ``keys`` and return its pictures, or () if there is no such column. Raises DataError for several
+    such columns, and for video or audio.
     """
     for key in _OTHER_MEDIA:
         if key in row:
@@ -151,7 +151,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the column in ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
+    """Find a row's column among ``columns``. Return "" if there is none. Raises DataError if there are several."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")

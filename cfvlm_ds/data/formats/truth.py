@@ -296,8 +296,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are ordered by their first manifest rows. This
-    takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are ordered by their first manifest rows. The
+    join takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.
