@@ -26,7 +26,7 @@ ALL_ORDERS = 4
 
 
 class Probe(ABC):
-    """Base class of probes. Texts from ``cells`` are scored with the item's pictures, and texts from ``alone`` are scored without pictures."""
+    """Base class of probes. ``cells`` returns texts to score with the item's pictures, and ``alone`` texts to score without pictures."""
 
     name: ClassVar[str]
 
