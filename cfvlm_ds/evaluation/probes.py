@@ -45,9 +45,7 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model's choice equals its overall choice (all orders averaged), or None if the
-        probe has no orders.
-        """
+        """Return the share of option orders in which the model's choice equals its choice on average over orders; None without orders."""
         return None
 
 
