@@ -1,6 +1,6 @@
 """Scoring plan: converts items into groups that a model scores, and converts the scores back into item outcomes.
 
-Items with the same pictures share a group, so that the pictures are encoded once. A group contains each text of a prompt once.
+Items with the same pictures share a group, so that the pictures are encoded once. A group contains each pair of prompt and text once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Packing:
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
         """Add texts to score on ``images``. Return the index of their group and their columns in its score matrix.
 
-        If one of them differs only in white space from a text in the group, they start a new group, because the tokens differ.
+        If a text differs only in white space from a text in the group, all of ``cells`` go to a new group, because the tokens differ.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -67,7 +67,7 @@ class Packing:
 class Plan:
     """Groups to score for a list of items. ``places`` locates each item's texts in the groups. ``alone`` locates the texts that are scored
     without the question and the picture, with None for an item that has no such texts. If the probe generates text, the groups are not
-    scored and only show the prompts.
+    scored; they only list the prompts.
     """
 
     items: tuple[Item, ...]

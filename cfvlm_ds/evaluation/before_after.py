@@ -79,7 +79,7 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for single edit types of the sets that have several edit types."""
+    """Return the rows for single edit types, without sets that have only one edit type."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
@@ -114,8 +114,8 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
     """Return a row with a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
-    ratios. The interval is the difference plus or minus 1.96 standard errors, by the delta method with groups as independent units. In the
-    mean row, a group with several edit types counts as better if its weighted gains exceed its losses.
+    ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
+    units. In the mean row, a group with several edit types counts as better if its weighted gains exceed its losses.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
     for key in (key for key in new if key in old):
@@ -274,7 +274,7 @@ def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) ->
 
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
-    """Average over runs the values that ``compare_accuracies`` needs. Only groups that all runs have are used."""
+    """Average several runs' accuracies for ``compare_accuracies``. Only groups that all runs have are used."""
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 

@@ -28,7 +28,7 @@ QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Number of comparisons below which quantiles are unreliable."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin in nats
-_MEASURED_TOKENS = 12  # caption length at which the weight 1 was measured, in training together with align
+_MEASURED_TOKENS = 12  # caption length in tokens for which the weight 1 was measured, in training with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # minimum number of comparisons for an edit type to count
 _LONGER = 1.5  # minimum ratio of text lengths that shows whether gaps grow with length
@@ -94,7 +94,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
         size = quantile([gap.tokens for gap in of_side], 50)
-        per = size if anchored else 1.0  # gives a text of median length the same link as in nats
+        per = size if anchored else 1.0  # so that a text of median length has the same link as in nats
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"

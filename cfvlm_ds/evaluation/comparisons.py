@@ -1,4 +1,4 @@
-"""Comparisons that a group's truth table defines. The group's edits only determine the edit types under which they are reported.
+"""Comparisons that a group's truth table defines. The group's edits only determine the edit types under which comparisons are reported.
 
 Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image takes part only in ``sham``
 comparisons: it shows the factual scene again, so other comparisons with it would be redundant.

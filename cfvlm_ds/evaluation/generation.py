@@ -1,4 +1,4 @@
-"""Text generation about pictures with transformers' ``generate`` and the model's chat template.
+"""Generation of texts about pictures with transformers' ``generate`` and the model's chat template.
 
 A batch contains a single prompt with its pictures, so neither padding nor another prompt can change the text.
 """

@@ -204,7 +204,7 @@ def _shown(visual: Any, documents: Documents, task: str, split: str, number: int
 
 
 def _prompt(context: str, num_pictures: int) -> Prompt:
-    """Replace each placeholder in a task's text with a picture. If their numbers differ, put all pictures before the text."""
+    """Replace each placeholder in a task's text with a picture. If there are more or fewer pictures, put all pictures before the text."""
     pieces = [piece.strip() for piece in context.split(IMAGE)]
     if not num_pictures or len(pieces) - 1 != num_pictures:
         return context
@@ -213,7 +213,7 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
 
 
 def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
-    """Write a request's pictures to files, to which groups refer, and return the paths. Requests with the same picture share its file."""
+    """Write pictures to files, because groups store paths, and return the paths. Equal pictures share a file, except within a request."""
     paths: list[Path] = []
     for visual in visuals:
         if not isinstance(visual, Image.Image):

@@ -65,7 +65,7 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, the number of comparisons and groups from
+    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, the numbers of comparisons and groups from
     which it is computed. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
     absent from ``metrics``.
 

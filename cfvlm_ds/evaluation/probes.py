@@ -26,7 +26,10 @@ ALL_ORDERS = 4
 
 
 class Probe(ABC):
-    """Base class of probes. ``cells`` returns texts to score with the item's pictures, and ``alone`` texts to score without pictures."""
+    """Base class of probes.
+
+    ``cells`` returns the texts to score with the item's pictures. ``alone`` returns the texts to score without pictures.
+    """
 
     name: ClassVar[str]
 
@@ -45,7 +48,7 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model's choice equals its choice on average over orders; None without orders."""
+        """Return the share of option orders in which the model chooses the same option as on average over orders; None without orders."""
         return None
 
 
@@ -244,7 +247,7 @@ PROBES: dict[str, Probe | Generate] = {
 def variants(text: str) -> tuple[str, ...]:
     """Return the spellings of an answer, which differ in case. A single letter has only one spelling.
 
-    White space before an answer makes no further spelling, because the chat template writes it.
+    White space before an answer does not vary, because the chat template writes it.
     """
     if len(text) == 1:
         return (text,)

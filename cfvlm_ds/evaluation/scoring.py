@@ -139,7 +139,7 @@ def scored_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
-    """Score this rank's share of ``batches``. Yield the group indices of each batch with its scores in each of the ``views`` (``seen_as``).
+    """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
 
     Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has no batch left scores one group again and yields no
     indices. Raises the same errors as ``score_batches``.

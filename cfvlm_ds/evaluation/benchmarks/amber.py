@@ -46,7 +46,7 @@ def _annotation(row: Row) -> Row:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """Return the annotations keyed by id, and the first error or None."""
+    """Return the annotations keyed by id, and the first error, or None without errors."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 

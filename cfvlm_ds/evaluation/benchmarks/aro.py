@@ -1,4 +1,4 @@
-"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against a copy with its parts exchanged.
+"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against a copy with two parts swapped.
 
 As in the authors' loader, pictures are cropped to the box around the relation. Each crop is written once, as PNG, to a separate folder.
 """

@@ -90,7 +90,7 @@ class Outcome:
         seen: scores, indexed [image][text].
         blank: scores of the texts on a blank picture: the language prior.
         shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model's choice equals its choice on average over orders; None without orders.
+        consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
         prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
@@ -124,7 +124,7 @@ value for one part.
 """
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
-"""Function from a description and an item to the number of mentions of each item text."""
+"""Function that counts the mentions of each item text in a description."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``). Except for descriptions, also return the metrics under ``random`` scores. ``seen``
-    also has the mean ``consistency`` over option orders.
+    """Return the metrics of each table (see ``judged``) and, unless the texts are descriptions, the metrics under ``random`` scores.
+    ``seen`` also has the mean ``consistency`` over option orders.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

@@ -111,7 +111,7 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a function that computes accuracies for each value of the tag ``name``, their mean (see ``macro``), and overall accuracy."""
+    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and overall accuracy."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 

@@ -38,7 +38,7 @@ class File:
     """An official file with rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with two tab-separated columns.
 
     Args:
-        name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
+        name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any folders.
         columns: required columns. Other columns are metadata; a misspelt column is an error.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
@@ -92,14 +92,14 @@ class Row:
             yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return a stripped text. Raises DataError for a value that is empty or not a text."""
+        """Return the text in a column without surrounding white space. Raises DataError if it is empty or not a text."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """Return the index of a value in ``known``, ignoring case. Raises DataError if it is not in ``known``."""
+        """Return the index of a column's value in ``known``, ignoring case. Raises DataError if it is not in ``known``."""
         value = self[column]
         plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
         normalised = value.strip().lower() if isinstance(value, str) else value

@@ -144,7 +144,7 @@ def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: 
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
         for name in was.keys() & now.keys():
-            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # NaN: e.g. precision without a yes
+            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # e.g. precision without yes answers
             rose[name] += new > old
             fell[name] += new < old
     return {name: (rose[name], fell[name]) for name in rose}

@@ -96,8 +96,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Hold the results folder's lock within the block. Raises ConfigError on all ranks if another process holds the lock or the folder
-    contains anything other than results.
+    """Hold the results folder's lock within the ``with`` block. Raises ConfigError on all ranks if another process holds the lock or the
+    folder contains anything other than results.
     """
     locks: list[RunLock] = []
 
@@ -261,7 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each of ``turns``. If an error ends them, yield it last instead of raising it, because all ranks need it."""
+    """Yield (rows, None) for each of ``turns``. If one raises an error, yield ({}, error) and stop, because all ranks need the error."""
     try:
         for rows in turns:
             yield rows, None
