@@ -106,7 +106,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def is_tested(better: int, worse: int) -> bool:
-    """Return True if enough groups (or benchmark clusters) changed to compute an interval."""
+    """Return True if enough groups (or benchmark clusters) changed for an interval."""
     return better + worse >= FEWEST_CHANGED
 
 

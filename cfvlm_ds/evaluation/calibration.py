@@ -28,7 +28,7 @@ QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Number of comparisons below which quantiles are unreliable."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin in nats
-_MEASURED_TOKENS = 12  # caption length in tokens for which the weight 1 was measured, in training with align
+_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # minimum number of comparisons for an edit type to count
 _LONGER = 1.5  # minimum ratio of text lengths that shows whether gaps grow with length
@@ -54,7 +54,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Advice:
-    """Recommended options for each term, and a list of reasons, each a sentence."""
+    """Recommended options for each term, and the reasons as sentences."""
 
     options: dict[str, dict[str, Any]]
     reasons: list[str]
@@ -63,10 +63,10 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield the gap of every comparison of star cells, except comparisons with a sham image.
+    """Yield the gap of every comparison of star cells except sham comparisons. In training, csd uses all its comparisons, but fcd uses
+    only the hardest in each group.
 
-    In training, csd uses all of its comparisons, but fcd uses only the hardest comparison of each group. Scores must be finite. ``length``
-    returns the number of tokens in a group's factual text.
+    Scores must be finite. ``length`` counts the tokens of a group's factual text.
     """
     for group, score in zip(groups, scores, strict=True):
         match = torch.tensor([[-1 if truth is None else truth for truth in line] for line in group.match])
@@ -144,7 +144,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return True if gaps grow with text length, and a sentence with the reason for the result."""
+    """Return True if gaps grow with text length, and the reason as a sentence."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
@@ -169,7 +169,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
     """Split the gaps at the median text length. Return the ratio of the parts' mean lengths (longer to shorter), the gaps of shorter texts
     and the gaps of longer texts. Return None if a part has too few gaps.
 
-    Texts of median length, which may be the majority, belong to the longer part if ``with_longer`` is True, else to the shorter part.
+    Texts of median length, which may be the majority, belong to the longer part if ``with_longer``.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
@@ -179,7 +179,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles of the gaps."""
+    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
@@ -205,7 +205,7 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Return True if a file contains only the output of ``block``. A file with other contents belongs to the user."""
+    """Return True if a file contains only the output of ``block``. Other files belong to the user."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 
@@ -215,5 +215,4 @@ def quantile(values: Sequence[float], percent: float) -> float:
 
 
 def _round(value: float) -> float:
-    """Round to two significant digits."""
     return float(f"{value:.2g}")

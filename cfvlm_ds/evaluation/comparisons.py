@@ -1,7 +1,7 @@
 """Comparisons that a group's truth table defines. The group's edits only determine the edit types under which comparisons are reported.
 
-Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image takes part only in ``sham``
-comparisons: it shows the factual scene again, so other comparisons with it would be redundant.
+Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene
+again, so it takes part only in ``sham`` comparisons.
 """
 
 from __future__ import annotations

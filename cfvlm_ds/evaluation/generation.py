@@ -31,7 +31,7 @@ class Written(NamedTuple):
 
 
 def write(*arguments: Any, **options: Any) -> str:
-    """Generate one text. The arguments are the same as for ``write_several``."""
+    """Generate one text with the arguments of ``write_several``."""
     return write_several(*arguments, **options)[0].text
 
 

@@ -39,7 +39,7 @@ IMAGE = "<image>"
 """Placeholder for a picture in a task's text."""
 MAX_NEW_TOKENS = 1024
 """Default maximum number of generated tokens, for tasks that set no maximum."""
-_TOGETHER = 256  # number of requests whose pictures are on disk at the same time
+_TOGETHER = 256  # requests whose pictures are on disk at the same time
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _OPTIONS = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens", "early_stopping")
@@ -69,7 +69,7 @@ class Answers:
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
         """Return a pair for each request: the text's value (see the module docstring), and True if greedy decoding would generate the text.
 
-        A non-finite log-likelihood counts as -infinity. Raises a DataError that names the task and row of an invalid request.
+        A non-finite log-likelihood counts as -infinity. Raises a DataError with the task and row of an invalid request.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -122,7 +122,7 @@ class Answers:
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one request at a time. A text is cut off before the first stop string.
 
-        Raises a DataError that names the task and row of an invalid request.
+        Raises a DataError with the task and row of an invalid request.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):

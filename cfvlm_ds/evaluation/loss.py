@@ -74,7 +74,7 @@ class EvaluationLoss:
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> dict[str, Any]:
-        """Return two fields of ``Accuracy``, computed over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
+        """Return two fields of ``Accuracy`` over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
         has an entry for each term. All ranks must call this.
 
         An entry's ``value`` is the term's unweighted mean, or None. If the term could not be computed, ``lacking`` is the reason, else "".

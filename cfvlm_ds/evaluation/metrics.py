@@ -51,13 +51,11 @@ METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
 """Metrics that can summarise a split in one number, in order of preference."""
 MEAN = "mean of edit types"
-"""Table label of the mean row, in which every edit type has equal weight, whatever its number of groups."""
+"""Table label of the mean row, in which every edit type has equal weight."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names under which the shuffled control's comparisons are counted. The counts may be lower than for ``pair`` and ``factual``, because for
-some groups, no other group's image is suitable.
-"""
+"""Names of the counts for the shuffled control, which omits groups for which no other group's image is suitable."""
 NAMED = 5
-"""Maximum number of unused groups that are named for a metric; the others are only counted."""
+"""Maximum number of unused groups named for a metric; the others are only counted."""
 Matrix = list[list[float]]
 
 
@@ -70,7 +68,7 @@ class Accuracy:
     absent from ``metrics``.
 
     ``blind`` holds ``pair`` and ``factual`` on a blank image, and ``shuffled`` holds the same metrics on another group's image. Both
-    measure the language prior. In both, a tie counts as one half.
+    measure the language prior and count a tie as one half.
 
     Four fields are used only in the mean row. ``unused`` names, for each metric, a few groups that have no comparison for it. ``losses``
     holds the training loss terms on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative log-likelihood of the split's true texts
@@ -236,6 +234,5 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average each metric over the rows that have it."""
     values = {metric: [row[metric] for row in rows if metric in row] for metric in METRICS}
     return {metric: sum(of_metric) / len(of_metric) for metric, of_metric in values.items() if of_metric}

@@ -47,7 +47,6 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
-    """Return the number of unused groups and a few of their ids; "" if there are none."""
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 

@@ -237,8 +237,8 @@ def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures 
     """Assign to each group (or item) the first image of another group, or None if no other image is suitable. A suitable image has as many
     pictures as the group's first image, and shares no picture with the group.
 
-    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If that image is unsuitable,
-    the following groups are tried, up to ``_TRIES`` groups in all.
+    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If it is unsuitable, up to
+    ``_TRIES`` groups are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}

@@ -37,7 +37,6 @@ def item(row: Row) -> Item:
 
 
 def _annotation(row: Row) -> Row:
-    """Return the annotation for a query. Raises DataError if there is none."""
     truth, broken = _truth(row.source)
     if (known := truth.get(str(row["id"]))) is None:
         raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files from the same revision")
@@ -46,7 +45,6 @@ def _annotation(row: Row) -> Row:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """Return the annotations keyed by id, and the first error, or None without errors."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
@@ -75,8 +73,8 @@ def description(row: Row) -> Item:
     """Return an item with one text per object in the picture, one text per object often imagined there, one for the safe words, and one for
     all other words.
 
-    Each word belongs to only one text. Safe words belong to their own text. Any other word belongs to the first object that has this name
-    or with which relation.json lists it; objects in the picture come first. An object without words cannot be mentioned.
+    Each word belongs to one text. Safe words belong to their own text. Any other word belongs to the first object that has this name or
+    with which relation.json lists it; objects in the picture come first. An object without words cannot be mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")

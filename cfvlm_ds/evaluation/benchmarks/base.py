@@ -28,7 +28,7 @@ class Item:
 
     Args:
         id: unique name within the benchmark.
-        images: images on which the texts are scored; an image is a tuple of pictures, which is empty in a text-only item.
+        images: images on which the texts are scored; each is a tuple of pictures, empty for text only.
         texts: captions, options or answers.
         match: truth table, indexed [image][text]: 1 for true, 0 for false.
         prompt: question with the benchmark's own instruction; empty for captions.
@@ -83,8 +83,8 @@ def single(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of an item under a probe. If the probe generates an answer, the text that was chosen scores 1, and the others score 0. If it
-    generates a description, a text's score is its number of mentions.
+    """Scores of an item under a probe. With a generated answer, the chosen text scores 1, and the others score 0. With a generated
+    description, a text's score is its number of mentions.
 
     Args:
         seen: scores, indexed [image][text].

@@ -1,7 +1,7 @@
 """CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are absent.
 
 An object is in a picture if it is annotated as an instance or mentioned in a caption. Words are parsed as in the authors' utils/chair.py,
-with one exception: the authors singularise words with a library, but here a word matches a name either as it is or without a plural ending.
+with one exception: the authors singularise words with a library, but here a word matches a name as it is or without a plural ending.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Description metrics: the shares of objects that a generated description invents and covers.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
-if the picture shows the object. Its score is the number of mentions in the description.
+if the picture shows the object. Its score is its number of mentions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
     """Return the ``names`` that a text mentions, in text order. Case is ignored, and plurals match their singulars.
 
     Words are split at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not dogs. Any use
-    of a word counts as a mention: the verb "to sink" mentions a sink.
+    of a word counts, even the verb "to sink".
     """
     tokens, found, place = [_forms(token) for token in _TOKEN.findall(text.lower())], list[str](), 0
     while place < len(tokens):

@@ -1,7 +1,7 @@
 """Benchmark metrics: pure functions from judged items to values in %.
 
-In a ``seen`` table, a tie counts as wrong, as in the official rules. A blind table has the same scores for every image. In a blind table, a
-tie counts as a guess among the tied texts, joint probabilities are products, and metrics that compare images are absent.
+In a ``seen`` table, a tie counts as wrong, as in the official rules. A blind table has the same scores for every image. In it, a tie
+counts as a guess among the tied texts, joint probabilities are products, and metrics that compare images are absent.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
 FEWEST_DRAWN = 30
 """Minimum number of clusters for a bootstrap. In simulations, intervals from 30 clusters contain the true share in 92 to 96 % of cases,
-intervals from 10 clusters in 66 to 96 %, and intervals from 6 clusters in 45 to 97 %."""
+from 10 clusters in 66 to 96 %, and from 6 clusters in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
 _ITEMS_OF_ALL = 10_000_000  # maximum of items x draws; large benchmarks get fewer draws
 
@@ -52,10 +52,10 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices. The two models exchange their answers to the items of a set, which consists of whole clusters.
+    """Yield sets of item indices. Two models exchange their answers to a set, which consists of whole clusters. The first set is empty.
 
-    The first set is empty. The others cover all other choices of clusters or, if there are more than ``draws`` choices, ``draws`` random
-    choices. The first cluster is never exchanged, because exchanging all other clusters instead only flips the sign of a difference.
+    The other sets cover all choices of clusters or, if there are more than ``draws``, ``draws`` random choices. The first cluster is never
+    exchanged, because the opposite choice only changes the sign of a difference.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -69,7 +69,7 @@ def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]
 def drawn_together(
     world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, barrier: ProgressBarrier
 ) -> list[Values]:
-    """Compute the metrics of each bootstrap draw, and return them in order on every rank. Return [] if there are too few clusters.
+    """Return the metrics of each bootstrap draw, in order, on every rank. Return [] if there are too few clusters.
 
     The ranks share the draws, and wait for each other as long as any rank makes progress.
     """

@@ -1,6 +1,6 @@
 """Item check before scoring: opens every picture once and counts the tokens of every text. The ranks share the work.
 
-The check names the items that the model cannot process because a picture is unreadable or a text exceeds the context window.
+It names items with an unreadable picture and items that exceed the context window.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
-    """Check all items. All ranks must call this. Invalid items are left out and raise no error."""
+    """Check all items. All ranks must call this. Invalid items are left out."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -67,7 +67,6 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        """Return the reason why the model cannot process an item, or None if it can."""
         found = [[pictures[picture] for picture in image] for image in item.images]
         if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
             return unread[0]

@@ -103,8 +103,7 @@ def load_items(
 ) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture. If ``skip`` is True, such items are left out, and DataError is raised
-    only if no item remains.
+    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out if others remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
