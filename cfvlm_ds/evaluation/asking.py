@@ -66,8 +66,8 @@ class Packing:
 @dataclass(frozen=True)
 class Plan:
     """Groups to score for a list of items. ``places`` locates each item's texts in the groups. ``alone`` locates the texts that are scored
-    without the question and the picture, with None for an item that has no such texts. If the probe generates text, the groups are not
-    scored; they only list the prompts.
+    without the question and the picture (None for an item without such texts). If the probe generates text, the groups are not scored
+    and only list the prompts.
     """
 
     items: tuple[Item, ...]

@@ -37,7 +37,7 @@ class Change:
     ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
     ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the ends of the 95 % interval
     of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, or if an edit type has
-    only one group.
+    one group.
 
     ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None without text comparisons.
     ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
@@ -79,7 +79,7 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for single edit types, without sets that have only one edit type."""
+    """Return the rows for single edit types, except in sets with only one edit type."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]

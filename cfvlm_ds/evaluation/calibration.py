@@ -27,7 +27,7 @@ TERMS = {"text": "csd", "image": "fcd"}
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Number of comparisons below which quantiles are unreliable."""
-_NATS = (0.5, 5.0)  # smallest and largest useful margin in nats
+_NATS = (0.5, 5.0)  # smallest and largest useful margin
 _MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # minimum number of comparisons for an edit type to count

@@ -43,7 +43,7 @@ def rehearse(
     A forward pass may exceed ``max_tokens`` if a part cannot be divided. All batches that ``score_groups`` will run are considered.
     ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as ``score_groups``, on all ranks.
     """
-    barrier = ProgressBarrier(world)  # the other ranks wait while rank 0 reads picture headers
+    barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator = collator.scoring_everything()
 
     def batches() -> Iterator[_Tried]:

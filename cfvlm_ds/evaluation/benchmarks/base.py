@@ -1,4 +1,4 @@
-"""Benchmarks: official files, items built from the files' rows, probes that score the items, and metrics computed from the scores.
+"""Benchmarks: official files, items built from their rows, probes that score the items, and metrics of the scores.
 
 An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe computes one
 score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be recomputed from a result file without
@@ -277,8 +277,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, unless the texts are descriptions, the metrics under ``random`` scores.
-    ``seen`` also has the mean ``consistency`` over option orders.
+    """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, the metrics under ``random``
+    scores. ``seen`` also has the mean ``consistency`` over option orders.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

@@ -34,7 +34,7 @@ def item(row: Row) -> Item:
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the score of each task (accuracy plus the share of pictures with both answers right, at most 200), and sums of task scores.
 
-    The sums are at most 2,000 (perception) and 800 (cognition). A sum is left out if one of its tasks is missing.
+    The sums for perception and cognition are at most 2,000 and 800. A sum is left out if one of its tasks is missing.
     """
     if not table:
         return {}

@@ -57,7 +57,7 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """Select the named benchmarks, each with all ``probes`` that it supports. If ``probes`` is empty, each benchmark has its default probe.
+    """Select the named benchmarks, each with all ``probes`` that it supports. If ``probes`` is empty, use each benchmark's default probe.
     ``root`` contains the benchmarks' folders.
 
     Raises ConfigError for an unknown name, a benchmark that supports none of the probes, or a probe that none of the benchmarks supports.
