@@ -49,10 +49,10 @@ def evaluate(
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-    """Score every split. Return the accuracies keyed by split, and the scores keyed by split. The results are the same on every rank.
+    """Score every split. Return two dicts, accuracies and scores, both keyed by split name and equal on all ranks.
 
-    The last row of a split's accuracies is the mean; it also has the NLL of true texts and the losses of ``objectives``. ``reference``
-    computes the reference scores that some objectives need. ``score_groups`` explains the other options.
+    The last row of a split's accuracies is the mean over edit types, with the NLL of the true texts and the losses of ``objectives``.
+    ``reference`` computes the reference scores that some objectives need. For the other options, see ``score_groups``.
     """
     results, scores = {}, {}
     for name, groups in splits.items():

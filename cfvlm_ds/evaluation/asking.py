@@ -1,6 +1,6 @@
-"""Scoring plan: converts items into groups that a model scores, and converts the scores back into outcomes of the items.
+"""Scoring plan: converts items into groups that a model scores, and converts the scores back into item outcomes.
 
-Items with the same pictures share a group, so that the pictures are encoded once. A group contains each text of a prompt once.
+Items with the same pictures share a group, so that the pictures are encoded once. A group contains each pair of prompt and text once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ MOST_CELLS = 256
 """Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""Index of a group, and column indices of its scores."""
+"""Index of a group, and column indices in its score matrix."""
 
 
 class Packing:
-    """Groups under construction. Each tuple of images has at most one open group. Its texts are keyed by their normalised form."""
+    """Groups under construction. For each tuple of images, at most one group accepts further texts. Texts are keyed by normalised form."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
-        """Add texts to score on the given images, and return the index of their group and their columns in it.
+        """Add texts to score on ``images``. Return the index of their group and their columns in its score matrix.
 
-        If a text differs only in white space from a text of the open group, the texts start a new group, because the tokens differ.
+        If a text differs only in white space from a text in the group, all of ``cells`` go to a new group, because the tokens differ.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -65,9 +65,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's cells in the groups. ``alone`` locates the cells that show its
-    options without the question and the picture; None if they are not scored. If the probe generates text, the groups are not scored
-    but only show what is asked.
+    """Groups to score for a list of items. ``places`` locates each item's texts in the groups. ``alone`` locates the texts that are scored
+    without the question and the picture (None for an item without such texts). If the probe generates text, the groups are not scored
+    and only list the prompts.
     """
 
     items: tuple[Item, ...]
@@ -77,7 +77,7 @@ class Plan:
     alone: tuple[Place | None, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
-        """Return the outcome of each item, given the scores of the groups in order."""
+        """Return the outcome of each item. ``scores`` has the scores of ``groups``, in the same order."""
         return [self._outcome(number, scores, lengths) for number in range(len(self.items))]
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
@@ -108,7 +108,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 
 
 def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
-    """Build groups that contain the cells of all items. Items with the same pictures share groups of at most MOST_CELLS texts.
+    """Build groups that contain the texts of all items. Items with the same pictures share groups of at most ``MOST_CELLS`` texts.
 
     Raises DataError for an item with too many cells for a group.
     """
@@ -119,10 +119,10 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return the outcome of an item, given the texts generated for each image, a blank image and, optionally, another item's image.
+    """Return the outcome of an item from the texts generated for its images, for a blank image and, optionally, for another item's image.
 
-    The text that the parser selects scores 1 and all others score 0. An answer that cannot be parsed is wrong. For a description, the score
-    of a text is the number of its mentions.
+    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed is wrong. In a description, a
+    text's score is its number of mentions.
     """
 
     def row(text: str) -> Row:

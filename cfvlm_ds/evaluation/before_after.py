@@ -1,4 +1,4 @@
-"""Comparison of two models' accuracies on the same groups, with confidence intervals for the differences, paired by group."""
+"""Comparison of two models' accuracies on the same groups, with confidence intervals for the paired differences."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.metrics import HEADLINES, MEAN, Accuracy
 
 _Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
-"""Numbers of comparisons won and made, keyed by group and edit type."""
+"""[comparisons won, total comparisons], keyed by group and edit type."""
 
 FEWEST_CHANGED = 6
-"""Least number of changed groups (or clusters of a benchmark) for an interval. If n groups change, all in one direction, the sign test
-gives p = 2 / 2^n. With fewer than 6 groups, p is above 5 %.
+"""Minimum number of changed groups (or benchmark clusters) for an interval. If n groups change, all in one direction, the sign test gives
+p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
 _MEANINGS = {
     "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
@@ -32,15 +32,16 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A table row: a metric of a set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
+    """A table row: a metric on a set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
 
-    ``groups`` counts the groups that were measured both before and after. ``of`` counts the groups that were measured before or after.
-    ``better`` and ``worse`` count the groups that changed. ``low`` and ``high`` are the ends of the 95 % interval of ``difference``. They
-    are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, or if an edit type has one group.
+    ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
+    ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the ends of the 95 % interval
+    of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, or if an edit type has
+    one group.
 
-    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image, after training; None without text comparisons.
-    ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None in the rows of single edit types if the
-    set has several, and None if different groups were measured before and after.
+    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None without text comparisons.
+    ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
+    and after. If a set has several edit types, they are also None in the rows of single types.
     """
 
     set: str
@@ -78,7 +79,7 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows of single edit types, for sets with several edit types."""
+    """Return the rows for single edit types, except in sets with only one edit type."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
@@ -88,7 +89,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the first metric.
 
     A metric has a row if at least one group has a value both before and after. Groups are matched by id and content (``content_hash``). A
-    set with one edit type has no mean row. Its rows have the name of that type.
+    set with one edit type has no mean row; its rows have the name of that type instead.
     """
     if not before or not after:
         return []
@@ -105,18 +106,18 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def is_tested(better: int, worse: int) -> bool:
-    """Return whether enough groups (or clusters of a benchmark) changed to compute an interval."""
+    """Return True if enough groups (or benchmark clusters) changed for an interval."""
     return better + worse >= FEWEST_CHANGED
 
 
 def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
-    """Return a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
+    """Return a row with a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
 
-    An accuracy is the number of comparisons won in all groups divided by the number made. The mean row averages these ratios. The interval
-    is the difference plus or minus 1.96 standard errors, by the delta method with groups as independent units. In the mean row, a group
-    with several edit types counts as better if its weighted gains exceed its losses.
+    An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
+    ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
+    units. In the mean row, a group with several edit types counts as better if its weighted gains exceed its losses.
     """
-    pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, made
+    pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
     for key in (key for key in new if key in old):
         for edit, (won, made) in new[key].items():
             pairs[edit][key] = old[key][edit][0], won, made
@@ -147,7 +148,7 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
 
 
 def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
-    """Return the numbers of comparisons won and made, keyed by group (id and content hash), metric and edit type."""
+    """Return [comparisons won, total comparisons], keyed by group (id and content hash), metric and edit type."""
     return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
@@ -157,11 +158,11 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return Markdown: a table of the sets, a table of their rows except single edit types (see ``of_types``), and definitions of the
-    columns. ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest, if known.
+    """Return Markdown with a table of the sets, a table of the rows that ``of_types`` does not return, and definitions of the columns.
+    ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest; None if the manifests are unknown.
     """
     first, last = map(in_cell, names)
-    overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # the first row of every set
+    overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set
     heads = ["set", *(["file"] if files else []), "groups", "edit types", "blank image, %", f"NLL {first}", f"NLL {last}"]
     sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---:|---:|---:|"]
     for name, each in reversed(overall.items()):
@@ -208,7 +209,7 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
 
 
 def is_results(path: Path) -> bool:
-    """Return True for a run folder or a file of accuracies, False for a folder of benchmarks. Raises ConfigError for anything else."""
+    """Return True for a run folder or an accuracies file, False for a folder of benchmark results. Raises ConfigError for anything else."""
     if path.is_file() or (path / "config.yaml").is_file():
         return True
     if not any(path.glob("*/*/results.json")):
@@ -233,7 +234,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
 
 
 def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> dict[str, list[Change]]:
-    """Compare each result of ``after`` with ``before``; if there are several, also compare their mean. Return the changes keyed by result.
+    """Compare each result in ``after`` with ``before``. If there are several, compare their mean too. Return the changes keyed by result.
 
     Raises DataError for a file without accuracies, and ConfigError if a result has no group in common with ``before``.
     """
@@ -263,7 +264,7 @@ def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], ob
 
 
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
-    """Return the tables for the changes that ``compare_results`` returned."""
+    """Return Markdown tables of the changes that ``compare_results`` returned."""
     tables = list[str]()
     for label, changes in compared.items():
         tables.append(changes_table(changes, (str(before), label)))
@@ -273,7 +274,7 @@ def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) ->
 
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
-    """Average the values that ``compare_accuracies`` reads over runs, using only groups that all runs have."""
+    """Average several runs' accuracies for ``compare_accuracies``. Only groups that all runs have are used."""
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 

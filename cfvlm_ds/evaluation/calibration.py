@@ -1,6 +1,6 @@
-"""Calibration: margins and weights of objectives for a given model and data set, derived from the model's gaps before training.
+"""Calibration: margins and weights of objectives for a model and a data set, derived from the model's gaps before training.
 
-A gap is S[true] - S[false] in a comparison: two texts on one image (csd), or two images for one text (fcd).
+A gap is the score difference S[true] - S[false] of two texts on one image (for csd), or of two images for one text (for fcd).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.objectives.objective import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
-"""Side of a comparison -> term that uses it."""
+"""Kind of comparison -> term that uses it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Number of comparisons below which quantiles are unreliable."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin
-_MEASURED_TOKENS = 12  # caption length at which a weight of 1 beside align was measured
+_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
 _LEAST_WEIGHT = 0.1
-_KNOWN = 10  # least number of comparisons for an edit type to count
-_LONGER = 1.5  # least ratio of token counts at which growth of gaps with length is visible
-_LOST = 4  # in margins; equal to MarginTerm.hinge_cap
+_KNOWN = 10  # minimum number of comparisons for an edit type to count
+_LONGER = 1.5  # minimum ratio of text lengths that shows whether gaps grow with length
+_LOST = 4  # in units of the margin; equal to MarginTerm.hinge_cap
 _MANY_LOST = 0.1
-_GUESSED = 75  # percentile of the blind gaps that a margin must cover
+_GUESSED = 75  # percentile of the gaps on a blank image that a margin must cover
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Advice:
-    """Recommended options for each term, and the reasons, one sentence each."""
+    """Recommended options for each term, and the reasons as sentences."""
 
     options: dict[str, dict[str, Any]]
     reasons: list[str]
@@ -63,7 +63,8 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield every comparison of star cells except shams. In training, csd uses all its comparisons, and fcd only each group's hardest.
+    """Yield the gap of every comparison of star cells except sham comparisons. In training, csd uses all its comparisons, but fcd uses
+    only the hardest in each group.
 
     Scores must be finite. ``length`` counts the tokens of a group's factual text.
     """
@@ -80,7 +81,7 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Return options for csd and fcd. The link, length norm, margin and weight depend only on the gaps."""
+    """Recommend the link, length norm, margin and weight of csd and fcd. They depend only on the gaps."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(all_gaps)
@@ -93,7 +94,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
         size = quantile([gap.tokens for gap in of_side], 50)
-        per = size if anchored else 1.0  # so that the link of a text of median length is the same as in nats
+        per = size if anchored else 1.0  # so that a text of median length has the same link as in nats
         values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
         low, high = (_round(nats / per) for nats in _NATS)
         unit = "nats per token" if anchored else "nats"
@@ -143,7 +144,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return whether gaps grow with text length, and the reason."""
+    """Return True if gaps grow with text length, and the reason as a sentence."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
@@ -165,9 +166,10 @@ def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
 
 
 def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """Split the gaps at the median text length. Return the ratio of mean lengths, the gaps of shorter texts and the gaps of longer texts.
+    """Split the gaps at the median text length. Return the ratio of the parts' mean lengths (longer to shorter), the gaps of shorter texts
+    and the gaps of longer texts. Return None if a part has too few gaps.
 
-    Texts of median length, which may be the majority, belong to the longer part if ``with_longer``. Return None if a part has too few gaps.
+    Texts of median length, which may be the majority, belong to the longer part if ``with_longer``.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
@@ -177,7 +179,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: win rates on the picture and on a blank image, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
@@ -203,7 +205,7 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Return whether a file contains only the output of ``block``. Any other file belongs to the user."""
+    """Return True if a file contains only the output of ``block``. Other files belong to the user."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 
@@ -213,5 +215,4 @@ def quantile(values: Sequence[float], percent: float) -> float:
 
 
 def _round(value: float) -> float:
-    """Round to two significant digits."""
     return float(f"{value:.2g}")

@@ -1,7 +1,7 @@
-"""Comparisons that a group's truth table defines. The group's edits only name the slices under which comparisons are reported.
+"""Comparisons that a group's truth table defines. The group's edits only determine the edit types under which comparisons are reported.
 
-Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene again, so
-other comparisons with it would be redundant; it only has ``sham`` comparisons.
+Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene
+again, so it takes part only in ``sham`` comparisons.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Literal
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
-"""Slice for comparisons that belong to no edit."""
+"""Edit type under which comparisons without an edit are reported."""
 
 Kind = Literal["quad", "text", "image", "sham"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One comparison, and the edit types (usually one) under which it is reported.
+    """A comparison, and the edit types (usually one) under which it is reported.
 
-    ``at`` has indices into the score matrix. Their meaning depends on ``kind``:
+    ``at`` contains indices into the score matrix. Their meaning depends on ``kind``:
 
-    - ``quad``: i, j, c, d: images i and j, and texts c and d of one prompt; c is true of i and false of j, and d is true of j and false of
-      i. (i, c) is the prompt's anchor, its first true cell. For the prompt of the factual text, the anchor is the factual pair;
-    - ``text``: i, c, d: an image, a text that is true of it, and a text of the same prompt that is false of it;
-    - ``image``: c, i, j: a text, an image that it is true of, and an image that it is false of;
-    - ``sham``: c, i, j: the factual text, a sham image, and an image that the text is false of.
+    - ``quad``: (i, j, c, d), for images i and j and texts c and d of one prompt. c is true only of i, and d is true only of j. (i, c) is
+      the prompt's anchor, its first true cell. For the prompt of the factual text, the anchor is the factual pair;
+    - ``text``: (i, c, d), for an image i, a text c that is true of it, and a text d of the same prompt that is false of it;
+    - ``image``: (c, i, j), for a text c, an image i of which it is true, and an image j of which it is false;
+    - ``sham``: (c, i, j), for the factual text c, a sham image i, and an image j of which the text is false.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
 
 
 class _Labels:
-    """Function that returns the types of the edits that share the most images and texts with a comparison."""
+    """Function that labels a comparison with the types of the edits that share the most images and texts with it."""
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]

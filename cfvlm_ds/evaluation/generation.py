@@ -1,6 +1,6 @@
-"""Text generation for pictures with transformers' ``generate`` and the model's own chat template.
+"""Generation of texts about pictures with transformers' ``generate`` and the model's chat template.
 
-A batch has a single prompt with its pictures, so neither padding nor another prompt can change a text.
+A batch contains a single prompt with its pictures, so neither padding nor another prompt can change the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 
 def writing_digest(model: Any) -> str:
-    """Return a hash of the model's generation config, because ``generate`` applies its options, such as a repetition penalty."""
+    """Return a hash of the model's generation config, whose options, such as a repetition penalty, affect every generated text."""
     options = {name: value for name, value in model.generation_config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -31,15 +31,15 @@ class Written(NamedTuple):
 
 
 def write(*arguments: Any, **options: Any) -> str:
-    """Generate one text. Takes the arguments of ``write_several``."""
+    """Generate one text with the arguments of ``write_several``."""
     return write_several(*arguments, **options)[0].text
 
 
 def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> list[Written]:
-    """Generate texts for a prompt and the pictures ``shown``. ``options`` are passed to transformers' ``generate``, for instance
-    ``num_return_sequences``. Beam search is off unless ``num_beams`` is given, whatever the model's generation_config.json says.
+    """Generate texts for a prompt with the pictures ``shown``. ``options``, such as ``num_return_sequences``, are passed to transformers'
+    ``generate``. Beam search is off unless ``num_beams`` is passed, even if the model's generation_config.json enables it.
 
     ``model`` must be in evaluation mode. If it is partitioned, all ranks must call this with the same arguments and the option
     ``synced_gpus``. If the chat template opens a thinking block, the block stays empty, as in scoring. Raises DataError for input that the
@@ -66,7 +66,7 @@ def write_several(
         raise OutOfMemory(f"out of memory while generating a text about {files}; limit visual tokens (--model.max_pixels)") from error
     except DataError:
         raise
-    except BaseException as error:  # processors raise many kinds of errors on unusual sizes
+    except BaseException as error:  # processors raise many kinds of errors for unusual picture sizes
         if not is_failure(error):
             raise
         raise DataError(f"{', '.join(map(str, shown))}: the model cannot generate a text ({type(error).__name__}: {error})") from error

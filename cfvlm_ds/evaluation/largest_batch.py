@@ -19,7 +19,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (seen in one view)."""
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (in one of the views)."""
 
     largest: int
     tokens: int
@@ -38,12 +38,12 @@ def rehearse(
     *,
     shuffled: bool = False,
 ) -> None:
-    """Score the evaluation batch with the largest forward pass on every rank. Of several such batches, take the one with the most tokens.
+    """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
     A forward pass may exceed ``max_tokens`` if a part cannot be divided. All batches that ``score_groups`` will run are considered.
-    ``shuffled`` has the same meaning as there. Raises the same errors as ``score_groups``, on all ranks.
+    ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as ``score_groups``, on all ranks.
     """
-    barrier = ProgressBarrier(world)  # rank 0 may read very many picture headers
+    barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator = collator.scoring_everything()
 
     def batches() -> Iterator[_Tried]:

@@ -1,10 +1,10 @@
-"""Requests of lmms-eval: this package's scorer computes likelihoods, and transformers' own ``generate`` generates text.
+"""Answers to lmms-eval requests: this package's scorer computes likelihoods, and transformers' ``generate`` generates text.
 
 lmms-eval 0.7.3 uses the result of ``loglikelihood`` in two ways, so the sign of the result depends on the task:
 
 - multiple choice: the value is -log p, summed over tokens. lmms-eval chooses the option with the *lowest* value (``np.argmin`` in
   ``ConfigurableTask.process_results`` and in tasks with their own rule). For ``acc_norm``, it first divides by the number of characters;
-- a single text, if the task computes the target with a function: the value is log p. The metric ``perplexity`` is exp(-mean).
+- single text (the request contains a function that returns the text): the value is log p. The metric ``perplexity`` is exp(-mean).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cfvlm_ds.models.chunked_logprobs import likeliest
 IMAGE = "<image>"
 """Placeholder for a picture in a task's text."""
 MAX_NEW_TOKENS = 1024
-"""Maximum number of tokens in a generated text if the task sets no maximum."""
+"""Default maximum number of generated tokens, for tasks that set no maximum."""
 _TOGETHER = 256  # requests whose pictures are on disk at the same time
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -50,12 +50,12 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Answers:
-    """A model that answers lmms-eval's requests. A request has its contents in ``args``.
+    """Model that answers lmms-eval requests. The attribute ``args`` of a request holds its contents.
 
     Args:
-        batch_size: number of groups in a batch; a group has the pictures of a request and all texts about them.
+        batch_size: number of groups in a batch; a group consists of a request's pictures and all texts about them.
         max_tokens: maximum number of tokens in a forward pass.
-        per_token: divide each log-likelihood by its number of tokens, as lmms-eval's own models do; ``acc_norm`` divides again.
+        per_token: divide each log-likelihood by the text's number of tokens, as lmms-eval's own models do, even for ``acc_norm``.
     """
 
     scorer: Scorer
@@ -67,9 +67,9 @@ class Answers:
     _unused: set[str] = field(default_factory=set)
 
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
-        """Return two values per request: the value of its text (see the module), and whether greedy decoding would generate the text.
+        """Return a pair for each request: the text's value (see the module docstring), and True if greedy decoding would generate the text.
 
-        A log-likelihood that is not finite counts as -infinity. Raises a DataError that names the task and the row.
+        A non-finite log-likelihood counts as -infinity. Raises a DataError with the task and row of an invalid request.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -90,7 +90,7 @@ class Answers:
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-        """Return the likelihood of the text at each place in the groups.
+        """Return the likelihood of the text at each of ``places``.
 
         Raises DataError for a text or a picture that cannot be scored, and OutOfMemory if memory runs out.
         """
@@ -120,9 +120,9 @@ class Answers:
         return [by_place[place] for place in places]
 
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
-        """Generate a text for each request, one request at a time. A text ends before the first stop string.
+        """Generate a text for each request, one request at a time. A text is cut off before the first stop string.
 
-        Raises a DataError that names the task and the row.
+        Raises a DataError with the task and row of an invalid request.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):
@@ -142,7 +142,7 @@ class Answers:
         return texts
 
     def _options(self, task_options: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Return the stop strings, the maximum number of tokens, and the options for ``generate``. Each unused option is reported once."""
+        """Return a task's stop strings, maximum number of tokens, and options for ``generate``. Report each unused option once."""
         options_left = {name: value for name, value in task_options.items() if value is not None}
         until = options_left.pop("until", [])
         limit = int(options_left.pop("max_new_tokens", options_left.pop("max_gen_toks", MAX_NEW_TOKENS)))
@@ -157,8 +157,8 @@ class Answers:
 
 
 class Likelihood(NamedTuple):
-    """Log-likelihood of a text in nats and its number of tokens, both without end-of-turn tokens. ``greedy`` is True if each token is the
-    likeliest at its position.
+    """Log-likelihood of a text in nats, and the text's number of tokens. Neither includes end-of-turn tokens. ``greedy`` is True if every
+    token is the likeliest at its position.
     """
 
     logp: float
@@ -168,7 +168,7 @@ class Likelihood(NamedTuple):
 
 @contextmanager
 def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield a function that returns, for each cell of the last scored batch, how many tokens are not the likeliest ones."""
+    """Yield a function that counts, for each cell of the last scored batch, the tokens that are not the likeliest at their positions."""
     head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 
@@ -184,7 +184,7 @@ def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
 
 
 def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
-    """Return a label for errors, and the request's pictures and text. Raises DataError for a request that cannot be scored."""
+    """Return a label for error messages, the request's image, and its text. Raises DataError for a request that cannot be scored."""
     if len(request.args) != 6:
         raise DataError(
             "the metric acc_mutual_info selects the largest difference, but lmms-eval's other metrics select the smallest value, so no "
@@ -204,7 +204,7 @@ def _shown(visual: Any, documents: Documents, task: str, split: str, number: int
 
 
 def _prompt(context: str, num_pictures: int) -> Prompt:
-    """Return the task's text with a picture at each placeholder. If the counts differ, put all pictures before the text."""
+    """Replace each placeholder in a task's text with a picture. If there are more or fewer pictures, put all pictures before the text."""
     pieces = [piece.strip() for piece in context.split(IMAGE)]
     if not num_pictures or len(pieces) - 1 != num_pictures:
         return context
@@ -213,7 +213,7 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
 
 
 def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
-    """Write pictures to files and return the paths, because groups refer to files. Equal pictures share a file, except within a row."""
+    """Write pictures to files, because groups store paths, and return the paths. Equal pictures share a file, except within a request."""
     paths: list[Path] = []
     for visual in visuals:
         if not isinstance(visual, Image.Image):

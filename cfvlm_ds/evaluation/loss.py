@@ -74,10 +74,10 @@ class EvaluationLoss:
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> dict[str, Any]:
-        """Return two fields of ``Accuracy`` over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which has every
-        term. All ranks must call this.
+        """Return two fields of ``Accuracy`` over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
+        has an entry for each term. All ranks must call this.
 
-        ``value`` is a term's unweighted mean, or None. ``lacking`` is the reason if the term could not be computed, else "".
+        An entry's ``value`` is the term's unweighted mean, or None. If the term could not be computed, ``lacking`` is the reason, else "".
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums), world)
         likelihoods, lacking, sums = zip(*gathered, strict=True)

@@ -1,18 +1,20 @@
-"""Accuracies over the comparisons of groups: Winoground's text, image and group scores (arXiv 2204.03162), and single comparisons.
+"""Accuracies over group comparisons: Winoground's text, image and group scores (arXiv 2204.03162), and shares of comparisons won.
 
-S is the log-likelihood of a text on an image. Take two images i and j, and two texts c and d of one prompt. c is true only of i, and d is
-true only of j (see Comparison). The model wins
+S_ic is the log-likelihood of text c on image i. Take two images i and j and two texts c and d of one prompt, where c is true only of i, and
+d is true only of j (see ``Comparison``). The model wins
 
 - text, if it prefers the right text for each image: S_ic > S_id and S_jd > S_jc;
 - image, if it prefers the right image for each text: S_ic > S_jc and S_jd > S_id;
 - group, if it wins both.
 
-``pair`` is the share of text comparisons that are won (on one image, the true text must beat a false text of the same prompt). ``factual``
-is the share won on the factual image. ``image_pair`` is the share of image comparisons that are won (for one text, an image that it is true
-of must beat an image that it is false of). ``sham`` is the share of comparisons in which a sham image beats a counterfactual image for the
-factual text; a model that merely detects edited pictures loses them. A tie counts as a loss.
+The other metrics are shares of two-cell comparisons that are won:
 
-Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
+- pair: on one image, a true text must beat a false text of the same prompt;
+- factual: the same, on the factual image only;
+- image_pair: for one text, an image of which it is true must beat an image of which it is false;
+- sham: for the factual text, a sham image must beat a counterfactual image. A model that merely detects edited pictures loses.
+
+A tie counts as a loss. Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
 """
 
 from __future__ import annotations
@@ -47,15 +49,13 @@ RANDOM = {
 
 METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
-"""Metrics that can summarise a split in one number. The first one that the split has is used."""
+"""Metrics that can summarise a split in one number, in order of preference."""
 MEAN = "mean of edit types"
-"""Table label of the row in which every edit type has equal weight, whatever its number of groups."""
+"""Table label of the mean row, in which every edit type has equal weight."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names of the counts for the shuffled control. They may be lower than the counts for the metrics, because some groups have no other
-group's image.
-"""
+"""Names of the counts for the shuffled control, which omits groups for which no other group's image is suitable."""
 NAMED = 5
-"""Number of unused groups that are named for a metric; the others are only counted."""
+"""Maximum number of unused groups named for a metric; the others are only counted."""
 Matrix = list[list[float]]
 
 
@@ -63,17 +63,17 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` counts the groups of the row. ``comparisons`` and ``groups`` count the comparisons and groups from which each metric is
-    computed. The mean row has these counts for all metrics. A metric without any comparison in the split has a count of 0 and is absent
-    from ``metrics``. ``unused`` of the mean row names a few of the groups that each metric cannot use.
+    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, the numbers of comparisons and groups from
+    which it is computed. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
+    absent from ``metrics``.
 
-    ``blind`` holds ``pair`` and ``factual`` on a blank image, and ``shuffled`` holds them on another group's image. Both measure the
-    language prior, and in both a tie counts as one half.
+    ``blind`` holds ``pair`` and ``factual`` on a blank image, and ``shuffled`` holds the same metrics on another group's image. Both
+    measure the language prior and count a tie as one half.
 
-    ``losses`` of the mean row holds the terms of the training loss on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative
-    log-likelihood of the split's true texts on their images, in nats per token, end-of-turn tokens included. ``by_group`` of the mean row
-    has an entry for each group: its id, its ``content_hash``, and its points and number of comparisons, keyed by metric (of ``HEADLINES``)
-    and edit type.
+    Four fields are used only in the mean row. ``unused`` names, for each metric, a few groups that have no comparison for it. ``losses``
+    holds the training loss terms on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative log-likelihood of the split's true texts
+    on their images, in nats per token, including end-of-turn tokens. ``by_group`` has an entry [id, ``content_hash``, results] for each
+    group; the results are [points, number of comparisons], keyed by metric (of ``HEADLINES``) and edit type.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Accuracy:
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
-    """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types; [] without groups."""
+    """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types. Return [] without groups."""
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
@@ -222,7 +222,7 @@ def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:
-    """Return the keys that ``flat_metrics`` will return when these splits are evaluated during training. Needs no model."""
+    """Return the names of the accuracies that ``flat_metrics`` will return for these splits during training. No model is needed."""
 
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))
@@ -234,6 +234,5 @@ def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return, for each metric, the mean over the rows that have it."""
     values = {metric: [row[metric] for row in rows if metric in row] for metric in METRICS}
     return {metric: sum(of_metric) / len(of_metric) for metric, of_metric in values.items() if of_metric}

@@ -1,5 +1,5 @@
-"""Probes: ways to ask a model about a benchmark item. A probe converts the item into prompts and texts for the model, and converts
-their log-likelihoods into scores of the item.
+"""Probes: ways to query a model about a benchmark item. A probe converts the item into prompts and texts, and converts the texts'
+log-likelihoods into item scores.
 
 Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures, on a blank
 picture and on another item's picture (cfvlm_ds.evaluation.asking).
@@ -26,7 +26,10 @@ ALL_ORDERS = 4
 
 
 class Probe(ABC):
-    """Base class of probes. ``cells`` are scored with the item's pictures, and ``alone`` is scored without pictures."""
+    """Base class of probes.
+
+    ``cells`` returns the texts to score with the item's pictures. ``alone`` returns the texts to score without pictures.
+    """
 
     name: ClassVar[str]
 
@@ -35,17 +38,17 @@ class Probe(ABC):
 
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        """Return one score per text of an item. ``values`` has the log-likelihoods of the item's cells on one image.
+        """Return one score per text of an item. ``values`` has the log-likelihoods of the item's ``cells`` on one image.
 
-        ``blank`` has the log-likelihoods of the same cells on a blank picture. ``lengths`` has the number of tokens in each cell's text, or
-        is empty if tokens were not counted.
+        ``blank`` has the log-likelihoods of the same texts on a blank picture. ``lengths`` has each text's number of tokens, or is empty if
+        tokens were not counted.
         """
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model's choice equals its choice averaged over orders; None without orders."""
+        """Return the share of option orders in which the model chooses the same option as on average over orders; None without orders."""
         return None
 
 
@@ -122,11 +125,11 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter: log-probability of an option's letter among all letters. The probability is averaged over option orders.
+    """Multiple choice by letter: log-probability of an option's letter among all options' letters. The probability is averaged over orders.
 
-    Up to four options are presented in all orders, and more options in cyclic orders. Each option takes each position equally often, so a
-    preference for a position or a letter is no advantage. ``alone`` omits the question and the picture, which measures the prior of the
-    options.
+    Up to four options are presented in all orders. More options are presented in cyclic orders only. Each option takes each position
+    equally often, so a preference for a position or a letter is no advantage. ``alone`` omits the question and the picture to measure the
+    options' prior.
 
     Args:
         question: question for items that have none, such as captions.
@@ -208,7 +211,7 @@ class Generate:
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        """Return a cell with the prompt and one answer, with which the item is checked and planned."""
+        """Return one cell, with the prompt and an arbitrary answer, for the item check and the plan."""
         return (Candidate(self.asked(item), item.texts[0]),)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
@@ -217,7 +220,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Write(Generate):
-    """Greedy generation of a description. The benchmark counts the objects that it mentions.
+    """Greedy generation of a description, in which the benchmark counts the objects mentioned.
 
     Args:
         prompt: prompt for items that have none.
@@ -244,7 +247,7 @@ PROBES: dict[str, Probe | Generate] = {
 def variants(text: str) -> tuple[str, ...]:
     """Return the spellings of an answer, which differ in case. A single letter has only one spelling.
 
-    White space before an answer is not a separate spelling, because the chat template writes it.
+    White space before an answer does not vary, because the chat template writes it.
     """
     if len(text) == 1:
         return (text,)

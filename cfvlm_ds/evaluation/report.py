@@ -10,7 +10,7 @@ from cfvlm_ds.evaluation.metrics import MEAN, RANDOM, Accuracy, headline_metric
 
 SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
-_MOST_TYPES = 12  # edit types in a line of a progress log
+_MOST_TYPES = 12  # maximum number of edit types in a progress line
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
@@ -47,12 +47,11 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
-    """Return the number of unused groups and a few of their ids; "" if there are none."""
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
-    """Return a line for a progress log: the split's headline metric per edit type and as a mean, and the NLL."""
+    """Return a progress line with a split's headline metric for each edit type, the mean over edit types, and the NLL."""
     metric, nll = headline_metric(rows), rows[-1].nll if rows else None
     nll_text = "" if nll is None else f"; NLL {nll:.4f} nats per token"
     if metric is None:

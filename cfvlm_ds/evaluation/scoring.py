@@ -63,7 +63,7 @@ def guarded(
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
     """Return a collate function for worker processes that calls ``Collator.parts``.
 
-    It returns a DataError instead of raising it, because an error raised in a worker loses its message.
+    The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -139,9 +139,9 @@ def scored_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
-    """Yield each batch (group indices) of this rank's share of ``batches``, with its scores in each of the ``views`` (see ``seen_as``).
+    """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
 
-    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has no batch left scores a group again and yields no
+    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has no batch left scores one group again and yields no
     indices. Raises the same errors as ``score_batches``.
     """
     places = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
@@ -165,8 +165,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If there is no
-    blank view, ``blank`` has the scores on the group's own first image.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. Without a blank
+    view, ``GroupScores.blank`` has the scores on the group's own first image.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}
@@ -234,11 +234,11 @@ def score_batches(
 
 
 def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
-    """Return, for each group or item, the first image of another one; None if there is none. Both images have the same number of pictures,
-    and the other image shares no picture with the group.
+    """Assign to each group (or item) the first image of another group, or None if no other image is suitable. A suitable image has as many
+    pictures as the group's first image, and shares no picture with the group.
 
-    In a random but fixed order, each group takes the image of the next group, so each image is used once. If the two share a picture, up to
-    ``_TRIES`` following groups are tried.
+    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If it is unsuitable, up to
+    ``_TRIES`` groups are tried.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Page of groups: a sample of a manifest, or a run's groups with the worst scores."""
+"""Page that shows groups: a sample of a manifest, or a run's groups with the worst scores."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ WORST = 30
 class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by group id; {} without scores.
 
-    ``split`` is the manifest's name in a run's evaluation. ``lost_before`` is keyed by id and content hash, and states whether the group
-    lost a comparison before training. It has only groups that were evaluated then.
+    ``split`` is the name of the run's evaluation set. ``lost_before`` is True for groups that lost a comparison before training. It is
+    keyed by id and content hash, and contains only groups that were evaluated before training.
     """
 
     groups: GroupStore
@@ -61,11 +61,11 @@ def view(
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order.
-    If the file ``ids`` is given, it shows the groups with these ids (one per line), in the file's order. For a run, it shows the ``sample``
-    evaluated groups with the worst scores. ``scores`` is a file written by ``cfvlm-ds score`` or by a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order,
+    or the groups whose ids the file ``ids`` lists (one per line), in the file's order. For a run, the page shows the ``sample`` evaluated
+    groups with the worst scores. ``scores`` is a file written by ``cfvlm-ds score`` or by a run.
 
-    Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if the folder has anything other than a page.
+    Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """
     refuse_foreign_folder(Path(out))
     facts: list[Fact] = [("scores", str(scores))] * (scores is not None)
@@ -119,7 +119,7 @@ def _worst_page(
             else:
                 without += 1
 
-    for k, source in enumerate(sources):  # margins of sets with different kinds of texts are not comparable
+    for k, source in enumerate(sources):  # margins are not comparable between sets with different kinds of texts
         worst += heapq.nsmallest(math.ceil(sample / len(sources)), compared(k, source))
     shown = [(k, index) for _, k, index in sorted(worst)[:sample]]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
@@ -138,7 +138,7 @@ def _page(
     max_pixels: int,
     say: Callable[[str], object],
 ) -> Written:
-    """Write a page of the groups ``shown``, each given as (source number, index in the source). ``how`` says how they were selected."""
+    """Write a page of the groups ``shown``, a list of (source index, group index). ``how`` states how they were selected."""
     number, total = len(shown), sum(len(each.groups) for each in sources)
     facts = [("source", source), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
     items = (_item(sources[k], index) for k, index in shown)
@@ -162,7 +162,7 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """Return whether each group lost a comparison before training; {} if the run did not evaluate the set before training."""
+    """Read which groups lost a comparison before training (see ``_Source``). Return {} if the set was not evaluated then."""
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]
         return {
@@ -174,12 +174,12 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """Read the scores of these groups. Texts and picture paths must match. For a page, picture contents are not compared."""
+    """Read the groups' scores. The texts and picture paths must match the scores file. Picture contents are not compared."""
     return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
-    """Return the indices of the groups whose ids a file lists, one per line. Raises DataError for an unknown id."""
+    """Return the indices of the groups whose ids are listed in a file, one per line. Raises DataError for an unknown id."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
     except (OSError, UnicodeError) as error:
@@ -210,7 +210,7 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a group's stored scores, and for every true cell its smallest margins over texts and over images (docs/evaluation.md).
+    """Return a table of a group's stored scores and of each true cell's smallest margins over texts and over images (docs/evaluation.md).
 
     A tie counts as a loss. ``quad`` comparisons are not counted, because they follow from the comparisons of two cells.
     """

@@ -3,7 +3,7 @@
 Descriptions have the same metrics as in the authors' inference.py, but a simpler rule recognises words. The authors count words that NLTK
 tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model, cosine
 above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word matches
-only the objects with which relation.json lists it, so a true statement in other words can be right there and invented here.
+only the objects with which relation.json lists it, so a synonym can be right in the authors' code and count as invented here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ def item(row: Row) -> Item:
 
 
 def _annotation(row: Row) -> Row:
-    """Return the annotation of a query. Raises DataError if there is none."""
     truth, broken = _truth(row.source)
     if (known := truth.get(str(row["id"]))) is None:
         raise broken or row.error(f"id {row['id']!r} is not in {row.source.root / TRUTH.name}", "get both files from the same revision")
@@ -46,7 +45,6 @@ def _annotation(row: Row) -> Row:
 
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
-    """Return the annotations keyed by id, and the first error or None."""
     rows = list(source.rows(TRUTH))
     return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
 
@@ -66,16 +64,17 @@ AMBER = Benchmark(
 DESCRIBE = File("data/query/query_generative.json", ("id", "image", "query"), 1004)
 RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "word"), unnamed=True)
 _CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
-"""Listed words that are rarely nouns: "hot", and "can" unless one of these words precedes it."""
+"""Words of relation.json that are rarely nouns: "hot", and "can" unless it follows an article or a word such as "trash"."""
 _OTHERS = 2
-"""Number of an item's last texts. They hold words that count as mentions but belong to no object of the item."""
+"""Number of texts at the end of an item whose words count as mentions but belong to none of the item's objects."""
 
 
 def description(row: Row) -> Item:
-    """Return an item with a text for each object in the picture, each object often imagined there, the safe words, and all other words.
+    """Return an item with one text per object in the picture, one text per object often imagined there, one for the safe words, and one for
+    all other words.
 
-    Each word belongs to one text. A safe word belongs to the safe words. Any other word belongs to the first object with which
-    relation.json lists it, or to the object of that name; objects in the picture come first. An object without words cannot be mentioned.
+    Each word belongs to one text. Safe words belong to their own text. Any other word belongs to the first object that has this name or
+    with which relation.json lists it; objects in the picture come first. An object without words cannot be mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")
@@ -109,7 +108,7 @@ def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def nouns(text: str, item: Item) -> tuple[float, ...]:
-    """Return how often a description mentions each text of an item."""
+    """Count the mentions of each item text in a description."""
     names = names_of(item.texts)
     return tally(named(_CAN.sub(" . ", text), names), names, len(item.texts))
 

@@ -1,4 +1,4 @@
-"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against one with its parts exchanged.
+"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against a copy with two parts swapped.
 
 As in the authors' loader, pictures are cropped to the box around the relation. Each crop is written once, as PNG, to a separate folder.
 """
@@ -18,7 +18,7 @@ BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
 CUTS = "cut"
 LEAST = 25
-"""Least number of items for a pair of attributes to count in the mean, as in the authors' code."""
+"""Minimum number of items for a pair of attributes to count in the mean, as in the authors' code."""
 _SYMMETRIC = (
     "adjusting|attached to|between|bigger than|biting|boarding|brushing|chewing|cleaning|climbing|close to|coming from|"
     "coming out of|contain|crossing|dragging|draped over|drinking|drinking from|driving|driving down|driving on|"
@@ -65,7 +65,7 @@ def _pair(row: Row, **tags: str) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """Return the path of a picture's crop to a box, and write the file if it does not exist. Raises DataError if the box extends beyond the
+    """Crop a picture to a box, unless the crop is already on disk, and return its path. Raises DataError if the box extends beyond the
     picture.
     """
     x, y, width, height = box

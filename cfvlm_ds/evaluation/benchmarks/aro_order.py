@@ -1,7 +1,7 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its words. The shuffles are not official; this module makes them.
+"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its words. The shuffles are not official but generated here.
 
-The authors draw new shuffles in every run and need a tagger for it. In a test, 19 % of 150 captions had a shuffle equal to the caption.
-Here the shuffles are a fixed function of the caption: a hash draws them, and a word list replaces the tagger. A shuffle that equals the
+The authors draw new shuffles in every run and need a part-of-speech tagger. In a test, 19 % of 150 captions had a shuffle equal to the
+caption. Here, the shuffles depend only on the caption: a hash draws them, and a word list replaces the tagger. A shuffle that equals the
 caption or another shuffle is drawn again or dropped.
 """
 

@@ -1,4 +1,4 @@
-"""Benchmarks: their official files, items built from the files' rows, probes that score the items, and metrics of the scores.
+"""Benchmarks: official files, items built from their rows, probes that score the items, and metrics of the scores.
 
 An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe computes one
 score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be recomputed from a result file without
@@ -17,20 +17,20 @@ from cfvlm_ds.core.groups import Pictures, normalised
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 Scores = tuple[tuple[float, ...], ...]
-"""Scores, [image][text]. A higher score means that the text fits the image better."""
+"""Scores, indexed [image][text]. A higher score means that the text fits the image better."""
 
 YES_NO = ("Yes", "No")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One judged question: images, texts, and their truth table.
+    """A benchmark item: images, texts, and their truth table.
 
     Args:
         id: unique name within the benchmark.
-        images: images on which the texts are judged; an image is a tuple of pictures, empty for text only.
+        images: images on which the texts are scored; each is a tuple of pictures, empty for text only.
         texts: captions, options or answers.
-        match: truth table, [image][text]: 1 for true, 0 for false.
+        match: truth table, indexed [image][text]: 1 for true, 0 for false.
         prompt: question with the benchmark's own instruction; empty for captions.
         listed: True if the prompt lists the options and the texts are their letters.
         tags: values by which metrics group items, such as a category or a pair.
@@ -83,14 +83,14 @@ def single(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of an item under a probe. If the probe generates text, a text scores 1 if it was the answer and 0 otherwise; in a description,
-    a text scores its number of mentions.
+    """Scores of an item under a probe. With a generated answer, the chosen text scores 1, and the others score 0. With a generated
+    description, a text's score is its number of mentions.
 
     Args:
-        seen: scores, [image][text].
+        seen: scores, indexed [image][text].
         blank: scores of the texts on a blank picture: the language prior.
         shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model's choice equals its choice averaged over orders; None without orders.
+        consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
         prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """An item with its scores from one table.
+    """An item with its scores from one table (see ``judged``).
 
     A ``blind`` table has the same scores for every image. A tie counts as a guess in a blind table and as wrong in other tables. ``draw``
     distinguishes copies of an item in a bootstrap, so a pair that is drawn twice counts as two pairs.
@@ -124,7 +124,7 @@ value for one part.
 """
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
-"""Function that returns how often a description mentions each text of an item."""
+"""Function that counts the mentions of each item text in a description."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ class Benchmark:
 
     Args:
         title: name that the authors gave the benchmark.
-        files: official files; rows of a file without columns do not become items.
+        files: official files; a file without ``columns`` provides no items.
         item: function that converts a row to one or more items, or to None for a row that does not count. Its exceptions are reported with
             the row.
         metrics: pure function of judged items.
         headline: metric that an overview shows.
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
-        mentions: function that reads a description of an item's picture; None if the model answers questions instead.
-        random: values of random scores, for metrics that are not sums of independent comparisons; other values are computed from ties.
+        mentions: function that counts the mentions in a description; None if the model answers questions instead.
+        random: values under random scores, for metrics that are not sums of independent comparisons; others are computed from tied scores.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -169,7 +169,7 @@ class Loaded:
     """Items of a benchmark: about ``limit`` of the ``in_files`` items in its files, or all if ``limit`` is None.
 
     ``problems`` has an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
-    published benchmark. ``own_files`` is True if a file's row count differs from the published one.
+    published benchmark. ``own_files`` is True if a file's row count differs from the published count.
     """
 
     items: tuple[Item, ...]
@@ -225,7 +225,7 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
             except DataError as error:
                 yield error if str(error).startswith(row.where) else DataError(f"{row.where}: {error}")
                 continue
-            except Exception as error:  # ``item`` may fail on any value
+            except Exception as error:  # ``item`` can fail on any value
                 yield row.error(f"a value in the row has the wrong type or form ({error})")
                 continue
             source.counts[file.name] -= items is None
@@ -245,7 +245,7 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def clusters_of(items: Iterable[Item]) -> list[list[int]]:
-    """Return the item indices of each cluster, ordered by first item. An item without a cluster forms a cluster of its own."""
+    """Return the item indices of each cluster, ordered by first item. An item without a cluster name forms its own cluster."""
     members: dict[str, list[int]] = {}
     for number, item in enumerate(items):
         members.setdefault(item.cluster or item.id, []).append(number)
@@ -265,7 +265,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the metrics of random scores on these items. A value is computed from ties unless the benchmark states it."""
+    """Return the metrics under random scores on these items. A value that the benchmark does not state is computed from tied scores."""
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated
@@ -277,8 +277,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, except for descriptions, of ``random`` scores. ``seen`` also has the mean
-    ``consistency`` over option orders.
+    """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, the metrics under ``random``
+    scores. ``seen`` also has the mean ``consistency`` over option orders.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

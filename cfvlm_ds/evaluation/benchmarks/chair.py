@@ -1,7 +1,7 @@
 """CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are absent.
 
-The objects in a picture are those annotated as instances or mentioned in its captions. Words are parsed as in the authors' utils/chair.py,
-with one exception. The authors singularise words with a library. Here a word matches a name as it is, or with a plural ending removed.
+An object is in a picture if it is annotated as an instance or mentioned in a caption. Words are parsed as in the authors' utils/chair.py,
+with one exception: the authors singularise words with a library, but here a word matches a name as it is or without a plural ending.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PHRASES = {
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
     "passenger jet": "jet", "passenger train": "train", "toilet seat": "toilet", "home plate": "", "train track": "",
 }  # fmt: skip
-"""Phrase of the authors -> name that it counts as. A name that is not in the synonyms counts as nothing."""
+"""Phrase in the authors' code -> name that replaces it. A name that is not among the synonyms is ignored."""
 
 
 def items(row: Row) -> list[Item]:
@@ -49,7 +49,7 @@ def items(row: Row) -> list[Item]:
 
 
 def mentions(text: str, item: Item) -> tuple[float, ...]:
-    """Return how often a description mentions each object. The seat of a toilet does not count as a chair."""
+    """Count the mentions of each object in a description. The seat of a toilet does not count as a chair."""
     names = _with_phrases(item.texts)
     found = named(text, names)
     if {"toilet", "toilet seat"} & {*found}:
@@ -65,7 +65,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 
 @lru_cache(1)
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return one text per object (a line of the synonyms), and the object index of each name."""
+    """Return one text per object (a line of the synonyms file), and the object index of each name."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
     texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines if line)
     return texts, names_of(texts)

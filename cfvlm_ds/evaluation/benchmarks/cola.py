@@ -1,4 +1,4 @@
-"""Cola (Ray et al. 2023, arXiv 2305.03689), multi-object matching: two pictures, and two captions with exchanged attributes."""
+"""Cola (Ray et al. 2023, arXiv 2305.03689), multi-object matching: two pictures, and two captions with swapped attributes."""
 
 from __future__ import annotations
 

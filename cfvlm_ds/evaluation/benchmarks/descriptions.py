@@ -1,4 +1,4 @@
-"""Metrics of descriptions: the shares of objects that a generated text invents or covers.
+"""Description metrics: the shares of objects that a generated description invents and covers.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
 if the picture shows the object. Its score is its number of mentions.
@@ -37,10 +37,10 @@ def _forms(word: str) -> tuple[str, ...]:
 
 
 def named(text: str, names: Mapping[str, object]) -> list[str]:
-    """Return the ``names`` that a text mentions, in text order, ignoring case and number.
+    """Return the ``names`` that a text mentions, in text order. Case is ignored, and plurals match their singulars.
 
     Words are split at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not dogs. Any use
-    of a word counts as a mention, even "to sink".
+    of a word counts, even the verb "to sink".
     """
     tokens, found, place = [_forms(token) for token in _TOKEN.findall(text.lower())], list[str](), 0
     while place < len(tokens):
@@ -59,7 +59,7 @@ def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tup
 
 
 class Counts(NamedTuple):
-    """Counts over descriptions: mentions, and (description, object) pairs. ``false`` objects are not in the picture."""
+    """Counts over descriptions. The last four fields count (description, object) pairs. ``false`` objects are not in the picture."""
 
     inventing: float
     """Number of descriptions that mention a false object."""

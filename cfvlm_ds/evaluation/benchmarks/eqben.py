@@ -42,7 +42,7 @@ def _picture(row: Row, name: Any) -> Path:
 
 def _frame(path: Path) -> Image.Image:
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # checks the size of the file and loads no objects
+        array = np.lib.format.open_memmap(path, mode="r")  # checks the file size and loads no Python objects
     except (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: contains no array of numbers ({error}); get the official file again") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not 0 < array.shape[0] * array.shape[1] <= MAX_PIXELS:

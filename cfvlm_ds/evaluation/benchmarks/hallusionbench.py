@@ -28,12 +28,12 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return aAcc, the share of right answers; qAcc, the share of questions that are right on all figures of their set; and fAcc, the share
-    of figures with all questions right.
+    """Return aAcc, the share of right answers; qAcc, the share of questions answered correctly on all figures of their set; and fAcc, the
+    share of figures with all questions answered correctly.
 
     ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers only rows with a picture; leaderboards show the mean of
-    these three. Keys of sets and figures include category and subcategory, because VD and VS both have an ``ocr`` subcategory with equal
-    numbers.
+    these three metrics. Keys of sets and figures include category and subcategory, because VD and VS both have an ``ocr`` subcategory with
+    the same numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

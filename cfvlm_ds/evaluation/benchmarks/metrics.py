@@ -1,7 +1,7 @@
-"""Metrics of benchmarks: pure functions of judged items, in %.
+"""Benchmark metrics: pure functions from judged items to values in %.
 
-``seen`` tables follow the official rules: a tie is wrong. A blind table has the same scores for every image. In it, a tie counts as a guess
-among the tied texts, joint probabilities are products, and metrics that compare images are absent.
+In a ``seen`` table, a tie counts as wrong, as in the official rules. A blind table has the same scores for every image. In it, a tie
+counts as a guess among the tied texts, joint probabilities are products, and metrics that compare images are absent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def mean(values: Sequence[float]) -> float:
 def text_right(judged: Judged, image: int = 0) -> float:
     """Return 1 if every text that is true of an image beats every text that is false of it, else 0.
 
-    For a blind table, return the probability of this if ties are broken at random.
+    For a blind table, return the probability that they do if ties are broken at random.
     """
     return _text_right(judged.scores[image], judged.item.match[image], judged.blind)
 
@@ -71,7 +71,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the probability of this."""
+    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the joint probability."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
@@ -111,13 +111,13 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and ``accuracy``."""
+    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and overall accuracy."""
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """Return name -> mean of all values whose metric names start with the prefix, for each name and prefix in ``starts``. Prefixes without
-    values are omitted.
+    """For each name and prefix in ``starts``, average the metrics whose names start with the prefix. Return the means keyed by name.
+    Prefixes without metrics are omitted.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
@@ -135,7 +135,7 @@ def quads(table: Sequence[Judged]) -> Values:
 
 
 QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Metrics of random scores for two images and two texts, in %."""
+"""Metrics under random scores for two images and two texts, in %."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
@@ -149,7 +149,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
-    """Return the row of ``answers`` for an item. A tie gives no answer, except in a blind table: there, each of n tied texts gets 1/n."""
+    """Return the row of ``answers`` for an item. A tie gives no answer, except in a blind table, where each of n tied texts gets 1/n."""
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
     return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
@@ -197,7 +197,8 @@ def calibrated(table: Sequence[Judged], found: Any) -> float | None:
     """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash assigns clusters to halves.
     ``found`` is the result of ``answers`` for the table.
 
-    Return None if a half is empty or a margin is not finite. A model that always answers yes but separates the classes scores high.
+    Return None if a half is empty or a margin is not finite. A model that always answers yes scores high if its margins separate the
+    classes.
     """
     half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
     if half.all() or not half.any() or not np.isfinite(margins).all():

@@ -32,9 +32,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task (at most 200): its accuracy plus the share of pictures with both answers right. Also return sums.
+    """Return the score of each task (accuracy plus the share of pictures with both answers right, at most 200), and sums of task scores.
 
-    The maximum sums are 2,000 (perception) and 800 (cognition). A sum is left out if one of its tasks is missing.
+    The sums for perception and cognition are at most 2,000 and 800. A sum is left out if one of its tasks is missing.
     """
     if not table:
         return {}

@@ -1,4 +1,4 @@
-"""Parsers of generated text: functions that return the index of the item's text that is the answer, or None, which counts as wrong.
+"""Parsers of generated text: functions that return the index of the item text that the model chose, or None, which counts as wrong.
 
 If a benchmark's authors published a rule, the parser is named after the benchmark. The other parsers are strict: the article "A" is not
 option A, and a sentence that begins with "The" is not option T.
@@ -18,8 +18,8 @@ _ANSWER = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:answer|option)(?:\s+is)?\s*:
 
 
 def answer(text: str, item: Item) -> int | None:
-    """Parse an answer of a benchmark whose authors published no rule: the first word must be yes or no, or there must be a letter on its
-    own, in brackets, or after "the answer is".
+    """Parse an answer for a benchmark whose authors published no rule. The text must begin with yes or no. In multiple choice, it
+    must begin with a letter (alone or in brackets), or with "the answer is" and a letter.
     """
     return yes_or_no(text) if item.texts == YES_NO else letter(text, item)
 
@@ -74,4 +74,4 @@ def mmstar(text: str, item: Item) -> int | None:
 
 
 PARSERS: dict[str, Parser] = {"pope": pope, "naturalbench": naturalbench, "mme": mme, "amber": amber, "mmstar": mmstar}
-"""Benchmark name -> parser with its authors' rule."""
+"""Benchmark name -> parser that follows the authors' rule."""

@@ -38,7 +38,7 @@ class File:
     """An official file with rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with two tab-separated columns.
 
     Args:
-        name: path below the benchmark's folder; ``*`` for any name, ``**`` for any folders.
+        name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any folders.
         columns: required columns. Other columns are metadata; a misspelt column is an error.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
@@ -92,14 +92,14 @@ class Row:
             yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return a stripped text. Raises DataError for a value that is empty or not a text."""
+        """Return the text in a column without surrounding white space. Raises DataError if it is empty or not a text."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """Return the index of a value in ``known``, ignoring case. Raises DataError if it is not there."""
+        """Return the index of a column's value in ``known``, ignoring case. Raises DataError if it is not in ``known``."""
         value = self[column]
         plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
         normalised = value.strip().lower() if isinstance(value, str) else value
@@ -127,7 +127,7 @@ class Source:
 
     Attributes:
         counts: name of an official file -> number of its rows that count.
-        read: name of an official file -> name of the file that was read instead, or the same name.
+        read: name of an official file -> name of the file that was actually read.
         absent: path of a missing picture -> error for the first row that names it.
     """
 
@@ -137,7 +137,7 @@ class Source:
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)
     _brought: tuple[Path, ...] = ()
-    """Folder with the pictures that the current file contained, if any."""
+    """Folder of the pictures extracted from the current file, if any."""
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
@@ -186,7 +186,7 @@ class Source:
                     yield Row(_checked(where, value, file), where, number, file.part, name, self)
                 except DataError as error:
                     yield error
-        except DataError as error:  # names the file and the remedy
+        except DataError as error:  # its message names the file and the remedy
             yield error
 
     def _prepared(self, path: Path) -> _Placed:
@@ -225,7 +225,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write a picture derived from an official one to ``path`` as PNG, below the benchmark's folder, and return the path.
+    """Write a picture derived from an official picture to the PNG file ``path`` in the benchmark's folder ``root``, and return the path.
 
     Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
     """

@@ -25,7 +25,7 @@ def item(row: Row) -> Item:
 
 
 def _answers(row: Row, column: str) -> list[str]:
-    """Return the answers in a column as a list. The value is a text, a list or, in one revision of the files, a Python literal."""
+    """Return the answers in a column as a list. The column holds a text, a list or, in one revision of the files, a Python literal."""
     value = as_list(row[column])
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
@@ -41,7 +41,7 @@ VISUAL_COUNTERFACT = Benchmark(
     ),
     item=item,
     metrics=by("part", quads),
-    headline="text",  # a model that answers from memory is right only on the first picture, and scores 0
+    headline="text",  # a model that answers from memory is right only on the first picture and scores 0
     probes=("caption", "generate"),
     random=QUAD_RANDOM,
     unofficial="the order of the objects in the questions about size",

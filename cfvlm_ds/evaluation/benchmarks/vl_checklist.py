@@ -1,4 +1,4 @@
-"""VL-CheckList (Zhao et al. 2022, arXiv 2207.00221): a caption and a copy with its object, attribute or relation exchanged."""
+"""VL-CheckList (Zhao et al. 2022, arXiv 2207.00221): a caption and a copy with an object, attribute or relation replaced."""
 
 from __future__ import annotations
 

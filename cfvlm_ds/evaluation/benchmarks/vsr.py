@@ -1,4 +1,4 @@
-"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: is a sentence about spatial relations true of the picture?"""
+"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: is a sentence about a spatial relation true of the picture?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the yes/no metrics, and the mean of the accuracies for each relation."""
+    """Return the yes/no metrics, and the mean accuracy over relations."""
     by_relation = macro(table, tag("relation"))
     return yes_no(table) | ({"macro": by_relation["macro"]} if by_relation else {})
 

@@ -50,8 +50,8 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Return the two objects and the pair of relations that a file name such as ``beer-bottle_left_of_armchair.jpeg`` contains. The rule is
-    the authors'. Raises DataError for a name without a relation.
+    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair of
+    relations. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -62,7 +62,7 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 def metrics(table: Sequence[Judged]) -> Values:
     """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes with all pictures right.
 
-    An incomplete pair or scene counts as wrong. As in the authors' code, the denominators are a half and a quarter of the number of
+    An incomplete pair or scene counts as wrong. As in the authors' code, the denominators are one half and one quarter of the number of
     pictures.
     """
     values: Values = {}

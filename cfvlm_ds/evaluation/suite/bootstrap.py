@@ -22,10 +22,10 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Outcome, Values
 Interval = tuple[float, float]
 LEVEL, SEED = 0.95, 0
 FEWEST_DRAWN = 30
-"""Least number of clusters for a bootstrap. With this number, intervals contain the true share in 92 to 96 % of simulations. With 10
-clusters it is 66 to 96 %, and with 6 clusters 45 to 97 %."""
+"""Minimum number of clusters for a bootstrap. In simulations, intervals from 30 clusters contain the true share in 92 to 96 % of cases,
+from 10 clusters in 66 to 96 %, and from 6 clusters in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
-_ITEMS_OF_ALL = 10_000_000  # maximum number of items over all draws, so 50,000 items get fewer draws
+_ITEMS_OF_ALL = 10_000_000  # maximum of items x draws; large benchmarks get fewer draws
 
 
 def draws_for(num_items: int) -> int:
@@ -52,10 +52,10 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield the indices of items whose answers two models exchange, in whole clusters: first no cluster, then every other choice.
+    """Yield sets of item indices. Two models exchange their answers to a set, which consists of whole clusters. The first set is empty.
 
-    If there are more than ``draws`` choices, ``draws`` random choices are used. The first cluster is never exchanged, because the opposite
-    choice only changes the sign of a difference.
+    The other sets cover all choices of clusters or, if there are more than ``draws``, ``draws`` random choices. The first cluster is never
+    exchanged, because the opposite choice only changes the sign of a difference.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -69,9 +69,9 @@ def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]
 def drawn_together(
     world: World, outcomes: Sequence[Outcome], metrics: Metrics, draws: int | None, label: str, barrier: ProgressBarrier
 ) -> list[Values]:
-    """Return the metrics of each draw, in order, on every rank; [] if there are too few clusters.
+    """Return the metrics of each bootstrap draw, in order, on every rank. Return [] if there are too few clusters.
 
-    The ranks share the draws, and they wait for each other as long as any rank makes progress.
+    The ranks share the draws, and wait for each other as long as any rank makes progress.
     """
     members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
@@ -106,11 +106,11 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return intervals for the differences between two models. ``differences`` has the observed differences first, then the differences
-    after each exchange.
+    """Return intervals for the differences between two models. ``differences`` starts with the observed differences, followed by the
+    differences after each exchange.
 
     As in an exact test, an interval excludes 0 if at most 5 % of the exchanges reach the observed difference. The metrics are tested
-    jointly (max-T of Westfall and Young): for two equal models, all intervals contain 0 in 95 % of cases.
+    jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}

@@ -1,6 +1,6 @@
 """Comparison of two result folders: differences with intervals from an exact test, and items whose outcome changed.
 
-Metrics are recomputed from stored scores of the items that both folders have, so neither models nor benchmark files are needed.
+Metrics are recomputed from the stored scores of common items, so neither models nor benchmark files are needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference; None without draws or if too few clusters changed.
+    """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
 
-    ``changed`` has the number of clusters in which the metric rose, and the number in which it fell. It is None for a metric that is not
-    defined for a single cluster. Such a metric is tested if ``clusters``, the total number, is large enough.
+    ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
+    not defined for single clusters; such a metric is tested if the total number of ``clusters`` is large enough.
     """
 
     before: float
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of two models on a benchmark under the same probe: outcomes of their common items, and differences of the metrics."""
+    """Results of two models on a benchmark under the same probe: pairs of outcomes for the common items, and differences of metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -86,8 +86,8 @@ class Compared:
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Return whether an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
-    text must also score higher on the images of which it is true. A description is right if it mentions nothing false.
+    """Return True if an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
+    text must also score higher on images of which it is true than on the others. A description is right if it mentions no false object.
     """
     table = Judged(outcome.item, outcome.seen)
     if benchmark.mentions:
@@ -139,12 +139,12 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count, for each metric, the clusters in which it rose and the clusters in which it fell."""
+    """Count the clusters in which each metric rose, and the clusters in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
         for name in was.keys() & now.keys():
-            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # for example precision without any yes
+            old, new = (0.0 if math.isnan(values[name]) else values[name] for values in (was, now))  # e.g. precision without yes answers
             rose[name] += new > old
             fell[name] += new < old
     return {name: (rose[name], fell[name]) for name in rose}
@@ -175,7 +175,7 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table of headline metrics and all other resolved metrics, followed by the items whose outcome changed, and notes."""
+    """Return a table of headline metrics and other metrics with a resolved difference, then the items whose outcome changed, and notes."""
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | clusters +, - |",

@@ -1,6 +1,6 @@
-"""Item check before scoring: opens every picture once and measures every text once. The ranks share the work.
+"""Item check before scoring: opens every picture once and counts the tokens of every text. The ranks share the work.
 
-Items that the model cannot process are named: a picture is unreadable, or a text exceeds the context window.
+The check names items with an unreadable picture and items that exceed the context window.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cfvlm_ds.evaluation.suite.selection import Way
 
 @dataclass(frozen=True)
 class Checked:
-    """Items that the model can process, (id, reason) of each item left out, and a table of the pictures."""
+    """Items that the model can process, (id, reason) pairs for the items left out, and a table of the pictures."""
 
     items: tuple[Item, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
-    """Check all items. All ranks must call this. Invalid items raise no error."""
+    """Check all items. All ranks must call this. Invalid items are left out."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -67,7 +67,6 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
     table = PictureTable.of((path, picture) for path, picture in pictures.items() if isinstance(picture, Picture))
 
     def problem(item: Item) -> str | None:
-        """Return why the model cannot process an item, or None if it can."""
         found = [[pictures[picture] for picture in image] for image in item.images]
         if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
             return unread[0]

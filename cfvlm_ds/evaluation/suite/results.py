@@ -1,8 +1,8 @@
 """Result files of a benchmark: results.json, items.jsonl and, during scoring, scores.jsonl.
 
 ``results.json`` records the benchmark, the probe, the model, the data and the metrics. ``items.jsonl`` has one line per item with its
-scores and everything else that metrics need. It allows metrics to be recomputed and results to be compared without the model. Neither file
-contains a time or a machine's name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
+scores and everything else that metrics need, so metrics can be recomputed and results compared without the model. Neither file contains a
+timestamp or a host name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
 ``scores.jsonl`` exists until the result is complete. It has a header that identifies the evaluation, and a line for each scored group.
 """
 
@@ -70,7 +70,7 @@ class Result:
 
     @property
     def shown(self) -> str:
-        """Name for tables: ``called``, with a note if the files are not the published ones."""
+        """Name in tables: ``called``, with a note if the files differ from the published files."""
         return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
@@ -89,9 +89,9 @@ def result_of(
 ) -> Result:
     """Build the result of an evaluation.
 
-    The record has the ``header`` (everything on which the scores depend), the name of the ``model``, the metrics of every table, intervals
-    from the metrics ``drawn`` by the bootstrap, the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the files
-    are not the published ones).
+    The record contains the ``header`` (everything on which the scores depend), the name of the ``model``, the metrics of every table,
+    intervals from the bootstrap draws ``drawn``, the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the
+    files differ from the published files).
     """
     benchmark = chosen.benchmark
     counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
@@ -120,7 +120,7 @@ def result_of(
 
 
 def result_folder(folder: Path) -> Path:
-    """Create the folder for the files of one result if it is missing, and return it. Raises ConfigError if a link leads elsewhere."""
+    """Create the folder for a result if it is missing, and return it. Raises ConfigError if the folder or one of its files is a link."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
     try:
@@ -136,7 +136,7 @@ def write_result(folder: Path, result: Result) -> None:
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
                 every = vars(outcome.item) | vars(outcome)
-                # the benchmark's own files name the pictures
+                # the pictures are named in the benchmark's own files
                 row = {name: value for name, value in every.items() if name not in ("item", "images") and value is not None}
                 file.write(json.dumps(_finite(row)).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
@@ -209,10 +209,10 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
 
 
 class Partial:
-    """Scores of an unfinished evaluation on disk: one line per group or, if texts are generated, one line per item.
+    """Stored scores of an unfinished evaluation: one line per group or, if texts are generated, one line per item.
 
     Args:
-        folder: folder of the result, which the evaluation has locked.
+        folder: the result's folder, which the evaluation has locked.
         header: everything on which the scores depend; a file with a different header raises ConfigError.
     """
 
@@ -229,12 +229,12 @@ class Partial:
             self._journal.append(_exact(header))
 
     def add(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Append the scores of more groups. Raises StorageError; the earlier scores stay on disk."""
+        """Append the scores of more groups. Raises StorageError if writing fails; earlier scores stay on disk."""
         self._journal.append(b"".join(_exact({"group": number, **row}) for number, row in sorted(rows.items())))
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ConfigError that names the difference if a file belongs to another evaluation."""
+    """Raise a ConfigError that states the difference if a file belongs to another evaluation."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")

@@ -1,7 +1,7 @@
 """Benchmark runner: scores benchmarks one by one and reuses results on disk.
 
-How items are divided into forward passes depends only on the items and the settings, not on the number of ranks or on interruptions. The
-result files are therefore always identical.
+The division of items into forward passes depends only on the items and the settings, not on the number of ranks or on interruptions, so
+the result files are always identical.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from cfvlm_ds.evaluation.suite.tables import HEADING, markdown
 _Rows = dict[int, dict[str, Any]]
 """Group index -> scores, or item index -> generated texts."""
 MAX_TOKENS = 16_384
-"""Default maximum of tokens in a forward pass: about a hundred questions about one picture, with any model."""
+"""Default maximum number of tokens in a forward pass, enough for about a hundred questions about one picture with any model."""
 _TABLES = "results.md"
 
 
@@ -58,8 +58,8 @@ class Asked:
     """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity.
 
     ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
-    ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text, given pictures, a prompt and a maximum
-    number of tokens. It is None if the model cannot generate, for instance because it is partitioned over several GPUs.
+    ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text from pictures, a prompt and a maximum number
+    of tokens. It is None if the model cannot generate text, for instance because it is partitioned over several GPUs.
     """
 
     forward: Forward
@@ -80,7 +80,7 @@ class Settings:
         max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
         num_workers: number of processes per rank that prepare batches.
         shuffled: also score each item with another item's picture.
-        skip: leave out items that the model cannot process, and count and name them. Otherwise, the first such item is an error.
+        skip: leave out and report items that the model cannot process. Otherwise, the first such item is an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
@@ -96,8 +96,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Hold the lock of the results folder within the block. Raises ConfigError on all ranks if another process holds the lock or the folder
-    has anything other than results.
+    """Hold the results folder's lock within the ``with`` block. Raises ConfigError on all ranks if another process holds the lock or the
+    folder contains anything other than results.
     """
     locks: list[RunLock] = []
 
@@ -123,9 +123,9 @@ def results_held(out: Path, world: World) -> Iterator[None]:
 def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], out: Path, settings: Settings) -> list[Result]:
     """Evaluate a model on loaded benchmarks. Write each result to a folder below ``out``, write ``results.md``, and return the results.
 
-    Results of the same model on the same data are not computed again. All ranks must call this, and all get the results.
+    Results on disk for the same model and data are not computed again. All ranks must call this, and all get the results.
 
-    Raises ConfigError if a folder has results of another evaluation, and DataError for an invalid item unless such items are skipped.
+    Raises ConfigError if a folder contains results of another evaluation, and DataError for an invalid item unless such items are skipped.
     """
     world = model.world
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
@@ -147,7 +147,7 @@ def _refuse_another_model(out: Path, model: Asked) -> None:
 
 
 def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings) -> Result:
-    """Return the result of one benchmark under one probe. Read it from disk if it is complete; otherwise evaluate the model."""
+    """Return the result of one benchmark under one probe. If it is complete on disk, read it; otherwise evaluate the model."""
     world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
     checked = checked_items(loaded.items, chosen.way, model.collator, world, label)
     refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
@@ -170,7 +170,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Make paths in a message relative to the benchmarks folder, so that the message is the same on every machine."""
+        """Make paths relative to the benchmarks folder, so that a message is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
@@ -246,7 +246,7 @@ def _written(
             f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
         )
     say, world, most = model.say, model.world, way.max_new_tokens
-    say_blank = cache(say)  # descriptions share a prompt
+    say_blank = cache(say)  # all description items share a prompt
     donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
     for start in range(0, len(unwritten), together):
@@ -261,7 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each turn. An error that ends the turns is yielded last, not raised, because all ranks need it."""
+    """Yield (rows, None) for each of ``turns``. If one raises an error, yield ({}, error) and stop, because all ranks need the error."""
     try:
         for rows in turns:
             yield rows, None

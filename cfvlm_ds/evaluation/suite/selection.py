@@ -19,13 +19,13 @@ from cfvlm_ds.evaluation.probes import PROBES, Generate, Probe
 Way: TypeAlias = Probe | Generate
 
 OF_MODEL = ("weights", "inputs", "adapter")
-"""Hashes that identify a model and its inputs."""
+"""Names of the hashes that identify a model and its inputs."""
 _SKIP = "use --on_error skip to leave such items out; they are counted and named"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with one of its probes. ``label`` is the probe's name in files, with the values of non-default options."""
+    """A benchmark with one of its probes. ``label`` is the probe's name in paths, followed by the values of non-default options."""
 
     name: str
     benchmark: Benchmark
@@ -35,7 +35,7 @@ class Chosen:
 
     @property
     def read(self) -> Parser | Mentions:
-        """Return the function that reads a generated text."""
+        """Function that parses a generated text."""
         return self.benchmark.mentions or PARSERS.get(self.name, answer)
 
     @property
@@ -44,7 +44,7 @@ class Chosen:
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything on which scores depend, in the format of results.json. ``model`` maps names to the model's hashes."""
+        """Return everything on which scores depend, in the format of results.json. ``model`` holds the model's hashes, keyed by name."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,
@@ -57,10 +57,10 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """Select benchmarks by name. Each gets those of the given ``probes`` that it supports or, if none are given, its default probe.
+    """Select the named benchmarks, each with all ``probes`` that it supports. If ``probes`` is empty, use each benchmark's default probe.
     ``root`` contains the benchmarks' folders.
 
-    Raises ConfigError for an unknown name, for a benchmark that supports no given probe, and for a probe that no benchmark supports.
+    Raises ConfigError for an unknown name, a benchmark that supports none of the probes, or a probe that none of the benchmarks supports.
     """
     requested = [way_named(spec) for spec in probes]
     selected: list[Chosen] = []
@@ -103,7 +103,7 @@ def load_items(
 ) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture, unless ``skip`` leaves out such items and other items remain.
+    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out if others remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)

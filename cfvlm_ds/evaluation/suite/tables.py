@@ -11,9 +11,9 @@ from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
 from cfvlm_ds.evaluation.suite.results import Result
 
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
-"""Control table -> heading."""
+"""Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics used in place of a headline metric that compares images, because it has no value for a blank image."""
+"""Metrics to use for a blank image if the headline metric compares images and therefore has no value."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
@@ -40,8 +40,8 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line that states how many points the model is above random scores, and how many of them it also gains with a blank image.
-    For a benchmark with two headline metrics, state both, with the images and with a blank image.
+    """Return a line that states by how many points the model exceeds random scores, with the items' images and with a blank image.
+    For a benchmark with two headline metrics, the line gives the values of both metrics instead.
     """
     seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
@@ -62,7 +62,7 @@ def summary(result: Result) -> str:
 
 
 def omissions(result: Result) -> list[str]:
-    """Return a line about items left out, and a line about items that count as wrong because their scores are not finite, if any."""
+    """Return a line about items left out and a line about items that count as wrong because of non-finite scores, if there are any."""
     left_out, broken = result.record["left_out"], result.record["not_finite"]
     notes = []
     if left_out:
