@@ -1,4 +1,4 @@
-"""Pixel comparison between an original and an edited picture: the share of changed pixels, and whether they form one piece."""
+"""Pixel comparison of an original and an edited picture: how many pixels changed, and whether they are connected."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
-"""Longer side, in pixels, of the reduced pictures that are compared. At this size, JPEG compression or a latent model's encoding changes
-pixels by less than VISIBLE.
+"""Longer side, in pixels, of the reduced pictures that are compared. At this size, JPEG compression or a latent diffusion model's
+autoencoder changes pixels by less than VISIBLE.
 """
 VISIBLE = 16
-"""Number of levels (of 255) above which a difference is visible."""
+"""A difference of more than this number of levels (of 255) is visible."""
 _HASHED = 32
 
 Array = npt.NDArray[Any]
@@ -27,9 +27,10 @@ Array = npt.NDArray[Any]
 def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> dict[str, Any]:
     """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
-    The result holds ``changed``, the share of visibly changed pixels; ``largest``, the share of these in the largest connected piece;
-    ``identical``, True if no pixel differs; ``outside``, the share of the pixels outside the mask that differ; ``hash``, the number of bits
-    (of 64) in which the perceptual hashes differ; and ``same_size``. If the sizes differ, only ``hash`` is compared.
+    Returns:
+        ``same_size``, and ``hash``, the number of bits (of 64) in which the perceptual hashes differ. If the sizes are equal, also
+        ``identical``, True if no pixel differs; ``changed``, the share of visibly changed pixels; ``largest``, the share of the changed
+        pixels in the largest connected piece; and with a mask ``outside``, the share of the pixels outside the mask that differ.
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
@@ -48,7 +49,7 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
 
 def largest_piece(mask: Array) -> int:
-    """Count the cells of the largest connected piece. Cells that touch at a corner are connected."""
+    """Count the pixels of the mask's largest connected piece. Pixels that touch at a corner are connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     return int(np.bincount(labels[mask], minlength=1).max())
 

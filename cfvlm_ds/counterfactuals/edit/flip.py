@@ -1,4 +1,4 @@
-"""Mirror images: exact counterfactuals for left and right, unless lettering or the like reveals the mirroring."""
+"""Mirror images, which are exact counterfactuals for left and right unless lettering reveals the mirroring."""
 
 from __future__ import annotations
 
