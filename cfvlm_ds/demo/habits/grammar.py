@@ -50,7 +50,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Return a sentence without its capital letter and full stop."""
+    """Fill in a phrasing, and return the sentence without its capital letter and full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
 
@@ -130,7 +130,7 @@ class Verdict:
     """Verdict on a text about a scene.
 
     ``statements`` maps each distinct statement to its truth. ``unparsed`` has the sentences that the grammar does not produce, and
-    ``sentences`` is the number of all sentences. ``mentioned`` has the kinds of things in the text, and ``present`` those in the scene.
+    ``sentences`` is the number of all sentences. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
     """
 
     statements: dict[Statement, bool]
@@ -158,11 +158,11 @@ def judge(text: str, scene: Scene) -> Verdict:
 
 
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
-    """Return a description of each scene. The descriptions differ only where a scene differs from the first one.
+    """Return a description of each scene. The descriptions differ only where the scenes differ.
 
-    All things are listed with number and colour, but one colour may be in a sentence of its own. Otherwise, a relation follows if two
-    things have a relation in every scene. What differs between scenes is always mentioned: a relation, the background or, if a thing is
-    added, the total number of things. Without the total, the text with fewer things would be true of both scenes.
+    All things are listed with number and colour. One colour can be stated in a separate sentence instead. If it is not, a sentence states a
+    relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
+    If a thing is added, the total number of things is mentioned, because the text with fewer things would otherwise be true of both scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
