@@ -37,7 +37,7 @@ class Edited:
 
     @property
     def reason(self) -> str:
-        """Why the best attempt is rejected, or "" if it is good."""
+        """Reason for rejecting the best attempt, or "" if it is good."""
         return self.best.verdict.reason
 
 
@@ -63,7 +63,7 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, ma
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """Yield the history of every source in a shard that has candidates. Only one history is in memory at a time."""
+    """Yield a shard's histories, one per source with candidates. Only one history is in memory at a time."""
     for source, records in groupby(work.records("verify", shard), key=lambda record: str(record["source"])):
         edits: dict[str, Edited] = {}
         for record in records:

@@ -35,7 +35,7 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. The cause can be one caption or picture, or a fault of all requests."""
+    """A request that the server refuses with status 400 or 422. Either one caption or picture is at fault, or all requests are."""
 
 
 def check_url(url: str, option: str) -> str:
@@ -77,7 +77,7 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 
 
 def _refuse(url: str, reply: Reply) -> None:
-    """Raise CallFailed, Unfit or ConfigError, depending on the reply's status, which is not 200."""
+    """Raise the exception for a status other than 200: CallFailed, Unfit or ConfigError."""
     message = one_line(reply.content[:400].decode("utf-8", "replace"), 200)
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")

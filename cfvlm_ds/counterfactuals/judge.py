@@ -1,4 +1,4 @@
-"""Verdicts on candidates: pure functions that compare measurements with thresholds. New thresholds do not require a model.
+"""Verdicts on candidates: pure functions that compare measurements with thresholds. Changing a threshold does not require a model.
 
 A candidate is good if it wins all four comparisons by a margin: each picture prefers its own text, and each text prefers its own picture.
 In addition, the share of changed pixels must suit the edit type, and the changes must be neither scattered nor outside the mask. If an
@@ -20,7 +20,7 @@ from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
 GOOD = ""
-_CERTAIN = 40.0  # log-odds that stand for probabilities of exactly 0 and 1
+_CERTAIN = 40.0  # log-odds used for probabilities of exactly 0 and 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Return the verdict on a record of the step ``verify``."""
+    """Judge a record from the step ``verify``."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")
@@ -92,7 +92,7 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 
 
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
-    if mined:  # two photographs, of which only the captions are similar
+    if mined:  # two different photographs with similar captions
         return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
     if not checks["same_size"]:
         return "picture: the size changed"
@@ -150,8 +150,8 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a JSON or YAML file. Thresholds that are missing, or all if ``file`` is empty, have their defaults. ``rule`` and
-    ``margin`` take precedence over the file. Raises ConfigError for invalid thresholds.
+    """Read thresholds from a JSON or YAML file, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take precedence over the
+    file. Raises ConfigError for invalid thresholds.
     """
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
@@ -227,4 +227,4 @@ def _between(low: float, high: float) -> float:
 
 
 _LIMITS = 256
-"""Largest number of values to try for the threshold ``drop``."""
+"""Maximum number of values to try for the threshold ``drop``."""

@@ -1,4 +1,5 @@
-"""Step ``sample``: a model writes texts about pictures, a separate judge decides which are true, and true and false texts form groups.
+"""Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
+a group.
 
 The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge can judge them again
 without the model.
@@ -66,7 +67,7 @@ def sample(
         load: function that loads the scorer, the collator and the world.
 
     Returns:
-        The shard's completion record, and the counts, or None if a shard is not finished.
+        The shard's completion record; and the counts, or None if other shards are not finished.
 
     Raises ConfigError if options differ from the folder's options, if the judge cannot decide on any known true text, or if no text is
     false. Raises DataError if the judge fails on a text.
@@ -153,7 +154,7 @@ class _Source:
         return verdict
 
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate texts for a question. Return them with the number of sampled texts and of texts left out for each reason."""
+        """Generate texts for a question. Return them with the counts of sampled and discarded texts."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
         if self.verdict(first.text, question) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}

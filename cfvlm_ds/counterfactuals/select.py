@@ -1,4 +1,4 @@
-"""Step ``select``: adds the best attempt at each good edit to a group, within quotas. All other edits are counted by reason.
+"""Step ``select``: adds the best attempt at each good edit to a group, within quotas. Other edits are counted by the reason for omission.
 
 Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
@@ -78,7 +78,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if shards are not verified yet (the message names all of them) or if no candidate is kept.
+    Raises ConfigError if shards are not verified yet, naming all of them, or if no candidate is kept.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -135,7 +135,7 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the file with the counts, next to ``file``."""
+    """Return the path of the counts file that belongs to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 

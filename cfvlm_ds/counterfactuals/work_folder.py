@@ -3,7 +3,7 @@
     W/run.json                        the data and the number of shards
     W/STEP.json                       settings of a step: back ends, options, versions
     W/STEP/shard-00003.jsonl          records, one line per unit of work
-    W/STEP/shard-00003.done.json      for a finished shard: sha256 of its records, and sha256 of the previous step's records
+    W/STEP/shard-00003.done.json      completion record: sha256 of the shard's records and of the previous step's records
     W/pictures/shard-00003.tar        edited pictures; the records hold their offsets
     W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
     W/mine/slots.bin                  index of captions that differ in one word, for the back end mine
@@ -50,7 +50,7 @@ OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from ``parts``, which identify the use of the seed."""
+    """Derive a 63-bit seed from ``parts``, which identify its use."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -93,7 +93,7 @@ class WorkFolder:
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
         """Open a work folder, or create it if it does not exist. If ``shards`` is None, the existing number of shards is used (1 in a new
-        folder). Raises ConfigError if the folder was created with other data, steps or another number of shards.
+        folder). Raises ConfigError if the folder was created with different data, steps or number of shards.
         """
         _refuse_links(path)
         shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
@@ -152,7 +152,7 @@ class WorkFolder:
         return record if record and self.file(step, shard).is_file() else None
 
     def again(self, step: str, shard: int) -> str:
-        """Describe how to repeat a step and the following steps for a shard."""
+        """Return instructions for repeating a step and the following steps on a shard."""
         files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in self.steps[self.steps.index(step) :])
         return f"remove {files}; then run these steps again"
 
@@ -253,7 +253,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If the step failed without any records, remove its settings, because they may be wrong."""
+        """Close the journal. If the step failed before its first record, remove its settings, because they may be wrong."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:

@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
-_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for several newlines, as in Gemma's tokenizer
+_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for runs of newlines, as in Gemma's tokenizer
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = "size of the vocabulary"
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": _VOCABULARY, "bos_token_id": None}
@@ -226,7 +226,7 @@ _cohere = partial(
 def _glm(model_type: str, folder: Path) -> Parts:
     fields = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # pixels in both frames of which a picture consists
+    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # in pixels; a picture counts as two frames
     kind = {"glm4v": "Glm4v", "glm46v": "Glm46V"}[model_type]
     return _parts(
         model_type,

@@ -1,5 +1,5 @@
-"""Final table of `make demo`: the model of a run on the world with habits before and after training, next to models that were trained for
-the same time with other objectives.
+"""Final table of `make demo`, which compares a run on the world with habits, before and after training, with other objectives at equal
+training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """

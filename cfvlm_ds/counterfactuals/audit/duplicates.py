@@ -79,8 +79,8 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map the ids in ``ours`` to their first text that equals a benchmark text or shares eight consecutive words with one. Ids without such
-    a text are left out.
+    """Map each id to its first text that equals a benchmark text or shares eight consecutive words with one. Ids without such a text are
+    left out.
     """
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()

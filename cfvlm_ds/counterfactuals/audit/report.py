@@ -100,8 +100,8 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Hash every picture of a split, and return the split. If a picture is unreadable, add the problem to ``broken`` under the id of a
-    group that shows it.
+    """Read a split and hash all of its pictures. If a picture cannot be read, add the problem to ``broken`` under the id of a group that
+    shows it.
     """
     owners: dict[Path, list[str]] = {}
     for group in groups:

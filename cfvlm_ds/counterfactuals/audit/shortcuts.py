@@ -1,5 +1,5 @@
-"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by grain. They ignore whether a text
-matches its picture.
+"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
+ignore whether a text matches its picture.
 
 Each classifier is fitted on half of the groups and evaluated on the other half. All groups of a source are in the same half.
 """

@@ -93,7 +93,7 @@ class Editor:
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the file in ``folder`` whose name is the id ``name``, or None if it is missing or the id cannot be a file name."""
+    """Return the picture in ``folder`` that is named after the id ``name``, or None if it is missing or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")

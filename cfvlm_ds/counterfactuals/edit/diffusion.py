@@ -1,6 +1,6 @@
 """Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
 
-Whether a pipeline's call accepts a mask, a picture or neither determines its kind.
+The arguments that a pipeline accepts (a mask, a picture or neither) determine its kind.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Repeat the last row and column of a picture until its size is one that pipelines accept."""
+    """Pad a picture with copies of its last row and column, so that pipelines accept its size."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))

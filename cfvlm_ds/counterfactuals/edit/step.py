@@ -126,7 +126,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
     if image.size != original.size:
         size = f"{image.width}x{image.height} instead of {original.width}x{original.height}"
         return record | {"refused": f"the edited picture has another size ({size})"}, None
-    image = image.convert("RGB")  # a copy
+    image = image.convert("RGB")  # a copy, because png() changes it
     mask = task.mask_image(original.size)
     if options.composite == "mask" and mask is not None:
         image = Image.composite(image, original, mask)

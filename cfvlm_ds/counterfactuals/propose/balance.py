@@ -96,7 +96,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
 
 
 Move = tuple[int, Any, int]
-"""Index of an edit, a word, and a direction: 1 if the edit introduces the word, -1 if it removes the word."""
+"""(index of an edit, word, direction). The direction is 1 if the edit introduces the word and -1 if it removes it."""
 
 
 def balanced(

@@ -80,7 +80,7 @@ class Proposer(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """Propose edits for a source. The result depends only on the source and the settings, so sources may come in any order."""
+        """Propose edits for a source. The result depends only on the source and the settings, not on the order of sources."""
         ...
 
 

@@ -132,7 +132,7 @@ def _object(caption: Caption) -> Iterator[Change]:
             0 < token.i == token.left_edge.i or any(child.dep_ == "nummod" and child.lower_ != "one" for child in token.children)
         )
         if of_stuff or ones.count(one) > (caption.words.count(token.lower_) if category == "person" else 1):
-            continue  # such as "eating pizza", "two woman", and "two guys, and the guy in red"
+            continue  # for example "eating pizza", "two woman", or "two guys, and the guy in red"
         if not _may_change(caption, token, category, one):
             continue
         for new in by_word("instead").get(one, ()):
@@ -219,7 +219,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return the changes that replace the words at ``places`` with ``phrase``, which can have another number of words."""
+    """Return the changes that replace the words at ``places`` with ``phrase``, which can have a different number of words."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}

@@ -85,7 +85,7 @@ class Caption:
         return [token.i for token in self.doc if start <= token.idx < end]
 
     def nouns(self) -> Iterator[Any]:
-        """Yield the nouns, without those that only modify another noun, such as "fire" in "fire truck"."""
+        """Yield all nouns except modifiers of another noun, such as "fire" in "fire truck"."""
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:

@@ -1,5 +1,5 @@
-"""Language model back end: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted data, so the package's own
-rules judge every edit.
+"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so the package's own rules check
+every edit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cfvlm_ds.data.decoding import open_image
 
 VERSION = 1
 _MOST_BYTES = 1 << 20
-_MAX_TOKENS = 700  # limits replies of endless white space, a known failure
+_MAX_TOKENS = 700  # limits replies of endless white space, a known failure mode
 _SIDE = 768  # longer side, in pixels, of the pictures in requests
 IN_A_ROW = 20
 """The step ends after this number of consecutive captions without a usable reply."""

@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows to compare a caption with, for each omitted word. If there are more, an evenly spaced subset is used."""
+"""Maximum number of rows with which a caption is compared per omitted word. If there are more, an evenly spaced subset is used."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),

@@ -1,4 +1,4 @@
-"""Back end ``rules``: edits based on a caption's parse and on closed word lists. It favours precision over the number of edits."""
+"""Back end ``rules``: edits based on a caption's parse and on closed word lists. It favours precision over recall."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SY
 VERSION = 8
 """Version of the rules. Increment it if the edits of any caption change."""
 _LOOKED_AT = 10_000
-"""Largest number of rows from which the prices are computed."""
+"""Maximum number of rows from which the prices are computed."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
 """Edit types for which ``--words`` can list words."""
 
@@ -48,7 +48,7 @@ class Rules:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
 
     def propose(self, source: Source) -> Found:
-        """Return the proposals of each type, or a rejection that applies to the whole caption."""
+        """Return the proposals for each edit type, or a rejection that applies to the whole caption."""
         edits = edits_of(source.caption, self._types, self._words)
         if isinstance(edits, Rejected):
             return [edits]

@@ -1,5 +1,5 @@
-"""Slot index, which finds rows whose captions differ in one word. A caption has a key for each of its words, which is a hash of the other
-words. The index is on disk, so memory does not grow with the data.
+"""Slot index, which finds rows whose captions differ in one word. Each word of a caption has a key, the hash of the caption without this
+word. The index is on disk, so memory does not grow with the data.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
 """A word with its apostrophes and hyphens, a number, or a punctuation mark."""
 MOST_CHANGED = 6
-"""Largest number of words in one change."""
+"""Maximum number of words in one change."""
 MOST_CHARACTERS = 2000
 
 _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa couch, tv television, bike bicycle
@@ -31,7 +31,7 @@ SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",")
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Words that make no visible difference if nothing else changes."""
+"""Function words. Changing only such words makes no visible difference."""
 
 
 @functools.lru_cache(256)

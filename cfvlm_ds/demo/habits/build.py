@@ -1,4 +1,4 @@
-"""World with habits as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar.
+"""World with habits, written as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
 In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (0.96, as in pretraining). The test sets are balanced
 between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks every habit
@@ -60,7 +60,7 @@ class Drawn:
 
     @property
     def habit(self) -> str:
-        """Return "agrees" if every thing in every scene follows all of its habits, else "contradicts"."""
+        """Return "agrees" if no scene breaks a habit, else "contradicts"."""
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 
@@ -107,14 +107,14 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
 
 
 def png(scene: Scene) -> bytes:
-    """Render a scene as the content of a PNG file."""
+    """Render a scene, and return the picture as PNG bytes."""
     buffer = io.BytesIO()
     render(scene).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a row's pictures from its metadata, without jitter."""
+    """Return the scenes of a row's pictures, without jitter, from the row's metadata."""
     return [scene_from(values) for values in meta["scenes"]]
 
 
@@ -154,7 +154,7 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. The result depends only on the arguments, and not on ``out_dir`` or the number of groups.
 
-    Outside of ``train``, edit types take turns. Raises DataError if no scene allows the edits.
+    In splits other than ``train``, edit types take turns. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
@@ -180,7 +180,7 @@ def question_of(split: str) -> str:
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """Draw distinct edit types one by one, with probabilities proportional to weight (Efraimidis and Spirakis, 2006)."""
+    """Draw distinct edit types one by one, with probabilities proportional to their weights (Efraimidis and Spirakis, 2006)."""
     keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
     return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
@@ -193,7 +193,7 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Add descriptions, questions or both. Return None if the texts do not tell the scenes apart."""
+    """Add descriptions, questions or both. Return None if the texts do not distinguish the scenes."""
     question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
@@ -211,7 +211,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
-    """Ask up to ``number`` different questions about the first edit, or about a new edit if the group has none."""
+    """Build up to ``number`` different questions about the first edit, or about new edits if the group has none."""
     asked = dict[Prompt, Asked]()
     for _ in range(4 * number):
         if len(asked) == number:

@@ -50,7 +50,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Fill in a phrasing, and return the sentence without its capital letter and full stop."""
+    """Fill in a phrasing. The resulting sentence has no capital letter and no full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
 
@@ -215,5 +215,5 @@ def key(things: Sequence[Thing]) -> str:
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all texts that may be true of a scene, which list at least two of its things."""
+    """Return the keys of all texts that can be true of a scene and list at least two of its things."""
     return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

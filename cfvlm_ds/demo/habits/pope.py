@@ -42,7 +42,7 @@ def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) 
 
 
 def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed: int) -> None:
-    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official columns, a
+    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official fields, each
     question has ``habit``, which states whether the scene breaks a habit.
     """
     (folder / "output" / "coco").mkdir(parents=True)

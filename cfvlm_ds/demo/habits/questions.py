@@ -44,7 +44,7 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Ask a question about what ``edit`` changed between scenes 0 and 1. Return None if the answers would be equal."""
+    """Build a question about the change that ``edit`` made between scenes 0 and 1. Return None if the answers would be equal."""
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
@@ -95,7 +95,7 @@ def _thing(fact: Statement, scene: Scene) -> Thing:
 
 
 def _asked(claim: Statement, scene: Scene) -> str:
-    """Return a yes/no question. A noun is singular or plural according to the thing's number in ``scene``."""
+    """Phrase a claim as a yes/no question. Nouns agree with the number of things in ``scene``."""
     name, *words = claim
     if name == "background":
         return f"Is this a {words[0]} scene?"

@@ -49,7 +49,7 @@ _ART = """
 ...#oooooooo#... ................ ..#oooooooooo#.. ....#oooooo#.... .############### .....######..... ...##......##... ................
 ...##########... ................ ..############.. .....######..... ................ ................ ................ ................
 """
-"""Kinds in order, eight per row: outline (#), colour (o), details (+) and highlights (w)."""
+"""Pixel art of all kinds in order, eight per row: outline (#), colour (o), details (+) and highlights (w)."""
 
 _RGB = {
     "red": (222, 38, 38),

@@ -22,7 +22,7 @@ ROWS = ("top", "middle", "bottom")
 SIDE = 3
 """Number of rows, and of columns."""
 FEWEST, MOST = 2, 5
-"""Minimum and maximum number of copies of all things in a scene."""
+"""Minimum and maximum total number of copies in a scene."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Scene:
 
     @property
     def total(self) -> int:
-        """Number of copies of all things."""
+        """Total number of copies of all things."""
         return sum(thing.number for thing in self.things)
 
     def find(self, kind: str) -> Thing | None:
