@@ -29,8 +29,7 @@ class Thresholds:
 
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
-            or ``checks`` (no scores, only pixels). When ``likelihood`` compares two texts, it first subtracts each text's log-likelihood
-            on a blank picture.
+            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their blank-picture scores.
         margin: smallest margin of each of the four comparisons, in nats, at least 0.
         changed: smallest and largest share of visibly changed pixels, keyed by edit type; "*" for other types.
         largest: smallest share of the changed pixels that must be in one connected piece.

@@ -67,8 +67,8 @@ class ProposeOptions:
         types: edit types, separated by commas.
         per_type: maximum number of proposals per type, caption and back end.
         seed: seed for choosing between possible edits.
-        words: YAML file with lines of the form TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. By
-            default, they introduce the built-in words, each as often as it occurs in the captions.
+        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. The default is the
+            built-in words, each as often as it occurs in the captions.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of the server's model.
         llm_see: also send the picture.

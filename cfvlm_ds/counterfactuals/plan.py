@@ -94,7 +94,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """Return an option's value, or a section without its empty options and with ``with`` renamed to ``back_ends``."""
+    """Drop a section's empty options and rename ``with`` to ``back_ends``. Other values are unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

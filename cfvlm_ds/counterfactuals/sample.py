@@ -1,8 +1,7 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge can judge them again
-without the model.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge needs no new texts.
 """
 
 from __future__ import annotations
@@ -62,15 +61,11 @@ def sample(
     """Generate the texts of shard ``shard`` (0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
     OUT/counts.json. Texts of an earlier call are not generated again.
 
-    Args:
-        model: settings that identify the model.
-        load: function that loads the scorer, the collator and the world.
+    ``load`` loads the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the counts
+    if all shards are finished.
 
-    Returns:
-        The shard's completion record; and the counts, or None if other shards are not finished.
-
-    Raises ConfigError if options differ from the folder's options, if the judge cannot decide on any known true text, or if no text is
-    false. Raises DataError if the judge fails on a text.
+    Raises ConfigError if options differ from the folder's options, if the judge decides on no known true text, or if no text is false.
+    Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
@@ -207,7 +202,7 @@ def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) ->
 
 
 def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
-    """Judge the texts of all shards, write the groups and the counts, and return the counts."""
+    """Judge the texts of all shards, and write the groups and the counts."""
     pictured = {row for rows in places.values() for row in rows}
     counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
     journals = [work.records(SAMPLE, shard) for shard in range(work.shards)]

@@ -35,7 +35,7 @@ TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real pict
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-"""Settings of each step that are copied to every group, so that it can be reproduced: back ends, models and versions."""
+"""Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
 
 @dataclass
@@ -122,9 +122,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return the output file and the share of each split. Raises ConfigError for invalid options, and for an output file that another
-    program wrote.
-    """
+    """Return the output file and the share of each split. Raises ConfigError for invalid options or another program's output file."""
     shares = parse_splits(options.splits)
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
@@ -225,7 +223,6 @@ def _row(
     steps: Mapping[str, Any],
     thresholds: Thresholds,
 ) -> dict[str, Any]:
-    """Build a group's row, including its provenance."""
     made_from = []
     for edited in kept:
         best = edited.best

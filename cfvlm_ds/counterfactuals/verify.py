@@ -1,7 +1,6 @@
 """Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
 
-The scorer processes both pictures and all texts of a candidate in one packed row, so the match and likelihood probes share the encoded
-pictures.
+The scorer processes a candidate's pictures and texts in one packed row, so the match and likelihood probes share the encoded pictures.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def measured(
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
         scores = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
-    except DataError:  # one of the groups cannot be scored; score each of them separately
+    except DataError:  # a group cannot be scored; score each group separately
         scores = {}
     for k in wanted:
         try:
@@ -202,7 +201,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit thresholds to labelled candidates, and write them to W/thresholds.json. Each line of the file ``labelled`` has the form
+    """Fit thresholds to labelled candidates, and write W/thresholds.json. The file ``labelled`` has lines of the form
     {"edit": ID, "attempt": 0, "good": true}.
 
     Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no margin reaches the precision.

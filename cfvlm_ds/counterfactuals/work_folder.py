@@ -60,7 +60,7 @@ def row_line(row: Mapping[str, Any]) -> bytes:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return a file's sha256 as a hexadecimal string."""
+    """Return a file's hexadecimal sha256."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
         while block := handle.read(MIB):

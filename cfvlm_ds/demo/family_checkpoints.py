@@ -393,6 +393,4 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         },  # patch_size: number of visual tokens per side of a tile
     ),
 }
-"""Model type -> function that builds the configuration and processor. It also writes a tokenizer file to the folder if the family has
-one.
-"""
+"""Model type -> function that builds the configuration and processor, and writes the family's tokenizer file, if any, to the folder."""

@@ -1,5 +1,4 @@
-"""Final table of `make demo`, which compares a run on the world with habits, before and after training, with other objectives at equal
-training time.
+"""Final table of `make demo`: a run on the world with habits, before and after training, and other objectives at equal training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """

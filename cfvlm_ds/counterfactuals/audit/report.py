@@ -69,7 +69,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split. ``owners`` maps each picture to the ids of the groups that show it, and ``looks`` maps readable pictures to their hashes."""
+    """A split. ``owners`` maps each picture to the ids of its groups, and ``looks`` maps each readable picture to its hashes."""
 
     name: str
     groups: Sequence[CounterfactualGroup]
@@ -100,9 +100,7 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Read a split and hash all of its pictures. If a picture cannot be read, add the problem to ``broken`` under the id of a group that
-    shows it.
-    """
+    """Read a split and hash its pictures. Problems are added to ``broken``, each under the id of a group that shows the picture."""
     owners: dict[Path, list[str]] = {}
     for group in groups:
         for image in group.images:

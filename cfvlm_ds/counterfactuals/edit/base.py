@@ -39,10 +39,7 @@ class Task:
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, whose white pixels mark what may change, or return None if there is no mask.
-
-        Raises DataError if the mask's size is not ``size`` (width, height).
-        """
+        """Open the mask, if any. Only its white pixels may change. Raises DataError if its size is not ``size`` (width, height)."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -113,5 +110,5 @@ def opened(path: Path, shown: str) -> Picture | Refused:
 
 
 def sha256_of(content: bytes) -> str:
-    """Return the sha256 of ``content`` as a hexadecimal string."""
+    """Return the hexadecimal sha256 of ``content``."""
     return hashlib.sha256(content).hexdigest()

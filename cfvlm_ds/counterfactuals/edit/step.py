@@ -38,7 +38,7 @@ class Unit(NamedTuple):
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
-    """Edit a shard's pictures, and return the shard's completion record. Work that an earlier call finished is not repeated."""
+    """Edit a shard's pictures, and return its completion record. Work that an earlier call finished is not repeated."""
     names = checked(options)
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -91,7 +91,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
-    """Run an attempt. Return its record, and the PNG bytes of the edited picture, or None if no picture was made."""
+    """Run an attempt. Return its record and the PNG bytes of the edited picture, if any."""
     task = unit.task
     record: dict[str, Any] = {
         "edit": task.id,

@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type, each with the probability ``share``. If these probabilities sum to more than
-    ``most``, they are scaled down.
+    """Draw at most ``most`` of a caption's edits of one type. Their probabilities (``share``) are scaled down if they sum to more than
+    ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -105,7 +105,7 @@ def balanced(
     """Compute the logarithm of each word's price, and the probability of keeping each edit.
 
     The expected numbers of introductions and removals of a word are equal for the words in ``exact``. For other words, they differ by at
-    most one standard deviation, which is the square root of their sum.
+    most one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

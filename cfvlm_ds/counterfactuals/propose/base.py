@@ -71,8 +71,8 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns the settings that determine the proposals. They are stored with the proposals. ``threads`` is the number of sources
-    to process concurrently.
+    ``settings`` returns the settings that determine the proposals, which are stored with them. ``threads`` is the number of sources to
+    process concurrently.
     """
 
     threads: int

@@ -1,4 +1,4 @@
-"""Edit rules for captions, based on a parse and on word lists. They favour precision: they make few edits, nearly all of them correct."""
+"""Edit rules for captions, based on a parse and on word lists. They favour precision over recall."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing for comparison. A picture of a single ball does not show whether it is large."""
+    """Return whether the caption mentions another thing for comparison. A picture of a single ball does not show its size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -153,7 +153,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether ``child``, a dependent of a noun in the parse, also fits the noun ``new``."""
+    """Return whether a noun's dependent ``child`` also fits the noun ``new``."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")

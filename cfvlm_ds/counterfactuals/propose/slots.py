@@ -16,11 +16,11 @@ from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 _SHORTEST, _LONGEST = 3, 24  # words per caption; shorter captions match by chance, longer ones hardly ever
 _ENTRY = "S20"
-"""Entry: an 8-byte key, a 4-byte hash of the word and an 8-byte row index, all big-endian, so that sorting bytes sorts the numbers."""
+"""8-byte key, 4-byte hash of the word and 8-byte row index, all big-endian, so that sorting bytes sorts the numbers."""
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """For each word of a caption, yield the key (a hash of the caption without this word), the word's index, and the word."""
+    """Yield the key, the index and the text of each word in a caption."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return

@@ -103,7 +103,7 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
 
 
 def read_words(file: str) -> dict[str, list[str]]:
-    """Read a YAML file that maps edit types to lists of words. Raises ConfigError if it is invalid."""
+    """Read a YAML file that maps edit types to words. Raises ConfigError if it is invalid."""
     if not file:
         return {}
     try:

@@ -154,7 +154,7 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. The result depends only on the arguments, and not on ``out_dir`` or the number of groups.
 
-    In splits other than ``train``, edit types take turns. Raises DataError if no scene allows the edits.
+    Outside ``train``, edit types take turns. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)

@@ -1,4 +1,4 @@
-"""World with habits: drawn scenes of a few things, most of which look as usual and are in their usual place.
+"""World with habits: drawn scenes of a few things, most of which have their usual look and place.
 
 ``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. In pretraining pictures, it is 0.96, so that a
 model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
@@ -63,7 +63,7 @@ STRENGTH = 0.96
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
 HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
-"""Kind -> colour that this kind never has in training. The usual colour of a kind is never held out."""
+"""Kind -> held-out colour, which is absent from training. It is never the usual colour."""
 
 
 @dataclass(frozen=True)
