@@ -60,8 +60,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a candidate. ``reason`` is the reason for a rejection, or "" if the candidate is good. ``worst`` is the smallest margin in
-    nats. ``stage`` is the deciding stage: 0 picture, 1 checks, 2 scores.
+    """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
+    the deciding stage: 0 picture, 1 checks, 2 scores.
     """
 
     reason: str

@@ -42,7 +42,7 @@ prompt, the known true texts and the source's metadata.
 
 
 class Question(NamedTuple):
-    """A picture, a prompt and the known true texts. ``where`` is the location of the first row with this picture and prompt."""
+    """A picture, a prompt and the known true texts. ``where`` is the location of the first such row."""
 
     group: CounterfactualGroup
     where: str
@@ -202,7 +202,6 @@ def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) ->
 
 
 def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
-    """Judge the texts of all shards, and write the groups and the counts."""
     pictured = {row for rows in places.values() for row in rows}
     counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
     journals = [work.records(SAMPLE, shard) for shard in range(work.shards)]

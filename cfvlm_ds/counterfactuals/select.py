@@ -133,7 +133,6 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the counts file that belongs to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 

@@ -43,8 +43,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (index in ``first``, index in ``second``, True if the files are equal) for each pair of duplicates or near duplicates. The hash
-    of a flat picture carries no information, so flat pictures are reported only if the files are equal.
+    """Yield (index in ``first``, index in ``second``, True if the files are equal) for all duplicates and near duplicates. Flat pictures
+    have uninformative hashes, so they count only if their files are equal.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):

@@ -1,4 +1,4 @@
-"""Files that all shards of a work folder share. One of the concurrent shards writes such a file, and the others wait."""
+"""Files that the shards of a work folder share. One shard writes such a file while the others wait."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class Rules:
         return proposals or [Rejected("rules", "every possible new word is already introduced more often than removed")]
 
     def _read(self, context: Context) -> Prices:
-        """Read the prices of words. The first shard of a work folder computes and writes them for all shards. It uses at most _LOOKED_AT
-        evenly spaced rows, so that memory is bounded.
+        """Read the prices of words. The first shard of a work folder computes them for all shards, from at most _LOOKED_AT evenly spaced
+        rows.
         """
         path, store = context.work.path / "prices.json", context.store
         settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}

@@ -37,7 +37,7 @@ _CHOICE = ("Which is true? A: {} B: {}", "A: {} B: {} Which one fits the image?"
 _COUNT = ("How many {n} are there?", f"How many {{n}} are there?{_SHORT}", "Count the {n}.")
 _COLOUR = ("What colour {is} the {x}?", f"What colour {{is}} the {{x}}?{_SHORT}", "Name the colour of the {x}.")
 _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "count": "number"}
-"""Edit type -> form of the statements that it changes, for types that do not have the same name as the form."""
+"""Edit type -> form of the statements that it changes, if the names differ."""
 
 Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 """Two answers to a prompt, and a truth table [scene][answer] of 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""

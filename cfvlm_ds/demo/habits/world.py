@@ -158,7 +158,6 @@ def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
 
 
 def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
-    """Fill an empty scene with things. Return None if they do not fit."""
     for kind in _kinds(rng, strength, scene.background):
         usual = HABITS[kind]
         colours = [colour for colour in COLOURS if colour != HELD_OUT[kind]]
