@@ -107,13 +107,13 @@ class EditOptions:
     Args:
         back_ends: editors, separated by commas: flip, folder, none, diffusers, command, or an editor from a script. Each edit goes to the
             first editor that accepts it.
-        model: model folder or hub name for the editor diffusers.
+        model: model folder or hub name for the diffusers editor.
         attempts: number of pictures per edit, for editors whose results depend on the seed.
         seed: seed of the attempts, which is combined with their ids.
-        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the editor folder.
+        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
         masks: folder of masks with the same names; white marks the pixels that may change.
         composite: where to restore the original pixels: outside the mask, outside the measured difference, or nowhere (none).
-        command: command line of the editor command, run once per picture; it must contain {request} and {output}.
+        command: command line for the command editor, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
         timeout_s: time limit of the command per picture, in seconds.
         threads: number of concurrent commands.
@@ -141,7 +141,7 @@ class VerifyOptions:
     """Options of `data verify`.
 
     Args:
-        scorer: model that scores the candidates: a model folder, hub name or run folder. Without a scorer, only pixels are compared.
+        scorer: model folder, hub name or run folder of the model that scores candidates. Without a scorer, only pixels are compared.
         template: question that asks whether a picture shows {text}. The default is VQAScore's question.
         prompt: prompt that the captions answer.
         batch_size: candidates per batch of the scorer.
@@ -164,7 +164,7 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores that decide: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
+        rule: scores to use: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
         margin: smallest margin of each comparison, in nats, at least 0.
         thresholds: file with thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.

@@ -48,7 +48,7 @@ def verify(
     of: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure every candidate of a shard, and return the shard's completion record. ``identity`` identifies the scorer's weights."""
+    """Measure every candidate in a shard, and return the completion record. ``identity`` identifies the scorer's weights."""
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done

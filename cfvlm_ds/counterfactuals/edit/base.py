@@ -39,7 +39,7 @@ class Task:
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, if any. Only its white pixels may change. Raises DataError if its size is not ``size`` (width, height)."""
+        """Open the mask, if any. White marks pixels that may change. Raises DataError if its size is not ``size`` (width, height)."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")

@@ -3,7 +3,7 @@
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
 statements of a sentence, or None if the grammar does not produce the sentence. Nothing is guessed: "there is two cup" has no statements.
 
-A noun phrase states that a thing of this kind is there, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
+A noun phrase states that a kind of thing is present, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def noun(kind: str, number: int) -> str:
 
 
 def phrase(thing: Thing, with_colour: bool = True) -> str:
-    """Return the noun phrase of a thing, such as "two red cups"."""
+    """Return the noun phrase for a thing, such as "two red cups"."""
     number = "a" if thing.number == 1 else NUMBERS[thing.number]
     return " ".join([number, *[thing.colour] * with_colour, noun(thing.kind, thing.number)])
 
@@ -203,7 +203,7 @@ def written(sentences: Sequence[str]) -> str:
 
 
 def difference(before: str, after: str) -> tuple[str, str]:
-    """Return the words in which two texts differ: the words of ``before``, and the words of ``after``."""
+    """Return the words of ``before`` that change, and the words of ``after`` that replace them."""
     old, new = re.findall(r"\w+", before), re.findall(r"\w+", after)
     parts = [part for part in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if part[0] != "equal"]
     return " ".join(word for _, i, j, _, _ in parts for word in old[i:j]), " ".join(word for *_, i, j in parts for word in new[i:j])

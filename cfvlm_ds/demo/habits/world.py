@@ -20,7 +20,7 @@ BACKGROUNDS = ("meadow", "kitchen", "night", "desert", "lake")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 ROWS = ("top", "middle", "bottom")
 SIDE = 3
-"""Number of rows, and of columns."""
+"""Number of rows and of columns."""
 FEWEST, MOST = 2, 5
 """Minimum and maximum total number of copies in a scene."""
 
@@ -28,7 +28,7 @@ FEWEST, MOST = 2, 5
 @dataclass(frozen=True)
 class Habit:
     """Typical attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that appears with it). A
-    factor with the value "" or 0 has no habit.
+    value of "" or 0 means that there is no habit.
     """
 
     colour: str = ""
@@ -63,7 +63,7 @@ STRENGTH = 0.96
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
 HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
-"""Kind -> held-out colour, which is absent from training. It is never the usual colour."""
+"""Kind -> colour that this kind never has in training. It is never the usual colour."""
 
 
 @dataclass(frozen=True)
