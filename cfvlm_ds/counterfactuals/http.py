@@ -77,7 +77,6 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 
 
 def _refuse(url: str, reply: Reply) -> None:
-    """Raise the exception for a status other than 200: CallFailed, Unfit or ConfigError."""
     message = one_line(reply.content[:400].decode("utf-8", "replace"), 200)
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")

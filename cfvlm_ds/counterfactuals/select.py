@@ -42,8 +42,7 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` lists the picture folders. It is empty if all pictures are in the
-    folder of the files.
+    ``files`` maps each written file to its number of groups. ``roots`` lists the picture folders, unless all are in the files' folder.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)

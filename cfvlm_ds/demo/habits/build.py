@@ -186,8 +186,8 @@ def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether the scenes suit a test row. If ``agrees`` is True, both must follow all habits. Otherwise, the anchor must break a
-    habit, and the edit must change which habits are broken or how.
+    """Return whether the scenes suit a test row. If ``agrees``, both must follow all habits. Otherwise, the anchor must break a habit, and
+    the edit must change which habits are broken or how.
     """
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 

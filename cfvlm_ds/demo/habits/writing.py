@@ -29,7 +29,7 @@ _COUNTED = (
 
 
 def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> None:
-    """Write the benchmark's file, with one line per picture. The pictures themselves are in the POPE folder next to it."""
+    """Write the benchmark's file, with one line per picture. The pictures are in the POPE folder next to it."""
     folder.mkdir()
     rows = [{"image": name, "scene": spelled(scene), "habit": "contradicts" if scene.broken else "agrees"} for name, scene, _ in pictures]
     (folder / SCENES.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
