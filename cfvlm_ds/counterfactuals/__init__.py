@@ -1,7 +1,7 @@
-"""Construction of counterfactual groups from captions and pictures: edits are proposed, applied, verified, selected and audited. Every
-candidate is kept with its history.
+"""Construction of counterfactual groups from captions and pictures. Edits are proposed, applied, verified, selected and audited, and every
+candidate is recorded with its history.
 
-Each step has one interface and several back ends. A user's script adds a back end by assignment: ``PROPOSERS["mine"] = ...``.
+The back ends that propose and apply edits are interchangeable. A user's script can add one, for example ``PROPOSERS["my_rules"] = ...``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name on access. This folder also holds the commands' options, and importing the options must not import the steps."""
+    """Import a name when it is first used, because importing the commands' options from this package must not import the steps."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Pixel comparison between an original and an edited picture: the share of changed pixels, and whether they form one piece."""
+"""Pixel-level comparison of an original picture with its edited version."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
-"""Longer side, in pixels, of the reduced pictures that are compared. At this size, JPEG compression or a latent model's encoding changes
-pixels by less than VISIBLE.
+"""Pictures are downscaled to this longer side, in pixels, before the comparison. At this size, JPEG compression or a latent diffusion
+model's autoencoder changes pixels by less than VISIBLE.
 """
 VISIBLE = 16
-"""Number of levels (of 255) above which a difference is visible."""
+"""A difference above this level (of 255) counts as visible."""
 _HASHED = 32
 
 Array = npt.NDArray[Any]
@@ -27,9 +27,10 @@ Array = npt.NDArray[Any]
 def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> dict[str, Any]:
     """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
-    The result holds ``changed``, the share of visibly changed pixels; ``largest``, the share of these in the largest connected piece;
-    ``identical``, True if no pixel differs; ``outside``, the share of the pixels outside the mask that differ; ``hash``, the number of bits
-    (of 64) in which the perceptual hashes differ; and ``same_size``. If the sizes differ, only ``hash`` is compared.
+    Returns:
+        A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
+        has ``identical`` (True if no pixel differs), ``changed`` (share of visibly changed pixels), ``largest`` (share of the changed
+        pixels in the largest connected piece) and, with a mask, ``outside`` (share of the pixels outside the mask that differ).
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
@@ -48,13 +49,13 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
 
 def largest_piece(mask: Array) -> int:
-    """Count the cells of the largest connected piece. Cells that touch at a corner are connected."""
+    """Count the pixels of the mask's largest connected piece. Pixels that touch at a corner are connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     return int(np.bincount(labels[mask], minlength=1).max())
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Hash a picture to 64 bits (pHash): the lowest 8 x 8 cosine coefficients of the grey picture, compared with their median."""
+    """Compute a picture's 64-bit pHash, which compares the lowest 8 x 8 cosine coefficients of the grey picture with their median."""
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")

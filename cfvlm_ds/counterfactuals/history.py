@@ -32,18 +32,18 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """The good attempt whose smallest margin is largest. If no attempt is good, the attempt that passed the most stages."""
+        """The good attempt with the largest minimum margin, or, if no attempt is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
     def reason(self) -> str:
-        """Why the best attempt is rejected, or "" if it is good."""
+        """Reason for rejecting the best attempt, or "" if it is good."""
         return self.best.verdict.reason
 
 
 @dataclass(frozen=True)
 class History:
-    """A source and its edits. ``picture`` is the original, or None for text without a picture."""
+    """A source and its edits. ``picture`` is the original, or None for a caption without a picture."""
 
     id: str
     caption: str
@@ -53,7 +53,7 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file``, or from W/thresholds.json if none is given. If neither exists and no candidate was scored, the rule is
+    """Read thresholds from ``file``, or from W/thresholds.json if ``file`` is empty. If there are no thresholds and no scores, the rule is
     ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
@@ -63,7 +63,7 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, ma
 
 
 def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """Yield the histories of a shard's sources that have candidates. Only one is in memory at a time."""
+    """Yield a shard's histories, one per source with candidates. Only one history is in memory at a time."""
     for source, records in groupby(work.records("verify", shard), key=lambda record: str(record["source"])):
         edits: dict[str, Edited] = {}
         for record in records:

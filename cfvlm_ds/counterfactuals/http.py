@@ -1,7 +1,8 @@
-"""HTTP calls to untrusted servers. A reply's size and time are limited, redirects are refused, and stored messages contain no secrets.
+"""HTTP calls to untrusted servers. The size and duration of a reply are limited, redirects are refused, and stored messages contain no
+secrets.
 
-Only the standard library is used. The client of openai 3.57 gives none of these guarantees: despite a timeout of 0.5 s, it waited 6 s
-for a body that arrived byte by byte. It also read a body of 200 MB, followed a redirect, and did not retry after prose or truncated JSON.
+Only the standard library is used, because the openai 3.57 client gives none of these guarantees. Despite a timeout of 0.5 s, it waited 6 s
+for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after prose or truncated JSON.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class CallFailed(Exception):
 
 
 class Unreachable(CallFailed):
-    """A call that failed for lack of a connection to the server."""
+    """A call that failed because the server could not be reached."""
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses (400, 422). The fault may lie with one caption or picture, or with every request."""
+    """A request that the server refuses with status 400 or 422. Either one caption or picture is at fault, or all requests are."""
 
 
 def check_url(url: str, option: str) -> str:
-    """Return ``url`` if it is an http or https address. Raises ConfigError for any other text, and if it has a user name or password."""
+    """Return ``url`` without trailing slashes. Raises ConfigError if it is not an http(s) address or contains a user name or password."""
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and printable(url) == url and " " not in url
@@ -54,8 +55,8 @@ def check_url(url: str, option: str) -> str:
 def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Any:
     """Post JSON and return the parsed reply.
 
-    Raises CallFailed for any reply other than JSON with status 200 within the limits, and ConfigError for a failure that a repeated call
-    cannot solve.
+    Raises ConfigError for a failure that a retry cannot fix, and CallFailed for any other failure: no reply, a status other than 200,
+    invalid JSON, or an exceeded limit.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
@@ -76,7 +77,6 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
 
 
 def _refuse(url: str, reply: Reply) -> None:
-    """Raise CallFailed, Unfit or ConfigError, depending on a status other than 200."""
     message = one_line(reply.content[:400].decode("utf-8", "replace"), 200)
     if reply.status in (400, 422):
         raise Unfit(f"status {reply.status}: {message}")

@@ -1,8 +1,8 @@
-"""Verdicts on candidates: pure functions that compare measurements with thresholds. New thresholds do not require a model.
+"""Verdicts on candidates: pure functions that compare measurements with thresholds. Changing a threshold does not require a model.
 
-A candidate is good if all four comparisons are won by a margin: each picture prefers its own text, and each text prefers its own picture.
-In addition, the two pictures must differ as much as the edit's type allows, in one connected piece and nowhere else. An accidental second
-change shows in a new text that fits its picture much worse than the caption fits the original.
+A candidate is good if it wins all four comparisons by a margin: each picture prefers its own text, and each text prefers its own picture.
+In addition, the share of changed pixels must suit the edit type, and the changes must be neither scattered nor outside the mask. If an
+editor accidentally made a second change, the new text fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
 GOOD = ""
-_CERTAIN = 40.0  # log-odds that stand for probabilities of exactly 0 and 1
+_CERTAIN = 40.0  # log-odds used for probabilities of exactly 0 and 1
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Thresholds:
     """Requirements for a good candidate.
 
     Args:
-        rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions;
-            if two texts are compared, each text's log-likelihood on a blank picture is subtracted), or ``checks`` (no scores, only pixels).
+        rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
+            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their blank-picture scores.
         margin: smallest margin of each of the four comparisons, in nats, at least 0.
         changed: smallest and largest share of visibly changed pixels, keyed by edit type; "*" for other types.
-        largest: smallest share of the changed pixels that must form one piece.
+        largest: smallest share of the changed pixels that must be in one connected piece.
         outside: largest share of the pixels outside the mask that may differ.
         drop: largest number of nats by which the new text on the edited picture may be less likely than the caption on the original; null
-            for no limit. The difference is large if something else changed too, which the four comparisons do not show.
+            for no limit. A large drop suggests that something else changed too, which the four comparisons do not show.
     """
 
     rule: Rule = "match"
@@ -60,8 +60,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason for a rejection ("" if the candidate is good), the smallest margin in nats, and the deciding stage (0 picture, 1 checks,
-    2 scores).
+    """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
+    the deciding stage: 0 picture, 1 checks, 2 scores.
     """
 
     reason: str
@@ -70,7 +70,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Return the verdict on a record of the step ``verify``."""
+    """Judge a record from the step ``verify``."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")
@@ -91,7 +91,7 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 
 
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
-    if mined:  # only the captions of two photographs are similar
+    if mined:  # two different photographs with similar captions
         return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
     if not checks["same_size"]:
         return "picture: the size changed"
@@ -110,7 +110,7 @@ def _number(value: Any) -> float:
 
 
 def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
-    """Return the margin of each comparison in nats, keyed by the comparison's name; empty without scores."""
+    """Map each comparison's name to its margin in nats. The result is empty if there are no scores."""
     scores = record.get("scores")
     if not isinstance(scores, Mapping):
         return {}
@@ -131,7 +131,7 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """Return by how many nats the new text on the edited picture is less likely than the caption on the original.
+    """Return how much less likely the new text on the edited picture is than the caption on the original, in nats.
 
     The result is -inf without an edited picture, and inf if a likelihood is not finite.
     """
@@ -149,7 +149,9 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a JSON or YAML file, if given. Missing thresholds get their defaults. Raises ConfigError if it is invalid."""
+    """Read thresholds from a JSON or YAML file, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take precedence over the
+    file. Raises ConfigError for invalid thresholds.
+    """
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
         value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
@@ -189,10 +191,10 @@ class Calibrated:
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """Fit the margin and the drop that keep the most labelled candidates at the given precision.
+    """Find the ``margin`` and ``drop`` that keep the most labelled candidates with a precision of at least ``precision``.
 
-    The margin is at least 0. A drop is set only if it keeps more candidates than a margin alone. Raises ConfigError if no thresholds reach
-    the precision.
+    ``margin`` is at least 0. ``drop`` is set only if it keeps more candidates than ``margin`` alone. Raises ConfigError if no thresholds
+    reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]
@@ -205,7 +207,7 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
         ranked, right = [candidate for candidate in passing if candidate[1] <= limit], 0
         for kept, (worst, _, is_good) in enumerate(ranked, 1):
             right += is_good
-            following = ranked[kept][0] if kept < len(ranked) else -math.inf  # ties stay together
+            following = ranked[kept][0] if kept < len(ranked) else -math.inf  # keep or reject tied candidates together
             if kept > most[0] and following < worst and right / kept >= precision:
                 drop = None if limit == math.inf else _between(limit, min(other for _, other, _ in passing if other > limit))
                 margin = 0.0 if kept == len(ranked) else _between(following, worst)
@@ -224,4 +226,4 @@ def _between(low: float, high: float) -> float:
 
 
 _LIMITS = 256
-"""Largest number of values that are tried as the threshold ``drop``."""
+"""Maximum number of values to try for the threshold ``drop``."""

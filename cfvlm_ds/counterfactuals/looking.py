@@ -22,7 +22,7 @@ from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
     """Write a page of candidates sampled with ``seed``. If ``rejected`` is True, the page shows only rejected candidates.
 
-    Raises ConfigError if the folder is not a work folder or has no such candidate.
+    Raises ConfigError if ``out`` is not a work folder or has no candidate to show.
     """
     work = WorkFolder.open(out)
     thresholds = thresholds_of(work)

@@ -28,7 +28,7 @@ def _at_least(options: object, **least: float) -> None:
 
 
 def named(listed: str, known: Collection[str], option: str, what: str = "back end") -> list[str]:
-    """Split a comma-separated list of names. Raises ConfigError for an unknown name and for an empty list."""
+    """Split a comma-separated list of names. Raises ConfigError for an unknown name or an empty list."""
     names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     for name in names:
         if name not in known:
@@ -39,7 +39,7 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
 
 
 def pairs(listed: str, option: str, example: str) -> dict[str, str]:
-    """Split a comma-separated list of ``NAME=VALUE``. Raises ConfigError for an entry of another form."""
+    """Split a comma-separated list of ``NAME=VALUE``. Raises ConfigError if an entry has another form."""
     values: dict[str, str] = {}
     for part in filter(None, map(str.strip, listed.split(","))):
         name, equals, value = part.partition("=")
@@ -50,12 +50,12 @@ def pairs(listed: str, option: str, example: str) -> dict[str, str]:
 
 
 def meaning(options: Any) -> dict[str, Any]:
-    """Return the options that determine a step's records. The other options may change before the step is resumed."""
+    """Return the options that determine a step's records. All other options can be changed when the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}
 
 
 _SOON = 0.001
-"""Smallest time limit of a call, in seconds."""
+"""Smallest allowed time limit for a call, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class ProposeOptions:
     Args:
         back_ends: back ends, separated by commas: rules, mine, llm, or a back end from a script.
         types: edit types, separated by commas.
-        per_type: largest number of proposals per type, caption and back end.
+        per_type: maximum number of proposals per type, caption and back end.
         seed: seed for choosing between possible edits.
-        words: YAML file of TYPE: [WORD, ...], the words that edits of a type may introduce, all equally often. The default is the built-in
-            words, each as often as it occurs in the captions.
+        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. The default is the
+            built-in words, each as often as it occurs in the captions.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of the server's model.
         llm_see: also send the picture.
-        llm_calls: largest number of concurrent calls.
+        llm_calls: maximum number of concurrent calls.
         llm_timeout_s: time limit per call, in seconds.
-        llm_attempts: number of calls for a caption before a failure is recorded.
+        llm_attempts: maximum number of calls per caption; if all fail, the failure is recorded.
     """
 
     FREE: ClassVar = ("llm_calls", "llm_timeout_s", "llm_attempts", "words")
@@ -107,13 +107,13 @@ class EditOptions:
     Args:
         back_ends: editors, separated by commas: flip, folder, none, diffusers, command, or an editor from a script. Each edit goes to the
             first editor that accepts it.
-        model: model folder or hub name for the editor diffusers.
-        attempts: pictures per edit, for editors whose results depend on the seed.
-        seed: seed of the attempts, combined with their ids.
-        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the editor folder.
+        model: model folder or hub name for the diffusers editor.
+        attempts: number of pictures per edit, for editors whose results depend on the seed.
+        seed: seed of the attempts, which is combined with their ids.
+        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
         masks: folder of masks with the same names; white marks the pixels that may change.
-        composite: restore the original outside of the mask, outside of the measured difference, or nowhere (none).
-        command: command line of the editor command, run once per picture; it must contain {request} and {output}.
+        composite: where to restore the original pixels: outside the mask, outside the measured difference, or nowhere (none).
+        command: command line for the command editor, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
         timeout_s: time limit of the command per picture, in seconds.
         threads: number of concurrent commands.
@@ -141,8 +141,8 @@ class VerifyOptions:
     """Options of `data verify`.
 
     Args:
-        scorer: model that scores the candidates: a model folder, hub name or run folder. Without a scorer, only pixels are compared.
-        template: question whether a picture shows {text}. The default is VQAScore's question.
+        scorer: model folder, hub name or run folder of the model that scores candidates. Without a scorer, only pixels are compared.
+        template: question that asks whether a picture shows {text}. The default is VQAScore's question.
         prompt: prompt that the captions answer.
         batch_size: candidates per batch of the scorer.
     """
@@ -164,11 +164,11 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores that decide: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
+        rule: scores to use: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
         margin: smallest margin of each comparison, in nats, at least 0.
-        thresholds: file of thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
-        per_type: largest number of edits per type, drawn from the good edits; 0 for all.
-        per_source: largest number of edits per caption, drawn from the good edits, because edits with the largest margins are the easiest.
+        thresholds: file with thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
+        per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
+        per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.
         splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.
@@ -194,15 +194,15 @@ class SampleOptions:
     """Options of `data sample`.
 
     Args:
-        judge: judge of a text's truth, which must not be the model itself. The judge ``answers`` compares short answers with those in the
-            data; MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
-        n: texts per picture and prompt; they are generated together.
+        judge: judge that decides whether a text is true; it must not be the model itself. The judge ``answers`` compares short answers with
+            those in the data. MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
+        n: number of texts per picture and prompt, generated together.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: probability mass from which tokens are sampled; 1 for all.
-        max_new_tokens: largest number of tokens; a text that is cut off is left out.
+        max_new_tokens: maximum number of tokens; a text that is cut off is left out.
         prompt: one prompt for all pictures; the answers to the first prompt in a picture's row count as its true texts. By default, each
             picture is shown with the prompts of its row.
-        most_false: largest number of false texts in a group.
+        most_false: maximum number of false texts in a group.
         seed: sampling seed, combined with the picture's contents and the prompt.
     """
 
@@ -230,11 +230,11 @@ class AuditOptions:
 
     Args:
         scorer: model that measures how well the texts can be guessed without a picture.
-        against: benchmarks that must share nothing with the data: manifests and folders of pictures, separated by commas.
-        sample: largest number of picture pairs whose grain is compared.
+        against: benchmarks with which the data must not overlap, as manifests or picture folders separated by commas.
+        sample: maximum number of picture pairs whose grain is compared.
         seed: seed for drawing halves and samples.
-        refine: output file for a balanced subset of the groups. In it, every word is introduced as often as it is removed, and guesses by
-            length, and by a scorer on a blank picture if one is given, are right as often as wrong.
+        refine: output file for a balanced subset of the groups. In the subset, every word is introduced as often as it is removed, and
+            guesses based on length (or on blank-picture scores, with --scorer) are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.
     """
 

@@ -69,8 +69,8 @@ class Plan:
 
 
 def read_plan(file: str) -> Plan:
-    """Read a plan from the user's own YAML file or from a file of the package. An option without a value keeps its default. Raises
-    ConfigError naming the key.
+    """Read a plan from the user's YAML file or from an example in the package. An option without a value keeps its default. Raises
+    ConfigError naming the invalid key.
     """
     path = resolve_shipped(file, "examples")
     refuse_no_file(file, path)
@@ -81,7 +81,7 @@ def read_plan(file: str) -> Plan:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{path}: it contains a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
     listed = dict(given)
-    for section in (value for value in listed.values() if isinstance(value, dict)):  # as on the command line, names are separated by commas
+    for section in (value for value in listed.values() if isinstance(value, dict)):  # join names with commas, as on the command line
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):
         listed["root"] = [listed["root"]]
@@ -94,7 +94,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """Return an option, or a section without its empty options."""
+    """Drop a section's empty options and rename ``with`` to ``back_ends``. Other values are unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

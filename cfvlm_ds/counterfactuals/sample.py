@@ -1,6 +1,7 @@
-"""Step ``sample``: a model writes texts about pictures, a separate judge decides which are true, and true and false texts form groups.
+"""Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
+a group.
 
-The journal holds the texts without verdicts. They are judged after all shards are finished, so a corrected judge needs no model.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge needs no new texts.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ GROUPS, COUNTS = "groups.jsonl", "counts.json"
 _LONGEST_ANSWER = 3  # words
 
 Judge = Callable[[str, Mapping[str, Any]], "bool | None"]
-"""A function that takes a text and the ``cfgroup/1`` row of its picture, and returns whether the text is true, or None if undecided. The
-row holds one picture, the prompt, the known true texts and the metadata of the source.
+"""Function of a text and its picture's ``cfgroup/1`` row that returns True, False or None (undecided). The row holds one picture, the
+prompt, the known true texts and the source's metadata.
 """
 
 
 class Question(NamedTuple):
-    """A picture with a prompt and its true texts. ``where`` is the location of its first row."""
+    """A picture, a prompt and the known true texts. ``where`` is the location of the first such row."""
 
     group: CounterfactualGroup
     where: str
@@ -57,12 +58,14 @@ def sample(
     say: Say,
     of: int | None = 1,
 ) -> tuple[dict[str, Any], Counter[str] | None]:
-    """Generate the texts of shard number ``shard`` of ``of``, and return its completion record. If all shards are finished, also write
-    OUT/groups.jsonl and OUT/counts.json, and return the counts.
+    """Generate the texts of shard ``shard`` (0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
+    OUT/counts.json. Texts of an earlier call are not generated again.
 
-    ``model`` identifies the model that ``load`` returns as scorer, collator and world. Texts of an earlier call are not generated again.
-    Raises ConfigError if options differ from the folder's options, or if the judge decides nothing or leaves no group. Raises DataError if
-    the judge fails on a text.
+    ``load`` loads the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the counts
+    if all shards are finished.
+
+    Raises ConfigError if options differ from the folder's options, if the judge decides on no known true text, or if no text is false.
+    Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
@@ -85,7 +88,8 @@ def sample(
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
     """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
 
-    Return None if a true text has more than three words, or if the answer contains a true text (such as "Yes, it is") or is part of one.
+    Return None if a true text has more than three words, or if the answer contains a true text, as in "Yes, it is", or is part of a true
+    text.
     """
     given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
     if any(len(each.split()) > _LONGEST_ANSWER for each in true):
@@ -96,7 +100,7 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Pictures and prompts of a data set, and the judge. Paths in rows are absolute or relative to ``folder``."""
+    """A data set's pictures and prompts, and the judge. Paths in rows are absolute or relative to ``folder``."""
 
     store: GroupStore
     options: SampleOptions
@@ -104,7 +108,7 @@ class _Source:
     folder: Path
 
     def places(self, say: Say) -> dict[int, list[int]]:
-        """Map the hash of each distinct pair of picture and prompt to its rows, in the order of the data."""
+        """Map a hash of each distinct (picture, prompt) pair to the indices of its rows, in the order of the data."""
         found: dict[int, list[int]] = {}
         for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
             for key in self._true(group):
@@ -112,7 +116,7 @@ class _Source:
         return found
 
     def question(self, entry: tuple[int, Sequence[int]]) -> Question:
-        """Return the question of an entry of ``places``."""
+        """Build the question for an entry of ``places``."""
         key, rows = entry
         first, texts = self.store[rows[0]], dict[str, Candidate]()
         for row in rows:
@@ -145,7 +149,7 @@ class _Source:
         return verdict
 
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate the texts of a question. Return them with the counts of texts that were left out."""
+        """Generate texts for a question. Return them with the counts of sampled and discarded texts."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
         if self.verdict(first.text, question) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
@@ -165,7 +169,7 @@ class _Source:
         return {"texts": texts, "counts": counts}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
-        """Count all texts of a question, and return its group of true and false texts, or None if no text is false."""
+        """Judge a question's texts and add them to ``counts``. Return a group of true and false texts, or None if no text is false."""
         group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
         different = dict[str, str]()
@@ -198,7 +202,6 @@ def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) ->
 
 
 def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
-    """Judge the texts of all shards, write the groups and the counts, and return the counts."""
     pictured = {row for rows in places.values() for row in rows}
     counts = Counter({"prompts": len(places), "rows without a picture": len(source.store) - len(pictured)})
     journals = [work.records(SAMPLE, shard) for shard in range(work.shards)]

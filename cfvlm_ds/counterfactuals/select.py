@@ -1,4 +1,4 @@
-"""Step ``select``: within quotas, the best attempt of each good edit joins a group. Every other edit is counted with the reason.
+"""Step ``select``: adds the best attempt at each good edit to a group, within quotas. Other edits are counted by the reason for omission.
 
 Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
@@ -35,14 +35,14 @@ TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real pict
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
-"""Settings of a step that are copied to every group for reproduction: back ends, models and versions."""
+"""Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
 
 @dataclass
 class Survival:
-    """Outcome counts of all edits, by type.
+    """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` are the picture folders, unless all are in the files' folder.
+    ``files`` maps each written file to its number of groups. ``roots`` lists the picture folders, unless all are in the files' folder.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Survival:
     roots: list[str] = field(default_factory=list)
 
     def add(self, kind: str, outcome: str) -> None:
-        """Count an edit."""
+        """Count an edit of type ``kind``."""
         self.by_type.setdefault(kind, Counter()).update([outcome, "proposed"])
 
     @property
@@ -59,7 +59,7 @@ class Survival:
         return sum(self.by_type.values(), Counter())
 
     def table(self) -> str:
-        """Format a table with one row per outcome and one column per type. The last column is the share of all proposed edits."""
+        """Format a table with a row per outcome and a column per edit type. The last column is the share of all proposed edits."""
         kinds = sorted(self.by_type)
         total = self.total
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
@@ -77,7 +77,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if shards are not verified yet (the message names all of them) or if no candidate is kept.
+    Raises ConfigError if shards are not verified yet, naming all of them, or if no candidate is kept.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -101,7 +101,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         for shard in progress.over(range(work.shards)):
             for history in histories(work, shard, thresholds):
                 name = _split(history, shares, options.seed)
-                if (number := seed_of(history.id)) in seen:  # in another shard
+                if (number := seed_of(history.id)) in seen:  # the id occurs in another shard
                     for edited in history.edits:
                         survival.add(str(edited.proposal["type"]), REPEATED)
                     continue
@@ -121,7 +121,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return the files to write and the shares of the splits. Raises ConfigError if options are invalid or another program wrote a file."""
+    """Return the output file and the share of each split. Raises ConfigError for invalid options or another program's output file."""
     shares = parse_splits(options.splits)
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
@@ -132,7 +132,6 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
 
 
 def _beside(file: Path) -> Path:
-    """Return the path of the counts file next to ``file``."""
     return file.with_name(f"{file.name}.survival.md")
 
 
@@ -147,7 +146,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each of a row's pictures outside the file's folder, yield the picture's folder: one of ``roots`` or a converted table."""
+    """Yield the folder of each picture that is not in the output folder: one of ``roots`` or a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -156,8 +155,9 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a random number derived from their ids, so that quotas keep a random choice. Sorting by margin would keep the
-    easiest edits."""
+    """Sort the good edits by a random number derived from the id, so that quotas keep a random sample. Sorting by margin would favour easy
+    edits.
+    """
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -166,7 +166,7 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Return the largest draw (see ``_draw``) that is kept, for each type with more edits than its quota. This takes 8 bytes of memory per
+    """Map each edit type that exceeds its quota to the largest random number (see ``_draw``) that is kept. This takes 8 bytes of memory per
     good edit.
     """
     draws: dict[str, array[int]] = {}
@@ -185,9 +185,9 @@ def _kept(
     home: str,
     shares: Mapping[str, float],
 ) -> list[Edited]:
-    """Return the edits of a source that join its group, in the order of proposal, and count every edit.
+    """Return the edits that join a source's group, in the order in which they were proposed. Add every edit to ``survival``.
 
-    ``home`` is the split of the source. A real picture must belong to the same split.
+    ``home`` is the source's split. A mined picture must belong to the same split.
     """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []
@@ -202,7 +202,7 @@ def _kept(
             outcome = NO_ROOM
         elif kind in cuts and _draw(edited) > cuts[kind]:
             outcome = QUOTA
-        elif "path" in picture and _drawn(str(picture["sha256"]), shares, options.seed) != home:  # a real picture
+        elif "path" in picture and _drawn(str(picture["sha256"]), shares, options.seed) != home:  # a mined picture
             outcome = ELSEWHERE
         elif text in texts:
             outcome = TWICE
@@ -221,7 +221,6 @@ def _row(
     steps: Mapping[str, Any],
     thresholds: Thresholds,
 ) -> dict[str, Any]:
-    """Build the row of a group with its provenance."""
     made_from = []
     for edited in kept:
         best = edited.best
@@ -239,7 +238,7 @@ def _row(
 
 
 def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -> CounterfactualGroup:
-    """Build the group of a source from the given edits. Cells between different edits are unknown."""
+    """Build a source's group from the edits ``kept``. Cells that pair one edit's picture with another edit's text are unknown."""
     images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
     texts, edits = [history.caption], []
     match: list[list[int | None]] = [[1]]
@@ -269,14 +268,14 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
-    """Draw the split of a source from the contents of its picture, so that all rows of a picture have the same split."""
+    """Derive a source's split from the contents of its picture, so that all rows with this picture are in the same split."""
     made = next((attempt.made for edited in history.edits for attempt in edited.attempts if "parent_sha256" in attempt.made), {})
     name = str(made.get("parent_sha256") or history.picture or history.id)
     return _drawn(name, shares, seed)
 
 
 def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
-    """Draw a split from ``seed`` and a picture's sha256."""
+    """Derive a split from ``seed`` and a picture's sha256."""
     if not shares:
         return ""
     place = seed_of(seed, name) / 2**63

@@ -1,6 +1,6 @@
-"""Step ``verify``: records scores and pixel comparisons of every candidate. The verdict is derived from them later.
+"""Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
 
-The scorer computes a candidate's matrix (two pictures x two texts) in one row, so that both probes share one encoding of the pictures.
+The scorer processes a candidate's pictures and texts in one packed row, so the match and likelihood probes share the encoded pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEP = "verify"
 _DECIMALS = 4
 
 Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
-"""A function that returns the scores of candidate groups, in order. Raises DataError for a group that exceeds the model's window."""
+"""Function that returns the scores of candidate groups, in order. It raises DataError for a group that exceeds the context window."""
 
 
 def verify(
@@ -48,7 +48,7 @@ def verify(
     of: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure every candidate of a shard, and return its completion record. ``identity`` identifies the scorer's weights."""
+    """Measure every candidate in a shard, and return the completion record. ``identity`` identifies the scorer's weights."""
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
@@ -59,7 +59,7 @@ def verify(
         total = (work.done("edit", shard) or {"records": 0})["records"]
         progress = Progress(say, STEP, max(total - step.count, 1), "candidates")
         size = options.batch_size
-        measured_count = step.count // size * size  # batches start at the same candidates after an interruption
+        measured_count = step.count // size * size  # after an interruption, batches must start at the same candidates
         inspected = side_by_side(_inspected, islice(candidates(work, shard), measured_count, None), cores_per_rank(), size)
         while part := list(islice(inspected, size)):
             new = measured([candidate for candidate, _ in part], [record for _, record in part], options, score)[
@@ -74,7 +74,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt: its record from the step ``edit`` and its pictures."""
+    """An attempt at an edit: its record from the step ``edit``, and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None
@@ -108,7 +108,7 @@ def measured(
     groups = {k: group_of(chunk[k], options) for k in wanted}
     try:
         scores = dict(zip(wanted, score([groups[k] for k in wanted]), strict=True))
-    except DataError:  # a group cannot be scored
+    except DataError:  # a group cannot be scored; score each group separately
         scores = {}
     for k in wanted:
         try:
@@ -119,7 +119,7 @@ def measured(
 
 
 def _inspected(candidate: Candidate) -> dict[str, Any]:
-    """Build the record of a candidate: its ids, and the pixel comparison or the problem with its pictures."""
+    """Build a candidate's record: its ids, and either the pixel comparison or the problem with its pictures."""
     made = candidate.record
     record: dict[str, Any] = {
         "edit": made["edit"],
@@ -135,7 +135,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
             return record | {"problem": "a picture has changed since the step edit", "detail": one_line(str(changed), 300)}
         if candidate.original is None or candidate.edited is None:
             if candidate.original is not None:
-                open_image(candidate.original)  # raises for a picture that cannot be used
+                open_image(candidate.original)  # raises if the picture cannot be read
             return record | {"checks": None}
         if "path" in made["picture"]:
             record["mined"] = True
@@ -146,7 +146,7 @@ def _inspected(candidate: Candidate) -> dict[str, Any]:
 
 
 def _replaced(candidate: Candidate) -> Path | None:
-    """Return a picture whose contents have changed since the step ``edit``, or None."""
+    """Return the path of a picture that has changed since the step ``edit``, or None."""
     seen = (
         (candidate.original, candidate.record.get("parent_sha256")),
         (candidate.edited, (candidate.record.get("picture") or {}).get("sha256")),
@@ -163,8 +163,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build a group of both pictures and all texts to score: the captions, and all spellings of "yes" and "no" as answers to the question
-    about each caption.
+    """Build a group with both pictures and all texts to score: both captions, and every spelling of "yes" and "no" as an answer to the
+    question about each caption.
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
@@ -201,7 +201,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit the thresholds to labelled candidates (one {"edit": ID, "attempt": 0, "good": true} per line), and write W/thresholds.json.
+    """Fit thresholds to labelled candidates, and write W/thresholds.json. The file ``labelled`` has lines of the form
+    {"edit": ID, "attempt": 0, "good": true}.
 
     Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no margin reaches the precision.
     """

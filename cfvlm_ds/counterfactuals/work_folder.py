@@ -3,14 +3,14 @@
     W/run.json                        the data and the number of shards
     W/STEP.json                       settings of a step: back ends, options, versions
     W/STEP/shard-00003.jsonl          records, one line per unit of work
-    W/STEP/shard-00003.done.json      for a finished shard: sha256 of its records, and sha256 of the previous step's records
-    W/pictures/shard-00003.tar        edited pictures, named by their offsets
+    W/STEP/shard-00003.done.json      completion record: sha256 of the shard's records and of the previous step's records
+    W/pictures/shard-00003.tar        edited pictures; the records hold their offsets
     W/prices.json                     prices of words, for the back end rules (see propose/balance.py)
-    W/mine/slots.bin                  index of captions with one word left open, for the back end mine
+    W/mine/slots.bin                  index of captions that differ in one word, for the back end mine
 
 The folder of ``data sample`` has only the step ``sample`` and its results, W/groups.jsonl and W/counts.json.
 
-Shard k of N has every Nth row of the data, starting at row k. The records of a source do not depend on the number of shards.
+Shard k of N contains every Nth row of the data, starting at row k. A source's records do not depend on the number of shards.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from values that describe what it is for."""
+    """Derive a 63-bit seed from ``parts``, which identify its use."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -60,7 +60,7 @@ def row_line(row: Mapping[str, Any]) -> bytes:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of a file in the form used in completion records."""
+    """Return a file's hexadecimal sha256."""
     digest = hashlib.sha256()
     with open_regular(path) as handle:
         while block := handle.read(MIB):
@@ -92,8 +92,8 @@ class WorkFolder:
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
-        """Open the work folder for this data, number of shards and steps, or create it. If ``shards`` is None, the folder's own number is
-        used. Raises ConfigError if the folder was created for other data, shards or steps.
+        """Open a work folder, or create it if it does not exist. If ``shards`` is None, the existing number of shards is used (1 in a new
+        folder). Raises ConfigError if the folder was created with different data, steps or number of shards.
         """
         _refuse_links(path)
         shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
@@ -116,7 +116,7 @@ class WorkFolder:
 
     @classmethod
     def open(cls, path: Path) -> WorkFolder:
-        """Open a work folder that `data propose` created. Raises ConfigError for any other folder."""
+        """Open an existing work folder. Raises ConfigError for any other folder."""
         _refuse_links(path)
         about = _read(path / "run.json")
         if about.get("schema") != SCHEMA:
@@ -124,35 +124,35 @@ class WorkFolder:
         return cls(path, about)
 
     def settle(self, step: str, options: Any, **more: Any) -> None:
-        """Write the settings of a step, with secrets masked. Raises ConfigError if existing settings differ in anything but secrets."""
+        """Write a step's settings, with secrets masked. Raises ConfigError if the step already has different settings."""
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Raise ConfigError if options differ from the options with which a step was started. Nothing is loaded for this check."""
+        """Raise ConfigError if a step was started with different options. This check loads no model."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
-        """Read the settings of a step; empty if the step was not started."""
+        """Read a step's settings. The result is empty if the step was not started."""
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
-        """Return the path of the journal of a step and shard."""
+        """Return the path of a step's journal for a shard."""
         return self.path / step / f"shard-{shard:05d}.jsonl"
 
     def tar(self, shard: int) -> Path:
-        """Return the path of a shard's edited pictures."""
+        """Return the path of the tar file with a shard's edited pictures."""
         return self.path / "pictures" / f"shard-{shard:05d}.tar"
 
     def done(self, step: str, shard: int) -> dict[str, Any] | None:
-        """Read the completion record of a shard: number of records, sha256, counts. Return None if the shard is not finished or its journal
-        is missing.
+        """Read a step's completion record for a shard: number of records, sha256, counts. Return None if the shard is not finished or its
+        journal is missing.
         """
         record = _read(self.path / step / f"shard-{shard:05d}.done.json")
         return record if record and self.file(step, shard).is_file() else None
 
     def again(self, step: str, shard: int) -> str:
-        """Describe how to repeat a step and the following steps for a shard."""
+        """Return instructions for repeating a step and the following steps on a shard."""
         files = " ".join(f"{self.path / name}/shard-{shard:05d}.*" for name in self.steps[self.steps.index(step) :])
         return f"remove {files}; then run these steps again"
 
@@ -161,7 +161,7 @@ class WorkFolder:
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
-        """Read the records of a step and shard. Raises DataError naming the file and line of an invalid record."""
+        """Read a step's records for a shard. Raises DataError naming the file and line of an invalid record."""
         return records(self.file(step, shard), self.again(step, shard))
 
     def picture(self, named: Mapping[str, Any]) -> Path:
@@ -171,7 +171,7 @@ class WorkFolder:
         return self.path.absolute() / "pictures" / part_name(named["file"], named["start"], named["length"])
 
     def need(self, step: str, shard: int) -> None:
-        """Raise ConfigError if a step has not finished a shard. Raise DataError if its records, or an earlier step's, are outdated."""
+        """Raise ConfigError if a step has not finished a shard, or DataError if records of this step or an earlier step are outdated."""
         if self.done(step, shard) is None:
             begun = f"{self.about['source']['path']} --out {self.path}" if step == self.steps[0] else self.path
             remedy = f"run `cfvlm-ds data {step} {begun} --shard {shard}/{self.shards}` first"
@@ -184,10 +184,10 @@ class WorkFolder:
     def finished(
         self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
     ) -> dict[str, Any] | None:
-        """Return the completion record of a shard, or None if the step is not finished.
+        """Return a step's completion record for a shard, or None if the shard is not finished.
 
-        Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if the options differ
-        from the options with which the step was started. Raises DataError for outdated records. All checks run before anything is loaded.
+        Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if this step was started
+        with different options. Raises DataError for outdated records. These checks load no model.
         """
         if step not in self.steps:
             raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
@@ -204,7 +204,7 @@ class WorkFolder:
 
 
 class ShardStep:
-    """One step of one shard in progress. The first ``count`` units already have a record.
+    """A step that is in progress on a shard. The first ``count`` units already have a record.
 
     Records contain neither times nor machine names, so that interrupted and resumed work produces the same bytes.
     """
@@ -221,14 +221,14 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record does not belong to this unit: in that case, the folder belongs to other data."""
+        """Raise DataError if an existing record belongs to another unit, which means that the folder was made from other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
     ) -> Iterator[T]:
-        """Yield the units that have no record yet. Each counts as done when the next unit is requested."""
+        """Yield the units that have no record yet. A unit counts as done when the next one is requested."""
         for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
             self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
@@ -253,7 +253,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If the step failed without any records, remove its settings, because they may be wrong."""
+        """Close the journal. If the step failed before its first record, remove its settings, because they may be wrong."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
@@ -263,14 +263,14 @@ class ShardStep:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise ConfigError if the work folder, or a folder in it that steps write to, is a link."""
+    """Raise ConfigError if the work folder or one of its subfolders is a link."""
     refuse_link(path, "name the folder itself")
     for name in _FOLDERS:
         refuse_link(path / name, "put the folder itself there")
 
 
 def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
-    """Write a settings file, or raise ConfigError if its existing settings differ."""
+    """Write a settings file. If it already exists with different settings, raise ConfigError."""
     refuse_link(path, "remove it")
     text = json.dumps(wanted, indent=1, sort_keys=True) + "\n"
     if not path.exists():
@@ -289,7 +289,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a small JSON file; empty if it does not exist. Raises ConfigError if it is invalid."""
+    """Read a small JSON file, or return an empty dict if there is none. Raises ConfigError if the file is invalid."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Pretrained base model of the demo: a small LLaVA that sees but trusts the habits of its world. `make base` trains it."""
+"""Pretrained base model of the demo: a small LLaVA that can see but relies on the habits of its world. `make base` trains it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 
 
 def write_base(out_dir: str | Path) -> Path:
-    """Copy the base model to ``out_dir`` unless there is a model already, and return ``out_dir``.
+    """Copy the base model to ``out_dir`` unless it already contains a model, and return ``out_dir``.
 
     Raises ConfigError if ``out_dir`` has other files.
     """

@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
-_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for several newlines, as in Gemma's tokenizer
+_NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for runs of newlines, as in Gemma's tokenizer
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = "size of the vocabulary"
 _TEXT = {**_WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": _VOCABULARY, "bos_token_id": None}
@@ -62,7 +62,7 @@ t: Any = transformers
 def write_small(model_type: str, out_dir: Path) -> Path:
     """Write a checkpoint of about 100,000 parameters to ``out_dir``, and return ``out_dir``.
 
-    Raises ConfigError for an unknown ``model_type``, or a folder with files.
+    Raises ConfigError if ``model_type`` is unknown or the folder contains files.
     """
     if model_type not in SMALL:
         raise ConfigError(f"no small model of type {model_type!r}; available: {', '.join(SMALL)}")
@@ -98,7 +98,7 @@ def _parts(
     """Build a configuration, with control tokens replaced by their ids, and a processor.
 
     Args:
-        special: control tokens of the tokenizer; the first is the padding token unless ``named`` sets a different one.
+        special: control tokens of the tokenizer. The first is the padding token unless ``named`` sets another.
         end: control token that ends a turn.
         template: chat template.
         text: configuration of the language model, added to _TEXT.
@@ -154,10 +154,10 @@ def _qwen(model_type: str, folder: Path) -> Parts:
     if model_type.startswith("qwen3_5"):
         text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}}
         text |= {"head_dim": 32, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated delta nets, then one attention layer
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}  # three gated-delta-net layers, then an attention layer
     elif newer:
         vision["deepstack_visual_indexes"] = [0, 1]
-        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would not affect any text
+        text |= {"head_dim": 8, "num_hidden_layers": 3}  # features added after the last layer would not affect the text
     if model_type.endswith("moe"):
         text |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     if model_type == "qwen3_5_moe":
@@ -226,7 +226,7 @@ _cohere = partial(
 def _glm(model_type: str, folder: Path) -> Parts:
     fields = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # counts both frames of a picture
+    sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # in pixels; a picture counts as two frames
     kind = {"glm4v": "Glm4v", "glm46v": "Glm46V"}[model_type]
     return _parts(
         model_type,
@@ -308,7 +308,7 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
             "query_pre_attn_scalar": 8,
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "sliding_window": 12,  # shorter than a picture and than any prompt
+            "sliding_window": 12,  # fewer tokens than a picture or any prompt has
             "pad_token_id": "<pad>",
         },
         vision={**_WIDTHS, "image_size": 56, "patch_size": 7, "vision_use_head": False},
@@ -316,8 +316,8 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
     ),
-    # All features of Gemma 4 except its mixture of experts. Smaller models: per-layer embeddings, and keys and values shared by layers.
-    # Larger models: bidirectional attention within pictures, and full-attention layers whose values are their keys.
+    # All features of Gemma 4 except its mixture of experts. From the smaller models: per-layer embeddings, and keys and values that layers
+    # share. From the larger models: bidirectional attention within pictures, and full-attention layers that use their keys as values.
     "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],
@@ -393,4 +393,4 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
         },  # patch_size: number of visual tokens per side of a tile
     ),
 }
-"""Model type -> function that builds the configuration and processor, and writes a tokenizer file to the folder if the family has one."""
+"""Model type -> function that builds the configuration and processor, and writes the family's tokenizer file, if any, to the folder."""

@@ -1,4 +1,4 @@
-"""Final table of `make demo`: a run on the world with habits before and after training, beside other objectives with equal training time.
+"""Final table of `make demo`: a run on the world with habits, before and after training, and other objectives at equal training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -34,7 +34,7 @@ AXES = {
 
 
 def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the values of ``AXES`` before and after a run. They are equal if the run was evaluated only once."""
+    """Return the metrics in ``AXES`` before and after a run, in %. They are equal if the run was evaluated only once."""
     name = f"eval/{next(iter(AXES.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     found = [{axis: line[f"eval/{metric}"] for axis, metric in AXES.items() if f"eval/{metric}" in line} for line in evaluated]
@@ -42,7 +42,7 @@ def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def report(run: Path) -> str:
-    """Format the table."""
+    """Format the table for a run folder."""
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     before, after = axes_of(run)
     columns = {"base": before, **{each["title"]: each["mean"] for each in measured.values()}, "this run": after}

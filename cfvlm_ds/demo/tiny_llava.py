@@ -138,7 +138,7 @@ def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
 
 
 def _place_positions(tower: Any, side: int) -> None:
-    """Initialise the tower's position embeddings with 2D sines and cosines, because few images do not suffice to learn them."""
+    """Initialise the tower's position embeddings with 2D sines and cosines, because they cannot be learned from few images."""
     weight = tower.embeddings.position_embedding.weight
     width = weight.shape[1]
     rates = 1.5 * torch.exp(-math.log(50.0) * torch.arange(width // 4) / (width // 4))

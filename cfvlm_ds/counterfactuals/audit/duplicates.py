@@ -1,4 +1,4 @@
-"""Duplicate pictures and texts within a set, across its splits, and in benchmarks. A perceptual hash finds near duplicates."""
+"""Search for duplicate pictures and texts within a set, across its splits, and in benchmarks. A perceptual hash finds near duplicates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfvlm_ds.data.decoding import ENDINGS, open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
-"""The hashes of near duplicates differ in at most this number of 64 bits."""
+"""Pictures are near duplicates if their hashes differ in at most this number of bits (of 64)."""
 _BLOCK = 64
 GRAM = 8
 """Two captions that share this number of consecutive words count as copies."""
@@ -35,7 +35,7 @@ class Look:
 
 
 def look(path: Path) -> Look | str:
-    """Hash a picture, and return its hashes, or the reason why it cannot be read."""
+    """Return a picture's hashes, or the reason why it cannot be read."""
     try:
         return Look(path, content_digest(path), perceptual_hash(open_image(path)))
     except (DataError, OSError, ValueError) as error:
@@ -43,8 +43,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (index in ``first``, index in ``second``, whether the files are equal) for equal and nearly equal pictures. The hash of a flat
-    picture carries no information, so flat pictures must be equal.
+    """Yield (index in ``first``, index in ``second``, True if the files are equal) for all duplicates and near duplicates. Flat pictures
+    have uninformative hashes, so they count only if their files are equal.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
@@ -58,7 +58,7 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that differ in at most NEAR bits. With bits as 1 and -1, the product of two hashes is 64 - 2 x (differing bits)."""
+    """Yield all pairs that differ in at most NEAR bits. With bits coded as 1 and -1, the dot product is 64 - 2 x (differing bits)."""
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
         for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * NEAR):
@@ -71,13 +71,13 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Return every run of eight consecutive words of a text. A text of four to seven words is one run; a shorter text has no run."""
+    """Return every run of eight consecutive words in a text. A text of four to seven words is one run; a shorter text has none."""
     tokens = [word for word in words(text) if word.isalnum()]
     return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map ids to one of their texts that a benchmark contains: it equals a benchmark text or shares eight consecutive words with it."""
+    """Map ids to their first text, if any, that equals a benchmark text or shares eight consecutive words with one."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

@@ -1,6 +1,6 @@
-"""Thinning of a set until words, length and a blind scorer no longer distinguish true texts from false texts.
+"""Subsampling of a set so that words, length and a blind scorer no longer distinguish true texts from false texts.
 
-It balances words like the back end ``rules`` (propose/balance.py) and treats length and the scorer's guess as two additional words.
+Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 REFINED = "refined"
-"""Key in a row's ``meta`` under which the parameters of the thinning are stored."""
+"""Key in a row's ``meta`` under which the subsampling parameters are stored."""
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
-    """Pair each true text of the factual image with each false text of the same prompt."""
+    """Pair each true text of the factual image with each false text that answers the same prompt."""
     return [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write the kept groups, and return a sentence that states how often blind guesses are right on them. ``blind`` holds one margin per
-    group, from a scorer that sees no picture.
+    """Write a balanced subset of the groups, and return a sentence that states how often blind guesses are right on it. ``blind`` holds one
+    margin per group, from a scorer that sees no picture.
 
     Raises ConfigError if no group can be kept.
     """
@@ -48,7 +48,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
             moves += [(k, word, 1 if word in new else -1) for word in sorted(old ^ new)]
     _, shares = balanced(moves, len(groups), exact=[(cue,) for cue in cues])
     order = sorted(range(len(groups)), key=lambda k: (*signs[:, k], seed_of("refine", seed, groups[k].id)))
-    # groups with the same pattern of guesses are neighbours, so that the share of each pattern stays the same
+    # sort groups by their pattern of guesses, so that systematic sampling preserves the share of each pattern
     kept = sorted(order[k] for k in sampled(shares[order], "refine", seed))
     if not kept:
         worst = max(cues, key=lambda cue: abs(right(cues[cue]) - 0.5))
@@ -66,7 +66,7 @@ def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None,
 
 
 def refined_file(file: Path, *inputs: str) -> None:
-    """Raise ConfigError if the output file is an input or another program wrote it."""
+    """Raise ConfigError if the output file is one of ``inputs`` or was written by another program."""
     own_output(file, _is_refined, "audit --refine", *inputs, option="--refine")
 
 

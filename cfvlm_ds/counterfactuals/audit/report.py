@@ -1,4 +1,4 @@
-"""Audit report on a set of groups (shortcuts, duplicates, leaks, balance) as text, as JSON, and as a page of the affected groups."""
+"""Audit report on a set of groups (shortcuts, duplicates, leaks, balance) as Markdown, JSON, and a page of the affected groups."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit: facts for a table, shortcuts, and exceeded limits, each as a sentence and the ids of the affected groups."""
+    """Results of an audit. ``faults`` lists the exceeded limits, each as a sentence and the ids of the affected groups."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
     shortcuts: list[Shortcut] = field(default_factory=list)
 
     def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
-        """Add a sentence about an exceeded limit."""
+        """Add a sentence about an exceeded limit, and the ids of the affected groups."""
         self.faults.append((sentence, list(dict.fromkeys(ids))))
 
     def markdown(self) -> str:
@@ -69,7 +69,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split. ``owners`` maps each picture to the ids of the groups that show it, and ``looks`` maps readable pictures to their hashes."""
+    """A split. ``owners`` maps each picture to the ids of its groups, and ``looks`` maps each readable picture to its hashes."""
 
     name: str
     groups: Sequence[CounterfactualGroup]
@@ -100,9 +100,7 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Hash every picture of a split, and return the split. If a picture is unreadable, add the problem to ``broken`` under the id of a
-    group that shows it.
-    """
+    """Read a split and hash its pictures. Problems are added to ``broken``, each under the id of a group that shows the picture."""
     owners: dict[Path, list[str]] = {}
     for group in groups:
         for image in group.images:
@@ -146,7 +144,7 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
         try:
             pair = grain(open_image(original)), grain(open_image(edited))
         except DataError:
-            continue  # _read_set reported it
+            continue  # already reported by _read_set
         grains[0].append(pair[0])
         grains[1].append(pair[1])
         grains[2].append(half)
@@ -160,8 +158,8 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report originals that occur in several groups, and pictures that occur in several splits. Edits are left out, because edits of one
-    picture resemble each other.
+    """Report originals that occur in several groups, and pictures that occur in several splits. The search for near duplicates leaves out
+    edited pictures, because edits of one picture resemble each other.
     """
     originals = []
     for split in sets:
@@ -224,7 +222,7 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
 
 
 def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """Score all texts on a blank picture, and return each group's mean margin of true over false texts, in the scorer's unit."""
+    """Score all texts on a blank picture, and return each group's mean margin of true over false texts, in nats."""
     margins: list[list[float]] = []
     for split in sets:
         progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")

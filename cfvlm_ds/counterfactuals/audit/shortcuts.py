@@ -1,5 +1,5 @@
-"""Shortcuts: classifiers that detect counterfactual texts by their words or length, and edited pictures by their grain. They ignore whether
-a text matches its picture.
+"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
+ignore whether a text matches its picture.
 
 Each classifier is fitted on half of the groups and evaluated on the other half. All groups of a source are in the same half.
 """
@@ -45,7 +45,7 @@ def _not_measured(name: str) -> Shortcut:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve, and both ends of its interval (Hanley and McNeil 1982). A tie counts as one half."""
+    """Compute the area under the ROC curve and the ends of its 95 % interval (Hanley and McNeil 1982). A tie counts as one half."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -58,7 +58,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify by length in characters. Nothing is fitted, except that the better of the two directions is used."""
+    """Classify texts by length in characters. Nothing is fitted, except that the better of the two directions is used."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:
@@ -71,7 +71,9 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """Classify by a bag of words: each word's log-odds (counterfactual against original) come from one half, and a score is their sum."""
+    """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), which are
+    estimated on one half.
+    """
     if len(set(halves)) < 2:
         return _not_measured("texts by their words")
     counts: list[Counter[str]] = [Counter(), Counter()]
@@ -125,8 +127,8 @@ def grain(image: Image.Image) -> Array:
 
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
-    """Classify by a linear rule over FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same scene, so a
-    useful feature reveals how the pictures were made.
+    """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same
+    scene, so a useful feature reveals how the pictures were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain")

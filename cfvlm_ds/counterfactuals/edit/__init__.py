@@ -1,4 +1,4 @@
-"""Picture editors: make a picture show a counterfactual caption and change nothing else. A new editor is one file and one line here."""
+"""Picture editors, which make a picture show a counterfactual caption and change nothing else. A new editor needs an entry in EDITORS."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "diffusers": Diffusers,
     "command": Command,
 }
-"""Name -> editor. A user's script adds an editor with ``EDITORS["mine"] = ...``."""
+"""Name -> editor. A user's script can add an editor with ``EDITORS["my_editor"] = ...``."""

@@ -1,4 +1,4 @@
-"""The interface of picture editors: their tasks and results, and checks of pictures from external sources."""
+"""Interface of picture editors: their tasks and results, and checks of pictures from external sources."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """Open the picture, in RGB and upright. Raises DataError."""
+        """Open the picture in RGB, rotated upright. Raises DataError if it cannot be read."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, in which white marks what may change. Return None without a mask. Raises DataError if its size is not ``size``."""
+        """Open the mask, if any. White marks pixels that may change. Raises DataError if its size is not ``size`` (width, height)."""
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -60,13 +60,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Refused:
-    """A refusal to edit, and the reason."""
+    """An editor's refusal to edit a picture, and the reason."""
 
     reason: str
 
 
 class Editor:
-    """Back end of `data edit`, constructed with the options of the step.
+    """Back end of `data edit`, constructed with the step's options.
 
     ``varies`` is true if the picture depends on the seed, so that repeated attempts are useful. ``threads`` is the number of concurrent
     tasks.
@@ -81,16 +81,16 @@ class Editor:
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor accepts an edit. The pixels are not read."""
+        """Return whether this editor accepts an edit, without reading the picture."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return the edited picture, which has the size of the original, or a refusal. Return None if only the text is edited."""
+        """Return the edited picture, which must have the original's size, or a refusal. Return None if only the text is edited."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the file in ``folder`` whose name is the id ``name``, or None if it is missing or the id cannot be a file name."""
+    """Return the picture in ``folder`` that is named after the id ``name``, or None if it is missing or the id cannot be a file name."""
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
@@ -102,7 +102,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """Open a picture file. If it is refused, the reason calls the file ``shown``."""
+    """Open a picture file. If that fails, return a refusal in which ``shown`` replaces the path."""
     try:
         return Picture(open_image(path))
     except DataError as error:
@@ -110,5 +110,5 @@ def opened(path: Path, shown: str) -> Picture | Refused:
 
 
 def sha256_of(content: bytes) -> str:
-    """Hash bytes with sha256."""
+    """Return the hexadecimal sha256 of ``content``."""
     return hashlib.sha256(content).hexdigest()

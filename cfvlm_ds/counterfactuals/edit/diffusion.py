@@ -1,6 +1,6 @@
-"""Diffusion pipelines of the diffusers library: instruction editing, inpainting, and generation of a new picture from the text.
+"""Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
 
-A pipeline's kind follows from what its call accepts: a mask, a picture, or neither.
+The arguments that a pipeline accepts (a mask, a picture or neither) determine its kind.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cfvlm_ds.counterfactuals.options import EditOptions, pairs
 
 _MULTIPLE = 32  # pixels; every known pipeline accepts pictures whose sides are multiples of this number
 OLDEST = "0.42.1"
-"""Oldest supported version, as in pyproject.toml. Before 0.38, diffusers runs code from a pipeline's folder. Before this version, it
-imports any module that the folder names.
+"""Oldest supported version, as in pyproject.toml. Versions before 0.38 run code from a pipeline's folder. Versions before this one import
+any module that the folder names.
 """
 
 
@@ -105,14 +105,14 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Pad a picture to a size that pipelines accept by repeating its last row and column."""
+    """Pad a picture with copies of its last row and column, so that pipelines accept its size."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError for another form."""
+    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError if ``text`` has another form."""
     options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
     for name, value in options.items():
         with contextlib.suppress(ValueError):

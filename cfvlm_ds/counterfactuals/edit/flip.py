@@ -1,4 +1,4 @@
-"""Mirror images: exact counterfactuals for left and right, unless lettering or the like reveals the mirroring."""
+"""Mirror images, which are exact counterfactuals for left and right unless lettering reveals the mirroring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Flip(Editor):
     """Editor ``flip``: mirrors the picture if the edit only exchanges left and right."""
 
     def takes(self, task: Task) -> bool:
-        """Return whether the text equals the caption with every left and right exchanged."""
+        """Return whether the text equals the caption with every "left" and "right" exchanged."""
         old, new = words(task.caption), words(task.text)
         turned = {"left": "right", "right": "left"}
         return task.type == "relation" and bool({"left", "right"} & set(old)) and tuple(turned.get(word, word) for word in old) == new

@@ -21,7 +21,7 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode the picture as PNG, without metadata."""
+    """Encode a picture as PNG without metadata."""
     image.info.clear()
     content = io.BytesIO()
     image.save(content, "PNG", compress_level=3)
@@ -69,7 +69,7 @@ class Command(Editor):
             return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:
-        """Run the command, and return why it failed, or "". If it must be stopped, its child processes are killed too."""
+        """Run the command. Return the reason for a failure, or "". If the command takes too long, kill it and its child processes."""
         with open(errors, "w+b") as error_output:
             try:
                 process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Step ``edit``: each proposed edit of a shard is applied to its picture, several times if the editor's results vary."""
+"""Step ``edit``: applies each proposed edit to its picture, several times if the editor's results vary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the name of its editor, and the record's fields about the proposal and its source."""
+    """An attempt at an edit, the editor's name, and the record's fields about the proposal and its source."""
 
     task: Task
     editor: str
@@ -38,7 +38,7 @@ class Unit(NamedTuple):
 
 
 def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None = None) -> dict[str, Any]:
-    """Edit the pictures of a shard, and return its completion record. Work that an earlier call finished is not repeated."""
+    """Edit a shard's pictures, and return its completion record. Work that an earlier call finished is not repeated."""
     names = checked(options)
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
@@ -91,7 +91,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
-    """Return the record of a unit, and the bytes of its picture if the picture is new."""
+    """Run an attempt. Return its record and the PNG bytes of the edited picture, if any."""
     task = unit.task
     record: dict[str, Any] = {
         "edit": task.id,
@@ -126,7 +126,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
     if image.size != original.size:
         size = f"{image.width}x{image.height} instead of {original.width}x{original.height}"
         return record | {"refused": f"the edited picture has another size ({size})"}, None
-    image = image.convert("RGB")  # a copy
+    image = image.convert("RGB")  # a copy, because png() changes it
     mask = task.mask_image(original.size)
     if options.composite == "mask" and mask is not None:
         image = Image.composite(image, original, mask)
@@ -157,7 +157,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 class _Tar(Journal):
-    """Tar file of a shard's pictures. Anything after the last recorded picture is cut off."""
+    """Tar file of a shard's pictures. When it is opened, anything after the last recorded picture is cut off."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), 0
@@ -177,6 +177,6 @@ class _Tar(Journal):
         self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
-        """Append a picture, and return its offset and length. The caller writes the record afterwards."""
+        """Append a picture, and return its offset and length in bytes. The caller writes the record afterwards."""
         start = self.append(tar_member(name, content))
         return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

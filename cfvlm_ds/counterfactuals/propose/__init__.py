@@ -1,4 +1,4 @@
-"""Proposers of counterfactual captions, which differ from the source caption in one thing. A new back end is one file and one line here."""
+"""Proposers of counterfactual captions, which differ from the source caption in one thing. A new back end needs an entry in PROPOSERS."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from cfvlm_ds.counterfactuals.propose.mine import Mine
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 
 PROPOSERS: dict[str, Callable[[Context], Proposer]] = {"rules": Rules, "mine": Mine, "llm": LanguageModel}
-"""Name -> back end. A user's script adds a back end with ``PROPOSERS["mine_too"] = ...``."""
+"""Name -> back end. A user's script can add a back end with ``PROPOSERS["my_rules"] = ...``."""

@@ -1,7 +1,8 @@
-"""Word balancing: edits are kept with probabilities that stop single words from distinguishing counterfactuals from originals.
+"""Word balancing: edits are kept with probabilities such that no single word distinguishes counterfactuals from originals.
 
-A word that edits introduce more often than they remove reveals counterfactuals. Each word has a price. An edit from s to t is kept with
-probability min(1, price of t / price of s). The prices are chosen so that every word is introduced as often as it is removed, up to chance.
+A word that edits introduce more often than they remove reveals counterfactuals. Each word therefore has a price. An edit from word s to
+word t is kept with probability min(1, price of t / price of s). The prices are chosen so that, up to chance, every word is introduced as
+often as it is removed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Numbers = npt.NDArray[Any]
 
 
 class Edit(Protocol):
-    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``); both are empty if words only exchange
-    their positions.
+    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``). Both are empty if words only trade
+    places.
     """
 
     @property
@@ -40,8 +41,8 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability with which an edit is kept. It is 1 if the type has no prices or words only trade places, and 0 if a word has
-    no price.
+    """Compute the probability of keeping an edit. It is 1 if the type has no prices or words only trade places, and 0 if a word has no
+    price.
     """
     if edit.type not in prices or not edit.gone:
         return 1.0
@@ -50,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type. Each has the probability of ``share``; if their sum exceeds ``most``, all are
-    scaled down.
+    """Draw at most ``most`` of a caption's edits of one type. Their probabilities (``share``) are scaled down if they sum to more than
+    ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -84,7 +85,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
-        """Return, for each edit, the share of edits of the same caption and type that the limit ``most`` allows."""
+        """For each edit, return the share of edits with the same caption and type that the limit ``most`` allows."""
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}
@@ -95,21 +96,21 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
 
 
 Move = tuple[int, Any, int]
-"""Index of an edit, a word, and a direction: 1 if the edit introduces the word, -1 if it removes the word."""
+"""(index of an edit, word, direction). The direction is 1 if the edit introduces the word and -1 if it removes it."""
 
 
 def balanced(
     moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers | float] = lambda kept: 1.0, exact: Collection[Any] = ()
 ) -> tuple[dict[Any, float], Numbers]:
-    """Compute the logarithm of each word's price, and the probability with which each edit is kept.
+    """Compute the logarithm of each word's price, and the probability of keeping each edit.
 
-    For each word, the numbers of introductions and removals differ by at most one standard deviation of a count. For the words in
-    ``exact``, they are equal.
+    The expected numbers of introductions and removals of a word are equal for the words in ``exact``. For other words, they differ by at
+    most one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
     tolerance = np.array([float(name not in exact) for name in places])
-    slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # all words of an edit change its probability
+    slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # step size: an edit's probability depends on all of its words
     logs, kept = np.zeros(len(places)), np.ones(edits)
     for _ in range(_ROUNDS if moves else 0):
         kept = np.exp(np.minimum(0.0, np.bincount(edit, direction * logs[word], edits)))

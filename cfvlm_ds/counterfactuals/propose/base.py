@@ -1,4 +1,4 @@
-"""The interface of proposers: sources, proposals, rejections, and the context of a back end."""
+"""Interface of proposers: sources, proposals, rejections, and the context of a back end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rejected proposal and the reason. ``failed`` is true if the back end gave no reply."""
+    """A rejected proposal and the reason. ``failed`` is true if the back end gave no usable reply."""
 
     back_end: str
     reason: str
@@ -71,7 +71,8 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` determines the proposals and is stored with them. ``threads`` is the number of concurrently processed sources.
+    ``settings`` returns the settings that determine the proposals, which are stored with them. ``threads`` is the number of sources to
+    process concurrently.
     """
 
     threads: int
@@ -79,7 +80,7 @@ class Proposer(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """Propose edits for a source. The result depends only on the source and the settings, so sources may come in any order."""
+        """Propose edits for a source. The result depends only on the source and the settings, not on the order of sources."""
         ...
 
 
@@ -95,7 +96,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield a source for each true caption of each group's first image. For a row that cannot be read, yield the error."""
+    """Yield a source for each true caption of each group's first image. If a row cannot be read, yield the error."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group

@@ -1,4 +1,4 @@
-"""Edit rules for captions, based on a parse and on word lists. They favour precision: few edits, nearly all of them correct."""
+"""Edit rules for captions, based on a parse and on word lists. They favour precision over recall."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return the adjectives of a kind that can replace ``word`` before a noun. The list may be empty."""
+    """Return the adjectives of type ``kind`` that can replace ``word`` before ``noun``. The list can be empty."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]
@@ -49,7 +49,7 @@ def others(kind: str, word: str, noun: str) -> list[str]:
 
 
 def _described(caption: Caption, kind: str) -> Iterator[tuple[Any, str]]:
-    """Yield each adjective of a kind and the singular of the noun that it describes."""
+    """Yield each adjective of type ``kind`` with the singular form of the noun that it describes."""
     for token in caption.doc:
         before, after = caption.word(token.i - 1), caption.word(token.i + 1)
         beside = {"pale", "hot", *_ALIKE} if kind == "colour" else ()
@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption names another thing to compare the size with. A picture of a single ball shows no size."""
+    """Return whether the caption mentions another thing for comparison. A picture of a single ball does not show its size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -132,7 +132,7 @@ def _object(caption: Caption) -> Iterator[Change]:
             0 < token.i == token.left_edge.i or any(child.dep_ == "nummod" and child.lower_ != "one" for child in token.children)
         )
         if of_stuff or ones.count(one) > (caption.words.count(token.lower_) if category == "person" else 1):
-            continue  # such as "eating pizza", "two woman", and "two guys, and the guy in red"
+            continue  # for example "eating pizza", "two woman", or "two guys, and the guy in red"
         if not _may_change(caption, token, category, one):
             continue
         for new in by_word("instead").get(one, ()):
@@ -153,7 +153,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether a dependent of a noun also fits the noun ``new``."""
+    """Return whether a noun's dependent ``child`` also fits the noun ``new``."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")
@@ -202,7 +202,7 @@ def _relation(caption: Caption) -> Iterator[Change]:
 
 
 def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
-    """Return whether a phrase describes a position and its opposite would be false of the same picture."""
+    """Return True if ``phrase`` describes a position and the opposite phrase would be false of the same picture."""
     where, subject = [_singular(noun) for noun in objects(caption.doc[places[-1]])], caption.doc[places[0]].head
     while subject.pos_ in ("VERB", "AUX", "ADP") and doer(subject) is not None:
         subject = doer(subject)
@@ -219,7 +219,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return the changes that replace a phrase with another phrase. The two may differ in length."""
+    """Return the changes that replace the words at ``places`` with ``phrase``, which can have a different number of words."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}
@@ -251,4 +251,4 @@ MAKERS: dict[str, Callable[[Caption], Iterator[Change]]] = {
     "swap_attribute": _swap_attribute,
     "swap_object": _swap_object,
 }
-"""Edit type -> function that yields the edits of a caption. A new type is one function and one line here."""
+"""Edit type -> function that yields the edits of a caption. A new type needs a function and an entry here."""

@@ -1,4 +1,4 @@
-"""Dependency parses of captions by spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
+"""Dependency parses of captions with spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def like(word: str, model: str) -> str:
 
 
 class Caption:
-    """A caption with its parse. ``doc`` holds spaCy's tokens, and ``said`` is the set of their texts in lower case."""
+    """A caption with its parse. ``doc`` holds spaCy's tokens, and ``said`` is the set of all words in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)
@@ -68,11 +68,11 @@ class Caption:
         names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}
         compound = {token.i + side for token in self.doc if token.text == "-" for side in (-1, 1)}
         self.fixed = names | compound | {*range(min(first, lettering), len(self.words))}
-        """Indices of words that must not change: names, parts of a compound, lettering in the picture, and any sentence after the first."""
+        """Indices of words that must not change: names, hyphenated words, lettering in the picture, and sentences after the first."""
 
     @property
     def is_definition(self) -> bool:
-        """True if the caption defines a term and does not describe a picture."""
+        """True if the caption defines a term instead of describing a picture."""
         verbs = [token.head for token in self.doc if token.dep_ == "attr"]
         return any(child.dep_ == "nsubj" and child.pos_ != "PRON" for verb in verbs for child in verb.children)
 
@@ -85,11 +85,11 @@ class Caption:
         return [token.i for token in self.doc if start <= token.idx < end]
 
     def nouns(self) -> Iterator[Any]:
-        """Yield the nouns that head a phrase. Other parts of a compound such as "hot dog" are left out."""
+        """Yield all nouns except modifiers of another noun, such as "fire" in "fire truck"."""
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption with the words at the given indices replaced and a/an adjusted. An empty replacement deletes the word."""
+        """Return the caption after replacing words by index and adjusting a/an. An empty replacement deletes the word."""
         replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):
@@ -127,7 +127,7 @@ def objects(token: Any) -> list[Any]:
 
 
 def governor(noun: Any) -> str:
-    """Return the preposition or verb that governs a noun. Return "of_a_sentence" for a subject or the head noun of a verbless caption."""
+    """Return the preposition or verb that governs a noun, or "of_a_sentence" for a subject and for the head noun of a verbless caption."""
     while noun.dep_ == "conj":
         noun = noun.head
     if noun.dep_ in ("pobj", "dobj"):

@@ -1,5 +1,5 @@
-"""Language model back end: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted data, so the package's own
-rules judge every edit.
+"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so the package's own rules check
+every edit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cfvlm_ds.data.decoding import open_image
 
 VERSION = 1
 _MOST_BYTES = 1 << 20
-_MAX_TOKENS = 700  # ends a reply of endless white space, a known failure
+_MAX_TOKENS = 700  # limits replies of endless white space, a known failure mode
 _SIDE = 768  # longer side, in pixels, of the pictures in requests
 IN_A_ROW = 20
 """The step ends after this number of consecutive captions without a usable reply."""
@@ -79,8 +79,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a failed request. A ConfigError ends the step if the server is unreachable and has never answered, or after IN_A_ROW
-        consecutive failures. Any other failure affects only its own caption.
+        """Count a failed request. Raises ConfigError, which ends the step, if the server is unreachable and has never answered, or after
+        IN_A_ROW consecutive failures. Any other failure affects only its own caption.
         """
         with self._lock:
             self._in_a_row += 1
@@ -93,7 +93,7 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Return the edits of the first usable reply. Raises CallFailed."""
+        """Return the edits in the first usable reply. Raises CallFailed if there is none."""
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
         while True:
@@ -127,9 +127,7 @@ class LanguageModel:
         return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
 
     def _judged(self, source: Source, edits: list[Any]) -> Found:
-        """Return a reply's proposals, and its rejected edits with the reasons. The changed words are computed here and not taken from the
-        model.
-        """
+        """Convert the edits in a reply to proposals and rejections. The changed words are computed here and not taken from the model."""
         results: list[Proposal | Rejected] = []
         counts: Counter[str] = Counter()
         for edit in edits:
@@ -154,7 +152,7 @@ class LanguageModel:
 
 
 def edits_of(reply: Any) -> list[Any]:
-    """Return the edits of a reply. Raises CallFailed for a truncated reply, prose, and JSON of another form."""
+    """Return the edits in a reply. Raises CallFailed if the reply is truncated or is not JSON of the requested form."""
     try:
         choice = reply["choices"][0]
         ended, content = choice["finish_reason"], choice["message"]["content"]

@@ -1,6 +1,6 @@
-"""Mined counterfactuals: two pictures of the user's own data whose captions differ in one word, for example a colour.
+"""Mined counterfactuals: pairs of pictures in the user's own data whose captions differ in one word, for example a colour.
 
-An index of all captions with one word left open yields the pairs. Each pair is proposed once, for the source with the smaller id.
+The slot index (slots.py) finds the pairs. Each pair is proposed once, for the source with the smaller id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Largest number of rows with which a caption is compared per open word. If there are more, an evenly spaced subset is used."""
+"""Maximum number of rows with which a caption is compared per omitted word. If there are more, an evenly spaced subset is used."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),

@@ -1,4 +1,4 @@
-"""Shared files of a work folder. One of the concurrent shards writes each file, and the others wait."""
+"""Files that the shards of a work folder share. One shard writes such a file while the others wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cfvlm_ds.core.files import file_lock
 
 
 def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path], bool] = Path.exists) -> Path:
-    """Return ``path`` after calling ``make`` to write the file if it is missing or not current."""
+    """Call ``make`` to write the file if it is missing or not current, and return ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_name(f"{path.name}.lock")):

@@ -1,4 +1,4 @@
-"""Rules back end: edits based on a caption's parse and on closed word lists. It favours precision over the number of edits."""
+"""Back end ``rules``: edits based on a caption's parse and on closed word lists. It favours precision over recall."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
 VERSION = 8
-"""Version of the rules, to be incremented if a caption's edits change."""
+"""Version of the rules. Increment it if the edits of any caption change."""
 _LOOKED_AT = 10_000
-"""Largest number of rows from which the prices are computed."""
+"""Maximum number of rows from which the prices are computed."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
-"""Edit types for which ``--words`` may list words."""
+"""Edit types for which ``--words`` can list words."""
 
 
 class Rules:
@@ -48,7 +48,7 @@ class Rules:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
 
     def propose(self, source: Source) -> Found:
-        """Return the proposals of each type, or a rejection that applies to the whole caption."""
+        """Return the proposals for each edit type, or a rejection that applies to the whole caption."""
         edits = edits_of(source.caption, self._types, self._words)
         if isinstance(edits, Rejected):
             return [edits]
@@ -60,8 +60,8 @@ class Rules:
         return proposals or [Rejected("rules", "every possible new word is already introduced more often than removed")]
 
     def _read(self, context: Context) -> Prices:
-        """Read the prices of words. The first shard of a work folder writes them for all shards. It computes them from evenly spaced rows,
-        so that memory is bounded.
+        """Read the prices of words. The first shard of a work folder computes them for all shards, from at most _LOOKED_AT evenly spaced
+        rows.
         """
         path, store = context.work.path / "prices.json", context.store
         settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
@@ -106,7 +106,7 @@ class Edit:
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
-    """Return all edits that the rules allow for a caption, ordered by type, or the reason why there are none. ``words`` maps a type to the
+    """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` maps a type to the
     words that its edits may introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:

@@ -1,5 +1,5 @@
-"""Slot index: captions with one word left open, to look up rows whose captions differ in that word. The index is on disk, so memory does
-not grow with the data.
+"""Slot index, which finds rows whose captions differ in one word. Each word of a caption has a key, the hash of the caption without this
+word. The index is on disk, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
-_SHORTEST, _LONGEST = 3, 24  # words of a caption: shorter captions match by chance, longer ones hardly ever match
+_SHORTEST, _LONGEST = 3, 24  # words per caption; shorter captions match by chance, longer ones hardly ever
 _ENTRY = "S20"
-"""An 8-byte key, the 4-byte hash of a word and an 8-byte row, all big-endian, so that byte order equals numeric order."""
+"""8-byte key, 4-byte hash of the word and 8-byte row index, all big-endian, so that sorting bytes sorts the numbers."""
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """For each word of a caption, yield the key of the caption without the word, the word's index, and the word."""
+    """Yield the key, the index and the text of each word in a caption."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
@@ -32,18 +32,18 @@ def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
 def _hash(text: str, size: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()[
         ::-1
-    ]  # the order decides which pairs are found
+    ]  # another byte order would change which pairs are found
 
 
 class SlotIndex:
-    """A memory-mapped index from keys to rows. The rows of a key are ordered by the open word."""
+    """A memory-mapped index from keys to rows. The rows of a key are sorted by the hash of the omitted word."""
 
     def __init__(self, path: Path) -> None:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
-        """Return at most ``most`` rows that have the key but an open word other than ``word``. If there are more, return an evenly
-        spaced subset, whose offset ``start`` determines, so that each word keeps its share.
+        """Return at most ``most`` rows that have the key but an omitted word other than ``word``. If there are more, return an evenly
+        spaced subset with offset ``start``, so that each word keeps its share.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))
@@ -55,7 +55,7 @@ class SlotIndex:
 
 
 def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
-    """Open the index at a path. If it does not exist, build it from (row, caption) pairs."""
+    """Open the index file at ``path``. If it does not exist, build it from (row index, caption) pairs."""
     return SlotIndex(made_once(path, lambda: _write(path, captions)))
 
 

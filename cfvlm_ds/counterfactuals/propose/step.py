@@ -22,7 +22,7 @@ STEP = "propose"
 
 
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int | None = 1) -> dict[str, Any]:
-    """Propose edits for shard number ``shard`` of ``of``, and return its completion record. Work that an earlier call finished is not
+    """Propose edits for shard ``shard`` (0 to ``of`` - 1), and return its completion record. Work that an earlier call finished is not
     repeated.
 
     Raises ConfigError if an option is unknown or differs from the work folder's options.
@@ -88,8 +88,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources of the rows ``places``. If an id occurred before, yield an error instead, because the id identifies a source's
-    history.
+    """Yield the sources of the rows ``places``. If an earlier row has the same id, yield an error instead, because the id identifies a
+    source's history.
     """
     seen = set[int]()
     for place in places:
@@ -103,7 +103,7 @@ def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | Dat
 
 
 def read_words(file: str) -> dict[str, list[str]]:
-    """Read a YAML file of words by type. Raises ConfigError."""
+    """Read a YAML file that maps edit types to words. Raises ConfigError if it is invalid."""
     if not file:
         return {}
     try:

@@ -16,7 +16,7 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]|_")
 """A word with its apostrophes and hyphens, a number, or a punctuation mark."""
 MOST_CHANGED = 6
-"""Largest number of words in one change."""
+"""Maximum number of words in one change."""
 MOST_CHARACTERS = 2000
 
 _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa couch, tv television, bike bicycle
@@ -26,12 +26,12 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
     taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
-"""Word -> a number that its synonyms share. Exchanging synonyms is not a change and is never proposed."""
+"""Word -> number of its synonym group. Replacing a word with a synonym does not count as a change."""
 
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Words that make no visible difference if only they change."""
+"""Function words. Changing only such words makes no visible difference."""
 
 
 @functools.lru_cache(256)
@@ -43,7 +43,7 @@ def words(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Difference:
     """The words in which two texts differ, after ``first`` common words at the beginning and before the common words at the end. ``swap``
-    is true if both texts have the same words.
+    is true if both texts have the same words, possibly in another order.
     """
 
     before: tuple[str, ...]
@@ -92,7 +92,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """Return the words without numbers and with inflected forms reduced to one form."""
+    """Return the words without numbers and empty words, each reduced to its base form."""
     kept = [
         word
         for word in side
@@ -102,7 +102,7 @@ def _uncounted(side: Sequence[str]) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """Strip the ending of a plural noun or a third-person verb, so that flies equals fly and passes equals pass."""
+    """Strip the ending of a plural noun or a third-person verb: "flies" becomes "fly", and "passes" becomes "pass"."""
     if word.endswith("ies") and len(word) > 4:
         return f"{word[:-3]}y"
     return re.sub(r"(?<=[a-z]{2})(?:(?<=[sxzh])es|(?<!s)s)$", "", word)

@@ -1,8 +1,8 @@
-"""World with habits as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar.
+"""World with habits, written as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
-In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (0.96, as in pretraining). The test sets are
-balanced: ``meta.habit`` of a row is "agrees" if no picture breaks a habit, and "contradicts" if the edit changes how a habit is broken. In
-"contradicts" rows, the first scene breaks every habit of its things. ``test_agrees`` and ``test_contradicts`` ask for descriptions.
+In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (0.96, as in pretraining). The test sets are balanced
+between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks every habit
+of its things, and the edit changes which habits are broken or how. ``test_agrees`` and ``test_contradicts`` ask for descriptions.
 ``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. ``pope`` and ``habits`` are
 benchmarks on the first pictures of ``test_agrees`` and ``test_contradicts``: questions in POPE's format, and scenes to describe.
 """
@@ -39,10 +39,10 @@ from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 SOURCE = "habits"
 _DESCRIBED = ("test_agrees", "test_contradicts")
 TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
-"""Test sets. A name with "agrees" or "contradicts" means that all rows are of this kind. In other sets, every second row agrees."""
+"""Test sets. In sets with "agrees" or "contradicts" in their names, all rows are of this kind. In other sets, every second row agrees."""
 SPLITS = ("train", "validation", *TESTS)
 GENERATOR = 3
-"""Version of the generator. It is incremented when the same settings would give different data, so older folders are not reused."""
+"""Version of the generator. Increment it when the same settings would give different data, so that older folders are not reused."""
 _MAX_DRAWS = 20_000
 
 
@@ -60,7 +60,7 @@ class Drawn:
 
     @property
     def habit(self) -> str:
-        """Return "agrees" if every thing in every scene follows all of its habits, else "contradicts"."""
+        """Return "agrees" if no scene breaks a habit, else "contradicts"."""
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 
@@ -69,7 +69,7 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
     folder.
 
     The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. ``alive`` is
-    called for every group. Raises DataError for settings that cannot be built, or if the folder has anything else.
+    called for every group. Raises DataError if the settings are invalid or the folder contains other files.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -107,14 +107,14 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
 
 
 def png(scene: Scene) -> bytes:
-    """Return the picture of a scene as a PNG file."""
+    """Render a scene, and return the picture as PNG bytes."""
     buffer = io.BytesIO()
     render(scene).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a row's pictures from its metadata, without jitter."""
+    """Return the scenes of a row's pictures, without jitter, from the row's metadata."""
     return [scene_from(values) for values in meta["scenes"]]
 
 
@@ -154,7 +154,7 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. The result depends only on the arguments, and not on ``out_dir`` or the number of groups.
 
-    Outside of ``train``, edit types take turns. Raises DataError if no scene allows the edits.
+    Outside ``train``, edit types take turns. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
@@ -175,23 +175,25 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 
 
 def question_of(split: str) -> str:
-    """Return the kind of question that a split asks. If the split asks for descriptions, it is not in ``QUESTIONS``."""
+    """Return the kind of question that a split asks. The result is not in ``QUESTIONS`` if the split asks for descriptions."""
     return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
 
 
 def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """Draw distinct edit types one by one, with probabilities proportional to weight (Efraimidis and Spirakis, 2006)."""
+    """Draw distinct edit types one by one, with probabilities proportional to their weights (Efraimidis and Spirakis, 2006)."""
     keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
     return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether both scenes follow all habits (``agrees``), or else whether the anchor breaks some and the edit changes which."""
+    """Return whether the scenes suit a test row. If ``agrees``, both must follow all habits. Otherwise, the anchor must break a habit, and
+    the edit must change which habits are broken or how.
+    """
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Add descriptions, questions or both. Return None if the texts do not tell the scenes apart."""
+    """Add descriptions, questions or both. Return None if the texts do not distinguish the scenes."""
     question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
@@ -209,7 +211,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
-    """Ask up to ``number`` different questions about the first edit, or about a new edit if the group has none."""
+    """Build up to ``number`` different questions about the first edit, or about new edits if the group has none."""
     asked = dict[Prompt, Asked]()
     for _ in range(4 * number):
         if len(asked) == number:

@@ -1,7 +1,8 @@
 """Counterfactual edits: each changes one factor of a scene and keeps its background pattern, its jitter and all other things.
 
 An edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if the edit does not apply. Things keep their order, and
-a thing is added or removed at the end, so a caption of the edited scene differs only in the words of the edit.
+a thing is added or removed at the end, so the captions of both scenes differ only where the edit changed something. ``may_hold_out`` allows
+held-out colours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
 def _with(scene: Scene, may_hold_out: bool, changed: dict[int, Thing]) -> Scene | None:
-    """Replace the things at some indices. Return None if one of them would get a colour that training must not show."""
+    """Replace things by index. Return None if one of them would get its held-out colour and ``may_hold_out`` is False."""
     if not may_hold_out and any(thing.held_out for thing in changed.values()):
         return None
     return replace(scene, things=tuple(changed.get(i, thing) for i, thing in enumerate(scene.things)))

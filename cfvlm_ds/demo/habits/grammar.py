@@ -3,7 +3,7 @@
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
 statements of a sentence, or None if the grammar does not produce the sentence. Nothing is guessed: "there is two cup" has no statements.
 
-A noun phrase states that a thing of this kind is there, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
+A noun phrase states that a kind of thing is present, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def noun(kind: str, number: int) -> str:
 
 
 def phrase(thing: Thing, with_colour: bool = True) -> str:
-    """Return the noun phrase of a thing, such as "two red cups"."""
+    """Return the noun phrase for a thing, such as "two red cups"."""
     number = "a" if thing.number == 1 else NUMBERS[thing.number]
     return " ".join([number, *[thing.colour] * with_colour, noun(thing.kind, thing.number)])
 
@@ -50,7 +50,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Return a sentence without its capital letter and full stop."""
+    """Fill in a phrasing. The resulting sentence has no capital letter and no full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
 
@@ -130,7 +130,7 @@ class Verdict:
     """Verdict on a text about a scene.
 
     ``statements`` maps each distinct statement to its truth. ``unparsed`` has the sentences that the grammar does not produce, and
-    ``sentences`` is the number of all sentences. ``mentioned`` has the kinds of things in the text, and ``present`` those in the scene.
+    ``sentences`` is the number of all sentences. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
     """
 
     statements: dict[Statement, bool]
@@ -158,11 +158,11 @@ def judge(text: str, scene: Scene) -> Verdict:
 
 
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
-    """Return a description of each scene. The descriptions differ only where a scene differs from the first one.
+    """Return a description of each scene. The descriptions differ only where the scenes differ.
 
-    All things are listed with number and colour, but one colour may be in a sentence of its own. Otherwise, a relation follows if two
-    things have a relation in every scene. What differs between scenes is always mentioned: a relation, the background or, if a thing is
-    added, the total number of things. Without the total, the text with fewer things would be true of both scenes.
+    All things are listed with number and colour. One colour can be stated in a separate sentence instead. If it is not, a sentence states a
+    relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
+    If a thing is added, the total number of things is mentioned, because the text with fewer things would otherwise be true of both scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
@@ -203,7 +203,7 @@ def written(sentences: Sequence[str]) -> str:
 
 
 def difference(before: str, after: str) -> tuple[str, str]:
-    """Return the words in which two texts differ: the words of ``before``, and the words of ``after``."""
+    """Return the words of ``before`` that change, and the words of ``after`` that replace them."""
     old, new = re.findall(r"\w+", before), re.findall(r"\w+", after)
     parts = [part for part in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if part[0] != "equal"]
     return " ".join(word for _, i, j, _, _ in parts for word in old[i:j]), " ".join(word for *_, i, j in parts for word in new[i:j])
@@ -215,5 +215,5 @@ def key(things: Sequence[Thing]) -> str:
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all texts that may be true of a scene, which list at least two of its things."""
+    """Return the keys of all texts that can be true of a scene and list at least two of its things."""
     return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

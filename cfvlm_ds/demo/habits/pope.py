@@ -1,4 +1,4 @@
-"""Questions about scenes in POPE's file format (arXiv 2305.10355): is a thing in the picture?
+"""Questions about whether a thing is in a scene, in POPE's file format (arXiv 2305.10355).
 
 Absent things are random, popular (most frequent in pretraining scenes) or adversarial. Adversarial things are, in order of priority, the
 usual company of a thing in the picture, kinds that usually have the picture's background, and popular kinds.
@@ -20,11 +20,11 @@ _SPLITS = ("random", "popular", "adversarial")
 _COUNTED = 2000
 """Number of pretraining scenes drawn to rank kinds by popularity."""
 _EACH = 2
-"""Number of questions per picture with the answer yes, and with the answer no."""
+"""Number of questions per picture and answer (yes or no)."""
 
 
 def popular_kinds(seed: int) -> list[str]:
-    """Return the kinds, ordered by frequency in pretraining scenes."""
+    """Return all kinds, with the most frequent in pretraining scenes first."""
     rng = Random(f"{seed}/popular")
     counts = Counter(thing.kind for _ in range(_COUNTED) for thing in draw_scene(rng, STRENGTH).things)
     return sorted(KINDS, key=lambda kind: -counts[kind])
@@ -42,7 +42,7 @@ def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) 
 
 
 def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed: int) -> None:
-    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official columns, a
+    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official fields, each
     question has ``habit``, which states whether the scene breaks a habit.
     """
     (folder / "output" / "coco").mkdir(parents=True)

@@ -37,14 +37,14 @@ _CHOICE = ("Which is true? A: {} B: {}", "A: {} B: {} Which one fits the image?"
 _COUNT = ("How many {n} are there?", f"How many {{n}} are there?{_SHORT}", "Count the {n}.")
 _COLOUR = ("What colour {is} the {x}?", f"What colour {{is}} the {{x}}?{_SHORT}", "Name the colour of the {x}.")
 _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "count": "number"}
-"""Edit type -> form of the statements that it changes, if their names differ."""
+"""Edit type -> form of the statements that it changes, if the names differ."""
 
 Asked = tuple[tuple[Candidate, ...], list[list[int]]]
-"""Two answers to a prompt, and their truth (1 or 0), [scene][answer]. Answer 0 is true of scene 0, and answer 1 of scene 1."""
+"""Two answers to a prompt, and a truth table [scene][answer] of 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Ask a question about what ``edit`` changed between scenes 0 and 1. Return None if the answers would be equal."""
+    """Build a question about the change that ``edit`` made between scenes 0 and 1. Return None if the answers would be equal."""
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
@@ -55,7 +55,7 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
         prompt = rng.choice(_YES_NO).format(_asked(claim, scenes[0]))
         answers, truths = ("Yes", "No"), [[int(holds(claim, scene)), int(not holds(claim, scene))] for scene in scenes]
     else:
-        same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # the words of a claim that both claims must share
+        same = slice(0) if factor in ("thing", "background") else slice(1, None, 2)  # words that the two claims must share
         pairs = [(one, two) for one, two in product(own[0], own[1]) if one[same] == two[same]]
         if not pairs:
             return None
@@ -76,7 +76,7 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
 
 
 def _facts(scene: Scene, factor: str) -> list[Statement]:
-    """Return the statements about a factor that are true of a scene. Only things with one copy have relations here."""
+    """Return the statements about a factor that are true of a scene. Relations are stated only for things with one copy."""
     if factor == "background":
         return [(factor, scene.background)]
     if factor == "thing":
@@ -95,7 +95,7 @@ def _thing(fact: Statement, scene: Scene) -> Thing:
 
 
 def _asked(claim: Statement, scene: Scene) -> str:
-    """Return a yes/no question. A noun is singular or plural according to the thing's number in ``scene``."""
+    """Phrase a claim as a yes/no question. Nouns agree with the number of things in ``scene``."""
     name, *words = claim
     if name == "background":
         return f"Is this a {words[0]} scene?"
@@ -110,7 +110,7 @@ def _asked(claim: Statement, scene: Scene) -> str:
 
 
 def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
-    """Return a sentence with a claim: one that is true of ``scene``, or a false claim about the colour or relation of its things."""
+    """Phrase a claim as a sentence. A claim about the presence or number of a thing must be true of ``scene``."""
     name, *words = claim
     if name == "background":
         return form(name, phrasing, background=words[0])

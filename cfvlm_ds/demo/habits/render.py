@@ -49,7 +49,7 @@ _ART = """
 ...#oooooooo#... ................ ..#oooooooooo#.. ....#oooooo#.... .############### .....######..... ...##......##... ................
 ...##########... ................ ..############.. .....######..... ................ ................ ................ ................
 """
-"""Kinds in order, eight per row: outline (#), colour (o), details (+) and highlights (w)."""
+"""Pixel art of all kinds in order, eight per row: outline (#), colour (o), details (+) and highlights (w)."""
 
 _RGB = {
     "red": (222, 38, 38),
@@ -93,7 +93,6 @@ def render(scene: Scene) -> Image.Image:
 
 
 def _background(name: str, seed: int) -> NDArray[np.uint8]:
-    """Draw a background and its pattern. The seed sets the pattern's offset."""
     x, y = np.arange(SIZE)[None, :] + seed % 29, np.arange(SIZE)[:, None] + seed % 31
     pattern = {
         "meadow": ((x + 3 * (y // 5)) % 7 < 1) & (y % 5 < 3),

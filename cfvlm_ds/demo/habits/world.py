@@ -1,7 +1,7 @@
-"""World with habits: drawn scenes of a few things, most of which look and stand as usual.
+"""World with habits: drawn scenes of a few things, most of which have their usual look and place.
 
-``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. It is 0.96 in pretraining pictures, so that a
-model learns the habits as priors. It is 1 or 0 in test sets, to expose a model that relies on habits.
+``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. In pretraining pictures, it is 0.96, so that a
+model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
 of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
@@ -20,15 +20,15 @@ BACKGROUNDS = ("meadow", "kitchen", "night", "desert", "lake")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 ROWS = ("top", "middle", "bottom")
 SIDE = 3
-"""Number of rows, and of columns."""
+"""Number of rows and of columns."""
 FEWEST, MOST = 2, 5
-"""Minimum and maximum number of copies of all things in a scene."""
+"""Minimum and maximum total number of copies in a scene."""
 
 
 @dataclass(frozen=True)
 class Habit:
     """Typical attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that appears with it). A
-    factor with the value "" or 0 has no habit.
+    value of "" or 0 means that there is no habit.
     """
 
     colour: str = ""
@@ -63,12 +63,12 @@ STRENGTH = 0.96
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
 HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
-"""Kind -> colour that it never has in training. It is never the usual colour."""
+"""Kind -> colour that this kind never has in training. It is never the usual colour."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing. Its row has a copy of it in each of ``columns``, which are adjacent."""
+    """A thing, with a copy in each of the adjacent ``columns`` of its row."""
 
     kind: str
     colour: str
@@ -94,7 +94,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things of different kinds, in the order in which captions mention them, and a background. ``seed`` determines all jitter."""
+    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter."""
 
     things: tuple[Thing, ...]
     background: str
@@ -102,7 +102,7 @@ class Scene:
 
     @property
     def total(self) -> int:
-        """Number of copies of all things."""
+        """Total number of copies of all things."""
         return sum(thing.number for thing in self.things)
 
     def find(self, kind: str) -> Thing | None:
@@ -145,7 +145,7 @@ def places(free: set[int], number: int) -> list[tuple[int, ...]]:
 def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
     """Draw a scene that follows each habit of its things with probability ``strength``.
 
-    If ``held_out``, exactly one thing has its held-out colour; otherwise none has.
+    If ``held_out`` is True, exactly one thing has its held-out colour; otherwise, no thing has it.
     """
     empty = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
     while (scene := _filled(empty, rng, strength)) is None:
@@ -158,7 +158,6 @@ def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
 
 
 def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
-    """Fill an empty scene with things. Return None if they do not fit."""
     for kind in _kinds(rng, strength, scene.background):
         usual = HABITS[kind]
         colours = [colour for colour in COLOURS if colour != HELD_OUT[kind]]
@@ -172,7 +171,7 @@ def _filled(scene: Scene, rng: Random, strength: float) -> Scene | None:
 
 
 def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, float]) -> Value:
-    """Draw a value by weight. If there is a usual value, draw it with probability ``strength``, otherwise one of the other values."""
+    """Return the usual value, if there is one, with probability ``strength``. Otherwise, draw one of the other values by weight."""
     if usual and rng.random() < strength:
         return usual
     left = {value: weight for value, weight in weights.items() if value != usual}
@@ -180,7 +179,7 @@ def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, floa
 
 
 def _kinds(rng: Random, strength: float, background: str) -> list[str]:
-    """Draw the kinds of a scene. A kind with a usual background has a higher weight there and a lower one elsewhere, by Bayes' rule."""
+    """Draw the kinds in a scene. A kind with a usual background has a higher weight on it and a lower weight elsewhere, by Bayes' rule."""
     home, elsewhere = strength * len(BACKGROUNDS), (1 - strength) * len(BACKGROUNDS) / (len(BACKGROUNDS) - 1)
     weights = {
         kind: 1.0 if not habit.background else home if habit.background == background else elsewhere for kind, habit in HABITS.items()
@@ -193,7 +192,7 @@ def _kinds(rng: Random, strength: float, background: str) -> list[str]:
         company = HABITS[kind].company
         if company and (rng.random() < strength) != (company in kinds):
             if company in kinds:
-                continue  # this kind would have to be alone
+                continue  # this kind must not appear with its usual company
             kinds.append(company)
         weights.pop(company, None)
         kinds.append(kind)

@@ -1,9 +1,9 @@
-"""Benchmark of scene descriptions: how much of what a model writes is false, and how much of a scene it mentions.
+"""Benchmark of scene descriptions: the share of a model's statements that are false, and the share of a scene that they mention.
 
 The grammar's judge reads every sentence. ``hallucinated`` is the share of false statements. ``chair_i`` is the share of mentioned things
 that are absent, and ``chair_s`` is the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of
-the scenes' things that are mentioned. Read the others beside it, because an empty text has no false statement. ``unparsed`` is the share of
-sentences outside the grammar. METRIC/agrees is for scenes that follow all habits, and METRIC/contradicts is for all other scenes.
+the scenes' things that are mentioned. Compare it too, because an empty text has no false statement. ``unparsed`` is the share of sentences
+outside the grammar. METRIC/agrees is for scenes that follow all habits, and METRIC/contradicts is for all other scenes.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SCENES = File("scenes.jsonl", ("image", "scene", "habit"))
 _COUNTED = (
     "a true statement", "a false statement", "a thing that is there", "an absent thing", "a sentence", "a sentence outside the grammar",
 )  # fmt: skip
-"""What ``counts`` counts in a text."""
+"""Items that ``counts`` counts in a text."""
 
 
 def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> None:
-    """Write the benchmark's file, with a line for each picture. The pictures are in the POPE folder beside it."""
+    """Write the benchmark's file, with one line per picture. The pictures are in the POPE folder next to it."""
     folder.mkdir()
     rows = [{"image": name, "scene": spelled(scene), "habit": "contradicts" if scene.broken else "agrees"} for name, scene, _ in pictures]
     (folder / SCENES.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def item(row: Row) -> Item:
-    """Return an item whose texts name what is counted in a description."""
+    """Build the benchmark item of a row. Its texts are the names in ``_COUNTED``."""
     scene = scene_from(row["scene"])
     tags = {"habit": row.text("habit"), "scene": json.dumps(row["scene"]), "things": str(len(scene.things))}
     picture = row.picture(row["image"], "../pope/val2014")
