@@ -12,7 +12,7 @@ from urllib import request as requests
 
 
 class Reply(NamedTuple):
-    """A complete reply with any status. ``headers`` is a case-insensitive mapping."""
+    """A complete reply, whatever its status. ``headers`` is a case-insensitive mapping."""
 
     status: int
     reason: str

@@ -19,7 +19,7 @@ _CLOSING = ")]}',.:;!"
 """Punctuation after a URL that belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
-"""A name and the separator before its value. After an option's name, this is a space, as in ``--api-key VALUE``."""
+"""A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
@@ -35,8 +35,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 def without_secrets(text: str) -> str:
     """Return the text with *** in place of everything that looks like a secret.
 
-    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, where signed addresses have their signature;
-    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name is a credential's name.
+    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, which contain the signature of a signed URL;
+    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0
@@ -69,7 +69,7 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return two flags: whether every value of this name is a secret, and whether every value that is not a number is one."""
+    """Return two flags: whether any value with this name is a secret, and whether any value but a number is a secret."""
     words = _words(name)
     if not words:
         return False, False
@@ -77,7 +77,7 @@ def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Return whether the dotted name of a value makes it a secret."""
+    """Return whether a value is a secret, judging by its dotted name."""
     words = _words(name)
     if any(_ALWAYS.search(part) for part in ("_".join(words), *words)):
         return True
@@ -97,7 +97,7 @@ def _is_number(text: str) -> bool:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Copy a value, ready for JSON, without the values of credentials and without secrets in texts."""
+    """Return a copy of a value that is ready for JSON, with credentials and secrets in texts masked."""
     if isinstance(value, Mapping):
         return {without_secrets(str(key)): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Untrusted text for display, such as names in rows of data, and 64-bit hashes of texts."""
+"""Display of untrusted text, such as names in data rows, and 64-bit hashes of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hashed(content: str | bytes) -> int:
 
 def printable(text: str) -> str:
     """Return the text with unprintable characters in Python's notation. An escape sequence would control the terminal, a line break would
-    end the sentence, and half a surrogate pair could not be printed.
+    end the sentence, and an unpaired surrogate could not be printed.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
