@@ -1,7 +1,7 @@
-"""Structure of a row of trees, whose nodes contain tokens and attend to their ancestors and themselves.
+"""Forest: the structure of a row of trees. A tree's nodes contain tokens, and each node attends to its ancestors and itself.
 
-The forest reaches every layer as a keyword argument. It caches what an attention back end derives from it, so that all layers share the
-result.
+The forest reaches every layer as a keyword argument. Masks and indices that an attention back end derives from it are cached, so that all
+layers share them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sight:
 class Forest:
     """Trees of a row as nodes in depth-first order: the number of tokens in each node, and its parent (-1 for a root).
 
-    A node's tokens attend to its ancestors and, causally, to themselves. A node's first child follows it directly, and each later child
+    A node's tokens attend to its ancestors and, causally, to each other. A node's first child follows it directly, and each later child
     follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node: the
     pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
     """

@@ -92,7 +92,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Attend bidirectionally within segments, which are padded to the longest. Their lengths are never read from the device."""
+    """Attend bidirectionally within segments, which are padded to the longest. Segment lengths are never copied from the device."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
