@@ -67,9 +67,9 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end. ``auto`` selects flash-attn or torch's ``varlen`` if the GPU supports one of them,
-            otherwise sdpa. The other values are ``flash_attention_2``, ``varlen`` and ``flex`` (torch's kernels for GPUs), and ``sdpa``.
-        gradient_checkpointing: recompute activations in the backward pass. This saves memory, but makes training take about a third longer.
+        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
+            selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
+        gradient_checkpointing: recompute activations in the backward pass. This saves memory and takes about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
@@ -92,8 +92,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings, printed when a run starts, about options that have no effect. A LoRA rank alone does not enable LoRA, although it does
-        in other programs.
+        """Warnings about options that have no effect, printed when a run starts. In other programs, setting a LoRA rank enables LoRA; here
+        it does not.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -129,9 +129,9 @@ class TrainConfig:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' load-balancing loss for the routers of a mixture of experts, computed over all tokens of a
-            step; published configurations use 0.001. If a step has several forwards, each one is run an extra time.
-        hard_negatives: train only on the counterfactuals that the model currently scores highest, this many per group. To select them, a
-            forward without gradients scores all counterfactuals first. By default, a step trains on all counterfactuals.
+            step; published configurations use 0.001. If a step has several forwards, each forward runs one extra time.
+        hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. A forward
+            without gradients first scores all counterfactuals. By default, a step trains on all of them.
         lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
         warmup_ratio: share of the steps during which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
@@ -162,7 +162,8 @@ class TrainConfig:
         on_nonfinite: action of all ranks if a loss or gradient is NaN or infinite on any rank: ``stop``, or ``skip`` the step (at most 10
             in a row). In both cases, no weight changes, and nonfinite.jsonl in the run folder lists the groups.
         stop_margin_s: save a checkpoint and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the
-            duration of the longest step so far (with its evaluation and checkpoint). The margin must be long enough for a first checkpoint.
+            duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough for a first
+            checkpoint.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
         self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
@@ -311,7 +312,7 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Configuration of a run; ``objective`` maps the names of the active terms to the terms."""
+    """Configuration of a run; ``objective`` maps the name of each active term to the term."""
 
     model: ModelConfig
     data: DataConfig

@@ -27,8 +27,8 @@ class DataSet:
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: like ``data.root``, which is the default.
-        format: like ``data.format``, which is the default.
+        root: overrides ``data.root`` for this data set.
+        format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
     """
 
@@ -44,8 +44,8 @@ class Source(DataSet):
 
     Args:
         path: manifest of counterfactual groups.
-        root: like ``data.root``, which is the default.
-        format: like ``data.format``, which is the default.
+        root: overrides ``data.root`` for this data set.
+        format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
         name: name of the source in metrics and group ids; by default, the file name without its ending.
         weight: share of the draws, relative to the weights of the other sources. If no source has a weight, sources are drawn in proportion
@@ -70,8 +70,8 @@ class EvaluationSet(DataSet):
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: like ``data.root``, which is the default; for a benchmark, the folder that holds the benchmarks' folders.
-        format: like ``data.format``, which is the default.
+        root: overrides ``data.root`` for this set; for a benchmark, the folder that holds the benchmarks' folders.
+        format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all. For a benchmark, the approximate number of items, which are
             spread evenly over the benchmark.
         benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
@@ -112,13 +112,13 @@ class DataConfig:
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are broken when the run
             starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
-        max_skipped: largest number of groups that ``skip`` may leave out in a run; more are an error.
+        max_skipped: largest number of groups that ``skip`` may leave out in a run; exceeding it is an error.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
             ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
             (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
-            a third longer. If an image has too many texts for one forward, they are split over several.
+            a third longer. If an image has too many texts for a forward, they are divided.
         feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
             that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
     """

@@ -62,8 +62,8 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def launch_environment() -> None:
-    """Set the environment variables that a launcher would set: from Slurm's variables for an ``srun`` task, or for a single rank that was
-    started by hand.
+    """Set the environment variables that a launcher would set. An ``srun`` task derives them from Slurm's variables; a process started by
+    hand becomes a single rank.
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -76,7 +76,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to the port on which the ranks connect to each other. They must do so within the block.
+    """Set MASTER_PORT to the port on which the ranks connect to each other, which they must do within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
     and have this port or none, they use a free port instead. Rank 0 chooses the port and publishes it in a file named after the ranks'
@@ -171,7 +171,7 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier without the timeout of collectives: ranks wait for each other as long as any of them makes progress.
+    """Barrier to which the timeout of collectives does not apply: ranks wait for each other as long as any of them makes progress.
 
     Every rank must create the barrier at the same point of the program, call ``alive`` while it works, and call ``meet`` to wait for the
     other ranks.
@@ -184,7 +184,7 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Record that this rank makes progress. The call is cheap enough for every item of work."""
+        """Record that this rank makes progress. Cheap enough to call for every item of work."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
@@ -237,7 +237,7 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position in the training."""
+    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position in training."""
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -245,8 +245,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator from which a DataLoader's iterators draw their seeds.
 
-    If the seeds came from torch's global generator, a resumed run would have other dropout than an uninterrupted run, because it creates
-    its iterators at other steps.
+    If the seeds came from torch's global generator, the dropout of a resumed run would differ, because it creates its iterators at other
+    steps than an uninterrupted run.
     """
     return torch.Generator()
 

@@ -71,7 +71,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to ``path`` at the end of the block. No reader sees half a file, and no crash leaves one.
 
     With ``shared``, several processes can write the file at the same time. Without it, raises ConfigError if another process is writing the
-    file. An OSError names ``path``. The temporary file is always removed.
+    file. Raises an OSError that names ``path``. The temporary file is always removed.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None

@@ -25,8 +25,7 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """In-batch negatives of a layout: for each group, N texts of other groups in the optimizer step. They are the layout's last N columns,
-    and their truth is unknown.
+    """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
 
     ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of its own group in the
     step and its index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight in
@@ -40,7 +39,7 @@ class InBatchNegatives:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Layout of a batch with G groups, padded to the largest I and C of the batch.
+    """Layout of a batch with G groups, padded to the largest I and C in the batch.
 
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
@@ -73,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout, with in-batch negatives only if ``in_batch`` is set, and with the blank picture only if ``blank`` is set."""
+        """Return the layout. It keeps in-batch negatives only if ``in_batch`` is set, and the blank picture only if ``blank`` is set."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
@@ -125,7 +124,7 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Switch off every group whose flag is False, so that its cells and weight contribute to no sum, and return the layout."""
+        """Return a layout in which every group whose flag is False is switched off: its cells and weight contribute to no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

@@ -58,7 +58,6 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
 
 def _options(objectives: Mapping[str, type]) -> type:
-    """Build a class with all options of a run."""
     terms = make_dataclass("Objective", [(name, term, field(default_factory=term)) for name, term in objectives.items()])
     sections = {**SECTIONS, "objective": terms}
     parts: list[Any] = [(name, section, field(default_factory=section)) for name, section in sections.items()]
@@ -185,7 +184,6 @@ def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = 
 
 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Raise ConfigError for empty values and for options that contradict each other."""
     if not train.output_dir:
         raise ConfigError("train.output_dir is empty (an unset variable?); name a folder, or leave it out for the default")
     if train.max_steps == 0:

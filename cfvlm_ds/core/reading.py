@@ -1,6 +1,6 @@
 """File reading: JSON and YAML without duplicate keys, and untrusted files, which must be regular files of limited size.
 
-Functions raise ValueError or OSError without the file's name, which the caller adds.
+The functions raise ValueError or OSError without the file's name, which the caller adds.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the last part of a message about a missing file: the folder against which relative paths are resolved, if ``path`` is
-    relative.
-    """
+    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 

@@ -44,8 +44,8 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """Resolve a model name. A run folder resolves to its export, or else to its adapters. Adapters resolve to themselves and the model that
-    they were trained on. Any other name is used as it is.
+    """Resolve a model name. A run folder resolves to its export, or else to its adapters. An adapter folder resolves to the adapters and
+    their base model. Any other name is used as it is.
 
     Raises ConfigError for a run folder with neither an export nor adapters, and for adapters that do not name their model.
     """
@@ -112,7 +112,6 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
 
 
 def _paths(options: Any) -> Iterator[Path]:
-    """Yield every string in the options as a path."""
     if isinstance(options, str):
         yield Path(options).absolute()
     elif isinstance(options, (Mapping, list)):
@@ -147,7 +146,6 @@ def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
 
 
 def _recorded(run_dir: Path, section: str, kind: type) -> Any:
-    """Read a section of a run's configuration."""
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):

@@ -28,7 +28,7 @@ _ALWAYS = re.compile(
 )
 """Names (or their last words, joined by ``_``) whose value is always a secret."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
-"""Words in names whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
+"""Words that mark a value as a secret unless it is a number, such as num_key_value_heads or token_budget."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -97,7 +97,7 @@ def _is_number(text: str) -> bool:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a copy of a value that is ready for JSON, with credentials and secrets in texts masked."""
+    """Return a JSON-ready copy of a value, with credentials and secrets in texts masked."""
     if isinstance(value, Mapping):
         return {without_secrets(str(key)): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,7 +110,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def mask_tracebacks() -> None:
-    """Print the exception that ends this process, or one of its threads, without secrets."""
+    """Make Python print uncaught exceptions, including exceptions in threads, without secrets."""
 
     def print_exception(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
@@ -120,7 +120,7 @@ def mask_tracebacks() -> None:
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets; to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
+    """Print a line without secrets, to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
     disk, is lost.
     """
     with contextlib.suppress(OSError):

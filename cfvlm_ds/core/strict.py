@@ -101,7 +101,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to its type. Raises ConfigError, with a message that begins with ``option``, for a value that does not fit."""
+    """Convert a value to the type ``hint``. Raises ConfigError for a value that does not fit; the message begins with ``option``."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -139,7 +139,6 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """Return the value as a number of this type, or None if that is impossible."""
     if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:

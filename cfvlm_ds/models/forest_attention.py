@@ -5,8 +5,8 @@ The back ends compute the same function and are registered with transformers' pu
 keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
 restarted positions, because several kernels silently misinterpret these.
 
-A layer may limit attention to a sliding window along a token's path, and may allow bidirectional attention among the tokens of a picture.
-``Sight`` describes both. Each back end computes it exactly or refuses.
+A layer can limit attention to a sliding window along a token's path, and can allow bidirectional attention among a picture's tokens.
+``Sight`` describes both. Each back end implements them exactly or refuses the model.
 
     sdpa      torch's kernel with a mask, on trees of similar length that are padded to the longest; suited to many short trees
     flash_attention_2  one call to flash-attn's variable-length kernel; the keys of each node and its ancestors are gathered

@@ -24,8 +24,8 @@ _CHUNK = 64  # tokens per chunk in transformers' rule, which pads to whole chunk
 _PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padded together
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes in one level of the trees. A batch has three index tensors: [N, L] the tokens' indices in the row, T for padding; the
-indices of real tokens among the N * L; and [N] the parents' indices in the level above, None for roots.
+"""Batches of nodes in one level of the trees. A batch consists of the tokens' indices [N, L] in the row (T for padding), the indices of the
+real tokens among the N * L, and the parents' indices [N] in the level above (None for roots).
 """
 
 

@@ -32,7 +32,9 @@ class ScoringHead(nn.Linear):
 
     @classmethod
     def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
-        """Return a scoring head that shares the parameters of ``head``. Raises ValueError if it has a bias; no supported family does."""
+        """Return a scoring head that shares the parameters of ``head``. Raises ValueError for a head with a bias, which no supported family
+        has.
+        """
         if head.bias is not None:
             raise ValueError("the model's output head has a bias, which is not supported")
         scoring = cls(head.in_features, head.out_features, cap)

@@ -1,7 +1,6 @@
-"""Limits on the number of visual tokens per image. Families determine this number by different rules. Each rule has a function.
+"""Limits on an image's visual tokens, with one function for each rule by which families determine their number.
 
-The function changes the processor and, if the model itself also computes image sizes, the model's configuration. Either argument can be
-None.
+Each function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument can be None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model families, keyed by ``config.model_type``. Each has its own file. A new family needs a record, which is listed in _RECORDS."""
+"""Model families, keyed by ``config.model_type``. Each has its own file. A new family needs a record in _RECORDS."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types of rotary position embedding that have the same frequencies for all rows within the context window. ``longrope`` is excluded, and
-so is any type with phimoe's ``long_mscale``, because both depend on the largest position in a row.
+"""Types of rotary position embedding that have the same frequencies for all rows within the context window. ``longrope``, and any type with
+phimoe's ``long_mscale``, depend on the largest position in a row.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling start at the row's
