@@ -79,8 +79,8 @@ def meeting_point() -> Iterator[None]:
     """Set MASTER_PORT to the port on which the ranks connect to each other, which they must do within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
-    and have this port or none, they use a free port instead. Rank 0 chooses the port and publishes it in a file named after the ranks'
-    parent process, the launcher. Any other port comes from the user or torchrun's agent and is kept.
+    and have this port or none, they use a free port that rank 0 publishes in a file named after the launcher, their parent process. Any
+    other port comes from the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -138,8 +138,8 @@ def all_reduce_rate(device: torch.device) -> float:
     """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first all-reduce sets up the connections and is
     not measured.
 
-    Returns the slowest rank's bus bandwidth in GB/s, as defined by nccl-tests: with n ranks, each rank sends 2 (n - 1) / n bytes per
-    reduced byte. Raises RuntimeError if the sum is wrong.
+    Returns the slowest rank's bus bandwidth in GB/s, as defined by nccl-tests: each of n ranks sends 2 (n - 1) / n bytes per reduced byte.
+    Raises RuntimeError if the sum is wrong.
     """
     size = dist.get_world_size()
     for _ in range(2):

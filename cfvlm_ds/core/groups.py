@@ -35,7 +35,7 @@ Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image: usually one, several if the prompt shows several, none in a text-only group."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
-"""Sets of cells that are scored in a group; each of the first four contains the one before it.
+"""Sets of cells that are scored in a group. Each of the first four contains the previous set.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;

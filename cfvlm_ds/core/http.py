@@ -1,4 +1,4 @@
-"""HTTP calls with limits on reply size, silence and total time. Only the standard library is used."""
+"""HTTP calls with limits on reply size, idle time and total time. Only the standard library is used."""
 
 from __future__ import annotations
 

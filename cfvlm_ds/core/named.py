@@ -20,8 +20,8 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
     """Return the entry of ``known`` that ``spec`` names, with the options that ``spec`` sets. A value with a comma must be in double
     quotes.
 
-    The options of a dataclass entry are its fields; other entries have no options. ``besides`` lists further valid names for messages.
-    Raises ValueError for an unknown name, option or value.
+    Only dataclass entries have options: their fields. ``besides`` lists further valid names for messages. Raises ValueError for an unknown
+    name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
@@ -50,7 +50,7 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Return a hint for an unknown name: the most similar known name, or ``otherwise`` and a list of all known names."""
+    """Return a hint: the known name most similar to ``given``, or ``otherwise`` and all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"
 

@@ -50,7 +50,7 @@ def cores_per_rank() -> int:
 
 
 def default_workers() -> int:
-    """Return the default number of data workers per rank: one less than the rank's cores, but at least 1 and at most 4."""
+    """Return the default number of data workers per rank: one less than ``cores_per_rank``, but at least 1 and at most 4."""
     return max(1, min(4, cores_per_rank() - 1))
 
 

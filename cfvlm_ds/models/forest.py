@@ -31,11 +31,11 @@ class Sight:
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees of a row as nodes in depth-first order: the number of tokens in each node, and its parent (-1 for a root).
+    """Row of trees, as nodes in depth-first order: each node's number of tokens and its parent (-1 for a root).
 
     A node's tokens attend to its ancestors and, causally, to each other. A node's first child follows it directly, and each later child
-    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node: the
-    pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
+    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node.
+    They are the pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
     """
 
     lengths: tuple[int, ...]
@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` has the same meaning as in the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is the field of the class."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)

@@ -110,7 +110,7 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
     """Return the sha256 of the configuration and every byte of the vision tower's weights. Without safetensors, it covers all weights.
 
-    Files can use older weight names than the model. A weight therefore counts as the tower's if any part of its name equals the last part
+    Files can use older weight names than the model. A weight is therefore taken as the tower's if any part of its name equals the last part
     of a tower prefix.
     """
     folder = model_folder(config.name_or_path)

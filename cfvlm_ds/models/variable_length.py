@@ -24,13 +24,13 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(number of keys that a query attends to before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
-starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
+"""(numbers of keys that a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J,
+D]; starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
 """
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
-    """Return the kernel calls, and the index of each token in their concatenated outputs (None if the outputs have the order of the row).
+    """Return the kernel calls, and the index of each token in their concatenated outputs (None if they are in row order).
 
     A call consists of the row indices of its queries (None: all, in order), the row indices of its keys, and the kernel's other arguments.
     """

@@ -1,6 +1,6 @@
 """Limits on an image's visual tokens, with one function for each rule by which families determine their number.
 
-Each function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument can be None.
+Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either argument can be None.
 """
 
 from __future__ import annotations

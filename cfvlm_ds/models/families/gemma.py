@@ -18,12 +18,12 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefix of the tower's pooling head, which some checkpoints contain and no forward uses."""
+    """Return the prefix of the tower's unused pooling head, which some checkpoints contain."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefixes of the audio modules, which some checkpoints contain and no forward uses."""
+    """Return the prefixes of the unused audio modules, which some checkpoints contain."""
     return ("model.audio_tower", "model.embed_audio")
 
 
