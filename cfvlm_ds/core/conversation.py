@@ -1,7 +1,7 @@
 """Conversations. The prompt that a text answers is a string or a conversation: a sequence of turns with pictures between the words.
 
-A string is a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in order,
-are the pictures of one image of the group.
+A string stands for a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in
+order, are the pictures of one image of the group.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class DataConfig:
             ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
             (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
-            a third longer. If an image has too many texts for a forward, they are divided.
+            a third longer. If an image has too many texts for a forward, the texts are divided.
         feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
             that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
     """

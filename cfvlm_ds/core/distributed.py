@@ -76,7 +76,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to the port on which the ranks connect to each other, which they must do within the block.
+    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must do so within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
     and have this port or none, they use a free port that rank 0 publishes in a file named after the launcher, their parent process. Any
@@ -171,7 +171,7 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier to which the timeout of collectives does not apply: ranks wait for each other as long as any of them makes progress.
+    """Barrier that ignores the timeout of collectives: ranks wait for each other as long as any of them makes progress.
 
     Every rank must create the barrier at the same point of the program, call ``alive`` while it works, and call ``meet`` to wait for the
     other ranks.
@@ -258,7 +258,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore a state that ``random_state`` returned, on the same or another kind of device."""
+    """Restore a state that ``random_state`` returned, possibly on another kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

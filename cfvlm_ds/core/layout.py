@@ -72,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout. It keeps in-batch negatives only if ``in_batch`` is set, and the blank picture only if ``blank`` is set."""
+        """Return the layout without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self

@@ -168,7 +168,7 @@ def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False)
 
 
 def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False) -> None:
-    """Set an option in nested sections. A mapping of evaluation sets is set whole, because their names can contain dots."""
+    """Set an option in nested sections. A mapping of evaluation sets is not split further, because their names can contain dots."""
     name, *inside = path
     before = options.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation")

@@ -48,7 +48,7 @@ class Scores:
     divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
-        """Return the scores. They keep in-batch negatives only if ``in_batch`` is set, and the blank picture only if ``blank`` is set."""
+        """Return the scores without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
         layout = self.layout.seen(in_batch, blank)
         if layout is self.layout:
             return self

@@ -16,7 +16,7 @@ _URL = re.compile(r":(/+)((?:(?!:/)\S)+)")  # pathlib joins double slashes; a UR
 _USERINFO = re.compile(r"[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S)")  # second form: a password with a slash
 _PARAMETER = re.compile(r"([?&#])([^=&#\s\"<>]*)(=?)([^&#\s\"<>]*)")
 _CLOSING = ")]}',.:;!"
-"""Punctuation after a URL that belongs to the sentence."""
+"""Punctuation after a URL, which belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
 """A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
@@ -69,7 +69,7 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return two flags: whether any value with this name is a secret, and whether any value but a number is a secret."""
+    """Return two flags: whether values with this name are always secrets, and whether they are secrets unless they are numbers."""
     words = _words(name)
     if not words:
         return False, False

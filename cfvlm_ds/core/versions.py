@@ -25,7 +25,7 @@ def version(package: str) -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit from which this package was checked out or built, or ``unknown``, whatever the working directory.
+    """Return the commit from which this package was checked out or built, or ``unknown``. The working directory does not matter.
 
     A package that is installed inside another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the
     commit from which it was built.

@@ -30,8 +30,8 @@ def head_logprobs(
     parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
     tanh(logit / cap).
 
-    ``compared`` maps each divergence to indices of states [3, D]: row 0 given a text's own image, and row 1 given another image (see
-    ``Divergence``); row 2 is not used. In the result, the divergences [D] follow the log-probs.
+    ``compared`` maps each divergence to indices [3, D]: row 0 for the states given a text's own image, and row 1 for the states given
+    another image (see ``Divergence``). Row 2 is not used. In the result, the divergences [D] follow the log-probs.
     """
     logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap, compared or {})
     return logp

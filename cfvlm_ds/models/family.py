@@ -80,7 +80,7 @@ class Family:
         take_trees: function that patches layers other than attention to support rows of trees, called once per model, before scoring.
         around: texts that the processor writes before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
-        visual_mark: argument of the model's own forward that marks visual tokens, for families with ``whole_pictures``.
+        visual_mark: argument of the model's own forward that marks visual tokens, for families with bidirectional picture attention.
         projector_inputs: the members of ``per_image`` that the projector takes as arguments after the tower's output.
         logit_cap: function that returns the cap of the model's logits, cap * tanh(logit / cap), or None.
         limit: function that bounds an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.

@@ -34,8 +34,8 @@ class Forest:
     """Row of trees, as nodes in depth-first order: each node's number of tokens and its parent (-1 for a root).
 
     A node's tokens attend to its ancestors and, causally, to each other. A node's first child follows it directly, and each later child
-    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node.
-    They are the pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
+    follows the previous child's subtree. ``blocks`` are the ranges of tokens (begin, end) with bidirectional attention: pictures, in some
+    families. Each lies inside one node. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
     """
 
     lengths: tuple[int, ...]

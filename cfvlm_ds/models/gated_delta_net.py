@@ -71,8 +71,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return the token indices of all nodes, each node preceded by the indices of the ``size - 1`` tokens before it on its path (T if there
-    is none), and the positions of the nodes' own tokens among them.
+    """Return two tensors: the token indices of all nodes, each node preceded by the ``size - 1`` tokens before it on its path (T if there
+    is none), and the positions of the nodes' own tokens in the first tensor.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):

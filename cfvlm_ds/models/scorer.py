@@ -18,7 +18,7 @@ from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
-    """An output head that returns log-probs instead of logits if it is given scored targets.
+    """An output head that returns log-probs instead of logits if scored targets are given.
 
     It is a module because ZeRO-3 gathers a module's weight while the module runs.
     """

@@ -113,8 +113,8 @@ def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
 
 
 def flash_attention() -> Callable[..., Any] | None:
-    """Return ``flash_attn_varlen_func`` of flash-attn 2, of flash-attn 3, or of a kernel downloaded from the hub, in this order of
-    preference, or None.
+    """Return ``flash_attn_varlen_func`` from flash-attn 2, flash-attn 3 or a kernel downloaded from the hub, in this order of preference,
+    or None.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 

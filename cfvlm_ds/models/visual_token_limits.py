@@ -1,6 +1,6 @@
-"""Limits on an image's visual tokens, with one function for each rule by which families determine their number.
+"""Limits on an image's visual tokens. Families determine their number by different rules, and each rule has its own function.
 
-Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either argument can be None.
+A function changes the processor and, if the model also computes image sizes, the model's configuration. Either argument can be None.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the longest edge to the side of the largest square of whole tokens within ``max_pixels`` (Mistral 3, whose images keep their
-    aspect ratio).
+    """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` (Mistral 3, whose images keep
+    their aspect ratio).
 
-    The square has at least 2 x 2 tokens, because transformers cannot process a forward whose only image is one visual token.
+    The square must have at least 2 x 2 tokens, because transformers cannot process a forward whose only image is one visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
@@ -82,7 +82,7 @@ def patches(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def squares(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the longest edge to the side of the largest square with at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
+    """Limit the longest edge so that a square image has at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         sides = int(model.max_tiles**0.5)
