@@ -2,7 +2,7 @@
 
 Unknown options are errors, and the resolved configuration can be printed as YAML. An option that transformers' TrainingArguments also has
 keeps its name. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes, learning rates and
-steps. "auto" in the JSON stands for the run's value. A contradiction is an error (see engine/configuration.py).
+steps. "auto" in the JSON stands for the run's value. A contradiction between the two is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-"""Names of the schedules in transformers that need no options."""
+"""Names of transformers' schedules that need no options."""
 CFVLM = ("align", "csd", "fcd")
-"""Default terms of the objective: the terms of CF-VLM (arXiv 2506.17267)."""
+"""Default terms of the objective, from CF-VLM (arXiv 2506.17267)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModuleConfig:
 
     Args:
         tuning: ``full`` trains every weight, ``lora`` trains adapters on the linear layers, and ``frozen`` trains nothing.
-        learning_rate: the module's own peak learning rate; ``train.learning_rate`` when not given.
+        learning_rate: peak learning rate of the module; by default, ``train.learning_rate``.
     """
 
     tuning: Literal["full", "lora", "frozen"] = option("full", on_resume="refuse")
@@ -43,9 +43,9 @@ class LoraConfig:
         rank: rank of an adapter.
         alpha: an adapter's output is multiplied by alpha / rank.
         dropout: dropout on an adapter's input.
-        load_in_4bit: keep the language model's own weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
-        dora: also train the magnitude of every weight row (DoRA, arXiv 2402.09353).
-        rslora: multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        load_in_4bit: store the language model's base weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
+        dora: also train the magnitude of each weight row (DoRA, arXiv 2402.09353).
+        rslora: multiply an adapter's output by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = option(16, within=(1, 1e6), on_resume="refuse")
@@ -67,8 +67,8 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end. ``auto`` selects flash-attn or torch's ``varlen`` if the GPU supports one of them,
-            otherwise sdpa. The other values are ``flash_attention_2``, ``varlen`` and ``flex`` (torch's kernels for GPUs), and ``sdpa``.
+        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
+            selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
         gradient_checkpointing: recompute activations in the backward pass. This saves memory and takes about a third more time.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
@@ -76,7 +76,7 @@ class ModelConfig:
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
         language_model: tuning and learning rate of the language model and its output head.
-        lora: options of the adapters, for modules whose ``tuning`` is ``lora``.
+        lora: adapter options, for modules whose ``tuning`` is ``lora``.
     """
 
     name_or_path: str = option("", on_resume="ignored")
@@ -92,8 +92,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options without effect, printed when a run starts. Setting a LoRA rank enables LoRA in other programs, but not
-        here.
+        """Warnings about options that have no effect, printed when a run starts. In other programs, setting a LoRA rank enables LoRA; here
+        it does not.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -104,7 +104,7 @@ class ModelConfig:
 
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "max_tiles")
-"""Options of ModelConfig that limit the visual tokens of an image."""
+"""ModelConfig options that limit an image's visual tokens."""
 
 
 MICRO_BATCH_SIZE = 8
@@ -121,17 +121,17 @@ class TrainConfig:
             if a step would otherwise need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
         per_device_eval_batch_size: groups per evaluation batch and rank. A batch is scored in forwards of at most
-            ``data.max_tokens_per_forward`` tokens, or ``data.max_tokens_per_micro_batch`` if the former is not given.
+            ``data.max_tokens_per_forward`` tokens or, if that is not set, ``data.max_tokens_per_micro_batch`` tokens.
         learning_rate: peak learning rate of every module that does not set its own.
         weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
         adam_beta1: AdamW's first-moment decay.
         adam_beta2: AdamW's second-moment decay.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
-        router_balance: weight of transformers' router balance loss for mixtures of experts, computed over all tokens of a step; published
-            configurations use 0.001. If a step has several forwards, each of them runs once more.
-        hard_negatives: train on only this many counterfactuals per group: the ones that the model currently scores highest. A forward
-            without gradients first scores all of them. By default, a step trains on all.
+        router_balance: weight of transformers' load-balancing loss for the routers of a mixture of experts, computed over all tokens of a
+            step; published configurations use 0.001. If a step has several forwards, each forward runs one extra time.
+        hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. A forward
+            without gradients first scores all counterfactuals. By default, a step trains on all of them.
         lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
         warmup_ratio: share of the steps during which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
@@ -145,32 +145,33 @@ class TrainConfig:
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             evaluates nothing.
         samples: number of evaluation pictures for which the model writes a text at each evaluation; results.md shows the texts.
-        eval_shuffled: in the evaluation at the end, also score every group's texts on another group's image, to show how far language alone
-            gets. It costs one more image with its texts per group.
+        eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
+            gets. This costs one extra image with its texts per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
-        save_keep_every: also keep checkpoints whose step is a multiple of this; 0 disables it.
+        save_keep_every: also keep checkpoints whose step is a multiple of this number; 0 disables it.
         save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
             kept. It is saved right after the evaluation.
-        early_stopping: end the training after this many consecutive evaluations without an improvement of the metric ``save_best``.
+        early_stopping: end the training after this many consecutive evaluations without an improvement in the ``save_best`` metric.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
             folder with a checkpoint; ``restart`` is like ``auto``, but starts at step 0 if no checkpoint can be used. The path of a
             checkpoint continues from that checkpoint.
-        resume_changes: reaction if an option that affects the training has changed since the checkpoint: ``refuse`` names the option and
+        resume_changes: action if an option that affects the training has changed since the checkpoint: ``refuse`` names the option and
             stops; ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
-        on_nonfinite: reaction of all ranks if a loss or gradient is NaN or infinite on any of them: ``stop``, or ``skip`` the step (at most
-            10 in a row). In both cases, no weight changes, and nonfinite.jsonl in the run folder lists the groups.
-        stop_margin_s: stop, save and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the duration
-            of the longest step so far (with its evaluation and checkpoint). The margin must be long enough for a first checkpoint.
+        on_nonfinite: action of all ranks if a loss or gradient is NaN or infinite on any rank: ``stop``, or ``skip`` the step (at most 10
+            in a row). In both cases, no weight changes, and nonfinite.jsonl in the run folder lists the groups.
+        stop_margin_s: save a checkpoint and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the
+            duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough for a first
+            checkpoint.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
         self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
-            forwards within the precision. If not, ``error`` stops and ``warn`` continues; ``off`` skips the check.
+            forwards, up to rounding errors. If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the check.
         displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
             many nats per token below its initial value.
-        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other kinds of edit. They are
-            also evaluated before the first step, and later changes of their results are logged.
+        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
+            also evaluated before the first step, and later changes in their results are logged.
         figures: draw the learning curves and the score matrices of a few groups at the end.
         export: at the end, write a Hugging Face folder: ``output_dir/export``, or ``output_dir/adapter`` if only adapters were trained.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
@@ -231,7 +232,7 @@ class TrackingConfig:
         enabled: record the run in MLflow; metrics.jsonl is written in any case. MLFLOW_TRACKING_URI names a server; without it, the store
             is in the run folder.
         experiment: experiment name.
-        run_name: run name; the output folder's name when not given.
+        run_name: run name; by default, the name of the output folder.
         also: other trackers that receive the metrics: ``tensorboard``, or your own class as MODULE:CLASS.
     """
 
@@ -243,12 +244,12 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class HabitsConfig:
-    """The embedded world with habits, written as ordinary manifests with pictures of 64 x 64 pixels.
+    """The built-in world with habits, written as ordinary manifests with pictures of 64 x 64 pixels.
 
     Args:
         out_dir: folder to write; left unchanged if it already holds this world.
         num_train: training groups.
-        num_test: groups of the validation set and of each test set.
+        num_test: groups in the validation set and in each test set.
         num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
@@ -268,7 +269,7 @@ class HabitsConfig:
 
 @dataclass(frozen=True)
 class TinyLlavaConfig:
-    """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the embedded world.
+    """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the built-in world.
 
     Args:
         out_dir: folder to write; left unchanged if it exists.
@@ -296,8 +297,8 @@ class BuildConfig:
     """Data and models that are built before training unless they already exist; by default none.
 
     Args:
-        habits: the embedded world with habits.
-        tiny_llava: a small model with random weights and a tokenizer that is trained on the texts of that world.
+        habits: the built-in world with habits.
+        tiny_llava: a small model with random weights and a tokenizer trained on the texts of that world.
         base: folder for a copy of the package's small model, pretrained on that world.
     """
 
@@ -311,7 +312,7 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Configuration of a run; ``objective`` maps the names of the active terms to the terms."""
+    """Configuration of a run; ``objective`` maps the name of each active term to the term."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,7 +1,7 @@
-"""Conversations. The prompt that a text answers is a string, or a sequence of turns with pictures between the words.
+"""Conversations. The prompt that a text answers is a string or a conversation: a sequence of turns with pictures between the words.
 
-A string is a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in the
-order of its parts, are the pictures of one image of the group.
+A string stands for a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in
+order, are the pictures of one image of the group.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from cfvlm_ds.core.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
-"""Prompt for a caption in a row without a prompt."""
+"""Default prompt for captions."""
 MAX_TURNS = 1024
-"""Largest number of turns in a conversation; MAX_PARTS is the largest number of parts in all its turns together."""
+"""Largest number of turns in a conversation. MAX_PARTS limits the number of parts in all turns together."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
@@ -35,7 +35,7 @@ Part: TypeAlias = str | Literal[Marker.PICTURE]
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation: its role (one of ROLES), and its parts, each a text or PICTURE."""
+    """A turn of a conversation: its role (one of ROLES) and its parts. Each part is a text or PICTURE."""
 
     role: str
     parts: tuple[Part, ...]
@@ -50,12 +50,12 @@ def texts_of(prompt: Prompt) -> Iterator[str]:
 
 
 def pictures_of(turns: Sequence[Turn]) -> int:
-    """Count the pictures of the given turns."""
+    """Count the pictures in the turns."""
     return sum(part is PICTURE for turn in turns for part in turn.parts)
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError for turns that a text cannot answer. The message begins with ``where``."""
+    """Raise DataError if the turns are not a valid prompt. The message begins with ``where``."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with a turn of the {turns[-1].role}" if turns else "has no turns"
         raise DataError(f"{where}: the conversation {ending}; it must end with a turn of the user, which the text answers")
@@ -73,7 +73,7 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return the conversation as a list of messages, as chat templates and data rows use it."""
+    """Return the conversation as a list of messages, the format of chat templates and data rows."""
     return [
         {"role": turn.role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in turn.parts]}
         for turn in turns
@@ -81,7 +81,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return the prompt as JSON: a string, or messages. The content of a message with a single text is a plain string."""
+    """Return the prompt as JSON values: a string or a list of messages. The content of a message with a single text is a string."""
     if isinstance(prompt, str):
         return prompt
     written = messages(prompt)

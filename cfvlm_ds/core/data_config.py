@@ -13,7 +13,7 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 from cfvlm_ds.core.ranks import default_workers
 
 AUTO = "auto"
-"""Value of ``format`` that stands for detection from the first row."""
+"""Value of ``format`` that detects the format from the first row."""
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -23,12 +23,12 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A manifest with its own format and folder of images.
+    """A manifest with its own format and image folder.
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: like ``data.root``, which is the default.
-        format: like ``data.format``, which is the default.
+        root: overrides ``data.root`` for this data set.
+        format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
     """
 
@@ -40,12 +40,12 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Source(DataSet):
-    """One of several data sets that a run draws its training groups from.
+    """A data set in a mixture of training data.
 
     Args:
         path: manifest of counterfactual groups.
-        root: like ``data.root``, which is the default.
-        format: like ``data.format``, which is the default.
+        root: overrides ``data.root`` for this data set.
+        format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
         name: name of the source in metrics and group ids; by default, the file name without its ending.
         weight: share of the draws, relative to the weights of the other sources. If no source has a weight, sources are drawn in proportion
@@ -70,12 +70,12 @@ class EvaluationSet(DataSet):
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: like ``data.root``, which is the default; for a benchmark, the folder that holds the benchmarks' folders.
-        format: like ``data.format``, which is the default.
-        limit: number of groups to use, starting with the first; by default all. For a benchmark: the approximate number of items, spread
-            evenly over it.
+        root: overrides ``data.root`` for this set; for a benchmark, the folder that holds the benchmarks' folders.
+        format: overrides ``data.format`` for this data set.
+        limit: number of groups to use, starting with the first; by default all. For a benchmark, the approximate number of items, which are
+            spread evenly over the benchmark.
         benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
-        probe: form of the benchmark's questions; by default, the benchmark's own default form.
+        probe: form of the benchmark's questions; every benchmark has a default form.
     """
 
     FORM: ClassVar[str] = (
@@ -93,32 +93,32 @@ class DataConfig:
 
     Args:
         train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format (JSON lines, a
-            JSON list, CSV, TSV, Parquet, a saved data set, or tars), given as a file, a folder, or a pattern of files. A list of {path:
-            ..., weight: ...} is a mixture of sources; each source may have its own root, format, limit, objectives and scores
+            JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of files. A list of
+            {path: ..., weight: ...} is a mixture of sources; each source may have its own root, format, limit, objectives and scores
             (docs/mixtures.md).
-        stopping_strategy: end of an epoch of a mixture. ``all_exhausted``: when every source has been seen completely; smaller sources
-            repeat until then. ``first_exhausted``: as soon as one source has been seen completely.
+        stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been seen completely; smaller
+            sources repeat until then. ``first_exhausted``: one source has been seen completely.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` steps and at the end; name -> {path: manifest, root: FOLDERS,
             format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or name ->
             {benchmark: NAME, root: FOLDER} for a public benchmark.
-        format: format of the rows, NAME (of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
+        format: row format, as NAME (a key of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
             ``captions:image=file_name,caption=text``; ``auto`` detects the format from the keys of the first row, and reports it.
         root: folder of the images, or a list of folders; by default, the manifest's folder. A path in a manifest is absolute, or relative
-            to the first of these folders that contains the file. After links are resolved, the file must be inside one of them.
+            to the first of these folders that contains the file. After links are resolved, the file must be inside one of the folders.
         scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest; DPO and PMI need
             it.
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
-        on_error: reaction of all ranks to a training group that cannot be read, for instance because an image was damaged after the check:
+        on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are broken when the run
             starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
-        max_skipped: largest number of groups that ``skip`` may leave out in a run; more are an error.
+        max_skipped: largest number of groups that ``skip`` may leave out in a run; exceeding it is an error.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
-            ``train.per_device_train_batch_size`` groups. Ranks then have equal work whatever the sizes of images and texts.
+            ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
         max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
             (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
-            a third longer. If an image has too many texts, they are divided.
+            a third longer. If an image has too many texts for a forward, the texts are divided.
         feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
             that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
     """
@@ -145,10 +145,10 @@ class DataConfig:
 
     @property
     def train_sets(self) -> dict[str, Source]:
-        """Sources of training groups by name, each with its root and format. Data that are not a mixture are a single source named "train".
+        """Training sources by name, with root and format filled in. Training data that are not a mixture are a single source named "train".
 
-        Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, and if some sources have a
-        weight and others have none.
+        Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, or if only some sources
+        have a weight.
         """
         if isinstance(self.train, str):
             return {"train": Source(self.train, self.root, self.format, scores=self.scores)}
@@ -177,7 +177,7 @@ class DataConfig:
 
     @property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
-        """Evaluation manifests by name, each with its root and format."""
+        """Evaluation manifests by name, with root and format filled in."""
         sets = {name: EvaluationSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
         return {
             name: replace(split, root=self.root if split.root is None else split.root, format=split.format or self.format)
@@ -187,7 +187,7 @@ class DataConfig:
 
     @property
     def benchmark_sets(self) -> dict[str, EvaluationSet]:
-        """Benchmarks of the evaluation by name."""
+        """Evaluation benchmarks by name."""
         return {name: split for name, split in self.evaluation.items() if isinstance(split, EvaluationSet) and split.benchmark is not None}
 
     @property

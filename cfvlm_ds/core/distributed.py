@@ -46,7 +46,7 @@ class World:
             dist.barrier()
 
     def say(self, message: str) -> None:
-        """Print on rank 0, with secrets masked; with --quiet, print warnings only."""
+        """Print a message on rank 0, with secrets masked. With --quiet, only warnings are printed."""
         if self.is_main and (shows_progress() or message.startswith("warning: ")):
             print_line(message)
 
@@ -57,12 +57,14 @@ def own_device() -> torch.device:
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the dtype for a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def launch_environment() -> None:
-    """Set the launcher's variables for an ``srun`` task (from Slurm's variables), and for a single rank that was started by hand."""
+    """Set the environment variables that a launcher would set. An ``srun`` task derives them from Slurm's variables; a process started by
+    hand becomes a single rank.
+    """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
@@ -74,11 +76,11 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to a port at which the ranks can meet; they must have met when the block ends.
+    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must do so within the block.
 
-    DeepSpeed's launcher gives every training run port 29500, so a second run on the machine would fail. Ranks on a single node that have
-    this port, or none, use a free port instead. Rank 0 chooses it and publishes it in a file named after the launcher, their parent
-    process. Any other port comes from the user or torchrun's agent and is kept.
+    DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
+    and have this port or none, they use a free port that rank 0 publishes in a file named after the launcher, their parent process. Any
+    other port comes from the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -122,8 +124,8 @@ def _tasks_on_node(notation: str, node: int) -> int:
 
 
 def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Sum every tensor over all ranks in one collective, in float64, and return the sums. Their order and shapes must be the same on all
-    ranks.
+    """Sum every tensor over all ranks in one collective, in float64, and return the sums. The tensors must have the same order and shapes
+    on all ranks.
     """
     flat = [value.detach().to(device=device, dtype=torch.float64).reshape(-1) for value in values]
     joined = torch.cat(flat)
@@ -133,10 +135,10 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first one connects the ranks and is not
-    measured.
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first all-reduce sets up the connections and is
+    not measured.
 
-    Returns the slowest rank's bus bandwidth in GB/s as nccl-tests defines it: 2 (n - 1) / n bytes are sent per reduced byte with n ranks.
+    Returns the slowest rank's bus bandwidth in GB/s, as defined by nccl-tests: each of n ranks sends 2 (n - 1) / n bytes per reduced byte.
     Raises RuntimeError if the sum is wrong.
     """
     size = dist.get_world_size()
@@ -169,10 +171,10 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier at which ranks wait for each other as long as any of them makes progress, whatever the timeout of collectives.
+    """Barrier that ignores the timeout of collectives: ranks wait for each other as long as any of them makes progress.
 
-    Every rank creates the barrier at the same point of the program. It calls ``alive`` while it works, and ``meet`` where all ranks must
-    arrive.
+    Every rank must create the barrier at the same point of the program, call ``alive`` while it works, and call ``meet`` to wait for the
+    other ranks.
     """
 
     def __init__(self, world: World) -> None:
@@ -182,13 +184,13 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Record that this rank makes progress. It is cheap enough to call for every item of work."""
+        """Record that this rank makes progress. Cheap enough to call for every item of work."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank, so that the next collective starts with all of them. Raises TimeoutError, naming the missing ranks, after
+        """Wait for every rank, so that all ranks enter the next collective together. Raises TimeoutError, naming the missing ranks, after
         half an hour without a sign of life from any rank.
         """
         self.alive()
@@ -208,8 +210,8 @@ class ProgressBarrier:
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """Call a function on rank 0, and return its result or raise its error on every rank. If the call may take long, the other ranks must
-    wait at a ``barrier``.
+    """Call a function on rank 0, and return its result or raise its error on every rank. For a call that can take long, pass a ``barrier``,
+    at which the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None
@@ -235,16 +237,16 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position."""
+    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position in training."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def isolated_rng() -> torch.Generator:
-    """Return a generator for a DataLoader, whose iterators draw a seed from it.
+    """Return a generator from which a DataLoader's iterators draw their seeds.
 
-    If that seed came from torch's global generator, it would change the dropout of a resumed run, which starts its iterators at other steps
-    than an uninterrupted run.
+    If the seeds came from torch's global generator, the dropout of a resumed run would differ, because it creates its iterators at other
+    steps than an uninterrupted run.
     """
     return torch.Generator()
 
@@ -256,7 +258,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore a state that ``random_state`` returned, on the same or another kind of device."""
+    """Restore a state that ``random_state`` returned, possibly on another kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

@@ -9,21 +9,21 @@ from cfvlm_ds.core.text import printable
 
 
 def unwritten(path: Path, error: OSError) -> str:
-    """Describe a file that could not be written: the system's reason, and the path, which the system's error often lacks."""
+    """Return a message about a file that could not be written. It adds the path, which the system's error often lacks."""
     return f"{path} cannot be written ({error.strerror or error})"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type of a library's error and the first line of its message."""
+    """Return a library error's type and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 class InputError(ValueError):
     """An error that the user can correct: bad input, or too little space for the run. It ends a command with exit code 2.
 
-    The message is one printable line without secrets, whatever it quotes. It may quote ids, paths and values from untrusted files, in which
-    a line break would end the sentence, an escape sequence would control the terminal, and half a surrogate pair cannot be printed. Such
-    characters are shown in Python's notation. The middle of a message with thousands of characters is cut out.
+    The message is one printable line without secrets. Because it can quote ids, paths and values from untrusted files, line breaks, escape
+    sequences (which control the terminal) and unpaired surrogates (which cannot be printed) are shown in Python's notation. The middle of a
+    message with thousands of characters is cut out.
     """
 
     def __init__(self, message: str) -> None:
@@ -53,7 +53,7 @@ _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether a library raised this error about its input: an Exception, or the panic of a Rust library, which does not derive from
+    """Return whether a library failed on its input. The error is then an Exception or a Rust library's panic, which does not derive from
     Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -23,13 +23,13 @@ from cfvlm_ds.core.secrets import print_line
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open a new file for writing. It replaces an existing file or link of this name, but not the target of the link. Raises OSError."""
+    """Open a new file for writing. An existing file or link of this name is replaced; a link's target stays unchanged. Raises OSError."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 class Summed:
-    """A file written from beginning to end, with the size and CRC-32 of the data so far."""
+    """A file that is written sequentially, with the size and CRC-32 of the data so far."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
@@ -54,7 +54,7 @@ _BLOCK = 1 << 24  # bytes read at a time
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder, for files that can be created again."""
+    """Return the user's cache folder, for files that can be recreated."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds"
 
 
@@ -70,8 +70,8 @@ def remove(path: Path) -> None:
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to ``path`` at the end of the block. No reader sees half a file, and no crash leaves one.
 
-    ``shared`` allows several processes to write the file at the same time; without it, raises ConfigError if another process is writing the
-    file. Raises an OSError that names the file. No temporary file is left.
+    With ``shared``, several processes can write the file at the same time. Without it, raises ConfigError if another process is writing the
+    file. Raises an OSError that names ``path``. The temporary file is always removed.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -82,7 +82,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):  # an error about another file, from within the block
+        if error.filename not in (None, str(temporary)):  # an error from the block about another file
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -94,8 +94,8 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def create_locked(path: Path) -> int | None:
-    """Create and lock a new file, replacing one that a killed process left. Return its descriptor, or None if another process holds the
-    lock.
+    """Create and lock a new file. A file that a killed process left is replaced. Return the descriptor, or None if another process holds
+    the lock.
     """
     while True:
         new = not os.path.lexists(path)
@@ -106,7 +106,7 @@ def create_locked(path: Path) -> int | None:
         except FileExistsError:  # another process was faster
             continue
         except FileNotFoundError:
-            if new:  # its folder is gone
+            if new:  # the folder does not exist
                 raise
             continue
         try:
@@ -125,9 +125,9 @@ def create_locked(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold a lock for the duration of the block. The lock is a file.
+    """Hold the lock file ``path`` for the duration of the block.
 
-    A process that waits for the lock calls ``waiting`` once, and ``alive`` repeatedly.
+    If another process holds it, ``waiting`` is called once, and ``alive`` is called repeatedly until the lock is free.
     """
     held = create_locked(path)
     if held is None:
@@ -146,8 +146,8 @@ def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: C
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    On a file system without locks, nothing is locked, and this is reported once. The package filelock is not used, because it locks a
-    separate file and raises an error on such a file system (ENOLCK, ENOTSUP).
+    On a file system without locks, print a warning once and return True. The package filelock is not used, because it locks a separate file
+    and raises an error on such a file system (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,8 +174,8 @@ _reported: list[Path] = []
 def whole_folder(final: Path) -> Iterator[Path]:
     """Create an empty folder that is renamed to ``final`` at the end of the block. An older folder of that name is kept until then.
 
-    If two processes create the same folder at the same time, the second continues, and the first finds its temporary folder gone and raises
-    FileExistsError. Raises OSError. No temporary folder is left.
+    If two processes create the same folder at the same time, the second one continues. The first one raises FileExistsError, because its
+    temporary folder is gone. Raises OSError. The temporary folder is always removed.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
@@ -183,7 +183,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
             os.replace(older, final)
         remove(partial)
         partial.mkdir(parents=True)
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode number is not used again
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode number is not reused
         yield partial
         if not is_same(partial, descriptor):
             raise FileExistsError(errno.EEXIST, "another process has started to write it; run one process at a time", str(final))
@@ -198,12 +198,12 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def is_same(path: Path, opened: int) -> bool:
-    """Return whether a path still leads to the file with the descriptor ``opened``."""
+    """Return whether a path still leads to the file that is open as descriptor ``opened``."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
 def aside_of(final: Path) -> Path:
-    """Return the path to which ``whole_folder`` renames the older folder while it puts the new one in its place."""
+    """Return the path to which ``whole_folder`` moves the old folder until the new folder is in its place."""
     return final.with_name(f"{final.name}.replaced.partial")
 
 
@@ -220,13 +220,13 @@ def put_in_place(finished: Path, final: Path, older: Path) -> None:
 
 
 def replace(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write a file with this content through ``whole_file``."""
+    """Write ``content`` to a file with ``whole_file``."""
     with whole_file(path, shared) as file:
         file.write(content)
 
 
 def write_if_possible(path: Path, text: str, say: Say) -> bool:
-    """Write a file with ``replace``, but only warn if that fails. Return whether it was written."""
+    """Write a file with ``replace``. If that fails, only warn. Return whether the file was written."""
     try:
         replace(path, text.encode())
     except OSError as error:

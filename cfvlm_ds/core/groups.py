@@ -1,7 +1,7 @@
 """Counterfactual groups: images x texts with a truth table, as plain data.
 
 A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor). Every other image or text is a counterfactual of
-this pair, or a sham: the factual image, rendered again without a change. Shapes used throughout the package: G groups, I images, C
+this pair, except for a sham: the factual image, rendered again without a change. Shapes used throughout the package: G groups, I images, C
 candidates.
 """
 
@@ -26,7 +26,8 @@ MAX_CELLS = 1 << 16
 """Largest number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
 """Largest number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
-same text. 256 images with one text each give half this number; a table of MAX_CELLS cells, half of them true, would give millions."""
+same text. 256 images with one text each give half this number. A table with MAX_CELLS cells, half of them true, would give millions.
+"""
 SHAM = "sham"
 """Edit type of an image that was rendered again without a change. The factual text is still true of it."""
 
@@ -34,12 +35,12 @@ Pictures: TypeAlias = tuple[Path, ...]
 """Pictures of one image: usually one, several if the prompt shows several, none in a text-only group."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
-"""Sets of cells that are scored in a group; each of the first four contains the one before it.
+"""Sets of cells that are scored in a group. Each of the first four contains the previous set.
 
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
-- ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell), that is, the anchor's image with the
-  texts of that prompt, and the anchor's text with every image. For the first prompt, these are row 0 and column 0;
+- ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell). They pair the anchor's image with the
+  prompt's texts, and the anchor's text with every image. For the first prompt, they are row 0 and column 0;
 - ``full``: all cells;
 - ``batch``: ``star`` and, on each image of the group, texts of other groups in the optimizer step.
 """
@@ -72,8 +73,8 @@ class Edit:
 class InBatchNegative:
     """A text from another group in the optimizer step, scored as an answer to the factual text's prompt.
 
-    ``group`` is the id of the other group, and ``number`` is the index of the text in it. ``source_group`` is the position of that group in
-    the step. ``share`` is the weight of the text in comparisons of images.
+    ``group`` is the other group's id, and ``source_group`` is its position in the step. ``number`` is the text's index in that group.
+    ``share`` is the text's weight in comparisons of images.
     """
 
     text: str
@@ -95,13 +96,13 @@ class InStep:
 class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
-    ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, and None if unknown. An image is a tuple of pictures; all images of
-    a group have the same number. ``source`` names the data set of the group. ``objectives`` names the terms that use the group; None stands
-    for all. ``meta`` holds all other fields of the row as unparsed JSON.
+    ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, and None if unknown. An image is a tuple of pictures, and all
+    images of a group have the same number of pictures. ``source`` names the group's data set. ``objectives`` names the terms that use the
+    group; None means all terms. ``meta`` holds all other fields of the row as unparsed JSON.
 
-    ``keys`` identify the meanings of the texts: texts with equal keys have the same meaning. "" stands for the text itself. ``keys`` is
-    empty if no text has a key. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
-    ``in_step`` is added during training and never stored.
+    ``keys`` holds one key per text, or nothing if no text has a key. Texts with equal keys have the same meaning. The key "" stands for the
+    text itself. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images. ``in_step`` is
+    added during training and never stored.
     """
 
     id: str
@@ -171,7 +172,7 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return the group with other image paths; the number of images must be the same. Only the checks of pictures are repeated."""
+        """Return the group with other image paths for the same number of images. Only the picture checks are repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
@@ -192,14 +193,14 @@ class CounterfactualGroup:
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """Number of each text's prompt within the group. Only texts with equal numbers can be compared with each other."""
+        """Index of each text's prompt among the group's distinct prompts. Only texts with the same prompt can be compared."""
         numbers: dict[Prompt, int] = {}
         return tuple(numbers.setdefault(candidate.prompt, len(numbers)) for candidate in self.candidates)
 
     @property
     def anchors(self) -> dict[int, tuple[int, int]]:
-        """First true cell (image, text) of each prompt, keyed by its number in prompt_ids; for prompt 0 it is the factual pair. Prompts
-        without a true cell are absent.
+        """First true cell (image, text) of each prompt, keyed by the prompt's index in ``prompt_ids``. For prompt 0, this is the factual
+        pair. Prompts without a true cell are absent.
         """
         prompts, anchors = self.prompt_ids, dict[int, tuple[int, int]]()
         for i, line in enumerate(self.match):

@@ -1,4 +1,4 @@
-"""HTTP calls with limits on reply size, silence and total time. Only the standard library is used."""
+"""HTTP calls with limits on reply size, idle time and total time. Only the standard library is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib import request as requests
 
 
 class Reply(NamedTuple):
-    """A complete reply with any status. ``headers`` is a case-insensitive mapping."""
+    """A complete reply, whatever its status. ``headers`` is a case-insensitive mapping."""
 
     status: int
     reason: str

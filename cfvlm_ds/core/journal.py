@@ -1,4 +1,4 @@
-"""Append-only files. When a process is killed, all entries but the last are complete; the next process drops an incomplete last entry."""
+"""Append-only files. If a process is killed, only the last entry can be incomplete, and the next process drops it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Journal:
 
     Args:
         alone: lock the file; not needed if its folder is locked.
-        end: offset of the next entry, for a file whose entries are not lines; bytes after it are dropped.
+        end: offset of the next entry, for a file whose entries are not lines; bytes after this offset are dropped.
 
-    Raises ConfigError if another process holds the file, and StorageError if it cannot be written.
+    Raises ConfigError if another process has locked the file, and StorageError if the file cannot be written.
     """
 
     def __init__(self, path: Path, *, alone: bool = True, end: int | None = None) -> None:
@@ -77,17 +77,17 @@ class Journal:
         if handle >= 0:
             try:
                 os.fsync(handle)
-            except OSError as error:  # on a network file system, an earlier write has failed
+            except OSError as error:  # a network file system can report a failed write only now
                 raise StorageError(f"{unwritten(self.path, error)}; its last lines may be lost") from error
             finally:
                 os.close(handle)
 
 
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a journal; none if there is no file.
+    """Yield the records of a journal. A missing file has no records.
 
     A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
-    Raises DataError with file, line and ``remedy``.
+    Raises DataError for an invalid record, naming the file, the line and ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -101,7 +101,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Append a complete line, but only warn if that fails. Return whether it was appended."""
+    """Append a complete line to a file. If that fails, only warn. Return whether the line was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")
@@ -156,7 +156,7 @@ class Waiting:
             if not self._failing:
                 self._say(f"{unwritten(self.path, cause)}; its new lines are kept in memory, and each new line triggers another attempt")
             self._failing = True
-            if cause.errno == errno.ESTALE:  # NFS: only a new handle can work again
+            if cause.errno == errno.ESTALE:  # NFS: the file must be opened again
                 self._journal = None
             return
         if self._failing:

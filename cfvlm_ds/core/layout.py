@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Divergence(NamedTuple):
-    """A divergence, in nats, between two next-token distributions at the tokens of a text: p on the text's own image, and q on another
-    image.
+    """A divergence, in nats, between two next-token distributions at each token of a text: p given the text's own image, and q given
+    another image.
 
-    ``against`` names the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q), with gradients
+    ``against`` selects the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q), with gradients
     through p and q. With ``sharpened`` (alpha, beta), it is KL(t || p), with gradients through p only. The target t is proportional to p (p
     / q)^alpha where p >= beta max p, and 0 elsewhere.
     """
@@ -25,11 +25,11 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """Texts of other groups in an optimizer step, N for each group. They are the last N columns of a layout, and their truth is unknown.
+    """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
 
-    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is the position of the text's own group, and the index of
-    the text in that group (-1 if a group has fewer than N). ``share`` [G, N] is the weight of the text in comparisons of images (see
-    InBatchNegative).
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of its own group in the
+    step and its index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight in
+    comparisons of images (see InBatchNegative).
     """
 
     place: Tensor
@@ -39,17 +39,17 @@ class InBatchNegatives:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Layout of a batch with G groups, padded to the largest I and C of the batch.
+    """Layout of a batch with G groups, padded to the largest I and C in the batch.
 
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
-    tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) numbers each text's
-    prompt within its group; None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
-    CounterfactualGroup), or none if no group names any. With ``in_batch``, C includes the texts of other groups.
+    tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
+    each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
+    CounterfactualGroup), or are empty if no group names any. With ``in_batch``, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
-    first text with its prompt. For the first text, the marked tokens are those in which any other text differs. T is the number of tokens
-    in the longest text. With ``blank``, the last image is the blank picture. The group's own texts are scored on that picture, with unknown
+    first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in
+    the longest text. With ``blank``, the last image is the blank picture. The group's own texts are scored on that picture, with unknown
     truth.
     """
 
@@ -68,11 +68,11 @@ class GroupLayout:
 
     @property
     def num_own(self) -> int:
-        """Number of columns that are texts of the groups themselves."""
+        """Number of columns for the groups' own texts."""
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout without the texts of other groups or the blank picture, unless they are requested."""
+        """Return the layout without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
@@ -101,14 +101,16 @@ class GroupLayout:
 
     @property
     def own(self) -> Tensor:
-        """For each text, the first image of which it is true, [G, I, C] bool. A sham image does not count as another image."""
+        """Each text's own image, [G, I, C] bool: the first image of which the text is true. For the factual text, this is the factual
+        image, not its sham.
+        """
         return self.positive & (self.positive.cumsum(1) == 1)
 
     def compared(self, against: str) -> Tensor:
         """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
 
-        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that differ from the factual image in
-        no known truth, if the text is true of both.
+        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that have the same known truth values
+        as the factual image, if the text is true of both.
         """
         own = self.own
         if against == "sham":
@@ -122,7 +124,7 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with all groups whose flag is False switched off: their cells and weights contribute to no sum."""
+        """Return a layout in which every group whose flag is False is switched off: its cells and weight contribute to no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

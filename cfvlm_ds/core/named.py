@@ -1,4 +1,4 @@
-"""Registry entries by name: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` to change options of the entry."""
+"""Registry entries by name: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` to change the entry's options."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
-    """Return the entry of ``known`` that ``spec`` names, with the given options; a value with a comma must be in double quotes.
+    """Return the entry of ``known`` that ``spec`` names, with the options that ``spec`` sets. A value with a comma must be in double
+    quotes.
 
-    If an entry is a dataclass, its fields are its options. ``besides`` are other valid names, for messages. Raises ValueError for an
-    unknown name, option or value.
+    Only dataclass entries have options: their fields. ``besides`` lists further valid names for messages. Raises ValueError for an unknown
+    name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
@@ -49,16 +50,18 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Return a hint: the known name most similar to the given one, or a list of all known names."""
+    """Return a hint: the known name most similar to ``given``, or ``otherwise`` and all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"
 
 
 def imported(name: str, option: str, kind: str) -> Any:
-    """Import the object that ``MODULE:NAME`` names. Raises ConfigError if that fails; ``kind`` describes its possible values."""
+    """Import the object that ``name`` (MODULE:NAME) denotes. Raises ConfigError if that fails; ``kind`` describes the valid values of
+    ``option``.
+    """
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a user's module may raise anything
+    except Exception as error:  # a user's module can raise anything
         why = one_line(f"{type(error).__name__}: {error}", 200)
         raise ConfigError(f"{option}: {name!r} cannot be imported ({why}); use {kind}, with the module's folder in PYTHONPATH") from error

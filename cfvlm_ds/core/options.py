@@ -1,4 +1,4 @@
-"""Declarations of options: default, bounds, and the reaction of a resumed run to a changed value."""
+"""Option declarations: default, bounds, and the handling of a changed value when a run resumes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
-"""Reaction of a resumed run to a changed option. "confirm" refuses the change unless ``train.resume_changes`` allows it. "refuse" always
-refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or memory change.
-"ignored" is for names, records, checks, and files that are compared by their contents."""
+"""Handling of an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it.
+"refuse" always refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or
+memory use changes. "ignored" is for names, records, checks, and files, whose contents are compared instead.
+"""
 
 Range = tuple[float, float]
 """Smallest and largest value of a numeric option."""
 ENDLESS = 2**53
-"""Largest value of an option without its own bound. Floats represent every whole number up to this one."""
+"""Upper bound of an option that declares none. Floats represent every whole number up to this bound."""
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 
 def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume) -> Any:
-    """Declare an option of the configuration: its default, its range, and the reaction of a resumed run to a change."""
+    """Declare a configuration option: its default, its range, and the handling of a change when a run resumes."""
     arguments = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return field(**arguments, metadata={"on_resume": on_resume, "within": within})
 
 
 def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
-    """Map each option of a section, named ``prefix`` plus field name, to its reaction; None if the field declares none."""
+    """Return the ``on_resume`` value of each option in a section, or None if it has none, keyed by ``prefix`` plus the field's name."""
     reactions: dict[str, OnResume | None] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
@@ -37,7 +38,7 @@ def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to dotted names and values."""
+    """Flatten nested sections to a mapping from dotted names to values."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         options |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}

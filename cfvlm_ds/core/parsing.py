@@ -1,6 +1,4 @@
-"""Option parsing: YAML files and the command line become a RunConfig. An unknown option, and a value of the wrong type or out of range, is
-reported in one sentence.
-"""
+"""Option parsing: builds a RunConfig from YAML files and the command line, and reports invalid options and values in one sentence."""
 
 from __future__ import annotations
 
@@ -24,10 +22,10 @@ from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
     """Parse command-line arguments into the configuration of a run.
 
-    ``objectives`` maps the name of a term to a dataclass with at least ``weight``. A run has the terms named in its YAML files (``cfvlm``,
-    that is align, csd and fcd, if they name none) and on the command line; a term with weight 0 is left out. Options are written
-    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``. ``--config FILE`` reads YAML. Later values win. A missing YAML file or
-    DeepSpeed JSON is looked up among the files that come with the package (core/shipped.py).
+    ``objectives`` maps the name of each term to a dataclass with at least the field ``weight``. A run has the terms that its YAML files
+    name (by default, align, csd and fcd) and the terms on the command line, except terms with weight 0. Options are written
+    ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``. ``--config FILE`` reads YAML. Later values override earlier ones. A
+    YAML file or DeepSpeed JSON that does not exist is looked up among the files that come with the package (core/shipped.py).
 
     Raises ConfigError for an unknown option, naming the nearest valid one, or for a value of the wrong type. ``--help`` and
     ``--print_config`` print and exit.
@@ -60,7 +58,6 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
 
 
 def _options(objectives: Mapping[str, type]) -> type:
-    """Build a class with all options of a run."""
     terms = make_dataclass("Objective", [(name, term, field(default_factory=term)) for name, term in objectives.items()])
     sections = {**SECTIONS, "objective": terms}
     parts: list[Any] = [(name, section, field(default_factory=section)) for name, section in sections.items()]
@@ -97,14 +94,14 @@ _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --t
 
 
 _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
-"""Options of the launcher. They belong before train.py."""
+"""Launcher options, which belong before train.py."""
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
-    """Read all given options; later values replace earlier ones.
+    """Read all options. Later values replace earlier ones.
 
-    Returns the options, the terms of the objective, and the folder of the last YAML file. The terms are the ones in the YAML files (by
-    default, ``cfvlm``) plus the ones that the command line adds.
+    Returns the options, the names of the objective's terms, and the folder of the last YAML file. The terms come from the YAML files (by
+    default, ``CFVLM``) and the command line.
     """
     options, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
     while words:
@@ -126,7 +123,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
             document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(options, document)
-        elif option != "local_rank":  # which the launcher adds
+        elif option != "local_rank":  # added by the launcher
             plain = _plain(value)
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
@@ -171,7 +168,7 @@ def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False)
 
 
 def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False) -> None:
-    """Set an option in nested sections. Evaluation sets are set as one mapping, because their names may contain dots."""
+    """Set an option in nested sections. A mapping of evaluation sets is not split further, because their names can contain dots."""
     name, *inside = path
     before = options.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation")
@@ -187,7 +184,6 @@ def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = 
 
 
 def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Raise ConfigError for options that contradict each other."""
     if not train.output_dir:
         raise ConfigError("train.output_dir is empty (an unset variable?); name a folder, or leave it out for the default")
     if train.max_steps == 0:

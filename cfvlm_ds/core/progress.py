@@ -1,4 +1,6 @@
-"""Progress lines for long work, with rate and time left. The first appears after two seconds, the next ones at most every few seconds."""
+"""Progress lines for long work, with the rate and the time left. The first line appears after two seconds, and later lines every few
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ FIRST_S, EVERY_S = 2.0, 5.0
 
 
 def time_left(passed_s: float, done: float, total: float) -> str:
-    """Format the time left as hours, minutes and seconds, at the rate so far."""
+    """Estimate the time left from the rate so far, in hours, minutes and seconds."""
     return str(timedelta(seconds=round(passed_s * max(total - done, 0) / done))) if done else "an unknown time"
 
 
@@ -36,7 +38,7 @@ class Progress:
         self._done = 0.0
 
     def advance(self, units: float = 1) -> None:
-        """Count more units as done."""
+        """Count units as done, and print a line if one is due."""
         self._done += units
         now = time.monotonic()
         if now >= self._next:

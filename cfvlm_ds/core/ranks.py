@@ -1,4 +1,4 @@
-"""Launch environment of a process, without torch: its rank, the number of ranks, the cores per rank, and the choice of a rank to print."""
+"""Launch environment of a process, without torch: rank, number of ranks, cores per rank, and the choice of the rank that prints."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def others_wait() -> Iterator[None]:
 
 
 def cores_per_rank() -> int:
-    """Return the number of this machine's cores per rank; see also ``others_wait``."""
+    """Return the number of cores per rank on this machine; see also ``others_wait``."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
 
 
 def default_workers() -> int:
-    """Return the default number of data workers per rank: one for each of its cores but one, at least 1 and at most 4."""
+    """Return the default number of data workers per rank: one less than ``cores_per_rank``, but at least 1 and at most 4."""
     return max(1, min(4, cores_per_rank() - 1))
 
 
 def launcher() -> str:
-    """Return a key that the ranks of one launch share on one machine: their parent's process id and start time.
+    """Return a key that identifies this launch on this machine: the process id and start time of the ranks' parent.
 
-    The time is in ticks since the machine booted. Unlike a time of day, it has the same value in every process.
+    The start time is in ticks since the machine booted. Unlike a time of day, it is the same in every process.
     """
     parent, started = os.getppid(), "0"
     with contextlib.suppress(OSError, IndexError):
@@ -67,13 +67,13 @@ def launcher() -> str:
 
 @contextlib.contextmanager
 def printed_once(sentence: str) -> Iterator[bool]:
-    """Choose one of several ranks that may have to print the same sentence. Yields whether this rank was chosen; it prints within the
-    block.
+    """Choose one of several ranks to print a sentence. Yields True on the chosen rank, which prints within the block, and False on the
+    others.
 
-    Rank 0 prints, because many users read only its log. Another rank waits briefly for it, and prints the sentence if rank 0 does not.
-    Ranks may fail before they meet, or while others wait in a collective, so they cannot exchange messages. Instead, the printing rank
-    leaves a mark: an empty file in the temporary folder, named after launch and sentence. The sentence is therefore printed once per
-    machine.
+    Rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not. Ranks can
+    fail before they are connected, or while others wait in a collective, so they cannot exchange messages. Instead, the printing rank
+    leaves a mark: an empty file in the temporary folder, named after the launch and the sentence. The sentence is therefore printed once
+    per machine.
     """
     if num_ranks() == 1:
         yield True
@@ -95,9 +95,9 @@ def printed_once(sentence: str) -> Iterator[bool]:
 def _wait_for(mark: Path, seconds: float) -> None:
     """Wait for a mark (see ``printed_once``) while ignoring SIGTERM.
 
-    A launcher ends the other ranks once the first one has exited. This must not change the exit code of this rank.
+    Once a rank has exited, the launcher sends this signal to the others. It must not change this rank's exit code.
     """
-    with contextlib.suppress(ValueError):  # called from a thread
+    with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end = time.monotonic() + seconds
     while time.monotonic() < end and not _is_said(mark):
@@ -107,7 +107,7 @@ def _wait_for(mark: Path, seconds: float) -> None:
 def _is_said(mark: Path) -> bool:
     """Return whether a rank of this launch has left the mark.
 
-    An older mark comes from another launch by the same parent, and does not count.
+    A mark older than this process comes from an earlier launch by the same parent, and does not count.
     """
     try:
         return mark.lstat().st_mtime > psutil.Process().create_time() - _CLOCK_S

@@ -1,6 +1,6 @@
-"""File reading: JSON and YAML without duplicate keys, and untrusted files. Untrusted files must be regular files of limited size.
+"""File reading: JSON and YAML without duplicate keys, and untrusted files, which must be regular files of limited size.
 
-Errors are ValueError or OSError without the file's name, which the caller adds.
+The functions raise ValueError or OSError without the file's name, which the caller adds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 MIB = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-_SPARE = 100  # spare stack frames, of the 1,000 that Python allows
+_SPARE = 100  # stack frames kept free, of the 1,000 that Python allows
 _YAML_VALUES = (
     ("null", "null|Null|NULL|~|", ("n", "N", "~", "")),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -36,12 +36,12 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file: the folder against which a relative path is resolved."""
+    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 
 class TooLarge(ValueError):
-    """A file or line is longer than its limit."""
+    """A file or line that is longer than its limit."""
 
 
 class DuplicateKey(ValueError):
@@ -64,8 +64,8 @@ def open_regular(path: str | Path) -> IO[bytes]:
 
 
 class HeldFile:
-    """A regular file that stays open while the object lives. Every read states its offset, so threads and forked processes can share the
-    object.
+    """A regular file that stays open for the lifetime of the object. Each read passes its own offset, so threads and forked processes can
+    share the object.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,7 +81,7 @@ class HeldFile:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Read a regular file completely. Raises TooLarge for a file of more than ``limit`` bytes."""
     with open_regular(path) as handle:
-        if os.fstat(handle.fileno()).st_size > limit:  # not read
+        if os.fstat(handle.fileno()).st_size > limit:  # checked before reading
             raise TooLarge(f"it has more than {limit} bytes, the limit for such a file")
         return handle.read()
 
@@ -107,7 +107,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML 1.2 text: 1e-5 is a number; off, 1:30 and dates are strings.
+    """Parse a YAML 1.2 text, in which 1e-5 is a number, and off, 1:30 and dates are strings.
 
     Raises ValueError for broken YAML and for a value that contains itself, and DuplicateKey with the key and its lines.
     """
@@ -152,8 +152,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
 
-    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because a parsed value may be written
-    from deeper in the stack.
+    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because the value may later be written
+    by code that is deeper in the stack.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 
@@ -161,7 +161,7 @@ def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
 def _loaded(text: str, decoder: json.JSONDecoder, frames: int) -> Any:
     if frames:
         return _loaded(text, decoder, frames - 1)
-    return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # the former reports the byte-order mark
+    return json.loads(text) if text.startswith("\ufeff") else decoder.decode(text)  # json.loads reports a byte-order mark
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

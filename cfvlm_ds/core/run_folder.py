@@ -31,12 +31,12 @@ FOLDERS = (
 )  # fmt: skip
 """Folders that a run writes into its run folder. Checkpoints are checked separately."""
 BASELINE = "baseline"
-"""Folder of the accuracies before the first step, with one file for each evaluation set."""
+"""Folder for the accuracies before the first step, with one file per evaluation set."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model folder or hub name, the folder of its adapters (or None), and the model options that its run recorded."""
+    """A model (folder or hub name), the folder of its adapters (or None), and the model options recorded by its run."""
 
     name_or_path: str
     adapter: Path | None = None
@@ -44,8 +44,8 @@ class NamedModel:
 
 
 def named_model(name: str) -> NamedModel:
-    """Resolve a model name. A run folder gives its export, or else its adapters. Adapters give the model that they were trained on. Any
-    other name gives itself.
+    """Resolve a model name. A run folder resolves to its export, or else to its adapters. An adapter folder resolves to the adapters and
+    their base model. Any other name is used as it is.
 
     Raises ConfigError for a run folder with neither an export nor adapters, and for adapters that do not name their model.
     """
@@ -74,11 +74,13 @@ def refuse_absent(name_or_path: str, where: str = "") -> None:
 
 
 def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
-    """Raise ConfigError for a run folder with entries that the run would overwrite, or that would break the run.
+    """Raise ConfigError if a run folder has entries that the run would overwrite, or that would break the run.
 
-    Refused entries are: a link, a pipe, or a folder in place of a file, under a name that the run writes; a config.yaml written by the
-    user, such as the one given to --config; and, in a folder without a run, anything but files of a run or its launcher, hidden files, and
-    paths in the run's ``options``.
+    Refused entries are:
+
+    - under a name that the run writes: a link, a pipe, or a folder in place of a file;
+    - a config.yaml that no run wrote, such as the user's own --config file;
+    - in a folder without a run: anything except files of a run or its launcher, hidden files, and paths in the run's ``options``.
     """
     remedy = "remove it, or choose another train.output_dir"
     entries = sorted(run_dir.iterdir()) if os.path.isdir(run_dir) else []
@@ -110,7 +112,6 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
 
 
 def _paths(options: Any) -> Iterator[Path]:
-    """Yield every string in the given options as a path."""
     if isinstance(options, str):
         yield Path(options).absolute()
     elif isinstance(options, (Mapping, list)):
@@ -145,7 +146,6 @@ def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
 
 
 def _recorded(run_dir: Path, section: str, kind: type) -> Any:
-    """Read a section of a run's configuration."""
     path = run_dir / "config.yaml"
     options = recorded_options(run_dir).get(section)
     if not isinstance(options, dict):
@@ -157,7 +157,7 @@ def _recorded(run_dir: Path, section: str, kind: type) -> Any:
 
 
 def base_of(folder: Path) -> str:
-    """Return the model that adapters in peft's format were trained on. Raises ConfigError if the folder holds no such adapters."""
+    """Return the base model of the adapters in ``folder``, which are in peft's format. Raises ConfigError if there are none."""
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
     try:
         settings: Any = read_json(folder / ADAPTER)

@@ -24,18 +24,18 @@ LengthNorm = Literal["anchor", "own", "none"]
 class Scores:
     """Log-likelihoods of every scored cell in a batch of groups, in nats; 0 where ``layout.valid`` is false.
 
-    ``logp`` [G, I, C] sums over the text's tokens, and ``end_logp`` [G, I, C] over its end-of-turn tokens. ``reference`` [G, I, C] is
-    ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model; both are stored data
+    ``logp`` [G, I, C] is summed over the text's tokens, and ``end_logp`` [G, I, C] over its end-of-turn tokens. ``reference`` [G, I, C] is
+    ``logp`` under the reference model, and ``prior`` [G, C] is log p(text | blank image) under the reference model. Both are stored data
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups in the optimizer step, padded with -inf to R. They
     have no gradient, because each of those groups gets its gradient through its own scores.
 
-    ``tokens`` [G, I, C, T] are the terms of the sum ``logp``, padded with 0 after the last token of a text; None unless an objective needs
-    them.
+    ``tokens`` [G, I, C, T] are the token log-probs whose sum is ``logp``, padded with 0 after the last token of a text. It is None unless
+    an objective needs it.
 
-    ``divergences`` maps each divergence that an objective needs to its sum over the tokens of each cell's text, [G, I, C]; 0 in cells that
-    are not compared.
+    ``divergences`` maps each divergence that an objective needs to its sum over the tokens of each cell's text, [G, I, C]. The sum is 0 in
+    cells that are not compared.
     """
 
     layout: GroupLayout
@@ -48,7 +48,7 @@ class Scores:
     divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
-        """Return the scores without the texts of other groups or the blank picture, unless they are requested."""
+        """Return the scores without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
         layout = self.layout.seen(in_batch, blank)
         if layout is self.layout:
             return self
@@ -62,7 +62,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """Add up the scores of several batches that have the same layout but scored different cells."""
+        """Add up scores that have the same layout but cover different cells."""
         names = ("logp", "end_logp") if parts[0].tokens is None else ("logp", "end_logp", "tokens")
         sums: dict[str, Any] = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names}
         return replace(parts[0], **sums)
@@ -71,8 +71,8 @@ class Scores:
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute log p(target) per row, in nats: logits [N, V] of any floating dtype, targets [N] -> [N].
 
-    Logits are converted to float32 before the softmax. A bfloat16 log-softmax over 152k entries would shift a 64-token sum by 0.1 nats;
-    margins are 0.25 nats. float64 stays float64.
+    Logits are converted to float32 before the softmax. A bfloat16 log-softmax over 152k entries would shift a 64-token sum by 0.1 nats,
+    whereas margins are 0.25 nats. float64 stays float64.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -105,9 +105,11 @@ def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 
 
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
-    """Compute the divisor of each cell, [G, I, C]: the tokens of the group's anchor text, the tokens of the cell's text, or 1.
+    """Compute the divisor of each cell, [G, I, C]: the token count of the group's factual text (``anchor``) or of the cell's text
+    (``own``), or 1 (``none``).
 
-    ``anchor`` uses one divisor for all cells of a group. With ``own``, words shared by two texts of different lengths would get a gradient.
+    With ``anchor``, all cells of a group have the same divisor. With ``own``, words shared by two texts of different lengths get a
+    gradient.
     """
     if len_norm == "none":
         return torch.ones_like(layout.num_tokens)

@@ -16,10 +16,10 @@ _URL = re.compile(r":(/+)((?:(?!:/)\S)+)")  # pathlib joins double slashes; a UR
 _USERINFO = re.compile(r"[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S)")  # second form: a password with a slash
 _PARAMETER = re.compile(r"([?&#])([^=&#\s\"<>]*)(=?)([^&#\s\"<>]*)")
 _CLOSING = ")]}',.:;!"
-"""Punctuation after a URL that belongs to the sentence."""
+"""Punctuation after a URL, which belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
-"""A name and the separator before its value. After an option's name, this is a space, as in ``--api-key VALUE``."""
+"""A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
@@ -28,15 +28,15 @@ _ALWAYS = re.compile(
 )
 """Names (or their last words, joined by ``_``) whose value is always a secret."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
-"""Words in names whose value is a secret unless it is a number: num_key_value_heads and token_budget are counts."""
+"""Words that mark a value as a secret unless it is a number, such as num_key_value_heads or token_budget."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def without_secrets(text: str) -> str:
     """Return the text with *** in place of everything that looks like a secret.
 
-    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, where signed addresses have their signature;
-    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name is a credential's name.
+    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, which contain the signature of a signed URL;
+    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
     """
     text = _URL.sub(_masked_url, text)
     kept, done = [], 0
@@ -69,7 +69,7 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return two flags: whether every value of this name is a secret, and whether every value that is not a number is one."""
+    """Return two flags: whether values with this name are always secrets, and whether they are secrets unless they are numbers."""
     words = _words(name)
     if not words:
         return False, False
@@ -77,7 +77,7 @@ def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Return whether the dotted name of a value makes it a secret."""
+    """Return whether a value is a secret, judging by its dotted name."""
     words = _words(name)
     if any(_ALWAYS.search(part) for part in ("_".join(words), *words)):
         return True
@@ -97,7 +97,7 @@ def _is_number(text: str) -> bool:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Copy a value, ready for JSON, without the values of credentials and without secrets in texts."""
+    """Return a JSON-ready copy of a value, with credentials and secrets in texts masked."""
     if isinstance(value, Mapping):
         return {without_secrets(str(key)): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,7 +110,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def mask_tracebacks() -> None:
-    """Print the exception that ends this process, or one of its threads, without secrets."""
+    """Make Python print uncaught exceptions, including exceptions in threads, without secrets."""
 
     def print_exception(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
@@ -120,7 +120,7 @@ def mask_tracebacks() -> None:
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets; to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
+    """Print a line without secrets, to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
     disk, is lost.
     """
     with contextlib.suppress(OSError):

@@ -24,8 +24,7 @@ def shipped(name: str) -> Path:
 def resolve_shipped(given: str, folder: str) -> str:
     """Resolve a file name to itself if the file exists, else to the file of that name in the package's ``folder``.
 
-    The name of a file in the package may include the folder, as in ds_configs/z3.json. A name that cannot be resolved is returned
-    unchanged.
+    The name can include the package's folder, as in ds_configs/z3.json. A name that cannot be resolved is returned unchanged.
     """
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):
@@ -35,7 +34,7 @@ def resolve_shipped(given: str, folder: str) -> str:
 
 
 def refuse_no_file(given: str, path: str) -> None:
-    """Raise ConfigError if ``path``, to which the argument ``given`` of --config was resolved, is not a file."""
+    """Raise ConfigError if ``path`` is not a file. ``given`` is the --config argument that was resolved to it."""
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name a file of options in it")
     if not os.path.lexists(path):

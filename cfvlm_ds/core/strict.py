@@ -43,7 +43,7 @@ _OTHER_NAMES = {
     "resume_from_checkpoint": "train.resume",
     "warmup_steps": "train.warmup_ratio",
 }
-"""Name of an option in other programs (or the last part of it) -> its name here."""
+"""Name of an option in other programs (or its last part) -> its name in this package."""
 _MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
     ("vision_tower", "projector", "language_model"), "tuning"
 )
@@ -54,7 +54,7 @@ _KINDS = {
 }  # fmt: skip
 _LIKE, _LIKE_IN_SECTION = 0.75, 0.65
 TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
-"""Ranges of the options that all terms of the objective share. Each term checks its own options."""
+"""Ranges of the options that all objective terms share. Each term checks its own options."""
 
 
 class Given(str):
@@ -62,7 +62,7 @@ class Given(str):
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
-    """Yield (name, class, field, type) of every option, also in optional sections."""
+    """Yield (name, class, field, type) of every option, including options in optional sections."""
     hints = get_type_hints(kind)
     for option in fields(kind):
         hint = hints[option.name]
@@ -101,7 +101,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to its type. Raises ConfigError, with a message that begins with ``option``, for a value that does not fit."""
+    """Convert a value to the type ``hint``. Raises ConfigError for a value that does not fit; the message begins with ``option``."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -139,7 +139,6 @@ def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLES
 
 
 def _number(kind: Any, plain: Any) -> Any:
-    """Return the value as a number of this type, or None if that is impossible."""
     if kind is int or not isinstance(plain, (int, float)):
         return plain if isinstance(plain, int) else None
     try:
@@ -149,7 +148,7 @@ def _number(kind: Any, plain: Any) -> Any:
 
 
 def _misfit(hint: Any, value: Any, option: str) -> str:
-    """Format the part of a message about a misfitting value that follows the option's name."""
+    """Describe a value that does not fit its type. The description follows the option's name in a message."""
     if form := _form(hint):
         return f": {value!r} {form}"
     if is_dataclass(hint) and value is not None:
@@ -176,8 +175,8 @@ def _called(hint: Any) -> list[str]:
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
 
-    This is the option that has this name in other programs, or else the most similar name. The last parts must be similar too, because
-    options of one section share half of their letters.
+    The result is the option that has this name in other programs, or else the option with the most similar name. The last parts of the
+    names must be similar too, because all options of a section begin with the same letters.
     """
     section, _, last = option.rpartition(".")
     called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))

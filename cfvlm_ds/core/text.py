@@ -1,4 +1,4 @@
-"""Untrusted text for display, such as names in rows of data, and 64-bit hashes of texts."""
+"""Display of untrusted text, such as names in data rows, and 64-bit hashes of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hashed(content: str | bytes) -> int:
 
 def printable(text: str) -> str:
     """Return the text with unprintable characters in Python's notation. An escape sequence would control the terminal, a line break would
-    end the sentence, and half a surrogate pair could not be printed.
+    end the sentence, and an unpaired surrogate could not be printed.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -28,7 +28,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def few(names: Collection[str], most: int = 5) -> str:
-    """Join the first names with commas, and add dots if there are more. Long names are cut."""
+    """Join the first names with commas, and add an ellipsis if there are more. Long names are cut."""
     return ", ".join(one_line(name, 60) for name in islice(names, most)) + ", ..." * (len(names) > most)
 
 

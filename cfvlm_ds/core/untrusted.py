@@ -1,4 +1,4 @@
-"""Untrusted names and links: checks of where they lead, and of where output may be written."""
+"""Checks of untrusted file names and links, and of output paths."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refuse_foreign(path: Path, folder: Path) -> None:
     """Raise ConfigError if ``path`` is outside ``folder`` after links are resolved.
 
     A snapshot in a hub cache may link to the ``blobs`` folder next to it. That folder must not be a link itself, because the author of the
-    snapshot would choose its target.
+    snapshot could choose its target.
     """
     try:
         target, inside = path.resolve(), folder.resolve()
@@ -62,7 +62,7 @@ def refuse_link(path: Path, remedy: str) -> None:
 
 
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
-    """Check ``path``, to which a result will be written, create its folder, and return it.
+    """Check the path of an output file, create its folder, and return the path.
 
     Raises ConfigError if ``path`` is an input or not a file, and StorageError if it cannot be written.
     """
@@ -90,7 +90,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
-    """Raise ConfigError for a folder with entries that would be replaced. Entries named in ``except_for`` may be replaced."""
+    """Raise ConfigError if a folder has entries that would be replaced. Only entries named in ``except_for`` can be replaced."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
@@ -103,7 +103,7 @@ def refuse_replacing(
     remedy: str = "name another folder with --out",
     names: Collection[str] | None = None,
 ) -> Path:
-    """Return the resolved path of a folder that may be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
+    """Return the resolved path of a folder that can be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
     Raises ConfigError for a link, for a file, for a folder that contains the current folder or one of ``needed``, and for any other folder.
     With ``names``, a folder with an entry of any other name is refused as well.
@@ -138,8 +138,8 @@ def replaced(folder: Path, marker: str, needed: Iterable[Path] = (), names: Coll
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file that is not empty and that
-    ``writer`` did not write.
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file, unless it is empty or was
+    written by ``writer``.
 
     ``ours`` returns True for a file that ``writer`` wrote. For any other file, it returns False or raises a parser's error.
     """

@@ -12,13 +12,13 @@ VERBOSITY = {
     "quiet": "print only warnings, errors and results",
     "verbose": "also print the log messages of libraries and the tracebacks of errors",
 }
-"""Verbosity options of every command, with their help."""
+"""Verbosity options of every command, with their help texts."""
 
 _shown: Shows = "progress"
 
 
 def show(what: Shows) -> None:
-    """Set the verbosity. Libraries read their verbosity from environment variables when they are imported."""
+    """Set the verbosity. Call this before importing libraries, which read their verbosity from environment variables."""
     global _shown
     _shown = what
     if what == "everything":

@@ -25,10 +25,10 @@ def version(package: str) -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit from which this package's files are checked out, or ``unknown``. It does not depend on the working directory.
+    """Return the commit from which this package was checked out or built, or ``unknown``. The working directory does not matter.
 
-    A package installed below another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the commit that
-    it was built from.
+    A package that is installed inside another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the
+    commit from which it was built.
     """
     return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or _built_from() or "unknown"
 

@@ -39,8 +39,8 @@ def is_adapter(parameter: str) -> bool:
 
 
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
-    """Return a regular expression that matches the full names of the linear layers in ``modules`` that the model's forward uses, and no
-    others.
+    """Return a regular expression for the full names of the layers to adapt: all linear layers in ``modules`` that the model's forward
+    uses.
 
     The output head gets no adapter, and neither do fused experts, which are not linear layers. Raises ConfigError if a module has no layer
     for an adapter.
@@ -137,7 +137,7 @@ _WITHOUT_EFFECT = {
 
 
 def _refuse_options(described: Any, folder: Path) -> None:
-    """Raise ConfigError for unknown options in an adapter configuration. Some options would import modules by name."""
+    """Raise ConfigError for unknown options in an adapter configuration, because some options would import modules by name."""
     default = type(described)()
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
@@ -177,8 +177,8 @@ def linear_weights(model: Any, family: Family) -> int:
 def adapters_off(model: Any) -> Iterator[None]:
     """Disable the model's adapters within the block.
 
-    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters also rescale
-    the adapted weights, so they do not run.
+    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters are disabled,
+    because they would still rescale the adapted weights.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -1,6 +1,6 @@
 """Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory.
 
-Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden, D pairs of states whose distributions are compared.
+Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden size, D pairs of states whose distributions are compared.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def head_logprobs(
     parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
     tanh(logit / cap).
 
-    ``compared`` [3, D] has, for each divergence, the states of a text's own image and those of another image (see ``Divergence``); the
-    third row is not used. The values [D] follow the log-probs.
+    ``compared`` maps each divergence to indices [3, D]: row 0 for the states given a text's own image, and row 1 for the states given
+    another image (see ``Divergence``). Row 2 is not used. In the result, the divergences [D] follow the log-probs.
     """
     logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap, compared or {})
     return logp
@@ -105,9 +105,10 @@ class _HeadLogProbs(torch.autograd.Function):
 def _pairs(
     hidden: Tensor, weight: Tensor, cap: float | None, compared: Mapping[Divergence, Tensor]
 ) -> Iterator[tuple[Divergence, Tensor, Tensor, Tensor]]:
-    """Yield each divergence in parts: its states [2, D'] and their logits on a text's own image and on another one, both [D', V].
+    """Yield each divergence in parts, with the indices of states [2, D'] and their logits given the text's own image and given another
+    image, both [D', V].
 
-    With what is computed from it, a part takes no more memory than ``LOGITS`` logits with their probabilities and gradients.
+    A part and all tensors computed from it take no more memory than ``LOGITS`` logits with their probabilities and gradients.
     """
     for kind, states in compared.items():
         for part in states[:2].split(max(1, LOGITS // (4 * len(weight))), 1):
@@ -145,15 +146,15 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Return slices of the states whose logits are in memory together."""
+    """Split the states into slices whose logits fit into memory."""
     rows = max(1, LOGITS // len(weight))
     return [slice(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return two tensors [N]: a mask of the targets that the part predicts, and the row within the part that predicts each target.
+    """Return two tensors [N]: a mask of the targets that the part predicts, and the row in the part that predicts each of them.
 
-    A mask is used because selecting these targets by index would synchronise with the device.
+    Selecting these targets by index instead would synchronise with the device.
     """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

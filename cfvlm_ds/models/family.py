@@ -1,4 +1,4 @@
-"""Model families: a record describes how LLaVA, Qwen-VL and others differ."""
+"""Model families: records that describe how LLaVA, Qwen-VL and others differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES: tuple[Module, ...] = ("vision_tower", "projector", "language_model")
 
 
 Positions = Callable[[PreTrainedConfig, Tensor, Tensor], Tensor]
-"""(model configuration, [P] bool: True for visual prompt tokens, grids of the images) -> position ids of the prompt [P] or [axes, P]."""
+"""(model configuration, [P] bool mask of the prompt's visual tokens, the images' grids) -> the prompt's position ids, [P] or [axes, P]."""
 
 
 def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tenso
 
 
 Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Sequence[Tensor]]
-"""(model, projector output of several images, number of its rows that belong to each image, their ``per_image`` inputs) -> features, image
-by image.
+"""(model, projector output for several images, number of output rows per image, the images' ``per_image`` inputs) -> features, image by
+image.
 """
 
 
@@ -61,27 +61,28 @@ def as_loaded(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """Properties of a model family that the package depends on.
+    """Properties of a model family that the package relies on.
 
     Args:
-        model_types: values of ``config.model_type`` that select the family; names of folders are never used.
-        vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides,
-            so a projector may lie inside the tower. The output head belongs to the language model.
+        model_types: values of ``config.model_type`` that select the family; folder names are never used.
+        vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides, so a
+            projector can lie inside the tower. The output head belongs to the language model.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
-        image_inputs: the processor's outputs for images, which are the arguments of the model's ``get_image_features``.
+        image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
         grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
         positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.
-        tiles_alone: True if an image is cut into tiles only when it is the only one in its prompt.
-        arrange: function that repeats the model's computation between its projector and its language model.
-        from_grids: function that computes arguments of ``get_image_features``, which the tower would synchronise with the device to derive.
-        unused: function that returns the prefixes of weights in the checkpoint that the forward does not use.
-        take_trees: function that patches layers other than attention to support rows of trees, called once per model before it scores.
+        tiles_alone: True if an image is cut into tiles only when its prompt has no other image.
+        arrange: function that reproduces the model's computation between its projector and its language model.
+        from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise
+            with the device.
+        unused: function that returns the prefixes of checkpoint weights that the forward does not use.
+        take_trees: function that patches layers other than attention to support rows of trees, called once per model, before scoring.
         around: texts that the processor writes before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
-        visual_mark: argument of the model's own forward that marks visual tokens, for families with such layers.
-        projector_inputs: the members of ``per_image`` that the projector takes after the tower's output.
-        logit_cap: function that returns the cap of the logits in the model's own forward, cap * tanh(logit / cap), or None.
+        visual_mark: argument of the model's own forward that marks visual tokens, for families with bidirectional picture attention.
+        projector_inputs: the members of ``per_image`` that the projector takes as arguments after the tower's output.
+        logit_cap: function that returns the cap of the model's logits, cap * tanh(logit / cap), or None.
         limit: function that bounds an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
     """
 
@@ -108,7 +109,7 @@ class Family:
     limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
-        """Return the module that the parameter ``name`` of the model belongs to. Raises KeyError if no prefix matches."""
+        """Return the module to which the parameter ``name`` belongs. Raises KeyError if no prefix matches."""
         prefixes: dict[Module, tuple[str, ...]] = {
             "vision_tower": self.vision_tower,
             "projector": self.projector,
@@ -122,7 +123,7 @@ class Family:
         return max(matches)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Return the names of the projector's modules, which take the tower's output, in the order in which the model calls them."""
+        """Return the names of the projector's modules, which take the tower's output, in call order."""
         modules = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in modules for part in lists.get(name, [name])]

@@ -22,8 +22,8 @@ class Blocks:
     if the key does not come after the query and the query comes before the key's stop. ``sight`` adds a window over ``depths`` [T] and
     bidirectional attention within ``pictures`` [T] (the forest's ``depths`` and ``block_of``).
 
-    In a ``partial`` block the mask is evaluated, so ``partial`` may contain too many blocks. For a window, only the smallest and largest
-    depth in each block are compared.
+    ``partial`` can contain more blocks than necessary, because the mask is evaluated within them. For a window, only the smallest and
+    largest depth in each block are compared.
     """
 
     sight: Sight
@@ -87,7 +87,7 @@ class Blocks:
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # dynamic: no recompilation for every length of a row
+    return torch.compile(flex_attention, dynamic=True)  # dynamic: no recompilation for every row length
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:

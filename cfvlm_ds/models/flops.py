@@ -14,7 +14,7 @@ from cfvlm_ds.models.family import MODULES, Family
 from cfvlm_ds.models.forest import Forest, Sight
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10G": 70e12}
-"""Dense bfloat16 operations per second according to the vendors' data sheets, keyed by a part of the device's name."""
+"""Dense bfloat16 operations per second according to the vendors' data sheets, keyed by a substring of the device's name."""
 
 
 def peak(device: torch.device) -> float | None:
@@ -26,12 +26,12 @@ def peak(device: torch.device) -> float | None:
 
 
 class ModelFlops:
-    """Multiplications and additions of one forward and backward pass, each counted as one operation.
+    """Count of the multiplications and additions in a forward and backward pass.
 
-    A weight counts twice for each token that passes through it, and four more times if both token and weight need a gradient. The language
-    model's attention is counted per pair of a query and a key that it attends to. In a mixture of experts, only the experts that a token is
-    routed to are counted. Not counted: the tower's attention, the rule of gated delta nets, norms, softmax, and recomputation by gradient
-    checkpointing.
+    Per token, each weight counts as two operations in the forward pass, two for the token's gradient and two for the weight's gradient, if
+    these are needed. The language model's attention is counted per query and attended key. In a mixture of experts, only the experts to
+    which a token is routed are counted. Not counted: the tower's attention, the rule of gated delta nets, norms, softmax, and recomputation
+    by gradient checkpointing.
     """
 
     def __init__(self, model: Any, family: Family) -> None:

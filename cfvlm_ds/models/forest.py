@@ -1,7 +1,7 @@
-"""Structure of a row of trees, whose nodes contain tokens and attend to their ancestors and themselves.
+"""Forest: the structure of a row of trees. A tree's nodes contain tokens, and each node attends to its ancestors and itself.
 
-The forest reaches every layer as a keyword argument. It caches what an attention back end derives from it, so that all layers share the
-result.
+The forest reaches every layer as a keyword argument. Masks and indices that an attention back end derives from it are cached, so that all
+layers share them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Sight:
 
 @dataclass(frozen=True)
 class Forest:
-    """Trees of a row as nodes in depth-first order: the number of tokens in each node, and its parent (-1 for a root).
+    """Row of trees, as nodes in depth-first order: each node's number of tokens and its parent (-1 for a root).
 
-    A node's tokens attend to its ancestors and, causally, to themselves. A node's first child follows it directly, and each later child
-    follows the previous child's subtree. ``blocks`` are runs of tokens (begin, end) with bidirectional attention, each inside one node: the
-    pictures of some families. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
+    A node's tokens attend to its ancestors and, causally, to each other. A node's first child follows it directly, and each later child
+    follows the previous child's subtree. ``blocks`` are the ranges of tokens (begin, end) with bidirectional attention: pictures, in some
+    families. Each lies inside one node. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
     """
 
     lengths: tuple[int, ...]
@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` has the same meaning as in the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is the field of the class."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)

@@ -5,8 +5,8 @@ The back ends compute the same function and are registered with transformers' pu
 keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
 restarted positions, because several kernels silently misinterpret these.
 
-A layer may limit attention to a sliding window along a token's path, and may allow bidirectional attention among the tokens of a picture.
-``Sight`` describes both. Each back end computes it exactly or refuses.
+A layer can limit attention to a sliding window along a token's path, and can allow bidirectional attention among a picture's tokens.
+``Sight`` describes both. Each back end implements them exactly or refuses the model.
 
     sdpa      torch's kernel with a mask, on trees of similar length that are padded to the longest; suited to many short trees
     flash_attention_2  one call to flash-attn's variable-length kernel; the keys of each node and its ancestors are gathered
@@ -68,8 +68,8 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
 def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
     """Return a mask [B, 1, L, L] bool, True where a query may attend to a key.
 
-    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node. The node of padding is the number of nodes. A token
-    attends to its ancestors and its own node, never to a sibling. Padding attends to itself, because a softmax over nothing is NaN.
+    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node. For padding, ``nodes`` is the number of nodes. A token
+    attends to its own node and the node's ancestors, never to a sibling. Padding attends to itself, because a softmax over no keys is NaN.
     """
     attends = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
     for node, ancestors in enumerate(forest.ancestors):
@@ -113,7 +113,7 @@ def sees_trees(text: Any) -> bool:
 def registered(backend: str) -> str:
     """Register a back end with transformers and return its name there.
 
-    transformers does not treat the name specially and builds no mask for it.
+    transformers gives this name no special treatment and builds no mask for it.
     """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
@@ -122,7 +122,7 @@ def registered(backend: str) -> str:
 
 
 def by_segments(vision: Any) -> None:
-    """Make a tower with this configuration attend to all of its pictures or windows in one call to a variable-length kernel.
+    """Make the tower with this configuration compute the attention within all pictures or windows in one call to a variable-length kernel.
 
     transformers passes the segment boundaries to a back end only if its name contains "flash". The name is set after loading, because
     transformers would otherwise look for the flash-attn package.

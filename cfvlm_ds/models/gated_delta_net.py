@@ -20,12 +20,12 @@ from transformers.activations import ACT2FN
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import sees_trees
 
-_CHUNK = 64  # transformers' rule computes chunks of this many tokens, and pads to them
+_CHUNK = 64  # tokens per chunk in transformers' rule, which pads to whole chunks
 _PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padded together
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes in one level. A batch is (indices [N, L] of tokens in the row, T for padding; indices of real tokens among the N * L;
-indices [N] of the nodes' parents in the level above).
+"""Batches of nodes in one level of the trees. A batch consists of the tokens' indices [N, L] in the row (T for padding), the indices of the
+real tokens among the N * L, and the parents' indices [N] in the level above (None for roots).
 """
 
 
@@ -61,8 +61,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of [1, T, C] along each path, from one call to the layer. Each node is preceded by the last tokens of
-    its ancestors.
+    """Return the causal convolution of ``mixed`` [1, T, C] along each path. One call to the layer suffices, because each node is preceded
+    by the last tokens of its ancestors.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)
@@ -71,8 +71,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return the token indices of all nodes, each node preceded by the indices of the ``size - 1`` tokens before it on its path (T if there
-    is none), and the positions of the nodes' own tokens among them.
+    """Return two tensors: the token indices of all nodes, each node preceded by the ``size - 1`` tokens before it on its path (T if there
+    is none), and the positions of the nodes' own tokens in the first tensor.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):

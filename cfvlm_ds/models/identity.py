@@ -110,8 +110,8 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
     """Return the sha256 of the configuration and every byte of the vision tower's weights. Without safetensors, it covers all weights.
 
-    Files may use older weight names than the model. A weight belongs to the tower if any part of its name equals the last part of the
-    tower's prefix.
+    Files can use older weight names than the model. A weight is therefore taken as the tower's if any part of its name equals the last part
+    of a tower prefix.
     """
     folder = model_folder(config.name_or_path)
     any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())

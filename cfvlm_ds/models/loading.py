@@ -1,4 +1,4 @@
-"""Loading of models, their configurations and processors."""
+"""Loading of models, configurations and processors."""
 
 from __future__ import annotations
 
@@ -84,10 +84,9 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError if the model cannot work with the options, the installed libraries and, if the model is ``there``, its own
-    configuration.
+    """Raise ConfigError if the options do not fit the installed libraries or, if the model is ``there``, its configuration.
 
-    With ``weights``, the weight files must exist; they are not read.
+    ``there`` is False for a model that will be built later. With ``weights``, the weight files must exist; they are not read.
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -105,7 +104,7 @@ _ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.proj
 def load_processor(config: ModelConfig) -> Any:
     """Return the model's own processor (tokenizer, image processor and chat template), with the configured limits on visual tokens.
 
-    Raises ConfigError naming the model if one of the three is missing or cannot be used.
+    Raises ConfigError, naming the model, if one of the three parts is missing or cannot be used.
     """
     model_config = load_config(config.name_or_path)
     family_of(model_config)
@@ -121,7 +120,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
-    """Apply the limits on visual tokens. Raises ConfigError naming the family's options if an option of another family is set."""
+    """Apply the limits on visual tokens. Raises ConfigError, naming the family's options, if another family's option is set."""
     family = family_of(model_config)
     for option in IMAGE_LIMITS:
         if getattr(config, option) is not None and option not in family.limited_by:
@@ -185,7 +184,7 @@ def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: d
 
 
 class _PatchProduct(nn.Conv3d):
-    """Convolution of patches [N, C, T, H, W] of the same size as the kernel, computed as a matrix product.
+    """Convolution over patches [N, C, T, H, W] that have the kernel's size, computed as a matrix product.
 
     On a CPU, torch's convolution takes 4 times as long, and 15 times with gradients. In torch 2.9, it is slow on GPUs too.
     """

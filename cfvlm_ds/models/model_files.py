@@ -22,10 +22,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError naming a file that cannot be a model's: a path instead of a name, a link that leads out of the folder, or missing
-    or truncated weights.
-
-    Weights are not read.
+    """Check a model folder without reading its weights. Raises ConfigError for an index that lists a path instead of a file name, a link
+    that leads out of the folder, missing or truncated weights, or a folder with both a model and adapters.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
@@ -105,7 +103,7 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def explained(what: str, remedy: str) -> Iterator[None]:
     """Convert a library's exception within the block to a ConfigError with the message "``what`` (reason); ``remedy``".
 
-    The libraries check little of a model folder, so a wrong value may cause any exception. Machine errors, such as a lack of memory, and
+    The libraries check little of a model folder, so a wrong value can cause any exception. Machine errors, such as a lack of memory, and
     errors of other ranks are not converted.
     """
     try:

@@ -71,10 +71,10 @@ def _counts(forest: Forest) -> Tensor:
 
 
 BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
-"""Model types whose router balance loss in transformers counts the likeliest experts, as their routers select them."""
+"""Model types whose load-balancing loss in transformers counts the experts that the routers select: the likeliest experts."""
 
 
 def check_balanced(model_type: str) -> None:
-    """Raise ConfigError for a model type without a router balance loss."""
+    """Raise ConfigError for a model type that is not in ``BALANCED``."""
     if model_type not in BALANCED:
         raise ConfigError(f"train.router_balance supports model types {' and '.join(BALANCED)}, not {model_type!r}; leave it out")

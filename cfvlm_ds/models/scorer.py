@@ -18,7 +18,7 @@ from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
-    """An output head that returns log-probs instead of logits if it is given scored targets.
+    """An output head that returns log-probs instead of logits if scored targets are given.
 
     It is a module because ZeRO-3 gathers a module's weight while the module runs.
     """
@@ -32,7 +32,9 @@ class ScoringHead(nn.Linear):
 
     @classmethod
     def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
-        """Return a scoring head that shares the parameters of ``head``. Raises ValueError if it has a bias; no supported family does."""
+        """Return a scoring head that shares the parameters of ``head``. Raises ValueError for a head with a bias, which no supported family
+        has.
+        """
         if head.bias is not None:
             raise ValueError("the model's output head has a bias, which is not supported")
         scoring = cls(head.in_features, head.out_features, cap)
@@ -47,7 +49,7 @@ class ScoringHead(nn.Linear):
         compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
         """Return the logits [..., V] of ``hidden`` [..., d] or, given ``targets`` [N], their log-probs [N] followed by the divergences of
-        ``compared``. Each target is predicted by a row of ``hidden`` [P, d].
+        ``compared``. ``predicted_by`` [N] is the row of ``hidden`` [P, d] that predicts each target.
         """
         if predicted_by is None or targets is None:
             return super().forward(hidden)
@@ -74,13 +76,13 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3 both must be forward calls of
-        this module.
+        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must run in this module's
+        forward.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
     def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tower outputs that each projector module takes, keyed by the module's name."""
+        """Return the tower output for each projector module, keyed by the module's name."""
         model: Any = self.model
         taken: dict[str, Tensor] = {}
 
@@ -129,7 +131,7 @@ class Scorer(nn.Module):
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert image features at the visual tokens. The model's own code would wait for the device to locate these tokens."""
+            """Insert image features at the visual tokens. The model's own code would wait for the device to find their positions."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
@@ -156,14 +158,14 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the family's mark of visual tokens if its own attention masks need it; otherwise nothing. Only stock attention uses it."""
+        """Return the model argument that marks visual tokens, if the family's own attention masks need it. Only stock attention uses it."""
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the image features of the trees (first for the embeddings, then for any deeper layers) and the sum of unused features."""
+        """Return the trees' image features (for the embeddings, then for any deeper layers) and the sum of all unused image features."""
         model: Any = self.model
         has_features = "tower_features" in image_inputs
         output = self._projected(**image_inputs) if has_features else model.get_image_features(**image_inputs, return_dict=True)
@@ -174,7 +176,7 @@ class Scorer(nn.Module):
         return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
 
     def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """Compute the result of ``get_image_features`` from the tower's output. ``rows`` is each image's number of rows in the projector's
+        """Compute the result of ``get_image_features`` from the tower's output. ``rows`` is the number of rows per image in the projector's
         output.
         """
         model: Any = self.model

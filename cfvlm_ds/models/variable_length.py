@@ -24,13 +24,13 @@ from cfvlm_ds.core.text import one_line
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(number of keys that a query attends to before and after its own, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
-starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
+"""(numbers of keys that a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J,
+D]; starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
 """
 
 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
-    """Return the kernel calls, and the index of each token in their concatenated outputs (None if the outputs have the order of the row).
+    """Return the kernel calls, and the index of each token in their concatenated outputs (None if they are in row order).
 
     A call consists of the row indices of its queries (None: all, in order), the row indices of its keys, and the kernel's other arguments.
     """
@@ -92,7 +92,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Attend bidirectionally within segments, which are padded to the longest. Their lengths are never read from the device."""
+    """Attend bidirectionally within segments, which are padded to the longest. Segment lengths are never copied from the device."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
@@ -113,8 +113,8 @@ def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
 
 
 def flash_attention() -> Callable[..., Any] | None:
-    """Return ``flash_attn_varlen_func`` of flash-attn 2, of flash-attn 3, or of a kernel downloaded from the hub, in this order of
-    preference, or None.
+    """Return ``flash_attn_varlen_func`` from flash-attn 2, flash-attn 3 or a kernel downloaded from the hub, in this order of preference,
+    or None.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 

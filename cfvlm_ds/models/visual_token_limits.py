@@ -1,6 +1,6 @@
-"""Limits on the visual tokens of an image. Families determine this number by different rules. Each rule has a function.
+"""Limits on an image's visual tokens. Families determine their number by different rules, and each rule has its own function.
 
-The function changes the processor and, if the model computes the sizes too, the model's configuration. Either argument may be None.
+A function changes the processor and, if the model also computes image sizes, the model's configuration. Either argument can be None.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images to a number of pixels between the two bounds (Qwen-VL, where a token is a square with sides of patch size x merge size
-    pixels).
+    """Scale images to a number of pixels between ``min_pixels`` and ``max_pixels`` (Qwen-VL, where a token covers a square whose side is
+    patch size x merge size).
     """
     if processor is not None:
         _between(processor.image_processor, model, 1)
 
 
 def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images like ``pixels``, but for a processor that repeats a picture as several frames and counts the pixels of all frames
-    (GLM-4V).
-    """
+    """Scale images like ``pixels``, for a processor that repeats a picture as several frames and counts all their pixels (GLM-4V)."""
     if processor is not None:
         _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
 
@@ -36,10 +34,10 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the longest edge to the side of the largest square of whole tokens within the bound (Mistral 3, whose images keep their aspect
-    ratio).
+    """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` (Mistral 3, whose images keep
+    their aspect ratio).
 
-    The square has at least 2 x 2 tokens: transformers cannot process a forward whose only image is one visual token.
+    The square must have at least 2 x 2 tokens, because transformers cannot process a forward whose only image is one visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
@@ -52,7 +50,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to the largest budget whose pixels are within the bound (Gemma 4)."""
+    """Limit visual tokens to the largest budget within ``max_pixels`` (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
@@ -84,7 +82,7 @@ def patches(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def squares(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the longest edge to the side of the largest square with at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
+    """Limit the longest edge so that a square image has at most ``max_tiles`` tiles (Idefics3, SmolVLM)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         sides = int(model.max_tiles**0.5)

@@ -1,4 +1,4 @@
-"""Model families, keyed by ``config.model_type``. Each has its own file. A new family needs a record and a name in _RECORDS."""
+"""Model families, keyed by ``config.model_type``. Each has its own file. A new family needs a record in _RECORDS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for mod
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family record of a model's configuration.
 
-    Raises ConfigError for an unknown model type, and for a language model whose tokens depend on more than their own path.
+    Raises ConfigError for an unknown model type, and for a language model in which a token depends on tokens outside its own path.
     """
     if config.model_type in FAMILIES:
         text = config.get_text_config()
@@ -51,8 +51,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types of rotary position embedding with the same frequencies for all rows within the context window. In contrast, ``longrope`` and, for
-any type, phimoe's ``long_mscale`` depend on the largest position in a row.
+"""Types of rotary position embedding that have the same frequencies for all rows within the context window. ``longrope``, and any type with
+phimoe's ``long_mscale``, depend on the largest position in a row.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
 """Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling start at the row's

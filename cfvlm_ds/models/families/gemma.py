@@ -1,8 +1,8 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
 Gemma 3 has a SigLIP tower with a fixed number of visual tokens. Its picture attention is bidirectional in all layers. Gemma 4 has a
-different tower with a budget of visual tokens. Its larger models have bidirectional picture attention in sliding-window layers; its smaller
-models have none.
+different tower with a selectable budget of visual tokens. Its larger models have bidirectional picture attention in sliding-window layers;
+its smaller models have none.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cfvlm_ds.models.visual_token_limits import budgets
 
 
 def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefix of the unused pooling head in the tower of some checkpoints."""
+    """Return the prefix of the tower's unused pooling head, which some checkpoints contain."""
     return ("model.vision_tower.head",)
 
 
 def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefixes of the unused audio modules of some checkpoints."""
+    """Return the prefixes of the unused audio modules, which some checkpoints contain."""
     return ("model.audio_tower", "model.embed_audio")
 
 
@@ -33,8 +33,8 @@ def in_windows(config: PreTrainedConfig) -> Whole:
 
 
 def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Refuse pan and scan. It would split a picture into several blocks of tokens, and the words between these would be tokenised with the
-    prompt.
+    """Raise ConfigError if pan and scan is enabled. It splits a picture into several blocks of tokens, and the words between the blocks are
+    tokenised together with the prompt.
     """
     _generates(config)
     if processor is not None and getattr(processor.image_processor, "do_pan_and_scan", None):

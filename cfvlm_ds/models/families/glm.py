@@ -1,4 +1,4 @@
-"""GLM-4.1V and GLM-4.6V: a tower at native resolution that joins 2 x 2 patches before its merger, and the positions of Qwen-VL."""
+"""GLM-4.1V and GLM-4.6V: a tower at native resolution that joins 2 x 2 patches before its merger, and Qwen-VL's position ids."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from cfvlm_ds.models.visual_token_limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_tower.encoder.layers") -> tuple[str, ...]:
-    """Return the prefixes of a tower's unused parts: the ``blocks`` after the layer whose output is used, and the norm and head of the
-    pooled output.
+    """Return the prefixes of a tower's unused parts: the ``blocks`` after the selected layer, whose output is used, and the norm and head
+    for pooled output.
     """
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
@@ -31,7 +31,7 @@ def tiles_packed(option: str) -> Arrange:
     """Return an Arrange that packs tiles: first the overview, then the tiles side by side, without padding and with a newline after each
     row.
 
-    The model's ``pack_image_features`` gets ``option`` of the model's configuration.
+    ``option`` names the configuration option that the model's ``pack_image_features`` takes as an argument.
     """
 
     def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:

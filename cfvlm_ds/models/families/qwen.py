@@ -1,6 +1,6 @@
 """Qwen2-VL, 2.5-VL, 3-VL and 3.5: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE).
 
-In Qwen3.5, three of four layers are gated delta nets. Their state at the end of a prompt is the initial state of each of its texts.
+In Qwen3.5, three out of four layers are gated delta nets. Each text starts from their state at the end of its prompt.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Return position ids [3, P] (time, height, width). Text advances all axes together. A visual token has its coordinates in the grid.
+    """Return position ids [3, P] (time, height, width). Text advances all axes together. A visual token's ids are its coordinates in the
+    grid plus the position at which the image starts.
 
-    Text after an image continues at the largest position plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t,
-    h, w) in patches, before merging.
+    Text after an image continues at the largest id plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t, h, w)
+    in patches, before merging.
     """
     positions = torch.arange(len(visual)).repeat(3, 1)
     merge, stop = config.vision_config.spatial_merge_size, 0
@@ -54,7 +55,7 @@ def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], input
 
 
 def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
-    """Compute the tower's inputs that depend on the image grids, in the same way as transformers."""
+    """Compute the tower inputs that depend on the image grids, as transformers does."""
     vision = config.vision_config
     merge, boundaries = vision.spatial_merge_size, get_vision_cu_seqlens(grids)
     inputs = {"position_ids": get_vision_position_ids(grids, merge), "cu_seqlens": boundaries, "max_seqlen": int(boundaries.diff().max())}
@@ -69,7 +70,7 @@ def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Patch the language model to add features at the ``places`` of visual tokens. In ordinary rows, ``places`` is a mask."""
+    """Patch the language model to add features at the indices of visual tokens. In ordinary rows, ``places`` is a mask instead."""
     text: Any = model.get_submodule("model.language_model")
     original: Callable[..., Tensor] = type(text)._deepstack_process
 
@@ -101,10 +102,10 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transposition of the expert weights of a published Qwen3-VL-MoE, unless they already have the model's shape.
+    """Transposition of expert weights in published Qwen3-VL-MoE checkpoints, unless they already have the model's shape.
 
-    transformers compares shapes with a parameter's ``shape``, but under ZeRO-3 the parameter is an empty tensor. This class uses the
-    unpartitioned shape.
+    transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so this class uses the
+    unpartitioned shape instead.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
