@@ -32,7 +32,7 @@ class ZeroWeights:
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):
-                # Pages of a mapping that have been read count as this process's memory.
+                # Mapped pages that have been read count as this process's memory.
                 if self._read > self._mapped:
                     self._shards.unmap()
                     self._read = 0
