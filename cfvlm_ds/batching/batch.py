@@ -18,7 +18,7 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Path that stands for the blind control's mid-grey picture. No file can have it. Several blank pictures in an image differ in suffix."""
+"""Path of the blind control's mid-grey picture, which no file can have. If an image has several blank pictures, their suffixes differ."""
 BLANK_SIZE = (336, 336)
 """Width and height of a blank picture in pixels."""
 
@@ -37,7 +37,7 @@ def shown(group: CounterfactualGroup, image: int) -> Pictures:
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Return the group with one blank image in place of its images. The first text counts as true, and all others as unknown."""
+    """Return the group with one blank image in place of its images. The first text counts as true; the truth of the others is unknown."""
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
@@ -126,8 +126,8 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Prepend copies of the first forward until there are ``number`` forwards. The copies' results are ignored; they are needed because
-        all ranks must run the same number of forwards under ZeRO-3.
+        """Prepend padding copies of the first forward to reach ``number`` forwards, because under ZeRO-3 all ranks must run the same number.
+        The copies' results are ignored.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 

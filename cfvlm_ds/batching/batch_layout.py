@@ -56,7 +56,7 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without the in-batch negatives that cannot be encoded. The groups that these texts come from report the errors."""
+    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported with the groups they come from."""
     if group.in_step is None:
         return group
     kept = []

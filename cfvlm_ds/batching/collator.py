@@ -57,10 +57,10 @@ class Collator:
         family: the model's family record.
         model_config: the model's configuration.
         cells: the set of cells to score.
-        max_length: the model's context window in tokens; a longer prompt and text raise DataError and are never truncated.
+        max_length: the model's context window in tokens; a longer sequence raises DataError and is never truncated.
         max_pixels: maximum number of pixels per picture.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: let an image's texts share one prefix; separate trees give the same scores at a higher cost.
+        share_prefix: True if an image's texts share one prefix; separate trees give the same scores at a higher cost.
         checked: picture table from the data check; pictures are compared with it when they are opened.
     """
 
@@ -139,7 +139,8 @@ class Collator:
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
         """Collate groups into one batch.
 
-        Raises DataError if a picture cannot be opened, or if a text does not fit the context window or the chat template.
+        Raises DataError naming the file if a picture cannot be opened, and DataError naming the group if a text does not fit the context
+        window or the chat template.
         """
         return self.parts(groups)[0]
 
@@ -253,7 +254,7 @@ class Collator:
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
         """Count the tokens in each tree that the collator builds for the group. ``sizes`` maps each picture to (width, height).
 
-        Raises DataError naming the group and file if the model's processor cannot process a picture of that size.
+        Raises DataError naming the group and file if the model's processor cannot process a picture of its size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():

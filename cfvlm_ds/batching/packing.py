@@ -101,8 +101,8 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add sorted prompts whose first ``since`` ids are equal and already in the row. The further ids that all prompts share become one
-        node, and the rest of each prompt becomes a branch of it.
+        """Add sorted prompts whose first ``since`` ids are equal and already in the row. The next ids that all prompts share become one
+        node, and the rest of each prompt branches off it.
         """
         first, node = prompts[0], parent
         until = common(first.ids, prompts[-1].ids)
@@ -255,7 +255,7 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
         return [list(trees)]
     parts: list[list[Tree]] = []
     room = 0
-    for tree in sorted(trees, key=lambda tree: tree.pictures):  # adjacent trees with the same picture encode it once per part
+    for tree in sorted(trees, key=lambda tree: tree.pictures):  # makes trees with the same picture adjacent, so that a part encodes it once
         for piece in _pieces(tree, prompt_length, max_tokens):
             tokens = num_tokens(piece, prompt_length)
             if tokens > room:

@@ -49,7 +49,7 @@ _INSIDE = {
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Parse a resolved JSON with DeepSpeed, and refuse settings that it would ignore or fail on after the model is loaded.
+    """Parse a resolved JSON with DeepSpeed. Refuse settings that DeepSpeed would ignore, or that would fail after the model is loaded.
 
     ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
     """
@@ -99,7 +99,7 @@ def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoRe
 
 
 def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """Yield one sentence for each setting on which DeepSpeed would fail after the model is loaded."""
+    """Yield one sentence for each setting that would make DeepSpeed fail after the model is loaded."""
     yield from _unsupported_here(parsed, options)
     zero = parsed.zero_config
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}

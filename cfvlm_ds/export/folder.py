@@ -13,7 +13,7 @@ from cfvlm_ds.core.files import create, replace
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
-"""Start of a card's last line, which contains a digest of the text above. If the user edits the card, it no longer matches and is kept."""
+"""Start of a card's last line, which contains a digest of the text above. A card that no longer matches its digest is the user's."""
 
 
 def sealed(text: str) -> str:
@@ -31,7 +31,7 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` contains a model that no export wrote: one outside a run folder whose card has no seal."""
+    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. It is outside a run folder, and its card has no seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL in (out_dir / CARD).read_text()

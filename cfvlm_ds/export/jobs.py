@@ -95,11 +95,11 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs, without weights if the checkpoint lacks them, for example in a frozen module. The export copies the tensors of these
-    jobs from the source.
+    """Return the jobs. If the checkpoint lacks a job's weights, for example because the module is frozen, the returned job has no weights,
+    and the export copies its tensors from the source.
 
-    The checkpoint's weight is added to ``zero`` under all names of a tied weight. Raises ConfigError if a trained weight is missing, if the
-    checkpoint has a trained weight that the source lacks, or if shapes differ.
+    A tied weight is added to ``zero`` under all its names. Raises ConfigError if a trained weight is missing, if the checkpoint has a
+    trained weight that the source lacks, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -22,10 +22,10 @@ Grid: TypeAlias = npt.NDArray[Any]
 GRID = 96
 """Number of cells along the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
-"""Smallest difference between two cells' means that counts as visible, of 255. JPEG and latent diffusion models cause smaller ones."""
+"""Difference between two cells' means (0 to 255) that counts as visible. JPEG and latent diffusion models cause smaller differences."""
 _MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; no outline for a larger changed share
 _MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # maximum longer side, in pixels: any copy, PNG copies, enlarged copies
-_RECENT = 2048  # number of cached grids (at most 27 kB each); groups that share a scene share pictures
+_RECENT = 2048  # number of cached grids (at most 27 kB each); groups of the same scene share pictures
 
 
 class Seen(NamedTuple):

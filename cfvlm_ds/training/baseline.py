@@ -1,4 +1,4 @@
-"""A run's baseline: the accuracies on its evaluation sets before the first step, which the final accuracies are compared with.
+"""A run's baseline: the accuracies on its evaluation sets before the first step, with which the final accuracies are compared.
 
 They are stored in the run folder and in a cache keyed by model, precision and set, so that later runs from the same model need not repeat
 the evaluation.

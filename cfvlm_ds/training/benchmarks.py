@@ -32,7 +32,7 @@ from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_trai
 FOLDER = "benchmarks"
 """Subfolder of the run folder for benchmark results, in the format that `cfvlm-ds compare` reads."""
 BEFORE = "baseline/benchmarks"
-"""Subfolder for benchmark results from before the first step, which exist if train.eval_on_start is true."""
+"""Subfolder for benchmark results from before the first step. It exists if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Return the metric names that ``benchmark_metrics`` will use, except for metrics on control images. No outcomes are needed."""
+    """Return the metric names that ``benchmark_metrics`` will use, before any outcomes exist. Metrics on control images are omitted."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -129,8 +129,8 @@ def write_benchmarks(
 ) -> list[Result]:
     """On rank 0, write every benchmark's results below ``folder`` and return them. Other ranks return an empty list.
 
-    Every rank must call this, because the ranks share the ``draws`` bootstrap draws. If ``exported`` is True, the weights of ``model`` are
-    on disk, and the results identify them.
+    Every rank must call this, because the ranks share the work of ``draws`` bootstrap draws. If ``exported`` is True, the weights of
+    ``model`` are on disk, and the results identify them.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():

@@ -33,7 +33,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a run's splits and benchmarks within the training's token budget."""
+    """Evaluates a run's splits and benchmarks with the token budget of training."""
 
     config: RunConfig
     world: World

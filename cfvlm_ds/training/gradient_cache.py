@@ -15,7 +15,7 @@ from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
 """Function that returns the last forward's additional loss. Its arguments are that forward's batch and a flag. The flag is False for a
-repeated batch, whose additional loss is 0.
+padding copy (MicroBatch.padded), whose additional loss is 0.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]
 """Function that returns a batch's reference scores [G, I, C], or None if they are stored or not needed."""
@@ -36,8 +36,8 @@ def forward(
     backpropagates their loss.
 
     Only one forward's activations are in memory at a time. The first pass computes all scores, because the loss couples them. The second
-    pass repeats all forwards except the last with the same random numbers, and weights the log-probs by the loss's derivatives. Batches
-    that only fill up ``number`` have a weight of 0. ``last`` is True for a step's last micro-batch, which completes the gradients.
+    pass repeats all forwards except the last with the same random numbers, and weights the log-probs by the loss's derivatives. Padding
+    copies have a weight of 0. ``last`` is True for a step's last micro-batch, which completes the gradients.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

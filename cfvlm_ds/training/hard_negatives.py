@@ -96,7 +96,7 @@ def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
 def _hardness(
     unit: Counterfactual, match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], known: Sequence[Sequence[bool]]
 ) -> float:
-    """Return the largest S[false] - S[true] between the counterfactual and the factual pair, or -inf if there is no comparison."""
+    """Return the largest S[false] - S[true] in comparisons of the counterfactual with the factual pair, or -inf if there are none."""
     text, images = unit
     cells = [(0, 0), *((i, 0) for i in images)]
     cells += [] if text is None else [(0, text), *((i, text) for i in images)]

@@ -171,7 +171,7 @@ class CrossRankScores:
         return cls(np.concatenate(gather_objects(mine, world)))
 
     def added_to(self, scores: Scores) -> Scores:
-        """Add the scores of a micro-batch's texts on other groups' images to its scores.
+        """Extend a micro-batch's scores with the scores of its texts on other groups' images.
 
         If a text's own group was left out of the step, the text has no such scores and is not compared.
         """

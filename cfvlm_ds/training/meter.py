@@ -68,7 +68,7 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Return global means and rates per second of wall-clock time, and start the next record.
 
-        Every rank must call this. It is the only transfer from the device for a record.
+        Every rank must call this. A record needs only this one transfer from the device.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))

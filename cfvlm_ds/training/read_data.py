@@ -48,9 +48,9 @@ MOST_ROWS = 100_000
 class RunData:
     """A run's training and evaluation data.
 
-    ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, and
-    each picture is compared with its description when it is opened; it is None if the data check opened no pictures. ``sources`` maps names
-    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
+    ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
+    is None if the data check opened no pictures. When a picture is opened, it is compared with its description. ``sources`` maps names to
+    the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
     """
 
     groups: Sequence[CounterfactualGroup]

@@ -3,7 +3,7 @@
 The loss is E * sum_e f_e * P_e, where f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the
 mean probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once per text, so the loss
 does not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forwards
-therefore runs all of them without gradients first.
+therefore first runs all of them without gradients.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RouterBalance:
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
-        """Return the last forward's routing, or zeros for a repeated batch or a stand-in for unreadable groups."""
+        """Return the last forward's routing, or zeros for a padding copy or a stand-in for unreadable groups."""
         routed: Routed | None = self.engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed

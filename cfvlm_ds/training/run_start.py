@@ -134,8 +134,8 @@ def decide(
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
     """Return a finished run's last step and total steps, or None if the run in the folder has not finished.
 
-    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, it is the last step, so that
-    the run can continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step stated in finished.json.
+    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, the total is the last step, so
+    that the run can continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step stated in finished.json.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent

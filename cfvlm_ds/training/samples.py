@@ -85,8 +85,8 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Return a section for results.md and the files to track, and save small copies of the pictures in ``samples/``. A failure only
-        causes a warning, and the section is empty.
+        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to track. If this fails,
+        print a warning and return an empty section.
         """
         if next(self._groups(), None) is not None:
             with harmless(self.run_dir / "samples", self.world.say):
@@ -155,7 +155,9 @@ class Samples:
 
 
 def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
-    """Return the first prompt's likeliest text, and the margin of the likeliest true text over the likeliest false text, or None."""
+    """Return the first prompt's likeliest text, and the margin of its likeliest true text over its likeliest false text. Without a false
+    text, the margin is None.
+    """
     texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
     best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}
     margin = None if best[0] is None or best[1] is None else best[1] - best[0]

@@ -41,7 +41,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (_min, _max) may be infinite: in Gemma 4's clipped layers, they are if nothing is clipped.
+    Clipping bounds (_min, _max) may be infinite, because Gemma 4's clipped layers have infinite bounds if nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):

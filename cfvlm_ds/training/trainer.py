@@ -160,7 +160,7 @@ class Trainer:
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
-            if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was left out
+            if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was skipped
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.note(run_id=tracker.run_id)
