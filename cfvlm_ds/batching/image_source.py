@@ -31,7 +31,7 @@ PictureKey = tuple[Path, bool]
 
 
 class Unprocessable(DataError):
-    """The model's processor failed on pictures of a certain size."""
+    """The model's processor failed on a picture of a certain size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size

@@ -23,7 +23,7 @@ ON_RESUME: dict[str, OnResume | None] = {
 }
 """Option -> the effect of a change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
-    # compared through the values that _effective derives, or as options of train.*, which the JSON may not contradict
+    # compared as values that _effective derives, or as train.* options, which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
     **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
     **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
@@ -89,7 +89,7 @@ def model_hashes(
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are options and compared as such
+    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are compared as options
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
