@@ -96,7 +96,7 @@ def measure(
     """Add a micro-batch's measurements to the meter.
 
     Args:
-        part_of_step: the micro-batch's share of a step, because a step's loss is the sum over its micro-batches and ranks.
+        part_of_step: the micro-batch's share of a step. A step's loss is the sum over its micro-batches and ranks.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, which are also measured separately.
         progress: share of all steps done before this step, on which the weights of terms with a warm-up depend.

@@ -41,7 +41,7 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Maximum number of groups in a data set that a run prepares itself, because the GPUs are idle during the preparation."""
+"""Maximum number of groups in a data set that a run prepares itself. A larger set would leave the GPUs idle for too long."""
 
 
 @dataclass(frozen=True)

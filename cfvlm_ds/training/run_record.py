@@ -1,4 +1,4 @@
-"""A run's record of its configuration, environment and data sets, in files for the user and in MLflow."""
+"""The record of a run: configuration, environment and data sets, written to files in the run folder and to MLflow."""
 
 from __future__ import annotations
 

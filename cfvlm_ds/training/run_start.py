@@ -1,4 +1,4 @@
-"""The decision whether a run starts at step 0, from a checkpoint, or not at all. It is made before anything is loaded or written."""
+"""Decides whether a run starts at step 0, from a checkpoint, or not at all, before anything is loaded or written."""
 
 from __future__ import annotations
 
