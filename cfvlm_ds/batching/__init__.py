@@ -1,3 +1,1 @@
-"""Batching of groups into rows of tokens. Prompts are encoded, images are opened or read from the feature cache, and texts are packed after
-them as a forest.
-"""
+"""Batching: encodes prompts, opens pictures or reads their cached features, and packs groups into rows of tokens as a forest."""

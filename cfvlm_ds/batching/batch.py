@@ -18,21 +18,21 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
 
 BLANK = Path("\0/<blank image>")
-"""Path that stands for the mid-grey image of the blind control. No file can have this path. Several blank images differ in their suffix."""
+"""Path of the blind control's mid-grey picture, which no file can have. If an image has several blank pictures, their suffixes differ."""
 BLANK_SIZE = (336, 336)
-"""Width and height of the blank image in pixels."""
+"""Width and height of a blank picture in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""Group that a rank scores if none of its own groups can be read. Under ZeRO-3, the other ranks wait for its forward."""
+"""Group that a rank scores if it cannot read any of its own groups, because under ZeRO-3 the other ranks wait for its forward."""
 
 
 def blank_view(num_pictures: int) -> Pictures:
-    """Return an image that consists of blank pictures."""
+    """Return an image that consists of ``num_pictures`` blank pictures."""
     return tuple(BLANK.with_suffix(f".{k}") for k in range(num_pictures))
 
 
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
-    """Return the pictures of an image, or as many blank pictures for an index past the group's own images."""
+    """Return an image's pictures. An index past the group's last image stands for a blank image with the same number of pictures."""
     return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 
@@ -42,7 +42,7 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
 
 
 def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the picture inputs to ``device``, except the picture sizes, which models read on the host."""
+    """Move the picture inputs to ``device``. Picture sizes stay on the host, where models read them."""
     sizes = {name: image_inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in image_inputs}
     moved: dict[str, Any] = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
     return moved | sizes
@@ -50,11 +50,11 @@ def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, A
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one value
-    for each pair of states that is compared.
+    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one divergence per pair of
+    compared hidden states.
 
-    ``cell`` [N] is the flat index in [G, I, C] of each scored token's cell, and ``is_end`` [N] marks end-of-turn tokens. ``layout``
-    describes the whole micro-batch. ``num_tokens`` counts the tokens of the row, and ``num_scored`` counts the positions that predict
+    For each scored token, ``cell`` [N] holds its cell's flat index in [G, I, C], and ``is_end`` [N] is True for end-of-turn tokens.
+    ``layout`` describes the whole micro-batch. ``num_tokens`` counts the row's tokens, and ``num_scored`` counts the positions that predict
     scored tokens.
     """
 
@@ -68,16 +68,16 @@ class Batch:
     num_scored: int
     num_images: int
     material: Any = None
-    """Trees of the row (cfvlm_ds.batching.packing.Material) if the row may be packed again, otherwise None."""
+    """The row's trees (cfvlm_ds.batching.packing.Material), kept for packing the row again, or None."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the batch and move its tensors to ``device``. Picture sizes stay on the host."""
+        """Return a copy of the batch with its tensors on ``device``. Picture sizes stay on the host."""
         moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
         return moved
 
     def pin_memory(self) -> Batch:
-        """Copy the batch to pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
+        """Return a copy in pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
         return _mapped(self, Tensor, Tensor.pin_memory)
 
     def __reduce__(self) -> Any:
@@ -98,7 +98,7 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """Convert the engine's output to the score matrix of the batch, and to sums of divergences."""
+        """Convert the engine's output to the batch's score matrix and divergence sums."""
         compared, shape = self.model_inputs.get("compared", {}), self.layout.valid.shape
         token_logp, *each = token_logp.split([len(self.cell), *(pairs.shape[1] for pairs in compared.values())])
         sums = [
@@ -112,9 +112,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups of a rank whose gradients are computed together, in one forward or several.
+    """A rank's groups whose gradients are computed together, in one or more forwards.
 
-    ``dropped`` lists the (id, reason) of every group that was left out.
+    ``dropped`` lists (id, reason) for every group that was omitted.
     """
 
     forwards: tuple[Batch, ...]
@@ -126,8 +126,8 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards: the micro-batch's own, preceded by copies of the first one. The results of the copies are ignored.
-        Under ZeRO-3, all ranks must run the same number of forwards.
+        """Prepend padding copies of the first forward to reach ``number`` forwards, because all ranks must run the same number under
+        ZeRO-3. The copies' results are ignored.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
@@ -138,11 +138,11 @@ class MicroBatch:
         return parts[0] if len(parts) == 1 else Scores.joined(parts)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy the micro-batch and move its tensors to ``device``."""
+        """Return a copy of the micro-batch with its tensors on ``device``."""
         return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
 
     def pin_memory(self) -> MicroBatch:
-        """Copy the micro-batch to pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
+        """Return a copy in pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
         return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 
@@ -150,7 +150,7 @@ _ALIGNMENT = 16  # bytes
 
 
 class _Place(NamedTuple):
-    """Offset, dtype and shape of a tensor in the joined bytes."""
+    """A tensor's offset in the joined buffer, dtype and shape."""
 
     start: int
     dtype: torch.dtype

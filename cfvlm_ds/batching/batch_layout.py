@@ -1,4 +1,4 @@
-"""Layout of a batch before the forward: its cells, their token counts, and their stored scores."""
+"""A batch's layout, which is built before the forward: scored cells, token counts and stored scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.data.stored_scores import StoredScores
 
 
 def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
-    """Build the layout of groups. ``texts`` are their encoded candidates, and ``cells`` selects the scored cells."""
+    """Build the layout of a batch. ``texts`` holds each group's encoded candidates, and ``cells`` selects the cells to score."""
     shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
     match = torch.full(shape, -1, dtype=torch.int8)
     tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -49,14 +49,14 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Encode texts of the step's other groups as answers to the factual text's prompt. Raises DataError if a text cannot be encoded."""
+    """Encode a group's in-batch negatives as answers to the factual text's prompt. Raises DataError if a text cannot be encoded."""
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported for the groups that they come from."""
+    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported with the groups they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -68,10 +68,10 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 
 
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Extend the layout with in-batch negatives (texts of the step's other groups). ``texts`` are their encodings.
+    """Append the in-batch negatives to the layout's texts. ``texts`` holds each group's encoded negatives.
 
-    The negatives are scored on every image on which an answer to the factual text's prompt is scored. The layout is unchanged if no group
-    has a position in a step.
+    The negatives are scored on every image that has a scored answer to the factual text's prompt. If no group has a position in a step, the
+    layout is returned unchanged.
     """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):
@@ -110,7 +110,7 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Add the blank picture to the layout as its last image. A group's own texts are scored on it if the group has pictures."""
+    """Append the blank image to the layout's images. Groups with pictures score their own texts on it, but not in-batch negatives."""
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
     last["valid"][:, :, layout.num_own :] = False
@@ -120,8 +120,8 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Add ``changed`` to the layout. It marks the span from the first to the last token that differs between a text and the first text of
-    its prompt.
+    """Add ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt, and in both texts the
+    span from the first to the last differing token is marked.
     """
     changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
     for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):
@@ -135,7 +135,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """Return the cells that ``cells`` selects, [G, I, C] bool. Only ``full`` includes unknown cells, because no objective uses them."""
+    """Return a mask [G, I, C] of the selected cells. Only ``full`` includes unknown cells, because no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):
@@ -152,10 +152,8 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
 
 
 def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return the groups' stored scores as (reference [G, I, C], prior [G, C]). Missing cells are 0, as are all cells of a group whose
-    source needs no scores.
-
-    In-batch negatives have only a stored prior.
+    """Return the groups' stored reference scores [G, I, C] and prior scores [G, C] in nats. Cells without a stored score are 0. In-batch
+    negatives have a prior score, but no reference score.
     """
     reference = torch.zeros(layout.valid.shape)  # on the blank picture, the reference score is the prior
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])

@@ -1,5 +1,5 @@
-"""Collation of groups into batches. The collator encodes prompts, opens images and packs texts after them. It drops unreadable groups and
-records the reasons.
+"""The collator, which converts groups to batches: it encodes prompts, opens pictures and packs texts after them. It drops unreadable groups
+and records the reasons.
 
 Shapes: G groups, I images, C candidates.
 """
@@ -43,24 +43,24 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """Size of a tree in tokens. ``whole`` counts all of its texts. ``least`` counts only the longest text: no smaller forward scores it."""
+    """A tree's size in tokens: ``whole`` with all texts, and ``least`` with only the longest text (the smallest possible forward)."""
 
     whole: int
     least: int
 
 
 class Collator:
-    """Converter of groups to batches.
+    """Converts groups to batches.
 
     Args:
         processor: the model's processor.
         family: the model's family record.
-        model_config: the model's configuration, for the family's position rules and the id of visual tokens.
-        cells: cells to score.
-        max_length: the model's context window in tokens; a longer row raises DataError and is never truncated.
-        max_pixels: limit on a picture's number of pixels.
+        model_config: the model's configuration.
+        cells: the set of cells to score.
+        max_length: the model's context window in tokens; a longer sequence raises DataError and is never truncated.
+        max_pixels: maximum number of pixels per picture.
         stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: whether the texts of an image share one prefix; separate trees cost more and have the same scores.
+        share_prefix: True if an image's texts share one prefix; separate trees give the same scores at a higher cost.
         checked: picture table from the data check; pictures are compared with it when they are opened.
     """
 
@@ -101,11 +101,11 @@ class Collator:
         return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
-        """Return a copy of the collator for evaluation, which scores all cells and has no stored scores."""
+        """Return a copy of the collator for evaluation. It scores all cells and has no stored scores."""
         return self._changed(cells="full", stored=None, blank=False, divergences=())
 
     def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
-        """Return a copy of the collator that scores the given ``cells`` and uses the given stored scores."""
+        """Return a copy of the collator that scores ``cells`` and uses the ``stored`` scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
@@ -118,11 +118,14 @@ class Collator:
         blank: bool = False,
         divergences: tuple[Divergence, ...] = (),
     ) -> Collator:
-        """Return a copy of the collator with a run's cells and stored scores. It compares pictures with ``checked``.
+        """Return a copy of the collator for a training run.
 
-        With ``packs_again``, its batches keep the data that ``packed_again`` needs. ``tokens`` marks the tokens in which texts differ.
-        ``blank`` also scores texts on the blank picture. ``divergences`` lists the divergences that the batches compare; a micro-batch
-        must then not be divided.
+        Args:
+            cells, stored, checked: as for the constructor.
+            packs_again: keep the data that ``packed_again`` needs.
+            tokens: mark the tokens in which a group's texts differ.
+            blank: also score texts on the blank image.
+            divergences: divergences to compute; if there are any, micro-batches must not be divided.
         """
         files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
         changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
@@ -134,17 +137,18 @@ class Collator:
         return other
 
     def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
-        """Collate groups into one batch. Raises DataError naming the file of a picture that cannot be opened, or the group of a text that
-        does not fit the window or the template.
+        """Collate groups into one batch.
+
+        Raises DataError naming the file if a picture cannot be opened, and DataError naming the group if a text does not fit the context
+        window or the chat template.
         """
         return self.parts(groups)[0]
 
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
-        A larger tree is cut between its texts. A single text that exceeds the limit gets a batch of its own. Each batch has the layout of
-        the whole micro-batch, and the score matrices of the batches add up to the micro-batch's. Raises the same DataErrors as
-        ``__call__``.
+        A larger tree is split between its texts, and a text that exceeds the limit gets a separate batch. Every batch has the whole
+        micro-batch's layout, and the batches' score matrices add up to the micro-batch's. Raises the same DataErrors as ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -183,10 +187,11 @@ class Collator:
         return Batch(row.model_inputs, row.cell, row.is_end, layout, reference, prior, row.num_tokens, row.num_scored, num_images, kept)
 
     def packed_again(self, micro_batch: MicroBatch, cells: Tensor) -> MicroBatch:
-        """Pack a micro-batch again with only the given ``cells`` [G, I, C] (at least one per group), reusing pictures and encoded texts.
+        """Pack a micro-batch again with a subset of its cells, reusing its pictures and encoded texts. ``cells`` [G, I, C] is a mask that
+        selects at least one cell per group.
 
-        Forwards without any of these cells are left out. Pictures that no cell needs are removed from the model's inputs if every input has
-        one row per picture; otherwise the tower still runs on them.
+        Forwards without selected cells are omitted. Pictures that no cell needs are removed from the model's inputs if every input has one
+        row per picture; otherwise, the tower still runs on them.
         """
         layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
         wanted, forwards = layout.valid.flatten().tolist(), []
@@ -206,7 +211,7 @@ class Collator:
         return replace(micro_batch, forwards=tuple(forwards))
 
     def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
-        """Return the groups that can be collated, and the (id, reason) of every other group."""
+        """Return the groups that can be collated, and (id, reason) for every other group."""
         kept, dropped = [], []
         for group in groups:
             try:
@@ -217,11 +222,10 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch with ``parts``. The micro-batch also records the groups and rows that were left
-        out.
+        """Collate the readable groups into a micro-batch, divided as in ``parts``. ``dropped`` lists the unreadable groups and rows.
 
-        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. Under ZeRO-3, the other ranks
-        wait for this rank's forward and backward.
+        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
+        ZeRO-3 the other ranks wait for this rank's forward and backward.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))
@@ -240,7 +244,7 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a row with one text after pictures of ``sizes`` (width, height), including the end-of-turn token.
+        """Count the tokens of a prompt with pictures of these ``sizes`` (width, height) and one text with its end-of-turn token.
 
         Raises the same DataErrors as ``__call__``.
         """
@@ -248,10 +252,9 @@ class Collator:
         return self._prefix_length(encoded, sizes) + encoded.length
 
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
-        """Count the tokens in each of the group's trees, with the cells that this collator scores. ``sizes`` has the (width, height) of
-        each picture.
+        """Count the tokens in each tree that the collator builds for the group. ``sizes`` maps each picture to (width, height).
 
-        Raises DataError naming the group and file if the model's processor cannot process a picture of that size.
+        Raises DataError naming the group and file if the model's processor cannot process a picture of its size.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():
@@ -274,14 +277,14 @@ class Collator:
             raise DataError(with_names(error, [group], sizes)) from error
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Count the visual tokens of pictures of ``sizes`` (width, height) in one prompt.
+        """Count the visual tokens in a prompt with pictures of these ``sizes`` (width, height).
 
-        Raises DataError if the model's processor cannot process a picture of such a size.
+        Raises DataError if the model's processor cannot process a picture of one of these sizes.
         """
         return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a text's prompt, with its placeholders expanded for pictures of these sizes."""
+        """Count the tokens of a text's prompt, with placeholders expanded for pictures of these sizes."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
@@ -308,7 +311,7 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return the key of a text's tree: the pictures, and the prompt up to the last one. Without pictures, each group has its own tree."""
+    """Return the key of a text's tree: its pictures, and its prompt up to the last picture. A group without pictures has its own tree."""
     if not pictures:
         return (group,)
     ids = text.prompt_ids
@@ -316,9 +319,7 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Return the trees without in-batch negatives that exceed the window after a tree's pictures. The cells of these texts are marked as
-    not valid.
-    """
+    """Remove in-batch negatives that, with a tree's pictures, exceed the context window. Their cells become invalid in ``layout``."""
     if layout.in_batch is None:
         return trees
     kept = []
@@ -352,7 +353,7 @@ def load_collator(
     stored: Mapping[str, StoredScores] | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
-    """Build the collator of a model with its processor, family and window. Raises ConfigError if the chat template or tokenizer cannot be
+    """Load a model's processor and configuration, and build its collator. Raises ConfigError if the chat template or tokenizer cannot be
     used.
     """
     config = load_config(model.name_or_path)

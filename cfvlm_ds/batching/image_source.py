@@ -27,11 +27,11 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 PictureKey = tuple[Path, bool]
-"""Key of a picture in a batch: its file, and True if the model processes it as one of several pictures in a prompt."""
+"""A picture's file, and a flag that is True if the model processes the picture as one of several in a prompt."""
 
 
 class Unprocessable(DataError):
-    """The model's processor failed on pictures of a certain size."""
+    """The model's processor failed on a picture of a certain size."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Return the error message with the group and file of a picture of this size."""
+    """Return the error message, preceded by the group and file of a picture that has the size in ``error``."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -51,13 +51,13 @@ def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], size
 
 
 class ImageFiles:
-    """Source of picture inputs: opens the files and runs the processor.
+    """Source of picture inputs that opens the files and runs the processor.
 
     Args:
         processor: the model's processor.
-        family, config: the model's family record and configuration; the latter has the id of visual tokens.
-        max_pixels: limit on a picture's number of pixels.
-        checked: picture table from the data check; a picture that has changed since raises DataError. None skips the comparison.
+        family, config: the model's family record and configuration.
+        max_pixels: maximum number of pixels per picture.
+        checked: picture table from the data check; a picture that has changed since the check raises DataError. None skips the comparison.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class ImageFiles:
         self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """Return the keys of the pictures of one image."""
+        """Return the keys of an image's pictures."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
-        """List the keys of the blank pictures and of all pictures in the groups, without duplicates and in the same order on every rank."""
+        """List the keys of the blank picture and of the groups' pictures, without duplicates and in the same order on every rank."""
         shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the blank picture's keys: alone and, if the family treats several pictures in a prompt differently, as one of several."""
+        """List the blank picture's keys. It has a second key if the family processes several pictures in a prompt differently."""
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
@@ -98,7 +98,7 @@ class ImageFiles:
         return open_image(path, self.max_pixels)
 
     def content(self, key: PictureKey) -> bytes:
-        """Read a picture file's contents. Raises DataError naming the file if it cannot be read."""
+        """Return a picture file's bytes. Raises DataError naming the file if it cannot be read."""
         try:
             if key[0] == BLANK:
                 return BLANK.name.encode()
@@ -119,8 +119,8 @@ class ImageFiles:
         return self._processed(list(opened), sum(together for _, together in keys))
 
     def num_placeholders(self, size: Size, together: bool) -> tuple[int, int]:
-        """Return the number of placeholder ids of a picture of this size, and the number of visual tokens among them. Both are measured,
-        because every family has its own rules.
+        """Return the number of placeholder ids for a picture of this size, and the number of visual tokens among them. The processor is run
+        to count them, because every family has its own rules.
 
         ``together`` is True if the prompt has other pictures. Raises Unprocessable if the processor cannot process such a picture.
         """
@@ -131,7 +131,7 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
-        """Return the inputs of ``get_image_features`` for one picture, and its Features without the tower's outputs.
+        """Return the inputs to ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
 
         A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError naming the
         file if it cannot be opened or processed.
@@ -175,17 +175,17 @@ class ImageFiles:
 
 
 class CachedFeatures:
-    """Source of picture inputs: reads a frozen vision tower's cached outputs instead of the pictures."""
+    """Source of picture inputs that reads a frozen vision tower's cached outputs instead of the pictures."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
 
     def open(self, key: PictureKey) -> Features:
-        """Read the features of a picture. Raises DataError naming the picture if it has none."""
+        """Read a picture's features. Raises DataError naming the picture if the cache has none."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return what ``ImageFiles.model_inputs`` returns, but with cached features in place of the tower's inputs."""
+        """Return the same as ``ImageFiles.model_inputs``, but with cached features in place of the tower's inputs."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
         rows = [len(next(iter(picture.tower.values()))) for picture in opened]

@@ -1,11 +1,11 @@
-"""Packing of trees into one row without padding. Only this module knows the token layout of cells. ``PackedSampler`` (data/sampler.py)
-chooses the groups of a row.
+"""Packing of trees into one row without padding. No other module depends on the order of tokens in a row. ``PackedSampler``
+(data/sampler.py) chooses the groups that share a row.
 
-A tree starts with the tokens that all prompts about its pictures share, including the pictures. Where prompts differ, each continues as a
-branch of its own. Each text that is scored as an answer is a branch after its prompt. A branch attends to itself and its ancestors. A
-picture therefore occurs once in the row, regardless of the number of questions about it.
+A tree starts with the tokens that all prompts about its pictures share, including the pictures. Where the prompts differ, each continues as
+a separate branch. Each scored text is a branch of its prompt. A branch attends to its ancestors and itself. A picture therefore occurs only
+once in the row, however many questions refer to it.
 
-Shapes: T tokens of the row, P tokens of a prompt, N scored tokens.
+Shapes: T tokens in the row, P tokens in a prompt, N scored tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cfvlm_ds.models.forest import Forest
 
 @dataclass
 class Tree:
-    """Pictures and the texts that are scored with them. A branch is (flat cell index, text with its prompt).
+    """Pictures and the texts that are scored on them. A branch is (flat cell index, text with its prompt).
 
     The prompts are equal up to their last picture.
     """
@@ -44,14 +44,14 @@ class Tree:
 
 @dataclass(frozen=True)
 class Material:
-    """Trees, the ``keys`` of their pictures, and the placeholder ids of each picture."""
+    """Trees, the ``keys`` of their pictures, and each picture's placeholder ids."""
 
     trees: tuple[Tree, ...]
     keys: tuple[PictureKey, ...]
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """Keep only the texts whose cell is ``wanted``. Returns the new material and the indices of its pictures (at least one)."""
+        """Return the material with only the texts whose cell is ``wanted``, and the indices of the pictures kept (at least one)."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}
@@ -75,8 +75,8 @@ class Row:
 
 @dataclass
 class _Prompt:
-    """A prompt with its pictures: its token ids, their offsets in the expanded ids [P + 1], the expanded ids, the position ids ([T] or
-    [axes, T]), and the texts.
+    """A prompt with its texts. ``expanded`` has each picture's placeholder ids in place of its token in ``ids``, and ``begins`` [P + 1] has
+    the offset of each id in ``expanded``. ``positions`` is [T] or [axes, T].
     """
 
     ids: tuple[int, ...]
@@ -88,7 +88,7 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """Tokens of a row, node by node."""
+    """A row's tokens, collected node by node."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -101,12 +101,12 @@ class _Tokens:
     length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
-        """Add sorted prompts. Their first ``since`` ids are equal and already in the row. The other ids that all prompts share come next,
-        and the rest of each prompt follows.
+        """Add sorted prompts whose first ``since`` ids are equal and already in the row. The next ids that all prompts share become one
+        node, and the rest of each prompt branches off it.
         """
         first, node = prompts[0], parent
         until = common(first.ids, prompts[-1].ids)
-        if until > since:  # otherwise the prompts share no ids and have no picture
+        if until > since:  # False only if the prompts have no pictures and no common prefix
             place = slice(first.begins[since], first.begins[until])
             node = self._node(first.expanded[place], first.positions[..., place], parent)
         rest = list(prompts)
@@ -123,7 +123,7 @@ class _Tokens:
         begin, first = self.length, int(prompt.positions.max()) + 1
         positions = torch.arange(first, first + len(response)).expand(*prompt.positions.shape[:-1], -1)
         self._node(torch.tensor(response), positions, parent)
-        # The prompt's last token predicts the text's first token. Every token of the text predicts the next one.
+        # The prompt's last token predicts the text's first token, and each token of the text predicts the next.
         self.predicts += [last, *range(begin, begin + len(response) - 1)]
         self.targets += response
         self.cell += [index] * len(response)
@@ -150,9 +150,10 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
     """Pack trees into a row.
 
     Args:
+        material: the trees, with their pictures' keys and placeholder ids.
         image_inputs: the model's inputs for the pictures.
-        family, config: the model's family record and configuration, which have its position rules and the id of visual tokens.
-        image_token: id of a picture's placeholder in a prompt.
+        family, config: the model's family record and configuration.
+        image_token: id of the token that stands for a picture in a prompt.
     """
     shown = [tuple(material.keys.index(key) for key in tree.pictures) for tree in material.trees]
     tokens = _Tokens()
@@ -179,7 +180,7 @@ def pack(material: Material, image_inputs: dict[str, Any], family: Family, confi
 
 
 def _runs(marked: Tensor) -> tuple[tuple[int, int], ...]:
-    """Return (begin, end) of each run of marked tokens."""
+    """Return the (begin, end) of each run of marked tokens."""
     edges = torch.nn.functional.pad(marked.int(), (1, 1)).diff().nonzero().squeeze(1).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
@@ -193,7 +194,7 @@ def _prompts(
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
-    """Expand the placeholders in the prompts of a tree. Returns the prompts in order, each with its texts."""
+    """Return a tree's prompts in order, each with its placeholders expanded and its texts."""
     prompts: list[_Prompt] = []
     shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
@@ -211,8 +212,8 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return [3, D]: for each token that a divergence compares, the states that predict it on its text's own image and on the other one,
-    and the flat index of the other cell.
+    """Return the pairs of hidden states that a divergence compares, as indices [3, D]. For each token, the rows hold the state that
+    predicts it on its text's own image, the state that predicts it on the other image, and the flat index of the other cell.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):
@@ -228,11 +229,11 @@ def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
 
 
 PromptLength = Callable[[Tree, Encoded], int]
-"""(tree, one of its texts) -> number of tokens in its prompt, with placeholders expanded."""
+"""Function of a tree and one of its texts that counts the tokens in the text's prompt, with placeholders expanded."""
 
 
 def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:
-    """Count the tokens of a tree in a row."""
+    """Count the tokens that a tree occupies in a row."""
     return sum(tokens for _, tokens in _added(tree, prompt_length))
 
 
@@ -247,14 +248,14 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
 
 
 def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
-    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is cut between its texts. A single text that exceeds the
-    limit gets a part of its own.
+    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is split between its texts, and a text that exceeds the limit
+    gets a separate part.
     """
     if max_tokens is None:
         return [list(trees)]
     parts: list[list[Tree]] = []
     room = 0
-    for tree in sorted(trees, key=lambda tree: tree.pictures):  # trees of one picture become neighbours, so that a part encodes it once
+    for tree in sorted(trees, key=lambda tree: tree.pictures):  # makes trees with the same picture adjacent, so that a part encodes it once
         for piece in _pieces(tree, prompt_length, max_tokens):
             tokens = num_tokens(piece, prompt_length)
             if tokens > room:
@@ -266,8 +267,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Cut a tree into as few trees of at most ``max_tokens`` tokens as possible. A text that, with its prompt, exceeds the limit gets a
-    tree of its own.
+    """Split a tree into the fewest trees of at most ``max_tokens`` tokens. A text that exceeds the limit together with its prompt gets a
+    separate tree.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens

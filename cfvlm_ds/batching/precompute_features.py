@@ -1,7 +1,7 @@
-"""Precomputation of a frozen vision tower's features for all pictures of a run. It precedes the first step, so that no step runs the tower.
+"""Precomputation of a frozen vision tower's features for all pictures in a run. It precedes the first step, so that no step runs the tower.
 
-A separate pass is needed because under ZeRO-3 all ranks must run a module together. Within a training step, each rank would miss the
-features of different pictures. In this pass, all ranks run the same number of forwards.
+A separate pass is needed because under ZeRO-3 all ranks must run a module together. In a training step, the number of pictures without
+features would differ between ranks. In this pass, all ranks run the same number of forwards.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, store
 from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
 
 Prepared = tuple[dict[str, Tensor], Features]
-_FORM = "2"  # version of the file format; files of other versions are not used
+_FORM = "2"  # version of the file format; files of other versions are ignored
 
 
 def precompute_features(
     folder: Path, model: ModelConfig, engine: Any, files: ImageFiles, groups: Iterable[CounterfactualGroup], world: World, num_workers: int
 ) -> FeatureCache:
-    """Return the feature cache of all pictures in ``groups``. Missing features are computed in evaluation mode, each picture on one rank
-    only.
+    """Return a feature cache for all pictures in ``groups``. Missing features are computed in evaluation mode, each on a single rank.
 
-    ``engine`` wraps a Scorer. The error of an unreadable picture is recorded, and raised when the picture is used. Every rank must call
+    ``engine`` wraps a Scorer. If a picture is unreadable, the error is recorded, and raised when the picture is used. Every rank must call
     this. Raises StorageError on all ranks if features cannot be written.
     """
     scorer = engine.module
@@ -73,7 +72,7 @@ def precompute_features(
 
 
 def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Record the digests of all pictures. Each rank reads its share. Returns the sizes of existing features in bytes, by digest."""
+    """Add all pictures' digests to ``cache``. Each rank reads a share. Returns the sizes in bytes of existing features, by digest."""
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
         try:
@@ -101,7 +100,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features. Returns the sizes of the written files in bytes, by digest."""
+    """Compute and write the missing features. Returns the sizes in bytes of the files written, by digest."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]

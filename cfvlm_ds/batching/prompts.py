@@ -1,4 +1,4 @@
-"""Token ids of prompts and answers, built with the model's chat template. They are identical to the processor's.
+"""Token ids of prompts and answers, built with the model's chat template. They are identical to the ids that the processor returns.
 
 Only the answer's ids are scored. Anything that the template writes between a prompt and its answer belongs to the prompt. For a thinking
 model, this includes the empty thinking block that the template writes when thinking is disabled.
@@ -49,7 +49,7 @@ class _Head:
     """A rendered prompt: its text and ids, the conversation before and after the answer, and the error message, if any.
 
     ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is True
-    if the template writes the answer there.
+    if the template writes the answer directly after the prompt.
     """
 
     text: str
@@ -72,7 +72,7 @@ def placeholder_id(processor: Any) -> int:
 
 
 class Prompts:
-    """Encoder of conversations for a model.
+    """Encodes conversations for a model.
 
     Args:
         processor: the model's processor.
@@ -165,7 +165,7 @@ class Prompts:
         unknown = {tokenizer.unk_token_id} - {
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-        }  # the id of unknown words is allowed, unless it is one of these
+        }  # the unknown-token id is allowed unless it is one of these
         for part in texts_of(prompt):
             if inside := self._control.intersection(self._tokens(part)) - unknown:
                 raise DataError(
@@ -246,9 +246,9 @@ _ROLES_SHOWN = 8
 
 
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
-    """Return an error message if the template omits or changes a text of a conversation, otherwise "".
+    """Return an error message if the template omits or changes part of a conversation, otherwise "".
 
-    Templates of thinking models may omit the thinking block of an assistant turn.
+    Templates of thinking models may omit an assistant turn's thinking block.
     """
     place = 0
     for turn in turns:

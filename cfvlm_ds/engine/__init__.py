@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: validation of its configuration, its start, and memory estimates."""
+"""The DeepSpeed engine: configuration checks, startup and memory estimates."""
 
 from __future__ import annotations
 

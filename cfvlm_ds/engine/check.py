@@ -1,7 +1,7 @@
 """Validation of a resolved DeepSpeed JSON, key by key, before anything is loaded.
 
-DeepSpeed ignores unknown keys and detects most impossible settings only after the model is loaded. Every problem that can be detected
-without a model is reported here in one sentence that names the key.
+DeepSpeed ignores unknown keys and detects most invalid settings only after the model is loaded. Every problem that can be detected without
+a model is reported here in one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _INSIDE = {
     ),
     "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
 }  # fmt: skip
-"""The keys of sections without a pydantic model in DeepSpeed. Pydantic models refuse unknown keys themselves."""
+"""The keys of sections for which DeepSpeed has no pydantic model. Pydantic models refuse unknown keys themselves."""
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Parse a resolved JSON with DeepSpeed, and refuse settings that it would ignore or fail on after the model is loaded.
+    """Parse a resolved JSON with DeepSpeed. Refuse settings that DeepSpeed would ignore, or that would fail after the model is loaded.
 
-    ``device`` is the device of the run, or None if the run is on another machine. Raises ConfigError naming the key.
+    ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
     """
     path, options = config.deepspeed, resolved.config
     for key, value in options.items():
@@ -84,7 +84,7 @@ def _parse(path: str, options: Mapping[str, Any]) -> Any:
         if first["type"] == "extra_forbidden":
             _refuse_key(path, section, key, settings.field_names())
         raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
-    except Exception as error:  # without a pydantic model, DeepSpeed asserts, compares and divides raw values
+    except Exception as error:  # in sections without a pydantic model, DeepSpeed uses unchecked values
         raise unusable(path, error) from error
 
 
@@ -99,7 +99,7 @@ def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoRe
 
 
 def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """Yield one sentence for each setting on which DeepSpeed would fail after the model is loaded."""
+    """Yield one sentence for each setting that would make DeepSpeed fail after the model is loaded."""
     yield from _unsupported_here(parsed, options)
     zero = parsed.zero_config
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
@@ -125,7 +125,7 @@ def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_siz
 
 
 def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each setting that DeepSpeed supports, but that this trainer does not or that would change its results."""
+    """Yield one sentence for each setting that DeepSpeed supports but this trainer does not, or that would change the results."""
     zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
     if stage == 0:
         yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"

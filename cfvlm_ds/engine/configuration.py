@@ -1,4 +1,4 @@
-"""Reader and resolver of a run's DeepSpeed JSON: every "auto" becomes a value. check.py validates the result."""
+"""Reads a run's DeepSpeed JSON and replaces every "auto" with a value. check.py validates the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read the DeepSpeed JSON of a run. Raises ConfigError naming the file if it is missing or broken."""
+    """Read a run's DeepSpeed JSON. Raises ConfigError naming the file if it is missing or broken."""
     try:
         content = parse_json(Path(path).read_bytes().decode())
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
-    """Fill in every "auto" of the DeepSpeed configuration by transformers' rules, and return transformers' own config object.
+    """Replace every "auto" in the DeepSpeed configuration by transformers' rules, and return transformers' configuration object.
 
     Raises ConfigError naming both values if the JSON contradicts the run configuration.
     """
@@ -78,7 +78,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
         resolved = HfTrainerDeepSpeedConfig(copy.deepcopy(raw))
         resolved.trainer_config_process(arguments)
         resolved.trainer_config_finalize(arguments, SimpleNamespace(config=SimpleNamespace(hidden_size=hidden_size)), total_steps)
-    except Exception as error:  # without a contradiction, some value is invalid: transformers does not check values
+    except Exception as error:  # if no values contradict each other, one is invalid: transformers does not check values
         if resolved is None or not resolved.mismatches:
             raise unusable(config.deepspeed, error) from error
         pairs = "; ".join(line[2:].replace("ds ", "", 1).replace(" vs hf ", " against train.") for line in resolved.mismatches)
@@ -98,7 +98,7 @@ def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: tor
 
 
 def unusable(path: str, error: Exception) -> ConfigError:
-    """Return the ConfigError for a JSON that raises ``error`` in DeepSpeed or transformers."""
+    """Return the ConfigError for a JSON file that causes ``error`` in DeepSpeed or transformers."""
     return ConfigError(f"{path}: not a DeepSpeed configuration ({first_line(error)}); compare it with the files in ds_configs")
 
 

@@ -1,4 +1,4 @@
-"""Memory estimates: DeepSpeed's formulas for model states under ZeRO, and the peak of a forward and backward pass on meta tensors."""
+"""Memory estimates: DeepSpeed's formulas for model states under ZeRO, and the peak of a forward and backward pass, run on meta tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Return {"optimizer": ..., "param": ...}: True for optimizer states and weights that are offloaded from the GPU."""
+    """Return {"optimizer": bool, "param": bool}: True if the optimizer states or the weights are offloaded from the GPU."""
     zero = ds_config.get("zero_optimization", {})
     return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
 
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Estimate the size of weights, gradients and optimizer states in mixed precision: bytes per GPU, and bytes of host memory per node."""
+    """Estimate the memory for weights, gradients and optimizer states in mixed precision. Return bytes per GPU and host bytes per node."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
@@ -44,8 +44,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register an attention function for models on the meta device, and return its name in transformers. It saves the same tensors as flash
-    attention.
+    """Register an attention function for models on the meta device, which saves the same tensors as flash attention. Return its name in
+    transformers.
     """
     from transformers import AttentionInterface
 
@@ -54,10 +54,11 @@ def attention_without_data() -> str:
 
 
 def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute: bool) -> dict[str, int]:
-    """Estimate what a forward and backward pass over ``tokens`` tokens needs in addition to ``model_states``: bytes per GPU, by purpose.
+    """Estimate the memory that a forward and backward pass over ``tokens`` tokens needs in addition to ``model_states``, in bytes per GPU,
+    keyed by purpose.
 
-    The model is on the meta device with ``attention_without_data``; ``recompute`` is gradient checkpointing. A trained tower is not
-    counted. A frozen tower runs before the language model and saves nothing.
+    The model must be on the meta device with ``attention_without_data``. ``recompute`` is True for gradient checkpointing. A trained tower
+    is not counted. A frozen tower runs before the language model and saves nothing.
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
@@ -72,7 +73,7 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
 
 
 _LOGIT_BYTES = 12
-"""Bytes of a logit, its probability and its gradient, each in float32."""
+"""Bytes per logit: the logit, its probability and its gradient, each in float32."""
 _CONTEXT = 3 << 29
 
 
@@ -103,7 +104,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counter of the current and peak bytes of live computed tensors."""
+    """Counts the current and peak bytes of the live tensors that operations have created."""
 
     def __init__(self) -> None:
         super().__init__()

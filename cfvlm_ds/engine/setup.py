@@ -1,4 +1,4 @@
-"""The start of DeepSpeed: process group, model loading under zero.Init, parameter groups, initialization."""
+"""DeepSpeed startup: process group, model loading under zero.Init, parameter groups and initialization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU) and return this process's position in it.
+    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's ranks, the world size and the device.
 
     ``timeout`` bounds every collective, so that a dead peer causes an error instead of a hang.
     """
@@ -63,7 +63,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
 def device_index(local_rank: int, visible: int) -> int:
     """Return a rank's GPU as an index into its visible GPUs. Raises ConfigError if a launcher started more ranks than there are GPUs.
 
-    A Slurm task may see only its own GPU (--gpus-per-task); in that case the index is 0.
+    If a Slurm task sees only its own GPU (--gpus-per-task), the index is 0.
     """
     if local_rank >= visible and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
@@ -76,8 +76,8 @@ def device_index(local_rank: int, visible: int) -> int:
 def keep_freed_memory() -> None:
     """Make the C library reuse freed memory, as CUDA's allocator does, instead of returning it to the system.
 
-    Otherwise every step requests the memory of its activations and gradients again, page by page. On a CPU this takes 10 to 15 % of a
-    training step. The setting belongs to glibc (mallopt(3)); with other C libraries it has no effect.
+    Otherwise, every step requests the memory for its activations and gradients again, page by page, which takes 10 to 15 % of a training
+    step on a CPU. The setting is glibc's mallopt(3). With other C libraries, the call has no effect.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -89,14 +89,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def hidden_size(config: RunConfig) -> int:
-    """Return the width of the language model, which determines DeepSpeed's bucket sizes."""
+    """Return the language model's hidden size, which determines DeepSpeed's bucket sizes."""
     model_config = load_config(config.model.name_or_path)
     return int(model_config.get_text_config().hidden_size)
 
 
 def initialize(config: RunConfig, resolved: Any, world: World, total_steps: int) -> Any:
-    """Load the model, initialize DeepSpeed, and return the engine, whose module is a Scorer. Under ZeRO-3 the model is partitioned while it
-    loads.
+    """Load the model, initialize DeepSpeed, and return the engine, whose module is a Scorer. Under ZeRO-3, the model is partitioned while
+    it loads.
     """
     import deepspeed
     from transformers import get_scheduler
@@ -174,7 +174,7 @@ def recompute_activations(model: Any) -> None:
 def parameter_groups(scorer: Scorer, config: RunConfig) -> list[dict[str, Any]]:
     """Return two optimizer groups per module: weights with weight decay, and biases and norms without. Both use the module's learning rate.
 
-    The order is fixed (by module, decayed before exempt), because checkpoints store optimizer state by position.
+    The order is fixed (by module, groups with weight decay first), because checkpoints store optimizer state by position.
     """
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for module, _, parameter in trainable(scorer):

@@ -1,8 +1,8 @@
-"""Export of a DeepSpeed checkpoint as a Hugging Face folder with the names, shapes, dtypes and files of its source model.
+"""Export of a DeepSpeed checkpoint as a Hugging Face folder with the same names, shapes, dtypes and files as its source model.
 
-The whole model is never in memory. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output. An
-export therefore needs a few hundred MiB of memory, regardless of the size of the model. If transformers stores weights in a different form
-than it uses for computation, the export also needs the memory of one layer.
+The model is never in memory as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output.
+An export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers stores weights in a different form
+than it computes with, the export also needs memory for one layer.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def export_hf(
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``, and return ``out_dir``.
 
-    The export needs no process group and no GPU. Adapters, which ``lora`` describes, are merged into the weights that they adapt. ``alive``
-    is called regularly during the export. ``card`` becomes the folder's README.md unless the user has written one.
+    The export needs no process group and no GPU. Adapters are merged into the base weights; ``lora`` is their configuration. ``alive`` is
+    called regularly during the export. ``card`` becomes the folder's README.md unless the user has written one.
 
-    The folder is written under another name and renamed when it is complete; only then does it replace an older export. Weights have the
-    names, shapes and dtypes of the source. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit the
-    source, and StorageError if the folder cannot be written.
+    The folder is written under a temporary name and replaces an older export only when it is complete. Weights have the source's names,
+    shapes and dtypes. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit the source, and
+    StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")

@@ -1,4 +1,4 @@
-"""Adapters of a checkpoint: merging them into the adapted weights, or writing them in peft's format."""
+"""A checkpoint's adapters, which are merged into the base weights or written in peft's format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 
 
 class MergedWeights(ZeroWeights):
-    """Weights of a checkpoint with merged adapters, in float32, keyed by their names in the model without adapters.
+    """A checkpoint's weights with merged adapters, in float32, keyed by their names in the model without adapters.
 
     W' = W + scaling * B A. DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
     """
@@ -77,9 +77,9 @@ def export_adapter(
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format and float32, and return ``out_dir``.
     ``PeftModel.from_pretrained`` can load them onto ``source``.
 
-    The folder is written under another name and renamed when it is complete; only then does it replace older adapters. ``alive`` and
-    ``card`` have the same meaning as in ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or also has
-    other trained weights, for which peft's format has no place. Raises StorageError if the folder cannot be written.
+    The folder is written under a temporary name and replaces older adapters only when it is complete. ``alive`` and ``card`` have the same
+    meaning as in ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or has other trained weights, which
+    peft's format cannot store. Raises StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")
@@ -110,5 +110,5 @@ def export_adapter(
 
 
 def _saved_name(name: str) -> str:
-    """Return a tensor's name in peft's format: without the adapter's name and, for DoRA's vectors, without the last part."""
+    """Return a tensor's name in peft's format, without the adapter's name and, for DoRA's magnitude vectors, without ``.weight``."""
     return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

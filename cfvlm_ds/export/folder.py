@@ -1,4 +1,4 @@
-"""Card of an export: written and replaced by this package as long as the user has not edited it."""
+"""An export's model card, which this package writes, and replaces as long as the user has not edited it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cfvlm_ds.core.files import create, replace
 CARD = "README.md"
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
-"""Start of a card's last line, which has a digest of the text above it. A card that the user has edited no longer matches and is kept."""
+"""Start of a card's last line, which contains a digest of the text above. A card that no longer matches its digest is the user's."""
 
 
 def sealed(text: str) -> str:
-    """Return a model card with a seal, the last line, by which an unchanged card is recognised."""
+    """Return a model card with a seal as its last line. The seal identifies cards that have not been edited."""
     return f"{text}{_SEAL}{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()} -->\n"
 
 
 def is_own_card(path: Path) -> bool:
-    """Return True if a file is an unchanged card from ``sealed``."""
+    """Return True if a file is a sealed card that has not been edited."""
     try:
         text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` holds a model that no export wrote: it is not in a run folder, and its card has no seal."""
+    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. It is outside a run folder, and its card has no seal."""
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL in (out_dir / CARD).read_text()
@@ -42,7 +42,7 @@ def refuse_others_model(out_dir: Path, remedy: str = "name another folder with -
 
 
 def write_card(folder: Path, card: str) -> bool:
-    """Write the card of a folder, unless its README.md is the user's. Returns True if the card was written."""
+    """Write a folder's card, unless the user has written or edited its README.md. Return True if the card was written."""
     path = folder / CARD
     if os.path.lexists(path) and not is_own_card(path):
         return False
@@ -51,8 +51,8 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
-    """Write the card of a folder that will replace ``out_dir``. A README.md that the user wrote in ``out_dir`` takes precedence over
-    ``card``.
+    """Write ``card`` into the folder ``partial``, which will replace ``out_dir``. If the user has written a README.md in ``out_dir``, copy
+    it instead.
     """
     present = out_dir / CARD
     if os.path.lexists(present) and not is_own_card(present):

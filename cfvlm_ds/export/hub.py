@@ -1,4 +1,4 @@
-"""Uploads of an export to the Hugging Face hub."""
+"""Upload of an export to the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export jobs: which weights of the model each tensor on disk is made from."""
+"""Export jobs, which map the model's weights to tensors on disk."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Names of stored tensors, and of the weights that the reversed ``conversions`` turn into them. With None, weights are stored
-    unchanged.
+    """Names of the tensors to store, and of the weights from which the reversed ``conversions`` compute them. If ``conversions`` is None,
+    the weight is stored unchanged.
     """
 
     stored: tuple[str, ...]
@@ -29,10 +29,10 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
-    """Derive the jobs of an export from transformers' loading rules. A job without weights is for a tensor that the model does not have.
+    """Derive an export's jobs from transformers' loading rules. A job without weights is for a tensor that the model does not have.
 
-    Each reversed conversion is tried on tensors without data. It is used only if it yields the names and shapes of the source. Raises
-    ConfigError if no conversion does.
+    Each reversed conversion is tried on meta tensors, and used only if it yields the source's names and shapes. Raises ConfigError if no
+    conversion does.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -55,7 +55,7 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         converted[renamed][0].add_tensor(renamed, name, pattern, torch.empty(saved[name].shape, device="meta"))
         converted[renamed][1].append(name)
     used = [entry for entry in mapping if entry.was_used()]
-    # Reversed, Transpose(check_dims=True) keeps a weight that already has the model's shape, although loading transposed it.
+    # When reversed, Transpose(check_dims=True) skips a weight that already has the model's shape, although loading transposed it.
     transposing = copy.deepcopy(used)
     for operation in (operation for entry in transposing for operation in getattr(entry, "operations", ())):
         if hasattr(operation, "check_dims"):
@@ -95,11 +95,11 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs. If the checkpoint lacks a job's weights, for example in a frozen module, the returned job has no weights, and the
-    export copies its tensors from the source.
+    """Return the jobs. If the checkpoint lacks a job's weights, for example because the module is frozen, the returned job has no weights,
+    and the export copies its tensors from the source.
 
-    In ``zero``, all names of a tied weight get the checkpoint's weight. Raises ConfigError if a trained weight is missing, if the
-    checkpoint has a trained weight that the source does not have, or if shapes differ.
+    A tied weight is added to ``zero`` under all its names. Raises ConfigError if a trained weight is missing, if the checkpoint has a
+    trained weight that the source lacks, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Source of an export: the tensors that a model folder stores, and the model that they belong to."""
+"""An export's source: the tensors in a model folder, and the model that they belong to."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Saved:
 
 
 def skeleton(source: str) -> Any:
-    """Build the model of ``source`` on the meta device, for its names, shapes, ties and conversions."""
+    """Build the model of ``source`` on the meta device, to read its weight names, shapes, tied weights and conversions."""
     from transformers import AutoModelForImageTextToText
 
     config = load_config(source)
@@ -53,9 +53,9 @@ def skeleton(source: str) -> Any:
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
-    """Return the tensors to export, keyed by name and in the order of their files, and the metadata of the index.
+    """Return the tensors to export, keyed by name in the order of their files, and the index's metadata.
 
-    They are the source's tensors, in the same files. Without an index, they are split into files of at most 5 GB. If the source has no
+    The tensors and their files are the source's. If the source has no index, the tensors are split into files of at most 5 GB. If it has no
     safetensors, only its configuration is used, and the tensors are those that transformers would save.
     """
     files = weight_files(folder)

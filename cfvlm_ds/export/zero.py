@@ -13,7 +13,7 @@ from cfvlm_ds.deepspeed_compat.shards import Shards, Weight
 from cfvlm_ds.models.model_files import explained
 
 BLOCK = 1 << 23  # number of elements that are read, cast and written at a time
-_MAPPED = 64 << 20  # minimum number of bytes read between two mappings of the files
+_MAPPED = 64 << 20  # minimum number of bytes to read before the files are mapped again
 
 
 class ZeroWeights:
@@ -32,7 +32,7 @@ class ZeroWeights:
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):
-                # Pages of a mapping that have been read count as this process's memory.
+                # Mapped pages that have been read count as this process's memory.
                 if self._read > self._mapped:
                     self._shards.unmap()
                     self._read = 0

@@ -1,7 +1,7 @@
-"""Static pages of groups with their pictures and texts. A browser opens them from a folder; no server is needed.
+"""Static HTML pages that show groups with their pictures and texts. A browser can open them from a folder, without a server.
 
 The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
-Each group is a ``<template>`` element of a single document. Its pictures are loaded when it is shown. Shapes: I images, C texts.
+Each group is a ``<template>`` element in a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from cfvlm_ds.data.identity import path_in
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""(name, value) of a fact that the page shows."""
+"""A fact that the page shows: (name, value)."""
 Span: TypeAlias = tuple[int, int]
-"""Range of characters: (start, end), without the character at ``end``."""
+"""Half-open range of characters: (start, end)."""
 
 MOST = 1000
-"""Maximum number of groups on a page. If there are more, the page shows the first ones and a note."""
+"""Maximum number of groups on a page. If there are more, the page shows the first 1000 and a note."""
 MAX_TEXT = 20_000
-"""Maximum number of characters that are shown of a text."""
+"""Maximum number of characters shown per text."""
 MAX_COMPARED = 40_000
 """Maximum number of word pairs to compare between two texts. Without this limit, hostile texts would take cubic time."""
-_SEARCHED = 1000  # number of searchable characters of a group
+_SEARCHED = 1000  # number of searchable characters per group
 _SHAM = "sham (rendered again; compared with the edited images only)"
 _ASSETS = ("page.css", "page.js")
 _MARKER = "page.json"
@@ -79,10 +79,10 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` ``[I][C]`` has the scores. ``blank`` ``[C]`` has the scores of the texts without an image. ``margins`` ``[I][C]`` has two
-    margins for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there
-    is no such text or image. The entry of a cell that is not true is None. ``decided`` has the margin of each comparison of two
-    texts or images, and ``lengths`` has, for each of these comparisons, the word count of the longer text.
+    ``rows`` ``[I][C]`` holds the scores, and ``blank`` ``[C]`` the texts' scores without an image. ``margins`` ``[I][C]`` holds two margins
+    for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
+    such text or image. For a cell that is not true, the entry is None. ``decided`` holds the margin of each comparison of two texts or
+    images, and ``lengths`` holds the word count of the longer text in each comparison.
     """
 
     rows: Sequence[Sequence[float | None]]
@@ -93,19 +93,19 @@ class ScoreTable:
 
     @property
     def lost(self) -> int:
-        """Number of comparisons that are lost, including ties."""
+        """Number of lost comparisons, including ties."""
         return sum(not margin > 0 for margin in self.decided)
 
     @property
     def worst(self) -> float | None:
-        """Smallest margin that is not NaN; None if there is none."""
+        """Smallest margin that is not NaN, or None if there is no such margin."""
         return min((margin for margin in self.decided if margin == margin), default=None)
 
     @property
     def rank(self) -> float | None:
-        """Smallest margin per word that is not NaN; None if there is none.
+        """Smallest margin per word that is not NaN, or None if there is no such margin.
 
-        It determines the order of groups. Margins are sums over tokens, so long texts have larger margins.
+        It determines the order of groups. It is divided by the word count because margins are sums over tokens, which grow with the length.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
@@ -155,8 +155,8 @@ def group_item(
     filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
-    """Build the item of a group. Images and texts are labelled with their edit types. The words of each text are compared with the anchor's
-    text for the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
+    """Build a group's item. Images and texts are labelled with their edit types. Each text's words are compared with the anchor text for
+    the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -199,7 +199,7 @@ def _change(edit: Edit) -> str:
 
 
 def refuse_foreign_folder(out: Path) -> Path:
-    """Resolve the output folder of a page. It must be new or contain an earlier page; raises ConfigError for any other folder."""
+    """Resolve a page's output folder, which must be new or contain an earlier page. Raises ConfigError for any other folder."""
     return refuse_replacing(out, _MARKER, names=_NAMES)
 
 
@@ -218,7 +218,7 @@ def write_page(
     """Write a page of ``total`` items to a folder. An earlier page is replaced when the new page is complete.
 
     ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one by one. Memory holds the page without its pictures, and the comparison grids of the last 2048 pictures (at most 57 MB).
+    consumed one at a time. Only the page without its pictures and the last 2048 comparison grids (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
@@ -271,7 +271,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
 
 
 def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
-    """Return, for each of two texts, the spans of whole words that differ from the other text. White space is ignored.
+    """Compare two texts, ignoring white space. Return the spans of whole words that differ, for each text.
 
     If there are more than MAX_COMPARED word pairs, everything between the common beginning and the common end counts as changed.
     """
@@ -320,7 +320,7 @@ def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
 
 
 def _is_hidden(text: str, place: int) -> bool:
-    """Return whether a character is invisible or changes the direction of the text after it.
+    """Return True if a character is invisible or changes the direction of the text after it.
 
     This is true of all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian
     and emoji.
@@ -335,8 +335,8 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """Describe the pictures of each image for the template: a picture's copy and its difference from the factual picture, or the reason why
-    it cannot be shown. The reason is also added to ``problems``.
+    """Describe each image's pictures for the template. A description has the picture's copy and its difference from the factual picture, or
+    the reason why it cannot be shown, which is also added to ``problems``.
     """
     drawn: list[list[dict[str, Any]]] = []
     prefixes = [root.parts for root in item.roots]

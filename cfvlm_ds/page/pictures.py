@@ -1,4 +1,4 @@
-"""Pictures of a page: small copies without metadata, and outlines of the differences between two pictures."""
+"""A page's pictures: small copies without metadata, and outlines of the differences between two pictures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Grid: TypeAlias = npt.NDArray[Any]
 GRID = 96
 """Number of cells along the longer side of the grid on which pictures are compared."""
 VISIBLE = 10
-"""Least visible difference of a cell's means, on a scale of 0 to 255. JPEG and latent diffusion models cause smaller differences."""
-_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; largest changed share that gets one
+"""Difference between two cells' means (0 to 255) that counts as visible. JPEG and latent diffusion models cause smaller differences."""
+_MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; no outline for a larger changed share
 _MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # maximum longer side, in pixels: any copy, PNG copies, enlarged copies
-_RECENT = 2048  # number of cached grids (27 kB at most each), because groups of one scene share pictures
+_RECENT = 2048  # number of cached grids (at most 27 kB each); groups of the same scene share pictures
 
 
 class Seen(NamedTuple):

@@ -1,7 +1,7 @@
-"""A run's baseline: accuracies on its evaluation sets before the first step, for the table of what the training changed.
+"""A run's baseline: the accuracies on its evaluation sets before the first step, with which the final accuracies are compared.
 
-They are stored in the run folder and in a cache keyed by model, precision and set, so that another run from the same model need not
-evaluate the sets again.
+They are stored in the run folder and in a cache keyed by model, precision and set, so that later runs from the same model need not repeat
+the evaluation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cfvlm_ds.training.evaluation_sample import SHARE, part_of, random_order
 from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FEWEST = 100
-"""Smallest number of groups that are evaluated per set, however short the training is."""
+"""Minimum number of groups to evaluate per set, however short the training is."""
 _FORM = 2
-"""Version of the cache files. Files of another version are not found."""
+"""Version of the cache format. Files of other versions are ignored."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Baseline:
     """Accuracies on the evaluation sets before the first step.
 
     Args:
-        model: fingerprint of the model's files, or None if unknown. Without a fingerprint nothing is cached.
-        dtype: dtype of the model in this run.
+        model: fingerprint of the model's files, or None if unknown. Without a fingerprint, nothing is cached.
+        dtype: the model's dtype in this run.
         trained: number of groups that the run trains on. A repeated group counts each time.
     """
 
@@ -55,8 +55,8 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random sample of a set was evaluated, ``num`` of the mean row is the size of the sample. A set of ``train.retention`` is
-        always evaluated in full and never taken from the cache.
+        If only a random sample of a set is evaluated, ``num`` in the mean row is the sample size. Sets in ``train.retention`` are always
+        evaluated in full and never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -92,7 +92,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of a set's groups to evaluate."""
+        """Return the indices of the groups to evaluate in a set."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:
@@ -100,7 +100,7 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Remove an earlier run's baseline from the run folder, copy cached sets there, and return the accuracies on these sets."""
+        """Delete an earlier run's baseline from the run folder, copy cached accuracies there, and return them."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:
@@ -111,18 +111,18 @@ class Baseline:
             if file is None or not (rows := self._read(file)[1]):
                 continue
             now = {(group.id, content_hash(group)) for group in part_of(self.splits[name], places)}
-            if all((group, content) in now for group, content, _ in rows[-1].by_group):  # a set's identity does not cover labels of edits
+            if all((group, content) in now for group, content, _ in rows[-1].by_group):  # a set's identity does not cover edit types
                 replace(self._file(name), file.read_bytes())
                 found[name] = rows
         return found
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
-        """Write the accuracies on a set. Losses are left out, because they depend on the run's objective."""
+        """Write the accuracies on a set to the run folder and the cache, without losses, because losses depend on the run's objective."""
         plain = [vars(row) | {"losses": {}} for row in rows]
         text = json.dumps({"data": self.identities[name], "rows": plain})
         write_if_possible(self._file(name), text, self.world.say)
         if (file := self._cached(name, count)) is not None:
-            with contextlib.suppress(OSError):  # without the cache a later run only loses time
+            with contextlib.suppress(OSError):  # without the cache, a later run only takes longer
                 file.parent.mkdir(parents=True, exist_ok=True)
                 replace(file, text.encode(), shared=True)
 

@@ -30,16 +30,16 @@ from cfvlm_ds.evaluation.suite.tables import logged, number
 from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_train
 
 FOLDER = "benchmarks"
-"""Folder of benchmark results in the run folder, in the format that `cfvlm-ds compare` reads."""
+"""Subfolder of the run folder for benchmark results, in the format that `cfvlm-ds compare` reads."""
 BEFORE = "baseline/benchmarks"
-"""Folder of benchmark results before the first step, if train.eval_on_start is true."""
+"""Subfolder for benchmark results from before the first step. It exists if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark of a run.
+    """A benchmark in a run's evaluation.
 
-    ``plan`` holds the groups to score, ``identity`` identifies the items, and ``prompt`` is the prompt of one item.
+    ``plan`` holds the groups to score, ``identity`` identifies the items, and ``prompt`` is the first item's prompt.
     """
 
     chosen: Chosen
@@ -53,7 +53,7 @@ class RunBenchmark:
 
 _REMEDY = "remove that evaluation set, or correct its files"
 Outcomes = Mapping[str, Sequence[Outcome]]
-"""Name of the evaluation set -> the outcomes of its items."""
+"""Name of an evaluation set -> outcomes of its items."""
 
 
 def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
@@ -68,7 +68,7 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict[str, RunBenchmark]:
-    """Read the benchmarks in data.evaluation. Collective.
+    """Read the benchmarks in data.evaluation. Every rank must call this.
 
     Raises DataError for the first item that the model cannot process.
     """
@@ -98,7 +98,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Derive the names that ``benchmark_metrics`` will return from the items alone. Metrics on control images are left out."""
+    """Return the metric names that ``benchmark_metrics`` will use, before any outcomes exist. Metrics on control images are omitted."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -106,7 +106,7 @@ def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Format the headline metrics as a line of the progress log."""
+    """Format the headline metrics as a line for the progress log."""
     controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:
@@ -127,10 +127,10 @@ def write_benchmarks(
     exported: bool = False,
     draws: int | None = None,
 ) -> list[Result]:
-    """On rank 0, write the results of every benchmark below a folder and return them. Other ranks return an empty list.
+    """On rank 0, write every benchmark's results below ``folder`` and return them. Other ranks return an empty list.
 
-    Collective: the ranks share the ``draws`` draws of the bootstrap. If ``model`` is ``exported``, its weights are on disk and the results
-    identify them.
+    Every rank must call this, because the ranks share the work of ``draws`` bootstrap draws. If ``exported`` is True, the weights of
+    ``model`` are on disk, and the results identify them.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
@@ -159,7 +159,7 @@ def write_benchmarks(
 
 
 def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
-    """Return a section for results.md with the benchmarks before and after training, or "" if they were not evaluated before."""
+    """Return the section of results.md that compares the benchmarks before and after training, or "" if there are no earlier results."""
     if not benchmarks or not (run_dir / BEFORE).is_dir():
         return ""
     try:

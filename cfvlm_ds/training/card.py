@@ -1,7 +1,7 @@
-"""Model card of an export: the base model, the data, the objective, the training and the results.
+"""Model card for an export: the base model, the data, the objective, the training and the results.
 
-The card is a README.md with the front matter that Hugging Face reads. Each value is one line without secrets in a code span, where Markdown
-and HTML have no effect. Cards are published, so only the last component of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Each value is written without secrets on one line, in a code span,
+where Markdown and HTML have no effect. Because cards are published, only the last component of a path is shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cfvlm_ds.export.folder import CARD, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
-_LONGEST = 200  # characters of a value
+_LONGEST = 200  # maximum number of characters per value
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
@@ -36,11 +36,11 @@ def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, ev
     """Return the model card for an export of this checkpoint. If it cannot be composed, warn and return None: an export never fails because
     of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at this step.
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, they do if the run finished at its step.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated)
-    except Exception as error:  # a run folder may hold anything
+    except Exception as error:  # a run folder can contain anything
         say(f"warning: no {CARD} could be written for {checkpoint} ({type(error).__name__}: {' '.join(str(error).split())})")
         return None
 
@@ -159,13 +159,13 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def license_of(base: str) -> dict[str, Any]:
-    """Return the license in the base model's card as front matter. It is empty if the card states none or is not on this machine."""
+    """Return the license in the base model's card as front matter, or {} if the card names none or is not on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
         path: Any = own_file(Path(base), CARD, base) if os.path.isdir(base) else try_to_load_from_cache(base, CARD)
         front = ModelCard.load(path).data.to_dict() if isinstance(path, str | Path) and os.path.isfile(path) else {}
-    except Exception:  # a card may hold anything
+    except Exception:  # a card can contain anything
         return {}
     if not isinstance(front.get("license"), str):
         return {}
@@ -177,15 +177,15 @@ def _last(path: str) -> str:
 
 
 def _line(value: Any) -> str:
-    """Return a value on one printable line without secrets."""
+    """Format a value as one printable line without secrets."""
     return one_line(without_secrets(value if isinstance(value, str) else json.dumps(value, default=str)), _LONGEST)
 
 
 def _code(value: Any) -> str:
-    """Return a value as a code span, in which no character has a special meaning."""
+    """Format a value as a code span, in which no character has a special meaning."""
     return f"`{_line(value).replace('`', chr(39)) or ' '}`"
 
 
 def _cell(value: Any) -> str:
-    """Return a code span for a table cell. A bar is replaced, because it would end the cell even after a backslash."""
+    """Format a value as a code span for a table cell. Vertical bars are replaced, because they would end the cell even if escaped."""
     return _code(value).replace("|", "\N{BROKEN BAR}")

@@ -1,4 +1,4 @@
-"""Dry run: a run's sizes, trainable parameters and memory per GPU, computed without weights, data or other ranks."""
+"""Dry run: a report on a run's parameters and its memory per GPU, computed without weights, data or other ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dry_run(config: RunConfig) -> str:
     """Resolve the configuration and the DeepSpeed JSON, build the model on the meta device, and return the report. Raises the same
     ConfigErrors as a run.
 
-    The memory of the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. The memory of
+    The memory for the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. The memory for
     activations is the language model's peak during a forward and backward pass in bfloat16.
     """
     validate(config, None)

@@ -1,4 +1,4 @@
-"""Sample of the evaluation sets. For the learning curves, the same groups are scored several times during a run."""
+"""A fixed sample of the evaluation sets, which is scored several times during a run for the learning curves."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluator import Splits
 
 FEWEST, MOST = 30, 300
-"""Smallest and largest number of sampled groups per set. If the budget allows fewer, the set has no sample."""
+"""Minimum and maximum number of sampled groups per set. If the budget does not allow the minimum, the set has no sample."""
 SHARE = 0.15
-"""Number of scored groups per trained group. Training on a group costs three forward passes and scoring up to two, so evaluation takes a
-tenth of the training time.
+"""Number of scored groups per trained group. A group costs three forward passes in training and up to two in scoring, so evaluation takes
+up to a tenth of the training time.
 """
 _PARTS = 4
 """Number of equal parts into which the sample's evaluations divide the run."""
@@ -50,19 +50,19 @@ class EvaluationSample:
 
     @property
     def counts(self) -> dict[str, str]:
-        """The number of sampled groups out of all groups for each set, for the figure of the learning curves."""
+        """Each set's sample size as shown in the learning curves, for example "300 of 5000 groups"."""
         return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
 
     def is_due(self, step: int) -> bool:
-        """Return True if the sample is scored after this step. Without a sample, it never is."""
+        """Return True if there is a sample to score after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
         """Return the headline accuracy of each set's sample in %, named eval_sample/SET/METRIC.
 
-        A set whose sample is the whole set is left out, because eval/SET/METRIC has the same value.
+        A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
 
-        ``results`` are accuracies on the sample or on sets that contain it; their other groups do not count.
+        ``results`` contains accuracies on the sample, or on sets that contain it. Groups outside the sample are ignored.
         """
         accuracies = {}
         for name, keys in self._keys.items():
@@ -83,11 +83,11 @@ class EvaluationSample:
 
 
 def random_order(size: int, count: int) -> list[int]:
-    """Return ``count`` of the indices below ``size`` in a fixed random order. A smaller ``count`` gives a prefix of a longer list."""
+    """Return the first ``count`` elements of a fixed random permutation of range(size)."""
     return random.Random(0).sample(range(size), size)[:count]
 
 
 def part_of(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
-    """Return the groups at the indices ``places``, in the order of the set."""
+    """Return the groups at the indices ``places``, in the set's order."""
     ordered = sorted(places)
     return groups if len(places) == len(groups) else Lazy(lambda place: groups[ordered[place]], len(ordered))

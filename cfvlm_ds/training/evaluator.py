@@ -33,7 +33,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluator of a run's splits and benchmarks. It keeps to the token budget of training."""
+    """Evaluates a run's splits and benchmarks with the token budget of training."""
 
     config: RunConfig
     world: World
@@ -63,7 +63,7 @@ class Evaluator:
             )
 
     def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
-        """Return the outcomes of each benchmark's items. Raises the same errors as ``__call__``."""
+        """Evaluate the benchmarks, and return their items' outcomes, keyed by benchmark. Raises the same errors as ``__call__``."""
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
@@ -84,7 +84,7 @@ class Evaluator:
         return outcomes
 
     def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
-        """Return the outcomes of items for which the model generates text. Each rank generates a part of the distinct texts."""
+        """Return the outcomes of items for which the model generates text. Each rank generates a share of the distinct texts."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
         views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]
@@ -93,7 +93,7 @@ class Evaluator:
         progress = Progress(self.world.say, f"evaluating {name}", len(every), "texts")
         for start in range(0, len(every), self.world.size):
             self._vote()
-            shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks generate equally often
+            shown, prompt = every[min(start + self.world.rank, len(every) - 1)]  # all ranks generate the same number of texts
             options = {"do_sample": False, "synced_gpus": self.world.size > 1}
             model, device = self.engine.module.model, self.world.device
             text = write(model, self.collator, device, shown, prompt, way.max_new_tokens, **options)
@@ -118,12 +118,12 @@ class Evaluator:
             self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Score a batch with the model without its adapters, as in training (cfvlm_ds.training.step), and return [G, I, C] nats."""
+        """Return a batch's scores [G, I, C] in nats under the model without its adapters, as in cfvlm_ds.training.step."""
         with adapters_off(self.engine.module.model):
             return batch.scores(self.engine(**batch.model_inputs)).logp
 
     def rehearse(self) -> None:
-        """Run the largest evaluation batch, so that a lack of memory shows before the first step instead of after training."""
+        """Run the largest evaluation batch, so that an out-of-memory error occurs before the first step instead of after training."""
         self.engine.eval()
         shuffled = self.config.train.eval_shuffled
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
@@ -137,7 +137,7 @@ class Evaluator:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
-        """Return the scoring options: batch size, token budget, and the remedy that an out-of-memory error names."""
+        """Return the scoring options: batch size, token budget, and the remedy that an out-of-memory error suggests."""
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         remedy = (
@@ -148,7 +148,7 @@ class Evaluator:
 
 
 def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBenchmark] | None = None) -> None:
-    """Raise ConfigError if train.save_best names a metric that evaluation on these data cannot produce."""
+    """Raise ConfigError if train.save_best names a metric that an evaluation on these data cannot produce."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Gradients of a micro-batch in one or several forward passes, with a gradient cache (arXiv 2101.06983)."""
+"""Computation of a micro-batch's gradients in one or more forward passes, with a gradient cache (arXiv 2101.06983)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""A function of the last forward's batch and a flag. It returns the forward's additional loss, or 0 if the flag is False, which marks a
-repeated batch.
+"""Function that returns the last forward's additional loss. Its arguments are that forward's batch and a flag. The flag is False for a
+padding copy (MicroBatch.padded), whose additional loss is 0.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]
-"""A function from a batch to its reference scores [G, I, C], or None if they are stored or not needed."""
+"""Function that returns a batch's reference scores [G, I, C], or None if they are stored or not needed."""
 Backward = Callable[[Tensor], None]
-"""A function that computes the gradients of a loss over the scores and adds them to the gradients of the weights."""
+"""Function that backpropagates a loss on the scores and accumulates the weights' gradients."""
 
 
 def forward(
@@ -32,12 +32,12 @@ def forward(
     last: bool,
     beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
-    """Score a micro-batch in ``number`` forwards, the same number on all ranks. Return the scores [G, I, C] and the function that adds
-    gradients.
+    """Score a micro-batch in ``number`` forwards, which must be equal on all ranks. Return the scores [G, I, C] and a function that
+    backpropagates their loss.
 
-    Only one forward's activations are in memory at a time. The first pass computes the scores, which the loss couples. The second pass
-    repeats all forwards but the last with the same random numbers, and weights log-probs with the derivatives of the loss. Repeated batches
-    have a weight of 0. ``last`` marks the last micro-batch of a step, whose backward pass completes the gradients.
+    Only one forward's activations are in memory at a time. The first pass computes all scores, because the loss couples them. The second
+    pass repeats all forwards except the last with the same random numbers, and weights the log-probs by the loss's derivatives. Padding
+    copies have a weight of 0. ``last`` is True for a step's last micro-batch, which completes the gradients.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

@@ -1,7 +1,7 @@
-"""Hard negatives: a step trains only on those of a group's many counterfactuals that are hardest for the current model.
+"""Hard negatives: if a group has many counterfactuals, a step trains only on those that are hardest for the current model.
 
-A forward pass without gradients scores all counterfactuals. The row is packed again with only the hardest, so the training pass costs as
-much as for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
+A forward pass without gradients scores all counterfactuals. The row is packed again with only the hardest, so that the training pass costs
+no more than for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Cut micro-batches to the hardest counterfactuals of their groups. Return the new micro-batches and the selections. Collective.
+    """Reduce micro-batches to each group's ``number`` hardest counterfactuals. Return the new micro-batches and the selections.
 
-    ``pack`` packs a micro-batch again with the given cells (Collator.packed_again).
+    Every rank must call this. ``pack`` packs a micro-batch again with a subset of its cells (Collator.packed_again).
     """
     engine.eval()
     chosen = [hardest(scores, number) for scores in look_ahead(engine, micro_batches, forwards, device)]
@@ -51,10 +51,10 @@ def cut_to_hardest(
 def hardest(scores: Scores, number: int) -> Hardest:
     """Select the ``number`` hardest counterfactuals of each group, and all cells that belong to no counterfactual.
 
-    A counterfactual is one of two units: a text that is not true of the factual image, together with the images of which it is true; or an
-    image of which the factual text is false and no other text is true. A counterfactual's hardness is the largest margin of a false cell
-    over a true cell, on one image or for one text. Of equally hard counterfactuals, the first wins. A group with several prompts keeps all
-    its cells.
+    A counterfactual is either a text that is not true of the factual image, together with the images of which it is true, or an image of
+    which the factual text is false and no other text is true. Its hardness is the largest violation in a comparison of two texts on one
+    image, or of two images for one text. Of equally hard counterfactuals, the first is selected. A group with several prompts keeps all its
+    cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()
@@ -81,7 +81,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""The index of the counterfactual's text, or None, and the indices of its images."""
+"""Index of the counterfactual's text, or None, and indices of its images."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
@@ -96,7 +96,7 @@ def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:
 def _hardness(
     unit: Counterfactual, match: Sequence[Sequence[int]], logp: Sequence[Sequence[float]], known: Sequence[Sequence[bool]]
 ) -> float:
-    """Return the largest S[false] - S[true] among comparisons with the factual pair, or -inf without a comparison."""
+    """Return the largest S[false] - S[true] in comparisons of the counterfactual with the factual pair, or -inf if there are none."""
     text, images = unit
     cells = [(0, 0), *((i, 0) for i in images)]
     cells += [] if text is None else [(0, text), *((i, text) for i in images)]

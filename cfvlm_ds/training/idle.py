@@ -1,4 +1,4 @@
-"""Warnings about options that have no effect, or less effect than configured, on the run's data."""
+"""Warnings about options that have no effect, or less effect than expected, on the run's data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LACKS = {
     "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without one, the term is dpo with an anchor"),
     "misp": ("misp/accuracy", "no image that the factual text is false of", "without one, the term is dpo"),
 }
-"""Term -> a metric that exists only if the term finds suitable data, the data that are otherwise missing, and the remedy."""
+"""Term -> (metric that exists only if the data suit the term, the data that are missing otherwise, remedy)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Idle:
     warned: set[str] = field(default_factory=set)
 
     def recorded(self, metrics: Mapping[str, float]) -> None:
-        """Check the metrics of a training record, and warn about new findings."""
+        """Check a training record's metrics, and print a warning for each new finding."""
         for option, why in self._findings(metrics):
             if option not in self.warned:
                 self.say(f"warning: {option} {why}")

@@ -1,11 +1,11 @@
 """In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and the exchange of their scores.
 
-Which texts a group gets depends only on the ids of the groups in the step, not on how they are distributed over ranks and micro-batches.
-Every rank therefore reads the rows of the whole step from the store, but it opens no pictures of other ranks' groups.
+The draw depends only on the ids of the step's groups, not on their distribution over ranks and micro-batches. Every rank therefore reads
+the whole step's rows from the store, but opens only the pictures of its own groups.
 
-A loss that compares a text on images of several groups couples micro-batches and ranks. The gradient of a group's own scores is correct
-even if the other scores are constants, so ranks exchange scores but no gradients. Shapes: G groups, I images, C texts, R scores of a text
-on images of other groups.
+A loss that compares a text on several groups' images couples micro-batches and ranks. The gradients of a group's own scores are correct
+even if the other scores are treated as constants, so ranks exchange scores, but no gradients. Shapes: G groups, I images, C texts, R scores
+of a text on other groups' images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StepPart(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeSteps:
-    """The ``batch_sampler`` for a DataLoader over ``WithNegatives``: yields a rank's micro-batches with the groups of the whole step."""
+    """The ``batch_sampler`` of a DataLoader over ``WithNegatives``. Yields a rank's micro-batches, each with its step's indices."""
 
     sampler: GroupSampler
 
@@ -55,12 +55,12 @@ class WholeSteps:
 
 
 class WithNegatives:
-    """The groups of a run. Each has its position in its step, and texts from the other groups in that step.
+    """A run's training groups, each with its position in its step and with texts from the step's other groups.
 
     Args:
         groups: the training groups.
-        terms: objective term -> number of other groups' texts that it needs per image.
-        seed: seed for drawing texts.
+        terms: objective term -> number of texts that it needs from other groups per image.
+        seed: seed for drawing the texts.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup], terms: dict[str, int], seed: int) -> None:
@@ -75,7 +75,7 @@ class WithNegatives:
 
 
 class _Offer(NamedTuple):
-    """A text that other groups of the step may score. It is true of ``shown``, images of its own group."""
+    """A text that the step's other groups may score. ``shown`` holds the images of its own group of which it is true."""
 
     negative: InBatchNegative
     text: str
@@ -84,11 +84,11 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and its number of pictures: the same prompt has different answers for one picture and for two."""
+"""A prompt and its number of pictures, because a prompt has different answers for one picture and for two."""
 
 
 class _Step:
-    """The groups of a step and the texts that they offer each other."""
+    """A step's groups and the texts that they offer each other."""
 
     def __init__(self, entries: Sequence[Entry], terms: dict[str, int], seed: int) -> None:
         self._entries, self._terms, self._seed = entries, terms, seed
@@ -104,12 +104,12 @@ class _Step:
                 self._offers.setdefault(_question(group), []).append(_Offer(negative, text, key, true_of[c]))
 
     def group_at(self, place: int) -> Entry:
-        """Return the group at a position of the step with its in-batch negatives, or the DataError if its row cannot be read."""
+        """Return the group at a position in the step with its in-batch negatives, or the DataError if its row cannot be read."""
         group = self._entries[place]
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
     def _wanted(self, group: CounterfactualGroup) -> int:
-        """Return how many texts of other groups the terms need per image of the group. Without a picture, it is 0."""
+        """Return the number of texts that the group needs from other groups per image. It is 0 for a group without pictures."""
         counts = group.objectives is None
         wanted = (number for name, number in self._terms.items() if counts or name in (group.objectives or ()))
         return max(wanted, default=0) if group.num_pictures else 0
@@ -123,7 +123,7 @@ class _Step:
             for offer in (self._offers.get(_question(group), ()) if missing else ())
             if offer.negative.group != group.id and offer.shown.isdisjoint(group.images)
         ]
-        # A step across the border between two epochs may contain a group twice. The texts of its first occurrence come first and are used.
+        # A step that spans two epochs may contain a group twice. The texts of its first occurrence come first and are used.
         for offer in sorted(offers, key=lambda offer: self._draw(group, offer.negative)):
             if missing and offer.text not in taken and excluded.isdisjoint((offer.text, offer.key)):
                 taken.add(offer.text)
@@ -148,12 +148,12 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Return the form of a text for comparisons. Texts of the same form count as equal."""
+    """Normalise a text. Texts that are equal after normalisation count as the same text."""
     return normalised(text).casefold()
 
 
 class CrossRankScores:
-    """The scores of a step's texts on the images of every group that scored them.
+    """The scores of a step's texts on the images of all groups that scored them.
 
     Args:
         table: [M, 4], the concatenated ``_entries`` of all ranks.
@@ -166,14 +166,14 @@ class CrossRankScores:
 
     @classmethod
     def gathered(cls, local: Sequence[Scores], world: World) -> CrossRankScores:
-        """Gather the scores of the step's micro-batches from all ranks. Collective."""
+        """Gather the scores of the step's micro-batches from all ranks. Every rank must call this."""
         mine = np.concatenate([_entries(scores) for scores in local])
         return cls(np.concatenate(gather_objects(mine, world)))
 
     def added_to(self, scores: Scores) -> Scores:
-        """Extend the scores of a micro-batch with the scores of its texts on images of other groups.
+        """Extend a micro-batch's scores with the scores of its texts on other groups' images.
 
-        If a text's own group was left out of the step, the text has no such scores and takes part in no comparison.
+        If a text's own group was left out of the step, the text has no such scores and is not compared.
         """
         layout = scores.layout
         if layout.in_batch is None:
@@ -210,7 +210,7 @@ def _entries(scores: Scores) -> npt.NDArray[np.float64]:
 
 
 def _names(scores: Scores) -> list[list[tuple[int, int]]]:
-    """Return nested lists [G][C] of (source group, index in that group), one pair per text."""
+    """Return (source group, index in that group) for each text, as nested lists [G][C]."""
     layout = scores.layout
     assert layout.in_batch is not None
     own = range(layout.num_own)

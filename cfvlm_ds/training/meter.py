@@ -27,8 +27,8 @@ class _Key(NamedTuple):
 class Meter:
     """Sums and counts since the last record. Ratios are computed only after all ranks' sums have been added up.
 
-    ``gathering`` returns the seconds since its last call in which computation waited for partitioned weights. It is None without
-    partitioning.
+    ``gathering`` returns the number of seconds that computation has waited for partitioned weights since its last call. It is None if
+    weights are not partitioned.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
@@ -48,7 +48,7 @@ class Meter:
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
         """Add to the sum and count of a metric's part, in float64. The metric is the sum of its parts' means.
 
-        Tensors stay on their device, because fetching a tensor would wait for the GPU.
+        Tensors stay on their device, because copying them to the host would wait for the GPU.
         """
         self._add(_Key(name, part), total, count)
 
@@ -62,13 +62,13 @@ class Meter:
             sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
-        """Add seconds for which a step has waited for its data."""
+        """Add the seconds that a step has waited for its data."""
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
         """Return global means and rates per second of wall-clock time, and start the next record.
 
-        Collective. A record needs only this one transfer from the device.
+        Every rank must call this. A record needs only this one transfer from the device.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
@@ -93,11 +93,13 @@ def measure(
     sources: Sequence[str] = (),
     progress: float = 1.0,
 ) -> None:
-    """Add the measurements of a micro-batch to the meter.
+    """Add a micro-batch's measurements to the meter.
 
-    A step's loss is the sum over its micro-batches and ranks, so a micro-batch counts as ``part_of_step`` of a step. ``flops`` counts the
-    model's own operations. ``sources`` names the sources of a mixture, each of which is also measured separately. ``progress`` is the share
-    of all steps done before this step; the weights of terms with a warm-up depend on it.
+    Args:
+        part_of_step: the micro-batch's share of a step. A step's loss is the sum over its micro-batches and ranks.
+        flops: counter of the model's floating-point operations.
+        sources: names of a mixture's sources, which are also measured separately.
+        progress: share of all steps done before this step, on which the weights of terms with a warm-up depend.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured

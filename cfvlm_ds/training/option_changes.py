@@ -1,8 +1,8 @@
 """Option changes: the differences between a run and the run that it continues, and their effect on a resume.
 
 Every option declares the effect of a change (see core/options.py). The effects of changed DeepSpeed settings are listed below. All fields
-of an objective affect what is trained. A checkpoint holds the record of its run. Before a start writes anything, it compares this record
-with its own.
+of an objective affect the training. A checkpoint contains its run's record, and a run that continues from it compares the two records
+before it writes anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ON_RESUME: dict[str, OnResume | None] = {
 }
 """Option -> the effect of a change on a resume."""
 DEEPSPEED: dict[str, OnResume] = {
-    # compared through the values that _effective derives, or as options of train.*, which the JSON may not contradict
+    # compared as values that _effective derives, or as train.* options, which the JSON may not contradict
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
     **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
     **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
@@ -68,10 +68,10 @@ def record(
     alive: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Record a run's configuration as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks, total steps and
-    hashes of the model.
+    """Return the record of a run as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks, total steps and the
+    model's hashes.
 
-    ``alive`` is called while the model's files are read, and ``say`` reports progress.
+    ``alive`` is called repeatedly while the model's files are read, and ``say`` reports progress.
     """
     record = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
@@ -80,7 +80,7 @@ def record(
 def model_hashes(
     name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str] | None:
-    """Return the ``fingerprint`` of the model's files, or None while a hub model is not on this machine."""
+    """Return the ``fingerprint`` of the model's files, or None if a hub model has not been downloaded yet."""
     folder = name_or_path
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
@@ -89,11 +89,11 @@ def model_hashes(
             folder = snapshot_download(name_or_path, local_files_only=True)
         except (OSError, ValueError):
             return None
-    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are options and compared as such
+    return fingerprint(ModelConfig(folder), alive, say)  # limits on visual tokens are compared as options
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the differences between two records that affect what is trained."""
+    """Return the differences between two records that affect the training."""
     old, new = _effective(before), _effective(now)
     for one, other in ((old, new), (new, old)):  # an absent term has a weight of 0
         missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
@@ -110,7 +110,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Return why ``what`` cannot be continued with these changes, or None if it can."""
+    """Return an error message if ``what`` cannot be continued with these changes, otherwise None."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
@@ -122,7 +122,7 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
 
 
 def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the options and settings that affect what is trained. A joint value replaces options that act together."""
+    """Return the options and settings that affect the training. Options that act together are replaced by one joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
@@ -147,13 +147,13 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     else:
         values["micro-batches per step (train.gradient_accumulation_steps x ranks)"] = (micro_batches, "confirm")
     values[_TOTAL] = (record["steps"], "confirm")
-    if record["model"]:  # a hub's model may not be on disk yet
+    if record["model"]:  # a hub model may not be on disk yet
         values |= {_WEIGHTS: (record["model"]["weights"], "refuse"), _INPUTS: (record["model"]["inputs"], "confirm")}
     return values | _settings(record["deepspeed"])
 
 
 def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
-    """Return the DeepSpeed settings that affect what is trained."""
+    """Return the DeepSpeed settings that affect the training."""
     settings = {**_UNSET, **flat(deepspeed)}
     settings.setdefault("scheduler.type", "train.lr_scheduler_type")
     all_kinds = ((name, value, on_resume_of(name)) for name, value in settings.items())
@@ -171,7 +171,7 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def on_resume_of(setting: str) -> OnResume:
-    """Return the effect of changing a DeepSpeed setting. The longest declared prefix of its name decides."""
+    """Return the effect of changing a DeepSpeed setting, as listed for the longest prefix of its name in DEEPSPEED."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "confirm")

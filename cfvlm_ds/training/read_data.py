@@ -1,4 +1,4 @@
-"""The data of a run. Stores are opened before training, and prepared if necessary. Errors are raised on every rank."""
+"""A run's data. Stores are prepared if necessary and opened before training. Errors are raised on every rank."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Largest number of groups in a data set that a run prepares itself. Its GPUs wait in the meantime."""
+"""Maximum number of groups in a data set that a run prepares itself. A larger set would leave the GPUs idle for too long."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The training and evaluation data of a run.
+    """A run's training and evaluation data.
 
     ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
-    is None if the data check opened no picture. When a picture is opened, it is compared with its description. ``collator`` is the model's
-    collator. ``sources`` maps names to the training sets that make up ``groups``. ``benchmarks`` maps names to evaluation benchmarks.
+    is None if the data check opened no pictures. When a picture is opened, it is compared with its description. ``sources`` maps names to
+    the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -64,7 +64,7 @@ class RunData:
 
 
 class SourceData(NamedTuple):
-    """The groups and the identity of a training set."""
+    """A training set's groups and identity."""
 
     groups: GroupStore
     identity: Identity
@@ -73,8 +73,8 @@ class SourceData(NamedTuple):
 def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits.
 
-    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. Raises
-    ConfigError for a lost rank, and DataError for an invalid manifest, image or text, each on every rank.
+    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. On every
+    rank, raises ConfigError if a rank is lost, and DataError for an invalid manifest, image or text.
     """
     data = config.data
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
@@ -114,7 +114,7 @@ def stored_rows(groups: GroupStore) -> StoredRows:
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError for a term with nothing to compare: its training groups have no text that is known to be false."""
+    """Raise ConfigError if a term has nothing to compare, because its training groups have no text that is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one, match = torch.ones(1, 3, 1, dtype=torch.int64), torch.tensor([[[1], [1], [-1]]], dtype=torch.int8)
     plain = GroupLayout(one.bool(), match, one, one, torch.ones(1), blank=True)  # a picture, its sham and the blank picture
@@ -131,9 +131,9 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, with all cores of its machine, while the other ranks wait. Return its result on every rank.
+    """Call a function on rank 0, which can use all cores of its machine while the other ranks wait. Return its result on every rank.
 
-    Raises the function's error on every rank, and StorageError if a process of the function was killed.
+    Raises the function's error on every rank, and StorageError if one of the function's processes was killed.
     """
 
     def call() -> Any:
@@ -153,9 +153,9 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Make the next start prepare the training data again, because they are the reason why this start is refused.
+    """Mark the training data as outdated after they have prevented a start, so that the next start prepares them again.
 
-    The user may restore files without changing the manifest. Pictures that have not been written since are not opened again.
+    Otherwise, the next start would miss files that were restored without changing the manifest. Unmodified pictures are not opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -171,10 +171,10 @@ def _disown(folder: Path) -> None:
 
 @dataclass
 class _Stores:
-    """The stores of a run, opened on all ranks.
+    """Opens a run's stores on all ranks.
 
-    A data set that is not a store is prepared in the run folder, and again if its files have been written since. The folder also stores
-    values that depend on the model: lengths of texts and numbers of visual tokens.
+    A data set that is not a store is prepared in the run folder, and prepared again if its files have been modified since. The folder also
+    stores values that depend on the model: text lengths and visual token counts.
     """
 
     config: RunConfig
@@ -204,7 +204,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run if necessary, and return its folder. Return None for a store, which is used where it is."""
+        """Prepare a data set for this run if necessary, and return its folder. Return None for a store, which is used directly."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
@@ -274,7 +274,7 @@ class _Stores:
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
-        """Return a hash of everything that determines the lengths of a store's texts."""
+        """Return a hash of everything that determines a store's text lengths."""
         model = self.config.model
         inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]

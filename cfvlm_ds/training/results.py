@@ -1,4 +1,4 @@
-"""The results of a run: the exported model, tables, scores and figures."""
+"""A run's results: the exported model, tables, scores and figures."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
-"""File with the table that shows what the training changed."""
+"""File with the accuracies before and after training."""
 
 PAGE = "results.html"
-"""Browser page with results.md and the figures."""
+"""HTML page that shows results.md and the figures."""
 WORST = "worst"
-"""Folder of the page of the groups with the worst margins."""
+"""Folder with an HTML page that shows the groups with the worst margins."""
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
-    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained. ``alive`` is called repeatedly in the
-    meantime.
+    """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained.
+
+    ``alive`` is called repeatedly during the export.
     """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)
@@ -56,7 +57,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Call
 
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
-    """Add evaluation results to the export's card. The evaluation follows the export."""
+    """Add the evaluation results to the model card, which was exported before the evaluation."""
     adapter, folder, _ = _exported(config)
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     with harmless(folder / CARD, say):
@@ -74,7 +75,7 @@ def refuse_export(config: RunConfig) -> None:
 
 
 def _exported(config: RunConfig) -> tuple[bool, Path, str]:
-    """Return whether a run exports adapters, the folder of its export, and the file that marks an export."""
+    """Return True if a run exports adapters, the export's folder, and the file that marks the folder as an export."""
     adapter, run_dir = only_adapters_train(config.model), Path(config.train.output_dir)
     return adapter, *((run_dir / "adapter", "adapter_config.json") if adapter else (run_dir / "export", "config.json"))
 
@@ -92,10 +93,10 @@ def write_results(
     samples: str,
     warning: str,
 ) -> tuple[str, list[Path]]:
-    """Write results.md, results.json, before_after.json, the scores of every split and, with ``train.figures``, a page of the worst groups
-    into the run folder. Return the opening of results.md and the paths of the first three files.
+    """Write results.md, results.json, before_after.json and every split's scores into the run folder. With ``train.figures``, also write a
+    page that shows the worst groups. Return the opening of results.md and the paths of the first three files.
 
-    results.md also contains the results of ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training. Raises
+    results.md also contains the ``benchmarks`` results, the Markdown section ``samples``, and a ``warning`` about the training. Raises
     StorageError if the disk is full.
     """
     run_dir = path = Path(config.train.output_dir)
@@ -157,7 +158,7 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
 
 @contextlib.contextmanager
 def harmless(path: Path, say: Say) -> Iterator[None]:
-    """Turn a failure in the block, which writes ``path``, into a warning. A drawing library may fail on any caption or number."""
+    """Turn any failure in the block, which writes ``path``, into a warning. Drawing libraries can fail on unusual captions or numbers."""
     try:
         yield
     except Exception as error:
@@ -167,7 +168,7 @@ def harmless(path: Path, say: Say) -> Iterator[None]:
 def _worst_groups(
     config: RunConfig, step: int, splits: Mapping[str, GroupStore], scores: Mapping[str, Sequence[GroupScores]], say: Say
 ) -> bool:
-    """Write the page of the worst groups, and return True if it was written. A failure only causes a warning."""
+    """Write the page that shows the worst groups, and return True if it was written. A failure only causes a warning."""
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
@@ -178,7 +179,7 @@ def _worst_groups(
 
 
 def description(summary: str, files: Sequence[Path]) -> str:
-    """Return the run's description for MLflow: ``summary`` and the figures. A summary that is too long for a tag is cut after a line."""
+    """Return the run's description for MLflow: ``summary`` and the figures. A summary that is too long is cut at the end of a line."""
     figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
     if len(summary) > _MOST_DESCRIBED:
         summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nresults.md has the whole table."
@@ -186,7 +187,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
 
 
 _MOST_DESCRIBED = 4000
-"""Largest length of the summary in the description, in characters. MLflow accepts tags of 5,000 characters."""
+"""Maximum length of the summary in the description, in characters. MLflow accepts tags of up to 5,000 characters."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
     "from the training data."
@@ -196,8 +197,8 @@ _NO_SETS = (
 def draw_figures(
     run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
 ) -> list[Path]:
-    """Draw the figures, and return the paths of the figures that were drawn. A failure only causes a warning. ``samples`` maps sets to the
-    sizes of the samples in the learning curves.
+    """Draw the figures, and return the paths of the drawn figures. A failure only causes a warning. ``samples`` maps sets to the sample
+    sizes that the learning curves show.
     """
 
     def draw_scores(path: Path, split: str) -> None:
@@ -214,9 +215,9 @@ def draw_figures(
 
 
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group per edit type, for at most four types, in the form that score_matrix_figure takes.
+    """Return one group per edit type, for at most four types, in the format that score_matrix_figure expects.
 
-    If a group has several prompts, each text follows its prompt.
+    If a group has several prompts, each caption consists of a prompt and its text.
     """
     first: dict[str, int] = {}
     for index, group in enumerate(groups):

@@ -59,7 +59,7 @@ class Retention:
         return self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Compare an evaluation with the first evaluation. Return the change of each set in ``train.retention``, in nats per token and in
+        """Compare an evaluation with the first evaluation. Return the changes for each set in ``train.retention``, in nats per token and in
         percentage points.
         """
         changed: dict[str, float] = {}
@@ -81,7 +81,7 @@ class Retention:
         return changed
 
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
-        """Return the first evaluation of a set with its ``step``. In a continued run, the first may be the current evaluation."""
+        """Return a set's first evaluation with its ``step``. In a continued run, this can be the current evaluation."""
         start, data = self.state.retained.get(split), self.identities[split]
         if start is not None and changes(start["data"], data) is None:
             return start

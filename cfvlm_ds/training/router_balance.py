@@ -1,8 +1,8 @@
-"""Router balance loss of a mixture of experts (arXiv 2101.03961, equation 4, as in transformers), computed over a whole optimizer step.
+"""Router balance loss for mixture-of-experts models (arXiv 2101.03961, equation 4, as in transformers), computed over an optimizer step.
 
-The loss is E * sum_e f_e * P_e: f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the mean
-probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once per text, so the loss does
-not depend on the packing of groups. The f_e have no gradient but must be known before the first backward pass. A step with several forwards
+The loss is E * sum_e f_e * P_e, where f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the
+mean probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once per text, so the loss
+does not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forwards
 therefore first runs all of them without gradients.
 """
 
@@ -22,7 +22,7 @@ from cfvlm_ds.models import Routed
 
 @dataclass
 class RouterBalance:
-    """The balance loss of one step, and the routing statistics of its forwards.
+    """A step's balance loss and the routing statistics of its forwards.
 
     Args:
         engine: engine of a Scorer, whose ``routed`` holds the routing of the last forward.
@@ -32,11 +32,11 @@ class RouterBalance:
     engine: Any
     weight: float
     world: World
-    _of_step: tuple[Tensor, Tensor] | None = None  # rows per expert [E] and number of all rows, over all ranks
+    _of_step: tuple[Tensor, Tensor] | None = None  # rows per expert [E] and total number of rows, over all ranks
     _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """If a step has several forwards, run them all once without gradients. ``forwards`` holds their number per micro-batch."""
+        """If a step has several forwards, run all of them without gradients. ``forwards`` holds their number per micro-batch."""
         if not self.weight or sum(forwards) == 1:
             return
         before = random_state(self.world.device)
@@ -50,7 +50,7 @@ class RouterBalance:
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """Return the loss to add to the backward pass of the last forward, which computed ``batch``; 0 unless it ``counts``."""
+        """Return the balance loss to add to the loss of the last forward, whose input was ``batch``. It is 0 if ``counts`` is False."""
         routed = self._last(batch, counts)
         if routed is None:
             return 0.0
@@ -62,12 +62,12 @@ class RouterBalance:
         return self.weight * self._share(routed) * self.world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
-        """Return this rank's unweighted share of the step's loss and the routing statistics, each since the last call."""
+        """Return this rank's unweighted share of the balance loss, and its routing statistics, since the last call."""
         since, self._since = self._since, []
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
-        """Return the routing of the last forward. It is zero for a repeated batch and for a stand-in for unreadable groups."""
+        """Return the last forward's routing, or zeros for a padding copy or a stand-in for unreadable groups."""
         routed: Routed | None = self.engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed

@@ -1,4 +1,4 @@
-"""A run from its options to its results. Each phase takes the result of the previous phase."""
+"""A run, from its options to its results. Each phase uses the result of the previous phase."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from cfvlm_ds.training.validation import scores_needed, validate
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
-    """Train, evaluate and export one run. Every rank calls it. It joins the process group unless a ``world`` is given.
+    """Train, evaluate and export. Every rank must call this. It joins the process group unless ``world`` is given.
 
-    A run that has already finished only prints a message. After a stop signal, a run saves a checkpoint and raises SystemExit with
+    If the run has already finished, it only prints a message. After a stop signal, it saves a checkpoint and raises SystemExit with
     ``EXIT_STOPPED``, without evaluation or export. The same call continues the run.
 
     Raises ConfigError or DataError before the first step for an error in the configuration or data, and FloatingPointError on all ranks if
@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 
 def prepare(config: RunConfig, world: World) -> None:
-    """Prepare a run's data (stores, lengths of texts, token counts) as its first start would. Raises the same errors as ``train``."""
+    """Prepare a run's data (stores, text lengths, token counts) as its first start would. Raises the same errors as ``train``."""
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
@@ -75,9 +75,9 @@ _LEFT = {
 
 @contextlib.contextmanager
 def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
-    """Hold the lock of the run folder within the block.
+    """Hold the run folder's lock within the block.
 
-    Raises ConfigError on all ranks before anything is written, if another process holds the lock, if the folder does not belong to a run
+    Before anything is written, raises ConfigError on all ranks if another process holds the lock, if the folder does not belong to a run
     with these ``options``, or if ``check`` raises it.
     """
     locks: list[RunLock] = []
@@ -86,7 +86,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
         try:
             refuse_foreign_entries(run_dir, options)
             check()
-        except OSError as error:  # too long a name, an unreadable folder
+        except OSError as error:  # for example, the name is too long or the folder is unreadable
             raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         locks.append(RunLock(run_dir))
 
@@ -100,7 +100,7 @@ def _run(config: RunConfig, world: World) -> None:
     """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and their scores have passed the
     self-check.
 
-    Only the caches of the data check and of features and the ranks' heartbeats are written earlier.
+    Only the data check's cache, the feature cache and the ranks' heartbeats are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -130,7 +130,7 @@ def _run(config: RunConfig, world: World) -> None:
         kernel = flash_attention() if backend == "flash_attention_2" else None
         world.say(f"attention: {backend}" + (f" ({kernel.__module__})" if kernel else ""))
         if importing is not None:
-            # A process that is forked during an import inherits a locked import lock and never gets past its first import.
+            # A process that is forked during an import inherits a locked import lock and hangs at its first import.
             importing.join()
         num_workers = config.data.workers
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
@@ -175,7 +175,7 @@ def _run(config: RunConfig, world: World) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """Return the stored scores of the training groups, or None if no objective needs them or the model without its adapters can replace
+    """Return the training groups' stored scores. Return None if no objective needs them, or if the model without its adapters can replace
     them.
     """
     if not scores_needed(config):
@@ -202,7 +202,7 @@ def _tokens(config: RunConfig, world: World, data: RunData, collator: Collator) 
     depends_on = (lambda: [dict(data.identity), inputs_fingerprint(config.model)]) if known else None
     folders = [Path(config.train.output_dir) / "prepared"]
     if not config.data.is_mixture and is_store(store := Path(str(config.data.train))):
-        folders.insert(0, store / "tokens")  # there, other runs find the counts too
+        folders.insert(0, store / "tokens")  # other runs can also use counts that are stored there
     return group_tokens(data.groups, collator, config.data, world, data.pictures, folders=folders, depends_on=depends_on)
 
 
@@ -216,9 +216,9 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 
 
 def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
-    """Return the configuration, with the default micro-batch size lowered if a step would need more groups than an epoch has.
+    """Return the configuration. If a step would need more groups than an epoch has, the default micro-batch size is lowered.
 
-    Raises ConfigError if a configured step size needs more groups, because a step would contain groups twice.
+    A configured size is never lowered. If it is too large, raises ConfigError, because a step would contain groups twice.
     """
     train, ranks = config.train, world.size
     epoch = _order(config, data).length
@@ -247,7 +247,7 @@ def _order(config: RunConfig, data: RunData) -> Order:
     sources = config.data.train_sets
     sizes = tuple(len(each.groups) for each in data.sources.values())
     shares = shares_of([each.weight for each in sources.values()], sizes) if config.data.is_mixture else ()
-    firsts = [each.groups.together for each in data.sources.values()]  # first groups of the rows, if rows hold several groups
+    firsts = [each.groups.together for each in data.sources.values()]  # the first group of each row, if rows hold several groups
     rows = tuple(None if first is None else RowsTogether(first, size) for first, size in zip(firsts, sizes, strict=True))
     return Order(sizes, shares, config.train.seed, config.data.stopping_strategy, rows)
 
@@ -265,7 +265,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 
 
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
-    """Compare the packed scores of this rank's first micro-batch with scores of single-row forwards."""
+    """Compare the packed scores of this rank's first micro-batch with the scores from single-row forwards."""
     ds_engine.eval()
     if config.data.feature_cache is None:  # the cache has no features for the stand-in's picture
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)

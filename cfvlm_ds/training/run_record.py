@@ -1,4 +1,4 @@
-"""The record that defines a run: configuration, environment and data sets, for people and for MLflow."""
+"""The record of a run: configuration, environment and data sets, written to files in the run folder and to MLflow."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size and digest. All values are already known."""
+    """Describe a run's data sets by name, source, size and digest. No data are read again."""
     sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]

@@ -1,4 +1,4 @@
-"""The start of a run: at step 0, from a checkpoint, or not at all. The decision is made before anything is loaded or written."""
+"""Decides whether a run starts at step 0, from a checkpoint, or not at all, before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OtherData(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a run: the checkpoint that it continues, if any, the option changes since then, and the record of its own options."""
+    """A run's start: the checkpoint that it continues, if any, the option changes since then, and the record of the current options."""
 
     checkpoint_dir: Path | None
     changed: Sequence[Change]
@@ -42,7 +42,7 @@ class Start:
     data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
-        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if this run does not have that position."""
+        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if this run cannot continue there."""
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
@@ -59,9 +59,7 @@ class Start:
             state.note(best=None, worse=0)  # the values belong to another metric
 
     def complete_record(self, config: RunConfig, world: World) -> dict[str, Any]:
-        """Return the record for the run's checkpoints, with the model's hashes. The hashes are missing at the start if a hub model is not
-        on disk yet.
-        """
+        """Return the record for the run's checkpoints. If a hub model was not on disk at the start, the model's hashes are added."""
         if self.record["model"]:
             return self.record
         barrier = ProgressBarrier(world)  # rank 0 reads all weights of the model
@@ -69,8 +67,8 @@ class Start:
         return {**self.record, "model": hashes}
 
     def note(self, run_dir: Path, step: int, world: World) -> list[Path]:
-        """On rank 0, print the changes and append them to a file in the run folder. Return a list of this file, or an empty list without
-        changes.
+        """On rank 0, print the changes and append them to a file in the run folder. Return this file in a list, which is empty if there are
+        no changes.
         """
         for change in self.changed:
             world.say(f"after step {step}: {change}")
@@ -134,10 +132,10 @@ def decide(
 
 
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
-    """Return a finished run's last step and its number of steps, or None if the folder's run has not finished.
+    """Return a finished run's last step and total steps, or None if the run in the folder has not finished.
 
-    After early stopping, the number of steps is the planned number. If ``early_stopping`` has changed since, it is the last step, so that
-    the run may continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step that finished.json states.
+    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, the total is the last step, so
+    that the run can continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step stated in finished.json.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent

@@ -1,4 +1,4 @@
-"""Samples of a run: texts that the model writes about a few evaluation pictures at each evaluation, and texts that it prefers."""
+"""A run's samples: texts that the model writes about a few evaluation pictures at each evaluation, and texts that it prefers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
-"""Largest number of characters of a text in results.md. samples.jsonl has the whole text."""
+"""Maximum number of characters per text in results.md. samples.jsonl has the whole text."""
 _MEANING = (
     "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
     "the log-likelihood of the likeliest true text minus that of the likeliest false one. What the model writes may be false even if it "
@@ -33,12 +33,12 @@ _MEANING = (
 
 @dataclass
 class Samples:
-    """Greedily decoded texts about the first image of ``number`` groups, taken from the evaluation sets in turn.
+    """Greedily decoded texts about the first images of ``number`` groups, which are taken from the evaluation sets in turn.
 
     Each text is recorded with the group's likeliest text for that image, and with the margin of the likeliest true text over the likeliest
     false text.
 
-    Every rank generates all texts, because under ZeRO-3 the ranks gather weights together. Rank 0 keeps the texts in samples.jsonl.
+    Every rank generates all texts, because under ZeRO-3 the ranks gather weights together. Rank 0 writes the texts to samples.jsonl.
     """
 
     number: int
@@ -60,8 +60,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts. In samples.jsonl, rank 0 replaces an earlier start's texts of this and later steps. If any rank cannot read a
-        picture, the error takes the place of the text.
+        """Generate the texts and write them to samples.jsonl, where they replace an earlier start's texts for this and later steps. If any
+        rank cannot read a picture, the error takes the place of the text.
         """
         if next(self._groups(), None) is None:
             return
@@ -85,8 +85,8 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Return a section for results.md and the files to track, and save small copies of the pictures in ``samples/``. A failure only
-        causes a warning, and the section is empty.
+        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to track. If this fails,
+        print a warning and return an empty section.
         """
         if next(self._groups(), None) is not None:
             with harmless(self.run_dir / "samples", self.world.say):
@@ -155,7 +155,9 @@ class Samples:
 
 
 def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
-    """Return the likeliest text for the first prompt, and the margin of the true texts. Without a false text, the margin is None."""
+    """Return the first prompt's likeliest text, and the margin of its likeliest true text over its likeliest false text. Without a false
+    text, the margin is None.
+    """
     texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
     best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}
     margin = None if best[0] is None or best[1] is None else best[1] - best[0]

@@ -1,8 +1,8 @@
 """Self-check before training: weights must be finite, and packed rows must give the same scores as single rows with stock attention.
 
-Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error
-of the precision. It has two sources: the spread of scores if every module's output is rounded differently (measured on single rows), and
-the rounding of the largest logit. A wrong mask or position causes a larger difference.
+Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error,
+which has two sources: the spread of scores if every module's output is rounded differently (measured on single rows), and the rounding of
+the largest logit. A wrong mask or position causes a larger difference.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.models.model_files import explained
 
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Dtype -> largest difference, in nats per token, that needs no explanation. Half-precision types have 0.05."""
-_HALF = 0.05
-_CELLS, _REPEATS = 8, 2  # number of cells to compare if a difference needs an explanation; differently rounded forwards per cell
-_SPREADS = 3  # rounding does not explain a difference beyond this many spreads of the scores of differently rounded forwards
+"""Dtype -> largest difference, in nats per token, that is accepted without measuring the rounding error."""
+_HALF = 0.05  # the same for half-precision dtypes
+_CELLS, _REPEATS = 8, 2  # to measure the rounding error: number of additional cells, and of differently rounded forwards per cell
+_SPREADS = 3  # largest accepted difference, as a multiple of the rounding error
 _NAMED = 5
 
 
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
-    """Raise ConfigError on all ranks, naming the weights with NaN or infinite values. Under ZeRO-3 every rank checks its own partition.
+    """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Bounds may be infinite: in Gemma 4's clipped layers they are infinite if nothing is clipped.
+    Clipping bounds (_min, _max) may be infinite, because Gemma 4's clipped layers have infinite bounds if nothing is clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -60,9 +60,9 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 
 
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
-    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json only show here.
+    """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json are only detected here.
 
-    Every rank calls it. Machine errors, such as a lack of memory, are raised unchanged.
+    Every rank must call this. Errors of the machine, such as a lack of memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -74,8 +74,8 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 
 @dataclass
 class Cell:
-    """A cell that is scored in a packed row and in its own row: both scores in nats, the number of tokens in the text, and the inputs and
-    largest logit of the single-row forward.
+    """A cell that is scored in a packed row and in a separate row: both scores in nats, the number of tokens in the text, and the inputs
+    and largest logit of the single-row forward.
     """
 
     packed: float
@@ -93,7 +93,7 @@ class Cell:
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
     """Compare two cells of the first packed row of ``groups`` with single-row forwards: the first cell, and a cell after other texts.
 
-    Every rank calls it with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
+    Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
     differs by more than rounding explains.
     """
     model = forward.module.model
@@ -132,7 +132,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
 def _compared(
     forward: Any, model: Any, collator: Collator, groups: Sequence[CounterfactualGroup], scores: Scores, place: list[int]
 ) -> Cell:
-    """Score one cell (group, image, text) of a packed row in its own row."""
+    """Score one cell (group, image, text) of a packed row in a separate row."""
     g, i, c = place
     images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]
     alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())
@@ -158,8 +158,8 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
     """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts: the spread of a text's score under other roundings, which grows with the square root of the number of
-    tokens, and one unit in the last place of the text's largest logit.
+    The rounding error has two parts: the spread of a text's score if outputs are rounded differently, which grows with the square root of
+    the number of tokens, and one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):

@@ -1,4 +1,4 @@
-"""Omissions of a run: unreadable groups and non-finite steps are left out while the run continues. All of them are counted and named."""
+"""Unreadable groups and non-finite steps, which a run can skip. Every omission is counted and recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class SkippedGroups:
-    """Record of the groups that could not be read, with reasons, in the run's state and in skipped.json.
+    """Records unreadable groups, with the reasons, in the run's state and in skipped.json.
 
     Args:
         skipped: group id -> reason. The mapping belongs to the run's state, and ``note`` adds to it.
@@ -35,9 +35,9 @@ class SkippedGroups:
     world: World
 
     def note(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Record the groups that are missing from these micro-batches. Collective: all ranks call it if any rank has left out groups.
+        """Record the groups that were dropped from these micro-batches. All ranks must call this if any rank has dropped groups.
 
-        Raises DataError on all ranks if data.on_error and data.max_skipped do not allow it.
+        Raises DataError on all ranks if data.on_error is ``error``, or if more than data.max_skipped groups have been dropped.
         """
         mine = [entry for micro_batch in micro_batches for entry in micro_batch.dropped]
         dropped = dict(entry for entries in gather_objects(mine, self.world) for entry in entries)
@@ -58,7 +58,7 @@ class SkippedGroups:
 
 @dataclass
 class NonfiniteSteps:
-    """Record of the steps with a non-finite loss or gradient, in nonfinite.jsonl."""
+    """Records steps with a non-finite loss or gradient in nonfinite.jsonl."""
 
     train: TrainConfig
     run_dir: Path
@@ -66,15 +66,15 @@ class NonfiniteSteps:
     in_a_row: int = 0
 
     def finite(self) -> None:
-        """Note that a step was finite."""
+        """Reset the count of consecutive non-finite steps."""
         self.in_a_row = 0
 
     def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
-        """Record a non-finite step with its groups. All ranks call it. ``what`` is "loss" or "gradient".
+        """Record a non-finite step with its groups. Every rank must call this. ``what`` is "loss" or "gradient".
 
-        For a loss, only the groups of micro-batches with a non-finite loss are listed. A gradient is known only as the sum over all ranks,
-        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, the step has been ``applied``, or
-        too many such steps follow each other.
+        For a loss, only the groups in micro-batches with a non-finite loss are listed. A gradient is only available as the sum over all
+        ranks, so all the step's groups are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, if the step has been
+        ``applied``, or if there are too many such steps in a row.
         """
         file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

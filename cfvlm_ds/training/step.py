@@ -1,6 +1,6 @@
 """One optimizer step: its micro-batches, the global denominators, one forward and backward pass per micro-batch, and the update.
 
-All ranks handle failures within a step alike: unreadable groups, a non-finite loss, a lack of memory.
+All ranks handle a failure within a step (unreadable groups, a non-finite loss, a lack of memory) in the same way.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 class Measured:
     """A micro-batch after its forward pass.
 
-    ``loss`` and ``shares`` are its parts of the step's loss and of the loss terms, on this rank. ``routed`` holds the expert routing of
-    each forward of a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
+    ``loss`` and ``shares`` are its contributions to the step's loss and to each loss term. ``routed`` holds the expert routing of each
+    forward in a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
     """
 
     micro_batch: MicroBatch
@@ -50,7 +50,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements (empty if the step was left out).
+    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements (empty if the step was skipped).
 
     ``stop`` is the reason to stop after this step, if any. ``save_due`` is True if any rank wants a checkpoint. ``waited_s`` is the time
     spent waiting for data, in seconds.
@@ -64,11 +64,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Runner of optimizer steps.
+    """Runs optimizer steps.
 
     Args:
         engine: DeepSpeed engine of a Scorer.
-        collator: the run's collator. It packs rows again, and makes a stand-in batch on a rank whose data workers have died.
+        collator: the run's collator, which packs rows again and makes a stand-in batch if a data worker has died.
         mark: function that records a phase and step number, so that a hang can be located.
     """
 
@@ -143,7 +143,7 @@ class OptimizerStep:
     def _compute(
         self, number: int, micro_batches: Sequence[MicroBatch], denominators: Mapping[str, Tensor], progress: float
     ) -> tuple[list[Measured], bool]:
-        """Compute the gradients of all micro-batches and update the weights. Return the measurements and whether every loss was finite."""
+        """Compute the micro-batches' gradients and update the weights. Return the measurements, and True if all losses were finite."""
         world, objective, engine = self.world, self.config.objective, self.engine
         measured: list[Measured] = []
         finite = torch.ones((), device=world.device)
@@ -186,8 +186,8 @@ class OptimizerStep:
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
-        """Score a batch with the model without its adapters, and return [G, I, C] nats. Return None if no objective needs a reference or
-        the reference is stored.
+        """Return a batch's scores [G, I, C] in nats under the model without its adapters. Return None if no objective needs a reference, or
+        if the reference is stored.
         """
         if batch.reference is not None or not any(term.needs_reference for term in self.config.objective.values()):
             return None

@@ -42,14 +42,14 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return the token counts of all groups in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
+    """Return the number of tokens of each group in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
 
-    If ``pictures`` does not contain a picture, its header is read. The counts are stored in the first writable folder of ``folders``, under
-    a hash of everything that they depend on. All ranks map this file, and the next start reads it. If ``depends_on`` is None, nothing is
-    stored.
+    If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, under a hash
+    of everything that they depend on. All ranks map this file into memory, and the next start reads it. If ``depends_on`` is None, nothing
+    is stored.
 
-    Raises DataError on every rank for a picture file without a header and for a group that exceeds a limit of ``data``. The limit of a
-    micro-batch applies to all images and texts of a group, and the limit of a forward applies to one image with one text.
+    Raises DataError on every rank for a picture file without a header, and for a group that exceeds a limit in ``data``. The micro-batch
+    limit applies to all of a group's images and texts, and the forward limit applies to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
@@ -70,7 +70,7 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return [2, groups]: the token counts of each whole group and of its largest image with one text."""
+        """Return token counts [2, groups]: one for each whole group, and one for the group's largest image with one text."""
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):
@@ -86,7 +86,7 @@ def group_tokens(
                 return file
         counted.append(counts_of_all())
         for file in files:
-            with contextlib.suppress(OSError):  # with a full disk, counts stay in memory and the next start counts again
+            with contextlib.suppress(OSError):  # if the disk is full, counts stay in memory and the next start counts again
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as handle:
                     np.save(handle, counted[0], allow_pickle=False)
@@ -113,7 +113,7 @@ def group_tokens(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Return the paths at which the counts may be stored. There are none if ``depends_on`` is None."""
+    """Return the paths at which the counts can be stored. The list is empty if ``depends_on`` is None."""
     if depends_on is None:
         return []
     parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]

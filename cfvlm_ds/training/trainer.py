@@ -60,14 +60,14 @@ from cfvlm_ds.training.step import OptimizerStep
 
 @dataclass
 class Trainer:
-    """Trainer that takes a model from its current state to the end of the run.
+    """Trains a model from its current state to the end of the run.
 
     Args:
         engine: DeepSpeed engine of a Scorer.
         collator: collator that makes batches from groups.
         sampler: sampler of groups, at the position where training continues.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
-        num_workers: number of data workers. They may be forked once the trainer exists.
+        num_workers: number of data workers, which may be forked after the trainer has been created.
     """
 
     config: RunConfig
@@ -160,7 +160,7 @@ class Trainer:
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
-            if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was left out
+            if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was skipped
                 passed_s = time.monotonic() - started
                 self._record(tracker, meter, time_left(passed_s, state.step - first_step, self.total_steps - first_step))
             state.note(run_id=tracker.run_id)
@@ -269,7 +269,7 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all metrics. A partly evaluated set counts only for the sample's metrics."""
+        """Log an evaluation, print its headlines, and return all metrics. A partly evaluated set has only the sample's metrics."""
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
         metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(whole)
@@ -343,7 +343,7 @@ class Trainer:
             raise failed
 
     def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
-        """Exit from a run that will continue from the checkpoint of its last step. All ranks call it."""
+        """Exit from a run that will continue from the checkpoint of its last step. Every rank must call this."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
         self.world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
@@ -351,7 +351,7 @@ class Trainer:
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker. If not ``alone``, all ranks exit together."""
+        """Exit from a run that has lost a data worker. Unless ``alone``, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)
