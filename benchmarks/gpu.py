@@ -68,7 +68,7 @@ def main() -> int:
 
 
 class Parts:
-    """Runner of the cases in a separate process. If the process dies, another process runs the remaining cases."""
+    """Run of all cases in a separate process. If this process dies, a new one runs the remaining cases."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments

@@ -36,12 +36,12 @@ COMMAND = "benchmarks/learning.py --report"
 BASE = "base"
 """Name of the record with the base's results."""
 STEPS, GROUPS = 500, 12
-"""Steps of the default, and groups per step of every arm, as in the demo."""
+"""Number of the default's steps, and of groups per step in every arm, as in the demo."""
 RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
 SHORT, LONG = 10, 50
 """Numbers of steps in two runs whose difference in time gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
-"""Number of the demo's training groups, of groups in a test set, and of pictures to describe."""
+"""Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 

@@ -66,7 +66,7 @@ def memory(name: str) -> float:
 
 
 class Clock:
-    """Clock that starts a step when a line arrives on standard input, and writes the cost of the step and the trainer's metrics."""
+    """Clock that starts a step when a line arrives on standard input, and writes the step's cost and the trainer's metrics."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.ended, self.reference = out, time.process_time(), 0.0

@@ -51,7 +51,7 @@ class Layout(nn.Module):
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
-    """Yield a list. Each collective within the block appends the number of elements that it gathers."""
+    """Yield a list to which each collective within the block appends the number of elements that it gathers."""
     counts: list[int] = []
     originals = {name: getattr(comm, name) for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced")}
 
