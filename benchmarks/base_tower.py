@@ -86,8 +86,8 @@ def publish(export: Path, folder: Path) -> None:
 
 
 def labels_of(scene: Scene, side: int) -> list[list[int]]:
-    """Return the labels [side * side, 3] of a scene's patches: background, kind, colour. In an empty cell, kind and colour have the number
-    after the last real one.
+    """Return the labels [side * side, 3] of a scene's patches: background, kind, colour. The last kind and the last colour stand for an
+    empty cell.
     """
     filled = {(thing.row, column): thing for thing in scene.things for column in thing.columns}
     found = []

@@ -127,7 +127,7 @@ class Parts:
         return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
 
     def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read the process's results until it ends or a part exceeds its time. Returns this part, or None if the process has ended."""
+        """Read the process's results. Returns the part whose time is up, or None when the process ends."""
         taken = 0
         while True:
             ended = child.poll() is not None  # before the last lines are read, so that none is missed

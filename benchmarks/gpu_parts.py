@@ -298,7 +298,7 @@ def shared_prefix(backend: str, of: scoring.Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def model_of(run: Run) -> Any:
-    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # which is faster on most CPUs
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # faster on most CPUs
     return scoring.build(FAMILY, run.sizes.visual, run.sizes.scored, run.device, dtype)
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # a new process for each count, without memory fragmented by earlier counts
+    ) as fresh:  # a new process, in which earlier counts have not fragmented memory
         for count, ways in zip(arguments.images, fresh.map(measure, itertools.repeat(arguments), arguments.images), strict=False):
             (cache, cache_time, cache_peak), (row, row_time, row_peak) = ways
             if abs(cache - row) > 1e-4 * abs(row) and arguments.dtype == "float32":

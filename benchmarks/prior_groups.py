@@ -90,7 +90,7 @@ class Maker:
         return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
-        """Return a question about the presence of a thing, and its answer. In half of the cases, the question names an absent thing."""
+        """Return a question about the presence of a thing, and its answer. Half of the questions are about absent things."""
         if self.rng.random() < 0.5:
             thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
         return self._asked(there_question(thing)), "yes" if thing in there else "no"
@@ -146,8 +146,8 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """Build a group with a question that names one of two ``words``. The first picture shows the first word. The first text is the true
-        answer for the first picture.
+        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and the first text is its
+        true answer.
         """
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)

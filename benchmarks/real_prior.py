@@ -1,7 +1,7 @@
 """Fine-tuning against a language prior: does a pretrained SmolLM2-135M learn to look at changed pictures instead of guessing?
 
     python benchmarks/real_prior.py --parts model pictures base     # the model and the data of the arms
-    python benchmarks/real_prior.py --parts arms --table arms       # does a table's missing runs (see RESULTS.md), and prints the table
+    python benchmarks/real_prior.py --parts arms --table arms       # does the missing runs of a table in RESULTS.md, and prints it
     python benchmarks/real_prior.py --parts arms --choose_rates     # tries three rates for each arm, and runs three seeds at the best
     python benchmarks/real_prior.py --report                        # the tables of all finished runs
 
@@ -15,13 +15,13 @@ Each of these parts continues where it was stopped:
   default objective. The default takes --steps steps. The others take as many as the same CPU time allows, measured with two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. Test groups
-change only held-out things. In benchmarks/real_prior/, runs.jsonl gets a line when a part or one seed of an arm ends, and rates.jsonl gets
-a line for each run that serves to choose a rate.
+change only held-out things. In benchmarks/real_prior/, runs.jsonl gets a line when a part or one seed of an arm ends, and rates.jsonl when
+a run that serves to choose a rate ends.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
 the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of the twelve runs that serve to choose a rate,
-and 14 for each of the twelve final runs (an arm and a seed). The total is five hours. A stopped run starts again, but the tower and the
-base continue from their newest checkpoint. Runs with a line are not repeated. To repeat a table, first delete the lines of its runs.
+and 14 for each of the twelve final runs. The total is five hours. A stopped run starts again, but the tower and the base continue from
+their newest checkpoint. Runs with a line are not repeated. To repeat a table, first delete the lines of its runs.
 """
 
 from __future__ import annotations

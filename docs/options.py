@@ -42,7 +42,7 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
             raise SystemExit(f"{section.__name__}.{option.name} has no sentence under Args, which the reference needs")
         hint, own = hints[option.name], option.metadata.get("on_resume") or kind
         nested = next(filter(dataclasses.is_dataclass, _parts(hint)), None)
-        kinds = {typing.get_origin(part) for part in _parts(hint)}  # the section is a value of a dict or an item of a list
+        kinds = {typing.get_origin(part) for part in _parts(hint)}  # for sections in a dict or list
         several = "NAME." if dict in kinds else f"{nested.__name__.upper()}." if nested and list in kinds else ""
         if nested:
             inside.append(_section(f"{prefix}{option.name}.{several}", nested, own))

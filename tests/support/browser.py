@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 PATIENCE = 120.0
-"""Time limit of a command in seconds. If the browser does not answer by then, the test fails."""
+"""Time limit of a command in seconds, after which the test fails."""
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
