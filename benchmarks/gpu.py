@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                       # one GPU of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
-    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find mistakes without a GPU
+    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find bugs without a GPU
     python benchmarks/gpu.py --table runs/gpu.json                 # prints the table of the results in this file
 
 The script needs a clone, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
@@ -17,7 +17,7 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
               a run on one rank
 
 Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. A
-line is written when a case ends. A failed case is listed in the table, and the others continue, in a new process if the old one has died.
+result is written when its case ends. A failed case is listed in the table; the others continue, in a new process if the old one has died.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 class Parts:
-    """Run of all cases in a separate process. If this process dies, a new one runs the remaining cases."""
+    """Runs all cases in a separate process. If this process dies, a new one runs the remaining cases."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments

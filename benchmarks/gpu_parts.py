@@ -43,7 +43,7 @@ EXACT = 2.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the measurements. On a CPU, the same code runs with other sizes."""
+    """Sizes of models, inputs and runs. ``--small`` selects smaller ones."""
 
     words: int
     scored: dict[str, int]
@@ -79,7 +79,7 @@ class Run:
 
 
 class Unusable(Exception):
-    """This machine does not support a back end. The message is the package's own."""
+    """This machine does not support a back end. The message comes from the package."""
 
 
 def usable(backend: str, run: Run) -> None:
@@ -378,9 +378,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train on the same groups with one rank and two micro-batches, and with two ranks. The two ranks share a GPU and therefore use gloo,
-    because NCCL allows only one rank per GPU.
-    """
+    """Train on the same groups with one rank and two micro-batches, and with two ranks on one GPU (with gloo; NCCL does not support this)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")

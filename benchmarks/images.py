@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """Return (loss, seconds, peak bytes) for the cache and for one row, in turns. The first turn measures only memory."""
+    """Return (loss, seconds, peak bytes) for the cache and for one row, which take turns. The first turn only measures memory."""
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)

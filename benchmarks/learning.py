@@ -158,7 +158,7 @@ def evaluation_sets(world: Path) -> dict[str, Any]:
 
 
 def steps_of(out: Path, arm: str) -> int:
-    """Return the number of an arm's steps that, with the base's scores if needed, fit into the CPU time of the default's steps."""
+    """Return the number of steps that an arm can take in the default's CPU time, which also covers scoring with the base if needed."""
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0)
@@ -257,7 +257,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run's objective differs from that of the same command now, for instance because a default has changed."""
+    """Exit if a finished run's objective differs from the command's present one, for instance because a default has changed."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config

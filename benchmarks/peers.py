@@ -98,7 +98,7 @@ def main() -> None:
 
 def prepare(folder: Path, settings: trl_dpo.Settings) -> dict[str, float]:
     """Write the models, and the pairs in every trainer's format, unless the folder exists. Returns the first step's loss and mean log-probs
-    computed with transformers alone. Exits if the folder was made with other settings.
+    from transformers alone. Exits if the folder was made with other settings.
     """
     done, wanted = folder / "plain.json", {**vars(settings), "size": SIZE}
     if done.is_file():
@@ -129,7 +129,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
-    """Return rows for ms-swift: messages that end with the chosen answer, and the rejected answer. `<image>` marks the picture."""
+    """Return rows for ms-swift: messages that end with the chosen answer, and a rejected response. `<image>` marks the picture."""
     return [
         {
             "messages": [{"role": "user", "content": f"<image>{pair['question']}"}, {"role": "assistant", "content": pair["chosen"]}],

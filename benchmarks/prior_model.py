@@ -83,7 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write a LLaVA from a language model and a tower, and return ``out``. The tower comes from the small LLaVA in the folder ``tower``, or
-    is random.
+    is random if this is None.
 
     Without ``projector`` weights, the projector's last layer starts at 0, so the language model behaves as if there were no picture.
     """

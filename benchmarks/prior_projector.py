@@ -28,8 +28,8 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
     """Train a projector between a small LLaVA's tower and a language model on a manifest's pictures. Returns its ``weights``, ``top1`` and
     ``top5``.
 
-    ``top1`` and ``top5`` are percentages of the held-back pictures of a single thing: pictures whose name is the nearest, or among the five
-    nearest. The result is stored in ``out``, and read from there if it exists.
+    ``top1`` and ``top5`` are percentages of held-back pictures (of a single thing) whose name is the nearest, or among the five nearest.
+    The result is stored in ``out``, and read from there if it exists.
     """
     if out.exists():
         return dict(torch.load(out, weights_only=True))

@@ -84,7 +84,7 @@ GUESSED = ("colour", "count", "place")
 
 @dataclass(frozen=True)
 class Arm:
-    """Changes of one arm to benchmarks/real_prior.yaml.
+    """An arm's changes to benchmarks/real_prior.yaml.
 
     ``scores`` names a manifest for which the arm needs the base's scores. ``natural`` is True if one row in four is a natural caption, as
     in the base's training.
@@ -368,7 +368,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield the tables of the records: the arms and the base, each edit, the choice of rates, and each run."""
+    """Yield four tables: arms and base, edits, choice of rates, single runs."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
@@ -391,7 +391,7 @@ def tables(records: Path) -> Iterator[str]:
 
 
 def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
-    """Return a function that maps a record to the mean over edits, or to None if the record lacks one of them."""
+    """Return a function that maps a record to a metric's mean over edits, or to None if the record lacks one of them."""
 
     def find(record: dict[str, Any]) -> float | None:
         rows = record["results"].get(split, {})

@@ -75,7 +75,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def takes_part(rows: Sequence[dict[str, Any]]) -> list[list[bool]]:
-    """Return [pictures, captions]: True for the pairs that are compared, in which the caption is the picture's own or false of it."""
+    """Return a mask [pictures, captions] of the pairs to compare: each picture with its own caption and with captions false of it."""
     keys = [row["texts"][0]["key"] for row in rows]
     return [[i == c or key not in row.get("exclude", ()) for c, key in enumerate(keys)] for i, row in enumerate(rows)]
 

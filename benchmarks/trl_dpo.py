@@ -228,7 +228,7 @@ def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
 
 
 class Ours:
-    """Our side: the objective `dpo` with stored reference scores, through collator, scorer, weighted loss and AdamW, without DeepSpeed."""
+    """This package's side: collator, scorer, the objective `dpo` with stored reference scores, and AdamW, without DeepSpeed."""
 
     def __init__(self, folder: Path, settings: Settings, attention: str = "auto") -> None:
         model = load_model(ModelConfig(str(folder / "policy"), attn_implementation=attention), torch.float32)

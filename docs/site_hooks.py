@@ -1,7 +1,7 @@
 """mkdocs hooks that add pages from outside docs/ to the site and convert links between pages.
 
 In the source, links are relative to the file, so that they work in the repository. These hooks convert them to links on the site. A link to
-a missing file, and a missing file named in backquotes, cause a warning, which `mkdocs build --strict` turns into an error.
+a missing file, or a missing file named in backquotes, causes a warning, which `mkdocs build --strict` turns into an error.
 """
 
 from __future__ import annotations

@@ -273,9 +273,7 @@ def swift_said(k: int) -> Said:
 
 
 def coco(folder: Path, rows: int) -> Written:
-    """Write a file like captions_val2017.json: lists of images and annotations. The five captions of an image are not adjacent, and one
-    caption occurs twice.
-    """
+    """Write a file like captions_val2017.json: images and annotations, with five non-adjacent captions per image and one duplicate."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
     images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [

@@ -22,7 +22,7 @@ from cfvlm_ds.training.samples import Samples
 
 
 def stand_still(folder: Path, ended: bool) -> None:
-    """Make rank 2 of 3 hang while it reads data or, if ``ended``, end. The other ranks wait for it."""
+    """Make rank 2 of 3 hang or, if ``ended``, exit while it reads data. The other ranks wait for it."""
     rank = int(os.environ["RANK"])
     (folder / f"ready-{rank}").touch()
     while len(list(folder.glob("ready-*"))) < 3:  # in a run, the process group does this
