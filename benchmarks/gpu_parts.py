@@ -378,7 +378,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train on the same groups with one rank and two micro-batches, and with two ranks on one GPU (with gloo; NCCL does not support this)."""
+    """Train on the same groups with one rank and two micro-batches, and with two ranks on one GPU (gloo; NCCL does not support this)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")
