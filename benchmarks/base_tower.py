@@ -1,10 +1,10 @@
-"""Vision tower of the demo's base, pretrained on labels: each patch predicts the background, and the kind and colour of the thing in its
+"""Pretraining of the vision tower in the demo's base model: each patch predicts the background, and the kind and colour of the thing in its
 cell.
 
     python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes on two cores
 
-A LLaVA starts from a trained tower. Without one, a model of this size learned no kinds of things from descriptions in 3,500 steps
-(TRIALS.md).
+A LLaVA starts from a trained tower. From descriptions alone, a model of this size did not learn to recognise any kind of thing in 3,500
+steps (TRIALS.md).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def publish(export: Path, folder: Path) -> None:
-    """Copy a base into the package, with its weights in bfloat16."""
+    """Copy a base model into the package, with its weights in bfloat16."""
     for path in export.iterdir():
         if path.name != "README.md":
             shutil.copy(path, folder)
@@ -86,8 +86,8 @@ def publish(export: Path, folder: Path) -> None:
 
 
 def labels_of(scene: Scene, side: int) -> list[list[int]]:
-    """Return the labels (background, kind, colour) of side x side patches. The kind and colour of an empty cell are numbered after the
-    others.
+    """Return the labels [side * side, 3] of a scene's patches: background, kind, colour. The last kind and the last colour stand for an
+    empty cell.
     """
     filled = {(thing.row, column): thing for thing in scene.things for column in thing.columns}
     found = []
@@ -100,7 +100,7 @@ def labels_of(scene: Scene, side: int) -> list[list[int]]:
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, str]:
-    """Return the summed cross-entropy of the three labels, and the accuracy of each label in cells with a thing."""
+    """Return the sum of the three labels' cross-entropies, and each label's accuracy in cells with a thing."""
     parts = logits.split([len(BACKGROUNDS), len(KINDS) + 1, len(COLOURS) + 1], dim=-1)
     losses, right = [], []
     for name, part, label in zip(("background", "kind", "colour"), parts, labels.unbind(-1), strict=True):

@@ -1,12 +1,12 @@
-"""Benchmark of data sets of any size: preparing, opening, starting, reading and resuming, each in its own process, compared with targets.
+"""Benchmark of large data sets: preparing, opening, starting, reading and resuming, each in its own process and compared with a target.
 
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
 
-Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the private memory of a process, without the
-mapped files that all processes share. For preparing, it is the largest resident size of any process. "Start" covers everything from a store
-to the first micro-batch of a run: opening the store, mapping the token counts, building the packed sampler with its number of steps, and
-getting a batch of groups from a data worker. The script prints the table of RESULTS.md.
+Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is a process's private memory, without mapped
+files, which all processes share; for preparing, it is the largest resident size of any process. "Start" covers everything from a store to
+a run's first micro-batch: opening the store, mapping the token counts, building the packed sampler, counting its steps, and getting a batch
+of groups from a data worker. The script prints the table of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def private_mb() -> float:
 
 
 def preparing(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the checking of data and the writing of a store, on all cores."""
+    """Measure the time and memory to check data and write a store, on all cores."""
     began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.jsonl")
     report, whole = prepare(groups, folder / f"{rows}.store", rows, PrepareOptions(), str)
@@ -147,7 +147,7 @@ def preparing(folder: Path, rows: str) -> dict[str, float]:
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the opening of a store and the reading of random rows."""
+    """Measure the time and memory to open a store, and the time to read a random row."""
     before, began = private_mb(), time.perf_counter()
     groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
@@ -159,7 +159,7 @@ def opening(folder: Path, rows: str) -> dict[str, float]:
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the start, from a store to the first micro-batch of groups."""
+    """Measure the time and memory to get from a store to the first micro-batch of groups."""
     before, began = private_mb(), time.perf_counter()
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
@@ -192,8 +192,8 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
 
 
 def resumed(folder: Path, rows: int) -> str:
-    """Kill a run on two ranks, and resume it on one and on four. Returns "yes" if both consume the same groups as an undisturbed run, else
-    "NO".
+    """Kill a run on two ranks, and resume it on one and on four. Returns "yes" if both consume the same groups as an uninterrupted run,
+    otherwise "NO".
     """
     whole = consumed(folder, rows, 1, 0, 40)
     out, seen = folder / "ranks", list[list[str]]()
@@ -227,13 +227,13 @@ def lines_of(file: Path) -> int:
 
 
 def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list[str]:
-    """Return the groups in each step of an undisturbed run, in order."""
+    """Return the groups in each step of an uninterrupted run, in order."""
     start(folder, rows, world, 0, first, last, out := folder / "undisturbed").wait()
     return out.read_text().splitlines()
 
 
 def consuming(folder: Path, *given: str) -> dict[str, float]:
-    """Run as a rank that resumes at a given step, and write the groups that it consumes in each step."""
+    """Resume at a step as one rank, and write the groups that this rank consumes in each step."""
     rows, world, rank, first, last = map(int, given[:5])
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(

@@ -7,7 +7,7 @@
 
 Cases: 10 or 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
 answered with letters; 8 captions after one prompt. Every layout encodes the image once, so only the language model is compared. All layouts
-must give the same scores. Times are medians, in CPU time of one thread or in time on the device. The layouts take turns.
+must give the same scores. Times are medians, in CPU seconds of one thread or in seconds on the device. The layouts take turns.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ CASES = {"yes_no_10": questions(10), "yes_no_18": questions(18), "letters_24": l
 
 
 def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str, Any]]:
-    """Return the model's inputs for each layout. All layouts have the same order of cells."""
+    """Return the model inputs of each layout. All layouts have the same order of cells."""
     generator = torch.Generator().manual_seed(3)
     token, kin = model.config.image_token_id, FAMILIES[model.config.model_type]
     head = (*words(BEFORE, generator), token)

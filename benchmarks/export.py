@@ -3,7 +3,7 @@
     python benchmarks/export.py --gigabytes 2.2          # writes about ten times this size to runs/export
 
 The model is a small LLaVA whose language model has as many layers as the size requires. It is trained for one step. `cfvlm-ds export` then
-runs in a new process. The peak resident memory of this process is compared with a process that only prints the command's help.
+runs in a new process. Its peak resident memory is compared with that of a process that only prints the command's help.
 """
 
 from __future__ import annotations

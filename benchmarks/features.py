@@ -1,5 +1,5 @@
-"""Savings from data.feature_cache: training steps on pictures of 336 x 336 pixels that run the frozen tower, or read its features from
-disk.
+"""Savings from data.feature_cache: training steps that run the frozen tower on pictures of 336 x 336 pixels, compared with steps that read
+its features from disk.
 
     python benchmarks/features.py                                  # both shapes
     python benchmarks/features.py --shapes llava --repeats 5
@@ -86,7 +86,7 @@ def measure(shape: str, folder: Path, repeats: int) -> None:
 
 
 def step(engine: Engine, batch: Batch) -> float:
-    """Run the forward and backward of InfoNCE over the texts, and return the loss."""
+    """Run forward and backward with InfoNCE over the texts, and return the loss."""
     loss = -batch.scores(engine(**batch.model_inputs)).logp.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
     loss.backward()
     engine.module.zero_grad()

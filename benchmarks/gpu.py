@@ -2,13 +2,13 @@
 
     python benchmarks/gpu.py                                       # one GPU of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
-    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find mistakes without a GPU
+    python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find bugs without a GPU
     python benchmarks/gpu.py --table runs/gpu.json                 # prints the table of the results in this file
 
-It needs the source tree, torch, transformers with accelerate, and deepspeed. It needs no launcher, MLflow, network or installation.
+The script needs a clone, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
 
     card      the GPU, its measured rates for a large matrix product and for a copy, and the attention back ends that it can run
-    kernels   only attention, forward and backward, with the heads of a 7B model: each back end compared with one causal sequence of the
+    kernels   attention alone, forward and backward, with the heads of a 7B model: each back end compared with one causal sequence of the
               same length, and its error against float64 relative to dense attention in the same dtype (below 2 counts as exact)
     scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end, one sequence per text, and a
               supervised step on the same tokens take turns
@@ -16,8 +16,8 @@ It needs the source tree, torch, transformers with accelerate, and deepspeed. It
     ranks     a smaller model on two ranks that share the GPU, with gloo, because NCCL allows one rank per GPU; losses compared with
               a run on one rank
 
-Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
-case writes a line when it ends. A failed case is listed in the table, and the others continue, in a new process if the old one has died.
+Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. A
+result is written when its case ends. A failed case is listed in the table; the others continue, in a new process if the old one has died.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 SHARES = {"card": 40, "kernels": 120, "scoring": 150, "training": 110, "ranks": 50}
-"""Time of each part in seconds. The next part may use what a part leaves."""
+"""Time limit of each part in seconds. A part can also use the time that earlier parts have left."""
 
 Key = tuple[str, str]
 Results = dict[Key, dict[str, Any]]
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 class Parts:
-    """Runner of the cases in a separate process. If the process dies, another process runs the remaining cases."""
+    """Runs all cases in a separate process. If this process dies, a new one runs the remaining cases."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -127,7 +127,7 @@ class Parts:
         return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
 
     def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read the output of the process. Returns None when the process ends, or the part whose time is up."""
+        """Read the process's results. Returns the part whose time is up, or None when the process ends."""
         taken = 0
         while True:
             ended = child.poll() is not None  # before the last lines are read, so that none is missed
@@ -279,7 +279,7 @@ def ratio(value: float, beside: float | None) -> str:
 
 
 def answers(results: Results) -> Iterator[str]:
-    """Yield the conclusions: the fastest exact back end at the largest number of texts, compared with the other layouts."""
+    """Yield the conclusions: the fastest exact back end for the largest number of texts, compared with the other layouts."""
     yield "ratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
     cases = {case: result["layouts"] for (part, case), result in results.items() if part == "scoring" and "layouts" in result}
     if not cases:

@@ -1,4 +1,4 @@
-"""Parts of benchmarks/gpu.py, run in a separate process that writes a line to a file when a case ends.
+"""Parts of benchmarks/gpu.py, run in a separate process that writes a line to a file after each case.
 
 gpu.py starts the process. If a case kills the process, gpu.py starts another one for the remaining cases.
 """
@@ -38,12 +38,12 @@ from cfvlm_ds.models.forest_attention import BACKENDS, registered  # noqa: E402
 
 FAMILY = "qwen2_5_vl"
 EXACT = 2.0
-"""Limit on the error of an exact attention against float64, relative to the error of dense attention in the same dtype."""
+"""Error against float64, relative to dense attention's error in the same dtype, below which attention counts as exact."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the measurements. On a CPU, the same code runs with other sizes."""
+    """Sizes of models, inputs and runs. ``--small`` selects smaller ones."""
 
     words: int
     scored: dict[str, int]
@@ -66,7 +66,7 @@ SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Device, sizes and progress function of the process."""
+    """Settings of the process: device, sizes, progress function and excluded layouts."""
 
     device: torch.device
     sizes: Sizes
@@ -79,12 +79,12 @@ class Run:
 
 
 class Unusable(Exception):
-    """This machine does not support a back end. The message is the package's own."""
+    """This machine does not support a back end. The message comes from the package."""
 
 
 def usable(backend: str, run: Run) -> None:
     if backend == "flex" and run.device.type == "cpu":
-        return  # on CPUs, it is computed without a kernel
+        return  # on CPUs, FlexAttention runs without a kernel
     try:
         attention(backend)
     except ConfigError as error:
@@ -92,7 +92,7 @@ def usable(backend: str, run: Run) -> None:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """Convert an error to the form of a result."""
+    """Convert an error to a result."""
     name = "unusable" if isinstance(error, Unusable) else "error"
     said = str(error).strip().partition("\n")[0][:300]
     return {name: said if name == "unusable" else f"{type(error).__name__}: {said}"}
@@ -157,7 +157,9 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
 
 
 def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
-    """Measure a back end. ``causal`` is one sequence of the same length, as in a supervised step. The others are compared with float64."""
+    """Measure a back end and compare it with float64. ``causal`` is one sequence of the same length, as in a supervised step, and is not
+    compared.
+    """
     if backend != "causal":
         usable(backend, run)
     qkv, weights = attention_inputs(forest, run)
@@ -207,7 +209,7 @@ def attention_inputs(forest: Forest, run: Run) -> tuple[list[Tensor], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def references(forest: Forest, run: Run) -> list[list[Tensor]]:
-    """Return the output and gradients of dense attention with a mask, in float64 and in the dtype of the inputs."""
+    """Return the output and gradients of dense attention with a mask, in float64 and in the inputs' dtype."""
     qkv, weights = attention_inputs(forest, run)
     above = torch.zeros(len(forest.lengths), len(forest.lengths), dtype=torch.bool)
     for node, ancestors in enumerate(forest.ancestors):
@@ -236,8 +238,8 @@ def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> di
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call in seconds over ``repeats`` turns after a warm-up. A turn on a GPU has several calls, because they
-    are queued.
+    """Return a call's median time in seconds over ``repeats`` turns, after a warm-up. On a GPU, which queues calls, a turn has several
+    calls.
     """
     calls = 10 if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):
@@ -259,7 +261,7 @@ def scored(run: Run) -> Iterator[Case]:
         yield f"{texts} texts", functools.partial(layouts, texts)
 
 
-STOCK = ("concatenated", "sparse", "supervised")  # of benchmarks/scoring.py
+STOCK = ("concatenated", "sparse", "supervised")  # layouts of benchmarks/scoring.py
 
 
 def layouts(texts: int, run: Run) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def shared_prefix(backend: str, of: scoring.Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def model_of(run: Run) -> Any:
-    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # for fast tests
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32  # faster on most CPUs
     return scoring.build(FAMILY, run.sizes.visual, run.sizes.scored, run.device, dtype)
 
 
@@ -322,7 +324,7 @@ def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
 
 
 def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, Any]:
-    """Train as one of the ranks. Returns the losses, the median time of a step, and the measured and planned memory."""
+    """Train as one of the ranks. Returns the losses, the median step time, and the measured and planned memory."""
     from cfvlm_ds import engine
 
     free()
@@ -376,7 +378,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train on the same groups with one rank and two micro-batches, and with two ranks. NCCL allows one rank per GPU, so these use gloo."""
+    """Train on the same groups with one rank and two micro-batches, and with two ranks on one GPU (gloo; NCCL does not support this)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")
@@ -422,7 +424,7 @@ PARTS: dict[str, Callable[[Run], Iterator[Case]]] = {
 
 
 def free() -> None:
-    """Release the memory of other parts."""
+    """Release the memory that other parts have cached."""
     for cached in (attention_inputs, references, model_of):
         cached.cache_clear()
     gc.collect()

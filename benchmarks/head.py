@@ -1,4 +1,4 @@
-"""Cost of the output head, forward and backward, with logits of every token or log-probs of scored tokens only.
+"""Cost of the output head, forward and backward, with logits of all tokens and with log-probs of scored tokens only.
 
     python benchmarks/head.py
     python benchmarks/head.py --width 2048 --words 152064 --tokens 704 --scored 64
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]]:
-    """Return (seconds, peak bytes) with logits of every token and of scored tokens only, in turns. The first turn only measures memory."""
+    """Return (seconds, peak bytes) for all tokens and for scored tokens only, which take turns. The first turn only measures memory."""
     place: dict[str, Any] = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     weight = torch.randn(words, arguments.width, **place).requires_grad_()
     hidden = torch.randn(arguments.tokens, arguments.width, **place).requires_grad_()

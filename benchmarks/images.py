@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # a new process, without memory that other counts have fragmented
+    ) as fresh:  # a new process, in which earlier counts have not fragmented memory
         for count, ways in zip(arguments.images, fresh.map(measure, itertools.repeat(arguments), arguments.images), strict=False):
             (cache, cache_time, cache_peak), (row, row_time, row_peak) = ways
             if abs(cache - row) > 1e-4 * abs(row) and arguments.dtype == "float32":
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """Return (loss, seconds, peak bytes) for the cache and for one row, in turns. The first turn measures only memory."""
+    """Return (loss, seconds, peak bytes) for the cache and for one row, which take turns. The first turn only measures memory."""
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)
@@ -104,7 +104,7 @@ def coupled(scores: Scores) -> Tensor:
 
 
 class Engine:
-    """Module with those methods of DeepSpeed's engine that training uses."""
+    """Module with the methods of DeepSpeed's engine that training uses."""
 
     def __init__(self, module: Scorer) -> None:
         self.module = module
@@ -121,7 +121,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images, in place of a batch."""
+    """Consecutive images, with the interface of a batch."""
 
     model_inputs: dict[str, Any]
     first: int
@@ -136,7 +136,7 @@ class Part:
 
 
 def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the trees of several images into one row, like cfvlm_ds.batching.collator."""
+    """Join the trees of several images into one row, as cfvlm_ds.batching.collator does."""
     scored = [len(part["scored"]) for part in parts]
     forests = [part["forest"] for part in parts]
     starts = [sum(forest.bounds[-1] for forest in forests[:k]) for k in range(len(parts))]

@@ -1,14 +1,14 @@
-"""Comparison of objectives from the demo's base in equal CPU time: NLL, DPO with NLL, mDPO, and the default objective with full or light
-contrast.
+"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, and the default objective with
+full or light contrast.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
-    python benchmarks/learning.py --seeds 3            # runs what is missing, at the best rates, one run per core
+    python benchmarks/learning.py --seeds 3            # does the missing runs at the best rates, one per core
     python benchmarks/learning.py --report             # writes the table, docs/learning.png and the demo's table
 
 Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes STEPS steps. Other
-arms take as many steps as fit into the same CPU time. If an arm needs scores of the base, their time counts too. The time of a step is
-measured with two short runs, at the same time as two short runs of the default. Each line of benchmarks/learning/runs.jsonl is a finished
-run, which is not repeated. rates.jsonl has the runs from which a rate was chosen.
+arms take as many steps as fit into the same CPU time, including the time to compute the base's scores if an arm needs them. An arm's time
+per step is measured with two short runs, in parallel with two short runs of the default. Each line of benchmarks/learning/runs.jsonl is a
+finished run, which is not repeated. rates.jsonl has the runs from which the rates were chosen.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ COMMAND = "benchmarks/learning.py --report"
 BASE = "base"
 """Name of the record with the base's results."""
 STEPS, GROUPS = 500, 12
-"""Steps of the default, and groups per step of every arm, as in the demo."""
+"""Number of the default's steps, and of groups per step in every arm, as in the demo."""
 RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
 SHORT, LONG = 10, 50
-"""Steps of two runs. The difference between their times gives the time of a step."""
+"""Numbers of steps in two runs whose difference in time gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
-"""Number of the demo's training groups, of groups in a test set, and of pictures to describe."""
+"""Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, as options for examples/quickstart.yaml. ``scores`` is True if it needs scores of the base."""
+    """An objective, as options for examples/quickstart.yaml. ``scores`` is True if it needs the base's scores."""
 
     title: str
     options: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ def best_rate(arm: str) -> str:
 
 
 def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -> None:
-    """Run the jobs, ``arguments.jobs`` at a time. Before them, a run of one step writes the data."""
+    """Run the jobs, ``arguments.jobs`` at a time, after a run of one step that writes the data."""
     if not jobs:
         return
     out: Path = arguments.out
@@ -158,7 +158,7 @@ def evaluation_sets(world: Path) -> dict[str, Any]:
 
 
 def steps_of(out: Path, arm: str) -> int:
-    """Return the number of steps that an arm can take in the CPU time of the default's steps, minus the time of scores."""
+    """Return the number of steps that an arm can take in the default's CPU time, which also covers scoring with the base if needed."""
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0)
@@ -172,8 +172,8 @@ def steps_of(out: Path, arm: str) -> int:
 
 
 def affordable(own: float, default: float, scored: float) -> int:
-    """Return how many steps of ``own`` seconds fit into the time of the default's steps (``default`` seconds each). Scores of all training
-    groups would take ``scored`` seconds, but only the groups of the steps are scored, each once.
+    """Return the number of steps of ``own`` seconds that fit into the time of the default's steps (``default`` seconds each). Scoring all
+    training groups would take ``scored`` seconds, but only the groups that the steps use are scored, each once.
     """
     per_step = own + scored * GROUPS / TRAIN
     steps = STEPS * default / per_step
@@ -181,7 +181,7 @@ def affordable(own: float, default: float, scored: float) -> int:
 
 
 def score(out: Path) -> float:
-    """Write the scores of the base unless they exist. Returns the CPU time of the scoring in seconds."""
+    """Write the base's scores unless they exist. Returns the CPU time of scoring in seconds."""
     rows = out / "world" / "train.jsonl"
     command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(scores_of(out))]
     return run_process(command, out / "score")
@@ -234,9 +234,9 @@ def processor() -> str:
 
 
 def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
-    """Run a command to the end unless ``folder`` records that it has ended. Returns the CPU time of all its starts in seconds.
+    """Run a command unless ``folder`` records that it has finished. Returns the CPU time of all its starts in seconds.
 
-    The output goes to FOLDER.log. If the file ``leaves`` is missing at the end, the command was stopped and can continue.
+    The output goes to FOLDER.log. If the command ends without the file ``leaves``, it was stopped and can be continued.
     """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
@@ -257,7 +257,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run has a different objective than its command has now. A default may have changed since."""
+    """Exit if a finished run's objective differs from the command's present one, for instance because a default has changed."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config
@@ -302,7 +302,7 @@ def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, An
 
 
 def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw bars of the base and the arms on pictures that contradict habit: means over seeds with 95 % t intervals."""
+    """Draw results on pictures that contradict habit as bars, for the base and each arm: means over seeds with 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")

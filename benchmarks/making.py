@@ -5,10 +5,10 @@
     python benchmarks/making.py FOLDER --parts rules verify     # only some parts
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
-The captions describe a thousand pictures. Each caption has a colour, two nouns, and sides that `flip` exchanges. Twenty captions share a
-street, in which `mine` finds pairs. Each step runs in its own process. Times are CPU seconds. Memory is the peak private memory, without
-the mapped files that all processes share. Verification and scoring take turns on the same candidate groups with the same probes, so their
-forward passes have the same tokens. The script prints the tables of RESULTS.md.
+The captions describe a thousand pictures. Each caption has a colour, two nouns and a side ("left") that `flip` exchanges. Twenty captions
+name the same street, and `mine` finds pairs among them. Each step runs in its own process. Times are CPU seconds. Memory is the peak
+private memory, without mapped files, which all processes share. Verification and scoring take turns on the same candidate groups with the
+same probes, so their forward passes have the same tokens. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def step_of(step: str) -> Callable[[Path, int], dict[str, float]]:
 
 
 def beside(folder: Path, number: int) -> dict[str, float]:
-    """Return the CPU seconds of verifying candidates and of scoring the same groups, each the minimum of three turns."""
+    """Return the CPU seconds to verify candidates and to score the same groups, each the minimum of three turns."""
     import torch
 
     from cfvlm_ds.cli.making import _scoring

@@ -1,20 +1,19 @@
-"""Comparison with other trainers on the same checkpoint and pairs, with K texts of one image in a step. Each trainer runs once on this
-machine.
+"""Comparison with other trainers on the same checkpoint and pairs, with K texts per image. Each trainer runs once on this machine.
 
     python benchmarks/peers.py                                      # every trainer at K = 2, 4 and 8
     python benchmarks/peers.py --peers ours prefix-grouper --texts 8 --out runs/peers-8
 
     ours            the objective `dpo` with stored reference scores
     trl             TRL's DPOTrainer
-    ms-swift        what `swift rlhf --rlhf_type dpo` runs
-    llamafactory    what `llamafactory-cli train` runs at stage `dpo`
+    ms-swift        the trainer that `swift rlhf --rlhf_type dpo` runs
+    llamafactory    the trainer that `llamafactory-cli train` runs at stage `dpo`
     prefix-grouper  shared prefixes in transformers' Qwen2.5-VL, through its attention interface; it is not a trainer, so loss and step are
                     plain torch (DPO with stored reference scores, as in ours)
 
 An image has one chosen text and K - 1 rejected texts. A trainer that only supports pairs gets K - 1 pairs. The other settings are aligned
 as described in benchmarks/trl_dpo.py: float32, sdpa, all weights trained, no gradient checkpointing, AdamW at a constant rate. Only the
-text is scored; for this, ms-swift and LLaMA-Factory get a copy of their Qwen2-VL template without the end of the turn, registered as
-documented. The settings of each trainer are in benchmarks/RESULTS.md.
+text is scored. For this purpose, a copy of the Qwen2-VL template without the end of the turn is registered with ms-swift and LLaMA-Factory,
+as they document. Each trainer's settings are in benchmarks/RESULTS.md.
 
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
 thread. A step consists of forward, backward, clipping and update. Its time is the median CPU time after a warm-up step. Memory is the peak
@@ -98,8 +97,8 @@ def main() -> None:
 
 
 def prepare(folder: Path, settings: trl_dpo.Settings) -> dict[str, float]:
-    """Write the models, and the pairs in every trainer's format, unless the folder exists. Returns the first step's loss according to
-    transformers alone. Exits if the folder was made with other settings.
+    """Write the models, and the pairs in every trainer's format, unless the folder exists. Returns the first step's loss and mean log-probs
+    from transformers alone. Exits if the folder was made with other settings.
     """
     done, wanted = folder / "plain.json", {**vars(settings), "size": SIZE}
     if done.is_file():
@@ -130,7 +129,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
-    """Return rows for ms-swift: messages that end with the chosen answer, and the rejected answer. `<image>` marks the picture."""
+    """Return rows for ms-swift: messages that end with the chosen answer, and a rejected response. `<image>` marks the picture."""
     return [
         {
             "messages": [{"role": "user", "content": f"<image>{pair['question']}"}, {"role": "assistant", "content": pair["chosen"]}],

@@ -66,7 +66,7 @@ def memory(name: str) -> float:
 
 
 class Clock:
-    """Clock that starts a step when a line arrives on standard input, and writes the cost of the step and the trainer's metrics."""
+    """Clock that starts a step when a line arrives on standard input, and writes the step's cost and the trainer's metrics."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.ended, self.reference = out, time.process_time(), 0.0
@@ -93,7 +93,7 @@ class Clock:
         self.write({**times, "peak": memory("VmHWM"), **values})
 
     def forwards_without_gradients(self) -> None:
-        """Measure the outermost forwards without gradients. Within a DPO step, these are the reference model's forwards."""
+        """Time the outermost forwards that run without gradients. Within a DPO step, these are the reference model's forwards."""
         from transformers import PreTrainedModel
 
         inside: list[tuple[torch.nn.Module, float]] = []
@@ -309,7 +309,9 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Any, key: Any, value: Any, seen: Any, module: Any, **named: Any) -> torch.Tensor:
-        """Attend causally from the last positions to the keys that ``seen`` [rows, keys] marks as real. A single prefix needs no mask."""
+        """Attend causally to the keys that ``seen`` [rows, keys] marks as real. The queries are the last positions. A single prefix needs
+        no mask.
+        """
         whole = query.shape[2] == key.shape[2] and bool(seen.all())
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         mask = None if whole else causal & seen[:, None, None]

@@ -1,8 +1,8 @@
 """Manifests of cut-out pictures: natural captions for a base model, counterfactual groups for fine-tuning, and evaluation sets for both.
 
-A counterfactual group has the natural picture and text first, and the changed picture and text second. Each text is true of one picture, so
-a model can only tell them apart by looking. The metric ``factual`` is therefore the accuracy on usual pictures. The other comparison of
-each group is on the picture that contradicts the prior.
+In a counterfactual group, the natural picture and text come first, so the metric ``factual`` is the accuracy on natural pictures. The
+changed picture and text come second, so the group's other comparison is on a picture that contradicts the prior. Each text is true of only
+one picture, so a model has to look at the pictures to choose.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DESCRIBE = (
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
 ASKED = 0.4
-"""Share of natural pictures that get a question, for each applicable type of question."""
+"""Share of natural pictures with a question, for each applicable type of question."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]
@@ -45,9 +45,7 @@ class Maker:
     def row(
         self, name: str, scenes: Sequence[Scene], texts: Sequence[tuple[str, str]], truth: Sequence[Sequence[int]], edit: Row | None = None
     ) -> Row:
-        """Build a row in the package's own format. ``texts`` are (prompt, text) pairs, and ``truth`` has a row of the truth table for each
-        scene.
-        """
+        """Build a row in the package's own format from scenes, (prompt, text) pairs and a truth table with one row per scene."""
         seed = self.rng.random()  # shared by the pictures of a group, so that they differ only in the edit
         images = [{"id": f"i{at}", "path": self._picture(each, Random(seed))} for at, each in enumerate(scenes)]
         said = [{"id": f"t{at}", "prompt": prompt, "text": text} for at, (prompt, text) in enumerate(texts)]
@@ -88,11 +86,11 @@ class Maker:
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
     def _alone(self, thing: Thing) -> Scene:
-        """Return a scene with one thing: either anywhere and of any size, or in a quarter, as in scenes with several things."""
+        """Return a scene with one thing, either of any size and anywhere, or in one quarter, as in scenes with several things."""
         return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
-        """Return a question about the presence of a thing (half of the time, of an absent thing), and its answer."""
+        """Return a question about the presence of a thing, and its answer. Half of the questions are about absent things."""
         if self.rng.random() < 0.5:
             thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
         return self._asked(there_question(thing)), "yes" if thing in there else "no"
@@ -123,8 +121,8 @@ class Maker:
     # counterfactuals --------------------------------------------------------------------------------------------------------------------
 
     def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
-        """Build a group of a usual picture and text and their versions with one change, or of the two pictures and a yes/no question about
-        them.
+        """Build a group from a natural picture and text and a copy of each with one change. With ``as_question`` (only for ``colour``), the
+        texts answer a yes/no question about the two pictures instead.
         """
         rng = self.rng
         if edit == "colour":
@@ -148,8 +146,8 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and its answer comes
-        first.
+        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and the first text is its
+        true answer.
         """
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)
@@ -157,7 +155,7 @@ class Maker:
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def there_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Build a group with a question about the presence of a thing, for a picture of it and a picture of another thing."""
+        """Build a group with pictures of two things, and a question about the presence of one of these things."""
         first, second = self.rng.sample(list(among), 2)
         asked = self.rng.choice((first, second))
         prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")

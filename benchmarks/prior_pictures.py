@@ -37,11 +37,11 @@ COLOURS = {
 }
 """Name -> hue in degrees, saturation and brightness of a recoloured area."""
 HUES = {"red": (346, 373), "orange": (20, 37), "yellow": (38, 62), "green": (64, 165), "blue": (190, 245), "purple": (260, 305)}
-"""Name -> first and last hue in degrees. People disagree on the names of hues between two ranges."""
+"""Name -> first and last hue in degrees. People disagree on the names of the hues between these ranges."""
 SHARE = 0.5
-"""Minimum share of a thing's visible area that must have about the same hue for a natural colour."""
+"""A thing has a natural colour if at least this share of its visible area has about the same hue."""
 NEAR = 32
-"""Largest difference in degrees between a colour's hue and the hues of its lights and shades."""
+"""Largest difference in degrees between a colour's hue and the hues of its highlights and shadows."""
 GLYPH = 109  # the only size of the font's bitmaps
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
@@ -168,7 +168,7 @@ def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def dominant(picture: Image.Image) -> str:
-    """Return the name of the colour that, with its lights and shades, covers most of a cut-out, or "" if there is none."""
+    """Return the name of the colour that, with its highlights and shadows, covers most of a cut-out, or "" if there is none."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     if not part.any() or part.sum() < SHARE * (alpha > 0.5).sum():
@@ -177,7 +177,7 @@ def dominant(picture: Image.Image) -> str:
 
 
 def recoloured(picture: Image.Image, new: str) -> Image.Image:
-    """Recolour the main area of a cut-out, including its lights and shades. Areas with another hue are unchanged."""
+    """Recolour the main area of a cut-out, including its highlights and shadows. Areas with another hue are unchanged."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     middle, medians = _middle_hue(hsv[part][:, 0]), np.median(hsv[part], 0)
@@ -214,7 +214,9 @@ def _middle_hue(hues: np.ndarray) -> float:
 
 
 def things(source: Path, held_out: float = 0.25) -> list[Thing]:
-    """Return the things of an emoji font (.ttf) or a folder of cut-outs (NAME.png with opacity). The split depends only on the name."""
+    """Return the things in an emoji font (.ttf) or a folder of cut-outs (NAME.png with transparency). A thing's split depends only on its
+    name.
+    """
     if not source.exists():
         raise SystemExit(
             f"{source} is missing; install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf or a folder of cut-outs with --font"
@@ -249,7 +251,7 @@ def _glyphs(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
-    """Return the characters of BLOCKS for which a font has a picture. Pictures are as wide as they are high."""
+    """Return the characters in BLOCKS for which a font has a picture. Pictures are as wide as they are high."""
     characters = [chr(code) for first, end in BLOCKS for code in range(first, end) if unicodedata.name(chr(code), "")]
     return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
 
@@ -260,7 +262,7 @@ def num_pictures(source: Path) -> int:
 
 
 def cropped(picture: Image.Image) -> Image.Image:
-    """Crop the empty margin of a picture."""
+    """Crop a picture's empty margins."""
     return picture.crop(picture.getchannel("A").point(lambda value: 255 * (value > 127)).getbbox())
 
 
@@ -297,7 +299,7 @@ class Scene:
         return canvas
 
     def _places(self, rng: Random) -> list[tuple[float, float, float]]:
-        """Return the left edge, top edge and side length of each thing's part. Additional things in quarters do not move the first ones."""
+        """Return the left edge, top edge and side length of each thing's part. In a grid, additional things do not move the first ones."""
         half = SIDE / 2
         if self.layout == "free":
             side = rng.uniform(0.55, 0.95) * SIDE

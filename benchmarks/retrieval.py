@@ -59,7 +59,7 @@ def chosen(rows: Any, number: int) -> list[dict[str, Any]]:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a group for each row's first picture, with the captions of all rows. Only its own caption is known to be true."""
+    """Return a group for each row's first picture, with the captions of all rows. Only the picture's own caption is known to be true."""
     texts = [{"id": f"t{place}", "text": row["texts"][0]["text"]} for place, row in enumerate(rows)]
     return [
         {
@@ -75,7 +75,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def takes_part(rows: Sequence[dict[str, Any]]) -> list[list[bool]]:
-    """Return, by picture (row) and caption (column), whether the two are compared: the caption is the picture's own or false of it."""
+    """Return a mask [pictures, captions] of the pairs to compare: each picture with its own caption and with captions false of it."""
     keys = [row["texts"][0]["key"] for row in rows]
     return [[i == c or key not in row.get("exclude", ()) for c, key in enumerate(keys)] for i, row in enumerate(rows)]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
-    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # from this file
+    python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # only draws this file's figure
     python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, which fork their state
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
@@ -75,7 +75,7 @@ def main() -> None:
     cases = itertools.product(arguments.family, arguments.visual, arguments.texts)
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # a new process, without memory that earlier rows have fragmented
+    ) as fresh:  # a new process, in which earlier rows have not fragmented memory
         for row in fresh.map(measured, *zip(*cases, strict=True), itertools.repeat(arguments)):
             rows.append(row)
             show(row, first=len(rows) == 1)

@@ -27,8 +27,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def measured(command: list[str], first: str = "") -> tuple[float, float, float]:
-    """Return the wall-clock seconds until a line that matches ``first`` (0 without such a line), the wall-clock seconds until the end, and
-    the CPU seconds.
+    """Run a command. Returns the wall-clock seconds until its first line that matches ``first`` (0 if none does), the wall-clock seconds
+    until its end, and its CPU seconds.
     """
     before, started, seen = os.times(), time.monotonic(), 0.0
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -187,7 +187,7 @@ def prepare(folder: Path, settings: Settings, size: dict[str, int] = SIZE) -> No
 
 
 def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) -> None:
-    """Write the family's small checkpoint in another size, with queries so large that positions and masks matter."""
+    """Write a Qwen2.5-VL checkpoint of the given ``size``, with random queries so large that positions and masks matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
         config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl", partial)
@@ -211,7 +211,7 @@ def write_model(out: Path, settings: Settings, size: dict[str, int], seed: int) 
 
 
 def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
-    """Write groups of one noise image with captions, and return them. Images have the configured number of visual tokens."""
+    """Write groups, each with one noise image and several captions, and return them. An image has ``settings.visual`` visual tokens."""
     generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
     captions = sorted({describe([draw_scene(generator, STRENGTH)], str(number))[0] for number in range(2000)})
     groups = []
@@ -228,7 +228,7 @@ def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
 
 
 class Ours:
-    """Our side: the objective `dpo` with stored reference scores, through collator, scorer, weighted loss and AdamW, without DeepSpeed."""
+    """This package's side: collator, scorer, the objective `dpo` with stored reference scores, and AdamW, without DeepSpeed."""
 
     def __init__(self, folder: Path, settings: Settings, attention: str = "auto") -> None:
         model = load_model(ModelConfig(str(folder / "policy"), attn_implementation=attention), torch.float32)
@@ -259,8 +259,8 @@ class Ours:
         return {**times, "loss": loss.item(), "chosen": chosen, "rejected": rejected, "grad_norm": norm.item()}
 
     def tokens(self) -> list[dict[str, list[int]]]:
-        """Return the ids of prompt and text for every pair of the first batch, in the format of benchmarks/peers_side.py (chosen texts
-        first).
+        """Return the token ids of prompt and text for every pair of the first batch, in the format of benchmarks/peers_side.py (chosen
+        texts first).
         """
         batch = self.collator(self.batch(0))
         ids, forest, ends = batch.model_inputs["input_ids"][0].tolist(), batch.model_inputs["forest"], batch.layout.num_end_tokens[:, 0]

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
 The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward of the engine per text.
-The second step is measured: by then, DeepSpeed knows the order of modules and prefetches. No parameter stays gathered.
+The second step is measured, because DeepSpeed has then recorded the order of modules and prefetches. Weights are released after each use.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Layout(nn.Module):
 
 @contextmanager
 def gathered() -> Iterator[list[int]]:
-    """Yield a list. Each collective within the block appends the number of elements that it gathers."""
+    """Yield a list to which each collective within the block appends the number of elements that it gathers."""
     counts: list[int] = []
     originals = {name: getattr(comm, name) for name in ("allgather_fn", "all_gather_into_tensor", "all_gather_coalesced")}
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(PAGE.parents[1]))  # the options of this checkout, not of
 
 
 def page() -> str:
-    """Return the text of configuration.md with the present options."""
+    """Return the text of configuration.md with the current options."""
     written, _, _ = PAGE.read_text().partition(MARK)
     return written + MARK + options()
 
@@ -32,7 +32,7 @@ def options() -> str:
 
 
 def _section(prefix: str, section: Any, kind: str | None) -> str:
-    """Return a section's heading, description and table, and the sections inside it. ``kind`` is ``on_resume`` of options without one."""
+    """Return a section's heading, description and table, followed by its nested sections. ``kind`` is the default of ``on_resume``."""
     said: dict[str, str] = {}
     for each in reversed(section.__mro__):
         said |= _arguments(each)
@@ -42,7 +42,7 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
             raise SystemExit(f"{section.__name__}.{option.name} has no sentence under Args, which the reference needs")
         hint, own = hints[option.name], option.metadata.get("on_resume") or kind
         nested = next(filter(dataclasses.is_dataclass, _parts(hint)), None)
-        kinds = {typing.get_origin(part) for part in _parts(hint)}  # several by name, or in a list
+        kinds = {typing.get_origin(part) for part in _parts(hint)}  # for sections in a dict or list
         several = "NAME." if dict in kinds else f"{nested.__name__.upper()}." if nested and list in kinds else ""
         if nested:
             inside.append(_section(f"{prefix}{option.name}.{several}", nested, own))
@@ -102,7 +102,7 @@ _ENDLESS = 2**53
 
 
 def _plain(text: str) -> str:
-    """Return a docstring's text on one line, with Markdown's quotes."""
+    """Return a docstring's text on one line, with Markdown's backquotes."""
     return " ".join(text.replace("``", "`").split())
 
 

@@ -1,7 +1,7 @@
-"""mkdocs hooks: pages from outside docs/, and links to them.
+"""mkdocs hooks that add pages from outside docs/ to the site and convert links between pages.
 
-The pages of the root keep the links that work where they are read as files; here each is found again at its place in the site, and one that
-leads nowhere is a warning, which `mkdocs build --strict` makes an error. So is a file in backquotes that the repository does not have.
+In the source, links are relative to the file, so that they work in the repository. These hooks convert them to links on the site. A link to
+a missing file, or a missing file named in backquotes, causes a warning, which `mkdocs build --strict` turns into an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/TRIALS.md")
 HISTORY = ("CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/TRIALS.md")
-"""Pages that may name files which are no more."""
+"""Pages that may name files that no longer exist."""
 
 log = logging.getLogger("mkdocs.hooks.cfvlm_ds")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -28,14 +28,14 @@ _PATH = re.compile(r"`((?:cfvlm_ds|tests|slurm|examples|docs|benchmarks|ds_confi
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The pages of the root join those of docs/."""
+    """Add ROOT_PAGES to the pages of docs/."""
     for page in ROOT_PAGES:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Convert links between files of the repository into links between pages, and warn of files that do not exist."""
+    """Convert links between files in the repository into links between pages, and warn of files that do not exist."""
     uri = page.file.src_uri
     if uri not in HISTORY:
         for named in _PATH.findall(markdown):
@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _relinked(link: re.Match[str], uri: str) -> str:
-    """A link from a file of the repository to another one, as a link from page to page."""
+    """Return the link between pages for a link between files in the repository."""
     before, target, anchor = link[1], link[2], link[3] or ""
     if "://" in target or target.startswith("mailto:"):
         return link[0]

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 PATIENCE = 120.0
-"""Time limit of a command in seconds, after which a test that waits in vain fails."""
+"""Time limit of a command in seconds, after which the test fails."""
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -31,7 +31,7 @@ class Browser:
     def __init__(self, command: str) -> None:
         self._profile = tempfile.TemporaryDirectory(
             ignore_cleanup_errors=True
-        )  # the browser's processes end one by one, and write files until then
+        )  # the browser's processes end one by one and write files until they end
         take, give_in = os.pipe()
         take_out, give = os.pipe()
         options = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]

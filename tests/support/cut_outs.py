@@ -1,4 +1,4 @@
-"""Test data for the benchmark of real priors: named shapes of one colour instead of emojis, and a language model with random weights."""
+"""Test data for benchmarks/real_prior.py: named shapes of one colour instead of emojis, and a language model with random weights."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def nothing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(*steps: int) -> Iterator[None]:
-    """Make the system refuse files of more than 50 KB on rank 1, in the saves at these steps."""
+    """Make the system refuse files of more than 50 KB on rank 1 while checkpoints of these steps are saved."""
     save = checkpoint.save
 
     def limited(engine, state, *arguments):  # type: ignore[no-untyped-def]
@@ -107,7 +107,7 @@ def between() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """Objective of value 0 with a fault at one group: the loss or only its gradient is not finite, or 1 PiB is allocated."""
+    """Objective of value 0 with a fault in one group: a non-finite loss, a non-finite gradient, or an allocation of 1 PiB."""
 
     weight: float = 0.0
     warmup: float = 0.0
@@ -135,7 +135,7 @@ OBJECTIVES["planted"] = Planted
 
 @contextlib.contextmanager
 def left_out(number: int) -> Iterator[None]:
-    """Make step ``number`` read its data and do nothing else, as a skipped step should."""
+    """Make step ``number`` only read its data, as a skipped step should."""
     take = OptimizerStep.take
 
     def stepped(step, at, batches, *arguments):  # type: ignore[no-untyped-def]
@@ -229,7 +229,7 @@ def slow_gathers(delay: float, told: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def branched(source: str) -> Iterator[None]:
-    """Copy another run's folder, from which this run continues."""
+    """Copy another run's folder. This run resumes in the copy."""
     if rank() == 0:
         shutil.copytree(source, source.replace("broken", "allowed"))
     dist.barrier()

@@ -38,9 +38,7 @@ def _start_server() -> None:
 
 
 def start(number: int, function: str, *arguments: object, said: Path) -> list[ForkServerProcess]:
-    """Start ``MODULE:FUNCTION`` on ``number`` ranks, each in a session of its own. The output of a rank is appended to
-    ``said/rank-RANK.log``.
-    """
+    """Start ``MODULE:FUNCTION`` on ``number`` ranks, each in its own session. A rank's output is appended to ``said/rank-RANK.log``."""
     _start_server()
     shared = environment() | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -55,7 +53,7 @@ def start(number: int, function: str, *arguments: object, said: Path) -> list[Fo
 
 def _rank(variables: dict[str, str], function: str, arguments: Sequence[object], said: Path) -> None:
     assert "preloaded" in sys.modules, "ranks would each import everything"
-    multiprocessing.set_start_method("fork", force=True)  # for data workers: the default in an ordinary process
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in an ordinary process
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank survives an interrupted test
     os.setsid()
     os.chdir(REPO)
@@ -68,8 +66,8 @@ def _rank(variables: dict[str, str], function: str, arguments: Sequence[object],
 
 
 def take(variables: Mapping[str, str]) -> None:
-    """Replace the environment with these variables. The server keeps the variables of the test that started it, such as a tracking
-    server's.
+    """Replace the environment with these variables. The fork server still has variables of the test that started it, such as a tracking
+    server's address.
     """
     for name in os.environ.keys() - variables.keys() - {"PYTHONPATH"}:
         del os.environ[name]
@@ -90,7 +88,7 @@ def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None =
 
 
 def train_all(listed: Path) -> None:
-    """Run trainings in order. Each line of the file has the options of one training as a JSON list."""
+    """Execute training runs in order. Each line of the file holds one run's options as a JSON list."""
     from cfvlm_ds.cli.train import run
 
     for line in listed.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Training runs that each write watched.json. It counts how often the vision tower's modules ran and how often ZeRO-3 gathered its weights,
+"""Training runs that each write watched.json: how often the vision tower's modules ran, and how often ZeRO-3 gathered the tower's weights,
 before and after the feature cache was filled.
 """
 
@@ -43,7 +43,7 @@ def gathered(self, params, forward):  # type: ignore[no-untyped-def]
 
 
 def train_all(listed: Path) -> None:
-    """Run trainings like ``forkserver_ranks.train_all``."""
+    """Execute training runs like ``forkserver_ranks.train_all``."""
     global phase
     engine.initialize, training.precompute_features = watched, filled
     setattr(PartitionedParameterCoordinator, GATHER, gathered)

@@ -1,7 +1,7 @@
 """train.py with a phase that never ends, or with evaluation forwards that take half a second longer. The file ``mark`` appears when the
 wait begins.
 
-The phase waits in the C library, like a collective or a decoder, so Python's signal handlers do not run meanwhile.
+The phase waits in the C library, like a collective or a decoder, so Python's signal handlers cannot run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def held(mark: Path, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def train(where: str, mark: str, arguments: Sequence[str]) -> None:
-    """Train with a hold at ``where``: a function that cfvlm_ds.training's run or trainer calls, or "evaluation"."""
+    """Train with a wait in ``where``: the name of a function that cfvlm_ds.training.run or trainer calls, or "evaluation"."""
     if where == "evaluation":
         forward = DeepSpeedEngine.forward
 
@@ -42,7 +42,7 @@ def train(where: str, mark: str, arguments: Sequence[str]) -> None:
         DeepSpeedEngine.forward = slow
         tracker = run.tracker_of
 
-        def begun(*details: Any) -> Any:  # the earlier check of scores also runs forwards in evaluation mode
+        def begun(*details: Any) -> Any:  # the self-check before this point also runs forwards in evaluation mode
             Path(mark).parent.joinpath("begun").touch()
             return tracker(*details)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Chromium for the tests that look at pages (a Debian package); nothing to do where there is one, or where CHROMIUM names one.
+# Installs Debian's headless Chromium for the tests of pages, unless a Chromium is installed or CHROMIUM names one.
 set -euo pipefail
 [ -n "${CHROMIUM:-}" ] && exit 0
 for name in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do
@@ -11,5 +11,5 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null || # Ubuntu's chromium is a snap, which no pipe reaches
+apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null || # Ubuntu's chromium is a snap, which cannot be controlled over a pipe
     { echo "there is no package chromium-headless-shell here; install a Chromium, and name it in CHROMIUM" >&2; exit 1; }

@@ -1,7 +1,7 @@
 """Repeated kill -9 of a random rank at random times during one run, until the run ends. Part of ``make test-long``.
 
 Every round restarts the training and kills one rank some steps later, or during the start. The last checkpoint is compared bit for bit with
-an uninterrupted run's. Prints a row for docs/reliability.md.
+that of an uninterrupted run. The script prints a row for docs/reliability.md.
 """
 
 from __future__ import annotations

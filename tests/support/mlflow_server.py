@@ -15,7 +15,7 @@ from conftest import free_port, wait_for
 
 
 class Server:
-    """MLflow server in a session of its own, so that its workers are killed with it."""
+    """MLflow server in its own session, so that its workers are killed with it."""
 
     def __init__(self, folder: Path, arguments: list[str] | None = None) -> None:
         store = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--artifacts-destination", str(folder / "files")]

@@ -1,7 +1,7 @@
 """Simulated accelerator: its tensors hold real values in CPU memory, and behave as if they were on a device.
 
-An operation on tensors of two devices raises an error as on CUDA. Everything that makes the host wait for the device is counted, by place
-in the code. The module changes torch for the whole process, so tests use it in a separate process.
+An operation on tensors of two devices raises an error, as on CUDA. Each wait of the host for the device is counted, by place in the code.
+The module changes torch for the whole process, so tests use it in a separate process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 WAITS: Counter[str] = Counter()
-"""Number of times the host has waited, by function of the model, or by operation if only the backward pass is on the stack."""
+"""Number of host waits, keyed by model function, or by operation if the stack contains only the backward pass."""
 CALLS: list[dict[str, Any]] = []
 """Arguments of the calls to flash-attn's kernel."""
 
@@ -173,7 +173,7 @@ def move(module: nn.Module) -> None:
 
 
 def there(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor on the device."""
+    """Return the values of a device tensor as a CPU tensor."""
     assert isinstance(tensor, _Pretend)
     return tensor.there
 

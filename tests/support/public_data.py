@@ -38,7 +38,7 @@ class Said(NamedTuple):
 
 
 def said_of(k: int, prompt: Prompt, *texts: str, match: tuple[tuple[int | None, ...], ...] = ((1, 0),), others: bool = False) -> Said:
-    """Build the contents of row k: texts that answer one prompt about its picture and, with ``others``, about another picture too."""
+    """Build the contents of row k: texts that answer one prompt about the row's picture and, with ``others``, about another picture."""
     images = ((numbered(k),), (other(k),)) if others else ((numbered(k),),)
     return Said(images, (prompt,) * len(texts), texts, tuple(line[: len(texts)] for line in match))
 
@@ -77,7 +77,7 @@ Writer = Callable[[Path, int], Written]
 
 
 def of_rows(row: Callable[[int], Row], format: str, listed: bool = False) -> Writer:
-    """Return a writer of a file with the rows ``row(k)``, as JSON lines or one list, and of its pictures."""
+    """Return a function that writes pictures, and a file of the rows ``row(k)`` as JSON lines or, with ``listed``, as one JSON list."""
 
     def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
@@ -211,7 +211,7 @@ def preference_query(k: int) -> Row:
 
 
 def preference_v1(k: int) -> Row:
-    """Build a row like LLaMA-Factory's v1 samples: whole conversations, with values in parts and weights of messages."""
+    """Build a row like LLaMA-Factory's v1 samples: whole conversations of weighted messages, which consist of parts."""
     parts = [{"type": "image_url", "value": shown(k)}, {"type": "text", "value": asked(k)}]
     return {
         f"{name}_messages": [
@@ -223,7 +223,7 @@ def preference_v1(k: int) -> Row:
 
 
 def kto(row: Callable[[int, str], Row], label: str) -> Writer:
-    """Return a writer of KTO rows with an answer and a label. A question's two answers are not adjacent, and some rows occur twice."""
+    """Return a function that writes KTO rows (answer and label). A question's two answers are not adjacent, and some rows occur twice."""
 
     def write(folder: Path, rows: int) -> Written:
         write_pictures(folder)
@@ -273,7 +273,7 @@ def swift_said(k: int) -> Said:
 
 
 def coco(folder: Path, rows: int) -> Written:
-    """Write a file like captions_val2017.json: lists of images and annotations, with five captions per image out of order, one twice."""
+    """Write a file like captions_val2017.json: images and annotations, with five non-adjacent captions per image and one duplicate."""
     write_pictures(folder, lambda k: f"{k:012d}.png")
     images = [{"license": 4, "file_name": f"{numbered(k):012d}.png", "flickr_url": "http://x/y.jpg", "id": 1000 + k} for k in range(rows)]
     annotations = [

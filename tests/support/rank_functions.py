@@ -22,7 +22,7 @@ from cfvlm_ds.training.samples import Samples
 
 
 def stand_still(folder: Path, ended: bool) -> None:
-    """Make rank 2 of 3 hang while it reads data, or end there, while the others wait for it."""
+    """Make rank 2 of 3 hang or, if ``ended``, exit while it reads data. The other ranks wait for it."""
     rank = int(os.environ["RANK"])
     (folder / f"ready-{rank}").touch()
     while len(list(folder.glob("ready-*"))) < 3:  # in a run, the process group does this
@@ -36,7 +36,7 @@ def stand_still(folder: Path, ended: bool) -> None:
 
 
 def seeing_siblings(options: Sequence[str]) -> None:
-    """Train with an attention in which the texts of an image see each other."""
+    """Train with a faulty attention in which an image's texts attend to each other."""
     right = attention._padded
     attention._padded = lambda forest, *sight: right(
         attention.Forest(forest.lengths, tuple(node - 1 if parent >= 0 else -1 for node, parent in enumerate(forest.parents))), *sight
@@ -45,7 +45,7 @@ def seeing_siblings(options: Sequence[str]) -> None:
 
 
 def losing_pictures(options: Sequence[str]) -> None:
-    """Train with a rank 1 that cannot open pictures while samples are written."""
+    """Train, but make pictures unreadable on rank 1 while samples are written."""
     write, opened = Samples.write, image_source.open_image
 
     def lost(path: Path, *limits: int) -> None:
@@ -61,7 +61,7 @@ def losing_pictures(options: Sequence[str]) -> None:
 
 
 def counted(listed: Path) -> None:
-    """Run trainings, and print how often the first blocks of the tower and of the language model ran in training mode."""
+    """Execute training runs, and print how often the first blocks of the tower and the language model ran in training mode."""
     initialize, tower, language = engine.initialize, list[int](), list[int]()
 
     def counting(*arguments: Any) -> Any:
@@ -79,7 +79,7 @@ def counted(listed: Path) -> None:
 
 
 def traced(listed: Path) -> None:
-    """Run trainings, and print for each step how often modules ran in a different order than ZeRO-3 had recorded."""
+    """Execute training runs, and print for each step how often the order of modules differed from the one that ZeRO-3 had recorded."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     from cfvlm_ds.training.step import OptimizerStep

@@ -1,4 +1,4 @@
-"""Plain-torch twin of the training loop for one process, without shared code: MODEL_DIR MANIFEST STEPS -> the losses as a JSON list.
+"""Plain-torch version of the training loop for one process, without shared code: MODEL_DIR MANIFEST STEPS -> the losses as a JSON list.
 
 It implements train.yaml: NLL of the factual pair + 0.5 x mean NLL of the other true pairs, 0.5 x cross CSD, 0.7 x symmetric FCD, margins of
 0.25 and 0.30 nats per anchor token, 16 groups per step, AdamW, cosine schedule after 20 % warm-up, clipping at 1.

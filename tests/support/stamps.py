@@ -1,4 +1,4 @@
-"""Proposed edits of captions from elsewhere (Tux Paint's stamps, GPL-2, or a file), for people to judge.
+"""Proposed edits, for people to judge, of captions from other sources: Tux Paint's stamps (GPL-2) or a file.
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python tests/support/stamps.py stamps --seed 11 > fresh.txt              # edits that have not been judged yet
@@ -28,7 +28,7 @@ COCO = JUDGED.with_name("coco_judged.txt")
 
 
 def captions(source: Path) -> list[str]:
-    """Return the first line of the text file of each picture, or the lines of a file, without duplicates."""
+    """Return the first line of each picture's text file, or the lines of a file, without duplicates."""
     if source.is_file():
         return sorted({line.strip() for line in source.read_text("utf-8").splitlines() if line.strip()})
     files = (source / "usr/share/tuxpaint/stamps").rglob("*.txt")
@@ -36,7 +36,7 @@ def captions(source: Path) -> list[str]:
 
 
 def edits(listed: list[str], seed: int, per_type: int = PER_TYPE) -> list[tuple[str, str, str]]:
-    """Return (type, caption, text) of edits that the rules allow, at most ``per_type`` of each type for a caption."""
+    """Return (type, caption, text) of the edits that the rules allow, at most ``per_type`` of each type for a caption."""
     listed_edits = []
     for caption in listed:
         allowed = edits_of(caption, TYPES)

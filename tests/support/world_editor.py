@@ -66,7 +66,7 @@ def fault_of(seed: int, share: float) -> str:
 
 
 def failed(before: Scene, after: Scene, fault: str, seed: int) -> Scene:
-    """Return the scene that is drawn instead of the edited one."""
+    """Return the scene that a faulty attempt draws instead of ``after``."""
     rng = Random(f"failed/{seed}")
     if fault == "nothing":
         return before
