@@ -184,7 +184,7 @@ class MarginTerm(Objective):
         return self.token_credit
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return the comparisons as (violation, mask), each [G, ...]. ``similarity`` [G, I, C] are scores after ``len_norm`` and ``pmi``."""
+        """Return (violation, mask), each [G, ...], for scores ``similarity`` [G, I, C] after ``len_norm`` and ``pmi``."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:
