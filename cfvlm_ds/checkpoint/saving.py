@@ -1,8 +1,8 @@
-"""Checkpoint saving: writes DeepSpeed's shards and the training loop's state to a folder that gets its final name when it is complete.
+"""Checkpoint saving: atomically writes DeepSpeed's shards and the training loop's state.
 
-A checkpoint is written as ``checkpoint-STEP.partial`` and renamed to ``checkpoint-STEP`` at the end. Each rank flushes its files to disk
-and computes their CRC-32 while writing them. ``complete.json`` lists sizes and checksums. A run never resumes from a folder whose files do
-not match this list. Layout::
+A checkpoint is written as ``checkpoint-STEP.partial`` and renamed to ``checkpoint-STEP`` when it is complete. Each rank computes the CRC-32
+of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. A run never resumes from a folder
+whose files do not match this list. Layout::
 
     checkpoint-STEP/
         complete.json                     step, number of ranks, size and CRC-32 of every file, training loop state (state.py)
@@ -92,7 +92,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
-    """Delete the checkpoints that ``save`` does not keep. Checkpoints of later steps than ``state.step`` are left alone."""
+    """Delete the checkpoints that ``save`` does not keep. Checkpoints of steps after ``state.step`` are left alone."""
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():
         if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
@@ -104,7 +104,7 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
-        failures.append(str(error).partition("\n")[0])  # storing the error itself would keep the broken file open and its space in use
+        failures.append(str(error).partition("\n")[0])  # storing the error itself would keep the broken file open and its disk space in use
 
 
 def write_error(failure: str, folder: Path) -> str:

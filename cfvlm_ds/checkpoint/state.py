@@ -74,7 +74,7 @@ class TrainState:
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError if another version wrote a record. The message names ``what``, the record's file or run folder."""
+    """Raise ConfigError if another version of this package wrote a record. ``what`` is the record's file or run folder, for the message."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

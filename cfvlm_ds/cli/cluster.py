@@ -25,7 +25,7 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
 
     Args:
         folder: shared folder, to which every node writes one line.
-        timeout_s: time limit in seconds, once for the connection of all tasks and once for the collective.
+        timeout_s: time limit in seconds, applied separately to the connection of all tasks and to the collective.
     """
     from cfvlm_ds.cluster.node_check import check
 

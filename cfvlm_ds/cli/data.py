@@ -54,7 +54,7 @@ def _prepare(
     reading: Reading,
 ) -> None:
     """Check a data set and write it as a store for training. With shards, run --shard I/N for every I, wait until all have ended, and run
-    them all again. The first round checks the pictures, the second writes the rows, and its last shard completes the store.
+    them all again. The first round checks the pictures. The second round writes the rows, and its last shard completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
@@ -144,7 +144,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
     Args:
         manifest: data in any known format.
         out: file to write.
-        on_error: with skip, leave out and list rows that are invalid or have a broken picture.
+        on_error: with skip, leave out rows that are invalid or have a broken picture, and list them.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -162,7 +162,7 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
     Args:
         manifest: data in any known format.
         out: JSON Lines file to write; the pictures go to the folder OUT.pictures next to it.
-        on_error: with skip, leave out and list rows whose pictures cannot be fetched.
+        on_error: with skip, leave out rows whose pictures cannot be fetched, and list them.
         threads: number of parallel downloads.
     """
     from cfvlm_ds.data.download import COLUMNS, download

@@ -1,4 +1,4 @@
-"""``cfvlm-ds describe``: a model's texts about pictures, or its ranking of several texts."""
+"""``cfvlm-ds describe``: texts that a model writes about pictures, or its ranking of several texts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print a model's texts about pictures, or rank several texts by their likelihood. Without picture arguments, paths are read from
-    standard input.
+    """Print texts that a model writes about pictures, or rank several texts by their likelihood. Without picture arguments, paths are read
+    from standard input.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 

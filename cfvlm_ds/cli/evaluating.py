@@ -200,7 +200,7 @@ def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
 
     results, metrics = read_results(out), dict[str, float]()
     for each in results:
-        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # another probe must not rename metrics
+        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # other probes must not rename metrics
         metrics |= logged(each.called if usual else each.place, each.metrics)
     before, step = previous_run(out, experiment) or ({}, None)
     changed = {name: value for name, value in metrics.items() if before.get(name) != value}

@@ -77,7 +77,7 @@ def _edit(work: str, *, options: EditOptions, part: Part) -> None:
     Example: cfvlm-ds data edit W --with flip,diffusers --model DIR --attempts 4
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder that `data propose` created.
     """
     from cfvlm_ds.counterfactuals.edit.step import edit
 
@@ -99,7 +99,7 @@ def _verify(
     Example: cfvlm-ds data verify W --scorer Qwen/Qwen2.5-VL-7B-Instruct
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder that `data propose` created.
         calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds margin and
             drop are fitted to the labels and written to W/thresholds.json.
         precision: precision that the thresholds must reach.
@@ -129,7 +129,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
     Example: cfvlm-ds data select W --out groups.jsonl
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder that `data propose` created.
         out: file of groups to write.
     """
     from cfvlm_ds.counterfactuals.select import select
@@ -267,7 +267,7 @@ def _print_roots(roots: Sequence[str]) -> None:
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
-    """Return a function that scores groups with a model, and the identity of its weights."""
+    """Return a function that scores groups with a model, and the identity of the model's weights."""
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS

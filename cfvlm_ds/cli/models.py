@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Write reference and blind scores of a manifest, for DPO and PMI.
+    """Write a manifest's reference scores (for DPO) and blind scores (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 

@@ -95,7 +95,7 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add a command that calls ``function`` to ``parent``. Its help is the docstring's first paragraph, example and Args.
+    """Add to ``parent`` a command that calls ``function``. The command's help is the docstring's first paragraph, example and Args.
 
     Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. Metadata
     of Annotated are passed to add_argument.

@@ -76,7 +76,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
-    """Return the configuration. If the run would first build its model, build it in ``folder`` and use it in the configuration."""
+    """If the run would build its model first, build it in ``folder``. Returns the configuration, with the built model if there is one."""
     name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
     if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
         return config

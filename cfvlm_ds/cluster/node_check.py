@@ -1,6 +1,6 @@
 """Node check of a Slurm job: before the ranks start, one task per node runs and identifies broken nodes.
 
-Each task checks its node's GPUs, connects to the first node's TCP store, and compares its packages and code with those on the first node.
+Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's.
 All tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
 ``bad: WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes no line cannot start Python, sees a different file system, or
 does not respond. slurm/launch.sh reports such nodes as well.
@@ -31,8 +31,8 @@ FLOOR = "CFVLM_MIN_GB_S"
 def check(folder: Path, timeout_s: float) -> str:
     """Check this node, in a task of ``srun --ntasks-per-node=1``. Writes the result line to ``folder`` and returns it.
 
-    Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is a limit in seconds, once for the connection of all tasks
-    and once for the collective. Raises OSError if ``folder`` does not exist or cannot be written.
+    Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is a time limit in seconds that applies separately to the
+    connection of all tasks and to the collective. Raises OSError if ``folder`` does not exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)

@@ -261,8 +261,8 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time), in addition to the longest time
-            between two votes so far, including any evaluation or checkpoint.
+        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time) for a step and a checkpoint, in
+            addition to the longest time between two votes so far. Evaluations and checkpoints count in the time between votes.
     """
 
     def __init__(self, margin_s: float) -> None:

@@ -106,7 +106,7 @@ def ramp(objective: Objective, progress: float) -> float:
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return this micro-batch's share of the step's loss, for the backward pass, and each term's unweighted share.
+    """Return (loss, shares): this micro-batch's share of the step's loss, and each term's unweighted share.
 
     Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
     up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed

@@ -24,7 +24,7 @@ class Align(Objective):
         weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
         counterfactual: weight of the group's other true pairs.
-        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual prompt.
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where texts c answer T_0's prompt.
         temperature: tau of the InfoNCE; it divides the scores after ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
         pmi: multiple of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.

@@ -49,7 +49,7 @@ class DivergenceTerm(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastDistill(DivergenceTerm):
-    """KL(t || p) at a true text's tokens, where t is VCSD's target (arXiv 2607.21556) and p the distribution on the text's own image.
+    """KL(t || p) at a true text's tokens, where t is VCSD's target (arXiv 2607.21556) and p is the distribution on the text's own image.
 
     t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the contrast image. The target
     favours tokens that are likelier on the text's own image. The teacher is the current model without a gradient, and the texts come from

@@ -64,7 +64,7 @@ class Objective(Protocol):
 
     @property
     def needs_blank(self) -> bool:
-        """True if the objective needs the blank picture as the last image. It costs as much as any other image with all of the texts."""
+        """True if the objective needs the blank picture as the last image, which costs as much as any other image."""
         return False
 
     @property
@@ -104,12 +104,12 @@ def mean_over(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def has_any(mask: Tensor) -> Tensor:
-    """Return [G] bool: True for groups with at least one true entry."""
+    """Return a mask [G] of the groups with at least one true entry."""
     return mask.flatten(1).any(1)
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return a score of 0 for every cell. With such scores, denominators count comparisons; the count depends only on the layout."""
+    """Return a score of 0 for every cell. Denominators use such scores to count comparisons, because only the layout affects the count."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
@@ -152,8 +152,8 @@ class MarginTerm(Objective):
         len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own`` token count, or ``none``.
         pmi: multiple of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
-            tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 in a text that is true, or
-            false, of all images.
+            tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
+            images or false of all images.
     """
 
     weight: float = 1.0

@@ -15,7 +15,7 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO between texts on every image, and on both images of each counterfactual pair with a penalty on unequal gaps.
+    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair, which penalises unequal gaps.
 
     Let r = log p - log p_reference, where the reference comes from ``--data.scores``. The gap between two texts is d_k = r_00 - r_0k on the
     factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are

@@ -31,7 +31,7 @@ class DeliveryRecord:
         inputs: data sets used since the latest start of the run, each with the keys ``INPUT``.
         token: random id, used to find the run on the server if the response to its creation was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
-        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and ``pending``, True until the upload.
+        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and ``pending`` (True until the upload).
     """
 
     experiment: str = ""

@@ -19,7 +19,7 @@ class Hook(Protocol):
     Args:
         run_dir: folder of the run.
         params: resolved options, nested, with secrets masked.
-        step: step after which the run continues; 0 for a new run.
+        step: last finished step of a resumed run; 0 for a new run.
     """
 
     def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None: ...

@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
     """Read lines, starting at byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops after the line with which there are at least ``limit`` points.
+    Reading stops after the line that raises the number of points to ``limit`` or more.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():
@@ -39,7 +39,7 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
     """Remove incomplete lines and the lines of steps after ``resume_step``, or all lines if ``resume_step`` is None.
 
-    Return the names of the metrics recorded at ``resume_step``, and ``offset`` less the removed bytes before it.
+    Return the names of the metrics recorded at ``resume_step``, and ``offset`` minus the number of bytes removed before it.
     """
     if not path.exists():
         return set(), 0

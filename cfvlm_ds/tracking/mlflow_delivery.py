@@ -1,4 +1,4 @@
-"""Delivery of a run folder's data to MLflow, by a thread that retries as long as the run lives.
+"""Delivery of a run folder's data to MLflow, by a thread that retries until the run ends.
 
 MLflow's own asynchronous logging drops a batch if its request fails. The thread therefore sends the batches itself, and advances its
 position in metrics.jsonl only after the server has confirmed a batch. training/trainer.py logs the metrics, and training/run_record.py
@@ -53,7 +53,7 @@ NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 
 
 def import_mlflow() -> threading.Thread:
-    """Start a thread that imports MLflow in 2-3 s, and return it. The thread must be joined before data workers are forked."""
+    """Import MLflow in a new thread (2-3 s), and return the thread. It must be joined before data workers are forked."""
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
