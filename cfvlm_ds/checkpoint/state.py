@@ -23,7 +23,7 @@ class TrainState:
         sampler: state of the GroupSampler.
         data: identity of the training groups.
         run_id: id of the MLflow run.
-        baseline_lp: initial factual log-likelihood in nats per token; displacement is measured against it.
+        baseline_lp: initial factual log-likelihood in nats per token, the reference for displacement.
         best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
         worse: number of evaluations since the best evaluation.
         skipped: maps the ids of left-out groups to reasons.
@@ -56,7 +56,7 @@ class TrainState:
         return True
 
     def note(self, **known: Any) -> None:
-        """Set attributes whose values are known only after construction, such as ``record``, ``data`` or ``run_id``, or reset ``best``."""
+        """Set attributes that are known only after construction, such as ``record``, ``data`` or ``run_id``, or reset ``best``."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:

@@ -116,7 +116,6 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
 
 
 def _refuse(report: CheckReport) -> None:
-    """Raise DataError if a report has problems. The report must have been printed before."""
     if report.problems:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))

@@ -78,7 +78,6 @@ def _describe(
 
 
 def _typed() -> Iterator[str]:
-    """Yield the lines of standard input, up to an empty line or the end."""
     while line := _line():
         yield line
 

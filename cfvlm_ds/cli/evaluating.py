@@ -44,7 +44,7 @@ Names = Annotated[str, ("action", _InPlaceOfManifests), ("metavar", "NAMES")]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of an evaluation on benchmarks.
+    """Options for evaluation on benchmarks.
 
     Args:
         benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.

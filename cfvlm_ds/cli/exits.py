@@ -27,7 +27,7 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function. An OSError about a file, for example because the disk is full, is re-raised as a StorageError of one sentence."""
+    """Call a function, and re-raise an OSError about a file, such as a full disk, as a StorageError with a one-sentence message."""
     try:
         function()
         sys.stdout.flush()

@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """Pair of a text's log-likelihood and a flag that is True if greedy decoding yields the text. lmms-eval unpacks it."""
+    """Pair that lmms-eval unpacks: a text's log-likelihood, and True if greedy decoding yields the text."""
 
     __slots__ = ()
 

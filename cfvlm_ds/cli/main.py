@@ -75,7 +75,6 @@ def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    """Run the same command as train.py."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cfvlm_ds.cli.train import train_main

@@ -87,7 +87,6 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
-    """Add a run's options and their fixed choices."""
     from cfvlm_ds.core.parsing import option_parser
     from cfvlm_ds.objectives import OBJECTIVES
 

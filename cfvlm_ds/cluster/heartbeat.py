@@ -7,8 +7,8 @@ A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the r
   evaluation and export can take any time; only the timeout of collectives limits them.
 
 The first rank that detects a hang prints a message and writes it to ``heartbeat/hang.txt``. Every rank that detects the hang exits with
-``EXIT_HANG``, so that the launcher ends the job. The clocks of different machines are never compared, because each rank measures with its
-own clock how long the files have not changed.
+``EXIT_HANG``, so that the launcher ends the job. Each rank measures with its own clock how long the files have not changed, so clocks of
+different machines are never compared.
 """
 
 from __future__ import annotations

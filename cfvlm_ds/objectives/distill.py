@@ -90,7 +90,7 @@ class ContrastDistill(DivergenceTerm):
 class Sham(DivergenceTerm):
     """KL(p || q) at a true text's tokens, between the distributions p on the factual image and q on a sham (DVRP, arXiv 2601.06801).
 
-    Both distributions get gradients; whether the paper stops one of them could not be determined. In the paper, which uses reinforcement
+    Both distributions get gradients; whether the paper stops one could not be determined. In the paper, which uses reinforcement
     learning, q is the distribution on a perturbed picture, and the texts are sampled from the model. A group without a sham has no
     comparison.
     """

@@ -109,7 +109,7 @@ def has_any(mask: Tensor) -> Tensor:
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return a score of 0 for every cell. Denominators use such scores to count comparisons, because only the layout affects the count."""
+    """Return a score of 0 for every cell. Denominators use it to count comparisons, because only the layout affects the count."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 

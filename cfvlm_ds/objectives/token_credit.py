@@ -40,7 +40,7 @@ def token_credit(scores: Scores) -> Tensor:
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the mean weight, as (sum, count), of the tokens in which texts differ. It exceeds 1 if these tokens depend on the picture."""
+    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the picture."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)

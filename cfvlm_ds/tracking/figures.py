@@ -249,7 +249,6 @@ def _place(name: str) -> int | None:
 
 
 def _is_constant(points: Sequence[tuple[int, float]]) -> bool:
-    """Return whether a series has several points, all with the same value."""
     return len(points) > 1 and len({value for _, value in points}) == 1
 
 

@@ -1,4 +1,4 @@
-"""Metrics log: metrics.jsonl, which has one JSON record per line. Delivery reads it from an offset, and a resumed run truncates it."""
+"""Metrics log: reading and truncation of metrics.jsonl, which has one JSON record per line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
     """Remove incomplete lines and the lines of steps after ``resume_step``, or all lines if ``resume_step`` is None.
 
-    Return the names of the metrics recorded at ``resume_step``, and ``offset`` minus the number of bytes removed before it.
+    Return the names of the metrics recorded at ``resume_step``, and ``offset``, adjusted to the remaining lines.
     """
     if not path.exists():
         return set(), 0

@@ -14,8 +14,8 @@ No point is recorded twice. MLflow's stores identify a point by (run, name, step
 comes from ``metrics.jsonl``. A process that continues a run skips the steps that the server already has, so a step that is recomputed after
 a resume keeps its first value in MLflow.
 
-The destination is ``MLFLOW_TRACKING_URI`` if it is set, otherwise ``mlflow.db`` and ``mlartifacts/`` in the run folder; to view these, run
-``mlflow ui`` in the run folder. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
+The destination is ``MLFLOW_TRACKING_URI`` if it is set, otherwise ``mlflow.db`` and ``mlartifacts/`` in the run folder. To view these, run
+``mlflow ui`` there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class Tracker:
         self.hooks.call("log", int(step), {name: float(value) for name, value in line.items() if name not in ("step", "time")})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Schedule a file for upload to ``folder``. The file is read later, so it must stay in place. Another call uploads the file again,
-        with its new contents.
-        """
+        """Schedule a file for upload to ``folder``. The file is read later, so it must stay in place. A second call uploads it again."""
         self.delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def describe(self, text: str) -> None:
