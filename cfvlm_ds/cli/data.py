@@ -154,7 +154,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Save pictures that rows give as http(s) addresses or base64 text, and write the rows with file paths instead.
+    """Save pictures that rows contain as http(s) addresses or base64 text, and write the rows with file paths instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 

@@ -65,7 +65,7 @@ def exit_cleanly(function: Callable[[], None]) -> None:
 def leave_at_once(function: Callable[[], None]) -> None:
     """Call a training function. If it exits with a non-zero code, end the process without torch's teardown.
 
-    The teardown takes seconds. Meanwhile, the SIGTERM that launchers send once the first rank has exited would change the exit code.
+    The teardown takes seconds. During it, the SIGTERM that launchers send once the first rank has exited would change the exit code.
     """
     try:
         function()

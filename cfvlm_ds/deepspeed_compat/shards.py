@@ -185,8 +185,8 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the numbers of elements [rank][flat tensor]. Under ZeRO-3, they are equal on all ranks, so only the first rank's file is
-        opened.
+        """Return each flat tensor's number of elements, as [rank][flat tensor]. Under ZeRO-3, all ranks have equal sizes, so only the first
+        rank's file is opened.
         """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))
         sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]

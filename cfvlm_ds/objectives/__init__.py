@@ -74,7 +74,7 @@ def required_cells(objectives: Objectives) -> Cells:
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return keyword arguments for ``Collator.of_run`` that request what objectives need in addition to the scores of their cells."""
+    """Return keyword arguments for ``Collator.of_run`` that request the data that objectives need besides their cells' scores."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}

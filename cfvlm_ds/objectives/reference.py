@@ -82,10 +82,10 @@ class ReferenceTerm(Objective):
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """On every image, compare each true text with each false text of the same prompt. Returns [G, I, C true, C false]."""
+    """On every image, compare each true text with each false text of the same prompt. Results have shape [G, I, C true, C false]."""
     return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Compare each text on its own image with the same text on each image of which it is false. Returns [G, C, I true, I false]."""
+    """Compare each text on its own image with the text on each image of which it is false. Results have shape [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, layout.own, layout.negative)))
