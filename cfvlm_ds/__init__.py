@@ -1,6 +1,6 @@
 """cfvlm_ds: counterfactual fine-tuning of generative vision-language models under DeepSpeed ZeRO-3.
 
-This package exports what you need to write and try out an objective. The exports need only torch. They are imported on first use, so
+The top-level names are all you need to write and try out an objective. They depend only on torch and are imported on first use, so
 `--help` does not import torch.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m cfvlm_ds COMMAND``, and what a launcher starts: ``deepspeed --module cfvlm_ds train ...``."""
+"""Entry point of ``python -m cfvlm_ds COMMAND``, also for launchers: ``deepspeed --module cfvlm_ds train ...``."""
 
 from cfvlm_ds.cli.main import main
 

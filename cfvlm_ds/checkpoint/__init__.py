@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saving them atomically, finding and verifying them, and resharding them for another number of ranks."""
+"""Checkpoints: atomic saving, discovery, verification, and resharding for a different number of ranks."""
 
 from __future__ import annotations
 

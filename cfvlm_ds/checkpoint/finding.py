@@ -1,6 +1,6 @@
-"""Checkpoint discovery: the checkpoints of a run folder, their completeness and their checksums.
+"""Checkpoint discovery: finds a run's checkpoints and verifies that they are complete and undamaged.
 
-A folder that does not match its list, ``complete.json``, is never resumed from.
+A run never resumes from a folder whose files do not match its ``complete.json``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def own_sum(listed: Mapping[str, Any]) -> int:
-    """Return the CRC-32 of all entries of complete.json except ``crc32``. It detects flipped bits, for example in ``step``."""
+    """Return the CRC-32 of complete.json's entries except ``crc32``. It detects flipped bits, for example in ``step``."""
     return zlib.crc32(json.dumps({name: value for name, value in listed.items() if name != "crc32"}, sort_keys=True).encode())
 
 
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
-    """Find the checkpoint to resume from: the newest intact checkpoint (``auto``), the named checkpoint, or None. All ranks get the same
-    result.
+    """Return the checkpoint to resume from, or None to start at step 0. All ranks get the same result.
 
-    Rank 0 checks for missing and truncated files. Every rank then reads a share of the files and compares their checksums. Skipped
-    checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if ``never`` is given and the folder
-    has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints. In the last case, ``restart`` returns None.
+    ``resume`` is ``auto`` (the newest intact checkpoint), ``restart`` (the same, but None if every checkpoint is unusable or renamed),
+    ``never``, or a checkpoint's path. Rank 0 checks for missing and truncated files. Then each rank verifies the checksums of a share of
+    the files. Skipped checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if ``resume`` is
+    ``never`` but the folder has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
@@ -67,7 +67,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return the folders with a checkpoint that are not named checkpoint-STEP, and their steps. Leftovers of a killed save are ignored."""
+    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of a killed save are ignored."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -78,7 +78,7 @@ def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
 
 
 def newest(output_dir: Path) -> Path:
-    """Return the newest complete checkpoint of a run folder. Raises ConfigError if there is none."""
+    """Return the newest complete checkpoint in a run folder. Raises ConfigError if there is none."""
     for path in by_step(output_dir):
         if incomplete(path) is None:
             return path
@@ -86,12 +86,12 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Read complete.json, which has ``step``, ``world_size``, ``run_id``, ``files`` (size and CRC-32 of each), and more."""
+    """Read complete.json, which has ``step``, ``world_size``, ``run_id``, ``files`` (each file's size and CRC-32) and more."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """Describe the defect of a checkpoint folder. Returns None if every listed file exists with its full size. Contents are not read."""
+    """Describe a checkpoint's defect, or return None if every listed file exists and has its full size. File contents are not read."""
     try:
         described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
@@ -116,7 +116,7 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Describe the first of these files whose contents have changed since the save, or return None."""
+    """Describe the first file in ``names`` whose contents have changed since the save, or return None."""
     listed = description(path)["files"]
     for name in names:
         try:
@@ -137,7 +137,7 @@ def _defect(path: Path, world: World) -> str | None:
 
 
 def by_step(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
+    """Return a run's checkpoint folders, newest first."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint loading for any number of ranks. Only tensors are unpickled, so no code in a file is run."""
+"""Checkpoint loading for any number of ranks. Unpickling is restricted, so that a file cannot run code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from cfvlm_ds.models.model_files import explained
 def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: Path) -> None:
     """Restore the weights, the optimizer, the schedule, the random state and ``state`` from a complete checkpoint.
 
-    If another number of ranks wrote the checkpoint, it is first resharded into a temporary folder in ``output_dir``, which needs as much
-    space as the checkpoint. Raises StorageError on all ranks if there is not enough space.
+    If a different number of ranks wrote the checkpoint, it is first resharded into a temporary folder in ``output_dir``. This folder takes
+    as much space as the checkpoint. Raises StorageError on all ranks if there is not enough space.
     """
     if (ranks := description(path)["world_size"]) == world.size:
         _load(engine, path, path, state, world)
@@ -51,10 +51,11 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
-    """Write the files of rank ``rank`` out of ``ranks`` into ``target``. DeepSpeed can load this folder like its own checkpoint.
+    """Reshard the checkpoint ``source`` for ``ranks`` ranks, and write the files of rank ``rank`` to ``target``. DeepSpeed can load
+    ``target`` like its own checkpoints.
 
-    ``shapes`` is the layout of the new run's engine, and ``sizes`` has the number of elements of each of this rank's flat tensors. Raises
-    ConfigError if the checkpoint and this run train different weights.
+    ``shapes`` and ``sizes`` describe this rank's engine, as returned by ``flat_tensors``. Raises ConfigError if the checkpoint and this run
+    train different weights.
     """
     shards = Shards(source)
     if shards.trained != {name for group in shapes for name in group}:
@@ -65,14 +66,14 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
 
 
 def kept_state(path: Path) -> TrainState:
-    """Read only the loop's state from a complete checkpoint. Raises ConfigError if another version wrote it."""
+    """Read only the training loop's state from a complete checkpoint. Raises ConfigError if another version wrote the checkpoint."""
     described = description(path)
     refuse_other_version(described, path)
     return TrainState(**described["loop"])
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
-    """Load the checkpoint ``path``. ``folder`` has its files for the current number of ranks."""
+    """Load the checkpoint ``path``, whose files for the current number of ranks are in ``folder``."""
     with explained(f"{path} cannot be loaded", "use another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:

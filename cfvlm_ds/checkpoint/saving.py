@@ -1,12 +1,12 @@
-"""Checkpoint saving. DeepSpeed's shards and the state of the loop are written to a folder that gets its final name when it is complete.
+"""Checkpoint saving: atomically writes DeepSpeed's shards and the training loop's state.
 
-A checkpoint is written as ``checkpoint-STEP.partial``. Every rank computes the CRC-32 of its own files while writing them, and flushes them
-to disk. ``complete.json`` lists sizes and checksums. At the end, the folder is renamed to ``checkpoint-STEP``. A folder that does not match
-its list is never resumed from. Layout::
+A checkpoint is written as ``checkpoint-STEP.partial`` and renamed to ``checkpoint-STEP`` when it is complete. Each rank computes the CRC-32
+of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. A run never resumes from a folder
+whose files do not match this list. Layout::
 
     checkpoint-STEP/
-        complete.json                     step, number of ranks, size and CRC-32 of every file, state of the loop (state.py)
-        random-state-RANK.pt              random number generators
+        complete.json                     step, number of ranks, size and CRC-32 of every file, training loop state (state.py)
+        random-state-RANK.pt              states of the random number generators
         *_model_states.pt                 DeepSpeed: 16-bit weights, or their shapes under ZeRO-3; schedule
         *_optim_states.pt                 DeepSpeed: 32-bit weights and moments, one part per rank (deepspeed_compat/shards.py)
 """
@@ -40,7 +40,7 @@ class SaveError(StorageError):
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
-    """Write ``output_dir/checkpoint-STEP``, remove older checkpoints, and return the path of the new one.
+    """Write ``output_dir/checkpoint-STEP``, remove older checkpoints, and return the new checkpoint's path.
 
     The newest ``keep`` checkpoints are kept (0: all), as are the best checkpoint and every checkpoint whose step is a multiple of
     ``keep_every`` (0: none). All ranks must call this. Raises SaveError on all ranks if one of them cannot write a file, for example
@@ -69,7 +69,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
     with guarded_writes(engine, guard, write):
         engine.save_checkpoint(str(output_dir), tag=partial.name, client_state={}, save_latest=False)
     if failures:
-        gc.collect()  # in newer versions of torch, the error's frames form a reference cycle
+        gc.collect()  # in newer torch versions, the error's frames form a reference cycle, which keeps the broken file open
     with collect_failure(failures):  # on every rank, because ZeRO-1 and 2 save only the first rank's client state
         write(random_state(world.device), partial / RANDOM_STATE.format(world.rank))
     reports = gather_objects((write_error(failures[0], partial) if failures else None, files), world)
@@ -92,10 +92,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
-    """Delete old checkpoints in ``output_dir``, up to the step of ``state``.
-
-    ``keep`` and ``keep_every`` have the same meaning as in ``save``.
-    """
+    """Delete the checkpoints that ``save`` does not keep. Checkpoints of steps after ``state.step`` are left alone."""
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():
         if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
@@ -107,12 +104,12 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
-        failures.append(str(error).partition("\n")[0])  # keeping the error would keep the broken file open and its space in use
+        failures.append(str(error).partition("\n")[0])  # storing the error itself would keep the broken file open and its disk space in use
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the system's reason for a failed write, because torch's writer does not report it. The reason comes from a trial write to
-    ``folder``. If that succeeds, return ``failure``.
+    """Return the operating system's reason for a failed write, which torch's writer does not report. The reason comes from a trial write
+    to ``folder``. If that succeeds, return ``failure``.
     """
     if not folder.is_dir():
         return failure
@@ -142,7 +139,7 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, which lists all files (including those that no rank has reported), and give the folder its final name."""
+    """Write complete.json, which also lists files that no rank has reported, and give the folder its final name."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

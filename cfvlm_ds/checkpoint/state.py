@@ -1,4 +1,4 @@
-"""State of the training loop, which a checkpoint stores in addition to weights, optimizer and schedule."""
+"""Training loop state, which a checkpoint stores in addition to the weights, the optimizer and the schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ SCHEMA = 1
 
 @dataclass
 class TrainState:
-    """State of the training loop in a checkpoint.
+    """Training loop state in a checkpoint.
 
-    ``step`` counts finished optimizer steps; ``sampler`` is GroupSampler's state; ``data`` is the identity of the training groups;
-    ``run_id`` is the MLflow run; ``baseline_lp`` is the initial factual log-likelihood per token, against which displacement is measured;
-    ``best`` holds the ``step`` and ``value`` of the best evaluation according to ``train.save_best``, and ``worse`` counts the evaluations
-    since then; ``skipped`` maps the ids of left-out groups to reasons; ``record`` holds the run's options (see option_changes.py);
-    ``retained`` holds the first evaluation of each set in ``train.retention``, with its ``step`` and ``data``.
+    Attributes:
+        step: number of finished optimizer steps.
+        sampler: state of the GroupSampler.
+        data: identity of the training groups.
+        run_id: id of the MLflow run.
+        baseline_lp: initial factual log-likelihood in nats per token, the reference for displacement.
+        best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
+        worse: number of evaluations since the best evaluation.
+        skipped: maps the ids of left-out groups to reasons.
+        record: the run's options (see option_changes.py).
+        retained: first evaluation of each set in ``train.retention``, with its ``step`` and ``data``.
     """
 
     step: int = 0
@@ -42,7 +48,7 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Store a value of the metric ``train.save_best`` if it is the best so far. Returns True if it is. NaN is never the best."""
+        """Record a value of the metric ``train.save_best``. Returns True if it is the best value so far. NaN never is."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
@@ -50,25 +56,25 @@ class TrainState:
         return True
 
     def note(self, **known: Any) -> None:
-        """Set attributes that become known later, such as ``record``, ``data`` or ``run_id``, or discard ``best``."""
+        """Set attributes that are known only after construction, such as ``record``, ``data`` or ``run_id``, or reset ``best``."""
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:
-        """Return the decrease of the factual log-likelihood since the first value, in nats per token."""
+        """Return the decrease of the factual log-likelihood from its first value to ``lp``, in nats per token."""
         if self.baseline_lp is None:
             self.baseline_lp = lp
         return self.baseline_lp - lp
 
     def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
-        """Store the measurements of a set as the reference for later evaluations. Returns them with ``step`` and ``data`` (the identity of
-        its groups).
+        """Store an evaluation set's metrics as the reference for later evaluations. Returns them together with ``step`` and ``data``
+        (the identity of the set's groups).
         """
         self.retained[split] = {"data": dict(data), "step": self.step, **measured}
         return self.retained[split]
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError for a record of another version. ``what`` is its file or run folder."""
+    """Raise ConfigError if another version of this package wrote a record. ``what`` is the record's file or run folder, for the message."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

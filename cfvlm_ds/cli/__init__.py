@@ -1,1 +1,1 @@
-"""Commands: ``train.py`` for the launcher, ``cfvlm-ds`` for everything else. This folder only parses and prints."""
+"""Commands: ``train.py`` for launchers, and ``cfvlm-ds`` for everything else. This folder only parses arguments and prints."""

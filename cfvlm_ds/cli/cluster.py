@@ -19,13 +19,13 @@ def add(commands: Any) -> None:
 
 
 def _check(folder: str, *, timeout_s: float = 30.0) -> None:
-    """Check the nodes of a job, with one task per node.
+    """Check a job's nodes, with one task per node.
 
     Example: cfvlm-ds cluster check runs/mine/nodes
 
     Args:
         folder: shared folder, to which every node writes one line.
-        timeout_s: time limit in seconds: once for the tasks to meet, once for the collective.
+        timeout_s: time limit in seconds, applied separately to the connection of all tasks and to the collective.
     """
     from cfvlm_ds.cluster.node_check import check
 
@@ -38,7 +38,7 @@ Rest = Annotated[list[str], ("nargs", argparse.REMAINDER)]
 
 
 def _output_dir(options: Rest) -> None:
-    """Print the output_dir that options of train.py set.
+    """Print the output_dir that train.py would use with these options.
 
     Example: cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml
 

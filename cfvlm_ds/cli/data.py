@@ -1,4 +1,4 @@
-"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: creation and checks of data for a run."""
+"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: data for a run, and small models for tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def _tiny(family: str, out_dir: str) -> None:
-    """Write a small random model for smoke tests.
+    """Write a small model with random weights for smoke tests.
 
     Example: cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen
 
@@ -53,15 +53,15 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, which training opens. With shards, run every --shard I/N once, and once more after all have
-    ended. The first round checks the pictures, the second writes the rows, and the last shard of the second round completes the store.
+    """Check a data set and write it as a store for training. With shards, run --shard I/N for every I, wait until all have ended, and run
+    them all again. The first round checks the pictures. The second round writes the rows, and its last shard completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
-        manifest: any data of a known format.
-        config: configuration of a run, instead of a manifest; all data of the run are prepared in its folder, as when it first starts.
-        out: folder to write; work that an earlier call has done is not repeated.
+        manifest: data in any known format.
+        config: configuration of a run, instead of a manifest; all of the run's data are prepared in its folder, as when it first starts.
+        out: folder to write; work that an earlier call has finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
         on_error: with skip, leave out rows that are invalid or have an unusable picture, and list them in OUT/left_out.jsonl.
@@ -116,7 +116,6 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
 
 
 def _refuse(report: CheckReport) -> None:
-    """Raise DataError if a report, already printed, has problems."""
     if report.problems:
         more = len(report.problems) - 1
         raise DataError(report.problems[0] + (f" ({more} more, listed above)" if more else ""))
@@ -137,14 +136,14 @@ def _formats() -> None:
 
 
 def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: Reading) -> None:
-    """Convert any data to groups, one JSON object per line.
+    """Convert data in any known format to groups, one JSON object per line.
 
     Example: cfvlm-ds data convert llava_665k.json --root /data/coco --out groups.jsonl
 
     Args:
-        manifest: any data of a known format.
+        manifest: data in any known format.
         out: file to write.
-        on_error: with skip, leave out and list rows that are invalid or have a broken picture.
+        on_error: with skip, leave out rows that are invalid or have a broken picture, and list them.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -155,14 +154,14 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Save pictures that rows name by http(s) address or contain as text, and write the rows with file paths instead.
+    """Save pictures that rows contain as http(s) addresses or base64 text, and write the rows with file paths instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
     Args:
-        manifest: any data of a known format.
-        out: JSON lines to write; the pictures go to the folder OUT.pictures next to it.
-        on_error: with skip, leave out and list rows whose pictures cannot be fetched.
+        manifest: data in any known format.
+        out: JSON Lines file to write; the pictures go to the folder OUT.pictures next to it.
+        on_error: with skip, leave out rows whose pictures cannot be fetched, and list them.
         threads: number of parallel downloads.
     """
     from cfvlm_ds.data.download import COLUMNS, download
@@ -176,12 +175,12 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
 
 
 def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
-    """Report all problems of a manifest.
+    """Report all problems in a manifest.
 
     Example: cfvlm-ds data check groups.jsonl
 
     Args:
-        manifest: any data of a known format.
+        manifest: data in any known format.
         model: model folder or hub name; if given, also check that every text fits its context window.
     """
     from cfvlm_ds.data import check_manifest

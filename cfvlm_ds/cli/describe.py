@@ -1,4 +1,4 @@
-"""``cfvlm-ds describe``: texts that a model writes about pictures, or its ranking of given texts."""
+"""``cfvlm-ds describe``: texts that a model writes about pictures, or its ranking of several texts."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print what a model writes about pictures, or which of several texts it prefers. Without picture arguments, read paths from standard
-    input.
+    """Print texts that a model writes about pictures, or rank several texts by their likelihood. Without picture arguments, paths are read
+    from standard input.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        picture: picture files; they come before the options.
+        picture: picture files; give them before the options.
         prompt: question or instruction.
-        choices: texts to rank by their log-likelihood as answers to the prompt; no text is generated.
-        max_new_tokens: largest number of tokens to generate.
+        choices: texts to rank by their log-likelihood as answers to the prompt, instead of generating a text.
+        max_new_tokens: maximum number of tokens to generate.
     """
     if num_ranks() > 1:
         raise ConfigError(f"describe runs in one process, but {num_ranks()} were started; start only one")
@@ -78,13 +78,12 @@ def _describe(
 
 
 def _typed() -> Iterator[str]:
-    """Yield the lines of standard input, up to an empty line or the end."""
     while line := _line():
         yield line
 
 
 def _line() -> str:
-    if sys.stdin is None:  # it is closed
+    if sys.stdin is None:  # standard input is closed
         return ""
     if sys.stdin.isatty():
         print("picture (empty line to quit): ", end="", flush=True)
@@ -92,7 +91,7 @@ def _line() -> str:
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a table of the texts, likeliest first, with a line that explains the columns."""
+    """Return a table of the texts, likeliest first, and a line that explains the columns."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 class _InPlaceOfManifests(argparse.Action):
     """Action of --benchmarks, which makes the manifest optional.
 
-    By default the manifest is required; otherwise, argparse would not accept a manifest that is separated from the model by an option.
+    The manifest is required by default, because argparse would otherwise not accept options between the model and the manifest.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -44,17 +44,18 @@ Names = Annotated[str, ("action", _InPlaceOfManifests), ("metavar", "NAMES")]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of an evaluation on benchmarks.
+    """Options for evaluation on benchmarks.
 
     Args:
-        benchmarks: names of public or own benchmarks, joined by commas, instead of manifests.
-        benchmark_root: folder with one folder of official files per benchmark.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each is used for the benchmarks that it fits. By default, every
-            benchmark uses its own probe.
-        on_error: reaction to a benchmark item that the model cannot process: error; or skip, which counts and names skipped items.
-        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks of over 10,000 items.
-        num_workers: processes per rank that prepare batches of a benchmark; by default one per spare core.
-        experiment: MLflow experiment that also receives the benchmarks' metrics, on the server MLFLOW_TRACKING_URI or in mlflow.db in OUT.
+        benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.
+        benchmark_root: folder with one subfolder of official files per benchmark.
+        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is used for the benchmarks that it fits. By default,
+            every benchmark uses its own probe.
+        on_error: with skip, leave out benchmark items that the model cannot process, and report their number and names.
+        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks with more than 10,000 items.
+        num_workers: number of processes per rank that prepare batches; by default, one per spare core.
+        experiment: MLflow experiment to which metrics are also sent, on the server MLFLOW_TRACKING_URI, or in OUT/mlflow.db if it is not
+            set.
     """
 
     benchmarks: Names | None = None
@@ -77,7 +78,7 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for random scores and the language prior; or measure accuracies on public benchmarks:
+    """Measure accuracies by edit type, with rows for random scores and the language prior. To measure accuracies on public benchmarks:
     cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
     Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl
@@ -86,7 +87,7 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row with another group's image; the control costs one more image with its texts per group.
+        no_shuffled: leave out the control row with another group's image. The control scores all texts on one more image per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
@@ -131,7 +132,7 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 def _evaluate_benchmarks(
     name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
-    """Evaluate a model on benchmarks; every rank calls this. The model is loaded after the benchmarks' files have been read."""
+    """Evaluate a model on benchmarks. All ranks must call this. The model is loaded after the benchmarks' files have been read."""
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
@@ -186,10 +187,10 @@ _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of
 
 
 def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
-    """Send a folder of results to MLflow, under the metric names of training runs. ``new_results`` are the results of this evaluation.
+    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` are this evaluation's results.
 
-    A folder remains one run of the experiment, however often results are added to it. Only new or changed values are sent. Undelivered data
-    stay in the folder.
+    A folder is one MLflow run, however often results are added to it. Only new or changed values are sent. Undelivered data stay in the
+    folder.
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
@@ -199,7 +200,7 @@ def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
 
     results, metrics = read_results(out), dict[str, float]()
     for each in results:
-        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # another probe must not rename logged metrics
+        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # other probes must not rename metrics
         metrics |= logged(each.called if usual else each.place, each.metrics)
     before, step = previous_run(out, experiment) or ({}, None)
     changed = {name: value for name, value in metrics.items() if before.get(name) != value}
@@ -235,14 +236,14 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
 
 def _compare(before: str, after: list[str], *, draws: Count | None = None, out: Path | None = None) -> None:
     """Compare accuracies on evaluation sets or benchmarks, paired by group or item. If several results are compared with the first, their
-    mean is compared too.
+    mean is compared with it as well.
 
     Example: cfvlm-ds compare runs/base runs/seed0 runs/seed1
 
     Args:
         before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
         after: further results of the same kind; each is compared with the first.
-        draws: number of random swaps of the two models' answers to a benchmark; by default, the number of bootstrap draws in evaluate.
+        draws: number of draws of the permutation test on a benchmark; by default, the number of bootstrap draws in evaluate.
         out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
     """
     from cfvlm_ds.demo.habits.writing import register

@@ -1,4 +1,4 @@
-"""Exit codes and output of commands."""
+"""Exit codes and error output of commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function. An OSError about a file, such as a full disk, becomes a StorageError of one sentence."""
+    """Call a function, and re-raise an OSError about a file, such as a full disk, as a StorageError with a one-sentence message."""
     try:
         function()
         sys.stdout.flush()
@@ -44,9 +44,9 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Call a function. Bad input is reported in one sentence on stderr, with exit code 2. A traceback is printed only with --verbose.
+    """Call a function. If its input is bad, print one sentence on stderr and exit with code 2; --verbose adds a traceback.
 
-    If there are several ranks, only one prints. A full disk has its own exit code, because the same input may succeed later.
+    If there are several ranks, only one prints. A full disk has its own exit code, because the same command may succeed later.
     """
     try:
         function()
@@ -56,16 +56,16 @@ def exit_cleanly(function: Callable[[], None]) -> None:
                 print_line(traceback.format_exc().rstrip("\n"), error=True)
             if mine:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks exchange only messages
+        full = isinstance(error, StorageError) and any(reason in str(error) for reason in _DISK_FULL)  # ranks share only error messages
         sys.exit(EXIT_DISK_FULL if full else 2)
-    except KeyboardInterrupt:  # in a command; a training handles Ctrl-C itself
+    except KeyboardInterrupt:  # in a command; training handles Ctrl-C itself
         sys.exit(EXIT_INTERRUPTED)
 
 
 def leave_at_once(function: Callable[[], None]) -> None:
-    """Run a training. If it exits with a non-zero code, exit at once.
+    """Call a training function. If it exits with a non-zero code, end the process without torch's teardown.
 
-    torch's teardown takes seconds. In this time, the SIGTERM that launchers send once the first rank has exited would change the code.
+    The teardown takes seconds. During it, the SIGTERM that launchers send once the first rank has exited would change the exit code.
     """
     try:
         function()

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """Return the manifest of the model; lmms-eval calls it through the entry point ``lmms_eval.models``."""
+    """Return the model's manifest. lmms-eval calls this function through the entry point ``lmms_eval.models``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="cfvlm_ds", simple_class_path="cfvlm_ds.cli.lmms_model.LmmsModel")

@@ -1,4 +1,4 @@
-"""The model that lmms-eval loads under the name ``cfvlm_ds``; nothing else imports this module."""
+"""The model that lmms-eval loads under the name ``cfvlm_ds``. Only lmms-eval imports this module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """A log-likelihood, and whether greedy decoding gives the text. lmms-eval unpacks both."""
+    """Pair that lmms-eval unpacks: a text's log-likelihood, and True if greedy decoding yields the text."""
 
     __slots__ = ()
 
@@ -43,8 +43,8 @@ class LmmsModel(lmms):
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
         batch_size: pictures per batch (with all their texts) when likelihoods are computed.
-        max_tokens_per_forward: largest number of tokens in a forward when likelihoods are computed.
-        per_token: return mean log-likelihoods per token instead of sums, as lmms-eval's own models do.
+        max_tokens_per_forward: maximum number of tokens in a forward pass when likelihoods are computed.
+        per_token: like lmms-eval's own models, return log-likelihoods per token instead of sums.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 
@@ -82,11 +82,11 @@ class LmmsModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model. lmms-eval gathers results on it."""
+        """Device of the model, on which lmms-eval gathers results."""
         return self._device
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return a ``Scored`` pair for each text. lmms-eval 0.7 would convert any other pair to a string."""
+        """Return a ``Scored`` pair for each text, because lmms-eval 0.7 would convert any other pair to a string."""
         return [GenerationResult(Scored(pair)) for pair in self._answers.loglikelihood(requests, self.task_dict)]
 
     def generate_until(self, requests: list[Any]) -> list[str]:

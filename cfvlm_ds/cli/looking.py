@@ -26,13 +26,13 @@ def _view(
     out: str = "page",
     reading: Reading,
 ) -> None:
-    """Write a page of groups for a browser: pictures, texts, truth tables, scores.
+    """Write an HTML page that shows groups: pictures, texts, truth tables, scores.
 
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest; run folder (shows the groups with the worst stored scores); or work folder of `data propose`.
-        scores: file that `cfvlm-ds score` wrote for the manifest, or a file in the folder scores of a run.
+        source: manifest, run folder (to show the groups with the worst stored scores), or work folder of `data propose`.
+        scores: file that `cfvlm-ds score` wrote for the manifest, or a file in a run's scores folder.
         sample: number of groups to show; by default 200.
         ids: file with the ids of the groups to show, one per line. The groups are shown in this order.
         seed: seed for sampling a manifest.
@@ -66,8 +66,8 @@ def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits:
     Example: cfvlm-ds data stats groups.jsonl
 
     Args:
-        manifest: any data of a known format.
-        model: model folder or hub name; lengths are then counted in its tokens.
+        manifest: data in any known format.
+        model: model folder or hub name; if given, lengths are counted in its tokens.
     """
     from cfvlm_ds.data.stats import statistics
 

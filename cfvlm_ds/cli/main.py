@@ -1,4 +1,4 @@
-"""``cfvlm-ds``: the parser of all commands. Bad input ends with one sentence and exit code 2.
+"""``cfvlm-ds``: the parser of all commands. Bad input is reported in one sentence, with exit code 2.
 
 No large package is imported before the command is known. Help and completion are therefore fast, and a training run blocks the launcher's
 signals before its slow imports.
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of all commands. It has the name of ``train``, but not its options, which core/parsing.py defines."""
+    """Return the parser of all commands. It lists ``train`` without options, because core/parsing.py defines them."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and exit")
@@ -64,18 +64,17 @@ def parser() -> Parser:
 
 
 def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print a completion script for commands, options and files. Evaluate it, or save it in the shell's completion folder.
+    """Print a shell script that completes commands, options and files. Evaluate it, or save it in the shell's completion folder.
 
     Example: cfvlm-ds completion bash
 
     Args:
-        shell: shell that evaluates the script.
+        shell: shell for which the script is written.
     """
     print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:
-    """Train, like train.py."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cfvlm_ds.cli.train import train_main

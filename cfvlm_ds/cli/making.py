@@ -45,11 +45,10 @@ Shard = Annotated[tuple[int, int | None], ("type", _shard), ("metavar", "I/N")]
 
 @dataclass(frozen=True)
 class Part:
-    """Share of the work for one process.
+    """One process's share of the work.
 
     Args:
-        shard: shard to process, I/N with I from 0 to N-1, or only I if the work folder already records N. Other processes take the other
-            shards.
+        shard: shard to process, I/N with I from 0 to N-1, or only I if the work folder already records N. Run one process per shard.
     """
 
     shard: Shard | None = None
@@ -78,7 +77,7 @@ def _edit(work: str, *, options: EditOptions, part: Part) -> None:
     Example: cfvlm-ds data edit W --with flip,diffusers --model DIR --attempts 4
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder that `data propose` created.
     """
     from cfvlm_ds.counterfactuals.edit.step import edit
 
@@ -95,14 +94,14 @@ def _verify(
     rule: Literal["match", "likelihood"] = "match",
     part: Part,
 ) -> None:
-    """Score every candidate's 2 x 2 matrix, and compare its pictures.
+    """Score each candidate's 2 x 2 matrix, and compare its edited picture with the original.
 
     Example: cfvlm-ds data verify W --scorer Qwen/Qwen2.5-VL-7B-Instruct
 
     Args:
-        work: work folder that `data propose` began.
-        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. Margin and drop are
-            fitted to the labels and written to W/thresholds.json.
+        work: work folder that `data propose` created.
+        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds margin and
+            drop are fitted to the labels and written to W/thresholds.json.
         precision: precision that the thresholds must reach.
         rule: scores to which the thresholds are fitted.
     """
@@ -130,7 +129,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
     Example: cfvlm-ds data select W --out groups.jsonl
 
     Args:
-        work: work folder that `data propose` began.
+        work: work folder that `data propose` created.
         out: file of groups to write.
     """
     from cfvlm_ds.counterfactuals.select import select
@@ -143,7 +142,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
-    """Report shortcuts that work without the picture, duplicates, and leaks between splits.
+    """Report duplicates, leaks between splits, and shortcuts that work without the picture.
 
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
@@ -173,7 +172,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
 
 def _run(*, config: str, part: Part) -> None:
-    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and select.
+    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and then select.
 
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
@@ -202,7 +201,7 @@ def _run(*, config: str, part: Part) -> None:
 
 
 def _status(work: str) -> None:
-    """Print the progress and the missing shards of a work folder.
+    """Print a work folder's progress and missing shards.
 
     Example: cfvlm-ds data status W
 
@@ -245,7 +244,7 @@ def _sample(
     config, adapter = model_named(model, limits)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
     identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
-    writing = model_folder(config.name_or_path) / "generation_config.json"  # with the repetition penalty, for instance
+    writing = model_folder(config.name_or_path) / "generation_config.json"  # sets the repetition penalty, for example
     identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
     done, counts = sample(
         store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of
@@ -268,7 +267,7 @@ def _print_roots(roots: Sequence[str]) -> None:
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
-    """Return a function that scores groups with a model, and the identity of its weights."""
+    """Return a function that scores groups with a model, and the identity of the model's weights."""
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS

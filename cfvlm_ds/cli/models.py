@@ -1,6 +1,6 @@
 """``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands before and after training.
 
-``score``, ``calibrate`` and ``evaluate`` (evaluating.py) may be started with deepspeed, torchrun or srun. All ranks then share the work.
+``score``, ``calibrate`` and ``evaluate`` (evaluating.py) can be started with deepspeed, torchrun or srun; the ranks share the work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Write a manifest's reference and blind scores, for DPO and PMI.
+    """Write a manifest's reference scores (for DPO) and blind scores (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 
@@ -98,7 +98,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
-        manifest: training groups; with --limit, only the first ones are scored.
+        manifest: training groups; with --limit, only the first groups are scored.
         out: YAML file for the recommended objective.
     """
     from cfvlm_ds.data import sound_groups
@@ -173,7 +173,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None, push: st
 
 
 def _track(run: str) -> None:
-    """Send undelivered data of a finished run to MLflow, or copy the run to the server MLFLOW_TRACKING_URI.
+    """Send a finished run's undelivered data to MLflow, or copy the run to the server MLFLOW_TRACKING_URI.
 
     Example: cfvlm-ds track runs/quickstart
 
@@ -187,7 +187,7 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Join the ranks that a launcher has started, and return their world. Without a launcher, the world has only this process."""
+    """Join the ranks that a launcher has started, and return their world. Without a launcher, the world is this process alone."""
     from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
@@ -206,10 +206,10 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one. ``adapter`` is a folder of adapters to load with it. Return the scorer, its
-    collator and the world.
+    """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the world.
 
-    With ``zero3``, the model is partitioned over all ranks. Without a ``world``, the ranks of the launch join here.
+    ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
+    ranks are joined first.
     """
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.core.distributed import usual_dtype

@@ -45,9 +45,9 @@ class Reading:
     Args:
         format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE (see `cfvlm-ds data formats`); auto detects it from the first
             row's keys.
-        root: folder of the images, by default the manifest's folder; may be given several times. Absolute paths and links may lead into any
-            of them.
-        max_pixels: refuse images with more pixels than this.
+        root: folder with the pictures, by default the manifest's folder; can be given several times. Absolute paths and links can lead into
+            any of these folders.
+        max_pixels: refuse pictures with more pixels than this.
     """
 
     format: str = DataConfig().format
@@ -61,8 +61,8 @@ class Scoring:
 
     Args:
         batch_size: groups per batch.
-        max_tokens_per_forward: largest number of tokens in a forward; a larger batch takes several forwards. The default is 16384 for
-            benchmarks, otherwise no limit.
+        max_tokens_per_forward: maximum number of tokens in a forward pass; a larger batch takes several passes. The default is 16384 for
+            benchmarks; otherwise, there is no limit.
         limit: score only the first N groups, or about N items of a benchmark, spread evenly over it.
         zero3: partition the model over all ranks, for a model that does not fit on one GPU.
     """
@@ -80,12 +80,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits on the visual tokens of an image.
+    """Limits on the visual tokens of a picture.
 
     Args:
-        min_pixels: minimum number of pixels of an image; use the value of the training. By default, the model's own limit.
-        max_pixels: maximum number of pixels of an image; use the value of the training. By default, the model's own limit.
-        max_tiles: maximum number of tiles of an image; use the value of the training. By default, the model's own limit.
+        min_pixels: minimum number of pixels per picture; use the same value as in training. By default, the model's own limit.
+        max_pixels: maximum number of pixels per picture; use the same value as in training. By default, the model's own limit.
+        max_tiles: maximum number of tiles per picture; use the same value as in training. By default, the model's own limit.
     """
 
     PREFIX: ClassVar = "model."
@@ -95,10 +95,10 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add to ``parent`` a command that calls a function. Its help is the docstring's first paragraph, example and Args.
+    """Add to ``parent`` a command that calls ``function``. The command's help is the docstring's first paragraph, example and Args.
 
-    Parameters before ``*`` become arguments; parameters after it become options. The fields of a dataclass become options. The metadata of
-    Annotated are passed to add_argument.
+    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. Metadata
+    of Annotated are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -111,7 +111,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the arguments of add_argument for each parameter of a function or field of a dataclass."""
+    """Return add_argument's arguments for each parameter of a function, or for each field of a dataclass."""
     helps, hints = sentences(described), get_type_hints(described, include_extras=True)
     prefix, result = getattr(described, "PREFIX", ""), []
     for parameter in inspect.signature(described).parameters.values():
@@ -142,7 +142,7 @@ def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]
 
 
 def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
-    """Call a function, or construct a dataclass, with the values of its parameters."""
+    """Call a function, or construct a dataclass, with the parsed values of its parameters."""
     hints, prefix, values = get_type_hints(function), getattr(function, "PREFIX", ""), vars(arguments)
     names = inspect.signature(function).parameters
     sections = {name: _called(hints[name], arguments) for name in names if is_dataclass(hints[name])}
@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one sentence, as for any other bad input."""
+        """Report an error in one sentence and exit, as for any other bad input."""
 
         def refused() -> None:
             raise ConfigError(f"{self.prog}: {message}; {near}")
@@ -182,7 +182,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_empty(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an empty argument, for instance from an unset variable. It would mean the working folder, or no output."""
+    """Raise ConfigError if an argument is empty, for example because a shell variable is not set.
+
+    An empty argument would mean the working folder, or no output.
+    """
     command = arguments.asked_for
     for action in command._actions:
         value = getattr(arguments, action.dest, None)
@@ -192,7 +195,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not have. The message suggests the nearest option."""
+    """Raise ConfigError for arguments that a command does not have, with a message that suggests the most similar option."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
@@ -214,8 +217,8 @@ def say(line: str) -> None:
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return the model that a name stands for, and the folder of its adapters (or None). Image limits are the same as in the run that
-    produced the model, unless ``limits`` override them.
+    """Return a model's configuration and its adapter folder (or None). The image limits are the same as in the run that produced the model,
+    unless ``limits`` overrides them.
     """
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)

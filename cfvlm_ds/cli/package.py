@@ -17,7 +17,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 class ShowVersion(argparse.Action):
-    """Action of --version. It calls git for the revision, but only if the option is given."""
+    """Action of --version, which calls git for the revision only if the option is given."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
@@ -30,7 +30,7 @@ class ShowVersion(argparse.Action):
 
 
 def init(folder: str) -> None:
-    """Write train.py, ds_configs, examples and slurm into a folder, for editing and for submitting jobs.
+    """Write train.py, ds_configs, examples and slurm to a folder, where you can edit them and submit jobs.
 
     Example: cfvlm-ds init my-runs
 
@@ -61,7 +61,7 @@ def init(folder: str) -> None:
 
 
 def _with_python(environment: str) -> str:
-    """Return slurm/env.sh with the path of this Python's commands, because a job does not inherit the shell that submits it."""
+    """Return slurm/env.sh with this Python's folder in PATH, because a job does not inherit the submitting shell's environment."""
     commands = shlex.quote(str(Path(sys.executable).parent))
     line = f'export PATH={commands}:"$PATH" # of the Python that ran `cfvlm-ds init`\n'
     return environment.replace(_OWN_VENV, line + _OWN_VENV, 1)
@@ -71,7 +71,7 @@ _OWN_VENV = "if [ -d .venv ]; then"
 
 
 def completion(top: argparse.ArgumentParser, shell: str) -> str:
-    """Return a shell's completion script for the commands of a parser."""
+    """Return a shell's completion script for a parser's commands."""
     try:
         import shtab
     except ImportError as error:
@@ -87,7 +87,6 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
-    """Add the options of a run, with their fixed choices if they have any."""
     from cfvlm_ds.core.parsing import option_parser
     from cfvlm_ds.objectives import OBJECTIVES
 

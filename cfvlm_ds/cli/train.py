@@ -1,4 +1,4 @@
-"""``train.py`` and ``cfvlm-ds train``: a run from its options."""
+"""``train.py`` and ``cfvlm-ds train``: start a run from command-line options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICKSTART = "examples/quickstart.yaml"
 def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Run train.py. Without options, it runs examples/quickstart.yaml."""
     arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
-    show(selected_verbosity("--quiet" in arguments, "--verbose" in arguments))  # set before the parsing of options, which may fail
+    show(selected_verbosity("--quiet" in arguments, "--verbose" in arguments))  # set before the options are parsed, which may fail
     mask_tracebacks()
     escape_unencodable()
     signals.install()
@@ -34,9 +34,7 @@ def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> Non
 
 
 def with_quickstart(argv: Sequence[str]) -> list[str]:
-    """Return the options of a run: the given options, preceded by the quickstart's options unless the given ones name a model, data or an
-    options file.
-    """
+    """Return the options in ``argv``, preceded by the quickstart's options unless ``argv`` names a model, data or an options file."""
     option_names = {option[2:].partition("=")[0] for option in argv if option.startswith("--")}
     if option_names & {"model", "data"} or any(
         name == standalone or name.startswith(f"{standalone}.") for name in option_names for standalone in _STANDALONE
@@ -78,7 +76,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
-    """If a run would build its model first, build it in ``folder``. Return the configuration with this model."""
+    """If the run would build its model first, build it in ``folder``. Returns the configuration, with the built model if there is one."""
     name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
     if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
         return config
@@ -88,7 +86,7 @@ def _with_model(config: RunConfig, folder: str) -> RunConfig:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """Build on rank 0. The other ranks wait as long as rank 0 makes progress. Errors are raised on all ranks."""
+    """Build on rank 0, while the other ranks wait as long as rank 0 makes progress. Errors are raised on all ranks."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)
@@ -96,8 +94,8 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
-    """Write the requested parts of the embedded world, and the requested small models, that do not exist yet. ``alive`` is called
-    repeatedly meanwhile.
+    """Write the requested parts of the world with habits and the requested small models, unless they already exist. ``alive`` is called
+    repeatedly during the work.
     """
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits

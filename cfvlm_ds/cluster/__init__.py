@@ -1,1 +1,1 @@
-"""Cluster support for a run: signals, the job's time limit, hanging ranks, the lock of the run folder, and broken nodes."""
+"""Cluster support: signals, a job's time limit, hang detection, the lock of the run folder, and node checks."""

@@ -1,14 +1,14 @@
-"""Heartbeats of ranks: every rank writes a small file in the run folder, and every rank watches all files for a hang.
+"""Hang detection by heartbeats: every rank updates a small file in the run folder, and watches the files of all ranks.
 
 A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the rank waits in a collective. There are two kinds of hang:
 
-- a rank writes no heartbeat for ``timeout_s``, in any phase (its process is stopped, or its node is lost);
-- no rank has entered another phase or micro-batch for ``timeout_s``, and the slowest rank is within a step. Start-up, checkpoints,
-  evaluation and export may take any time; only the timeout of collectives limits them.
+- in any phase, a rank has not written a heartbeat for ``timeout_s``, because its process is stopped or its node is lost;
+- no rank has entered a new phase or micro-batch for ``timeout_s``, and the slowest rank is within a step. Start-up, checkpoints,
+  evaluation and export can take any time; only the timeout of collectives limits them.
 
-The first rank that detects a hang prints one sentence and writes it to ``heartbeat/hang.txt``. Every rank that detects it exits with
-``EXIT_HANG``, so that the launcher ends the job. Clocks of different machines are never compared: a rank measures for how long it has seen
-no change.
+The first rank that detects a hang prints a message and writes it to ``heartbeat/hang.txt``. Every rank that detects the hang exits with
+``EXIT_HANG``, so that the launcher ends the job. Each rank measures with its own clock how long the files have not changed, so clocks of
+different machines are never compared.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""Phases of a step. In these, a rank must make progress within ``timeout_s``."""
+"""Phases of a step, in which a rank must make progress within ``timeout_s``."""
 ENDED = "ended"
 _RECORD_BYTES = 512  # the record has a fixed size and is overwritten in place, so a full disk does not silence a healthy rank
 
 
 def prepare(run_dir: Path) -> Path:
-    """Create and return an empty folder for the heartbeats of a new start. Rank 0 calls this before any rank writes a heartbeat. Raises
-    StorageError if the folder cannot be written.
+    """Create an empty heartbeat folder and return its path. Rank 0 calls this before any rank writes a heartbeat. Raises StorageError if
+    the folder cannot be written.
     """
     folder = run_dir / FOLDER
     try:
         remove(folder)
-        folder.mkdir(parents=True)  # heartbeats and a hang report of an earlier start would count for this one
+        folder.mkdir(parents=True)  # heartbeats or a hang report from an earlier start would count for this start
     except OSError as error:
         raise StorageError(f"{unwritten(folder, error)}; free some space, or choose another, writable train.output_dir") from error
     return folder
@@ -54,14 +54,14 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """Observations of a rank: its last record, the seconds without a new heartbeat, and the seconds without a new phase."""
+    """Observations of a rank: its last record, the seconds since its last heartbeat, and the seconds since its last progress."""
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Update the observations with the rank's new record, read ``elapsed_s`` seconds after the last one."""
+        """Update the observations with a record that was read ``elapsed_s`` seconds after the previous record."""
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -103,7 +103,7 @@ class Heartbeat:
 
     Args:
         folder: the folder that ``prepare`` returned on rank 0.
-        timeout_s: longest time in seconds without a heartbeat, or without progress in a step; 0 disables the watch.
+        timeout_s: maximum time in seconds without a heartbeat, or without progress within a step; 0 disables the heartbeat.
     """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
@@ -122,8 +122,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="cfvlm_ds-heartbeat", daemon=True)
 
     def mark(self, phase: str, step: int) -> None:
-        """Record that this rank enters ``phase`` of optimizer step ``step``. Every rank must make the same calls. A call takes a
-        microsecond.
+        """Record that this rank enters ``phase`` of optimizer step ``step``. All ranks must make the same sequence of calls. A call takes
+        a microsecond.
         """
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
 

@@ -1,9 +1,9 @@
-"""Node check of a Slurm job: runs one task per node before the ranks start, and identifies broken nodes.
+"""Node check of a Slurm job: before the ranks start, one task per node runs and identifies broken nodes.
 
-Each task checks the GPUs of its node and joins the others at the first node's TCP store. It compares its packages and code with the first
-node's, and takes part in one collective, whose bandwidth the first node prints. It writes one line to ``FOLDER/NODE``: ``ok``, ``bad:
-WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes nothing cannot start Python, sees another file system or does not
-answer. slurm/launch.sh also names such a node.
+Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's.
+All tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
+``bad: WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes no line cannot start Python, sees a different file system, or
+does not respond. slurm/launch.sh reports such nodes as well.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FLOOR = "CFVLM_MIN_GB_S"
 
 
 def check(folder: Path, timeout_s: float) -> str:
-    """Check this node from a task of ``srun --ntasks-per-node=1``. Writes the line into ``folder`` and returns it.
+    """Check this node, in a task of ``srun --ntasks-per-node=1``. Writes the result line to ``folder`` and returns it.
 
-    Needs MASTER_ADDR and MASTER_PORT. ``timeout_s`` limits the meeting at the store and the collective separately, in seconds. Raises
-    OSError if ``folder`` does not exist or cannot be written.
+    Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is a time limit in seconds that applies separately to the
+    connection of all tasks and to the collective. Raises OSError if ``folder`` does not exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)
@@ -50,7 +50,7 @@ def software() -> str:
 
 
 def gpu_fault(expected: int | None) -> str | None:
-    """Describe a fault of this node's GPUs, or return None. ``expected`` is the number of GPUs according to Slurm, None if unknown."""
+    """Describe a GPU fault on this node, or return None. ``expected`` is the number of GPUs that Slurm allocated, or None if unknown."""
     visible = torch.cuda.device_count()
     if expected is not None and visible != expected:
         return f"Slurm allocated {expected} GPUs, but torch finds {visible}"
@@ -101,9 +101,7 @@ def _check(name: str, timeout_s: float) -> str:
 
 
 def _collective(store: dist.Store, rank: int, size: int, limit: timedelta) -> float:
-    """Measure the bandwidth between the nodes in GB/s with one collective. All tasks leave together. Raises the same errors as
-    ``all_reduce_rate``.
-    """
+    """Return the all-reduce bandwidth between the nodes in GB/s. Raises the same errors as ``all_reduce_rate``."""
     device = own_device()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     rate = all_reduce_rate(device)

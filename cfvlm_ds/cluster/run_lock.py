@@ -1,4 +1,4 @@
-"""Lock of a run folder: a locked file that identifies its holder. The lock is released when its holder ends, even after a crash."""
+"""Lock of a run folder: a locked file that identifies the lock's holder. The lock is released when the holder exits or crashes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ NAME = "run.lock"
 
 
 class RunLock:
-    """Lock of ``folder/run.lock`` from construction to exit. Raises ConfigError naming the holder if another run holds the lock."""
+    """Lock on ``folder/run.lock``, held from construction until ``release`` or the end of the ``with`` block.
+
+    Raises ConfigError, which names the holder, if another run holds the lock.
+    """
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
         self.path, own = folder / NAME, _identity()
@@ -30,7 +33,7 @@ class RunLock:
                     raise ConfigError(
                         f"{folder} is in use by {_named(holder)}; choose another {option}, or remove {self.path} if that run has ended"
                     )
-                # The holder is an earlier start of this job on a node that is down, since Slurm never runs a job twice at the same time.
+                # Slurm never runs a job twice at the same time, so the holder is an earlier start of this job on a node that is down.
                 self.path.unlink(missing_ok=True)
             self._held = descriptor
             os.write(descriptor, json.dumps(own).encode())

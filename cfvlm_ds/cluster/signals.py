@@ -1,12 +1,12 @@
-"""Stop requests from signals and from the time limit of a Slurm job.
+"""Stop requests, from signals and from a Slurm job's time limit.
 
-While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward of an evaluation,
-and the votes are summed over ranks. All ranks therefore stop after the same step. They save a checkpoint and exit with ``EXIT_STOPPED``;
-the same command resumes from it. Before the first step and after the last evaluation there is nothing to save, so a signal to any rank ends
-all ranks at once with the same code.
+While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward pass of an
+evaluation, and the votes are summed over ranks, so all ranks stop after the same step. They save a checkpoint and exit with
+``EXIT_STOPPED``. The same command resumes the run. Before the first step and after the last evaluation, there is nothing to save, so a
+signal to any rank immediately ends all ranks with the same exit code.
 
 The scripts in slurm/ send SIGUSR1 before the time limit. Slurm itself sends SIGTERM before it kills a job, and Ctrl-C sends SIGINT. A
-second Ctrl-C ends the run at once with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the main
+second Ctrl-C ends the run immediately with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the main
 thread, which may be blocked in a collective.
 """
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:  # a command's --help does not need these imports
     from cfvlm_ds.core.distributed import World
 
 EXIT_STOPPED = 85
-"""Exit code of a run that was asked to stop. Its state is saved, and it can be resumed."""
+"""Exit code of a run that stopped on request. Its state is saved, so it can be resumed."""
 EXIT_HANG = 86
 """Exit code of every rank that has detected a hanging rank (see heartbeat.py)."""
 EXIT_DISK_FULL = 87
 """Exit code of a command that failed because a disk or a quota is full."""
 EXIT_INTERRUPTED = 130
-"""Exit code of a run that a second Ctrl-C ended at once. Its work since the last checkpoint is lost."""
+"""Exit code of a run that a second Ctrl-C aborted. Its work since the last checkpoint is lost."""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS_S = 1.0  # a terminal and a launcher may both forward the same Ctrl-C
@@ -50,7 +50,7 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Install handlers that request a stop. They also handle signals that arrived while train.py blocked them during its imports."""
+    """Install signal handlers that request a stop. They also receive signals that train.py blocked during its imports."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
@@ -66,9 +66,7 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Detach a child process, so that signals to the child are not reported to its parent. A pool, for example, signals its workers to end
-    them.
-    """
+    """Stop a child process from reporting its signals to the parent. A process pool, for example, ends its workers with signals."""
     signal.set_wakeup_fd(-1)
 
 
@@ -108,7 +106,7 @@ def _leave(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if children:
-            time.sleep(0.5)  # lets a thread that compiles an extension release its lock; the next start would wait for the lock
+            time.sleep(0.5)  # lets a thread that compiles an extension release its lock, for which the next start would wait
     os._exit(code)
 
 
@@ -116,7 +114,7 @@ def _leave(code: int) -> None:
 def last_word() -> Iterator[None]:
     """Wait forever at the end of the block if a signal is ending the process.
 
-    An error within the block, for example because the same signal killed a data worker, then changes neither the exit code nor the output.
+    Otherwise, an error in the block, for example because the same signal killed a data worker, could change the exit code or the output.
     """
     try:
         yield
@@ -127,7 +125,7 @@ def last_word() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
-    """Within the block, call ``action`` with the exit code if a signal ends the process at once. The last registered action is called
+    """Within the block, call ``action`` with the exit code if a signal ends the process immediately. The last action registered is called
     first.
     """
     _before_leaving.append(action)
@@ -139,7 +137,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """Within the block, notify the other ranks if a signal ends this rank at once, so that they end with the same code."""
+    """Within the block, notify the other ranks if a signal ends this rank immediately, so that they exit with the same code."""
     if world.size == 1:
         yield
         return
@@ -173,7 +171,7 @@ def leaving_together(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within the block, a signal only sets the flag that ranks vote on, so that the ranks stop together or not at all."""
+    """Within the block, make signals only set the flag for the ranks' vote, so that the ranks stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
@@ -189,14 +187,14 @@ class StopRequested(Exception):
 
 
 class WorkerLost(Exception):
-    """A data worker of some rank has died, and no rank has started the step."""
+    """A data worker has died on some rank before any rank started the step."""
 
 
 def shield_worker(worker_id: int) -> None:
-    """Make a data worker ignore stop signals. This is a ``worker_init_fn`` of a DataLoader.
+    """Make a data worker ignore stop signals. This is a ``worker_init_fn`` for a DataLoader.
 
-    srun, Slurm and terminals signal every process of a task, but only the rank decides when to stop. The worker obeys SIGTERM only from its
-    rank, which ends its workers this way.
+    srun, Slurm and terminals signal every process of a task, but only the rank decides when to stop. The worker obeys SIGTERM only if its
+    rank sends it, because the rank ends its workers this way.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -214,7 +212,7 @@ def _obey_parent() -> None:
 def worker_deaths() -> Iterator[None]:
     """Within the block, raise WorkerLost instead of torch's error if a data worker dies.
 
-    The worker's connection closes a moment before torch reports the death, so a connection error waits for that report.
+    The worker's connection closes a moment before torch reports the death. After a connection error, this function waits for the report.
     """
     try:
         try:
@@ -236,8 +234,8 @@ _torchs_handler: Any = None
 
 
 def defer_worker_deaths() -> None:
-    """Make the SIGCHLD handler that a DataLoader installs raise only within ``deferred_deaths_raised``. Elsewhere it would interrupt a
-    step.
+    """Make a DataLoader's SIGCHLD handler raise errors only within ``deferred_deaths_raised``, because an error elsewhere would interrupt
+    a step.
     """
     global _torchs_handler
     if threading.current_thread() is threading.main_thread() and callable(handler := signal.getsignal(signal.SIGCHLD)):
@@ -247,7 +245,7 @@ def defer_worker_deaths() -> None:
 
 @contextlib.contextmanager
 def deferred_deaths_raised() -> Iterator[None]:
-    """Within the block, raise an error as soon as a data worker dies, or at once if one has died before."""
+    """Within the block, raise an error as soon as a data worker dies, or at the start of the block if a worker has already died."""
     if _torchs_handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -263,8 +261,8 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: seconds by which the next step and a checkpoint must precede the job's end (``SLURM_JOB_END_TIME``, Unix time). The
-            longest time between two votes so far, including any evaluation or checkpoint, is added to it.
+        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time) for a step and a checkpoint, in
+            addition to the longest time between two votes so far. Evaluations and checkpoints count in the time between votes.
     """
 
     def __init__(self, margin_s: float) -> None:
@@ -276,7 +274,7 @@ class Stop:
         self._longest = 0.0
 
     def votes(self) -> Tensor:
-        """Return this rank's votes [2], to be summed over ranks: 1 if a signal has arrived, and 1 if time is running out, otherwise 0."""
+        """Return this rank's votes [2], to be summed over ranks: whether a signal has arrived, and whether time is running out (1 or 0)."""
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         import torch
@@ -285,7 +283,7 @@ class Stop:
 
 
 def reason(votes: Sequence[float]) -> str | None:
-    """Return the reason to stop, given the sum of the ranks' votes, or None to continue."""
+    """Return the reason to stop, or None to continue. ``votes`` is the sum of the ranks' votes."""
     signalled, late = (vote > 0 for vote in votes)
     if signalled:
         return "a signal was received"

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, and hooks that replace its reader and its writer."""
+"""DeepSpeed's checkpoint files: a safe reader, and hooks that replace DeepSpeed's reader and writer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
     """Within the block, make ``engine.save_checkpoint`` write its states with ``write``, and wrap every write in ``guard``.
 
-    A collective follows each write. If an exception ended one rank, the others would wait in the collective.
+    DeepSpeed runs a collective after each write. If an exception ended one rank, the other ranks would wait there.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs
@@ -33,7 +33,7 @@ def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> I
 
 @contextlib.contextmanager
 def reading_tensors_alone(engine: Any) -> Iterator[None]:
-    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``: DeepSpeed's own reader would run code from a file."""
+    """Within the block, make ``engine.load_checkpoint`` read with ``read_states``, because DeepSpeed's reader can run code from a file."""
     reader = engine.checkpoint_engine
     load = reader.load
     reader.load = lambda path, map_location=None: read_states(path, map_location)
@@ -57,13 +57,13 @@ def read_states(file: str | Path, map_location: Any = "cpu", mmap: bool = False)
         with torch.serialization.safe_globals(known):
             return torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest of the message advises running the code
+        match = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))  # the rest of torch's message recommends unpickling anyway
         reason = match[1].partition(" was not")[0] if match else str(error).splitlines()[0]
         raise ConfigError(f"{file} contains objects other than tensors ({reason}); use another checkpoint") from error
 
 
 def flat_tensors(engine: Any) -> tuple[Sequence[Mapping[str, torch.Size]], list[int]]:
-    """Describe the optimizer's flat tensors: names and shapes of the weights in each, and its number of elements on this rank."""
+    """Return, for each of the optimizer's flat tensors, its weights (name -> shape) and its number of elements on this rank."""
     zero = engine.optimizer
     flat = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else zero.single_partition_of_fp32_groups
     return engine._get_zero_param_shapes(), [tensor.numel() for tensor in flat]

@@ -13,9 +13,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def optimizer_options(engine: Any) -> dict[str, Any]:
-    """Return this run's settings of optimizer, clipping and schedule. Loading a checkpoint replaces them with the settings of the earlier
-    run.
-    """
+    """Return this run's optimizer, clipping and schedule settings. Loading a checkpoint replaces them with the earlier run's settings."""
     groups = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in engine.optimizer.param_groups]
     return {
         "groups": groups,
@@ -25,30 +23,28 @@ def optimizer_options(engine: Any) -> dict[str, Any]:
 
 
 def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
-    """Apply settings from ``optimizer_options`` to a restored engine. They take effect at the next step; the position in the schedule is
-    kept.
-    """
+    """Apply settings from ``optimizer_options`` to a restored engine, from the next step on. The position in the schedule is kept."""
     engine.optimizer.clip_grad = options["clip"]
     groups, schedule = engine.optimizer.param_groups, engine.lr_scheduler
     for group, saved in zip(groups, options["groups"], strict=True):
         group.update({name: value for name, value in saved.items() if name != "lr"})
-    if hasattr(schedule, "lr_lambdas"):  # a schedule of transformers
+    if hasattr(schedule, "lr_lambdas"):  # a transformers schedule
         schedule.base_lrs = options["rates"]
         schedule._last_lr = [rate * by(schedule.last_epoch) for rate, by in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(groups, schedule._last_lr, strict=True):
             group["lr"] = rate
-    elif hasattr(schedule, "last_batch_iteration"):  # a schedule of DeepSpeed, which has no other state
+    elif hasattr(schedule, "last_batch_iteration"):  # a DeepSpeed schedule, which has no other state
         schedule.step(schedule.last_batch_iteration)
     else:
         raise ConfigError(f"the schedule {type(schedule).__name__} of the DeepSpeed JSON does not support changed options; restore them")
 
 
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
-    """Return a function that measures how long computation waits for ZeRO-3 to gather weights; None if weights are not partitioned.
+    """Return a function that measures how long computation waits for ZeRO-3 to gather weights, or None if weights are not partitioned.
 
-    The function returns the seconds waited since its last call. A module's wait lasts from the request for its weights to their arrival. On
-    CUDA, events on the compute stream measure it. Events that the stream has not reached are left for the next call, so that the
-    measurement delays nothing. On other devices, the process's clock measures it.
+    The function returns the seconds waited since its last call. A module's wait lasts from the request for its weights until their
+    arrival. On CUDA, it is measured with events on the compute stream. Events that the stream has not yet reached count in a later call,
+    so that measuring never blocks. On other devices, it is measured with the process's clock.
     """
     if (coordinator := _coordinator(engine)) is None:
         return None
@@ -86,7 +82,7 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
 
 
 def invalidate_prefetch_trace(engine: Any) -> None:
-    """Invalidate ZeRO-3's prefetch trace before a forward pass that runs other modules than the last passes. A new trace is recorded."""
+    """Make ZeRO-3 record a new prefetch trace. Call this before a forward pass that runs different modules than the previous passes."""
     coordinator = _coordinator(engine)
     if coordinator is not None and not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
@@ -100,6 +96,6 @@ def drop_prefetch_recording(engine: Any) -> None:
 
 
 def _coordinator(engine: Any) -> Any:
-    """Return ZeRO-3's parameter coordinator, which fetches weights; None if weights are not partitioned."""
+    """Return ZeRO-3's parameter coordinator, which fetches weights, or None if weights are not partitioned."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
     return None if offload is None else offload.get_param_coordinator()

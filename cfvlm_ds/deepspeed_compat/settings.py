@@ -1,4 +1,4 @@
-"""The names of DeepSpeed's settings, and DeepSpeed's memory estimates."""
+"""Names of DeepSpeed's settings, and DeepSpeed's memory estimates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def field_names() -> list[str]:
-    """Return the field names of all pydantic models of DeepSpeed's configuration."""
+    """Return the field names and aliases of all pydantic models in DeepSpeed's configuration."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     classes: list[Any] = [DeepSpeedConfigModel]
@@ -16,8 +16,9 @@ def field_names() -> list[str]:
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Estimate the states of ``trained`` parameters under ZeRO-3: bytes per GPU, and bytes of host memory per node. ``optimizer`` and
-    ``weights`` are True if offloaded.
+    """Estimate the model states under ZeRO-3. Returns bytes per GPU, and bytes of host memory per node.
+
+    ``trained`` and ``largest_layer`` are numbers of parameters. ``optimizer`` and ``weights`` are True if offloaded.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
@@ -29,7 +30,7 @@ def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, node
 
 
 def states_of_stage_2(trained: int, gpus_per_node: int, nodes: int, optimizer: bool) -> tuple[int, int]:
-    """Return the same two values for ZeRO-1 and 2 (see ``states_of_stage_3``)."""
+    """Estimate the model states under ZeRO-1 or 2, with the same arguments and results as in ``states_of_stage_3``."""
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     host, card = estimate_zero2_model_states_mem_needs(trained, num_gpus_per_node=gpus_per_node, num_nodes=nodes, cpu_offload=optimizer)

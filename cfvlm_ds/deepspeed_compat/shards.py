@@ -1,9 +1,9 @@
-"""The layout of weights and their moments in ZeRO's checkpoint files. The export reads these files; resharding reads and writes them.
+"""Layout of weights and their moments in ZeRO's checkpoint files. The export reads these files; resharding reads and writes them.
 
-ZeRO-3 cuts every weight into one part per rank, padded to equal sizes. Each rank has one flat tensor per sub-group, in which its parts
-follow each other. ZeRO-1 and 2 concatenate the weights of a group, pad the end and cut the result. Moments are laid out like their weights.
-DeepSpeed's zero_to_fp32 defines the layout but is not used, because its lazy mode only covers the trained weights of ZeRO-3: it loads every
-frozen weight, concatenates all trained weights under ZeRO-2, and supports no frozen weights under ZeRO-1.
+ZeRO-3 splits every weight into one part per rank, padded to equal sizes. Each rank concatenates its parts in one flat tensor per sub-group.
+ZeRO-1 and 2 concatenate a group's weights, pad the end, and split the result over the ranks. Moments are laid out like their weights.
+DeepSpeed's zero_to_fp32 defines the layout. It is not used, because its lazy mode covers only the trained weights of ZeRO-3: it loads every
+frozen weight, concatenates all trained weights under ZeRO-2, and does not support frozen weights under ZeRO-1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.deepspeed_compat.checkpoint_files import read_states
 
 Shapes = Sequence[Mapping[str, torch.Size]]
-"""One mapping per flat tensor, from the names of its trained weights to their shapes, in the tensor's order."""
+"""One mapping per flat tensor, from weight names to shapes. The weights are in the same order as in the tensor."""
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _ZERO = "optimizer_state_dict"
@@ -32,7 +32,7 @@ _ZERO = "optimizer_state_dict"
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of a rank's flat tensor number ``flat``."""
+    """Elements ``start`` to ``stop`` of flat tensor number ``flat`` on one rank."""
 
     rank: int
     flat: int
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``start`` to ``stop`` of a flattened tensor. The tensor is stored in a checkpoint file under ``keys``."""
+    """Elements ``start`` to ``stop`` of a flattened tensor, which a checkpoint file stores under the nested ``keys``."""
 
     file: Path
     keys: tuple[str | int, ...]
@@ -52,15 +52,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as its parts in order. Elements of the last parts beyond the weight's size are padding."""
+    """A weight as a sequence of parts. Elements beyond the weight's size are padding."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
-    """Return the pieces of each weight in order. ``sizes`` are the numbers of elements in each rank's flat tensors. Raises ConfigError if
-    sizes and shapes do not match.
+    """Return each weight's pieces in order. ``sizes`` [rank][flat tensor] are numbers of elements. Raises ConfigError if sizes and shapes
+    do not match.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes)
 
@@ -91,7 +91,7 @@ def _end_to_end(shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, lis
 
 
 def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield the range ``start`` to ``stop`` of concatenated tensors of these sizes as pieces (index of the tensor, start, stop)."""
+    """Split the range ``start`` to ``stop`` of concatenated tensors at the tensors' boundaries. Yields (tensor index, start, stop)."""
     before = 0
     for index, size in enumerate(sizes):
         first, last = max(start - before, 0), min(stop - before, size)
@@ -103,8 +103,8 @@ def _cut(start: int, stop: int, sizes: Iterable[int]) -> Iterator[tuple[int, int
 class Shards:
     """The files of a ZeRO-1, 2 or 3 checkpoint, memory-mapped on first use.
 
-    Raises ConfigError if the folder is not such a checkpoint, or if its number of files differs from its number of ranks. Other damage may
-    raise any exception.
+    Raises ConfigError if the folder is not a ZeRO checkpoint, or if the number of files differs from the number of ranks that wrote them.
+    Other damage can raise any exception.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class Shards:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Size of the files that hold the trained weights and their moments."""
+        """Size in bytes of the files that hold the trained weights and their moments."""
         return sum(file.stat().st_size for file in self._optimizer)
 
     def weights(self) -> dict[str, Weight]:
@@ -149,14 +149,14 @@ class Shards:
         for alias, name in state["shared_params"].items():
             if name in weights:
                 weights[alias] = weights[name]
-        # The module holds the buffers and, except under ZeRO-3, all weights. Under ZeRO-1, only the module holds frozen weights.
+        # state["module"] contains the buffers and, except under ZeRO-3, all weights. Under ZeRO-1, frozen weights are stored only there.
         for name in state["buffer_names"] if self._stage == 3 else state["module"]:
             tensor = state["module"][name]
             weights.setdefault(name, Weight(tuple(tensor.shape), (Part(self._model[0], ("module", name), 0, tensor.numel()),)))
         return weights
 
     def flat(self, part: Part) -> Tensor:
-        """Return the flattened tensor that a part belongs to, as a view of a mapped file."""
+        """Return the flattened tensor to which a part belongs, as a view of the memory-mapped file."""
         tensor = self.contents(part.file)
         for key in part.keys:
             tensor = tensor[key]
@@ -167,14 +167,14 @@ class Shards:
         self.contents.cache_clear()
 
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """Yield (name, contents) for each file that rank number ``rank`` of ``ranks`` ranks needs. The values are the same, bit for bit.
+        """Yield (name, contents) for each file that rank ``rank`` needs in a run with ``ranks`` ranks. All values are preserved exactly.
 
-        ``shapes`` and ``sizes`` are the results of ``flat_tensors`` for that rank's engine.
+        ``shapes`` and ``sizes`` describe that rank's engine, as returned by ``flat_tensors``.
         """
         prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
         yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
-        # Everything that is not partitioned is equal on all ranks, except for the random state: every rank needs its own.
+        # Unpartitioned entries are equal on all ranks, except for the random state, so each rank copies them from a different file.
         state = {**self.contents(self._model[rank % len(self._model)]), "dp_world_size": ranks}
         if self._stage == 3:
             yield _RANK.sub(prefix, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}
@@ -185,8 +185,8 @@ class Shards:
         return self.contents(self._optimizer[rank])[_ZERO]
 
     def _sizes(self) -> list[list[int]]:
-        """Return the number of elements in each rank's flat tensors. Under ZeRO-3 it is the same on all ranks, so only the first rank's
-        file is opened.
+        """Return each flat tensor's number of elements, as [rank][flat tensor]. Under ZeRO-3, all ranks have equal sizes, so only the first
+        rank's file is opened.
         """
         ranks = [0] if self._stage == 3 else range(len(self._optimizer))
         sizes = [[flat.numel() for flat in self._zero(rank)[self._flat]] for rank in ranks]
@@ -211,7 +211,7 @@ class Shards:
         for index, names in enumerate(shapes):
             owners.append(group := self._pieces[next(iter(names))][0].flat)
             entry = old[self._base]["state"][group]
-            # Copies are needed because two sub-groups that come from one would otherwise count their steps in the same tensor.
+            # Copied, because two sub-groups that were split from one would otherwise share the tensor that counts their steps.
             state[index] = {
                 key: flat(index, key) if torch.is_tensor(value) and value.dim() else copy.deepcopy(value) for key, value in entry.items()
             }
@@ -226,7 +226,7 @@ class Shards:
         return {**old, "partition_count": count, self._base: {"state": state, "param_groups": groups}, self._flat: weights}
 
     def _elements(self, name: str, moment: str | None, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield elements ``start`` to ``stop`` of a weight or its ``moment`` from the ranks that hold them. Padding is left out."""
+        """Yield elements ``start`` to ``stop`` of a weight or its ``moment``, one block per piece, without padding."""
         stop, first = min(stop, self._shapes[name].numel()), 0
         for piece in self._pieces[name]:
             last = first + piece.stop - piece.start

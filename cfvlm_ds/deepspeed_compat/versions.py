@@ -1,4 +1,4 @@
-"""The versions of DeepSpeed with which this folder was checked."""
+"""The DeepSpeed versions against which this folder was checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def unknown_version(installed: str) -> str | None:
 
     try:
         known = SpecifierSet(KNOWN).contains(Version(installed), prereleases=True)
-    except InvalidVersion:  # DeepSpeed run from its sources has no version
+    except InvalidVersion:  # a DeepSpeed source tree has no version
         known = False
     if known:
         return None

@@ -1,6 +1,7 @@
-"""The table of objectives, and their weighted sum as one loss.
+"""Table of objectives, and the loss as their weighted sum.
 
-A new objective is one file with a frozen dataclass and one line in OBJECTIVES. Its fields are its options (``--objective.NAME.FIELD``).
+To add an objective, write a file with a frozen dataclass and add a line to OBJECTIVES. The dataclass's fields become options
+(``--objective.NAME.FIELD``).
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest set of a group's own cells that contains the cells of every objective."""
+    """Return the smallest set of a group's own cells that contains every objective's cells."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return, as arguments of ``Collator.of_run``, what objectives need in addition to the scores of their cells."""
+    """Return keyword arguments for ``Collator.of_run`` that request the data that objectives need besides their cells' scores."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
@@ -81,38 +82,38 @@ def scored_besides(objectives: Objectives) -> dict[str, Any]:
 
 
 def batch_terms(objectives: Objectives) -> dict[str, int]:
-    """Map each term that uses texts of the step's other groups to the number of such texts that it needs per image."""
+    """Map each term that uses in-batch negatives to the number of texts from other groups that it needs per image."""
     return {name: int(getattr(objective, "texts", 0)) for name, objective in objectives.items() if objective.cells == "batch"}
 
 
 def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tensor]:
-    """Return each objective's denominators [P] on this layout. The caller must sum them over micro-batches and ranks."""
+    """Return each objective's denominators [P] for this layout. The caller must sum them over micro-batches and ranks."""
     visible = {name: layout.seen(objective.cells == "batch", objective.needs_blank) for name, objective in objectives.items()}
     return {name: torch.atleast_1d(objective.denominator(visible[name].of_objective(name))) for name, objective in objectives.items()}
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores of the groups that count in an objective. Other groups' texts and the blank picture stay only if it uses them."""
+    """Return the scores of the groups that an objective uses. In-batch negatives and the blank picture are kept only if it needs them."""
     visible = scores.seen(objective.cells == "batch", objective.needs_blank)
     return replace(visible, layout=visible.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """Return the factor by which warm-up multiplies an objective's weight at ``progress`` (share of all steps done, 0 to 1)."""
+    """Return the warm-up factor of an objective's weight. ``progress`` is the share of all steps that are done, from 0 to 1."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return this micro-batch's share of the step's loss as (loss to call backward on, each term's unweighted share).
+    """Return (loss, shares): this micro-batch's share of the step's loss, and each term's unweighted share.
 
-    Each numerator is divided by its *global* denominator. The shares of all micro-batches and ranks of an optimizer step therefore add up
-    to exactly the global means, however groups are distributed to ranks. The factor ``world_size`` is there because DeepSpeed averages
-    gradients over ranks. DeepSpeed must not average over accumulation steps as well (``engine.backward(..., scale_wrt_gas=False)``). A part
-    with a denominator of 0 adds nothing.
+    Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
+    up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed
+    averages gradients over ranks. DeepSpeed must not also average over accumulation steps (``engine.backward(..., scale_wrt_gas=False)``).
+    A part with a denominator of 0 adds nothing.
     """
-    loss = scores.logp.sum() * 0  # every rank runs the same backward, even without any comparison
+    loss = scores.logp.sum() * 0  # every rank must run a backward pass, even without any comparison
     shares: dict[str, Tensor] = {}
     for name, objective in objectives.items():
         denominator = global_denominators[name].to(scores.logp)
@@ -126,7 +127,7 @@ def weighted_loss(
 def likelihood_report(scores: Scores) -> Report:
     """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). Their means show likelihood displacement.
 
-    The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images that it is false of (lp_k0), and false
+    The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images of which it is false (lp_k0), and false
     texts on the factual image (lp_0k).
     """
     layout = scores.layout

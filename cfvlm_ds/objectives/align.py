@@ -17,15 +17,15 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
-    Each part is a separate mean. Both NLLs are per token, end-of-turn tokens included. The first is over factual pairs. The second is over
-    the other true pairs, averaged within each group first. The InfoNCE is a mean over groups that have a negative.
+    Each part is a separate mean. Both NLLs are per token, including end-of-turn tokens. The second NLL is averaged over each group's other
+    true pairs first. The InfoNCE is averaged over the groups that have a negative.
 
     Args:
         weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
-        counterfactual: weight of the other true pairs of the group.
-        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual prompt.
-        temperature: tau of the InfoNCE, on the scale of ``len_norm``.
+        counterfactual: weight of the group's other true pairs.
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where texts c answer T_0's prompt.
+        temperature: tau of the InfoNCE; it divides the scores after ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
         pmi: multiple of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.
     """
@@ -64,7 +64,7 @@ class Align(Objective):
         return torch.stack(parts)
 
     def _infonce(self, scores: Scores) -> Tensor:
-        """Return the InfoNCE [G]; 0 for a group without a negative."""
+        """Return the InfoNCE loss [G]. It is 0 for a group without a negative."""
         similarity = normalised_scores(scores, self.len_norm, self.pmi) / self.temperature
         anchor, negative = _infonce_mask(scores.layout)
         hidden = torch.where(anchor | negative, similarity, float("-inf"))
@@ -74,7 +74,7 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums over groups: the value of the factual pair, and the mean of ``values`` [G, I, C] over other true pairs."""
+    """Return two weighted sums of ``values`` [G, I, C] over groups: the factual pair's value, and the mean over the other true pairs."""
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()
     others[:, 0, 0] = False
@@ -83,9 +83,9 @@ def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tens
 
 
 def _infonce_mask(layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two masks [G, I, C]: the anchor cells, and the negatives in row 0 (only those with the anchor's prompt) and column 0."""
+    """Return two masks [G, I, C]: the anchors, and the negatives in row 0 (only texts that answer the anchor's prompt) and column 0."""
     anchor = torch.zeros_like(layout.valid)
-    anchor[:, 0, 0] = True  # even in a group without scores: a softmax over no cells is NaN, a softmax over one cell is 1
+    anchor[:, 0, 0] = True  # also in a group without scores, because a softmax over no cells would be NaN
     star = torch.zeros_like(layout.valid)
     star[:, 0, :] = layout.same_prompt[:, 0]
     star[:, :, 0] = True

@@ -1,4 +1,4 @@
-"""InfoNCE over the texts and images of an optimizer step: CF-VLM's alignment loss (arXiv 2506.17267) on likelihoods instead of cosines."""
+"""InfoNCE over an optimizer step's texts and images: CF-VLM's alignment loss (arXiv 2506.17267) with likelihoods instead of cosines."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_o
 
 @dataclass(frozen=True, kw_only=True)
 class BatchAlign(Objective):
-    """InfoNCE across groups: an image's own text must beat texts of the whole step, and each text must prefer its own image.
+    """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
-    Other groups' texts are drawn only if they answer the factual text's prompt. They count as false without a check; no other objective
-    uses unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's
-    ``exclude`` lists it, or if its own group marks it as true of a picture of this group.
+    Texts of other groups are drawn only if they answer the factual text's prompt. They are assumed to be false; no other objective uses
+    unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's ``exclude``
+    lists it, or if its own group marks it as true of one of this group's pictures.
 
-    Text side: log(1 + sum_d exp(s_d - s_c)) over the false texts d of the group and the texts of other groups, with s = (log p(text |
-    image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the prior cancels and
-    is left out. Each side has a weight of one half and is a mean over a group's true pairs (text side) or texts (image side), so that each
-    group counts once.
+    Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)) over the group's false texts and texts of other groups, with s =
+    (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the
+    prior cancels and is left out. Each side has a weight of 1/2. The text side is averaged over a group's true pairs and the image side
+    over its texts, so that each group counts once.
 
     Args:
         weight: factor of the term in the loss.
         warmup: share of all steps over which the weight rises linearly from 0.
         texts: number of texts from other groups that are scored on each image.
-        temperature: divisor of the scores, on the scale of ``len_norm``.
+        temperature: divisor of the scores after ``len_norm``.
         len_norm: divisor of log-likelihoods: each text's ``own`` token count, or ``none``.
         pmi: multiple of the blind score that is subtracted on the text side; needs ``--data.scores`` unless it is 0.
     """
@@ -97,7 +97,7 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a zero that carries the gradient of other groups' image sides with respect to scores on this batch's images."""
+        """Return a scalar 0 that carries the gradient of other groups' image-side losses with respect to scores on this batch's images."""
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
@@ -107,7 +107,7 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the scores on the group's images [G, I, C] and on R images of other groups [G, R, C], in units of the temperature."""
+        """Return the scores on the group's images [G, I, C] and on R images of other groups [G, R, C], divided by the temperature."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
@@ -118,22 +118,22 @@ class BatchAlign(Objective):
 
 
 _LEAST = -1e30
-"""Value of excluded entries in a sum of exponentials. If all entries were -inf, gradients would be NaN."""
+"""Value that excludes an entry from a logsumexp. If all entries were -inf instead, gradients would be NaN."""
 
 
 def own_images(layout: GroupLayout) -> Tensor:
-    """Return a mask [G, I, C] of the own images of texts that answer the factual text's prompt."""
+    """Return a mask [G, I, C] of each text's own image, for texts that answer the factual text's prompt."""
     return layout.own & layout.same_prompt[:, :1]
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:
-    """Return a mask [G, I, C] of the scored cells of other groups' texts."""
+    """Return a mask [G, I, C] of the scored cells with other groups' texts."""
     foreign = torch.zeros_like(layout.valid)
     foreign[:, :, layout.num_own :] = True
     return layout.valid & foreign
 
 
 def _against(values: Tensor, true: Tensor, false: Tensor, dim: int) -> Tensor:
-    """Return log(1 + sum over ``dim`` of exp(values - true) where ``false``), in the shape of ``true``; 0 without false entries."""
+    """Return log(1 + sum exp(values - true)), in the shape of ``true``. The sum is over the ``false`` entries along ``dim``."""
     others = torch.logsumexp(torch.where(false, values, _LEAST), dim, keepdim=True)
     return torch.where(false.any(dim, keepdim=True), F.softplus(others - true), 0)

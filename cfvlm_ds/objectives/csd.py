@@ -14,17 +14,17 @@ from cfvlm_ds.objectives.objective import MarginTerm, comparisons
 
 @dataclass(frozen=True, kw_only=True)
 class Csd(MarginTerm):
-    """Margin between texts: on each image, a true text must beat a false one. The loss is the mean over a group's comparisons.
+    """Margin between texts: on each image, a true text must beat a false text. The loss is the mean over a group's comparisons.
 
     Texts are compared only if they answer the same prompt. In a group with two yes/no questions, each question has its own comparison on
     every image.
 
     Args:
-        mode: ``cross`` (default) compares a true and a false text on one image: with K counterfactual pairs and star cells this is
-            1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}. ``matched`` is the paper's form, 1/K sum_k h(m + S_kk - S_00). It
-            lowers the likelihood of true captions of counterfactual images, so two scenes that are each other's counterfactual can never
-            satisfy it together. It omits pairs whose text answers a different prompt than T_0. ``matched_sg`` is ``matched`` with S_kk
-            detached, so it only raises S_00.
+        mode: ``cross`` (default) compares a true and a false text on one image. With K counterfactual pairs, star cells, margin m and link
+            h, the loss is 1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}. ``matched`` is the paper's form, 1/K sum_k h(m + S_kk -
+            S_00). It lowers the likelihood of the counterfactual images' true captions, so two scenes that are counterfactuals of each
+            other can never both satisfy it. It omits pairs whose text does not answer T_0's prompt. ``matched_sg`` is ``matched``
+            with S_kk detached, so it only raises S_00.
     """
 
     mode: Literal["cross", "matched", "matched_sg"] = "cross"

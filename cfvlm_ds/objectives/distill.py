@@ -15,7 +15,7 @@ from cfvlm_ds.objectives.objective import Objective, has_any, mean_over
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceTerm(Objective):
-    """The mean of a divergence, in nats per token: first over a group's comparisons, then over the groups that have a comparison.
+    """A divergence in nats per token, averaged over each group's comparisons and then over the groups that have a comparison.
 
     Args:
         weight: factor of the term in the loss.
@@ -49,18 +49,18 @@ class DivergenceTerm(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastDistill(DivergenceTerm):
-    """KL(t || p) at the tokens of a true text, with the target t of VCSD (arXiv 2607.21556) and p on the text's own image.
+    """KL(t || p) at a true text's tokens, where t is VCSD's target (arXiv 2607.21556) and p is the distribution on the text's own image.
 
     t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the contrast image. The target
-    favours tokens that become likelier on the text's own image. The teacher is the current model without a gradient, and the texts come
-    from the data. In the paper, the teacher is an exponential average of the weights, the texts are sampled from the model, and the
+    favours tokens that are likelier on the text's own image. The teacher is the current model without a gradient, and the texts come from
+    the data. In the paper, the teacher's weights are an exponential moving average, the texts are sampled from the model, and the
     temperature is 2 instead of 1.
 
     Args:
-        contrast: ``edited`` compares with every image that the text is false of; ``blank`` compares with the blank picture (the paper's
+        contrast: ``edited`` compares with every image of which the text is false; ``blank`` compares with the blank picture (the paper's
             form).
         alpha: exponent of p / q.
-        beta: smallest probability of a target token, as a fraction of the likeliest token's probability.
+        beta: minimum probability of a token in the target, as a fraction of the likeliest token's probability.
     """
 
     contrast: Literal["edited", "blank"] = "edited"
@@ -88,10 +88,11 @@ class ContrastDistill(DivergenceTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class Sham(DivergenceTerm):
-    """KL(p || q) at a true text's tokens, with p on the factual image and q on a sham; both get gradients (DVRP, arXiv 2601.06801).
+    """KL(p || q) at a true text's tokens, between the distributions p on the factual image and q on a sham (DVRP, arXiv 2601.06801).
 
-    The paper uses reinforcement learning and minimises the KL to a perturbed picture on texts that the model samples. Whether it stops a
-    gradient could not be determined. A group without a sham has no comparison.
+    Both distributions get gradients; whether the paper stops one could not be determined. In the paper, which uses reinforcement
+    learning, q is the distribution on a perturbed picture, and the texts are sampled from the model. A group without a sham has no
+    comparison.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""DPO (arXiv 2305.18290) and its image-conditional form (mDPO, arXiv 2406.11839) over the cells of a group, as a baseline."""
+"""DPO (arXiv 2305.18290) and its image-conditional form (mDPO, arXiv 2406.11839) over a group's cells, as a baseline."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Dpo(ReferenceTerm):
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Text side: on every image, a true text is chosen and each false text of the same prompt is rejected. Image side: a text is chosen on its
-    own image and rejected on each image that it is false of. Each side is a mean over a group's pairs, so each group counts once.
+    own image and rejected on each image of which it is false. Each side is a mean over a group's pairs, so each group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).
         image_side: weight of the image pairs (mDPO's conditional term).
         anchor: weight of -log sigmoid(beta r) on the true pairs (mDPO's anchor: the chosen answer must not become less likely).
         token_credit: multiply the gradient of each token's log-likelihood by its weight w_t (see ``csd``). r itself stays unweighted,
-            because the stored reference is already a sum over tokens. The authors weight both; the gradients are equal at the reference.
+            because the stored reference is already a sum over tokens. TPO's authors weight r as well; the gradients are equal at r = 0.
     """
 
     text_side: float = 1.0

@@ -1,4 +1,4 @@
-"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images; the text's prior and length cancel."""
+"""L_fcd, fine-grained causal discrimination (CF-VLM, arXiv 2506.17267): one text on two images, so the text's prior and length cancel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Fcd(MarginTerm):
     """Margin between images: the factual text must prefer its own image to the hardest counterfactual image, h(m + max_k S_k0 - S_00).
 
     Args:
-        symmetric: add h(m + max_k (S_0k - S_kk)): each counterfactual text must prefer its own image to the others. The two halves have a
-            weight of 1/2 each; if a group has only one half, that half has a weight of 1. Without the second half, a counterfactual image
-            is never a positive, and a model that merely detects edits minimises the term. ``false`` is the paper's form.
+        symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to the others. Each half has a
+            weight of 1/2, or of 1 if the group has only that half. Without the second half, a counterfactual image is never a positive, and
+            a model that merely detects edits minimises the term. ``false`` is the paper's form.
         soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
 
@@ -36,7 +36,7 @@ class Fcd(MarginTerm):
         return "star"
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and the hardest of any other text."""
+        """Return (violation, mask), each [G, 1 or 2]: the factual text's hardest comparison and the other texts' hardest comparison."""
         violation, mask = comparisons(*(each.transpose(1, 2) for each in (similarity, layout.own, layout.negative)))
         violation, mask = violation.flatten(2), mask.flatten(2)
         per_text, some = masked_max(violation, mask, 2, self.soft), mask.any(2)

@@ -16,11 +16,11 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text
 
 @dataclass(frozen=True, kw_only=True)
 class Misp(ReferenceTerm):
-    """DPO between texts, and the first choice of a Plackett-Luce model between images: log(1 + sum_k exp(beta (r_k - r))) for each text.
+    """DPO between texts, plus a Plackett-Luce loss for ranking a text's own image first: log(1 + sum_k exp(beta (r_k - r))).
 
-    r = log p - log p_reference on the text's own image, and k runs over the images that the text is false of. The reference comes from
-    ``--data.scores``. With one such image, the second part is mDPO's image term. The paper's search for negative pictures (CLIP, a sparse
-    autoencoder, importance sampling) is not included; all negatives are pictures of the same group.
+    r = log p - log p_reference on the text's own image, and r_k is this log-ratio on an image of which the text is false. The reference
+    comes from ``--data.scores``. If there is only one such image, the second part is mDPO's image term. The paper's search for negative
+    pictures (CLIP, a sparse autoencoder, importance sampling) is not included; all negatives are pictures of the same group.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

@@ -2,8 +2,8 @@
 
 Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
-- text side: a true text against a false text on one image, both answers to the same prompt;
-- image side: an image that a text is true of against an image that it is false of. The text's prior and length cancel.
+- text side: a true and a false text on one image, both answers to the same prompt;
+- image side: one text on an image of which it is true and on an image of which it is false. The text's prior and length cancel.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Report = dict[str, tuple[Tensor, Tensor]]
 
 
 class Objective(Protocol):
-    """A term of the loss: a pure function of score matrices, independent of devices, tokenizers and ranks.
+    """A loss term: a pure function of score matrices, independent of devices, tokenizers and ranks.
 
-    The loss is ``weight * sum_p numerator_p / denominator_p`` over the parts p of the term. Numerator and denominator are scalars, or [P]
-    for a term with P parts. The denominator must depend only on the layout, because it is summed over all ranks and accumulation steps
-    before the first forward pass.
+    The term's loss is ``weight * sum_p numerator_p / denominator_p`` over its parts p. Numerator and denominator are scalars, or [P] for a
+    term with P parts. The denominator must depend only on the layout, because it is summed over all ranks and accumulation steps before the
+    first forward pass.
 
     A subclass must define numerator, denominator and ``weight``; everything else has a default.
     """
@@ -49,31 +49,31 @@ class Objective(Protocol):
 
     @property
     def needs_reference(self) -> bool:
-        """True if scores must have ``reference``."""
+        """True if the objective needs reference scores."""
         return False
 
     @property
     def needs_prior(self) -> bool:
-        """True if scores must have ``prior``."""
+        """True if the objective needs prior scores."""
         return False
 
     @property
     def needs_tokens(self) -> bool:
-        """True if scores must have ``tokens``, and layouts ``changed``."""
+        """True if the objective needs ``Scores.tokens`` and ``GroupLayout.changed``."""
         return False
 
     @property
     def needs_blank(self) -> bool:
-        """True if the last image of scores must be the blank picture. It costs as much as any other image with all texts of the group."""
+        """True if the objective needs the blank picture as the last image, which costs as much as any other image."""
         return False
 
     @property
     def divergence(self) -> Divergence | None:
-        """The divergence that scores must have. At the tokens that it compares, the output head runs twice."""
+        """Divergence that the objective needs, or None. The output head runs twice at the compared tokens."""
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        """Return the number of tokens or groups that each part averages over: scalar or [P]."""
+        """Return the number of tokens or groups over which each part averages: scalar or [P]."""
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
@@ -86,11 +86,11 @@ class Objective(Protocol):
 
 
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compare true with false entries along the last axis of [G, R, X], and return (violation, mask), each [G, R, X true, X false].
+    """Compare each true with each false entry along the last axis of ``scores`` [G, R, X].
 
-    violation = S[false] - S[true] is positive if the model prefers the false entry. For the text side, pass scores [G, I, C] and the
-    layout's ``same_prompt`` [G, C, C] as ``together``: it marks the texts that may be compared. For the image side, pass the transposed
-    scores [G, C, I].
+    Returns (violation, mask), each [G, R, X true, X false]. violation = S[false] - S[true] is positive if the model prefers the false
+    entry. For the text side, pass scores [G, I, C] and, as ``together``, the layout's ``same_prompt`` [G, C, C], which marks the texts that
+    may be compared. For the image side, pass transposed scores [G, C, I].
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
     mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
@@ -98,18 +98,18 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Average the masked ``values`` over all axes but the first. The mean of a group without such values is 0."""
+    """Average the ``values`` in ``mask`` over all axes but the first. The result [G] is 0 for a group without such values."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
 
 def has_any(mask: Tensor) -> Tensor:
-    """Return [G] bool: True for groups with at least one true entry."""
+    """Return a mask [G] of the groups with at least one true entry."""
     return mask.flatten(1).any(1)
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return a score of 0 for every cell. Denominators use these scores to count comparisons; the counts depend only on the layout."""
+    """Return a score of 0 for every cell. Denominators use it to count comparisons, because only the layout affects the count."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
@@ -126,7 +126,7 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
         safe = torch.where(some.unsqueeze(dim), hidden, 0.0)
         top = soft * (torch.logsumexp(safe / soft, dim) - mask.sum(dim).clamp(min=1).log())
     else:
-        # max, not amax: amax splits the gradient between ties, but exactly two cells should carry it.
+        # max instead of amax, because amax splits the gradient between ties, but exactly two cells should get it.
         top = torch.where(some.unsqueeze(dim), hidden, 0.0).max(dim).values
     return torch.where(some, top, 0)
 
@@ -135,10 +135,10 @@ def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Ten
 class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
-    The defaults compare summed log-likelihoods. An edit changes only a few words, and a mean over the whole text would divide their
-    gradient by the text's length. The language prior may favour a false text by several nats, and the picture's effect must outweigh
-    the prior. The link therefore saturates slowly; if a small margin satisfied it, training would stop too early. The paper uses a hinge
-    link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
+    divide their gradient by the text's length. The language prior can favour a false text by several nats, which the picture's effect must
+    outweigh. The default link therefore saturates slowly; if a small margin satisfied it, training would stop too early. The paper uses a
+    hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
@@ -146,14 +146,14 @@ class MarginTerm(Objective):
         margin: difference by which the true cell must win, in ``margin_unit``.
         margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
         link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient fades
-            as the gap grows but never reaches 0. Both act on the scale of ``len_norm``.
-        beta: sharpness of ``logsigmoid`` at the margin, per unit of the scale: its gradient falls from 1 to 0 within about 4 / beta.
-        hinge_cap: cap of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no cap.
+            as the gap grows but never reaches 0. Both are applied after ``len_norm``.
+        beta: sharpness of ``logsigmoid``: around the margin, its gradient falls from 1 to 0 over a score range of about 4 / beta.
+        hinge_cap: maximum of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no maximum.
         len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own`` token count, or ``none``.
         pmi: multiple of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
-            tokens whose likelihood the other picture changes (TPO, arXiv 2412.14487). They are 1 in texts whose truth is the same on all
-            pictures.
+            tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
+            images or false of all images.
     """
 
     weight: float = 1.0
@@ -184,7 +184,7 @@ class MarginTerm(Objective):
         return self.token_credit
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask) of the term's comparisons, each [G, ...]; ``similarity`` [G, I, C] holds scores on the term's scale."""
+        """Return (violation, mask), each [G, ...], for scores ``similarity`` [G, I, C] after ``len_norm`` and ``pmi``."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:
@@ -209,7 +209,7 @@ class MarginTerm(Objective):
         return self.violations(normalised_scores(scores, self.len_norm, self.pmi), scores.layout)
 
     def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:
-        """Return the link applied to margin + violation; ``violation`` is [G, ...] on the term's scale."""
+        """Return the link's value at margin + ``violation`` [G, ...]."""
         if self.margin_unit == "per_token":
             margin = torch.full_like(layout.weight, self.margin)
         else:

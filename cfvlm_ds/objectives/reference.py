@@ -1,7 +1,7 @@
-"""The log-ratio to a reference model, and comparisons within a group, for objectives with a reference.
+"""Log-ratios to a reference model, and comparisons within a group, for objectives with a reference.
 
-A preference data set has one row per chosen text. Accordingly, each true pair of a group, counterfactual pairs included, is chosen once,
-and the loss of a group is the mean over these choices.
+A preference data set has one row per chosen text. Accordingly, each true pair of a group, including counterfactual pairs, is chosen once,
+and the group's loss is the mean over these choices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives.objective import Objective, Report, comparisons, has_any, mean_over, no_scores
 
 Compared = tuple[Tensor, Tensor]
-"""(violation, mask) of comparisons, in nats of log-ratio."""
+"""(violation, mask) of comparisons. Violations are differences of log-ratios, in nats."""
 Part = tuple[Tensor, Tensor]
 """Two tensors [G]: each group's loss, and a mask of the groups that have a comparison."""
 
@@ -57,7 +57,7 @@ class ReferenceTerm(Objective):
         return scores.logp - scores.reference.detach().to(scores.logp)
 
     def parts(self, ratio: Tensor, layout: GroupLayout) -> list[Part]:
-        """Return the parts of the term, computed from the log-ratio r [G, I, C]."""
+        """Return the term's parts, computed from the log-ratios r [G, I, C]."""
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:
@@ -73,7 +73,7 @@ class ReferenceTerm(Objective):
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:
-        """Return the share of won comparisons and the mean of beta (r_true - r_false), each as a sum and a count of comparisons."""
+        """Return the share of comparisons won and the mean of beta (r_true - r_false), each as (sum, number of comparisons)."""
         won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
         margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
         count = torch.stack([mask.sum() for _, mask in pairs]).sum()
@@ -82,10 +82,10 @@ class ReferenceTerm(Objective):
 
 
 def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Compare, on every image, each true text with each false text of the same prompt: [G, I, C true, C false]."""
+    """On every image, compare each true text with each false text of the same prompt. Results have shape [G, I, C true, C false]."""
     return comparisons(ratio, layout.positive, layout.negative, layout.same_prompt)
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Compare every text on its own image with the same text on each image that it is false of: [G, C, I true, I false]."""
+    """Compare each text on its own image with the text on each image of which it is false. Results have shape [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, layout.own, layout.negative)))

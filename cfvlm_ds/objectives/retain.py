@@ -16,12 +16,12 @@ from cfvlm_ds.objectives.objective import Objective, Report
 
 @dataclass(frozen=True, kw_only=True)
 class Retain(Objective):
-    """exp(d) - 1 - d with d = (log p - log p_reference) / tokens of a true text: an estimate of KL(reference || model) per token.
+    """exp(d) - 1 - d, an estimate of KL(reference || model) per token, with d = (log p - log p_reference) / n for a true text of n tokens.
 
     The term is 0 if the model and the reference agree, and grows as a text becomes less or more likely. It uses only the scored tokens, not
-    the whole vocabulary. For texts of n tokens that are sampled from the reference, the mean of -d is the KL per token, and the mean of
-    exp(d) - 1 is not positive. The mean of the term is therefore at most the KL, and equal to it for n = 1. The reference comes from
-    ``--data.scores`` or is the model without its adapters.
+    the whole vocabulary. For texts sampled from the reference, the mean of -d is the KL per token, and the mean of exp(d) - 1 is not
+    positive. The term's mean is therefore at most the KL, with equality for n = 1. The reference comes from ``--data.scores`` or is the
+    model without its adapters.
 
     Args:
         weight: factor of the term in the loss.
@@ -65,7 +65,7 @@ class Retain(Objective):
         return torch.where(self._selected(scores.layout), ratio, 0), tokens
 
     def _selected(self, layout: GroupLayout) -> Tensor:
-        """Return a mask [G, I, C] of the true pairs of the selected rows."""
+        """Return a mask [G, I, C] of the true pairs in the selected rows."""
         if self.rows == "all":
             return layout.positive
         plain = ~(layout.match == 0).flatten(1).any(1)

@@ -14,15 +14,15 @@ from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm
 
 @dataclass(frozen=True, kw_only=True)
 class Svco(ReferenceTerm):
-    """-log sigmoid(beta (r_ic - r_bc)) on a text's own image i, and -log sigmoid(beta (r_bc - r_kc)) on each image k that it is false of.
+    """-log sigmoid(beta (r_ic - r_bc)) for text c's own image i, and -log sigmoid(beta (r_bc - r_kc)) for each image k of which c is false.
 
-    r = log p - log p_reference, and b is the blank picture. The reference comes from ``--data.scores``. Both directions count: T_0 compares
-    I_0 with I_k, and T_k compares I_k with I_0. Each part is a mean over a group's pairs, so the loss of one counterfactual pair is half
-    the authors' sum of four terms. Where this term shows a blank picture, the authors leave the picture out of the prompt.
+    r = log p - log p_reference, and b is the blank picture. The reference comes from ``--data.scores``. Both directions count: T_0 prefers
+    I_0 to I_k, and T_k prefers I_k to I_0. Each part is a mean over a group's pairs, so for one counterfactual pair, the loss is half the
+    authors' sum of four terms. Instead of showing a blank picture, the authors leave the picture out of the prompt.
 
     Args:
         attend: weight of the comparisons between a text's own image and the blank picture.
-        reject: weight of the comparisons between the blank picture and each image that the text is false of.
+        reject: weight of the comparisons between the blank picture and each image of which the text is false.
     """
 
     attend: float = 1.0
@@ -41,9 +41,9 @@ class Svco(ReferenceTerm):
 
 
 def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
-    """Compare each text's own image with the blank picture, and the blank picture with each image that the text is false of.
+    """Compare each text's own image with the blank picture, and the blank picture with each image of which the text is false.
 
-    Only texts with an own image count. All tensors are [G, I, C].
+    Texts without an own image are left out. All tensors are [G, I, C].
     """
     if not layout.blank:
         raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")

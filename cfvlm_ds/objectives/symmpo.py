@@ -15,7 +15,7 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO on every image, and on both images of each counterfactual pair, with a penalty on unequal gaps.
+    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair, which penalises unequal gaps.
 
     Let r = log p - log p_reference, where the reference comes from ``--data.scores``. The gap between two texts is d_k = r_00 - r_0k on the
     factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
@@ -24,7 +24,7 @@ class SymMPO(ReferenceTerm):
     - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;
     - anchors: -log sigmoid(beta r_00) and -log sigmoid(beta r_kk).
 
-    Each part is a mean over a group's pairs, so each group counts once. Two texts are always compared on one image, so the partition
+    Each part is a mean over a group's pairs, so each group counts once. Texts are always compared on the same image, so the partition
     functions in DPO's derivation cancel.
 
     Args:
@@ -59,7 +59,7 @@ def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and a mask of the
     complete pairs.
 
-    A pair (i, c) is complete if text c answers the factual text's prompt and all four cells of images 0, i and texts 0, c are known.
+    A pair (i, c) is complete if text c answers the factual text's prompt, (0, 0) and (i, c) are true, and (0, c) and (i, 0) are false.
     """
     negative, positive = layout.negative, layout.positive
     complete = positive & positive[:, :1, :1] & negative[:, :1, :] & negative[:, :, :1] & layout.same_prompt[:, :1]

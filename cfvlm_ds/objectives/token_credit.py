@@ -12,12 +12,12 @@ from cfvlm_ds.core.scores import Scores
 
 
 def token_weights(scores: Scores) -> Tensor:
-    """Return the weight of each token, [G, I, C, T], without a gradient: 1/2 + sigmoid(s) in a true text, 3/2 - sigmoid(s) in a false one.
+    """Return token weights [G, I, C, T] without a gradient: 1/2 + sigmoid(s) in a true text, and 3/2 - sigmoid(s) in a false text.
 
-    s = log p(token | image) - mean_k log p(token | I_k), in nats, over the group's scored images I_k on which the text has the opposite
-    truth value. The authors use a noisy version of the image instead of I_k. Without any I_k, the weight is 1. For a text on two
-    images, s and the truth flip together, so both cells have the same weights and the text's prior still cancels. Raises ValueError if the
-    scores have no tokens.
+    s = log p(token | image) - mean_k log p(token | I_k), in nats, where I_k are the group's scored images on which the text has the
+    opposite truth value. The authors use a noisy version of the image instead of I_k. If there is no I_k, the weight is 1. If there are two
+    images and the text is true of one of them, s has opposite signs on them, so both cells have the same weights and the text's prior still
+    cancels. Raises ValueError if the scores have no tokens.
     """
     if scores.tokens is None:
         raise ValueError("token_credit needs scores of tokens; collate the groups with tokens=True (Collator.of_run)")
@@ -33,14 +33,14 @@ def token_weights(scores: Scores) -> Tensor:
 
 
 def token_credit(scores: Scores) -> Tensor:
-    """Return sum_t (w_t - 1) log p(token t), [G, I, C]: the difference between a weighted score and ``logp``, in nats."""
+    """Return sum_t (w_t - 1) log p(token t) [G, I, C] in nats, the difference between the weighted score and ``logp``."""
     weights = token_weights(scores)
     assert scores.tokens is not None
     return ((weights - 1) * scores.tokens).sum(-1)
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return a sum and a count for the mean weight of the tokens in which texts differ. It exceeds 1 if these tokens depend on pictures."""
+    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the picture."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)

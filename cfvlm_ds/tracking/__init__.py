@@ -1,4 +1,4 @@
-"""Tracking of a run: metrics.jsonl, delivery to MLflow, and figures."""
+"""Run tracking: metrics.jsonl, delivery to MLflow, and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Delivery record of a run: all data for MLflow except metrics. It is stored in the run folder, so another process can finish the
+"""Delivery record: a run's data for MLflow, except metrics. It is stored in the run folder, so that another process can finish the
 delivery.
 """
 
@@ -18,20 +18,20 @@ from cfvlm_ds.tracking.metrics_log import say
 RECORD_FILE = ".mlflow_delivery.json"
 
 INPUT = ("name", "digest", "source", "context", "groups")
-"""Keys of a data set: name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
+"""Keys of a data set's entry: name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 
 @dataclass(frozen=True)
 class DeliveryRecord:
-    """All data for MLflow except metrics, and the state of the delivery.
+    """A run's data for MLflow, except metrics, and the state of their delivery.
 
     Attributes:
         inputs: data sets used since the latest start of the run, each with the keys ``INPUT``.
-        token: random id by which the run is found if the server's response to its creation was lost.
+        token: random id, used to find the run on the server if the response to its creation was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
-        artifacts: maps each path (relative in the run folder) to its ``folder`` in MLflow and to ``pending``, True until it is uploaded.
+        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and ``pending`` (True until the upload).
     """
 
     experiment: str = ""

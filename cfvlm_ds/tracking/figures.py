@@ -29,7 +29,7 @@ _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
 _MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
 
 _STYLE: Any = {
-    "text.parse_math": False, "text.usetex": False,  # so that two dollar signs in a caption are not a formula
+    "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a caption would enclose a formula
     "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.labelsize": 8.5, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "axes.axisbelow": True,
@@ -53,15 +53,14 @@ def _figure(path: Path, width: float, height: float, layout: Any = "constrained"
 
 
 def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw score matrices of sample groups as one PNG, with images beside rows, captions above columns and outlined true cells.
+    """Draw the score matrices of sample groups as one PNG, with images beside the rows, captions above the columns and true cells outlined.
 
-    For a large group, only the first images and captions are drawn. The title gives the totals.
+    Only the first images and captions of a large group are drawn; its title gives the totals.
 
     Args:
         path: PNG file to write.
-        groups: mappings with ``images`` (I lists of PIL images that are shown together), ``captions`` (C texts),
-            ``scores`` ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally,
-            ``title``.
+        groups: mappings with ``images`` (I lists; each has the PIL images of one image's pictures), ``captions`` (C texts), ``scores``
+            ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally, ``title``.
     """
     from matplotlib.patches import Rectangle
 
@@ -132,22 +131,21 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Draw a run's ``metrics.jsonl`` as one PNG with several panels over optimizer steps.
+    """Plot a run's ``metrics.jsonl`` against optimizer steps, as one PNG with several panels.
 
-    Metrics are selected by name: ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and, in %,
-    ``eval_sample/SPLIT/METRIC`` or else ``eval/SPLIT/METRIC``. Accuracies of single edit types are not shown. A panel shows only a few
-    series and the number of others. In accuracy panels, the most informative metric of every split comes first. Panels without data and
-    fractions that never change are omitted. A value that is not finite leaves a gap. A long series shows a running average over its faint
-    raw values.
+    The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
+    ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split without a sample. Accuracies for single edit types are not shown. A
+    panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes first. Panels without
+    data and constant fractions are omitted. Non-finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
         path: PNG file to write.
         metrics_jsonl: path of the run's metrics.
-        samples: set -> size of its sample for the legend, such as "120 of 450 groups".
+        samples: maps an evaluation set to the size of its sample, such as "120 of 450 groups", for the legend.
 
     Raises:
         FileNotFoundError: the metrics file does not exist.
-        ValueError: it has none of these metrics.
+        ValueError: the metrics file has none of these metrics.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
@@ -196,10 +194,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
 
 
 def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
-    """Draw differences in percentage points as one PNG, with a row per label, a colour per result and bars for intervals.
+    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and bars for intervals.
 
     Args:
-        differences: result -> label -> (difference, interval or None). At most 40 labels are drawn. The title gives the total.
+        differences: result -> label -> (difference, interval or None). Only the first 40 labels are drawn; the title gives the total.
     """
     labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
     shown = labels[:_MOST_ROWS]
@@ -224,7 +222,7 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "text", "image")
-"""Accuracies in order of priority; as many as fit are shown."""
+"""Accuracies in order of priority. A panel shows as many as fit."""
 _PANELS = (
     ("Loss terms in training", "loss", "loss/"),
     ("Log-likelihoods of the training groups", "nats per token", "logp/"),
@@ -243,7 +241,7 @@ _LABELS = {
 
 
 def _place(name: str) -> int | None:
-    """Return a metric's priority in its panel, or None if it is not shown, like the accuracy for one edit type."""
+    """Return a metric's priority in its panel (0 is first), or None for metrics that are not shown, such as accuracies by edit type."""
     first, *_, metric = parts = name.split("/")
     if first not in ("eval", "eval_sample"):
         return 0
@@ -251,7 +249,6 @@ def _place(name: str) -> int | None:
 
 
 def _is_constant(points: Sequence[tuple[int, float]]) -> bool:
-    """Return whether a series has several points, all with the same value."""
     return len(points) > 1 and len({value for _, value in points}) == 1
 
 

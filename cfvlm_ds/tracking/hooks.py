@@ -19,7 +19,7 @@ class Hook(Protocol):
     Args:
         run_dir: folder of the run.
         params: resolved options, nested, with secrets masked.
-        step: step after which the run continues; 0 for a new run.
+        step: last finished step of a resumed run; 0 for a new run.
     """
 
     def __init__(self, run_dir: Path, params: Mapping[str, Any], step: int) -> None: ...
@@ -48,7 +48,7 @@ class TensorBoard:
 
 
 def hook_class(name: str) -> type[Hook]:
-    """Return the class that an entry of ``tracking.also`` names. Raises ConfigError if there is no such class."""
+    """Return the class named by an entry of ``tracking.also``. Raises ConfigError if there is no such class."""
     if name == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError("tracking.also: tensorboard is not installed; pip install tensorboard")
@@ -64,7 +64,7 @@ def _line(error: Exception) -> str:
 
 
 class Hooks:
-    """Hooks of a run. A hook that raises an exception is reported and disabled."""
+    """The hooks of a run. A hook that raises an exception is reported and disabled."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, params: Mapping[str, Any], step: int) -> None:
         self._hooks: dict[str, Hook] = {}

@@ -1,4 +1,4 @@
-"""Metrics log: metrics.jsonl, with one record per line. It is read from the delivered offset on, and truncated on resume."""
+"""Metrics log: reading and truncation of metrics.jsonl, which has one JSON record per line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """Read lines from the byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
+    """Read lines, starting at byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops once there are at least ``limit`` points.
+    Reading stops after the line that raises the number of points to ``limit`` or more.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():
@@ -37,8 +37,9 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 
 
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
-    """Drop torn lines and the lines of steps after ``resume_step``; if it is None, drop all lines. Return the names of the metrics recorded
-    at ``resume_step``, and the new ``offset``.
+    """Remove incomplete lines and the lines of steps after ``resume_step``, or all lines if ``resume_step`` is None.
+
+    Return the names of the metrics recorded at ``resume_step``, and ``offset``, adjusted to the remaining lines.
     """
     if not path.exists():
         return set(), 0
@@ -74,7 +75,7 @@ def last_values(path: Path) -> tuple[dict[str, float], int]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines as rows."""
+    """Yield the record in each complete line."""
     with path.open("rb") as file:
         yield from (row for line in file if (row := parse_line(line)) is not None)
 

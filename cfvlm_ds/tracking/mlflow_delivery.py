@@ -1,8 +1,8 @@
-"""Delivery of a run folder to MLflow by a thread that retries as long as the run lives.
+"""Delivery of a run folder's data to MLflow, by a thread that retries until the run ends.
 
-MLflow's own asynchronous logging drops a batch whose request fails. The thread therefore sends batches itself, and advances its position in
-metrics.jsonl only after the server has answered. training/trainer.py logs the metrics, and training/run_record.py provides parameters and
-tags.
+MLflow's own asynchronous logging drops a batch if its request fails. The thread therefore sends the batches itself, and advances its
+position in metrics.jsonl only after the server has confirmed a batch. training/trainer.py logs the metrics, and training/run_record.py
+provides parameters and tags.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _MAX_PER_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 5000, 250, 500
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
-_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also path segments that are empty, "." or ".."
+_UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
 _FIRST_PAGE = re.compile(
     "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
     "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
     "|perception|yes_ratio)"
 )
-"""Metrics to look at first. MLflow shows their prefix ``Main/`` before ``detail/``, the prefix of all others, because of the capital."""
+"""Metrics to look at first. MLflow sorts their prefix ``Main/`` before ``detail/``, the prefix of all others, because of its capital."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
-"""MLflow's tags for a run's description (Markdown), and for JSON files to be shown as tables."""
+"""MLflow's tags for a run's description (Markdown), and for JSON files that it shows as tables."""
 
 
 def import_mlflow() -> threading.Thread:
-    """Import MLflow (2-3 s) in a thread, and return the thread. It must be joined before data workers are forked."""
+    """Import MLflow in a new thread (2-3 s), and return the thread. It must be joined before data workers are forked."""
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
@@ -72,11 +72,11 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver the missing data of an ended run to MLflow within ``timeout`` seconds, and return whether everything has arrived.
+    """Deliver an ended run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
 
-    If ``MLFLOW_TRACKING_URI`` is set, a run recorded in its own folder is copied to that server. A run that was never closed becomes
-    KILLED. Do not call this for a live run, because two processes would write the same record. Raises FileNotFoundError for a folder
-    without a record.
+    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to that server. A run that was never closed gets
+    the status KILLED. Do not call this for a live run, because two processes would write the same record. Raises FileNotFoundError if the
+    folder has no record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)
@@ -107,17 +107,17 @@ class Delivery:
             self._thread.start()
 
     def add_artifact(self, path: str, folder: str) -> None:
-        """Schedule the upload of a file to ``folder``, even if it was uploaded before."""
+        """Schedule a file for upload to ``folder``, even if it has been uploaded before."""
         if Path(path).is_relative_to(self._run_dir):  # a relative path stays valid when the folder is moved
             path = str(Path(path).relative_to(self._run_dir))
         self._change(artifacts={path: {"folder": folder, "pending": True}})
 
     def describe(self, text: str) -> None:
-        """Schedule an update of the run's description, in Markdown. ``RUN_ID`` in it stands for the id of the MLflow run."""
+        """Schedule an update of the run's description to ``text`` (Markdown). ``RUN_ID`` in the text is replaced by the MLflow run's id."""
         self._change(tags={**self.record.tags, NOTE: text})
 
     def _change(self, artifacts: Mapping[str, Any] | None = None, **values: Any) -> None:
-        """Change values of the record, add ``artifacts``, and save it. A full disk is reported once and does not affect the run."""
+        """Change values in the record, add ``artifacts``, and save the record. A full disk is reported once and does not stop the run."""
         with self._lock:
             self.record = replace(self.record, **values, artifacts={**self.record.artifacts, **(artifacts or {})})
             if (error := self.record.save(self._run_dir)) is not None and not self._unsaved:
@@ -152,7 +152,7 @@ class Delivery:
             except (ImportError, ConfigError) as error:
                 say(f"MLflow is not available, so metrics are written only to {METRICS_FILE}: {error}")
                 return
-            except Exception as error:  # no error of a store may stop the training
+            except Exception as error:  # no tracking error may stop the training
                 failures += 1
                 if failures == 1:
                     say(f"MLflow at {self._uri} does not answer ({first_line(error)}); retrying; metrics are kept in {METRICS_FILE}")
@@ -203,7 +203,9 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Find the existing run and set it to RUNNING, or return None. A run that the server does not know is delivered as a new run."""
+        """Find the existing run and set its status to RUNNING, or return None. If the server no longer has the run, all data go to a new
+        run.
+        """
         record, run = self.record, None
         if record.run_id is not None:
             try:
@@ -254,7 +256,7 @@ class Delivery:
         self._change(run_id=run_id)
 
     def _deliver_metrics(self) -> bool:
-        """Send the next part of metrics.jsonl. Return False if nothing was left."""
+        """Send the next part of metrics.jsonl. Return False if there was nothing left to send."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
         new = [
@@ -309,7 +311,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def mlflow_name(metric: str) -> str:
-    """Return MLflow's name for a metric of metrics.jsonl, such as ``Main/eval_test_group`` or ``detail/loss/csd``."""
+    """Return the MLflow name of a metric in metrics.jsonl, such as ``Main/eval_test_group`` or ``detail/loss/csd``."""
     return _name("Main/" + metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
 
 

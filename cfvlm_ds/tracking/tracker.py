@@ -1,19 +1,21 @@
-"""Tracker of a run: writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow, which may be slow, down or absent.
+"""Run tracker: writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow, which can be slow, down or absent.
 
-MLflow receives every metric of ``metrics.jsonl`` (logged by training/trainer.py, explained in docs/metrics.md, renamed by ``mlflow_name``);
-the parameters, tags and files of the run record (training/run_record.py); and the tables and figures of the results (training/results.py).
-The first table and the figures also form the run's description.
+MLflow receives
+
+- every metric in ``metrics.jsonl``, logged by training/trainer.py, explained in docs/metrics.md and renamed by ``mlflow_name``;
+- the run record's parameters, tags and files (training/run_record.py);
+- the result tables and figures (training/results.py). The first table and the figures also form the run's description.
 
 The run folder is the source of truth. ``log`` appends one line to ``metrics.jsonl`` and returns. A thread sends new lines to MLflow in
-order. ``.mlflow_delivery.json`` holds all other data for MLflow and the position reached in ``metrics.jsonl``. A resumed run, or ``cfvlm-ds
-track RUN`` after a run has ended, can therefore finish the delivery.
+order. ``.mlflow_delivery.json`` holds all other data for MLflow, and the position up to which ``metrics.jsonl`` has been delivered. A
+resumed run, or ``cfvlm-ds track RUN`` after a run has ended, can therefore finish the delivery.
 
-Nothing is delivered twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore a second copy. The timestamp
-comes from the file. A process that continues a run asks the server which steps it has and skips them, so a step that is computed again
-after a resume keeps its first recorded value in MLflow.
+No point is recorded twice. MLflow's stores identify a point by (run, name, step, timestamp, value) and ignore duplicates; the timestamp
+comes from ``metrics.jsonl``. A process that continues a run skips the steps that the server already has, so a step that is recomputed after
+a resume keeps its first value in MLflow.
 
-The destination is ``MLFLOW_TRACKING_URI`` if it is set, otherwise ``mlflow.db`` and ``mlartifacts/`` in the run folder, which ``mlflow ui``
-shows when started there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
+The destination is ``MLFLOW_TRACKING_URI`` if it is set, otherwise ``mlflow.db`` and ``mlartifacts/`` in the run folder. To view these, run
+``mlflow ui`` there. ``MLFLOW_EXPERIMENT_NAME`` overrides the experiment.
 """
 
 from __future__ import annotations
@@ -54,19 +56,20 @@ def open_tracker(
     Args:
         run_dir: folder of the run; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides ``experiment``).
-        params: nested mapping. MLflow receives it flattened with dots and cut at its length limits. Secrets are masked, as in tags and
-            inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's parameters are immutable.
+        params: nested mapping. For MLflow, nested names are joined with dots, and values are cut at MLflow's length limits. Secrets are
+            masked, as in tags and inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's parameters
+            are immutable.
         tags: plain strings.
         run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
-        resume_step: step from which a run continues: metrics of later steps are dropped from ``metrics.jsonl`` and logged again. None
-            starts a new run and discards earlier metrics in ``run_dir``.
+        resume_step: step from which a run continues. Metrics of later steps are removed from ``metrics.jsonl``, because they will be
+            logged again. None starts a new run and discards earlier metrics in ``run_dir``.
         mlflow: if False, metrics are written only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: maximum time in seconds that ``close`` waits for MLflow.
         inputs: data sets with the keys in cfvlm_ds.tracking.delivery_record.INPUT. Data sets that the run already has are not logged again.
         also: additional trackers: ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
     Raises:
-        OSError: ``metrics.jsonl`` cannot be truncated. Any other problem with a full disk or MLflow is reported on stderr, not raised.
+        OSError: ``metrics.jsonl`` cannot be truncated. Any other disk or MLflow problem is reported on stderr, not raised.
     """
     if not enabled:
         return NullTracker()
@@ -99,7 +102,7 @@ def _experiment(name: str) -> str:
 
 
 def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
-    """Return the last values and the last step of the run in a folder, or None if the folder has no run in this experiment."""
+    """Return each metric's last value and the last step of the run in a folder, or None if the folder has no run in this experiment."""
     record = DeliveryRecord.load(Path(run_dir).absolute())
     if record is None or record.experiment != _experiment(experiment):
         return None
@@ -107,7 +110,7 @@ def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int]
 
 
 class NullTracker:
-    """Tracker for the other ranks: it does nothing and touches no file."""
+    """Tracker for ranks other than rank 0. It does nothing and touches no file."""
 
     run_id: str | None = None
 
@@ -122,7 +125,7 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Writer of a run's metrics to ``metrics.jsonl``, from which they are delivered to MLflow. Created by ``open_tracker``.
+    """Tracker that writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow. Created by ``open_tracker``.
 
     As a context manager, it marks the run KILLED after KeyboardInterrupt or a non-zero SystemExit, FAILED after any other exception, and
     FINISHED otherwise. The exception is not suppressed.
@@ -150,27 +153,25 @@ class Tracker:
         line: dict[str, Any] = {"step": int(step), "time": now_ms() / 1000}
         for name, value in metrics.items():
             if step == self.delivery.record.resume_step and name in self.kept_names:
-                continue  # for example the evaluation at a checkpoint, which a resumed run computes again
+                continue  # for example, metrics of the evaluation at a checkpoint, which a resumed run repeats
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self.lines.write(json.dumps(line))
         self.hooks.call("log", int(step), {name: float(value) for name, value in line.items() if name not in ("step", "time")})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Schedule the upload of a file to ``folder``. The file is read later and must stay in place. A second call uploads its new
-        contents.
-        """
+        """Schedule a file for upload to ``folder``. The file is read later, so it must stay in place. A second call uploads it again."""
         self.delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def describe(self, text: str) -> None:
-        """Set the run's description in MLflow, in Markdown. ``RUN_ID`` in it stands for the id of the MLflow run."""
+        """Set the run's description in MLflow to ``text`` (Markdown). ``RUN_ID`` in the text is replaced by the MLflow run's id."""
         self.delivery.describe(without_secrets(text))
 
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
-        """Set the final status and wait for the delivery to finish, for at most ``timeout`` (default ``close_timeout``) seconds.
+        """Set the final status and wait up to ``timeout`` seconds (default ``close_timeout``) for the delivery to finish.
 
-        A second call does nothing. SCHEDULED is for a run that was asked to stop and will continue; MLflow's other statuses are for live or
-        ended runs. If data remain undelivered, their number and the command that delivers them are printed on stderr.
+        A second call does nothing. SCHEDULED marks a run that stopped on request and will continue, because MLflow's other statuses are for
+        live or ended runs. If data remain undelivered, a message on stderr gives their number and the command that delivers them.
         """
         if self.lines.closed:
             return
