@@ -94,8 +94,8 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def create_locked(path: Path) -> int | None:
-    """Create and lock a new file. A file that a killed process left is replaced. Return the descriptor, or None if another process holds
-    the lock.
+    """Create and lock a new file. A file that a killed process left behind is replaced. Return the descriptor, or None if another process
+    holds the lock.
     """
     while True:
         new = not os.path.lexists(path)

@@ -8,14 +8,14 @@
      "weight": 1.0}
 
 ``match`` lists the known cells: 1 if the text is true of the image, 0 if it is false. A cell that is not listed is unknown and never used
-as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text may have a ``key`` that
-identifies its meaning. ``exclude`` lists texts of other rows, or their keys, that may be true of an image in this row.
+as a negative. Only the objective ``batch_align`` uses texts of other rows as negatives. For this objective, a text can have a ``key`` that
+identifies its meaning. ``exclude`` lists texts of other rows, or the keys of such texts, that might be true of an image in this row.
 
-A text may have its own ``prompt``. A prompt is a string, or a conversation that ends with a user turn: ``[{"role": "system", "content": "Be
+A text can have its own ``prompt``. A prompt is a string, or a conversation that ends with a user turn: ``[{"role": "system", "content": "Be
 brief."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]``. Pictures that are shown together
 form one entry of ``images``, whose ``path`` is a list. A row without pictures has one entry, whose ``path`` is null. The ``split`` and
-``license`` of a row, and the ``role``, ``sha256`` and ``meta`` of its parts, are metadata: the data check counts them, and nothing else
-uses them.
+``license`` of a row, and the ``role``, ``sha256`` and ``meta`` of its images, texts and edits, are metadata: the data check counts them,
+and nothing else uses them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
-    """Collect the metadata: the row's ``meta``, ``split`` and ``license``, and its parts' fields under names such as ``images.sha256``."""
+    """Collect the metadata: the row's ``meta``, ``split`` and ``license``, and the metadata of its images, texts and edits under names such
+    as ``images.sha256``.
+    """
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
         for key in _KEPT_OF_PARTS:

@@ -1,7 +1,7 @@
 """Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes three passes over the groups, for rows, pictures and texts. It keeps no groups in memory, but needs 16 bytes per row, plus
-16 bytes for each picture in a row.
+The check makes three passes over the groups: one for rows, one for pictures and one for texts. It keeps no groups in memory, but needs 16
+bytes for each group and for each picture in a group.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of its first group. ``repeats`` holds the
-    indices of groups with a repeated id.
+    """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that shows it.
+    ``repeats`` holds the indices of groups whose id an earlier group already has.
     """
 
     pictures: tuple[Array, Array]
@@ -68,8 +68,8 @@ class SeenRows(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Result for a chunk of rows. ``ids`` holds the id hash and the index of each group. ``pictures`` holds the key of each picture and the
-    index of its first group.
+    """Result of the row pass for a chunk of groups. ``ids`` holds the id hash and the index of each group. ``pictures`` holds the key of
+    each picture and the index of the first group that shows it.
     """
 
     report: CheckReport
@@ -78,7 +78,7 @@ class _Rows(NamedTuple):
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
-    """Check all rows, add their contents and problems to ``report``, and return the pictures and repeated ids."""
+    """Check all rows, add their counts and problems to ``report``, and return the distinct pictures and the groups with repeated ids."""
     ids, pictures = [_arrays({})], [_arrays({})]
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
         report.add(part.report)
@@ -114,7 +114,9 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that repeats an earlier id, with an error message. If hashes are equal, the ids are compared."""
+    """Yield the index of each group that repeats an earlier id, with an error message. Only groups with equal id hashes are read; their ids
+    are then compared.
+    """
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}
     for index in places[counts[inverse] > 1].tolist():
@@ -130,7 +132,7 @@ def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Itera
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images within each group, measure its texts, and return a report.
+    """Compare the images of each group with each other, measure the group's texts, and return a report.
 
     With ``lengths``, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
     ``pictures`` contains the readable pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
@@ -146,7 +148,7 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Third pass over a chunk of groups. A call returns a report, and the hash and visual token count of each distinct image."""
+    """Text pass over a chunk of groups, as a callable. It returns a report, and the hash and visual token count of each distinct image."""
 
     store: GroupStore
     lengths: Lengths | None
@@ -229,8 +231,8 @@ def check_manifest(
     """Check a data set completely, and report its contents and problems. Every picture is decoded once. Problems are reported, not raised.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. The rows,
-    pictures and tables of a store are compared with their checksums.
+    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. If the data set
+    is a store, its rows, pictures and tables are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)

@@ -18,8 +18,8 @@ class Confinement:
     """Callable that joins a path from a manifest to a data root. Raises DataError if the file is outside all roots after links are
     resolved.
 
-    A relative path is joined to the first root that has the file, or to the first root if none has it. ``remedy`` is the end of the error
-    message for a path outside the roots.
+    A relative path is joined to the first root that has the file, or to the first root if none has it. The error message for a path outside
+    the roots ends with ``remedy``.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -67,8 +67,8 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        Even a million images are usually in a few folders. Resolved folders are cached, so each image needs only one system call, which
-        matters on a network file system.
+        Results are cached. Even a million images are usually in only a few folders, so each image needs only one system call, which matters
+        on a network file system.
         """
         target, inside = self._followed(Path(folder))
         return str(target), inside

@@ -43,9 +43,9 @@ def convert(
     """Write the groups of a manifest to ``out``. The file is written under a temporary name and renamed when it is complete. Pictures that
     must be copied are written to the same folder.
 
-    With ``skip``, every picture is opened. Invalid rows, and groups with an unusable picture, are left out and listed in a file next to
-    ``out``; ``max_pixels`` is as in open_image. With ``error``, no picture is opened, and an invalid row raises DataError. Raises DataError
-    if no group is left, and ConfigError or StorageError if ``out`` exists or cannot be written.
+    If ``on_error`` is ``skip``, every picture is opened. Invalid rows, and groups with an unusable picture, are left out and listed in a
+    file next to ``out``; ``max_pixels`` is as in open_image. If it is ``error``, no picture is opened, and an invalid row raises DataError.
+    Raises DataError if no usable group remains, and ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()

@@ -39,7 +39,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     ``max_pixels`` limits width x height, and MAX_ASPECT limits the ratio of the longer to the shorter side. Both are checked in the header
     before anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a DataError that names
     the file if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt. This
-    function does not confine the file to a data root; read_manifest does.
+    function does not check that the file is inside a data root; read_manifest does.
     """
     with _opened(Path(path), max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)  # decodes
@@ -48,7 +48,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
     """Return the width and height of the image that open_image would return. Only the header is read, so damaged pixels are not detected.
-    Otherwise raises the same errors as open_image.
+    All other errors are raised as in open_image.
     """
     with _opened(Path(path), max_pixels) as image:
         return image.size[::-1] if _is_turned(image) else image.size
@@ -93,7 +93,7 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether making the image upright exchanges width and height. For a TIFF, PIL has already exchanged them in ``size``."""
+    """Return whether turning the image upright swaps its width and height. For a TIFF, PIL has already swapped them in ``size``."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 

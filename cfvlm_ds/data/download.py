@@ -1,7 +1,7 @@
 """Picture download: pictures that rows name by URL, or contain as base64 text, are written to files before training.
 
 No other module fetches pictures over a network. For each picture, size and download time are limited, and the file is checked to be an
-image. Its name is a hash of the address, so a second run fetches only missing pictures.
+image. The file's name is a hash of the address, so a second run fetches only missing pictures.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def download(
     threads: int = 16,
     say: Callable[[str], object] = lambda line: None,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out``. Picture addresses are replaced with the paths of files in the folder ``OUT.pictures`` next to
-    it.
+    """Write the rows of ``path`` to ``out``, and their pictures to the folder ``OUT.pictures`` next to it. In the rows, each picture
+    address is replaced with the path of the picture's file.
 
-    If a row's pictures cannot be fetched, ``skip`` leaves the row out and lists it in a file next to ``out``; ``error`` raises DataError.
-    Raises ConfigError or StorageError if ``out`` exists or cannot be written.
+    A row whose pictures cannot be fetched is left out and listed in a file next to ``out`` if ``on_error`` is ``skip``, and raises
+    DataError if it is ``error``. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")

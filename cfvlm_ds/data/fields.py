@@ -1,6 +1,6 @@
 """Field validation for untrusted rows: raises DataError for a missing or unknown key, or a value of the wrong type.
 
-The message is one sentence that begins with ``where``, the row's location as far as the caller knows it.
+Each error message is one sentence that begins with the argument ``where``: the row's location, as far as the caller knows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> 
 
 
 def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return the row's fields that are not ``known``. Rows in published formats may have further fields.
+    """Return the fields of a row whose keys are not in ``known``. Rows in published formats can have such fields.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """
@@ -94,7 +94,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
-    """Copy a row without the given columns. If ``a.b`` is left out, the rest of ``a`` stays."""
+    """Copy a row, leaving out the given columns. If ``a.b`` is left out, the other fields of ``a`` stay."""
     kept = dict(row)
     for column in columns:
         first, _, rest = column.partition(".")
@@ -123,8 +123,8 @@ def string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """Return a field as a string. A number is converted, because ids in published files may be numbers. Without ``default``, the key is
-    required.
+    """Return a field as a string. A number is converted, because ids in published files may be numbers. If no ``default`` is given, the key
+    is required.
     """
     if isinstance(value := row.get(key, default), str):
         return value
@@ -137,8 +137,8 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
 def row_id(row: Mapping[str, Any], *contents: Any) -> str:
     """Build a group's id from its row's id, if there is one, and a hash of the row's contents.
 
-    The hash is needed because rows of public data sets may share an id. The result does not change when rows move, and a repeated row is
-    detected as a duplicate.
+    The hash is needed because several rows of a public data set can have the same id. The group's id does not depend on the row's position.
+    A repeated row gets the same id, so it is detected as a duplicate.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,6 @@
-"""Data set identity: hashes of the row order and of each part of the rows, so that a message can say what has changed."""
+"""Data set identity: a fingerprint that consists of hashes of the row order and of each part of the rows, so that an error message can say
+what has changed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity of groups whose pictures are in ``roots``. It does not change if these folders are moved.
+    """Compute the identity (a set of hashes) of a data set's groups. Picture paths are hashed relative to ``roots``, so the identity stays
+    the same if these folders are moved.
 
     Edits are not part of the identity, because they only label rows of result tables.
     """
@@ -44,8 +47,8 @@ def data_identity(
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """Contribution of consecutive rows to an identity. ``order`` holds a 16-byte hash of each row's id. ``known`` is True if the contents
-    of all pictures are known.
+    """Contribution of consecutive rows to the identity of their data set. ``order`` holds a 16-byte hash of each row's id. ``known`` is
+    True if the contents of all pictures are known.
     """
 
     rows: int
@@ -89,7 +92,7 @@ def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
 
 
 def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
-    """Compute the identity of a complete data set from its parts, in order."""
+    """Compute the identity of a complete data set from the contributions of all its rows, in order."""
     part = joined_part(parts)
     return {
         "rows": part.rows,
@@ -100,7 +103,7 @@ def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
 
 
 def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any]) -> Identity:
-    """Compute the identity of a mixture from its sources, their names and their objectives."""
+    """Compute the identity of a mixture from the identities, names and objectives of its sources."""
     known = all(identity.get("pictures") is not None for identity in sources.values())
     parts: dict[str, Any] = {}
     for part in ("order", *SUMS):
@@ -139,7 +142,7 @@ def _hash(value: Any) -> int:
 
 
 def path_in(picture: Path, prefixes: Sequence[tuple[str, ...]]) -> str:
-    """Return a picture's path relative to the first root that contains it, or the whole path if no root does."""
+    """Return a picture's path relative to the first root that contains it, or the full path if no root contains it."""
     for prefix in prefixes:
         if picture.parts[: len(prefix)] == prefix:
             return "/".join(picture.parts[len(prefix) :])

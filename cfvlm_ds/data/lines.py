@@ -48,8 +48,8 @@ class IndexedLines:
     def scanned(
         cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
     ) -> IndexedLines:
-        """Read a regular file once and index its lines. Raises OSError, a ValueError that does not name the file, and DataError for a line
-        of more than MAX_LINE bytes.
+        """Read a regular file once and index its lines. Raises OSError, ValueError (the message does not name the file), and DataError for
+        a line of more than MAX_LINE bytes.
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)
@@ -93,7 +93,7 @@ class IndexedLines:
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
-        """Read a row without its line break. Raises OSError, and DataError if it has changed since it was indexed."""
+        """Return a row, with its line break removed. Raises OSError, and DataError if the row has changed since it was indexed."""
         start, end = self.starts.item(row), self.starts.item(row + 1)
         data = self._held.read(start, min(end - start, MAX_LINE))
         line = data[: data.find(b"\n") + 1 or None]
@@ -110,7 +110,9 @@ def index_file(path: Path) -> Path:
 
 
 def write_index(path: Path) -> Path:
-    """Write the index of a file without blank lines, as in a store, and return the path of the index. Raises OSError."""
+    """Write the index of a file, and return the path of the index. The file must not have blank lines; files in a store have none. Raises
+    OSError.
+    """
     lines, file = IndexedLines.scanned(path), index_file(path)
     header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:

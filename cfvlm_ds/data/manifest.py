@@ -1,4 +1,4 @@
-"""Manifests: functions that open their groups, resolve their paths and name them.
+"""Manifests: functions that open a manifest's groups, resolve its paths, and give several manifests distinct names.
 
 ``open_groups`` opens a manifest of any size; ``read_manifest`` loads all groups of a small manifest into memory.
 """
@@ -33,18 +33,18 @@ def open_groups(
     """Open the groups of a manifest in file order. Each group is read when it is accessed.
 
     ``path`` is a JSON lines file or a container of rows (cfvlm_ds/data/containers/). A container is converted to JSON lines in a folder of
-    ``cache`` on first use. ``path`` may also be a store, whose format is fixed, or an address such as
+    ``cache`` on first use. ``path`` can also be a store, whose format is fixed, or an address such as
     hf://datasets/ORG/NAME/data/train-*.parquet, whose files are fetched from the Hugging Face hub on first use. ``format`` is the name of a
-    format, with or without options. ``auto`` selects the format of the first row whose format is recognised; ``progress`` reports it unless
-    it is the native format.
+    format, with or without options. ``auto`` selects the format of the first row whose format is recognised; it is reported to ``progress``
+    unless it is the native format.
 
     Image paths are absolute or relative to ``root`` (default: the manifest's folder). Of several roots, the first one that has the file is
     used. The groups contain the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened.
-    Only the first ``limit`` groups are used. Some formats need passes over all rows, which ``scan`` runs.
+    Only the first ``limit`` groups are used. If a format needs passes over all rows, ``scan`` runs them.
 
     Raises DataError for a manifest that cannot be read, has no rows, or lacks a column that ``format`` names. Accessing an invalid row
-    raises a DataError of one sentence that names the file, the row (1-based line, or item of a list) and the remedy. Repeated ids are
-    detected by the data check, not by this function.
+    raises a DataError whose message is one sentence and names the file, the row (1-based line, or item of a list) and the remedy. Repeated
+    ids are detected by the data check, not by this function.
     """
     known_format(path, format)
     path = local_path(path, scan, progress)
@@ -83,7 +83,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return a message about a row that repeats an earlier row or its group id."""
+    """Return an error message about a row that repeats an earlier row, or an earlier row's group id."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 

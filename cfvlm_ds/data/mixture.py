@@ -57,7 +57,7 @@ class Draws:
         return self.before(window + 1) - self.before(window)
 
     def before(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the number of draws from each source in all windows before this one, [S]."""
+        """Return the number of draws from each source in all windows before ``window``, [S]."""
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
@@ -92,7 +92,9 @@ def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]
 
 
 def _floors(count: int, step: int, first: int) -> int:
-    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The time is proportional to the number of bits."""
+    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The time is proportional to the number of bits in the
+    arguments.
+    """
     total, modulus = 0, _CIRCLE
     while count > 0:
         total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
@@ -103,7 +105,9 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return each position's source in a window, and the draw's index among the source's draws. Draw k of n is at (k + 1/2) / n."""
+    """For each position in a window, return the source, and the index of the draw among the source's draws in this window. Draw k of n is
+    placed at the fraction (k + 1/2) / n of the window.
+    """
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")

@@ -27,15 +27,17 @@ class Scan:
     """Pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
-        alive: function called for every row and picture; can raise an exception to end the pass.
-        shield: function called in each worker process.
+        alive: function called often during a pass; it can raise an exception to abort the pass.
+        shield: function called at the start of each worker process.
     """
 
     alive: Callable[[], object] = lambda: None
     shield: Callable[[int], None] = lambda worker: None
 
     def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:
-        """Yield the result of ``work`` for each chunk of ``places``, in order. ``work`` may run in other processes and must not raise."""
+        """Yield the result of ``work`` for each chunk of the indices ``places``, in order. ``work`` can run in other processes and must not
+        raise an exception.
+        """
         chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
         if len(places) < _MANY or (cores := cores_per_rank()) < 2:
 

@@ -91,8 +91,8 @@ _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Return a permutation drawn on the CPU, [num_groups] int64. Seed and epoch are hashed, so (0, 1) and (1, 0) give unrelated
-    permutations.
+    """Return a permutation drawn on the CPU, [num_groups] int64. Seed and epoch are hashed together, so the pairs (0, 1) and (1, 0) give
+    unrelated permutations.
     """
     import torch  # a data check does not need it
 
@@ -113,7 +113,7 @@ def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[
 
 
 def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
-    """Return the entries at ``places`` of a permutation of 0 to ``num_groups`` - 1."""
+    """Return the entries of a permutation of 0 to ``num_groups`` - 1 at the positions ``places``."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())
     images = _network(places, bits, keys)

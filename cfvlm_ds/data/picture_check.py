@@ -49,8 +49,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield, for each of the ``keys``, the index of the first group that shows the picture, and the picture's path. ``places`` holds these
-    indices. No other groups are read.
+    """For each picture key in ``keys``, yield the index of the first group that shows the picture, and the picture's path. ``places``
+    contains these group indices in the order of the keys; only these groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
@@ -81,7 +81,7 @@ def opened_pictures(
     *,
     contents: bool = False,
 ) -> Iterator[OpenedPicture]:
-    """Yield a result for each picture key. Every picture is opened, except ``known`` pictures whose files have not changed."""
+    """Yield an OpenedPicture for each picture key. A picture in the table ``known`` is opened only if its file has changed."""
     prepared = store.rows.pictures if isinstance(store.rows, StoredRows) else None
 
     def opened(use: tuple[int, Path]) -> tuple[Picture | str, bytes]:
@@ -98,7 +98,8 @@ def opened_picture(
 ) -> tuple[Picture | str, bytes]:
     """Return a picture's properties or problem, and its bytes (empty unless requested).
 
-    A ``known`` picture whose file has not changed is not opened. A picture in a store must match its entry in the table ``prepared``.
+    A picture in the table ``known`` is opened only if its file has changed. A picture in a store must match its entry in the table
+    ``prepared``.
     """
     try:
         known_before = None if known is None else known.find(path)

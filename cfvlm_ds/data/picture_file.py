@@ -25,12 +25,12 @@ _OPEN = 256  # number of containers that a process keeps open, because opening f
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name of the ``length`` bytes at offset ``start`` of a container."""
+    """Return the name for part of a container, such as ``images.tar#512+60123`` for 60,123 bytes starting at byte 512."""
     return f"{container}#{start}+{length}"
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """Encode a picture as a member of an uncompressed tar; its bytes begin after a header of ``tarfile.BLOCKSIZE`` bytes."""
+    """Encode a picture as a member of an uncompressed tar. The picture's bytes follow a header of ``tarfile.BLOCKSIZE`` bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     return b"".join([member.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % tarfile.BLOCKSIZE)])
@@ -43,7 +43,7 @@ def picture_file(path: Path) -> Path:
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """Return a picture's size in bytes and its file's change time in ns. Users cannot set the change time.
+    """Return a picture's size in bytes and its file's change time in ns. The change time reveals every change, because users cannot set it.
 
     Raises OSError, and DataError for a part beyond the end of its file.
     """
@@ -53,9 +53,9 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach other bytes, and has no
-    file descriptor through which an image library could read the container from its start. Raises the same errors as picture_stat, and
-    ValueError for a file that is not regular.
+    """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach the container's other
+    bytes, and has no file descriptor through which an image library could read the container from its start. Raises the same errors as
+    picture_stat, and ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:
         return cast(io.BufferedReader, open_regular(path))
@@ -91,5 +91,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container. If another file replaces it, ``state`` differs, so the new file is opened."""
+    """Open a container, and keep it open for later calls. ``state`` identifies the file, so a file that replaces it is opened anew."""
     return HeldFile(path)

@@ -1,7 +1,7 @@
 """Picture table: size, change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
 
 Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If only the
-change time differs, the contents are hashed again. Changed contents are refused.
+change time differs, the contents are hashed again. A picture with changed contents is refused.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PictureTable:
         return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the contents of a table file for ``opened``, part by part."""
+        """Yield the contents of a table file, part by part. ``opened`` can read this file."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
@@ -137,7 +137,7 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the contents of a picture in the table have changed. Other pictures pass."""
+        """Raise DataError if the contents of a picture have changed since it was entered in the table. Pictures outside the table pass."""
         known = self.find(path)
         if known is None:
             return

@@ -125,8 +125,8 @@ def prepare(
     report has problems and ``on_error`` is ``error``, nothing more is written.
 
     Unfinished work for another state of the data set is discarded, unless there are several shards. With ``anew``, a complete store of
-    another state is also discarded. Without ``pack``, pictures that were opened for the discarded state are opened again only if their
-    files have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
+    another state of the data set is also discarded. Without ``pack``, pictures that were opened for the discarded state are opened again
+    only if their files have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -409,7 +409,7 @@ def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Numbered files of one kind, and the record of each complete file."""
+    """Numbered files of one kind. Each complete file has a record, a small JSON file."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count
@@ -419,7 +419,7 @@ class _Files:
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """Return the path of a file's record or arrays, depending on ``suffix``."""
+        """Return the path of a file's record (suffix ``json``) or arrays (``npy`` or ``npz``)."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
@@ -444,8 +444,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True, remove a complete or unfinished store of another state of the data set. Return its picture tables, or no
-    table if nothing was removed.
+    """If ``remove_it`` is True, remove a complete or unfinished store of another state of the data set. Return the picture tables of the
+    removed store, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

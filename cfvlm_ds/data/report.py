@@ -149,7 +149,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Remove the file and row from a problem, so that the same problem in several rows is recognised."""
+    """Remove the file and row from a problem's text, so that the same problem in several rows is recognised."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 
@@ -163,7 +163,7 @@ def quantiles(counts: Counter[int], *percent: float) -> list[int]:
 
 
 def counted(counts: Counter[str]) -> str:
-    """Format names and their counts as one line of limited length."""
+    """Return one line of limited length that lists names and their counts."""
     shown = [f"{one_line(name, _SHOWN_CHARS)}: {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

@@ -57,7 +57,7 @@ class LineRows:
 
 
 def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises a DataError that begins with ``where``."""
+    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises a DataError whose message begins with ``where``."""
     try:
         text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # utf-8-sig is slow: its decoder is in Python
         value = parse_json(text, decoder)

@@ -1,4 +1,4 @@
-"""Samplers: assignment of groups to ranks and micro-batches. It is deterministic, resumable and independent of the world size.
+"""Samplers: assignment of groups to ranks and micro-batches. The assignment is deterministic, resumable and independent of the world size.
 
 The stream of a run is a sequence of epochs. Each epoch is a permutation of all groups that depends only on (seed, epoch). With B =
 groups_per_micro_batch * gradient_accumulation_steps * world_size, an optimizer step takes the next B elements of the stream, even across

@@ -1,4 +1,4 @@
-"""Data set statistics: counts, lengths, unknown cells and repetitions, as an object and as text."""
+"""Data set statistics: counts, lengths, unknown cells and duplicates, as an object and as text."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def statistics(
 
 
 def _contents(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> list[npt.NDArray[Any]]:
-    """Hash the rows, pictures, texts and prompts of the groups at ``places``."""
+    """Hash the rows, pictures, texts and prompts of the groups at the indices ``places``."""
     groups, hashes = [], (set[int](), set[int]())
     for _, group in store.entries(places):
         if not isinstance(group, DataError):

@@ -112,7 +112,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
 class Unraised(Lazy[CounterfactualGroup | DataError]):
     """Groups for a data worker. The error of an invalid row is returned, not raised, because exceptions lose their messages when they leave
-    a worker.
+    a worker process.
     """
 
     def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:

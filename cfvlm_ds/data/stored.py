@@ -1,9 +1,9 @@
 """Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
 pictures, and store.json.
 
-A store never changes after it has been written. When a store is opened, file sizes and index checksums are compared, but not modification
-times, so a copy is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest and
-dimensions of every picture, so no picture has to be opened to determine them.
+A store never changes after it has been written. When a store is opened, file sizes and index checksums are checked, but modification times
+are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest
+and dimensions of every picture, so no picture has to be opened to determine them.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class Packing:
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
         """Add texts to score on ``images``. Return the index of their group and their columns in its score matrix.
 
-        If a text differs only in white space from a text in the group, all of ``cells`` go to a new group, because the tokens differ.
+        If an added text differs only in white space from a text that the group already has, all added texts go to a new group, because the
+        tokens of the two texts differ.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))

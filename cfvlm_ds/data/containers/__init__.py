@@ -1,7 +1,7 @@
 """Containers: data files other than JSON lines. Each is converted once to JSON lines, the only kind of file that the rest of the package
 reads.
 
-A container's parser yields the location of each row together with the row or its error. It raises DataError for a file that cannot be read
-to its end. Picture bytes in a row are replaced with a name that locates them in a file. The row's format (data/formats/) defines its
-meaning.
+A container's parser yields the location of each row together with the row or, if the row is invalid, its error. It raises DataError for a
+file that cannot be read to its end. Picture bytes in a row are replaced with a name that locates them in a file. What a row means is
+defined by its format (data/formats/), not by its container.
 """

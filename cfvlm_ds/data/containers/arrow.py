@@ -38,7 +38,7 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return the number of rows per batch. A batch has at most _BYTES if the rows within each row group have similar sizes."""
+    """Return the number of rows per batch. If the rows within each row group have similar sizes, a batch has at most _BYTES bytes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
@@ -84,8 +84,8 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert a column to Python values. Bytes in the file are replaced with the name that locates them. ``datasets`` stores a picture as a
-    struct of bytes and path.
+    """Convert a column to Python values. Binary values are converted by ``_bytes``. A struct of bytes and path is a picture stored by the
+    library ``datasets``.
     """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures stored by ``datasets``, which consist of bytes and the original path. The path is used if there are no bytes."""
+    """Convert pictures stored by ``datasets``. Each consists of bytes and the original path; the path is used if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)
@@ -136,8 +136,8 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert each binary value to the name that locates it, or to bytes if it is not in the file. The buffer is sliced directly, because
-    creating a pyarrow scalar for each value would copy the data.
+    """Convert each binary value to a name that locates it in the file. A value that exists only in memory, for instance after
+    decompression, becomes bytes. The buffer is sliced directly, because creating a pyarrow scalar for each value would copy the data.
     """
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []

@@ -91,7 +91,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder of an earlier call's files, or None if a file is missing or has a different size."""
+    """Return the folder of the files that an earlier call fetched, or None if a file is missing or has a different size."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]
@@ -102,8 +102,8 @@ def _cached_folder(record: Path) -> Path | None:
 
 
 def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
-    """Fetch the files of an address into a folder named after the commit, and write ``record`` when they are complete. Errors are appended
-    to ``problems``.
+    """Fetch the files of an address into a folder named after the commit. When they are complete, list them in the file ``record``. Errors
+    are appended to ``problems``.
     """
     from huggingface_hub import HfApi
 

@@ -1,7 +1,7 @@
-"""JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. They are read as a whole.
+"""JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. The whole file is read into memory.
 
-A COCO file lists pictures and captions separately. A row combines a picture, the list of its captions and, for each other caption key, the
-list of its values. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
+A COCO file lists pictures and captions separately. A row combines a picture and the list of its captions. Every other key of the captions
+becomes a list with one value per caption. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return a COCO item's values for the keys ``name`` and ``content``, and its other fields. Raises DataError."""
+    """Return a COCO item's values for two keys, and the item's other fields. Raises DataError if a value is missing or invalid."""
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")

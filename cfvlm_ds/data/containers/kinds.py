@@ -1,4 +1,4 @@
-"""Container kinds: detection of a path's kind and its files."""
+"""Detection of containers: the files that a path stands for, and their kind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 
 
 def container_of(path: Path) -> str:
-    """Return a path's kind, which follows from a file's suffix or a folder's contents.
+    """Return the kind of data at a path, such as ``csv``. It depends on the file's suffix or, for a folder, on the files in it.
 
     Raises DataError for a compressed file, and the same errors as ``sources_of``.
     """
@@ -77,8 +77,8 @@ def sources_of(path: Path) -> list[Path]:
 
 
 def sources_state(path: Path) -> str:
-    """Hash the names, sizes, modification times and change times of a path's files. Users cannot set change times. Raises OSError, and the
-    same errors as ``sources_of``.
+    """Hash the names, sizes, modification times and change times of a path's files. Change times reveal every change, because users cannot
+    set them. Raises OSError, and the same errors as ``sources_of``.
     """
     sources = sources_of(path)
     captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]
@@ -108,7 +108,9 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if other files would be ignored."""
+    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if the folder has other data, which would be
+    ignored.
+    """
     texts = {picture.with_suffix(".txt").name: picture for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
     others += [name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()]

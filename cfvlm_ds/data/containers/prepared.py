@@ -49,7 +49,7 @@ def prepare(
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
     """Convert the rows of ``path`` to JSON lines in the first writable folder of ``cache`` (default: the folder of the data, then the
-    user's cache). If a folder of ``cache`` already has them, they are not converted again.
+    user's cache). If a folder of ``cache`` already contains the converted rows, these are used.
 
     Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """
@@ -122,7 +122,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """Tar of the copied pictures. A repeated picture gets the name of its first copy."""
+    """Tar file for the copied pictures. A picture that occurs again gets the name of its first copy."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -18,7 +18,7 @@ MAX_ROW = 4 * MIB
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file. If the parser ``read`` fails, raises a DataError that names the file and the last row read."""
+    """Yield the rows of a file, parsed by ``read``. If the parser fails, raises a DataError that names the file and the last row read."""
     where = ""
     try:
         for where, row in read(path):

@@ -47,7 +47,7 @@ _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
 
 
 class _Read(NamedTuple):
-    """Parsed row: its columns by option, its true captions, their prompt, and its pictures."""
+    """Parsed row: the columns that each option selects, the true captions, their prompt, and the pictures."""
 
     row: Mapping[str, Any]
     columns: dict[str, list[str]]
@@ -170,7 +170,7 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """Return the row without the label column and the columns of these options."""
+        """Return the row with the label column and the columns of the given options removed."""
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
@@ -185,7 +185,8 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """Return the row's columns for an option: the columns that the option names, or the first column with a usual name.
+        """Return the row's columns for an option: the columns that the option names or, if it names none, the first column with a usual
+        name.
 
         Raises DataError if a named picture or caption column is missing.
         """
@@ -236,7 +237,7 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture, and the number of repetitions. Several people may have written the same caption."""
+    """Return the distinct captions of a picture, and the number of duplicates. Captions by several people can be the same."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

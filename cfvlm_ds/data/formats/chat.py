@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, their pictures (None for a picture that the message does not name), and the other keys of each message."""
+    """Turns, their pictures (None for a picture whose file the message does not name), and the other keys of each message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -44,7 +44,7 @@ class Spoken(NamedTuple):
 
 
 def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
-    """Copy a row without ignored columns, null columns, and empty video or audio columns."""
+    """Copy a row, leaving out ignored columns, null columns, and empty video or audio columns."""
     return {
         key: value
         for key, value in row.items()
@@ -151,7 +151,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Find a row's column among ``columns``. Return "" if there is none. Raises DataError if there are several."""
+    """Return the only one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")
@@ -159,10 +159,10 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
-    """Return the turns with a mark for every picture, and the pictures in the order of these marks.
+    """Return the turns, with a mark at the position of each picture, and the pictures in the order of these marks.
 
-    The pictures are named in the messages or by other columns (``given``). Without marks, they are placed at the beginning of the first
-    user turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
+    The pictures are named in the messages or by other columns (``given``). If there are no marks, the pictures are placed at the beginning
+    of the first user turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
@@ -185,7 +185,7 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
 
 
 def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
-    """Return the turns of a row and their pictures (see ``placed``), and the columns that may name pictures."""
+    """Return the turns of a row and their pictures (see ``placed``), and the columns that can name pictures."""
     columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
     return *placed(spoken, row_pictures(row, columns), "row"), columns
 

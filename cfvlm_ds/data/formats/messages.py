@@ -73,7 +73,7 @@ def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str,
 
 
 def spoken_as(value: Any, role: str, key: str) -> Spoken:
-    """Parse a string as one turn by ``role``, and any other value as a list of messages."""
+    """Parse a string as one turn of the speaker ``role``, and any other value as a list of messages."""
     if not isinstance(value, str):
         return read_messages(value, f"row: {key!r}")
     parts = read_text(value)

@@ -102,7 +102,9 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
 
 
 def _columns(row: Mapping[str, Any]) -> dict[str, None]:
-    """Return the names by which options may refer to a row's columns: top-level and nested names, and names within a sample's ``json``."""
+    """Return the names by which options can refer to a row's columns: top-level and nested names and, for a WebDataset sample, names within
+    its ``json``.
+    """
     names = dict.fromkeys(row)
     for name, _ in leaves(row):
         parts = name.split(".")
@@ -114,7 +116,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all metadata columns that may hold labels, false texts or picture names and that no option names."""
+    """Raise one DataError for all metadata columns that no option names and that might hold labels, false texts or picture names."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():

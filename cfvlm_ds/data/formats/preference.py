@@ -99,8 +99,8 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Read the question and answers of a row. Return the columns of the question and the chosen answer, the question, the chosen answer,
-    the rejected answer or None, and the other keys of their messages by column.
+    """Read the question and answers of a row. Return, in this order: the columns that hold the question and the chosen answer; the
+    question; the chosen answer; the rejected answer or None; the other keys of the messages in each column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
@@ -132,8 +132,8 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the answer's text, without the question that a complete conversation repeats. Raises DataError unless exactly one turn is
-    left.
+    """Return the answer's text. If the answer is a complete conversation, the question at its beginning is removed. Raises DataError unless
+    exactly one turn remains.
     """
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:

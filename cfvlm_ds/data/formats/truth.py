@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
 The user names such a column (``label=COLUMN``). A column that no option names is refused if public data sets use its name and values for
-labels, if its values can only be labels, or if its name suggests false texts. Without this check, false texts would be learned as true, or
-lost. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
+labels, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false texts as true,
+or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Column:
         name: name of the column.
         words: words in the name.
         row: index of the first row that has the column.
-        values: distinct values by lower-case form; unless the name suggests a label, only values that a label may have.
-        has_others: whether the column has values that ``values`` leaves out.
+        values: distinct values, keyed by lower-case form. Only usual label values are collected unless the column's name suggests a label.
+        has_others: whether the column has values that are not in ``values``.
         false_text: a text or picture name from the column, if the column's name suggests false texts.
-        unseen: picture name in a row that shows no picture.
+        unseen: a picture name from the column, found in a row that shows no picture.
     """
 
     name: str
@@ -158,7 +158,7 @@ def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator
     """Yield the name and value of each leaf in a row. ``a.b`` is ``b`` within ``a``, which may be an object, the JSON text of an object, or
     a list.
 
-    Only the last item of a list is searched, because the last message is the answer.
+    Only the last item of a list is searched, because the last message of a conversation is the answer.
     """
     for key, value in row.items():
         item = value[-1] if isinstance(value, list) and value else value
@@ -180,7 +180,7 @@ def listed(columns: str) -> tuple[str, ...]:
 
 
 def _words(name: str) -> list[str]:
-    """Split the last part of a column's name into words, without the prefix "is" and the extension of a tar member: ``isFoil`` and
+    """Split the last part of a column's name into words. The prefix "is" and the extension of a tar member are dropped: ``isFoil`` and
     ``foil.txt`` become ``foil``.
     """
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
@@ -217,8 +217,8 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the label's values, joined by ``+``. If both are empty, the
-    usual values apply.
+    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the values with these meanings, joined by ``+``. If both are
+    empty, common values such as "yes" and "wrong" are recognised.
 
     Raises DataError for any other value.
     """
@@ -262,8 +262,8 @@ class Claim(NamedTuple):
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Join the claims about one image and prompt into a group, with true texts first. A repeated text is kept once and counted in the
-    metadata.
+    """Join the claims about one image and prompt into a group, with true texts first. Duplicates of a text are dropped, and their number is
+    recorded in the metadata.
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
@@ -296,8 +296,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are ordered by their first manifest rows. The
-    join takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. A joined row takes the place of the first of its manifest
+    rows. The join takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.
@@ -343,7 +343,7 @@ class JoinedRows:
             return DataError(f"{where}: {error}")
 
     def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
-        """Return a number per row. It is equal for rows about the same image and prompt, and unique for an invalid row."""
+        """Return a number for each row. Rows about the same image and prompt have the same number; an invalid row's number is unique."""
         keys = []
         for row in places:
             claim = self._read(row)
