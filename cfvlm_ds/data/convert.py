@@ -44,8 +44,8 @@ def convert(
     must be copied are written to the same folder.
 
     If ``on_error`` is ``skip``, every picture is opened. Invalid rows, and groups with an unusable picture, are left out and listed in a
-    file next to ``out``; ``max_pixels`` is as in open_image. If it is ``error``, no picture is opened, and an invalid row raises DataError.
-    Raises DataError if no usable group remains, and ConfigError or StorageError if ``out`` exists or cannot be written.
+    file next to ``out``; ``max_pixels`` is as in open_image. If ``on_error`` is ``error``, no picture is opened, and an invalid row raises
+    DataError. Raises DataError if no usable group remains, and ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     new_output(out, path)
     listed, scan, pictures, broken = list_of_skipped(out), Scan(), None, dict[int, str]()

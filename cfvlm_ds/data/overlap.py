@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Numbers of distinct rows and pictures: in both the training and the evaluation set, and in the whole evaluation set."""
+    """Numbers of distinct rows and pictures that an evaluation set shares with the training set, and that it has in total."""
 
     rows: int
     pictures: int

@@ -137,7 +137,9 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the contents of a picture have changed since it was entered in the table. Pictures outside the table pass."""
+        """Raise DataError if the contents of a picture have changed since it was entered in the table. A picture that is not in the table
+        passes.
+        """
         known = self.find(path)
         if known is None:
             return

@@ -48,8 +48,8 @@ class GroupSampler:
     ) -> None:
         """Create a rank's sampler.
 
-        ``order`` is the order of a mixture, or of a data set whose rows have several groups. Without it, the groups form one data set,
-        permuted by ``seed``.
+        ``order`` is the order of a mixture, or of a data set whose rows have several groups. If it is None, the groups form one data set,
+        permuted with ``seed``.
         """
         self.num_groups = num_groups
         self.groups_per_micro_batch = groups_per_micro_batch

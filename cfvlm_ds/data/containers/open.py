@@ -18,7 +18,7 @@ from cfvlm_ds.data.rows import LineRows, Rows
 
 
 class PreparedRows(LineRows):
-    """Rows of a container that was converted to JSON lines: row n is line n."""
+    """Rows of a container that was converted to JSON lines. Row n is line n of the converted file."""
 
     def __init__(self, path: Path, lines: IndexedLines, prepared: Prepared) -> None:
         super().__init__(lines)

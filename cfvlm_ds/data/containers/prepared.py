@@ -49,7 +49,7 @@ def prepare(
     alive: Callable[[], object] = lambda: None,
 ) -> Prepared:
     """Convert the rows of ``path`` to JSON lines in the first writable folder of ``cache`` (default: the folder of the data, then the
-    user's cache). If a folder of ``cache`` already contains the converted rows, these are used.
+    user's cache). If a folder of ``cache`` already contains the converted rows, they are reused.
 
     Raises DataError for a container that cannot be read to its end, or if no folder is writable.
     """

@@ -237,7 +237,7 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture, and the number of duplicates. Captions by several people can be the same."""
+    """Return the distinct captions of a picture, and the number of duplicates. Different people can write the same caption."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

@@ -221,7 +221,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Base class of conversation formats. A group has one image and one text or, with ``label``, all labelled answers to one question.
+    """Base class of conversation formats. A group has one image and one text; with ``label``, it has all labelled answers to a question.
 
     Args:
         per_turn: make one group for every answer of a conversation, not only for the last.

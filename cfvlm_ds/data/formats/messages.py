@@ -8,7 +8,7 @@ The ``content`` of a message is a string in which ``<image>`` marks the position
 picture: ``{"type": "image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value``
 in parts of any type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and
 ``completion``, ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In the last two cases, a
-``history`` of question-answer pairs may precede the question.
+``history`` of question-answer pairs can precede the question.
 
 ``messages:per_turn=true`` works as in ``llava``. ``messages:label=label`` reads rows for KTO, whose ``label`` (LLaMA-Factory: ``kto_tag``)
 marks the answer as good or bad; rows with the same picture and the same conversation before the answer form one group.
