@@ -67,7 +67,7 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """Hash a picture file's contents together with the flag ``together`` (True if the model processes the prompt's pictures jointly)."""
+    """Hash a picture file's contents and the flag ``together``, which is True if the model processes a prompt's pictures jointly."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 

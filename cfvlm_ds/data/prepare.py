@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
-All pictures are opened before any rows are written. One unit of work consists of the pictures that first occur in a range of groups. With
-``pack``, a unit becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every file depend only on
-the data set and the options, not on the number of processes or on interruptions.
+All pictures are opened before any rows are written. The work is divided into units: the pictures that first occur in a range of groups.
+With ``pack``, a unit becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every file depend
+only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -328,7 +328,9 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows for a range of groups, and their contributions to the tables. ``rows`` contains the index of each group's source row."""
+    """Encoded rows for a range of groups, and their contributions to the store's tables. ``rows`` contains the index of each group's source
+    row.
+    """
 
     lines: bytes
     rows: Array
@@ -339,7 +341,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder from groups to native rows. It leaves out groups that cannot be used.
+    """Encoder that converts groups to native rows and leaves out unusable groups.
 
     Args:
         source: the data set.

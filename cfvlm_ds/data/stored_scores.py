@@ -144,8 +144,8 @@ def read_scores(
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
     Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with other ids, texts,
-    prompts or pictures. If ``made_by`` is given, also raises it for scores from other weights or another tokenizer, processor or template.
-    The groups' order, labels and weights may have changed, because no score depends on them.
+    prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from other weights or another tokenizer, processor or
+    template. The groups' order, labels and weights may have changed, because no score depends on them.
 
     ``data`` is the groups' identity, computed with the roots from which they were read. ``say`` receives progress lines.
     """

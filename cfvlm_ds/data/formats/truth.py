@@ -128,7 +128,7 @@ class Column:
 
     @property
     def negative(self) -> str:
-        """Option that would read the column: ``negative_caption``, or ``negative_image`` if it holds pictures."""
+        """Option with which the column can be read: ``negative_caption``, or ``negative_image`` if it holds pictures."""
         return "negative_image" if _PICTURE.search(self.false_text) else "negative_caption"
 
     def __str__(self) -> str:
