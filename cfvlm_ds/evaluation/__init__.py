@@ -1,4 +1,4 @@
-"""Evaluation of groups with the forward pass that training uses. All metrics are functions of score matrices."""
+"""Evaluation of groups with the training forward pass. All metrics are functions of score matrices."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class Packing:
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
         """Add texts to score on ``images``. Return the index of their group, and the texts' columns in its score matrix.
 
-        If one of the texts differs only in white space or Unicode form from a text that the group already has, all the texts go to a new
-        group, because the two versions have different tokens.
+        If a text differs only in white space or Unicode form from one in the group, all the texts go to a new group, because the two have
+        different tokens.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -70,8 +70,8 @@ class Packing:
 @dataclass(frozen=True)
 class Plan:
     """Groups to score for a list of items. ``places`` has, for each item, the group and the columns with its texts. ``alone`` has the same
-    for texts that are scored without the question and the picture (None for an item without such texts). If the probe generates text, the
-    groups only list the prompts.
+    for texts that are scored without the question and the picture (None if an item has none). If the probe generates text, the groups only
+    list the prompts.
     """
 
     items: tuple[Item, ...]
@@ -125,8 +125,8 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
     """Return the outcome of an item from the texts generated for its images, for a blank image and, optionally, for another item's image.
 
-    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed is wrong. If the model writes a
-    description, a text's score is its number of mentions.
+    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
+    writes a description, a text's score is its number of mentions.
     """
 
     def row(text: str) -> Row:

@@ -87,7 +87,8 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the first of them.
+    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then, for the first of these only, a row per
+    edit type.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). A set with one edit type has no mean row; its rows have the name of that type instead.
@@ -112,7 +113,7 @@ def is_tested(better: int, worse: int) -> bool:
 
 
 def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
-    """Return a row with a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
+    """Return a row per edit type, preceded by a row with the metric's mean over types if there are several.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent

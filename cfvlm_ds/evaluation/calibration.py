@@ -39,8 +39,8 @@ _GUESSED = 75  # percentile of the gaps on a blank image that a margin must cove
 
 @dataclass(frozen=True)
 class Gap:
-    """A comparison in the group with the id ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the
-    factual text.
+    """A comparison in the group with id ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the factual
+    text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """
@@ -82,7 +82,7 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, length norm, margin and weight of csd and fcd. The recommendations depend only on the gaps."""
+    """Recommend the link, length norm, margin and weight of csd and fcd, from the gaps alone."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(all_gaps)
@@ -170,7 +170,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
     """Split the gaps at the median text length. Return the ratio of the parts' mean lengths (longer to shorter), the gaps of shorter texts
     and the gaps of longer texts. Return None if a part has too few gaps.
 
-    Texts of exactly the median length, which can be the majority, count as longer if ``with_longer`` is True, else as shorter.
+    Texts of exactly the median length, which can be the majority, count as longer if ``with_longer``, else as shorter.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))

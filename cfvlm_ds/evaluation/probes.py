@@ -48,8 +48,7 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the option that is likeliest on average; None if the order is fixed.
-        """
+        """Return the share of option orders in which the model chooses the option likeliest on average; None if the order is fixed."""
         return None
 
 
@@ -129,9 +128,9 @@ class Letters(Probe):
     """Multiple choice by letter. An option's score is log p, where p is the probability of its letter among all options' letters, averaged
     over option orders.
 
-    Up to four options are presented in all orders. More options are presented in cyclic orders only. Each option takes each position
-    equally often, so a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to
-    measure the options' prior.
+    Up to four options are presented in all orders, more options only in cyclic orders. Each option takes each position equally often, so a
+    preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the options'
+    prior.
 
     Args:
         question: question for items that have none, such as captions.
@@ -191,8 +190,7 @@ class Letters(Probe):
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy generation of an answer, which is parsed by the benchmark authors' rule if they published one. No cells are scored. The model
-    must be able to generate text.
+    """Greedy generation of an answer, which is parsed by the benchmark authors' rule if they published one. No cells are scored.
 
     Args:
         max_new_tokens: maximum length of an answer in tokens.
@@ -206,7 +204,9 @@ class Generate:
             raise ConfigError(f"the probe {self.name} must generate at least 1 token, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """Return the prompt of an item. If it lacks the options, they are appended in the benchmark's order, except for yes and no."""
+        """Return the prompt of an item. If the prompt does not list the options, they are appended in the benchmark's order, except for yes
+        and no.
+        """
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         letters = Letters()

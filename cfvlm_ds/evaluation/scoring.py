@@ -1,4 +1,4 @@
-"""Scoring of groups with the forward pass that training uses, without gradients. The model can be partitioned over ranks."""
+"""Scoring of groups with the training forward pass, without gradients. The model can be partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GroupScores:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function that calls ``Collator.parts`` in a worker process.
+    """Return a collate function, for worker processes, that calls ``Collator.parts``.
 
     The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
@@ -203,7 +203,7 @@ def score_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> list[Scores]:
-    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but the numbers of parts
+    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but the number of parts
     can differ.
 
     Reference scores are computed only for the first batch, with ``reference``. If any rank has a DataError in place of a batch, raises

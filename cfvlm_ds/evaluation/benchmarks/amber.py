@@ -70,8 +70,8 @@ _OTHERS = 2
 
 
 def description(row: Row) -> Item:
-    """Return an item with one text per object in the picture, one text per object often imagined there, one for the safe words, and one for
-    all other words.
+    """Return an item with one text per object in the picture, one per object often imagined there, one for the safe words, and one for all
+    other words.
 
     Each word belongs to one text. Safe words belong to their own text. Any other word belongs to the first object with which relation.json
     lists it, else to the object that has this name; objects in the picture take precedence. An object whose words all belong to other texts

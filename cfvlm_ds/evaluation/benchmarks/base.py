@@ -90,7 +90,7 @@ class Outcome:
         seen: scores on the item's own images, indexed [image][text].
         blank: scores of the texts on a blank picture: the language prior.
         shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model chooses the option that is likeliest on average; None if the order is fixed.
+        consistency: share of option orders in which the model chooses the option likeliest on average; None if the order is fixed.
         prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
@@ -136,13 +136,12 @@ class Benchmark:
         files: official files; a file without ``columns`` provides no items.
         item: function that converts a row to one or more items, or to None for a row that does not count. An exception that it raises is
             reported as an error in the row.
-        metrics: pure function of judged items.
+        metrics: pure function of items and their scores.
         headline: metric that an overview shows.
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, for metrics that are not sums of independent comparisons; all other values are computed from
-            equal scores.
+        random: values under random scores, for metrics that are not sums of independent comparisons; others are computed from equal scores.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -257,7 +256,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
     """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and the controls ``blank``,
     ``shuffled`` and ``prior``.
 
-    Items without such scores and empty tables are left out.
+    A table lists only items that have scores of its kind. Empty tables are left out.
     """
     tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
     for name in ("blank", "shuffled", "prior"):

@@ -1,4 +1,4 @@
-"""Benchmark metrics: pure functions from judged items to values in %.
+"""Benchmark metrics: pure functions from items with scores to values in %.
 
 On the items' own images, a tie counts as wrong, as in the official rules. A blind table is a control with the same scores for every image.
 There, a tie counts as a guess among the tied texts, the probabilities of several right guesses are multiplied, and metrics that compare
@@ -72,7 +72,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the product over the images."""
+    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the product of ``text_right`` over the images."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
@@ -102,7 +102,7 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a function that computes ``metrics`` for all items and, named METRIC/PART, for each value PART of the tag ``name``."""
+    """Return a function that computes ``metrics`` for all items and for each value PART of the tag ``name``, as METRIC/PART."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -121,8 +121,8 @@ def macro_by(name: str, least: int = 1) -> Metrics:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """``starts`` maps names to prefixes. For each name, return the mean of the metrics whose names start with its prefix. Names whose
-    prefix matches no metric are omitted.
+    """``starts`` maps names to prefixes. For each name, return the mean of the metrics whose names start with its prefix. Names without
+    matching metrics are omitted.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
@@ -188,8 +188,8 @@ def _by_answer(margins: Any, truth: Any) -> tuple[Any, Any]:
 
 
 def threshold(margins: Any, truth: Any) -> float:
-    """Return the margin above which yes is predicted such that the most items are classified correctly. Among equally good thresholds,
-    return the one nearest to 0; if two are equally near, return the smaller one.
+    """Return the margin threshold for answering yes that classifies the most items correctly. Among equally good thresholds, return the one
+    nearest to 0; if two are equally near, return the smaller one.
     """
     yes, no = _by_answer(margins, truth)
     values = np.unique(margins)

@@ -92,7 +92,7 @@ class Row:
             yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return the text in a column with surrounding white space removed. Raises DataError if it is empty or not a text."""
+        """Return the text in a column with surrounding white space removed. Raises DataError if the value is empty or not a text."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
@@ -117,7 +117,7 @@ class Row:
 
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
-    """Return a row of a truth table in which only the text ``gold`` is true."""
+    """Return a row of a truth table in which only the text with the index ``gold`` is true."""
     return tuple(int(place == gold) for place in range(size))
 
 
@@ -155,7 +155,7 @@ class Source:
             yield from self._rows(file, name)
 
     def sound_rows(self, file: File) -> Iterator[Row]:
-        """Yield the rows of a file that the rows of other files depend on. Raises DataError for a missing file or an invalid row."""
+        """Yield the rows of a file on which other files depend. Raises DataError for a missing file or an invalid row."""
         for row in self.rows(file):
             if isinstance(row, DataError):
                 raise row
@@ -201,8 +201,7 @@ class Source:
             yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """Return the path of a picture, given by name, in the first of ``folders`` that contains it. If none does, add the path to
-        ``absent``.
+        """Return the path of a picture in the first of ``folders`` that contains it. If none does, record its path in ``absent``.
 
         A folder that begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. For an invalid name,
         raises a DataError whose message starts with ``where``.

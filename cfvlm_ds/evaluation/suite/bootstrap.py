@@ -54,8 +54,8 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
     """Yield sets of item indices, in whole clusters. Two models exchange their answers to the items of a set. The first set is empty.
 
-    The other sets cover all choices of clusters or, if there are more than ``draws``, ``draws`` random choices. The first cluster is never
-    exchanged, because exchanging all other clusters instead only changes the sign of a difference.
+    The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
+    never exchanged, because exchanging all other clusters instead only changes the sign of a difference.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))

@@ -139,7 +139,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count the clusters in which each metric rose, and the clusters in which it fell."""
+    """Count the clusters in which each metric rose and those in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)

@@ -235,7 +235,7 @@ class Partial:
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """If two headers differ, a file belongs to another evaluation: raise a ConfigError that states the first difference."""
+    """Raise a ConfigError, naming the first difference, if a file's header shows that it belongs to another evaluation."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")

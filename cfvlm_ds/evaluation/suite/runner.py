@@ -96,8 +96,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Lock the results folder for the duration of the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or
-    if ``out`` cannot be a results folder, for example because it is a run folder.
+    """Lock the results folder during the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or if ``out``
+    cannot be a results folder (such as a run folder).
     """
     locks: list[RunLock] = []
 
@@ -261,9 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that all ranks can be told
-    of it.
-    """
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that all ranks get it."""
     try:
         for rows in turns:
             yield rows, None

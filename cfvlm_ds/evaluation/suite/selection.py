@@ -103,7 +103,8 @@ def load_items(
 ) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out instead, unless none remain.
+    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out instead, unless no valid items
+    remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
