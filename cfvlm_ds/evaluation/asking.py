@@ -1,6 +1,6 @@
-"""Scoring plan: converts items into groups that a model scores, and converts the scores back into item outcomes.
+"""Scoring plan: converts benchmark items into groups for a model to score, and the groups' scores back into item outcomes.
 
-Items with the same pictures share a group, so that the pictures are encoded once. A group contains each pair of prompt and text once.
+Items with the same pictures share a group, so that the pictures are encoded once. No pair of prompt and text occurs twice in a group.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Packing:
-    """Groups under construction. For each tuple of images, at most one group accepts further texts. Texts are keyed by normalised form."""
+    """Builds groups of texts. If several groups have the same images, only the newest accepts more texts. Texts are compared in normalised
+    form.
+    """
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
         self._open: dict[tuple[Pictures, ...], int] = {}
 
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
-        """Add texts to score on ``images``. Return the index of their group and their columns in its score matrix.
+        """Add texts to score on ``images``. Return the index of their group, and the texts' columns in its score matrix.
 
-        If an added text differs only in white space from a text that the group already has, all added texts go to a new group, because the
-        tokens of the two texts differ.
+        If a text differs only in white space or Unicode form from one in the group, all the texts go to a new group, because the two have
+        different tokens.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -53,7 +55,8 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group needs a true cell, so its first cell is marked as true. The actual truth values are in the items.
+        """Return the groups. A group must have a true cell, so the first cell is marked as true. Metrics use the items' truth tables
+        instead.
 
         Raises DataError if a group has too many cells.
         """
@@ -66,9 +69,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` locates each item's texts in the groups. ``alone`` locates the texts that are scored
-    without the question and the picture (None for an item without such texts). If the probe generates text, the groups are not scored
-    and only list the prompts.
+    """Groups to score for a list of items. ``places`` has, for each item, the group and the columns with its texts. ``alone`` has the same
+    for texts that are scored without the question and the picture (None if an item has none). If the probe generates text, the groups only
+    list the prompts.
     """
 
     items: tuple[Item, ...]
@@ -111,7 +114,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     """Build groups that contain the texts of all items. Items with the same pictures share groups of at most ``MOST_CELLS`` texts.
 
-    Raises DataError for an item with too many cells for a group.
+    Raises DataError if an item has more cells than fit in a group.
     """
     packing = Packing()
     places = [packing.add(item.id, item.images, probe.cells(item)) for item in items]
@@ -122,8 +125,8 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
     """Return the outcome of an item from the texts generated for its images, for a blank image and, optionally, for another item's image.
 
-    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed is wrong. In a description, a
-    text's score is its number of mentions.
+    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
+    writes a description, a text's score is its number of mentions.
     """
 
     def row(text: str) -> Row:

@@ -32,12 +32,13 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A table row: a metric on a set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are in %.
+    """A table row: a metric on an evaluation set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are
+    in %.
 
     ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
     ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the ends of the 95 % interval
-    of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed alike, or if an edit type has
-    one group.
+    of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the
+    edit type has only one group.
 
     ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None without text comparisons.
     ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
@@ -79,17 +80,18 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for single edit types, except in sets with only one edit type."""
+    """Return the rows of single edit types. For a set with only one edit type, no row is returned."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the first metric.
+    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then, for the first of these only, a row per
+    edit type.
 
-    A metric has a row if at least one group has a value both before and after. Groups are matched by id and content (``content_hash``). A
-    set with one edit type has no mean row; its rows have the name of that type instead.
+    A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
+    (``content_hash``). A set with one edit type has no mean row; its rows have the name of that type instead.
     """
     if not before or not after:
         return []
@@ -106,16 +108,17 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def is_tested(better: int, worse: int) -> bool:
-    """Return True if enough groups (or benchmark clusters) changed for an interval."""
+    """Return True if the number of changed groups (in benchmarks, clusters) suffices for an interval."""
     return better + worse >= FEWEST_CHANGED
 
 
 def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
-    """Return a row with a metric's mean over edit types, then a row per edit type. If there is only one type, there is no mean row.
+    """Return a row per edit type, preceded by a row with the metric's mean over types if there are several.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
-    units. In the mean row, a group with several edit types counts as better if its weighted gains exceed its losses.
+    units. In the mean row, a group with several edit types counts as better if the sum of its gains, each divided by the edit type's total,
+    is positive.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
     for key in (key for key in new if key in old):
@@ -158,8 +161,9 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return Markdown with a table of the sets, a table of the rows that ``of_types`` does not return, and definitions of the columns.
-    ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest; None if the manifests are unknown.
+    """Return Markdown: a table of the evaluation sets, a table of all changes except those that ``of_types`` returns, and the meanings of
+    the columns. ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest; None if the manifests are
+    unknown.
     """
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set
@@ -234,7 +238,8 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
 
 
 def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> dict[str, list[Change]]:
-    """Compare each result in ``after`` with ``before``. If there are several, compare their mean too. Return the changes keyed by result.
+    """Compare each result in ``after`` with ``before``. If ``after`` has several results, also compare their mean. Return the changes,
+    keyed by result.
 
     Raises DataError for a file without accuracies, and ConfigError if a result has no group in common with ``before``.
     """

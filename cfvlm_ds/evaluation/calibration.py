@@ -39,7 +39,8 @@ _GUESSED = 75  # percentile of the gaps on a blank image that a margin must cove
 
 @dataclass(frozen=True)
 class Gap:
-    """One comparison of a ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the factual text.
+    """A comparison in the group with id ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the factual
+    text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """
@@ -63,10 +64,10 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield the gap of every comparison of star cells except sham comparisons. In training, csd uses all its comparisons, but fcd uses
-    only the hardest in each group.
+    """Yield the gap of every comparison of two texts or of two images, if both cells are star cells. In training, csd uses all its
+    comparisons, but fcd uses only the hardest in each group.
 
-    Scores must be finite. ``length`` counts the tokens of a group's factual text.
+    Scores must be finite. ``length`` returns the number of tokens in a group's factual text.
     """
     for group, score in zip(groups, scores, strict=True):
         match = torch.tensor([[-1 if truth is None else truth for truth in line] for line in group.match])
@@ -81,7 +82,7 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, length norm, margin and weight of csd and fcd. They depend only on the gaps."""
+    """Recommend the link, length norm, margin and weight of csd and fcd, from the gaps alone."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     anchored, why = _length_norm(all_gaps)
@@ -144,7 +145,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return True if gaps grow with text length, and the reason as a sentence."""
+    """Return whether gaps grow with text length, and the reason as a sentence."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:
@@ -169,7 +170,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
     """Split the gaps at the median text length. Return the ratio of the parts' mean lengths (longer to shorter), the gaps of shorter texts
     and the gaps of longer texts. Return None if a part has too few gaps.
 
-    Texts of median length, which may be the majority, belong to the longer part if ``with_longer``.
+    Texts of exactly the median length, which can be the majority, count as longer if ``with_longer``, else as shorter.
     """
     is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
     short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
@@ -205,7 +206,7 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Return True if a file contains only the output of ``block``. Other files belong to the user."""
+    """Return True if a file contains only the output of ``block``. Other files are the user's own."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 

@@ -19,7 +19,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (in one of the views)."""
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and its groups, in one of the views."""
 
     largest: int
     tokens: int
@@ -40,8 +40,8 @@ def rehearse(
 ) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
-    A forward pass may exceed ``max_tokens`` if a part cannot be divided. All batches that ``score_groups`` will run are considered.
-    ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as ``score_groups``, on all ranks.
+    A forward pass exceeds ``max_tokens`` if a single text with its prompt and image is longer. All batches that ``score_groups`` will run
+    are considered. ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator = collator.scoring_everything()

@@ -67,9 +67,9 @@ class Answers:
     _unused: set[str] = field(default_factory=set)
 
     def loglikelihood(self, requests: Sequence[Any], documents: Documents) -> list[tuple[float, bool]]:
-        """Return a pair for each request: the text's value (see the module docstring), and True if greedy decoding would generate the text.
+        """Return a pair for each request: the text's value (see the module docstring), and whether greedy decoding would generate the text.
 
-        A non-finite log-likelihood counts as -infinity. Raises a DataError with the task and row of an invalid request.
+        A non-finite log-likelihood counts as -infinity. For an invalid request, raises a DataError that names its task and row.
         """
         progress, values, broken = Progress(self.world.say, "scoring", len(requests), "texts"), list[tuple[float, bool]](), 0
         for start in range(0, len(requests), _TOGETHER):
@@ -90,7 +90,7 @@ class Answers:
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-        """Return the likelihood of the text at each of ``places``.
+        """Return the likelihood of the text at each place (group and column).
 
         Raises DataError for a text or a picture that cannot be scored, and OutOfMemory if memory runs out.
         """
@@ -122,7 +122,7 @@ class Answers:
     def generate_until(self, requests: Sequence[Any], documents: Documents) -> list[str]:
         """Generate a text for each request, one request at a time. A text is cut off before the first stop string.
 
-        Raises a DataError with the task and row of an invalid request.
+        For an invalid request, raises a DataError that names its task and row.
         """
         progress, texts = Progress(self.world.say, "writing", len(requests), "texts"), list[str]()
         for request in progress.over(requests):
@@ -142,7 +142,7 @@ class Answers:
         return texts
 
     def _options(self, task_options: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Return a task's stop strings, maximum number of tokens, and options for ``generate``. Report each unused option once."""
+        """Return a task's stop strings, maximum number of tokens, and options for ``generate``. Warn once about each unused option."""
         options_left = {name: value for name, value in task_options.items() if value is not None}
         until = options_left.pop("until", [])
         limit = int(options_left.pop("max_new_tokens", options_left.pop("max_gen_toks", MAX_NEW_TOKENS)))
@@ -204,7 +204,9 @@ def _shown(visual: Any, documents: Documents, task: str, split: str, number: int
 
 
 def _prompt(context: str, num_pictures: int) -> Prompt:
-    """Replace each placeholder in a task's text with a picture. If there are more or fewer pictures, put all pictures before the text."""
+    """Replace each placeholder in a task's text with a picture. If the numbers of placeholders and pictures differ, put all pictures before
+    the text.
+    """
     pieces = [piece.strip() for piece in context.split(IMAGE)]
     if not num_pictures or len(pieces) - 1 != num_pictures:
         return context
@@ -213,7 +215,9 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
 
 
 def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
-    """Write pictures to files, because groups store paths, and return the paths. Equal pictures share a file, except within a request."""
+    """Write pictures to files, because groups store paths, and return the paths. Identical pictures share a file, unless they belong to the
+    same request.
+    """
     paths: list[Path] = []
     for visual in visuals:
         if not isinstance(visual, Image.Image):

@@ -1,4 +1,4 @@
-"""Training loss on evaluation sets: means over a whole split, with full weights even during warm-up.
+"""Training loss on evaluation sets: means over a whole split, with the terms' final weights even during warm-up.
 
 A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term that needs reference scores is
 therefore computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.
@@ -98,7 +98,9 @@ class EvaluationLoss:
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Return the sum of the parts' means. As in training, a part with denominator 0 adds nothing. Return None if all denominators are 0."""
+    """Return a term's mean: the sum of numerator / denominator over its parts. As in training, a part with denominator 0 adds nothing.
+    Return None if all denominators are 0.
+    """
     if not bool((denominators > 0).any()):
         return None
     return float(torch.where(denominators > 0, numerators / denominators.clamp(min=torch.finfo(denominators.dtype).tiny), 0).sum())

@@ -91,7 +91,9 @@ class Accuracy:
 
 
 def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
-    """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types. Return [] without groups."""
+    """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types. Return [] if there are no
+    groups.
+    """
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
     covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)

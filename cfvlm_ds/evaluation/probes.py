@@ -48,7 +48,7 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the same option as on average over orders; None without orders."""
+        """Return the share of option orders in which the model chooses the option likeliest on average; None if the order is fixed."""
         return None
 
 
@@ -125,11 +125,12 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter: log-probability of an option's letter among all options' letters. The probability is averaged over orders.
+    """Multiple choice by letter. An option's score is log p, where p is the probability of its letter among all options' letters, averaged
+    over option orders.
 
-    Up to four options are presented in all orders. More options are presented in cyclic orders only. Each option takes each position
-    equally often, so a preference for a position or a letter is no advantage. ``alone`` omits the question and the picture to measure the
-    options' prior.
+    Up to four options are presented in all orders, more options only in cyclic orders. Each option takes each position equally often, so a
+    preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the options'
+    prior.
 
     Args:
         question: question for items that have none, such as captions.
@@ -189,8 +190,7 @@ class Letters(Probe):
 
 @dataclass(frozen=True)
 class Generate:
-    """Greedy generation of an answer, which is parsed by the benchmark authors' rule if they published one. No cells are scored. The model
-    must be able to generate text.
+    """Greedy generation of an answer, which is parsed by the benchmark authors' rule if they published one. No cells are scored.
 
     Args:
         max_new_tokens: maximum length of an answer in tokens.
@@ -204,7 +204,9 @@ class Generate:
             raise ConfigError(f"the probe {self.name} must generate at least 1 token, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """Return the prompt of an item. If it does not list the options, they are appended in the benchmark's order."""
+        """Return the prompt of an item. If the prompt does not list the options, they are appended in the benchmark's order, except for yes
+        and no.
+        """
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         letters = Letters()
@@ -220,7 +222,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Write(Generate):
-    """Greedy generation of a description, in which the benchmark counts the objects mentioned.
+    """Greedy generation of a description. The benchmark counts the objects that it mentions.
 
     Args:
         prompt: prompt for items that have none.

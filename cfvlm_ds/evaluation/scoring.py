@@ -1,4 +1,4 @@
-"""Scoring of groups with the training forward pass, without gradients. The model may be partitioned over ranks."""
+"""Scoring of groups with the training forward pass, without gradients. The model can be partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """Scores of one group in nats: the full score matrix ``logp`` [I, C], and ``blank`` [C], the scores of the texts on a blank image.
 
-    ``shuffled`` [C] has the scores of the texts on another group's image. It is empty if there is no such image, and None if it was not
+    ``shuffled`` [C] has the scores of the texts on another group's image. It is empty if no other image is suitable, and None if it was not
     requested. A score that is not finite becomes NaN, which wins no comparison.
     """
 
@@ -61,7 +61,7 @@ class GroupScores:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function for worker processes that calls ``Collator.parts``.
+    """Return a collate function, for worker processes, that calls ``Collator.parts``.
 
     The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
@@ -141,8 +141,8 @@ def scored_batches(
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
     """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
 
-    Batches are assigned to ranks in turn. All ranks yield equally often: a rank that has no batch left scores one group again and yields no
-    indices. Raises the same errors as ``score_batches``.
+    Batches are assigned to ranks in turn. All ranks yield the same number of times: a rank that has no batch left scores one group again
+    and yields no indices. Raises the same errors as ``score_batches``.
     """
     places = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
     mine = [batches[place] if place < len(batches) else batches[-1][-1:] for place in places]
@@ -203,10 +203,11 @@ def score_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> list[Scores]:
-    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but a batch may have any
-    number of parts.
+    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but the number of parts
+    can differ.
 
-    ``reference`` computes reference scores for the first batch only. If a batch of any rank is a DataError, raises DataError on all ranks.
+    Reference scores are computed only for the first batch, with ``reference``. If any rank has a DataError in place of a batch, raises
+    DataError on all ranks.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)
@@ -237,8 +238,8 @@ def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures 
     """Assign to each group (or item) the first image of another group, or None if no other image is suitable. A suitable image has as many
     pictures as the group's first image, and shares no picture with the group.
 
-    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If it is unsuitable, up to
-    ``_TRIES`` groups are tried.
+    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If that image is unsuitable,
+    later groups are tried, up to ``_TRIES``.
     """
     images: list[Pictures | None] = [None] * len(groups)
     by_size: dict[int, list[int]] = {}

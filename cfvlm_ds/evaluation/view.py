@@ -34,10 +34,10 @@ WORST = 30
 
 
 class _Source(NamedTuple):
-    """Groups of one manifest, and their scores keyed by group id; {} without scores.
+    """Groups of one manifest, and their scores keyed by group id ({} if there are none).
 
-    ``split`` is the name of the run's evaluation set. ``lost_before`` is True for groups that lost a comparison before training. It is
-    keyed by id and content hash, and contains only groups that were evaluated before training.
+    ``split`` is the name of the run's evaluation set. ``lost_before``, keyed by id and content hash, is True for a group if the model lost
+    one of its comparisons before training. Groups that were not evaluated then are absent.
     """
 
     groups: GroupStore
@@ -146,7 +146,9 @@ def _page(
 
 
 def _of_run(run_dir: Path) -> list[_Source]:
-    """Open a run's evaluation manifests and scores. Raises DataError if they cannot be read, and ConfigError if the run has none."""
+    """Open a run's evaluation manifests and scores. Raises DataError if they cannot be read, and ConfigError if the run has no evaluation
+    sets.
+    """
     sources = []
     for name, split in recorded_evaluation(run_dir).items():
         file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
@@ -162,7 +164,9 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """Read which groups lost a comparison before training (see ``_Source``). Return {} if the set was not evaluated then."""
+    """For each group, read whether the model lost a comparison before training (see ``_Source``). Return {} if the set was not evaluated
+    then.
+    """
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]
         return {
@@ -174,7 +178,7 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
 
 
 def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """Read the groups' scores. The texts and picture paths must match the scores file. Picture contents are not compared."""
+    """Read the groups' scores. Texts and picture paths must match those in the scores file. Picture contents are not compared."""
     return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
@@ -212,7 +216,7 @@ def _item(source: _Source, index: int) -> Item:
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
     """Return a table of a group's stored scores and of each true cell's smallest margins over texts and over images (docs/evaluation.md).
 
-    A tie counts as a loss. ``quad`` comparisons are not counted, because they follow from the comparisons of two cells.
+    A tie counts as a loss. ``quad`` comparisons are not counted, because their outcomes follow from the two-cell comparisons.
     """
     logp, decided, lengths = stored.logp, list[float](), list[int]()
     margins: list[list[list[float | None] | None]] = [[None] * len(group.candidates) for _ in group.images]

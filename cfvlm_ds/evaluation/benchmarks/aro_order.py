@@ -1,8 +1,8 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffles of its words. The shuffles are not official but generated here.
+"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffled copies, which are generated here, not taken from an official release.
 
-The authors draw new shuffles in every run and need a part-of-speech tagger. In a test, 19 % of 150 captions had a shuffle equal to the
-caption. Here, the shuffles depend only on the caption: a hash draws them, and a word list replaces the tagger. A shuffle that equals the
-caption or another shuffle is drawn again or dropped.
+The authors' code shuffles differently in every run and needs a part-of-speech tagger. In a test of that code, 19 % of 150 captions had a
+copy equal to the caption. Here, the copies depend only on the caption: a hash of it determines the order, and a word list replaces the
+tagger. A copy that equals the caption or another copy is shuffled again, and dropped after four attempts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def cleaned(caption: str) -> str:
 
 
 def shuffles(caption: str) -> list[str]:
-    """Return up to four false word orders of a cleaned caption. They differ from the caption and from each other."""
+    """Return up to four shuffled copies of a cleaned caption, different from the caption and from each other."""
     words, orders = caption.split(), list[str]()
     for name, make in _KINDS.items():
         for attempt in range(_TRIES):
@@ -54,7 +54,7 @@ def shuffled(values: Sequence[str], seed: str) -> list[str]:
 
 
 def _some(chosen: Callable[[str], bool]) -> Callable[[Sequence[str], str], list[str]]:
-    """Return a function that shuffles the words that ``chosen`` selects and leaves the others in place."""
+    """Return a function that shuffles the words for which ``chosen`` is True and leaves all other words in place."""
 
     def make(words: Sequence[str], seed: str) -> list[str]:
         moved = iter(shuffled([word for word in words if chosen(word)], seed))

@@ -1,8 +1,8 @@
 """Benchmarks: official files, items built from their rows, probes that score the items, and metrics of the scores.
 
-An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe computes one
-score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be recomputed from a result file without
-the model.
+An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe (a way to
+query the model) computes one score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be
+recomputed from a result file without the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Item:
 
     Args:
         id: unique name within the benchmark.
-        images: images on which the texts are scored; each is a tuple of pictures, empty for text only.
+        images: images on which the texts are scored; each is a tuple of pictures, empty for a text-only item.
         texts: captions, options or answers.
         match: truth table, indexed [image][text]: 1 for true, 0 for false.
         prompt: question with the benchmark's own instruction; empty for captions.
@@ -83,14 +83,14 @@ def single(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of an item under a probe. With a generated answer, the chosen text scores 1, and the others score 0. With a generated
-    description, a text's score is its number of mentions.
+    """Scores of an item, computed by a probe. If the model generates an answer, the text that it chooses scores 1, and all others score 0.
+    If it writes a description, a text's score is its number of mentions.
 
     Args:
-        seen: scores, indexed [image][text].
+        seen: scores on the item's own images, indexed [image][text].
         blank: scores of the texts on a blank picture: the language prior.
         shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model chooses the same option as on average over orders; None without orders.
+        consistency: share of option orders in which the model chooses the option likeliest on average; None if the order is fixed.
         prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
@@ -108,8 +108,8 @@ class Outcome:
 class Judged:
     """An item with its scores from one table (see ``judged``).
 
-    A ``blind`` table has the same scores for every image. A tie counts as a guess in a blind table and as wrong in other tables. ``draw``
-    distinguishes copies of an item in a bootstrap, so a pair that is drawn twice counts as two pairs.
+    ``blind`` is True in a control table, which has the same scores for every image. A tie counts as a guess in such a table and as wrong
+    elsewhere. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
     """
 
     item: Item
@@ -134,14 +134,14 @@ class Benchmark:
     Args:
         title: name that the authors gave the benchmark.
         files: official files; a file without ``columns`` provides no items.
-        item: function that converts a row to one or more items, or to None for a row that does not count. Its exceptions are reported with
-            the row.
-        metrics: pure function of judged items.
+        item: function that converts a row to one or more items, or to None for a row that does not count. An exception that it raises is
+            reported as an error in the row.
+        metrics: pure function of items and their scores.
         headline: metric that an overview shows.
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, for metrics that are not sums of independent comparisons; others are computed from tied scores.
+        random: values under random scores, for metrics that are not sums of independent comparisons; others are computed from equal scores.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -183,7 +183,7 @@ class Loaded:
 def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
     """Load the items of a benchmark from its files in ``root``: all items, or about ``limit`` items spread evenly over the files.
 
-    Pictures must exist but are not opened. Problems are returned, not raised. ``say`` reports the progress of long work.
+    Pictures must exist but are not opened. Problems are returned, not raised. ``say`` is called with progress messages.
     """
     source, items, problems = Source(root, say), dict[str, Item](), list[DataError]()
     if not root.is_dir():
@@ -233,8 +233,8 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items in whole, evenly spread clusters, so no part is missing and no pair is split. If ``limit`` is None,
-    return all items.
+    """Return about ``limit`` items, or all if ``limit`` is None. Whole clusters are taken at even intervals, so no part is missing and no
+    pair is split.
     """
     if limit is None or limit >= len(items):
         return list(items)
@@ -253,9 +253,10 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables from which metrics are computed: ``seen``, and the controls ``blank``, ``shuffled`` and ``prior``.
+    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and the controls ``blank``,
+    ``shuffled`` and ``prior``.
 
-    A table has only items with scores of its kind. Empty tables are left out.
+    A table lists only items that have scores of its kind. Empty tables are left out.
     """
     tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
     for name in ("blank", "shuffled", "prior"):
@@ -265,7 +266,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the metrics under random scores on these items. A value that the benchmark does not state is computed from tied scores."""
+    """Return the metrics of these items under random scores. A value that the benchmark does not state is computed from equal scores."""
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated
@@ -277,8 +278,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, the metrics under ``random``
-    scores. ``seen`` also has the mean ``consistency`` over option orders.
+    """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, a table ``random`` with the metrics
+    under random scores. ``seen`` also has ``consistency``, averaged over items.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

@@ -27,7 +27,7 @@ _PHRASES = {
 
 
 def items(row: Row) -> list[Item]:
-    """Return an item for each picture in an instance file."""
+    """Return an item for each picture in a COCO instance file."""
     texts, names = _objects(row.source)
     objects = {}
     for category in row.rows("categories", "id", "name"):

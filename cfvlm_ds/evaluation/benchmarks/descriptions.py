@@ -1,7 +1,7 @@
 """Description metrics: the shares of objects that a generated description invents and covers.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
-if the picture shows the object. Its score is its number of mentions.
+if the picture shows the object. A text's score is its number of mentions.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _PLURALS = (
 
 @lru_cache(16)
 def names_of(texts: tuple[str, ...]) -> dict[str, int]:
-    """Return lower-case name -> index of its text. A name that occurs in several texts belongs to the last of them."""
+    """Return a dict from each lower-case name to the index of its text. A name that occurs in several texts belongs to the last of them."""
     return {name.lower(): number for number, text in enumerate(texts) for name in text.partition(": ")[2].split(", ") if name}
 
 
 @lru_cache(1 << 16)
 def _forms(word: str) -> tuple[str, ...]:
-    """Return a word and its candidate singulars. Most candidates are not words, so they match no name."""
+    """Return a word and its possible singulars. Most of these are not real words, so they match no name."""
     if word == "leaves":  # WordNet's singular, although AMBER lists an object "leave"
         return word, "leaf"
     return word, *(word.removesuffix(plural) + singular for plural, singular in _PLURALS if word.endswith(plural))
 
 
 def named(text: str, names: Mapping[str, object]) -> list[str]:
-    """Return the ``names`` that a text mentions, in text order. Case is ignored, and plurals match their singulars.
+    """Return the ``names`` that a text mentions, in order of occurrence. Case is ignored, and plurals match their singulars.
 
-    Words are split at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not dogs. Any use
-    of a word counts, even the verb "to sink".
+    The text is split into words at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not
+    dogs. Any use of a word counts, even the verb "to sink".
     """
     tokens, found, place = [_forms(token) for token in _TOKEN.findall(text.lower())], list[str](), 0
     while place < len(tokens):
@@ -53,13 +53,13 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
 
 
 def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tuple[float, ...]:
-    """Return the number of ``found`` names per text. Names with the index -1 are left out."""
+    """Count the names in ``found`` that belong to each text. Names with the text index -1 are not counted."""
     counts = Counter(names[name] for name in found)
     return tuple(float(counts[number]) for number in range(num_texts))
 
 
 class Counts(NamedTuple):
-    """Counts over descriptions. The last four fields count (description, object) pairs. ``false`` objects are not in the picture."""
+    """Counts over descriptions. The last four fields count (description, object) pairs. An object is false if it is not in the picture."""
 
     inventing: float
     """Number of descriptions that mention a false object."""
@@ -93,9 +93,9 @@ def share(part: float, whole: float) -> float:
 
 
 def described(table: Sequence[Judged]) -> Values:
-    """Return four metrics in %. ``hallucinated``: share of mentioned objects that are false. ``covered``: share of the pictures' objects
-    that are mentioned. ``chair_i`` (CHAIR): share of mentions that are false. ``chair_s`` (CHAIR): share of descriptions with a false
-    object. Objects and mentions are pooled over all descriptions.
+    """Return four metrics in %. ``hallucinated``: share of mentioned objects that are not in the picture (false). ``covered``: share of the
+    pictures' objects that are mentioned. ``chair_i`` (CHAIR): share of mentions that are false. ``chair_s`` (CHAIR): share of descriptions
+    with a false object. Objects and mentions are pooled over all descriptions.
     """
     if not table:
         return {}

@@ -31,9 +31,9 @@ def metrics(table: Sequence[Judged]) -> Values:
     """Return aAcc, the share of right answers; qAcc, the share of questions answered correctly on all figures of their set; and fAcc, the
     share of figures with all questions answered correctly.
 
-    ``NAME`` covers all rows, as in the authors' code. ``NAME_pictures`` covers only rows with a picture; leaderboards show the mean of
-    these three metrics. Keys of sets and figures include category and subcategory, because VD and VS both have an ``ocr`` subcategory with
-    the same numbers.
+    These metrics cover all rows, as in the authors' code. Variants with the suffix ``_pictures`` cover only rows with a picture;
+    leaderboards show the mean of the three variants. Keys of sets and figures include category and subcategory, because the categories VD
+    and VS both have an ``ocr`` subcategory with the same numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

@@ -1,7 +1,8 @@
-"""Benchmark metrics: pure functions from judged items to values in %.
+"""Benchmark metrics: pure functions from items with scores to values in %.
 
-In a ``seen`` table, a tie counts as wrong, as in the official rules. A blind table has the same scores for every image. In it, a tie
-counts as a guess among the tied texts, joint probabilities are products, and metrics that compare images are absent.
+On the items' own images, a tie counts as wrong, as in the official rules. A blind table is a control with the same scores for every image.
+There, a tie counts as a guess among the tied texts, the probabilities of several right guesses are multiplied, and metrics that compare
+images are absent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _KNOWN = 1 << 16
 
 
 def tag(*names: str) -> Key:
-    """Return a function that returns the value of an item's tag, or the joined values of several tags."""
+    """Return a function that looks up an item's tag, or joins the values of several tags."""
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -35,7 +36,7 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Return sets of items, such as pairs, that share a key and are judged together. A pair that is drawn twice forms two sets."""
+    """Return sets of items that share a key and are judged together, such as pairs. A pair that a bootstrap draws twice forms two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 
@@ -47,7 +48,7 @@ def mean(values: Sequence[float]) -> float:
 def text_right(judged: Judged, image: int = 0) -> float:
     """Return 1 if every text that is true of an image beats every text that is false of it, else 0.
 
-    For a blind table, return the probability that they do if ties are broken at random.
+    For a blind table, return the probability of this outcome if ties are broken at random.
     """
     return _text_right(judged.scores[image], judged.item.match[image], judged.blind)
 
@@ -71,7 +72,7 @@ def _nan(scores: Sequence[float]) -> bool:
 
 
 def all_right(judged: Judged) -> float:
-    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the joint probability."""
+    """Return 1 if ``text_right`` is 1 for every image, else 0. For a blind table, return the product of ``text_right`` over the images."""
     return prod(text_right(judged, image) for image in range(len(judged.scores)))
 
 
@@ -93,13 +94,15 @@ def accuracy(table: Sequence[Judged]) -> Values:
 
 
 def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
-    """Return the accuracy of each part as ``macro/PART``, and the mean as ``macro``. Parts with fewer than ``least`` items are left out."""
+    """Return the accuracy on each part (the items with the same key) as ``macro/PART``, and the mean over parts as ``macro``. Parts with
+    fewer than ``least`` items are left out.
+    """
     parts = {f"macro/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, key).items() if len(part) >= least}
     return means(parts, {"macro": "macro/"}) | parts
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a function that computes ``metrics`` for all items and, as METRIC/PART, for each value of the tag ``name``."""
+    """Return a function that computes ``metrics`` for all items and for each value PART of the tag ``name``, as METRIC/PART."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -111,20 +114,22 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a function that computes the accuracy for each value of the tag ``name``, their mean (see ``macro``), and overall accuracy."""
+    """Return a function that computes the accuracy for each value of the tag ``name``, the mean of these (see ``macro``), and the accuracy
+    over all items.
+    """
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """For each name and prefix in ``starts``, average the metrics whose names start with the prefix. Return the means keyed by name.
-    Prefixes without metrics are omitted.
+    """``starts`` maps names to prefixes. For each name, return the mean of the metrics whose names start with its prefix. Names without
+    matching metrics are omitted.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 
 
 def quads(table: Sequence[Judged]) -> Values:
-    """Return Winoground's text, image and group scores, and ``pair``: the share of single text comparisons that are won."""
+    """Return Winoground's text, image and group scores, and ``pair``: the share of individual text comparisons that are won."""
     if not table:
         return {}
     values = {"text": mean([all_right(judged) for judged in table]), "pair": accuracy(table)["accuracy"]}
@@ -139,7 +144,7 @@ QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
-    """Group the items by key, and return the share of groups in which every item is right; None without items."""
+    """Group the items by key, and return the share of groups in which every item is right; None if there are no items."""
     products = [prod(map(all_right, members)) for members in sets(table, key)]
     return mean(products) if products else None
 
@@ -149,7 +154,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
-    """Return the row of ``answers`` for an item. A tie gives no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row of ``answers``. A tie is no answer, except in a blind table, where each of n tied texts gets 1/n."""
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
     return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
@@ -158,8 +163,8 @@ def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> t
 def answers(table: Sequence[Judged]) -> Any:
     """Return an array [items, 6] for items with the texts yes and no.
 
-    The first five columns are indicators (0 or 1): answer is yes, answer is no, yes is correct, no is correct, answer is correct. The last
-    column has the log-odds of yes over no in nats.
+    The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
+    correct, answer is correct. The last column has the log-odds of yes over no in nats.
     """
     return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
 
@@ -183,8 +188,8 @@ def _by_answer(margins: Any, truth: Any) -> tuple[Any, Any]:
 
 
 def threshold(margins: Any, truth: Any) -> float:
-    """Return the margin threshold for yes that classifies the most items correctly. Among equally good thresholds, return the one nearest
-    to 0; if two are equally near, return the smaller one.
+    """Return the margin threshold for answering yes that classifies the most items correctly. Among equally good thresholds, return the one
+    nearest to 0; if two are equally near, return the smaller one.
     """
     yes, no = _by_answer(margins, truth)
     values = np.unique(margins)
@@ -194,10 +199,10 @@ def threshold(margins: Any, truth: Any) -> float:
 
 
 def calibrated(table: Sequence[Judged], found: Any) -> float | None:
-    """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash assigns clusters to halves.
-    ``found`` is the result of ``answers`` for the table.
+    """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash of a cluster's name
+    determines its half. ``found`` is the result of ``answers`` for the table.
 
-    Return None if a half is empty or a margin is not finite. A model that always answers yes scores high if its margins separate the
+    Return None if a half is empty or a margin is not finite. Even a model that always answers yes scores high if its margins separate the
     classes.
     """
     half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
@@ -216,8 +221,8 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, the share of yes answers, the area under the ROC curve, ``calibrated`` accuracy (except for a blind table), and
     precision, recall and F1 for the answer ``positive`` (0: yes, 1: no).
 
-    Items have the texts yes and no, in this order. An item without an answer is wrong and does not count as a prediction. If no item is
-    positive, precision, recall and F1 are left out. If no answer is positive, precision and F1 are NaN.
+    Items have the texts yes and no, in this order. An item without an answer (a tie) is wrong and does not count as a prediction. If
+    ``positive`` is never correct, precision, recall and F1 are left out. If the model never gives this answer, precision and F1 are NaN.
     """
     if not table:
         return {}

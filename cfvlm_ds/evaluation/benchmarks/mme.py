@@ -32,7 +32,8 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task (accuracy plus the share of pictures with both answers right, at most 200), and sums of task scores.
+    """Return the score of each task (accuracy plus the percentage of pictures with both answers right, at most 200), and sums of task
+    scores.
 
     The sums for perception and cognition are at most 2,000 and 800. A sum is left out if one of its tasks is missing.
     """

@@ -1,4 +1,6 @@
-"""NaturalBench (Li et al. 2024, arXiv 2410.14669): two pictures and two questions; each question has a different answer on each picture."""
+"""NaturalBench (Li et al. 2024, arXiv 2410.14669): two pictures and two questions; the answer to each question differs between the
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ COLUMNS = (
 
 
 def items(row: Row) -> list[Item]:
-    """Return two items, one per question. Both show both pictures."""
+    """Return two items, one per question, each with both pictures."""
     kind, group = row["Question_Type"], str(row["Index"])
     if kind not in KINDS:
         raise row.error(f"'Question_Type' must be {' or '.join(KINDS)}, not {kind!r}")

@@ -1,7 +1,7 @@
 """Parsers of generated text: functions that return the index of the item text that the model chose, or None, which counts as wrong.
 
 If a benchmark's authors published a rule, the parser is named after the benchmark. The other parsers are strict: the article "A" is not
-option A, and a sentence that begins with "The" is not option T.
+taken for option A, nor an initial "The" for option T.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _ANSWER = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:answer|option)(?:\s+is)?\s*:
 
 
 def answer(text: str, item: Item) -> int | None:
-    """Parse an answer for a benchmark whose authors published no rule. The text must begin with yes or no. In multiple choice, it
-    must begin with a letter (alone or in brackets), or with "the answer is" and a letter.
+    """Parse an answer for a benchmark whose authors published no parsing rule. The text must begin with yes or no or, in multiple choice,
+    with a letter (alone or in brackets) or with "the answer is" and a letter.
     """
     return yes_or_no(text) if item.texts == YES_NO else letter(text, item)
 

@@ -1,7 +1,7 @@
 """Official files in a benchmark's folder: rows with their locations, and pictures with their paths.
 
-The files are untrusted, so sizes are bounded, and a name in a row cannot lead to a file outside the folder. A picture folder may be a link,
-because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to JSON
+The files are untrusted, so their sizes are limited, and a name in a row cannot lead to a file outside the folder. A picture folder may be a
+link, because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to JSON
 lines, and their pictures are copied into one file (cfvlm_ds.data.containers).
 """
 
@@ -39,7 +39,7 @@ class File:
 
     Args:
         name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any folders.
-        columns: required columns. Other columns are metadata; a misspelt column is an error.
+        columns: required columns. Other columns are metadata, but a likely misspelling of a missing column is an error.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
         part: part of the benchmark to which the rows belong, such as a split.
@@ -60,8 +60,8 @@ class Row:
 
     Args:
         values: column -> value, including optional columns.
-        where: location of the row; every error begins with it.
-        number: number of the row in its file, from 1, or its key if the file is an object.
+        where: location of the row, with which every error message begins.
+        number: number of the row in its file, from 1, or its key if the file is a JSON object.
         part: part of the benchmark to which the file belongs.
         file: path of the file below the benchmark's folder.
         source: folder of the benchmark.
@@ -82,7 +82,7 @@ class Row:
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def rows(self, column: str, *columns: str) -> Iterator[Row]:
-        """Yield the objects in a list column as rows, which must have ``columns``. Raises DataError if the value is not a list."""
+        """Yield the objects in a list-valued column as rows. Each must have ``columns``. Raises DataError if the value is not a list."""
         values = self[column]
         if not isinstance(values, list):
             raise self.error(f"{column!r} must be a list, not {quoted(values)}")
@@ -92,14 +92,14 @@ class Row:
             yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return the text in a column without surrounding white space. Raises DataError if it is empty or not a text."""
+        """Return the text in a column with surrounding white space removed. Raises DataError if the value is empty or not a text."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
         return value.strip()
 
     def choice(self, column: str, known: Sequence[Any]) -> int:
-        """Return the index of a column's value in ``known``, ignoring case. Raises DataError if it is not in ``known``."""
+        """Return the index of a column's value in ``known``, ignoring case. Raises DataError if the value is not in ``known``."""
         value = self[column]
         plain = [entry.lower() if isinstance(entry, str) else entry for entry in known]
         normalised = value.strip().lower() if isinstance(value, str) else value
@@ -108,7 +108,7 @@ class Row:
         return plain.index(normalised)
 
     def truth(self, column: str, known: Sequence[Any]) -> tuple[int, ...]:
-        """Return a row of a truth table, with 1 at the value's index in ``known``. Raises the same errors as ``choice``."""
+        """Return a row of a truth table, with 1 at the index of the column's value in ``known``. Raises the same errors as ``choice``."""
         return one_hot(self.choice(column, known), len(known))
 
     def picture(self, name: Any, *folders: str) -> Path:
@@ -117,16 +117,16 @@ class Row:
 
 
 def one_hot(gold: int, size: int) -> tuple[int, ...]:
-    """Return a row of a truth table in which only the text ``gold`` is true."""
+    """Return a row of a truth table in which only the text with the index ``gold`` is true."""
     return tuple(int(place == gold) for place in range(size))
 
 
 @dataclass(eq=False)
 class Source:
-    """Folder of a benchmark. ``say`` reports the progress of long work on its files.
+    """Folder of a benchmark. ``say`` is called with progress messages.
 
     Attributes:
-        counts: name of an official file -> number of its rows that count.
+        counts: name of an official file -> number of its rows that count (see ``Benchmark.item``).
         read: name of an official file -> name of the file that was actually read.
         absent: path of a missing picture -> error for the first row that names it.
     """
@@ -141,7 +141,7 @@ class Source:
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
-        """Yield the rows of a file. A missing or damaged file yields one DataError."""
+        """Yield the rows of a file. For a missing or damaged file, yields a DataError."""
         path = self.root / file.name
         names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # follows links, unlike Path.glob
         if file.lines and (self.root / file.lines).is_file():
@@ -155,7 +155,7 @@ class Source:
             yield from self._rows(file, name)
 
     def sound_rows(self, file: File) -> Iterator[Row]:
-        """Yield the rows of a file on which other rows depend. Raises DataError for a missing file or an invalid row."""
+        """Yield the rows of a file on which other files depend. Raises DataError for a missing file or an invalid row."""
         for row in self.rows(file):
             if isinstance(row, DataError):
                 raise row
@@ -190,8 +190,8 @@ class Source:
             yield error
 
     def _prepared(self, path: Path) -> _Placed:
-        """Yield the rows of Parquet files, which are converted to JSON lines on first use. A line with a JSON string instead of an object
-        holds the error message for its row.
+        """Yield the rows of Parquet files, which are converted to JSON lines on first use. A line that is a JSON string, not an object, is
+        the error message for its row.
         """
         from cfvlm_ds.data.containers.prepared import prepare
 
@@ -201,10 +201,10 @@ class Source:
             yield place, DataError(value) if isinstance(value, str) else value
 
     def picture(self, where: str, name: Any, *folders: str) -> Path:
-        """Return the path of a named picture in the first of ``folders`` that contains it. If none does, add it to ``absent``.
+        """Return the path of a picture in the first of ``folders`` that contains it. If none does, record its path in ``absent``.
 
-        A folder that begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. Raises a DataError that
-        begins with ``where`` for an invalid name.
+        A folder that begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. For an invalid name,
+        raises a DataError whose message starts with ``where``.
         """
         if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is not the name of a picture; {_AGAIN}")
@@ -262,7 +262,7 @@ _Placed = Iterator[tuple[str, Any]]
 
 
 def _json_values(path: Path) -> _Placed:
-    """Yield the rows of a file with one JSON value, or with one object per line. Published .json files come in both forms."""
+    """Yield the rows of a .json file, which contains one JSON value, or one object per line. Published files come in both forms."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)

@@ -16,7 +16,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the scores over all items and for each category. ``NAME_macro`` is the mean over categories, which the authors report."""
+    """Return the scores over all items and for each category. ``text_macro``, ``image_macro`` and ``group_macro`` are means over
+    categories, which the authors report.
+    """
     values = by("category", quads)(table)
     return values | means(values, {f"{name}_macro": f"{name}/" for name in ("text", "image", "group")})
 

@@ -21,7 +21,9 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy on each file, the mean over files for each branch, the mean over branches, and the accuracy over all items."""
+    """Return the accuracy on each file, the mean over the files of each branch (attribute, object, relation), the mean over branches, and
+    the accuracy over all items.
+    """
     leaves = macro(table, tag("leaf"))
     branches = means(leaves, {f"macro/{branch}": f"macro/{branch}/" for branch in BRANCHES})
     return leaves | means(branches, {"macro": "macro/"}) | branches | accuracy(table)

@@ -50,8 +50,8 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair of
-    relations. Raises DataError for a name without a relation.
+    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects, and the relation's
+    pair, such as left-right. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -60,7 +60,8 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes with all pictures right.
+    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes in which all pictures are
+    answered correctly.
 
     An incomplete pair or scene counts as wrong. As in the authors' code, the denominators are one half and one quarter of the number of
     pictures.

@@ -1,9 +1,9 @@
-"""Confidence intervals for metrics, and for differences between two models. A metric may be any function of judged items.
+"""Confidence intervals for metrics, and for differences between two models. A metric can be any function of items and their scores.
 
-Items of a cluster, such as all items about one picture, are not independent, so they are drawn and exchanged together. Intervals for a
-single model come from a bootstrap. Draw k depends only on the seed and k, so ranks can share the draws. Percentile intervals from few
-clusters are too narrow, so none are given below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges
-their answers and is exact for any number of clusters.
+Intervals for a single model come from a bootstrap. Items of a cluster, such as all items about one picture, are not independent, so they
+are drawn together. Draw k depends only on the seed and k, so the draws can be divided among ranks. Percentile intervals from few clusters
+are too narrow, so none are given below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges their
+answers to whole clusters and is exact for any number of clusters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def draws_for(num_items: int) -> int:
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
     """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
-    cluster. ``copy`` counts repeated draws of the item's cluster, from 0.
+    cluster. ``copy`` is the number of earlier draws of the item's cluster.
     """
     generator = random.Random(f"{SEED}/{k}")
     copies = [0] * len(members)
@@ -52,10 +52,10 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices. Two models exchange their answers to a set, which consists of whole clusters. The first set is empty.
+    """Yield sets of item indices, in whole clusters. Two models exchange their answers to the items of a set. The first set is empty.
 
-    The other sets cover all choices of clusters or, if there are more than ``draws``, ``draws`` random choices. The first cluster is never
-    exchanged, because the opposite choice only changes the sign of a difference.
+    The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
+    never exchanged, because exchanging all other clusters instead only changes the sign of a difference.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -71,7 +71,7 @@ def drawn_together(
 ) -> list[Values]:
     """Return the metrics of each bootstrap draw, in order, on every rank. Return [] if there are too few clusters.
 
-    The ranks share the draws, and wait for each other as long as any rank makes progress.
+    The draws are divided among the ranks, which wait for each other as long as any rank makes progress.
     """
     members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
@@ -91,7 +91,7 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the central interval that contains the share ``LEVEL`` of the values, interpolated linearly."""
+    """Return the central interval that contains the share ``LEVEL`` of the values, with linearly interpolated ends."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 
@@ -109,8 +109,8 @@ def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> d
     """Return intervals for the differences between two models. ``differences`` starts with the observed differences, followed by the
     differences after each exchange.
 
-    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges reach the observed difference. The metrics are tested
-    jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
+    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference as large as the observed one. The metrics
+    are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}

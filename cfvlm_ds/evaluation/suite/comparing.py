@@ -1,6 +1,6 @@
 """Comparison of two result folders: differences with intervals from an exact test, and items whose outcome changed.
 
-Metrics are recomputed from the stored scores of common items, so neither models nor benchmark files are needed.
+Metrics are recomputed from the stored scores of the items in both folders, so neither models nor benchmark files are needed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Difference:
     """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
 
     ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
-    not defined for single clusters; such a metric is tested if the total number of ``clusters`` is large enough.
+    not defined on a single cluster; such a metric is tested if the total number of ``clusters`` is large enough.
     """
 
     before: float
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of two models on a benchmark under the same probe: pairs of outcomes for the common items, and differences of metrics."""
+    """Results of two models on a benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -139,7 +139,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Callable[[s
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count the clusters in which each metric rose, and the clusters in which it fell."""
+    """Count the clusters in which each metric rose and those in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)
@@ -175,7 +175,9 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table of headline metrics and other metrics with a resolved difference, then the items whose outcome changed, and notes."""
+    """Return a table of the headline metrics and of all other metrics whose interval excludes 0, then the items whose outcome changed, and
+    notes.
+    """
     one, other = (in_cell(name) for name in (before, after))
     lines = [
         f"| benchmark | probe | metric | {one} | {other} | difference | 95 % | resolved | clusters +, - |",

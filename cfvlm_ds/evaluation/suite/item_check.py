@@ -1,6 +1,6 @@
 """Item check before scoring: opens every picture once and counts the tokens of every text. The ranks share the work.
 
-The check names items with an unreadable picture and items that exceed the context window.
+The check reports items with an unreadable picture and items that exceed the context window.
 """
 
 from __future__ import annotations

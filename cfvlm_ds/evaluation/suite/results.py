@@ -37,9 +37,10 @@ RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a benchmark under one probe: the contents of results.json, and the outcomes of the items.
+    """Result of a benchmark with one probe: the contents of results.json, and the outcomes of the items.
 
-    Its folder is CALLED/LABEL. ``called`` names the benchmark or a run's evaluation set, and ``label`` names the probe.
+    Its folder is NAME/LABEL, where NAME (``called``) is the name of the benchmark or of a run's evaluation set, and LABEL is the probe's
+    label.
     """
 
     called: str
@@ -70,7 +71,7 @@ class Result:
 
     @property
     def shown(self) -> str:
-        """Name in tables: ``called``, with a note if the files differ from the published files."""
+        """Name shown in tables: the value of ``called``, followed by a note if the files differ from the published files."""
         return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
@@ -212,7 +213,7 @@ class Partial:
     """Stored scores of an unfinished evaluation: one line per group or, if texts are generated, one line per item.
 
     Args:
-        folder: the result's folder, which the evaluation has locked.
+        folder: the result's folder; the results folder above it must be locked.
         header: everything on which the scores depend; a file with a different header raises ConfigError.
     """
 
@@ -234,7 +235,7 @@ class Partial:
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ConfigError that states the difference if a file belongs to another evaluation."""
+    """Raise a ConfigError, naming the first difference, if a file's header shows that it belongs to another evaluation."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")
@@ -253,7 +254,7 @@ def _exact(value: Any) -> bytes:
 
 
 def kept(scores: GroupScores) -> dict[str, Any]:
-    """Return a group's scores as lists of numbers, keyed by name."""
+    """Return a group's scores as lists of numbers, keyed by field name."""
     return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
 
 

@@ -55,7 +55,7 @@ _TABLES = "results.md"
 
 @dataclass(frozen=True)
 class Asked:
-    """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity.
+    """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity (hashes).
 
     ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
     ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text from pictures, a prompt and a maximum number
@@ -96,8 +96,8 @@ class Settings:
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Hold the results folder's lock within the ``with`` block. Raises ConfigError on all ranks if another process holds the lock or the
-    folder contains anything other than results.
+    """Lock the results folder during the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or if ``out``
+    cannot be a results folder (such as a run folder).
     """
     locks: list[RunLock] = []
 
@@ -147,7 +147,7 @@ def _refuse_another_model(out: Path, model: Asked) -> None:
 
 
 def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, settings: Settings) -> Result:
-    """Return the result of one benchmark under one probe. If it is complete on disk, read it; otherwise evaluate the model."""
+    """Return the result of one benchmark with one probe. If a complete result is on disk, read it; otherwise evaluate the model."""
     world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
     checked = checked_items(loaded.items, chosen.way, model.collator, world, label)
     refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
@@ -170,7 +170,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Make paths relative to the benchmarks folder, so that a message is the same on every machine."""
+        """Make the paths in a message relative to the benchmarks folder, so that it is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
@@ -213,7 +213,7 @@ def _outcomes(
 
 
 def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
-    """Yield the scores of this rank's groups, batch by batch. Batches whose groups are all ``known`` are left out."""
+    """Yield the scores of this rank's groups, batch by batch. Batches in which all groups have ``known`` scores are left out."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
     for pictured in (True, False):  # groups without pictures have no blank view
@@ -240,7 +240,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
 def _written(
     model: Asked, items: Sequence[Item], way: Generate, settings: Settings, known: _Rows, barrier: ProgressBarrier
 ) -> Iterator[_Rows]:
-    """Generate the texts for this rank's items that are not ``known``, and yield them batch by batch."""
+    """Generate the texts for this rank's items that have no ``known`` texts, and yield them batch by batch."""
     if model.say is None:
         raise ConfigError(
             f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"
@@ -261,7 +261,7 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each of ``turns``. If one raises an error, yield ({}, error) and stop, because all ranks need the error."""
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that all ranks get it."""
     try:
         for rows in turns:
             yield rows, None

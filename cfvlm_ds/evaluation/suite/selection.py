@@ -25,7 +25,7 @@ _SKIP = "use --on_error skip to leave such items out; they are counted and named
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with one of its probes. ``label`` is the probe's name in paths, followed by the values of non-default options."""
+    """A benchmark with one of its probes. ``label`` stands for the probe in paths: its name and the values of non-default options."""
 
     name: str
     benchmark: Benchmark
@@ -103,7 +103,8 @@ def load_items(
 ) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out if others remain.
+    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out instead, unless no valid items
+    remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
@@ -113,7 +114,7 @@ def load_items(
 
 
 def refuse_problems(label: str, problems: Sequence[object], num_items: int, skip: bool = False, remedy: str = _SKIP) -> None:
-    """Raise DataError for the first problem with a benchmark's items, unless ``skip`` is True and items remain."""
+    """Raise DataError for the first problem with a benchmark's items, unless ``skip`` is True and valid items remain."""
     if problems and not (skip and num_items):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{label}: {problems[0]}{more}{f'; {remedy}' if num_items else ''}")
