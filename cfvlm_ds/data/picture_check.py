@@ -49,8 +49,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield, for each of the ``keys``, the index of the first group that shows the picture, and the picture's path. ``places`` holds these
-    indices. No other groups are read.
+    """For each picture, yield the index of the first group that contains it, and its path. ``keys`` are the keys of the pictures, and
+    ``places`` holds the index of the first group for each key. Only these groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():

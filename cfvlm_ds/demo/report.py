@@ -1,4 +1,5 @@
-"""Final table of `make demo`: a run on the world with habits, before and after training, and other objectives at equal training time.
+"""Final table of `make demo`: metrics of a run on the world with habits before and after training, and stored metrics of other objectives
+that were trained for the same time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """

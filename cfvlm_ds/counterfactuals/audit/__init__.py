@@ -1,1 +1,3 @@
-"""Audit of a set of groups: duplicates, overlap with benchmarks, and shortcuts that tell true from false texts without the picture."""
+"""Audit of a data set for duplicates, overlap with benchmarks, and shortcuts by which true and false texts can be told apart without the
+picture.
+"""

@@ -1,4 +1,6 @@
-"""Picture editors, which make a picture show a counterfactual caption and change nothing else. A new editor needs an entry in EDITORS."""
+"""Picture editors, which change a picture so that a counterfactual caption is true of it, and change nothing else. A new editor needs an
+entry in EDITORS.
+"""
 
 from __future__ import annotations
 

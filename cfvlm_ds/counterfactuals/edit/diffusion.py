@@ -1,6 +1,7 @@
 """Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
 
-The arguments that a pipeline accepts (a mask, a picture or neither) determine its kind.
+The arguments that a pipeline accepts determine which of these it does: with a mask, it inpaints; with a picture but no mask, it follows the
+instruction; with neither, it generates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ any module that the folder names.
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
+    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because the result for a seed depends on the batch size."""
 
     varies, threads = True, 1
 
@@ -112,7 +113,7 @@ def _padded(image: Image.Image) -> Image.Image:
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or texts. Raises ConfigError if ``text`` has another form."""
+    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or strings. Raises ConfigError if ``text`` has another form."""
     options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
     for name, value in options.items():
         with contextlib.suppress(ValueError):

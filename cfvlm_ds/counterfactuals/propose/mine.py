@@ -71,7 +71,7 @@ class Mine:
         return proposals
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
-        """Return the type of a pair's difference, or "" if the pair is not a counterfactual of a requested type."""
+        """Return the edit type of the difference between two captions, or "" if the second is not a counterfactual of a requested type."""
         differs = difference(source.caption, other.caption)
         if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""
