@@ -32,9 +32,7 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """The good attempt whose smallest margin is the largest or, if no attempt is good, the attempt that passed the most stages of
-        verification.
-        """
+        """The good attempt with the largest minimum margin or, if none is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
@@ -45,7 +43,7 @@ class Edited:
 
 @dataclass(frozen=True)
 class History:
-    """A source (a caption, usually with a picture) and its edits. ``picture`` is the original, or None for a caption without a picture."""
+    """A source (a caption and its picture, if any) and its edits. ``picture`` is the original, or None."""
 
     id: str
     caption: str
@@ -55,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file`` or, if it is empty, from thresholds.json in the work folder. If there is no such file and no candidate
-    was scored, the default rule is ``checks`` (pixels only).
+    """Read thresholds from ``file`` or, if it is empty, from thresholds.json in the work folder. If there is no file and no candidate was
+    scored, the default rule is ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

@@ -1,8 +1,8 @@
-"""HTTP calls to untrusted servers. The size and duration of a reply are limited, redirects are refused, and secrets are removed from
-messages that are stored.
+"""HTTP calls to untrusted servers. The size and duration of a reply are limited, redirects are refused, and secrets are removed from stored
+messages.
 
 Only the standard library is used, because the openai 3.57 client gives none of these guarantees. Despite a timeout of 0.5 s, it waited 6 s
-for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry if the reply was prose or truncated
+for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply of prose or truncated
 JSON.
 """
 
@@ -36,8 +36,8 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. The fault is either in this one caption or picture, or in what all requests
-    have in common.
+    """A request that the server refuses with status 400 or 422. Either this caption or picture is at fault, or the server refuses all
+    requests.
     """
 
 

@@ -1,10 +1,9 @@
-"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds. Thresholds can therefore be changed without
-running a model again.
+"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds. Changing a threshold does not require a model.
 
-A candidate is good if all four comparisons have a large enough margin: on each picture, its own text must score higher than the other text,
-and for each text, its own picture must score higher than the other picture. In addition, the share of changed pixels must suit the edit
-type, and the changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects accidental second changes: the new text
-then fits the edited picture much worse than the caption fits the original.
+A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
+text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the
+changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects accidental second changes: the new text then fits the
+edited picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ class Thresholds:
 
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
-            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting each text's score on a blank
-            picture.
+            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their scores on a blank picture.
         margin: margin that each of the four comparisons must exceed, in nats, at least 0.
         changed: smallest and largest allowed share of visibly changed pixels, keyed by edit type; "*" for other types.
         largest: minimum share of the changed pixels that must be in one connected component.
         outside: maximum share of changed pixels among the pixels outside the mask.
-        drop: maximum difference, in nats, by which the new text on the edited picture is less likely than the caption on the original; null
-            for no limit. A large drop suggests a second change, which the four comparisons do not detect.
+        drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
+            no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
 
     rule: Rule = "match"
@@ -63,8 +61,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a candidate. ``reason`` explains a rejection and is "" for a good candidate. ``worst`` is the smallest margin in nats.
-    ``stage`` is the stage that determined the verdict: 0 picture, 1 checks, 2 scores.
+    """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
+    the stage of the verdict: 0 picture, 1 checks, 2 scores.
     """
 
     reason: str
@@ -196,8 +194,8 @@ class Calibrated:
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
     """Find the ``margin`` and ``drop`` that keep the most labelled candidates with a precision of at least ``precision``.
 
-    ``margin`` is at least 0. ``drop`` is set only if more candidates are kept with it than with ``margin`` alone. Raises ConfigError if no
-    thresholds reach the precision.
+    ``margin`` is at least 0. ``drop`` is set only if it keeps more candidates than ``margin`` alone. Raises ConfigError if no thresholds
+    reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]

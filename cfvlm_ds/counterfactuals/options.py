@@ -20,7 +20,6 @@ Rule = Literal["match", "likelihood", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
-    """Raise ConfigError for an option that is below its minimum or not finite."""
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
@@ -111,7 +110,7 @@ class EditOptions:
         attempts: number of pictures per edit, for editors whose results depend on the seed.
         seed: random seed, combined with the edit's id and the number of the attempt.
         folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
-        masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks the pixels that are allowed to change.
+        masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
         composite: where to restore the original pixels: outside the mask, outside the area that visibly differs, or nowhere (none).
         command: command line for the command editor, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
@@ -143,7 +142,7 @@ class VerifyOptions:
     Args:
         scorer: model folder, hub name or run folder of the model that scores candidates. Without a scorer, only pixels are compared.
         template: question that asks whether a picture shows {text}. The default is VQAScore's question.
-        prompt: prompt to which the captions are scored as answers.
+        prompt: prompt to which the captions are answers.
         batch_size: candidates per batch of the scorer.
     """
 
@@ -164,13 +163,13 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores to use: match, likelihood, or checks (pixels only). By default, the thresholds file determines the rule; without such a
-            file, it is match if candidates were scored and checks otherwise.
+        rule: scores to use: match, likelihood, or checks (pixels only). The default is the rule in the thresholds file; without a file,
+            match if candidates were scored, otherwise checks.
         margin: margin that each comparison must exceed, in nats, at least 0.
         thresholds: file with thresholds. The default is thresholds.json in the work folder if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
         per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.
-        splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1; one file is written per split.
+        splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.
         seed: seed for assigning pictures to splits.
@@ -200,9 +199,9 @@ class SampleOptions:
         n: number of texts per picture and prompt, generated in one batch.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: each token is sampled from the most likely tokens with this total probability; 1 for all tokens.
-        max_new_tokens: maximum number of tokens per text; texts that are cut off there are discarded.
-        prompt: one prompt for all pictures; the answers to the first prompt in a picture's row count as the picture's true texts. By
-            default, the prompts in the row are used.
+        max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
+        prompt: one prompt for all pictures; the answers to a row's first prompt count as the picture's true texts. By default, each picture
+            is shown with the prompts of its row.
         most_false: maximum number of false texts in a group.
         seed: sampling seed, combined with the picture's contents and the prompt.
     """
@@ -233,7 +232,7 @@ class AuditOptions:
         scorer: model that measures how well true and false texts can be told apart without a picture.
         against: benchmarks with which the data must not overlap, as manifests or picture folders separated by commas.
         sample: maximum number of picture pairs whose grain (low-level statistics) is compared.
-        seed: seed for dividing the groups into halves and for drawing samples.
+        seed: seed for dividing the groups into halves and drawing samples.
         refine: output file for a balanced subset of the groups. In the subset, edits introduce every word about as often as they remove it,
             and guesses based on length (or, with --scorer, on blank-picture scores) are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.

@@ -1,8 +1,7 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. The texts are judged when all shards are finished, so they need not be generated again if the
-judge's code is corrected.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge does not require new texts.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ def sample(
     OUT/counts.json. Texts that an earlier call generated are reused.
 
     ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the
-    counts if all shards are finished (otherwise None).
+    counts if all shards are finished.
 
-    Raises ConfigError if options differ from those recorded in the folder, if the judge returns None for every known true text, or if it
-    finds no generated text false. Raises DataError if the judge fails on a text.
+    Raises ConfigError if options differ from those in the folder, if the judge returns None for every known true text, or if no text is
+    false. Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
@@ -87,7 +86,7 @@ def sample(
 
 
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Judge a short answer: it is true if it equals a true text of the row. Case, white space and a final full stop are ignored.
+    """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
 
     Return None if a true text has more than three words, or if the answer contains a true text, as in "Yes, it is", or is part of a true
     text.
@@ -101,9 +100,7 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set's pictures and prompts, and the judge. Rows that are judged or written contain paths relative to ``folder``, or absolute
-    paths if the pictures are outside it.
-    """
+    """A data set's pictures and prompts, and the judge. Paths in rows are relative to ``folder``, or absolute if they are outside it."""
 
     store: GroupStore
     options: SampleOptions
@@ -111,7 +108,7 @@ class _Source:
     folder: Path
 
     def places(self, say: Say) -> dict[int, list[int]]:
-        """Map a hash of each distinct (picture, prompt) pair to the indices of the rows that contain the pair, in the order of the data."""
+        """Map a hash of each distinct (picture, prompt) pair to the indices of the rows with this pair, in the order of the data."""
         found: dict[int, list[int]] = {}
         for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
             for key in self._true(group):

@@ -43,8 +43,8 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures. It is empty if all pictures are
-    in the folder of the written files.
+    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures, and is empty if all are in the
+    folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if no candidate is kept, or if some shards are not verified yet; the message lists these shards.
+    Raises ConfigError if no candidate is kept, or if shards are not verified yet; the message lists them.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -150,7 +150,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each picture of a row that is outside the output folder, yield its folder: one of ``roots``, or the folder of a converted table."""
+    """Yield the folder of each picture that is not in the output folder: one of ``roots``, or the folder of a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -159,9 +159,7 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Return a source's good edits, sorted by a random number that is derived from each edit's id, so that quotas keep a random sample.
-    Sorting by margin would favour easy edits.
-    """
+    """Sort a source's good edits by a random number derived from the edit's id, so that quotas keep a random sample."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -170,8 +168,8 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Map each edit type that exceeds its quota to a cutoff: edits with a larger random number (see ``_draw``) are left out. The
-    calculation takes 8 bytes of memory per good edit.
+    """Map each edit type that exceeds its quota to a cutoff: edits with a larger random number (see ``_draw``) are left out. This takes 8
+    bytes of memory per good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
@@ -189,10 +187,9 @@ def _kept(
     home: str,
     shares: Mapping[str, float],
 ) -> list[Edited]:
-    """Return the edits of a source that are kept, in the order in which they were proposed. Count the outcome of every edit in
-    ``survival``.
+    """Return the edits of a source that are kept, in the order of proposal, and count every edit's outcome in ``survival``.
 
-    ``home`` is the source's split. An edit with a mined picture is kept only if the picture belongs to the same split.
+    ``home`` is the source's split. Mined pictures must belong to the same split.
     """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []

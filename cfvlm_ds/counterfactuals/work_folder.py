@@ -50,7 +50,7 @@ OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from ``parts``, which identify what the seed is used for."""
+    """Derive a 63-bit seed from ``parts``, which identify its purpose."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -128,7 +128,7 @@ class WorkFolder:
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Raise ConfigError if a step was started with different options. This check loads no model."""
+        """Raise ConfigError if a step was started with different options."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
@@ -204,10 +204,9 @@ class WorkFolder:
 
 
 class ShardStep:
-    """A step that is in progress on a shard. The first ``count`` units of work already have a record.
+    """A step that is in progress on a shard. The first ``count`` units already have a record.
 
-    Records contain neither times nor machine names, so that work that was interrupted and resumed produces the same bytes as uninterrupted
-    work.
+    Records contain neither times nor machine names, so that resumed work produces the same bytes as uninterrupted work.
     """
 
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
@@ -266,7 +265,6 @@ class ShardStep:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise ConfigError if the work folder or one of its subfolders is a link."""
     refuse_link(path, "name the folder itself")
     for name in _FOLDERS:
         refuse_link(path / name, "put the folder itself there")

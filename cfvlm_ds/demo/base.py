@@ -1,6 +1,4 @@
-"""Pretrained base model of the demo: a small LLaVA that recognises what pictures show but often answers by the habits of its world. `make
-base` trains it.
-"""
+"""Pretrained base model of the demo: a small LLaVA that recognises things but relies on the habits of its world. `make base` trains it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Final table of `make demo`: metrics of a run on the world with habits before and after training, and stored metrics of other objectives
-that were trained for the same time.
+"""Final table of `make demo`: a run on the world with habits before and after training, and stored results of other objectives at equal
+training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """

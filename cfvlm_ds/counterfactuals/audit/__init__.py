@@ -1,3 +1,1 @@
-"""Audit of a data set for duplicates, overlap with benchmarks, and shortcuts by which true and false texts can be told apart without the
-picture.
-"""
+"""Audit of a data set for duplicates, overlap with benchmarks, and shortcuts that separate true from false texts without the picture."""

@@ -1,5 +1,5 @@
-"""Search for pictures that occur more than once in a data set or also in a benchmark, and for benchmark texts in a data set. Near-duplicate
-pictures are found by a perceptual hash.
+"""Search for duplicate pictures in a data set, and for pictures and texts that it shares with benchmarks. A perceptual hash finds near
+duplicates.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield each pair of duplicates or near duplicates as (index in ``first``, index in ``second``, True if the files are identical).
-    Nearly uniform pictures have uninformative hashes, so they count as duplicates only if their files are identical.
+    """Yield (index in ``first``, index in ``second``, True if the files are identical) for all duplicates and near duplicates. Nearly
+    uniform pictures have uninformative hashes, so they count only if their files are identical.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
@@ -60,8 +60,8 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield the indices of all pairs of hashes that differ in at most NEAR bits. With bits coded as 1 and -1, the dot product of two hashes
-    is 64 - 2 x (number of differing bits).
+    """Yield the indices of hashes that differ in at most NEAR bits. With bits coded as 1 and -1, their dot product is 64 - 2 x (differing
+    bits).
     """
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
@@ -75,15 +75,13 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Return the 8-grams of words in a text. A text of four to seven words gives one shorter n-gram, and a text of fewer words gives none."""
+    """Return the word 8-grams of a text. A text of four to seven words is a single n-gram; a shorter text has none."""
     tokens = [word for word in words(text) if word.isalnum()]
     return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map the id of each group that has a text in common with a benchmark (equal, or with eight consecutive words in common) to the first
-    such text.
-    """
+    """Map the id of each group that shares a text, or eight consecutive words of one, with a benchmark to the first such text."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

@@ -1,6 +1,4 @@
-"""Audit of a data set for shortcuts, duplicates and overlap with benchmarks, and its report: Markdown, JSON, and a page of the affected
-groups.
-"""
+"""Audit report on a data set (shortcuts, duplicates, overlap with benchmarks) as Markdown, JSON, and a page of the affected groups."""
 
 from __future__ import annotations
 
@@ -84,7 +82,7 @@ class _Set:
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
-    """Audit all groups and pictures of the manifests, each of which is a split of the same data set. Return the report and the splits."""
+    """Audit all groups and pictures of a data set, which has one manifest per split. Return the report and the splits."""
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
@@ -104,8 +102,8 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Read a split and hash its pictures. If a picture cannot be read, the reason is added to ``broken`` under the id of a group that
-    contains the picture.
+    """Read a split and hash its pictures. For each unreadable picture, add the reason to ``broken``, under the id of a group with this
+    picture.
     """
     owners: dict[Path, list[str]] = {}
     for group in groups:
@@ -165,7 +163,7 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
     """Report original (unedited) pictures that occur in several groups, and pictures that occur in several splits. Edited pictures are not
-    searched for near duplicates, because all edits of one picture resemble each other.
+    searched for near duplicates, because edits of one picture resemble each other.
     """
     originals = []
     for split in sets:
@@ -253,9 +251,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and a page into the folder ``out``. The page shows the affected groups or, if there are none, the first
-    groups.
-    """
+    """Write report.md, report.json and a page into the folder ``out``. The page shows the affected groups."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

@@ -1,8 +1,7 @@
-"""Shortcut detection: classifiers that try to recognise counterfactual texts by words or length, and edited pictures by grain (low-level
-pixel statistics). None of them compares a text with its picture.
+"""Shortcuts: classifiers that recognise counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
+never compare a text with its picture.
 
-Each classifier is fitted on half of the groups and evaluated on the other half. All groups of the same original picture are in the same
-half.
+Each classifier is fitted on half of the groups and evaluated on the other half. All groups of one picture are in the same half.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Result of a classifier on the held-out half: the area under the ROC curve with the bounds of its 95 % confidence interval (None if
-    not measured), and the number of pairs. ``telling`` lists the strongest features or states why nothing was measured.
+    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % confidence interval (None if not measured), and
+    number of pairs. ``telling`` lists the strongest features or states why nothing was measured.
     """
 
     name: str
@@ -46,9 +45,7 @@ def _not_measured(name: str) -> Shortcut:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve and the bounds of its 95 % confidence interval (Hanley and McNeil 1982). A tie counts as one
-    half.
-    """
+    """Compute the area under the ROC curve and its 95 % confidence interval (Hanley and McNeil 1982). A tie counts as one half."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -61,9 +58,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify texts by length in characters. Nothing is fitted except which of the two, the longer or the shorter text, counts as
-    counterfactual.
-    """
+    """Classify texts by length in characters. Nothing is fitted except the direction (longer or shorter)."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:
@@ -76,8 +71,8 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), which are
-    estimated on one half of the groups.
+    """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), estimated on
+    one half of the groups.
     """
     if len(set(halves)) < 2:
         return _not_measured("texts by their words")
@@ -100,7 +95,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute the statistics listed in FEATURES, which depend on how a picture was made rather than on what it shows."""
+    """Compute the statistics FEATURES, which depend on how a picture was made rather than on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)

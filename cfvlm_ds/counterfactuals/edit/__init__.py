@@ -1,6 +1,4 @@
-"""Picture editors, which change a picture so that a counterfactual caption is true of it, and change nothing else. A new editor needs an
-entry in EDITORS.
-"""
+"""Editors, which make a counterfactual caption true of a picture and change nothing else. A new editor needs an entry in EDITORS."""
 
 from __future__ import annotations
 

@@ -19,9 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """An attempt at an edit: the picture, its ``caption``, the ``text`` that must be true of the edited picture, and the editor's
-    instruction.
-    """
+    """An attempt at an edit: the picture, its ``caption``, the ``text`` that must be true of the edited picture, and the instruction."""
 
     id: str
     source: str
@@ -37,11 +35,11 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """Open the picture in RGB, turned upright according to its EXIF orientation. Raises DataError if it cannot be read."""
+        """Open the picture in RGB, with its EXIF orientation applied. Raises DataError if it cannot be read."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, if any. White marks the pixels that are allowed to change. Raises DataError if its size is not ``size`` (width,
+        """Open the mask, if any. White marks pixels that are allowed to change. Raises DataError if its size is not ``size`` (width,
         height).
         """
         if self.mask is None:
@@ -72,8 +70,8 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the step's options.
 
-    ``varies`` is true if the edited picture depends on the seed; only then are several attempts useful. ``threads`` is the number of tasks
-    to run concurrently.
+    ``varies`` is true if the edited picture depends on the seed, so that several attempts are useful. ``threads`` is the number of
+    concurrent tasks.
     """
 
     varies, threads = False, 1
@@ -85,7 +83,7 @@ class Editor:
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor can make an edit. The picture must not be read to find out."""
+        """Return whether this editor accepts an edit. The picture must not be read for this."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
@@ -94,8 +92,8 @@ class Editor:
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the picture in ``folder`` whose path without the suffix is the id ``name``. Return None if it is missing or the id is not a
-    valid path.
+    """Return the picture in ``folder`` whose path without suffix is the id ``name``, or None if it is missing or the id is not a valid
+    path.
     """
     for suffix in suffixes:
         try:

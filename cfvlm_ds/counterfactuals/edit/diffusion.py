@@ -1,7 +1,6 @@
 """Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
 
-The arguments that a pipeline accepts determine which of these it does: with a mask, it inpaints; with a picture but no mask, it follows the
-instruction; with neither, it generates.
+The arguments that a pipeline accepts determine which of these it does: a picture, a picture and a mask, or neither.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ any module that the folder names.
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because the result for a seed depends on the batch size."""
+    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
 
     varies, threads = True, 1
 

@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the name of the editor that makes it, and fields on the proposal and its source for the attempt's record."""
+    """An attempt at an edit, the editor's name, and the proposal and source as fields of the attempt's record."""
 
     task: Task
     editor: str
@@ -72,7 +72,7 @@ def checked(options: EditOptions) -> list[str]:
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one per edit, or ``options.attempts`` per edit if the editor's results depend on the seed."""
+    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results depend on the seed."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
@@ -157,9 +157,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 class _Tar(Journal):
-    """Tar file of a shard's pictures. Opening it cuts off anything after the last recorded picture, such as the remains of an interrupted
-    call.
-    """
+    """Tar file of a shard's pictures. Opening it removes anything that an interrupted call wrote after the last recorded picture."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), 0
@@ -179,6 +177,6 @@ class _Tar(Journal):
         self.close()
 
     def add(self, name: str, content: bytes) -> dict[str, int]:
-        """Append a picture, and return its offset and length in bytes. The caller must write the record only afterwards."""
+        """Append a picture, and return its offset and length in bytes. The caller writes the record afterwards."""
         start = self.append(tar_member(name, content))
         return {"start": start + tarfile.BLOCKSIZE, "length": len(content)}

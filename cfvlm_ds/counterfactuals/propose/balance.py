@@ -41,8 +41,8 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability of keeping an edit. It is 1 if the edit's type has no prices or the edit only reorders words, and 0 if one of
-    its words has no price.
+    """Compute the probability of keeping an edit. It is 1 if the type has no prices or the edit only reorders words, and 0 if a word has no
+    price.
     """
     if edit.type not in prices or not edit.gone:
         return 1.0
@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of ``edits``, which share a caption and a type. Their probabilities (see ``share``) are scaled down if they sum
-    to more than ``most``.
+    """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if they sum to more
+    than ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -62,8 +62,8 @@ def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> li
 def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
     """Draw each index with its probability in ``shares``, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 
-    All draws share one random number. In any range of consecutive indices, the number of indices drawn equals the sum of their
-    probabilities, up to rounding.
+    All draws share one random number. In any range of consecutive indices, the number drawn equals the sum of the probabilities, up to
+    rounding.
     """
     remaining, places = seed_of(*purpose) / 2.0**63, []
     for k, share in enumerate(shares):

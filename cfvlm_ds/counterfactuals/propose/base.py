@@ -96,8 +96,8 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """For each of the rows with the indices ``places``, yield a source for each text that is true of the first image. If a row cannot be
-    read, yield the error.
+    """For each row in ``places``, yield a source for each true text of the first image. If a row cannot be read, yield the error.
+
     """
     for _, group in store.entries(places):
         if isinstance(group, DataError):

@@ -82,8 +82,8 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing with which the size can be compared. A picture of a single ball does not show
-    whether the ball is large.
+    """Return whether the caption mentions another thing with which the size can be compared. A picture of a single ball does not show its
+    size.
     """
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
@@ -155,7 +155,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether ``child``, a word that depends on a noun in the parse, also fits the noun ``new``."""
+    """Return whether ``child``, a dependent of a noun, also fits the noun ``new``."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")

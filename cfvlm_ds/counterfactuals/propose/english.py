@@ -115,9 +115,7 @@ def modifiers(noun: Any) -> set[str]:
 
 
 def doer(verb: Any) -> Any:
-    """Return the subject of a verb or, if it has none, the noun that the verb describes, as in "a man riding a horse". Return None if there
-    is neither.
-    """
+    """Return the subject of a verb or, if it has none, the noun that the verb describes ("a man riding a horse"), or None."""
     subject = next((child for child in verb.children if child.dep_ == "nsubj"), None)
     return verb.head if subject is None and verb.dep_ in ("acl", "relcl") else subject
 

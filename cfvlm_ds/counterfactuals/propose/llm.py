@@ -1,5 +1,5 @@
-"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so every edit is compared with the
-caption before it is proposed.
+"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so every edit is checked against the
+caption.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``: a language model on a server proposes the edits."""
+    """Back end ``llm``."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options
@@ -93,7 +93,7 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Send a request until a reply is usable, and return the edits in this reply. Raises CallFailed if every attempt fails."""
+        """Send a request until a reply is usable, and return its edits. Raises CallFailed if every attempt fails."""
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
         while True:

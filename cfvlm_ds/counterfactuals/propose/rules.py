@@ -1,4 +1,4 @@
-"""Back end ``rules``: edits based on a caption's parse and on closed word lists. It favours precision over recall."""
+"""Back end ``rules``: edits based on a caption's parse and on closed word lists."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
 
 
 class Rules:
-    """Back end ``rules`` for English. Words are balanced over the whole data set, so the proposals for one caption depend on the other
-    captions.
+    """Back end ``rules`` for English. Words are balanced over the data set, so the proposals for one caption depend on other captions.
+
     """
 
     threads = 1
@@ -50,7 +50,7 @@ class Rules:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
 
     def propose(self, source: Source) -> Found:
-        """Return the proposals for each edit type or, if there are none, one rejection of the caption."""
+        """Return the proposals for each edit type, or a rejection of the caption if there are none."""
         edits = edits_of(source.caption, self._types, self._words)
         if isinstance(edits, Rejected):
             return [edits]
@@ -87,7 +87,7 @@ class Edit:
     """An edit that the rules allow.
 
     ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
-    both are empty if the edit only reorders words. ``instruction`` tells a picture editor what to change.
+    both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
     """
 
     type: str
@@ -108,8 +108,8 @@ class Edit:
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
-    """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` maps an edit type
-    to the only words that its edits are allowed to introduce.
+    """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` maps a type to the
+    only words that its edits can introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "the caption is not one printable line")

@@ -1,5 +1,5 @@
 """Slot index, which finds rows whose captions differ in one word. Each word of a caption has a key, the hash of the caption without this
-word. Captions that differ only in this word have the same key. The index is on disk, so memory does not grow with the data.
+word. The index is on disk, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ENTRY = "S20"
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """Yield the key, index and text of each word in a caption. Very short and very long captions are skipped."""
+    """Yield the key, index and text of each word in a caption."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
@@ -43,7 +43,7 @@ class SlotIndex:
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
         """Return the rows with this key whose omitted word is not ``word``. If there are more than ``most``, return an evenly spaced subset
-        with offset ``start``, in which each word keeps its share.
+        with offset ``start``, so that each word keeps its share.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))

@@ -42,8 +42,8 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The words between the common beginning and the common end of two texts: ``before`` in the old text and ``after`` in the new text.
-    ``first`` is the number of common words at the beginning. ``swap`` is true if both texts have the same words, possibly in another order.
+    """The words between the common beginning and the common end of two texts. ``first`` is the number of common words at the beginning.
+    ``swap`` is true if both texts have the same words, possibly in another order.
     """
 
     before: tuple[str, ...]

@@ -4,7 +4,7 @@ In ``train`` and ``validation``, a thing follows a habit with probability ``stre
 balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks
 every habit of its things, and the edit changes which habits are broken or by what value. ``test_agrees`` and ``test_contradicts`` ask for
 descriptions. ``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. The folders ``pope``
-(questions in POPE's format) and ``habits`` (scenes to describe) are benchmarks. Both use the first pictures of ``test_agrees`` and
+(questions in POPE's format) and ``habits`` (scenes to describe) are benchmarks on the first pictures of ``test_agrees`` and
 ``test_contradicts``.
 """
 
@@ -117,7 +117,7 @@ def png(scene: Scene) -> bytes:
 
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a row's pictures from the row's metadata, which does not record the jitter (small random variations)."""
+    """Return the scenes of a row's pictures from the row's metadata, which does not include the jitter."""
     return [scene_from(values) for values in meta["scenes"]]
 
 
@@ -157,7 +157,7 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     """Draw group ``index`` of a split. The result does not depend on ``config.out_dir`` or the number of groups.
 
-    Outside ``train``, a group has one edit, and the groups cycle through the edit types. Raises DataError if no scene allows the edits.
+    Outside ``train``, groups cycle through the edit types. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
@@ -196,7 +196,7 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Build a group from scenes by adding descriptions, questions or both. Return None if the texts do not distinguish the scenes."""
+    """Add descriptions, questions or both to scenes. Return None if the texts do not distinguish the scenes."""
     question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)

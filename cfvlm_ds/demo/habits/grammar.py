@@ -162,9 +162,9 @@ def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where the scenes differ.
 
     All things are listed with number and colour, except that one colour can be stated in a separate sentence. If none is, a sentence states
-    the relation of two things, provided that two things have a relation in every scene. A relation or background that differs between
-    scenes is always mentioned. If a thing was added or removed, the total number of things is mentioned, because the shorter list would
-    otherwise be true of both scenes.
+    a relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
+    If a thing was added or removed, the total number of things is mentioned, because the shorter list would otherwise be true of both
+    scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
@@ -212,7 +212,7 @@ def difference(before: str, after: str) -> tuple[str, str]:
 
 
 def key(things: Sequence[Thing]) -> str:
-    """Return a key that is the same for all texts that list these things, regardless of positions and background."""
+    """Return a key shared by all texts that list these things, regardless of positions and background."""
     return ", ".join(sorted(map(phrase, things)))
 
 

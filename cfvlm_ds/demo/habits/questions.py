@@ -44,8 +44,8 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Build a question about the difference between scenes 0 and 1, which an edit of type ``edit`` made. Return None if both scenes would
-    have the same answer.
+    """Build a question about the difference between scenes 0 and 1, which an edit of type ``edit`` made. Return None if the answers would
+    be equal.
     """
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]

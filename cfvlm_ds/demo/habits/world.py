@@ -94,9 +94,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter (small random
-    variations in the picture).
-    """
+    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter."""
 
     things: tuple[Thing, ...]
     background: str
@@ -181,8 +179,8 @@ def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, floa
 
 
 def _kinds(rng: Random, strength: float, background: str) -> list[str]:
-    """Draw the kinds of things in a scene. By Bayes' rule, a kind with a usual background has a higher weight if the scene has this
-    background, and a lower weight otherwise.
+    """Draw the kinds of things in a scene. By Bayes' rule, a kind with a usual background has a higher weight in scenes with this
+    background and a lower weight in others.
     """
     home, elsewhere = strength * len(BACKGROUNDS), (1 - strength) * len(BACKGROUNDS) / (len(BACKGROUNDS) - 1)
     weights = {
