@@ -2,8 +2,8 @@
 messages.
 
 Only the standard library is used, because the openai 3.57 client gives none of these guarantees. Despite a timeout of 0.5 s, it waited 6 s
-for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply of prose or truncated
-JSON.
+for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply that was prose or
+truncated JSON.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
 text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the
-changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects accidental second changes: the new text then fits the
-edited picture much worse than the caption fits the original.
+changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects edits with an accidental second change, after which
+the new text fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Thresholds:
 @dataclass(frozen=True)
 class Verdict:
     """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
-    the stage of the verdict: 0 picture, 1 checks, 2 scores.
+    where the verdict was reached: 0 picture, 1 checks, 2 scores.
     """
 
     reason: str

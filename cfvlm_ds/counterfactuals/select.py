@@ -189,7 +189,7 @@ def _kept(
 ) -> list[Edited]:
     """Return the edits of a source that are kept, in the order of proposal, and count every edit's outcome in ``survival``.
 
-    ``home`` is the source's split. Mined pictures must belong to the same split.
+    ``home`` is the source's split. Edits whose mined picture belongs to another split are left out.
     """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []

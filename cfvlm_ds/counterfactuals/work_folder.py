@@ -221,16 +221,14 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record lacks the values ``named`` of its unit, which means that the folder was made from other
-        data.
-        """
+        """Raise DataError if an existing record does not have its unit's values ``named``. The folder was then made from other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
     ) -> Iterator[T]:
-        """Yield the units that have no record yet. The progress display counts a unit as done when the next one is requested."""
+        """Yield the units that have no record yet. The progress display counts a unit when the next one is requested."""
         for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
             self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)

@@ -1,5 +1,5 @@
 """Shortcuts: classifiers that recognise counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
-never compare a text with its picture.
+never compare texts with pictures.
 
 Each classifier is fitted on half of the groups and evaluated on the other half. All groups of one picture are in the same half.
 """
@@ -95,7 +95,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute the statistics FEATURES, which depend on how a picture was made rather than on what it shows."""
+    """Compute the statistics in FEATURES, which depend on how a picture was made rather than on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)

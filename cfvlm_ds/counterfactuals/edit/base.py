@@ -79,7 +79,7 @@ class Editor:
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings that determine the edited pictures. The step records them."""
+        """Return the settings to record, which determine the edited pictures."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:

@@ -1,6 +1,6 @@
 """Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
 
-The arguments that a pipeline accepts determine which of these it does: a picture, a picture and a mask, or neither.
+Which of these a pipeline does depends on whether it accepts a picture, a picture and a mask, or neither.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the proposal and source as fields of the attempt's record."""
+    """An attempt at an edit, the editor's name, and the fields that its record copies from the step ``propose``."""
 
     task: Task
     editor: str

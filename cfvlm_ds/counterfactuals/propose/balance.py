@@ -75,7 +75,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices of words from the edits of all captions, if at most ``most`` edits are kept per caption and type."""
+    """Compute the prices of words from the edits of all captions. At most ``most`` edits will be kept per caption and type."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:

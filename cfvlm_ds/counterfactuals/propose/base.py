@@ -71,7 +71,7 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns the settings that determine the proposals. The step records them. ``threads`` is the number of sources to process
+    ``settings`` returns the settings to record, which determine the proposals. ``threads`` is the number of sources to process
     concurrently.
     """
 
@@ -96,9 +96,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """For each row in ``places``, yield a source for each true text of the first image. If a row cannot be read, yield the error.
-
-    """
+    """For each row in ``places``, yield a source for each true text of the first image. If a row cannot be read, yield the error."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group

@@ -30,9 +30,7 @@ _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
 
 
 class Rules:
-    """Back end ``rules`` for English. Words are balanced over the data set, so the proposals for one caption depend on other captions.
-
-    """
+    """Back end ``rules`` for English. Words are balanced over the data set, so the proposals for one caption depend on other captions."""
 
     threads = 1
 

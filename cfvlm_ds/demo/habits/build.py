@@ -70,7 +70,7 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
     """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
     folder.
 
-    The folder is built under another name and renamed when it is complete. Two processes must not build the same folder at the same time.
+    The folder is built under another name and renamed when it is complete. Two processes must not build a folder at the same time.
     ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if the settings are invalid or the
     folder contains other files.
     """
@@ -189,8 +189,8 @@ def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether the scenes suit a test row. If ``agrees``, both must follow all habits. Otherwise, the anchor must break a habit, and
-    the edit must change which habits are broken or by what value.
+    """Return whether the scenes suit a test row. If ``agrees`` is True, both must follow all habits. Otherwise, the anchor must break a
+    habit, and the edit must change which habits are broken or by what value.
     """
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 

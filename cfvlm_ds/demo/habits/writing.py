@@ -1,4 +1,4 @@
-"""Benchmark of scene descriptions: the share of a model's statements that are false, and the share of a scene that they mention.
+"""Benchmark of scene descriptions: the share of a model's statements that are false, and the share of a scene's things that they mention.
 
 The grammar's judge reads every sentence. ``hallucinated`` is the share of false statements. ``chair_i`` is the share of mentioned things
 that are absent, and ``chair_s`` is the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of
@@ -44,7 +44,7 @@ def item(row: Row) -> Item:
 
 
 def counts(text: str, item: Item) -> tuple[float, ...]:
-    """Count the statements, things and sentences in a text that ``_COUNTED`` lists. A repeated statement counts once."""
+    """Count what ``_COUNTED`` lists (statements, things, sentences) in a text. A repeated statement counts once."""
     verdict = judge(text, scene_from(json.loads(item.tags["scene"])))
     true, there = sum(verdict.statements.values()), len(verdict.mentioned & verdict.present)
     false, absent = len(verdict.statements) - true, len(verdict.mentioned) - there
