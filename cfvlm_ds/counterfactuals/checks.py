@@ -30,7 +30,7 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     Returns:
         A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
         has ``identical`` (True if no pixel differs), ``changed`` (share of visibly changed pixels), ``largest`` (share of the changed
-        pixels in the largest connected piece) and, with a mask, ``outside`` (share of the pixels outside the mask that differ).
+        pixels in their largest connected component) and, with a mask, ``outside`` (share of the pixels outside the mask that differ).
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
@@ -49,13 +49,13 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
 
 def largest_piece(mask: Array) -> int:
-    """Count the pixels of the mask's largest connected piece. Pixels that touch at a corner are connected."""
+    """Count the pixels of the mask's largest connected component. Pixels that touch at a corner are connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     return int(np.bincount(labels[mask], minlength=1).max())
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Compute a picture's 64-bit pHash, which compares the lowest 8 x 8 cosine coefficients of the grey picture with their median."""
+    """Compute a picture's 64-bit pHash: whether each of the 8 x 8 lowest-frequency DCT coefficients exceeds their median."""
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")

@@ -32,7 +32,7 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """The good attempt with the largest minimum margin, or, if no attempt is good, the attempt that passed the most stages."""
+        """The good attempt with the largest minimum margin or, if none is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
@@ -43,7 +43,7 @@ class Edited:
 
 @dataclass(frozen=True)
 class History:
-    """A source and its edits. ``picture`` is the original, or None for a caption without a picture."""
+    """A source (a caption and its picture, if any) and its edits. ``picture`` is the original, or None."""
 
     id: str
     caption: str
@@ -53,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file``, or from W/thresholds.json if ``file`` is empty. If there are no thresholds and no scores, the rule is
-    ``checks`` (pixels only).
+    """Read thresholds from ``file`` or, if it is empty, from thresholds.json in the work folder. If there is no file and no candidate was
+    scored, the default rule is ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

@@ -1,8 +1,9 @@
-"""HTTP calls to untrusted servers. The size and duration of a reply are limited, redirects are refused, and stored messages contain no
-secrets.
+"""HTTP calls to untrusted servers. The size and duration of a reply are limited, redirects are refused, and secrets are removed from stored
+messages.
 
 Only the standard library is used, because the openai 3.57 client gives none of these guarantees. Despite a timeout of 0.5 s, it waited 6 s
-for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after prose or truncated JSON.
+for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply that was prose or
+truncated JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. Either one caption or picture is at fault, or all requests are."""
+    """A request that the server refuses with status 400 or 422. Either this caption or picture is at fault, or the server refuses all
+    requests.
+    """
 
 
 def check_url(url: str, option: str) -> str:

@@ -1,8 +1,9 @@
-"""Verdicts on candidates: pure functions that compare measurements with thresholds. Changing a threshold does not require a model.
+"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds. Changing a threshold does not require a model.
 
-A candidate is good if it wins all four comparisons by a margin: each picture prefers its own text, and each text prefers its own picture.
-In addition, the share of changed pixels must suit the edit type, and the changes must be neither scattered nor outside the mask. If an
-editor accidentally made a second change, the new text fits its picture much worse than the caption fits the original.
+A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
+text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the
+changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects edits with an accidental second change, after which
+the new text fits its picture much worse than the caption fits the original.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Thresholds:
 
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
-            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their blank-picture scores.
-        margin: smallest margin of each of the four comparisons, in nats, at least 0.
-        changed: smallest and largest share of visibly changed pixels, keyed by edit type; "*" for other types.
-        largest: smallest share of the changed pixels that must be in one connected piece.
-        outside: largest share of the pixels outside the mask that may differ.
-        drop: largest number of nats by which the new text on the edited picture may be less likely than the caption on the original; null
-            for no limit. A large drop suggests that something else changed too, which the four comparisons do not show.
+            or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their scores on a blank picture.
+        margin: margin that each of the four comparisons must exceed, in nats, at least 0.
+        changed: smallest and largest allowed share of visibly changed pixels, keyed by edit type; "*" for other types.
+        largest: minimum share of the changed pixels that must be in one connected component.
+        outside: maximum share of changed pixels among the pixels outside the mask.
+        drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
+            no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
 
     rule: Rule = "match"
@@ -61,7 +62,7 @@ class Thresholds:
 @dataclass(frozen=True)
 class Verdict:
     """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
-    the deciding stage: 0 picture, 1 checks, 2 scores.
+    where the verdict was reached: 0 picture, 1 checks, 2 scores.
     """
 
     reason: str
@@ -131,9 +132,9 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """Return how much less likely the new text on the edited picture is than the caption on the original, in nats.
+    """Return by how many nats the new text on the edited picture is less likely than the caption on the original.
 
-    The result is -inf without an edited picture, and inf if a likelihood is not finite.
+    The result is -inf if there is no edited picture, and inf if a likelihood is not finite.
     """
     rows = record["scores"]["likelihood"]
     if len(rows) < 2:

@@ -20,7 +20,6 @@ Rule = Literal["match", "likelihood", "checks"]
 
 
 def _at_least(options: object, **least: float) -> None:
-    """Raise ConfigError for an option that is below its minimum or not finite."""
     for name, low in least.items():
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= low):
@@ -67,8 +66,8 @@ class ProposeOptions:
         types: edit types, separated by commas.
         per_type: maximum number of proposals per type, caption and back end.
         seed: seed for choosing between possible edits.
-        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. The default is the
-            built-in words, each as often as it occurs in the captions.
+        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. By default, edits
+            introduce the built-in words, each about as often as they remove it.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of the server's model.
         llm_see: also send the picture.
@@ -109,13 +108,13 @@ class EditOptions:
             first editor that accepts it.
         model: model folder or hub name for the diffusers editor.
         attempts: number of pictures per edit, for editors whose results depend on the seed.
-        seed: seed of the attempts, which is combined with their ids.
+        seed: random seed, combined with the edit's id and the number of the attempt.
         folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
-        masks: folder of masks with the same names; white marks the pixels that may change.
-        composite: where to restore the original pixels: outside the mask, outside the measured difference, or nowhere (none).
+        masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
+        composite: where to restore the original pixels: outside the mask, outside the area that visibly differs, or nowhere (none).
         command: command line for the command editor, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
-        timeout_s: time limit of the command per picture, in seconds.
+        timeout_s: time limit for the command, in seconds per picture.
         threads: number of concurrent commands.
     """
 
@@ -143,7 +142,7 @@ class VerifyOptions:
     Args:
         scorer: model folder, hub name or run folder of the model that scores candidates. Without a scorer, only pixels are compared.
         template: question that asks whether a picture shows {text}. The default is VQAScore's question.
-        prompt: prompt that the captions answer.
+        prompt: prompt to which the captions are answers.
         batch_size: candidates per batch of the scorer.
     """
 
@@ -164,12 +163,13 @@ class SelectOptions:
     """Options of `data select`.
 
     Args:
-        rule: scores to use: match, likelihood, or checks (pixels only). The default is match if candidates were scored.
-        margin: smallest margin of each comparison, in nats, at least 0.
-        thresholds: file with thresholds. The default is W/thresholds.json if `data verify --calibrate` wrote it.
+        rule: scores to use: match, likelihood, or checks (pixels only). The default is the rule in the thresholds file; without a file,
+            match if candidates were scored, otherwise checks.
+        margin: margin that each comparison must exceed, in nats, at least 0.
+        thresholds: file with thresholds. The default is thresholds.json in the work folder if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
         per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.
-        splits: splits of the source pictures, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
+        splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.
         seed: seed for assigning pictures to splits.
@@ -196,12 +196,12 @@ class SampleOptions:
     Args:
         judge: judge that decides whether a text is true; it must not be the model itself. The judge ``answers`` compares short answers with
             those in the data. MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
-        n: number of texts per picture and prompt, generated together.
+        n: number of texts per picture and prompt, generated in one batch.
         temperature: sampling temperature; 1 is the model's own distribution.
-        top_p: probability mass from which tokens are sampled; 1 for all.
-        max_new_tokens: maximum number of tokens; a text that is cut off is left out.
-        prompt: one prompt for all pictures; the answers to the first prompt in a picture's row count as its true texts. By default, each
-            picture is shown with the prompts of its row.
+        top_p: each token is sampled from the most likely tokens with this total probability; 1 for all tokens.
+        max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
+        prompt: one prompt for all pictures; the answers to a row's first prompt count as the picture's true texts. By default, each picture
+            is shown with the prompts of its row.
         most_false: maximum number of false texts in a group.
         seed: sampling seed, combined with the picture's contents and the prompt.
     """
@@ -229,12 +229,12 @@ class AuditOptions:
     """Options of `data audit`.
 
     Args:
-        scorer: model that measures how well the texts can be guessed without a picture.
+        scorer: model that measures how well true and false texts can be told apart without a picture.
         against: benchmarks with which the data must not overlap, as manifests or picture folders separated by commas.
-        sample: maximum number of picture pairs whose grain is compared.
-        seed: seed for drawing halves and samples.
-        refine: output file for a balanced subset of the groups. In the subset, every word is introduced as often as it is removed, and
-            guesses based on length (or on blank-picture scores, with --scorer) are right as often as wrong.
+        sample: maximum number of picture pairs whose grain (low-level statistics) is compared.
+        seed: seed for dividing the groups into halves and drawing samples.
+        refine: output file for a balanced subset of the groups. In the subset, edits introduce every word about as often as they remove it,
+            and guesses based on length (or, with --scorer, on blank-picture scores) are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.
     """
 

@@ -49,9 +49,7 @@ class Plan:
                 raise ConfigError(f"{option} is empty; name the captions and the work folder")
 
     def check(self) -> None:
-        """Raise ConfigError for options that a later step would refuse because they are invalid or differ from the step's recorded
-        options.
-        """
+        """Raise ConfigError for options that a step would later refuse: invalid options, and options that differ from the recorded ones."""
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
         from cfvlm_ds.counterfactuals.propose import step as propose
@@ -94,7 +92,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """Drop a section's empty options and rename ``with`` to ``back_ends``. Other values are unchanged."""
+    """Return a section with empty options removed and ``with`` renamed to ``back_ends``, and any other value unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

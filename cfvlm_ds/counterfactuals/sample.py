@@ -1,7 +1,7 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge needs no new texts.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge does not require new texts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ prompt, the known true texts and the source's metadata.
 
 
 class Question(NamedTuple):
-    """A picture, a prompt and the known true texts. ``where`` is the location of the first such row."""
+    """A picture, a prompt and the known true texts. ``where`` is the location of the first row with this picture and prompt."""
 
     group: CounterfactualGroup
     where: str
@@ -59,13 +59,13 @@ def sample(
     of: int | None = 1,
 ) -> tuple[dict[str, Any], Counter[str] | None]:
     """Generate the texts of shard ``shard`` (0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
-    OUT/counts.json. Texts of an earlier call are not generated again.
+    OUT/counts.json. Texts that an earlier call generated are reused.
 
-    ``load`` loads the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the counts
-    if all shards are finished.
+    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the
+    counts if all shards are finished.
 
-    Raises ConfigError if options differ from the folder's options, if the judge decides on no known true text, or if no text is false.
-    Raises DataError if the judge fails on a text.
+    Raises ConfigError if options differ from those in the folder, if the judge returns None for every known true text, or if no generated
+    text is false. Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
@@ -100,7 +100,7 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set's pictures and prompts, and the judge. Paths in rows are absolute or relative to ``folder``."""
+    """A data set's pictures and prompts, and the judge. Paths in rows are relative to ``folder``, or absolute if they are outside it."""
 
     store: GroupStore
     options: SampleOptions
@@ -108,7 +108,7 @@ class _Source:
     folder: Path
 
     def places(self, say: Say) -> dict[int, list[int]]:
-        """Map a hash of each distinct (picture, prompt) pair to the indices of its rows, in the order of the data."""
+        """Map a hash of each distinct (picture, prompt) pair to the indices of the rows with this pair, in the order of the data."""
         found: dict[int, list[int]] = {}
         for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
             for key in self._true(group):
@@ -169,7 +169,9 @@ class _Source:
         return {"texts": texts, "counts": counts}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
-        """Judge a question's texts and add them to ``counts``. Return a group of true and false texts, or None if no text is false."""
+        """Judge a question's texts and count the verdicts in ``counts``. Return a group of the true and false texts, or None if no text is
+        false.
+        """
         group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
         different = dict[str, str]()
@@ -193,7 +195,7 @@ class _Source:
 
 
 def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
-    """Return whether a model can be trained on a text. A text with a control token, for example, is not accepted."""
+    """Return whether a text can be used for training. A text that contains a control token, for example, cannot."""
     try:
         collator.prompts.encoded(candidate.prompt, candidate.text, num_pictures, "a text")
     except DataError:

@@ -1,4 +1,5 @@
-"""Step ``select``: adds the best attempt at each good edit to a group, within quotas. Other edits are counted by the reason for omission.
+"""Step ``select``: writes one group per source with the best attempt at each good edit, within quotas. Edits that are left out are counted
+by reason.
 
 Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
@@ -42,7 +43,8 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` lists the picture folders, unless all are in the files' folder.
+    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures, and is empty if all are in the
+    folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if shards are not verified yet, naming all of them, or if no candidate is kept.
+    Raises ConfigError if no candidate is kept, or if shards are not verified yet; the message lists them.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -121,7 +123,9 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return the output file and the share of each split. Raises ConfigError for invalid options or another program's output file."""
+    """Return the output file and the share of each split. Raises ConfigError if options are invalid or an output file was written by
+    another program.
+    """
     shares = parse_splits(options.splits)
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
@@ -146,7 +150,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folder of each picture that is not in the output folder: one of ``roots`` or a converted table."""
+    """Yield the folder of each picture that is not in the output folder: one of ``roots``, or the folder of a converted table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -155,9 +159,7 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort the good edits by a random number derived from the id, so that quotas keep a random sample. Sorting by margin would favour easy
-    edits.
-    """
+    """Sort a source's good edits by a random number derived from the edit's id, so that quotas keep a random sample."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -166,8 +168,8 @@ def _draw(edited: Edited) -> int:
 
 
 def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
-    """Map each edit type that exceeds its quota to the largest random number (see ``_draw``) that is kept. This takes 8 bytes of memory per
-    good edit.
+    """Map each edit type that exceeds its quota to a cutoff: edits with a larger random number (see ``_draw``) are left out. This takes 8
+    bytes of memory per good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
@@ -185,9 +187,9 @@ def _kept(
     home: str,
     shares: Mapping[str, float],
 ) -> list[Edited]:
-    """Return the edits that join a source's group, in the order in which they were proposed. Add every edit to ``survival``.
+    """Return the edits of a source that are kept, in the order of proposal, and count every edit's outcome in ``survival``.
 
-    ``home`` is the source's split. A mined picture must belong to the same split.
+    ``home`` is the source's split. Edits whose mined picture belongs to another split are left out.
     """
     taken = _ranked(history)[: options.per_source]
     kept: list[Edited] = []

@@ -1,6 +1,7 @@
 """Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
 
-The scorer processes a candidate's pictures and texts in one packed row, so the match and likelihood probes share the encoded pictures.
+The scorer processes a candidate's pictures and texts in one packed row, so the match and likelihood probes (a yes/no question, and the text
+as a caption) share the encoded pictures.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def verify(
     of: int | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure every candidate in a shard, and return the completion record. ``identity`` identifies the scorer's weights."""
+    """Measure every candidate in a shard, and return the shard's completion record. ``identity`` holds hashes of the scorer's weights."""
     work = WorkFolder.open(out)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done
@@ -201,10 +202,10 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit thresholds to labelled candidates, and write W/thresholds.json. The file ``labelled`` has lines of the form
+    """Fit thresholds to labelled candidates, and write thresholds.json to the work folder. The file ``labelled`` has lines of the form
     {"edit": ID, "attempt": 0, "good": true}.
 
-    Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no margin reaches the precision.
+    Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no thresholds reach the precision.
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():

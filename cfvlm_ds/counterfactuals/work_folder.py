@@ -50,7 +50,7 @@ OUTDATED = "is outdated, because the records of the previous step have changed"
 
 
 def seed_of(*parts: object) -> int:
-    """Derive a 63-bit seed from ``parts``, which identify its use."""
+    """Derive a 63-bit seed from ``parts``, which identify its purpose."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
@@ -92,8 +92,8 @@ class WorkFolder:
 
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
-        """Open a work folder, or create it if it does not exist. If ``shards`` is None, the existing number of shards is used (1 in a new
-        folder). Raises ConfigError if the folder was created with different data, steps or number of shards.
+        """Open a work folder, or create it if it does not exist. If ``shards`` is None, the folder's number of shards is used, or 1 for a
+        new folder. Raises ConfigError if the folder was created with different data, steps or number of shards.
         """
         _refuse_links(path)
         shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
@@ -128,7 +128,7 @@ class WorkFolder:
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Raise ConfigError if a step was started with different options. This check loads no model."""
+        """Raise ConfigError if a step was started with different options."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
@@ -206,7 +206,7 @@ class WorkFolder:
 class ShardStep:
     """A step that is in progress on a shard. The first ``count`` units already have a record.
 
-    Records contain neither times nor machine names, so that interrupted and resumed work produces the same bytes.
+    Records contain neither times nor machine names, so that resumed work produces the same bytes as uninterrupted work.
     """
 
     def __init__(self, work: WorkFolder, step: str, shard: int) -> None:
@@ -221,14 +221,14 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record belongs to another unit, which means that the folder was made from other data."""
+        """Raise DataError if an existing record does not have its unit's values ``named``. The folder was then made from other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
     def remaining(
         self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
     ) -> Iterator[T]:
-        """Yield the units that have no record yet. A unit counts as done when the next one is requested."""
+        """Yield the units that have no record yet. The progress display counts a unit when the next one is requested."""
         for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
             self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
@@ -253,7 +253,7 @@ class ShardStep:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Close the journal. If the step failed before its first record, remove its settings, because they may be wrong."""
+        """Close the journal. If the step failed before its first record, remove the step's settings, because they might be the cause."""
         self._journal.close()
         journals = self._journal.path.parent
         if kind is not None and self.count == 0 and list(journals.iterdir()) == [self._journal.path]:
@@ -263,7 +263,6 @@ class ShardStep:
 
 
 def _refuse_links(path: Path) -> None:
-    """Raise ConfigError if the work folder or one of its subfolders is a link."""
     refuse_link(path, "name the folder itself")
     for name in _FOLDERS:
         refuse_link(path / name, "put the folder itself there")

@@ -32,7 +32,7 @@ def open_pictures(
 ) -> tuple[PictureTable, dict[int, str]]:
     """Open each picture once. Return a table of the readable pictures, and a mapping from each broken picture's key to its problem.
 
-    The problems are also added to ``report``, with the location of the first group that shows the picture.
+    The problems are also added to ``report``, with the location of the first group that contains the picture.
     """
     broken = dict[int, str]()
 
@@ -49,8 +49,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """For each picture key in ``keys``, yield the index of the first group that shows the picture, and the picture's path. ``places``
-    contains these group indices in the order of the keys; only these groups are read.
+    """For each picture, yield the index of the first group that contains the picture, and the picture's path. ``places[k]`` is this index
+    for the picture with the key ``keys[k]``. No other groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
@@ -63,7 +63,9 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """Result for a picture: the first group that shows it, its path, its properties or problem, and its bytes (empty unless requested)."""
+    """Result for a picture: the index of the first group that contains it, its path, its properties or problem, and its bytes (empty unless
+    requested).
+    """
 
     group: int
     path: Path

@@ -1,1 +1,3 @@
-"""Demo data and models: the embedded world with habits and small random checkpoints, for training and tests without a download."""
+"""Demo data and models for training and tests without a download: the world with habits, its pretrained base model, and small random
+checkpoints.
+"""

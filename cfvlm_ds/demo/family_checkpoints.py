@@ -95,7 +95,7 @@ def _parts(
     corpus: Sequence[str] = _CORPUS,
     **named: Any,
 ) -> Parts:
-    """Build a configuration, with control tokens replaced by their ids, and a processor.
+    """Build a processor, and a configuration in which control tokens are replaced by their ids.
 
     Args:
         special: control tokens of the tokenizer. The first is the padding token unless ``named`` sets another.

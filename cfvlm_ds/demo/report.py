@@ -1,4 +1,5 @@
-"""Final table of `make demo`: a run on the world with habits, before and after training, and other objectives at equal training time.
+"""Final table of `make demo`: a run on the world with habits before and after training, and stored results of other objectives at equal
+training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -34,7 +35,7 @@ AXES = {
 
 
 def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics in ``AXES`` before and after a run, in %. They are equal if the run was evaluated only once."""
+    """Return the metrics in ``AXES`` before and after a run, in %. Both are equal if the run was evaluated only once."""
     name = f"eval/{next(iter(AXES.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     found = [{axis: line[f"eval/{metric}"] for axis, metric in AXES.items() if f"eval/{metric}" in line} for line in evaluated]

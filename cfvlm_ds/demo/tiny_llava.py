@@ -48,7 +48,7 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
 def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Save the random model and processor that ``make`` returns, and return ``out_dir``.
 
-    ``make`` receives a folder to which it may write files. The folder is renamed to ``out_dir`` when it is complete.
+    ``make`` receives a folder to which it can write files. The folder is renamed to ``out_dir`` when it is complete.
     """
     refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:

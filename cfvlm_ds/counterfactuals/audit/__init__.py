@@ -1,1 +1,1 @@
-"""Audit of a set of groups: duplicates, overlap with benchmarks, and shortcuts that tell true from false texts without the picture."""
+"""Audit of a data set for duplicates, overlap with benchmarks, and shortcuts that separate true from false texts without the picture."""

@@ -1,4 +1,6 @@
-"""Search for duplicate pictures and texts within a set, across its splits, and in benchmarks. A perceptual hash finds near duplicates."""
+"""Search for duplicate pictures in a data set, and for pictures and texts that it shares with benchmarks. A perceptual hash finds near
+duplicates.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (index in ``first``, index in ``second``, True if the files are equal) for all duplicates and near duplicates. Flat pictures
-    have uninformative hashes, so they count only if their files are equal.
+    """Yield (index in ``first``, index in ``second``, True if the files are identical) for all duplicates and near duplicates. Nearly
+    uniform pictures have uninformative hashes, so they count only if their files are identical.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
@@ -58,7 +60,9 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that differ in at most NEAR bits. With bits coded as 1 and -1, the dot product is 64 - 2 x (differing bits)."""
+    """Yield the indices of each pair of hashes that differ in at most NEAR bits. With bits coded as 1 and -1, their dot product is 64 - 2 x
+    (differing bits).
+    """
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
         for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * NEAR):
@@ -66,18 +70,18 @@ def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[i
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """List every picture file below a folder, without following links to folders."""
+    """List every picture file below a folder. Links to folders are not followed."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Return every run of eight consecutive words in a text. A text of four to seven words is one run; a shorter text has none."""
+    """Return the word 8-grams of a text. A text of four to seven words is a single n-gram; a shorter text has none."""
     tokens = [word for word in words(text) if word.isalnum()]
     return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map ids to their first text, if any, that equals a benchmark text or shares eight consecutive words with one."""
+    """Return, by group id, the first text that equals a benchmark text or shares eight consecutive words with one."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

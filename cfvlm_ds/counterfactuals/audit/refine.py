@@ -33,8 +33,8 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write a balanced subset of the groups, and return a sentence that states how often blind guesses are right on it. ``blind`` holds one
-    margin per group, from a scorer that sees no picture.
+    """Write a balanced subset of the groups, and return a sentence that states how often guesses without the picture are right in it.
+    ``blind`` has one margin per group, from a scorer that sees no picture.
 
     Raises ConfigError if no group can be kept.
     """
@@ -75,5 +75,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of correct guesses. A tie counts as one half."""
+    """Return the share of correct guesses (positive margins). A tie counts as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

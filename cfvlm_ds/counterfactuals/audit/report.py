@@ -1,4 +1,4 @@
-"""Audit report on a set of groups (shortcuts, duplicates, leaks, balance) as Markdown, JSON, and a page of the affected groups."""
+"""Audit report on a data set (shortcuts, duplicates, overlap with benchmarks) as Markdown, JSON, and a page of the affected groups."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit. ``faults`` lists the exceeded limits, each as a sentence and the ids of the affected groups."""
+    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups)."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -69,7 +69,9 @@ class Audit:
 
 @dataclass(frozen=True)
 class _Set:
-    """A split. ``owners`` maps each picture to the ids of its groups, and ``looks`` maps each readable picture to its hashes."""
+    """A split. ``owners`` maps each picture to the ids of the groups that contain it, and ``looks`` maps each readable picture to its
+    hashes.
+    """
 
     name: str
     groups: Sequence[CounterfactualGroup]
@@ -80,7 +82,7 @@ class _Set:
 def audit(
     manifests: Sequence[str], root: Root, format: str, options: AuditOptions, say: Say, score: Score | None = None
 ) -> tuple[Audit, list[_Set]]:
-    """Audit all groups and pictures of the manifests, which are the splits of one set. Return the report and the splits."""
+    """Audit all groups and pictures of a data set, which has one manifest per split. Return the report and the splits."""
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
@@ -100,7 +102,9 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Read a split and hash its pictures. Problems are added to ``broken``, each under the id of a group that shows the picture."""
+    """Read a split and hash its pictures. For each unreadable picture, add the reason to ``broken``, under the id of a group with this
+    picture.
+    """
     owners: dict[Path, list[str]] = {}
     for group in groups:
         for image in group.images:
@@ -158,8 +162,8 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report originals that occur in several groups, and pictures that occur in several splits. The search for near duplicates leaves out
-    edited pictures, because edits of one picture resemble each other.
+    """Report original (unedited) pictures that occur in several groups, and pictures that occur in several splits. Edited pictures are not
+    searched for near duplicates, because edits of one picture resemble each other.
     """
     originals = []
     for split in sets:
@@ -247,7 +251,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and a page into the folder ``out``. The page shows the groups with faults."""
+    """Write report.md, report.json and a page into the folder ``out``. The page shows the affected groups."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

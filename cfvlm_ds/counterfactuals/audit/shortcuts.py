@@ -1,7 +1,7 @@
-"""Shortcuts: classifiers that detect counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
-ignore whether a text matches its picture.
+"""Shortcuts: classifiers that recognise counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
+never compare texts with pictures.
 
-Each classifier is fitted on half of the groups and evaluated on the other half. All groups of a source are in the same half.
+Each classifier is fitted on half of the groups and evaluated on the other half. All groups of one picture are in the same half.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % interval (None if not measured) and the number of
-    pairs. ``telling`` lists the strongest features or states why nothing was measured.
+    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % confidence interval (None if not measured), and
+    number of pairs. ``telling`` lists the strongest features or states why nothing was measured.
     """
 
     name: str
@@ -45,7 +45,7 @@ def _not_measured(name: str) -> Shortcut:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
-    """Compute the area under the ROC curve and the ends of its 95 % interval (Hanley and McNeil 1982). A tie counts as one half."""
+    """Compute the area under the ROC curve and its 95 % confidence interval (Hanley and McNeil 1982). A tie counts as one half."""
     from scipy.stats import rankdata
 
     ranks = rankdata([*positive, *negative])
@@ -58,7 +58,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, fl
 
 
 def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
-    """Classify texts by length in characters. Nothing is fitted, except that the better of the two directions is used."""
+    """Classify texts by length in characters. Nothing is fitted except the direction (longer or shorter)."""
     longer = [len(new) for _, new in pairs], [len(old) for old, _ in pairs]
     area, low, high = auc(*longer)
     if area < 0.5:
@@ -71,8 +71,8 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
 
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
-    """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), which are
-    estimated on one half.
+    """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), estimated on
+    one half of the groups.
     """
     if len(set(halves)) < 2:
         return _not_measured("texts by their words")
@@ -95,7 +95,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute FEATURES: statistics that depend on how a picture was made rather than on what it shows."""
+    """Compute the statistics in FEATURES, which depend on how a picture was made rather than on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)
@@ -128,7 +128,7 @@ def grain(image: Image.Image) -> Array:
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
     """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same
-    scene, so a useful feature reveals how the pictures were made.
+    scene, so a feature that separates them reveals how they were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain")

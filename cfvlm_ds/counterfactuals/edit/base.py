@@ -19,7 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """An attempt at an edit: the picture, its ``caption``, the ``text`` that the edited picture must show, and the instruction."""
+    """An attempt at an edit: the picture, its ``caption``, the ``text`` that must be true of the edited picture, and the instruction."""
 
     id: str
     source: str
@@ -35,11 +35,13 @@ class Task:
     mask: Path | None = None
 
     def image(self) -> Image.Image:
-        """Open the picture in RGB, rotated upright. Raises DataError if it cannot be read."""
+        """Open the picture in RGB, with its EXIF orientation applied. Raises DataError if it cannot be read."""
         return open_image(self.picture)
 
     def mask_image(self, size: tuple[int, int]) -> Image.Image | None:
-        """Open the mask, if any. White marks pixels that may change. Raises DataError if its size is not ``size`` (width, height)."""
+        """Open the mask, if any. White marks pixels that are allowed to change. Raises DataError if its size is not ``size`` (width,
+        height).
+        """
         if self.mask is None:
             return None
         mask = open_image(self.mask).convert("L")
@@ -52,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Picture:
-    """An edited picture. ``info`` is the editor's record of how it was made."""
+    """An edited picture. ``info`` is the editor's record of how the picture was made."""
 
     image: Image.Image
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -68,8 +70,8 @@ class Refused:
 class Editor:
     """Back end of `data edit`, constructed with the step's options.
 
-    ``varies`` is true if the picture depends on the seed, so that repeated attempts are useful. ``threads`` is the number of concurrent
-    tasks.
+    ``varies`` is true if the edited picture depends on the seed, so that several attempts are useful. ``threads`` is the number of
+    concurrent tasks.
     """
 
     varies, threads = False, 1
@@ -77,20 +79,22 @@ class Editor:
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings that determine the pictures. They are stored with the pictures."""
+        """Return the settings to record, which determine the edited pictures."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor accepts an edit, without reading the picture."""
+        """Return whether this editor accepts an edit. The picture must not be read for this."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return the edited picture, which must have the original's size, or a refusal. Return None if only the text is edited."""
+        """Return the edited picture, which must be as large as the original, or a refusal. Return None if only the text is edited."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the picture in ``folder`` that is named after the id ``name``, or None if it is missing or the id cannot be a file name."""
+    """Return the picture in ``folder`` whose path without suffix is the id ``name``, or None if it is missing or the id is not a valid
+    path.
+    """
     for suffix in suffixes:
         try:
             path = own_file(folder, f"{name}{suffix}", f"the id {name!r}")
@@ -102,7 +106,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """Open a picture file. If that fails, return a refusal in which ``shown`` replaces the path."""
+    """Open a picture file. If that fails, return a refusal that says ``shown`` instead of the path."""
     try:
         return Picture(open_image(path))
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Mirror images, which are exact counterfactuals for left and right unless lettering reveals the mirroring."""
+"""Editor that mirrors pictures. A mirror image is an exact counterfactual for left and right unless lettering reveals the mirroring."""
 
 from __future__ import annotations
 

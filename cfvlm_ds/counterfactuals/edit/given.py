@@ -12,7 +12,9 @@ from cfvlm_ds.counterfactuals.options import EditOptions
 
 
 class Folder(Editor):
-    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png for the edit SOURCE/NUMBER. It accepts an edit only if the file exists."""
+    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png for the edit with the id SOURCE/NUMBER. It accepts an edit only if the file
+    exists.
+    """
 
     def __init__(self, options: EditOptions) -> None:
         self._folder = Path(options.folder)

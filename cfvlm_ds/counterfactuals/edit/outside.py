@@ -29,10 +29,10 @@ def png(image: Image.Image) -> bytes:
 
 
 class Command(Editor):
-    """Editor ``command``: runs a command line in which ``{request}`` is a JSON file with the picture's path and the instruction, and
-    ``{output}`` is the file to write.
+    """Editor ``command``: runs a command line in which ``{request}`` stands for a JSON file with the picture's path and the instruction,
+    and ``{output}`` for the file that the command must write.
 
-    No text from a model or a row becomes part of the command line.
+    Text from a model or a data row is never inserted into the command line.
     """
 
     varies = True
@@ -69,7 +69,9 @@ class Command(Editor):
             return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:
-        """Run the command. Return the reason for a failure, or "". If the command takes too long, kill it and its child processes."""
+        """Run the command. Return the reason for a failure, or "" on success. If the command takes too long, kill it and its child
+        processes.
+        """
         with open(errors, "w+b") as error_output:
             try:
                 process = subprocess.Popen(

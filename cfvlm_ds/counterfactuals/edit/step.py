@@ -1,4 +1,4 @@
-"""Step ``edit``: applies each proposed edit to its picture, several times if the editor's results vary."""
+"""Step ``edit``: applies each proposed edit to its picture, several times if the editor's results depend on the seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the record's fields about the proposal and its source."""
+    """An attempt at an edit, the editor's name, and the fields that its record copies from the step ``propose``."""
 
     task: Task
     editor: str
@@ -72,7 +72,7 @@ def checked(options: EditOptions) -> list[str]:
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results vary."""
+    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results depend on the seed."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):
@@ -140,7 +140,7 @@ def _checked(task: Task, edited: Picture, options: EditOptions, record: dict[str
 
 
 def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
-    """Return a mask of the visible differences between two pictures, slightly enlarged."""
+    """Return a mask of the visible differences between two pictures, dilated by four pixels."""
     changed = np.abs(np.asarray(original, np.int16) - np.asarray(edited, np.int16)).max(2) > _CHANGED
     mask = Image.fromarray((changed * 255).astype(np.uint8))
     return mask.filter(ImageFilter.MaxFilter(9))
@@ -157,7 +157,7 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 class _Tar(Journal):
-    """Tar file of a shard's pictures. When it is opened, anything after the last recorded picture is cut off."""
+    """Tar file of a shard's pictures. Opening it removes anything that an interrupted call wrote after the last recorded picture."""
 
     def __init__(self, work: WorkFolder, shard: int) -> None:
         path, end = work.tar(shard), 0

@@ -1,4 +1,6 @@
-"""Proposers of counterfactual captions, which differ from the source caption in one thing. A new back end needs an entry in PROPOSERS."""
+"""Back ends that propose counterfactual captions, which differ from the source caption in one thing. A new back end needs an entry in
+PROPOSERS.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Word balancing: edits are kept with probabilities such that no single word distinguishes counterfactuals from originals.
 
-A word that edits introduce more often than they remove reveals counterfactuals. Each word therefore has a price. An edit from word s to
-word t is kept with probability min(1, price of t / price of s). The prices are chosen so that, up to chance, every word is introduced as
-often as it is removed.
+A word that edits introduce more often than they remove reveals counterfactuals. Each word therefore has a price. An edit that replaces word
+s with word t is kept with probability min(1, price of t / price of s). The prices are chosen so that, up to chance, every word is
+introduced as often as it is removed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Numbers = npt.NDArray[Any]
 
 
 class Edit(Protocol):
-    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``). Both are empty if words only trade
-    places.
+    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``). Both are empty if the edit only reorders
+    words.
     """
 
     @property
@@ -41,7 +41,7 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability of keeping an edit. It is 1 if the type has no prices or words only trade places, and 0 if a word has no
+    """Compute the probability of keeping an edit. It is 1 if the type has no prices or the edit only reorders words, and 0 if a word has no
     price.
     """
     if edit.type not in prices or not edit.gone:
@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type. Their probabilities (``share``) are scaled down if they sum to more than
-    ``most``.
+    """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if they sum to more
+    than ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -60,9 +60,9 @@ def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> li
 
 
 def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
-    """Draw indices, each with its probability, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
+    """Draw each index with its probability in ``shares``, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 
-    All draws share one random number. In any run of consecutive indices, the number of draws equals the sum of the probabilities, up to
+    All draws share one random number. In any range of consecutive indices, the number drawn equals the sum of the probabilities, up to
     rounding.
     """
     remaining, places = seed_of(*purpose) / 2.0**63, []
@@ -75,7 +75,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices of words from the edits of all captions. At most ``most`` edits are kept per caption and type."""
+    """Compute the prices of words from the edits of all captions. At most ``most`` edits will be kept per caption and type."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:
@@ -85,7 +85,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
-        """For each edit, return the share of edits with the same caption and type that the limit ``most`` allows."""
+        """For each edit, return the factor that limits the expected number of kept edits with the same caption and type to ``most``."""
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}

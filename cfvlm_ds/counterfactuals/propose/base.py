@@ -28,8 +28,8 @@ class Source:
 class Proposal:
     """A counterfactual caption, which differs from the source's caption in one thing.
 
-    ``source`` and ``target`` are the words before and after the change. ``instruction`` is for a picture editor. ``picture`` is
-    an existing picture that the text describes, or None.
+    ``source`` and ``target`` are the words before and after the change. ``instruction`` tells a picture editor what to change. ``picture``
+    is an existing picture that the text describes, or None.
     """
 
     type: str
@@ -71,8 +71,8 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns the settings that determine the proposals, which are stored with them. ``threads`` is the number of sources to
-    process concurrently.
+    ``settings`` returns the settings to record, which determine the proposals. ``threads`` is the number of sources to process
+    concurrently.
     """
 
     threads: int
@@ -96,7 +96,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield a source for each true caption of each group's first image. If a row cannot be read, yield the error."""
+    """For each row in ``places``, yield a source for each true text of the first image. If a row cannot be read, yield the error."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group

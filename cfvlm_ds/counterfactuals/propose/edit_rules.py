@@ -82,7 +82,9 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing for comparison. A picture of a single ball does not show its size."""
+    """Return whether the caption mentions another thing with which the size can be compared. A picture of a single ball does not show its
+    size.
+    """
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
@@ -153,7 +155,7 @@ def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
 
 
 def _fits(child: Any, category: str, new: str) -> bool:
-    """Return whether a noun's dependent ``child`` also fits the noun ``new``."""
+    """Return whether ``child``, a dependent of a noun, also fits the noun ``new``."""
     word = child.lower_
     if category == "person":
         return child.dep_ != "poss" and (child.dep_, word) != ("prep", "of")
@@ -219,7 +221,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
 
 
 def _instead(places: list[int], phrase: str) -> dict[int, str]:
-    """Return the changes that replace the words at ``places`` with ``phrase``, which can have a different number of words."""
+    """Return the changes that replace the words at the indices ``places`` with ``phrase``, which can have a different number of words."""
     words = phrase.split()
     words = [*words[: len(places) - 1], " ".join(words[len(places) - 1 :])]
     return {place: words[k] if k < len(words) else "" for k, place in enumerate(places)}

@@ -19,7 +19,7 @@ _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 @functools.cache
 def parser() -> Any:
-    """Load the parser once, and return it. Raises ConfigError if spaCy or its pipeline is missing."""
+    """Return the parser, which is loaded at the first call. Raises ConfigError if spaCy or its pipeline is missing."""
     try:
         import spacy
     except ImportError as error:
@@ -89,7 +89,7 @@ class Caption:
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption after replacing words by index and adjusting a/an. An empty replacement deletes the word."""
+        """Return the caption with the words at the given indices replaced and a/an adjusted. An empty replacement deletes the word."""
         replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):
@@ -102,7 +102,7 @@ class Caption:
 
 
 def described(token: Any) -> Any:
-    """Return the noun that an adjective describes, or None. A noun may have several adjectives, as in "a red and blue hat"."""
+    """Return the noun that an adjective describes, or None. Several adjectives can describe one noun, as in "a red and blue hat"."""
     head = token.head
     while token.dep_ == "conj" and head.dep_ in ("conj", "amod", "nmod", "compound"):
         token, head = head, head.head
@@ -115,7 +115,7 @@ def modifiers(noun: Any) -> set[str]:
 
 
 def doer(verb: Any) -> Any:
-    """Return the subject of a verb, or the noun that the verb describes, or None."""
+    """Return the subject of a verb or, if it has none, the noun that the verb describes ("a man riding a horse"), or None."""
     subject = next((child for child in verb.children if child.dep_ == "nsubj"), None)
     return verb.head if subject is None and verb.dep_ in ("acl", "relcl") else subject
 

@@ -1,5 +1,5 @@
-"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so the package's own rules check
-every edit.
+"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so every edit is checked against the
+caption.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_BYTES = 1 << 20
 _MAX_TOKENS = 700  # limits replies of endless white space, a known failure mode
 _SIDE = 768  # longer side, in pixels, of the pictures in requests
 IN_A_ROW = 20
-"""The step ends after this number of consecutive captions without a usable reply."""
+"""The step stops after this number of consecutive captions without a usable reply."""
 pause = time.sleep
 """Function that waits between two calls."""
 
@@ -48,7 +48,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``: a language model on a server proposes the edits."""
+    """Back end ``llm``."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options
@@ -79,8 +79,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a failed request. Raises ConfigError, which ends the step, if the server is unreachable and has never answered, or after
-        IN_A_ROW consecutive failures. Any other failure affects only its own caption.
+        """Count a caption without a usable reply. Raises ConfigError, which stops the step, if the server is unreachable and has never
+        answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
         """
         with self._lock:
             self._in_a_row += 1
@@ -93,7 +93,7 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Return the edits in the first usable reply. Raises CallFailed if there is none."""
+        """Send a request until a reply is usable, and return its edits. Raises CallFailed if every attempt fails."""
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
         while True:

@@ -27,9 +27,7 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``: pairs existing pictures whose captions differ in one word. Its index is a file in the work folder, so memory does
-    not grow with the data.
-    """
+    """Back end ``mine``. Its index is a file in the work folder, so memory does not grow with the data."""
 
     threads = 1
 
@@ -71,7 +69,7 @@ class Mine:
         return proposals
 
     def _kind(self, source: Source, other: Source, place: int, word: str) -> str:
-        """Return the type of a pair's difference, or "" if the pair is not a counterfactual of a requested type."""
+        """Return the edit type of a pair of captions, or "" if the pair is not a counterfactual of a requested type."""
         differs = difference(source.caption, other.caption)
         if differs.first != place or differs.before != (word,) or len(differs.after) != 1 or other.picture == source.picture:
             return ""

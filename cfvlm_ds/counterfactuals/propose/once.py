@@ -10,7 +10,7 @@ from cfvlm_ds.core.files import file_lock
 
 
 def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path], bool] = Path.exists) -> Path:
-    """Call ``make`` to write the file if it is missing or not current, and return ``path``."""
+    """Call ``make`` to write the file ``path`` if it is missing or outdated. Return ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_name(f"{path.name}.lock")):

@@ -1,4 +1,4 @@
-"""Back end ``rules``: edits based on a caption's parse and on closed word lists. It favours precision over recall."""
+"""Back end ``rules``: edits based on a caption's parse and on closed word lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
 
 
 class Rules:
-    """Back end ``rules`` for English. Words are balanced over the data, so the proposals for one caption depend on all captions."""
+    """Back end ``rules`` for English. Words are balanced over the data set, so the proposals for one caption depend on other captions."""
 
     threads = 1
 
@@ -48,7 +48,7 @@ class Rules:
         return {"version": VERSION, "words": {kind: list(words) for kind, words in self._words.items()}, **versions()}
 
     def propose(self, source: Source) -> Found:
-        """Return the proposals for each edit type, or a rejection that applies to the whole caption."""
+        """Return the proposals for each edit type, or a rejection of the caption if there are none."""
         edits = edits_of(source.caption, self._types, self._words)
         if isinstance(edits, Rejected):
             return [edits]
@@ -60,8 +60,8 @@ class Rules:
         return proposals or [Rejected("rules", "every possible new word is already introduced more often than removed")]
 
     def _read(self, context: Context) -> Prices:
-        """Read the prices of words. The first shard of a work folder computes them for all shards, from at most _LOOKED_AT evenly spaced
-        rows.
+        """Read the prices of words. The first shard to run in a work folder computes them for all shards, from at most _LOOKED_AT evenly
+        spaced rows.
         """
         path, store = context.work.path / "prices.json", context.store
         settings = {"per_type": self._per_type, "types": list(self._types), **self.settings()}
@@ -85,7 +85,7 @@ class Edit:
     """An edit that the rules allow.
 
     ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
-    both are empty if words only trade places. ``instruction`` is for a picture editor.
+    both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
     """
 
     type: str
@@ -96,7 +96,7 @@ class Edit:
     come: str
 
     def proposal(self) -> Proposal | None:
-        """Return the proposal, or None if its text is not a counterfactual."""
+        """Return the proposal, or None if the new text is not a counterfactual of the caption."""
         text = self.caption.with_words(self.changes)
         if defect(self.caption.text, text, self.type) is not None:
             return None
@@ -107,7 +107,7 @@ class Edit:
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
     """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` maps a type to the
-    words that its edits may introduce.
+    only words that its edits can introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "the caption is not one printable line")

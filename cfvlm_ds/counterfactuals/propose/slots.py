@@ -20,7 +20,7 @@ _ENTRY = "S20"
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """Yield the key, the index and the text of each word in a caption."""
+    """Yield the key, index and text of each word in a caption."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
@@ -42,8 +42,8 @@ class SlotIndex:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
-        """Return at most ``most`` rows that have the key but an omitted word other than ``word``. If there are more, return an evenly
-        spaced subset with offset ``start``, so that each word keeps its share.
+        """Return the rows with this key whose omitted word is not ``word``. If there are more than ``most``, return an evenly spaced subset
+        with offset ``start``, so that each word keeps its share.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))

@@ -42,8 +42,8 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The words in which two texts differ, after ``first`` common words at the beginning and before the common words at the end. ``swap``
-    is true if both texts have the same words, possibly in another order.
+    """The words between the common beginning and the common end of two texts. ``first`` is the number of common words at the beginning.
+    ``swap`` is true if both texts have the same words, possibly in another order.
     """
 
     before: tuple[str, ...]
@@ -62,7 +62,7 @@ def difference(caption: str, text: str) -> Difference:
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:
-    """Return why a text is not a counterfactual of a caption, or None if it is a counterfactual. Only words are compared."""
+    """Return why a text is not a counterfactual of a caption, or None if it is one. Only the words are compared."""
     if not text.strip():
         return "no text"
     if printable(text) != text or len(text) > MOST_CHARACTERS:
@@ -92,7 +92,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """Return the words without numbers and empty words, each reduced to its base form."""
+    """Return the words with numbers and function words removed, each reduced to its base form."""
     kept = [
         word
         for word in side

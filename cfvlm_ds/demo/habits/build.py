@@ -1,10 +1,11 @@
 """World with habits, written as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
-In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (0.96, as in pretraining). The test sets are balanced
-between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks every habit
-of its things, and the edit changes which habits are broken or how. ``test_agrees`` and ``test_contradicts`` ask for descriptions.
-``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. ``pope`` and ``habits`` are
-benchmarks on the first pictures of ``test_agrees`` and ``test_contradicts``: questions in POPE's format, and scenes to describe.
+In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (default 0.96, as in pretraining). The test sets are
+balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks
+every habit of its things, and the edit changes which habits are broken or by what value. ``test_agrees`` and ``test_contradicts`` ask for
+descriptions. ``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. The folders ``pope``
+(questions in POPE's format) and ``habits`` (scenes to describe) are benchmarks on the first pictures of ``test_agrees`` and
+``test_contradicts``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _MAX_DRAWS = 20_000
 @dataclass(frozen=True)
 class Drawn:
     """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
-    and their truth ``match`` [scenes][texts]. The first ``described`` texts describe the scenes in order; other texts answer questions.
+    and the truth table ``match``, indexed by scene and text. The first ``described`` texts describe the scenes in order; other texts answer
+    questions.
     """
 
     scenes: tuple[Scene, ...]
@@ -68,8 +70,9 @@ def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print
     """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
     folder.
 
-    The folder is built under another name and renamed when it is complete. Only one process at a time may build a folder. ``alive`` is
-    called for every group. Raises DataError if the settings are invalid or the folder contains other files.
+    The folder is built under another name and renamed when it is complete. Two processes must not build a folder at the same time.
+    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if the settings are invalid or the
+    folder contains other files.
     """
     _check(config)
     out = Path(config.out_dir).resolve()
@@ -114,13 +117,13 @@ def png(scene: Scene) -> bytes:
 
 
 def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a row's pictures, without jitter, from the row's metadata."""
+    """Return the scenes of a row's pictures from the row's metadata, which does not include the jitter."""
     return [scene_from(values) for values in meta["scenes"]]
 
 
 def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Judge a text about the first picture of a row, for `data sample --judge`. Return None if the grammar does not produce every
-    sentence.
+    """Judge a text about the first picture of a row, for `data sample --judge`. Return None if the text is empty or a sentence is outside
+    the grammar.
     """
     verdict = judge(text, scenes_in(row["meta"])[0])
     return None if verdict.unparsed or not verdict.statements else all(verdict.statements.values())
@@ -152,9 +155,9 @@ def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
 
 
 def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
-    """Draw group ``index`` of a split. The result depends only on the arguments, and not on ``out_dir`` or the number of groups.
+    """Draw group ``index`` of a split. The result does not depend on ``config.out_dir`` or the number of groups.
 
-    Outside ``train``, edit types take turns. Raises DataError if no scene allows the edits.
+    Outside ``train``, groups cycle through the edit types. Raises DataError if no scene allows the edits.
     """
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
@@ -186,14 +189,14 @@ def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether the scenes suit a test row. If ``agrees``, both must follow all habits. Otherwise, the anchor must break a habit, and
-    the edit must change which habits are broken or how.
+    """Return whether the scenes suit a test row. If ``agrees`` is True, both must follow all habits. Otherwise, the anchor must break a
+    habit, and the edit must change which habits are broken or by what value.
     """
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Add descriptions, questions or both. Return None if the texts do not distinguish the scenes."""
+    """Add descriptions, questions or both to scenes. Return None if the texts do not distinguish the scenes."""
     question = question_of(split)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)

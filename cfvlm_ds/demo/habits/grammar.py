@@ -1,7 +1,8 @@
 """Grammar for texts about a scene: sentences, the statements that they make, and a judge for any text.
 
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
-statements of a sentence, or None if the grammar does not produce the sentence. Nothing is guessed: "there is two cup" has no statements.
+statements of a sentence, or None if the grammar does not produce the sentence. Errors are not corrected: for "there is two cup", it returns
+None.
 
 A noun phrase states that a kind of thing is present, its number ("a" is one) and, if mentioned, its colour. "the cups" states no number.
 """
@@ -50,7 +51,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Fill in a phrasing. The resulting sentence has no capital letter and no full stop."""
+    """Fill in one of the phrasings in SENTENCES. The resulting sentence has no capital letter and no full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
 
@@ -130,7 +131,7 @@ class Verdict:
     """Verdict on a text about a scene.
 
     ``statements`` maps each distinct statement to its truth. ``unparsed`` has the sentences that the grammar does not produce, and
-    ``sentences`` is the number of all sentences. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
+    ``sentences`` is the total number of sentences. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
     """
 
     statements: dict[Statement, bool]
@@ -160,9 +161,10 @@ def judge(text: str, scene: Scene) -> Verdict:
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where the scenes differ.
 
-    All things are listed with number and colour. One colour can be stated in a separate sentence instead. If it is not, a sentence states a
-    relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
-    If a thing is added, the total number of things is mentioned, because the text with fewer things would otherwise be true of both scenes.
+    All things are listed with number and colour, except that one colour can be stated in a separate sentence. If none is, a sentence states
+    a relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
+    If a thing was added or removed, the total number of things is mentioned, because the shorter list would otherwise be true of both
+    scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
@@ -210,7 +212,7 @@ def difference(before: str, after: str) -> tuple[str, str]:
 
 
 def key(things: Sequence[Thing]) -> str:
-    """Return a key for texts that list these things, regardless of positions and background."""
+    """Return a key shared by all texts that list these things, regardless of positions and background."""
     return ", ".join(sorted(map(phrase, things)))
 
 

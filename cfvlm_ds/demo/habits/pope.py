@@ -1,7 +1,7 @@
 """Questions about whether a thing is in a scene, in POPE's file format (arXiv 2305.10355).
 
-Absent things are random, popular (most frequent in pretraining scenes) or adversarial. Adversarial things are, in order of priority, the
-usual company of a thing in the picture, kinds that usually have the picture's background, and popular kinds.
+Absent things to ask about are random, popular (most frequent in pretraining scenes) or adversarial. Adversarial things are, in order of
+priority, the usual company of a thing in the picture, kinds that usually have the picture's background, and popular kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def popular_kinds(seed: int) -> list[str]:
 
 
 def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) -> list[str]:
-    """Return the absent kinds to ask about in a scene."""
+    """Return the kinds to ask about that are absent from a scene."""
     absent = [kind for kind in popular if not scene.find(kind)]
     if split == "random":
         return rng.sample(absent, _EACH)
@@ -42,8 +42,8 @@ def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) 
 
 
 def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed: int) -> None:
-    """Write POPE's three files and the pictures, each given as (file name, scene, PNG bytes). In addition to the official fields, each
-    question has ``habit``, which states whether the scene breaks a habit.
+    """Write POPE's three question files, and the pictures, which are given as (file name, scene, PNG bytes). In addition to the official
+    fields, each question has a field ``habit``, which states whether the scene breaks a habit.
     """
     (folder / "output" / "coco").mkdir(parents=True)
     (folder / "val2014").mkdir()

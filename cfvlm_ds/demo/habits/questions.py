@@ -1,4 +1,4 @@
-"""Questions whose answer differs between a scene and an edited scene.
+"""Questions whose answer differs between a scene and its edited version.
 
 Both answers to a question are texts of one group, which has both pictures. A model that ignores the pictures is therefore right on exactly
 one of them. In pretraining, only the first picture is shown.
@@ -44,7 +44,9 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Build a question about the change that ``edit`` made between scenes 0 and 1. Return None if the answers would be equal."""
+    """Build a question about the difference between scenes 0 and 1, which an edit of type ``edit`` made. Return None if the answers would
+    be equal.
+    """
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
     own = [[fact for fact in _facts(scene, factor) if not holds(fact, other)] for scene, other in (scenes[:2], scenes[1::-1])]
@@ -95,7 +97,7 @@ def _thing(fact: Statement, scene: Scene) -> Thing:
 
 
 def _asked(claim: Statement, scene: Scene) -> str:
-    """Phrase a claim as a yes/no question. Nouns agree with the number of things in ``scene``."""
+    """Phrase a claim as a yes/no question. Nouns are singular or plural as in ``scene``."""
     name, *words = claim
     if name == "background":
         return f"Is this a {words[0]} scene?"

@@ -1,7 +1,7 @@
 """World with habits: drawn scenes of a few things, most of which have their usual look and place.
 
-``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. In pretraining pictures, it is 0.96, so that a
-model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
+``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. In pretraining pictures, this probability is
+0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
 of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
@@ -28,7 +28,7 @@ FEWEST, MOST = 2, 5
 @dataclass(frozen=True)
 class Habit:
     """Typical attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that appears with it). A
-    value of "" or 0 means that there is no habit.
+    value of "" or 0 means that the kind has no such habit.
     """
 
     colour: str = ""
@@ -68,7 +68,7 @@ HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] 
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing, with a copy in each of the adjacent ``columns`` of its row."""
+    """One or more copies of a kind of thing, one in each of the adjacent ``columns`` of a row."""
 
     kind: str
     colour: str
@@ -126,7 +126,7 @@ class Scene:
 
 
 def spelled(scene: Scene) -> list[Any]:
-    """Convert a scene without its jitter to JSON values: the background, and the kind, colour, row and columns of each thing."""
+    """Convert a scene to JSON values: the background, and the kind, colour, row and columns of each thing. The jitter is left out."""
     return [scene.background, *([thing.kind, thing.colour, thing.row, thing.columns] for thing in scene.things)]
 
 
@@ -145,7 +145,7 @@ def places(free: set[int], number: int) -> list[tuple[int, ...]]:
 def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
     """Draw a scene that follows each habit of its things with probability ``strength``.
 
-    If ``held_out`` is True, exactly one thing has its held-out colour; otherwise, no thing has it.
+    If ``held_out`` is True, exactly one thing has the held-out colour of its kind; otherwise, none does.
     """
     empty = Scene((), rng.choice(BACKGROUNDS), rng.getrandbits(32))
     while (scene := _filled(empty, rng, strength)) is None:
@@ -179,7 +179,9 @@ def _value(rng: Random, strength: float, usual: Value, weights: dict[Value, floa
 
 
 def _kinds(rng: Random, strength: float, background: str) -> list[str]:
-    """Draw the kinds in a scene. A kind with a usual background has a higher weight on it and a lower weight elsewhere, by Bayes' rule."""
+    """Draw the kinds of things in a scene. By Bayes' rule, a kind with a usual background has a higher weight in scenes with this
+    background and a lower weight in others.
+    """
     home, elsewhere = strength * len(BACKGROUNDS), (1 - strength) * len(BACKGROUNDS) / (len(BACKGROUNDS) - 1)
     weights = {
         kind: 1.0 if not habit.background else home if habit.background == background else elsewhere for kind, habit in HABITS.items()
