@@ -45,7 +45,7 @@ class GroupLayout:
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
     tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
     each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
-    CounterfactualGroup), or are empty if no group names any. With ``in_batch``, C includes the texts of other groups.
+    CounterfactualGroup), or are empty if no group has any. With ``in_batch``, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
     first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in
@@ -72,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
+        """Return the layout with in-batch negatives removed unless ``in_batch``, and the blank picture removed unless ``blank``."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
@@ -124,7 +124,7 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return a layout in which every group whose flag is False is switched off: its cells and weight contribute to no sum."""
+        """Return the layout with every group whose flag in ``groups`` is False switched off: its cells and weight count in no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 
