@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is the field of the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is stored as it is."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -128,7 +128,9 @@ class Forest:
         return {}
 
     def on(self, build: Callable[..., Any], device: torch.device, *options: Any) -> Any:
-        """Return ``build(self, *options)`` on ``device``. It is computed once and shared by all layers with the same arguments."""
+        """Return the result of ``build(self, *options)``, moved to ``device``. It is cached and shared by all layers with the same
+        arguments.
+        """
         key = build, device, options
         if key not in self._placed:
             self._placed[key] = _move(build(self, *options), device)

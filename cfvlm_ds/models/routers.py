@@ -75,6 +75,6 @@ BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
 
 
 def check_balanced(model_type: str) -> None:
-    """Raise ConfigError for a model type that is not in ``BALANCED``."""
+    """Raise ConfigError for a model type whose load-balancing loss is not supported (see ``BALANCED``)."""
     if model_type not in BALANCED:
         raise ConfigError(f"train.router_balance supports model types {' and '.join(BALANCED)}, not {model_type!r}; leave it out")
