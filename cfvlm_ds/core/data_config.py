@@ -93,7 +93,7 @@ class DataConfig:
     Args:
         train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format (JSON lines, a
             JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of file names. A list of
-            {path: ..., weight: ...} is a mixture of sources; each source may have its own root, format, limit, objectives and scores
+            {path: ..., weight: ...} is a mixture of sources; each source can have its own root, format, limit, objectives and scores
             (docs/mixtures.md).
         stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been seen completely; smaller
             sources repeat until then. ``first_exhausted``: one source has been seen completely.

@@ -173,8 +173,7 @@ _reported: list[Path] = []
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing folder ``final`` is
-    kept.
+    """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing ``final`` is kept.
 
     If two processes create the same folder at the same time, the second one removes the first one's temporary folder and continues, and the
     first one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.

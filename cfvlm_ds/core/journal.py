@@ -86,8 +86,8 @@ class Journal:
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal. A missing file has no records.
 
-    A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
-    Raises DataError for an invalid record; the message names the file and the line, and ends with ``remedy``.
+    A last line without a line break is skipped: either it is still being written, or a killed process left it behind and the next writer
+    drops it. Raises DataError for an invalid record; the message names the file and the line, and ends with ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -27,9 +27,9 @@ class Divergence(NamedTuple):
 class InBatchNegatives:
     """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
 
-    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of its own group in the
-    step and its index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight in
-    comparisons of images (see InBatchNegative).
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of the text's group in
+    the step and the text's index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight
+    in comparisons of images (see InBatchNegative).
     """
 
     place: Tensor
@@ -107,10 +107,10 @@ class GroupLayout:
         return self.positive & (self.positive.cumsum(1) == 1)
 
     def compared(self, against: str) -> Tensor:
-        """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
+        """Return the cells, [G, I, C] bool, whose distributions a ``Divergence`` compares with those of the same text on its own image.
 
-        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that have the same known truth values
-        as the factual image, if the text is true of both.
+        ``against`` selects their images. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that
+        have the same known truth values as the factual image, if the text is true of both.
         """
         own = self.own
         if against == "sham":
@@ -129,7 +129,7 @@ class GroupLayout:
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 
     def of_objective(self, name: str) -> GroupLayout:
-        """Return the layout that an objective uses: groups that name only other objectives are switched off."""
+        """Return the layout that an objective uses: groups that are only for other objectives are switched off."""
         if all(named is None for named in self.objectives):
             return self
         return self.only([named is None or name in named for named in self.objectives])

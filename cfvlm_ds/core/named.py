@@ -49,7 +49,7 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Return a hint for an error message: the known name most similar to ``given`` or, failing that, ``otherwise`` and all known names."""
+    """Return a hint: the known name most similar to ``given`` or, if there is none, the text ``otherwise`` followed by all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"
 

@@ -28,7 +28,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
     YAML file or DeepSpeed JSON that does not exist is looked up among the files that come with the package (core/shipped.py).
 
     Raises ConfigError for an unknown option, naming the most similar valid one, and for a value of the wrong type. With ``--help`` or
-    ``--print_config``, prints the text and exits.
+    ``--print_config``, prints the help or the configuration and exits.
     """
     if {"-h", "--help"} & set(argv):
         option_parser(objectives, prog).print_help()
@@ -98,7 +98,7 @@ _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
-    """Read the options on the command line and in its YAML files. Later values replace earlier ones.
+    """Read the options on the command line and in the YAML files given there. Later values replace earlier ones.
 
     Returns the options, the names of the objective's terms, and the folder of the last YAML file. The terms come from the YAML files (by
     default, ``CFVLM``) and the command line.

@@ -73,7 +73,7 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
 
 
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
-    """Build the dataclass ``kind`` from the ``given`` options of section ``name``.
+    """Build an instance of the dataclass ``kind`` from the options ``given`` for the section ``name``.
 
     Raises ConfigError for an unknown option, naming the most similar of the ``known`` options, and for a value of the wrong type or out of
     range.

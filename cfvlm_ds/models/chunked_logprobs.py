@@ -131,8 +131,8 @@ def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, .
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits of states. For half precision they are float32, because a bfloat16 logit between 16 and 32 is off by up to 0.0625
-    nats.
+    """Return the logits of states. Half-precision states give float32 logits, because a bfloat16 logit between 16 and 32 is off by up to
+    0.0625 nats.
     """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T

@@ -65,8 +65,8 @@ class Family:
 
     Args:
         model_types: values of ``config.model_type`` that select the family; folder names are never used.
-        vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides, so a
-            projector can lie inside the tower. The output head belongs to the language model.
+        vision_tower, projector, language_model: prefixes of parameter names, without prefixes added by wrappers. The longest match decides,
+            so a projector can lie inside the tower. The output head belongs to the language model.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
         image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.

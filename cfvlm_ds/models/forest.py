@@ -60,7 +60,7 @@ class Forest:
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Start of each node, followed by the end of the row."""
+        """Index of each node's first token, followed by the number of tokens."""
         return list(itertools.accumulate(self.lengths, initial=0))
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class Forest:
 
     @functools.cached_property
     def bounds(self) -> list[int]:
-        """Start of each tree, followed by the end of the row."""
+        """Index of each tree's first token, followed by the number of tokens."""
         return [self.starts[root] for root in self.roots]
 
     @functools.cached_property

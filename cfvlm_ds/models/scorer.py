@@ -76,8 +76,8 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must run in this module's
-        forward.
+        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must be called through
+        this method.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
