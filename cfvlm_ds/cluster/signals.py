@@ -66,7 +66,9 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Stop a child process from reporting its signals to the parent. A process pool, for example, ends its workers with signals."""
+    """Stop a child process from reporting its signals to the parent. Otherwise, a process pool that terminates its workers with signals
+    would stop the run.
+    """
     signal.set_wakeup_fd(-1)
 
 

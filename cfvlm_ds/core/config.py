@@ -1,8 +1,9 @@
 """Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Unknown options are errors, and the resolved configuration can be printed as YAML. An option that transformers' TrainingArguments also has
-keeps its name. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes, learning rates and
-steps. "auto" in the JSON stands for the run's value. A contradiction between the two is an error (see engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. Options that transformers' TrainingArguments also has
+keep their names. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes, learning rates and
+steps. An "auto" in the JSON is replaced by the run's value. A contradiction between JSON and run configuration is an error (see
+engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LoraConfig:
         dropout: dropout on an adapter's input.
         load_in_4bit: store the language model's base weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
         dora: also train the magnitude of each weight row (DoRA, arXiv 2402.09353).
-        rslora: multiply an adapter's output by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        rslora: multiply an adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = option(16, within=(1, 1e6), on_resume="refuse")
@@ -120,7 +121,7 @@ class TrainConfig:
         per_device_train_batch_size: groups per micro-batch and rank (see also ``data.max_tokens_per_micro_batch``); by default 8, or fewer
             if a step would otherwise need more groups than an epoch has.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        per_device_eval_batch_size: groups per evaluation batch and rank. A batch is scored in forwards of at most
+        per_device_eval_batch_size: groups per evaluation batch and rank. A batch is scored in forward passes of at most
             ``data.max_tokens_per_forward`` tokens or, if that is not set, ``data.max_tokens_per_micro_batch`` tokens.
         learning_rate: peak learning rate of every module that does not set its own.
         weight_decay: AdamW's decoupled weight decay; biases and norms are exempt.
@@ -129,9 +130,9 @@ class TrainConfig:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' load-balancing loss for the routers of a mixture of experts, computed over all tokens of a
-            step; published configurations use 0.001. If a step has several forwards, each forward runs one extra time.
-        hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. A forward
-            without gradients first scores all counterfactuals. By default, a step trains on all of them.
+            step; published configurations use 0.001. If a step has several forward passes, each of them runs one extra time.
+        hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
+            selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
         lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
         warmup_ratio: share of the steps during which the learning rate rises linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
@@ -143,10 +144,10 @@ class TrainConfig:
             also evaluated after each quarter of the training. This takes about a tenth of the training time.
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
-            evaluates nothing.
+            skips this evaluation.
         samples: number of evaluation pictures for which the model writes a text at each evaluation; results.md shows the texts.
         eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
-            gets. This costs one extra image with its texts per group.
+            gets. The cost is that of one more image per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
@@ -154,9 +155,9 @@ class TrainConfig:
         save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
             kept. It is saved right after the evaluation.
         early_stopping: end the training after this many consecutive evaluations without an improvement in the ``save_best`` metric.
-        resume: ``auto`` continues from the newest complete checkpoint of output_dir, if any; ``never`` starts at step 0 and refuses a
-            folder with a checkpoint; ``restart`` is like ``auto``, but starts at step 0 if no checkpoint can be used. The path of a
-            checkpoint continues from that checkpoint.
+        resume: ``auto`` continues from the newest complete checkpoint of output_dir, starts at step 0 if there is no checkpoint, and fails
+            if there are only unusable ones; ``restart`` is like ``auto``, but starts at step 0 instead of failing; ``never`` starts at step
+            0 and refuses a folder with a checkpoint; the path of a checkpoint continues from there.
         resume_changes: action if an option that affects the training has changed since the checkpoint: ``refuse`` names the option and
             stops; ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
         on_nonfinite: action of all ranks if a loss or gradient is NaN or infinite on any rank: ``stop``, or ``skip`` the step (at most 10
@@ -166,14 +167,16 @@ class TrainConfig:
             checkpoint.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
-        self_check: check before the first step that all weights are finite, and that packed rows give the same scores as single-row
-            forwards, up to rounding errors. If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the check.
+        self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
+            (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
+            check.
         displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
             many nats per token below its initial value.
         retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
             also evaluated before the first step, and later changes in their results are logged.
         figures: draw the learning curves and the score matrices of a few groups at the end.
-        export: at the end, write a Hugging Face folder: ``output_dir/export``, or ``output_dir/adapter`` if only adapters were trained.
+        export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
+            to ``output_dir/adapter``.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """
 
@@ -229,8 +232,8 @@ class TrackingConfig:
     """Tracking in MLflow.
 
     Args:
-        enabled: record the run in MLflow; metrics.jsonl is written in any case. MLFLOW_TRACKING_URI names a server; without it, the store
-            is in the run folder.
+        enabled: record the run in MLflow; metrics.jsonl is written in any case. The environment variable MLFLOW_TRACKING_URI selects a
+            server; if it is not set, the store is in the run folder.
         experiment: experiment name.
         run_name: run name; by default, the name of the output folder.
         also: other trackers that receive the metrics: ``tensorboard``, or your own class as MODULE:CLASS.
@@ -253,7 +256,7 @@ class HabitsConfig:
         num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
-        strength: probability that a thing in a training picture follows one of its habits.
+        strength: probability with which a thing in a training picture follows each of its habits.
         edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
@@ -330,5 +333,5 @@ class RunConfig:
 
     @property
     def loss(self) -> str:
-        """The objective as a sum of weighted terms: ``1 align + 1 csd + 1 fcd``."""
+        """The objective as text, such as ``1 align + 1 csd + 1 fcd``: each term with its weight."""
         return " + ".join(f"{term.weight:g} {name}" for name, term in self.objective.items())

@@ -1,7 +1,7 @@
 """Conversations. The prompt that a text answers is a string or a conversation: a sequence of turns with pictures between the words.
 
-A string stands for a single user turn, preceded by the pictures. A conversation ends with the turn that the text answers. Its pictures, in
-order, are the pictures of one image of the group.
+A string stands for a single user turn in which all pictures come before the words. A text answers the last turn of a conversation. The
+pictures in a conversation are, in this order, those of one image of the group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Part: TypeAlias = str | Literal[Marker.PICTURE]
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation: its role (one of ROLES) and its parts. Each part is a text or PICTURE."""
+    """A turn of a conversation: its role (one of ROLES) and its parts. Each part is a text or the placeholder PICTURE."""
 
     role: str
     parts: tuple[Part, ...]
@@ -55,7 +55,7 @@ def pictures_of(turns: Sequence[Turn]) -> int:
 
 
 def check_conversation(turns: Sequence[Turn], where: str) -> None:
-    """Raise DataError if the turns are not a valid prompt. The message begins with ``where``."""
+    """Raise DataError if the turns are not a valid prompt. The error message starts with ``where``."""
     if not turns or turns[-1].role != "user":
         ending = f"ends with a turn of the {turns[-1].role}" if turns else "has no turns"
         raise DataError(f"{where}: the conversation {ending}; it must end with a turn of the user, which the text answers")
@@ -81,7 +81,9 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return the prompt as JSON values: a string or a list of messages. The content of a message with a single text is a string."""
+    """Return the prompt as JSON values: a string or a list of messages. If a message consists of a single text, its content is a string,
+    not a list.
+    """
     if isinstance(prompt, str):
         return prompt
     written = messages(prompt)
@@ -108,14 +110,14 @@ def readable(prompt: Prompt) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return the text in Unicode's composed form (NFC), with runs of white space collapsed. Texts with the same result count as one
-    caption.
+    """Return the text in Unicode's composed form (NFC), with runs of white space collapsed. Texts with the same normalised form count as
+    duplicates.
     """
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def normalised_prompt(prompt: Prompt) -> Prompt:
-    """Return the prompt with all its texts normalised. Prompts with the same result count as one question."""
+    """Return the prompt with all its texts normalised. Prompts with the same normalised form count as the same question."""
     if isinstance(prompt, str):
         return normalised(prompt)
     return tuple(Turn(turn.role, tuple(part if part is PICTURE else normalised(part) for part in turn.parts)) for turn in prompt)

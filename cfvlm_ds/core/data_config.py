@@ -48,8 +48,7 @@ class Source(DataSet):
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
         name: name of the source in metrics and group ids; by default, the file name without its ending.
-        weight: share of the draws, relative to the weights of the other sources. If no source has a weight, sources are drawn in proportion
-            to their size.
+        weight: relative frequency with which the source is drawn. If no source has a weight, sources are drawn in proportion to their size.
         objectives: terms of the objective that use the source's groups; by default all.
         scores: like ``data.scores``, for this source.
     """
@@ -70,7 +69,7 @@ class EvaluationSet(DataSet):
 
     Args:
         path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
-        root: overrides ``data.root`` for this set; for a benchmark, the folder that holds the benchmarks' folders.
+        root: overrides ``data.root`` for this set; for a benchmark, the folder that contains one folder per benchmark.
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all. For a benchmark, the approximate number of items, which are
             spread evenly over the benchmark.
@@ -93,8 +92,8 @@ class DataConfig:
 
     Args:
         train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format (JSON lines, a
-            JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of files. A list of
-            {path: ..., weight: ...} is a mixture of sources; each source may have its own root, format, limit, objectives and scores
+            JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of file names. A list of
+            {path: ..., weight: ...} is a mixture of sources; each source can have its own root, format, limit, objectives and scores
             (docs/mixtures.md).
         stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been seen completely; smaller
             sources repeat until then. ``first_exhausted``: one source has been seen completely.
@@ -110,17 +109,17 @@ class DataConfig:
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
-            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. Data that are broken when the run
-            starts are refused; ``cfvlm-ds data prepare --on_error skip`` leaves them out.
-        max_skipped: largest number of groups that ``skip`` may leave out in a run; exceeding it is an error.
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. A run with data that are already
+            broken does not start; ``cfvlm-ds data prepare --on_error skip`` leaves such rows out.
+        max_skipped: maximum number of groups that are skipped in a run; if more cannot be read, the run fails.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
             ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
-        max_tokens_per_forward: run a larger micro-batch as several forwards of at most this many tokens; all but the last run twice
-            (gradient cache, arXiv 2101.06983). The gradients are the same. Only one forward has to fit into memory, and a step takes about
-            a third longer. If an image has too many texts for a forward, the texts are divided.
+        max_tokens_per_forward: split a larger micro-batch into forward passes of at most this many tokens; all but the last run twice
+            (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes about a
+            third longer. If an image has too many texts for one pass, they are divided among several.
         feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
-            that, the tower never runs. Every rank must see the folder; runs may share it. docs/families.md states its size.
+            that, the tower never runs. Every rank needs access to the folder; several runs can share it. docs/families.md states its size.
     """
 
     train: list[Source] | str = option("", on_resume="ignored")
@@ -145,7 +144,8 @@ class DataConfig:
 
     @property
     def train_sets(self) -> dict[str, Source]:
-        """Training sources by name, with root and format filled in. Training data that are not a mixture are a single source named "train".
+        """Training sources by name, with ``data.root`` and ``data.format`` as defaults. Training data that are not a mixture become a
+        single source named "train".
 
         Raises ConfigError if two sources have the same name, if a name cannot be part of a metric or file name, or if only some sources
         have a weight.
@@ -177,7 +177,7 @@ class DataConfig:
 
     @property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
-        """Evaluation manifests by name, with root and format filled in."""
+        """Evaluation manifests by name, with ``data.root`` and ``data.format`` as defaults."""
         sets = {name: EvaluationSet(split) if isinstance(split, str) else split for name, split in self.evaluation.items()}
         return {
             name: replace(split, root=self.root if split.root is None else split.root, format=split.format or self.format)

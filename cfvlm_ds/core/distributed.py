@@ -76,11 +76,11 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must do so within the block.
+    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must connect within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
-    and have this port or none, they use a free port that rank 0 publishes in a file named after the launcher, their parent process. Any
-    other port comes from the user or torchrun's agent and is kept.
+    and MASTER_PORT is 29500 or not set, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
+    process). Any other port was set by the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
     if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
@@ -104,7 +104,7 @@ _PORT_TIMEOUT_S = 300.0
 
 
 def _published_port(file: Path) -> str:
-    """Wait for the port that rank 0 publishes, and return it. A file of this name that belongs to another user is ignored."""
+    """Wait for the port that rank 0 publishes, and return it. The file is ignored if it belongs to another user."""
     end = time.monotonic() + _PORT_TIMEOUT_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), file.open() as handle:

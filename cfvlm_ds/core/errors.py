@@ -9,7 +9,7 @@ from cfvlm_ds.core.text import printable
 
 
 def unwritten(path: Path, error: OSError) -> str:
-    """Return a message about a file that could not be written. It adds the path, which the system's error often lacks."""
+    """Return a message about a file that could not be written. It contains the path, which the system's error often lacks."""
     return f"{path} cannot be written ({error.strerror or error})"
 
 
@@ -19,11 +19,11 @@ def first_line(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """An error that the user can correct: bad input, or too little space for the run. It ends a command with exit code 2.
+    """An error that the user can correct: bad input, or too little space for the run. The command then exits with code 2.
 
-    The message is one printable line without secrets. Because it can quote ids, paths and values from untrusted files, line breaks, escape
-    sequences (which control the terminal) and unpaired surrogates (which cannot be printed) are shown in Python's notation. The middle of a
-    message with thousands of characters is cut out.
+    The message is one printable line in which secrets are masked. Because it can quote ids, paths and values from untrusted files, line
+    breaks, escape sequences (which control the terminal) and unpaired surrogates (which cannot be printed) are shown in Python's notation.
+    The middle of a message longer than 2,000 characters is cut out.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,7 +42,7 @@ class ConfigError(InputError):
 
 
 class StorageError(InputError):
-    """A file that cannot be written or read: full disk, quota or permissions. The message names the file and the remedy."""
+    """A file that cannot be written or read because of a full disk, a quota or permissions. The message names the file and the remedy."""
 
 
 class OutOfMemory(InputError):
@@ -53,7 +53,7 @@ _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether a library failed on its input. The error is then an Exception or a Rust library's panic, which does not derive from
-    Exception.
+    """Return whether an error shows that a library failed on its input: any Exception, or a Rust library's panic, which does not derive
+    from Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -29,7 +29,7 @@ def create(path: Path) -> IO[bytes]:
 
 
 class Summed:
-    """A file that is written sequentially, with the size and CRC-32 of the data so far."""
+    """Wrapper of a file open for writing, with the size and CRC-32 of the data written so far."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
@@ -68,10 +68,11 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Open a temporary file that is renamed to ``path`` at the end of the block. No reader sees half a file, and no crash leaves one.
+    """Open a temporary file that is renamed to ``path`` at the end of the block. Readers therefore never see a partial file at ``path``,
+    even after a crash.
 
-    With ``shared``, several processes can write the file at the same time. Without it, raises ConfigError if another process is writing the
-    file. Raises an OSError that names ``path``. The temporary file is always removed.
+    With ``shared``, several processes can write the file at the same time. Otherwise, raises ConfigError if another process is writing it.
+    If writing fails, raises an OSError that names ``path``. The temporary file is removed in any case.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -172,10 +173,10 @@ _reported: list[Path] = []
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Create an empty folder that is renamed to ``final`` at the end of the block. An older folder of that name is kept until then.
+    """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing ``final`` is kept.
 
-    If two processes create the same folder at the same time, the second one continues. The first one raises FileExistsError, because its
-    temporary folder is gone. Raises OSError. The temporary folder is always removed.
+    If two processes create the same folder at the same time, the second one removes the first one's temporary folder and continues, and the
+    first one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
@@ -208,7 +209,7 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``. If the latter fails, undo the former. Raises OSError."""
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; if this fails, undo the first step. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:

@@ -97,12 +97,12 @@ class CounterfactualGroup:
     """I images x C candidate texts with a truth table; (image 0, candidate 0) is the factual pair.
 
     ``match[i][c]`` is 1 if text c is true of image i, 0 if it is false, and None if unknown. An image is a tuple of pictures, and all
-    images of a group have the same number of pictures. ``source`` names the group's data set. ``objectives`` names the terms that use the
-    group; None means all terms. ``meta`` holds all other fields of the row as unparsed JSON.
+    images of a group have the same number of pictures. ``source`` is the name of the group's data set. ``objectives`` lists the terms that
+    use the group; None means all terms. ``meta`` holds all further fields of the manifest's row as unparsed JSON.
 
-    ``keys`` holds one key per text, or nothing if no text has a key. Texts with equal keys have the same meaning. The key "" stands for the
-    text itself. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images. ``in_step`` is
-    added during training and never stored.
+    ``keys`` holds one key per text, or is empty if no text has a key. Texts with equal keys have the same meaning. If a key is "", the text
+    itself is its key. ``exclude`` lists the keys of other groups' texts that must not be used as negatives of the group's images.
+    ``in_step`` is added during training and never stored.
     """
 
     id: str
@@ -172,13 +172,13 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return the group with other image paths for the same number of images. Only the picture checks are repeated."""
+        """Return the group with its image paths replaced by the same number of paths. Only the checks of the pictures are repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
 
     def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
-        """Return the group with its position in an optimizer step, and the texts of other groups that are scored on its images."""
+        """Return a copy of the group that holds its position in an optimizer step and other groups' texts to score on its images."""
         return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:
@@ -211,7 +211,7 @@ class CounterfactualGroup:
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group whose evaluation would exceed MAX_COMPARISONS."""
+    """Raise DataError for a group with more than MAX_COMPARISONS comparisons of a true and a false cell."""
     images, texts = len(group.images), len(group.candidates)
     if images * texts * (images + texts) // 4 <= MAX_COMPARISONS:  # holds for nearly all groups
         return
@@ -226,7 +226,7 @@ def check_comparisons(group: CounterfactualGroup) -> None:
 
 
 def check_side(num_images: int, num_texts: int, where: str) -> None:
-    """Raise DataError for a group with more images or texts than one forward can take."""
+    """Raise DataError for a group with too many images, texts or cells (MAX_SIDE, MAX_CELLS)."""
     if max(num_images, num_texts) > MAX_SIDE:
         raise DataError(f"{where} has {num_images} images and {num_texts} texts, over the limit of {MAX_SIDE} for either; split the row")
     if num_images * num_texts > MAX_CELLS:

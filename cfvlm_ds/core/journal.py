@@ -1,4 +1,4 @@
-"""Append-only files. If a process is killed, only the last entry can be incomplete, and the next process drops it."""
+"""Append-only files. If a process is killed, only the last entry can be incomplete. It is dropped when the file is next opened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def as_line(record: Any) -> bytes:
 
 
 class Journal:
-    """A file of lines to which one process appends. An incomplete last line is reported and dropped.
+    """A file of lines to which one process appends. When it is opened, an incomplete last line is reported and dropped.
 
     Args:
         alone: lock the file; not needed if its folder is locked.
@@ -48,7 +48,7 @@ class Journal:
             raise StorageError(f"{unwritten(path, error)}; free some space, or correct the folder") from error
 
     def _whole_lines(self, size: int) -> int:
-        """Return the number of bytes up to the last line break."""
+        """Return the number of bytes up to and including the last line break."""
         block, start = b"", size
         while start > 0 and b"\n" not in block:
             start = max(0, start - _BLOCK)
@@ -86,8 +86,8 @@ class Journal:
 def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal. A missing file has no records.
 
-    A last line without a line break is skipped: either it is still being written, or a killed process left it and the next writer drops it.
-    Raises DataError for an invalid record, naming the file, the line and ``remedy``.
+    A last line without a line break is skipped: either it is still being written, or a killed process left it behind and the next writer
+    drops it. Raises DataError for an invalid record; the message names the file and the line, and ends with ``remedy``.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -112,8 +112,8 @@ def append(path: Path, line: str, say: Say) -> bool:
 
 
 class Waiting:
-    """A journal whose failures never end the process. Lines that cannot be written are kept in memory and written in order as soon as the
-    disk accepts them.
+    """A journal whose write errors never terminate the process. Lines that cannot be written are kept in memory and written in order as
+    soon as the disk accepts them.
 
     Args:
         say: called with a message when writing first fails, and when it works again.
@@ -132,7 +132,7 @@ class Waiting:
         self._flush()
 
     def close(self) -> list[str]:
-        """Try to write one last time, close the file, and return the lines that are lost. Later calls return an empty list."""
+        """Try to write one last time, close the file, and return the lines that could not be written. Later calls return an empty list."""
         if self.closed:
             return []
         self.closed = True

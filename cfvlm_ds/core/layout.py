@@ -27,9 +27,9 @@ class Divergence(NamedTuple):
 class InBatchNegatives:
     """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
 
-    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of its own group in the
-    step and its index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight in
-    comparisons of images (see InBatchNegative).
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of the text's group in
+    the step and the text's index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight
+    in comparisons of images (see InBatchNegative).
     """
 
     place: Tensor
@@ -45,7 +45,7 @@ class GroupLayout:
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
     tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
     each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
-    CounterfactualGroup), or are empty if no group names any. With ``in_batch``, C includes the texts of other groups.
+    CounterfactualGroup), or are empty if no group has any. With ``in_batch``, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
     first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in
@@ -72,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
+        """Return the layout with in-batch negatives removed unless ``in_batch``, and the blank picture removed unless ``blank``."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
@@ -107,10 +107,10 @@ class GroupLayout:
         return self.positive & (self.positive.cumsum(1) == 1)
 
     def compared(self, against: str) -> Tensor:
-        """Return the cells, [G, I, C] bool, that a ``Divergence`` compares with the same text on its own image.
+        """Return the cells, [G, I, C] bool, whose distributions a ``Divergence`` compares with those of the same text on its own image.
 
-        ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that have the same known truth values
-        as the factual image, if the text is true of both.
+        ``against`` selects their images. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that
+        have the same known truth values as the factual image, if the text is true of both.
         """
         own = self.own
         if against == "sham":
@@ -124,12 +124,12 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return a layout in which every group whose flag is False is switched off: its cells and weight contribute to no sum."""
+        """Return the layout with every group whose flag in ``groups`` is False switched off: its cells and weight count in no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 
     def of_objective(self, name: str) -> GroupLayout:
-        """Return the layout that an objective uses: groups that name only other objectives are switched off."""
+        """Return the layout that an objective uses: groups that are only for other objectives are switched off."""
         if all(named is None for named in self.objectives):
             return self
         return self.only([named is None or name in named for named in self.objectives])

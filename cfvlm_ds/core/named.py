@@ -1,4 +1,4 @@
-"""Registry entries by name: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` to change the entry's options."""
+"""Lookup of registry entries by name: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` to change the entry's options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
-    """Return the entry of ``known`` that ``spec`` names, with the options that ``spec`` sets. A value with a comma must be in double
-    quotes.
+    """Return the entry of ``known`` that is named in ``spec``, with the options given there. A value with a comma must be in double quotes.
 
-    Only dataclass entries have options: their fields. ``besides`` lists further valid names for messages. Raises ValueError for an unknown
-    name, option or value.
+    Only dataclass entries have options: their fields. ``besides`` holds further valid names, which are used only in error messages. Raises
+    ValueError for an unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:
@@ -50,14 +49,14 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
 
 
 def near(given: str, known: Collection[str], otherwise: str) -> str:
-    """Return a hint: the known name most similar to ``given``, or ``otherwise`` and all known names."""
+    """Return a hint: the known name most similar to ``given`` or, if there is none, the text ``otherwise`` followed by all known names."""
     matches = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"{otherwise}{', '.join(known)}"
 
 
 def imported(name: str, option: str, kind: str) -> Any:
-    """Import the object that ``name`` (MODULE:NAME) denotes. Raises ConfigError if that fails; ``kind`` describes the valid values of
-    ``option``.
+    """Import and return the object ``name``, given as MODULE:NAME. Raises ConfigError if that fails. The error message names ``option`` and
+    includes ``kind``, a description of the option's valid values.
     """
     module, _, attribute = name.partition(":")
     try:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
 """Handling of an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it.
 "refuse" always refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or
-memory use changes. "ignored" is for names, records, checks, and files, whose contents are compared instead.
+memory use changes. "ignored" is for names, records and checks, and for files, whose contents are compared instead.
 """
 
 Range = tuple[float, float]
@@ -27,7 +27,7 @@ def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range
 
 
 def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
-    """Return the ``on_resume`` value of each option in a section, or None if it has none, keyed by ``prefix`` plus the field's name."""
+    """Return the ``on_resume`` value (None if there is none) of each option in a section, by ``prefix`` plus the field's name."""
     reactions: dict[str, OnResume | None] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):

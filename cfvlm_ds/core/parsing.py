@@ -1,4 +1,4 @@
-"""Option parsing: builds a RunConfig from YAML files and the command line, and reports invalid options and values in one sentence."""
+"""Option parsing: builds a RunConfig from YAML files and the command line; an invalid option or value gives a one-sentence error."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
     """Parse command-line arguments into the configuration of a run.
 
-    ``objectives`` maps the name of each term to a dataclass with at least the field ``weight``. A run has the terms that its YAML files
-    name (by default, align, csd and fcd) and the terms on the command line, except terms with weight 0. Options are written
+    ``objectives`` maps the name of each term to a dataclass with at least the field ``weight``. The objective of a run has the terms in its
+    YAML files (by default, align, csd and fcd) and those on the command line, except terms with weight 0. Options are written
     ``--train.learning_rate 1e-5`` or ``--train.learning_rate=1e-5``. ``--config FILE`` reads YAML. Later values override earlier ones. A
     YAML file or DeepSpeed JSON that does not exist is looked up among the files that come with the package (core/shipped.py).
 
-    Raises ConfigError for an unknown option, naming the nearest valid one, or for a value of the wrong type. ``--help`` and
-    ``--print_config`` print and exit.
+    Raises ConfigError for an unknown option, naming the most similar valid one, and for a value of the wrong type. With ``--help`` or
+    ``--print_config``, prints the help or the configuration and exits.
     """
     if {"-h", "--help"} & set(argv):
         option_parser(objectives, prog).print_help()
@@ -98,7 +98,7 @@ _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
-    """Read all options. Later values replace earlier ones.
+    """Read the options on the command line and in the YAML files given there. Later values replace earlier ones.
 
     Returns the options, the names of the objective's terms, and the folder of the last YAML file. The terms come from the YAML files (by
     default, ``CFVLM``) and the command line.
@@ -149,7 +149,7 @@ def _document(given: str) -> dict[str, Any]:
 
 
 def _plain(value: str) -> Any:
-    """Parse a value from the command line. Only lists, mappings and null are parsed here; any other value is parsed according to the
+    """Parse a value from the command line. Only lists, mappings and null are parsed here; any other value is parsed later, according to the
     option's type.
     """
     try:
@@ -168,7 +168,7 @@ def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False)
 
 
 def _put(options: dict[str, Any], path: Sequence[str], value: Any, once: bool = False) -> None:
-    """Set an option in nested sections. A mapping of evaluation sets is not split further, because their names can contain dots."""
+    """Set an option in nested sections. The names in a mapping of evaluation sets are not split at dots, because they can contain dots."""
     name, *inside = path
     before = options.get(name)
     section = bool(inside) or (isinstance(value, Mapping) and name != "evaluation")

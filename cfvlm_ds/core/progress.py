@@ -1,4 +1,4 @@
-"""Progress lines for long work, with the rate and the time left. The first line appears after two seconds, and later lines every few
+"""Progress lines for long tasks, with the rate and the time left. The first line appears after two seconds, and later lines every few
 seconds.
 """
 

@@ -70,10 +70,10 @@ def printed_once(sentence: str) -> Iterator[bool]:
     """Choose one of several ranks to print a sentence. Yields True on the chosen rank, which prints within the block, and False on the
     others.
 
-    Rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not. Ranks can
-    fail before they are connected, or while others wait in a collective, so they cannot exchange messages. Instead, the printing rank
-    leaves a mark: an empty file in the temporary folder, named after the launch and the sentence. The sentence is therefore printed once
-    per machine.
+    Usually rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not.
+    Ranks can fail before they are connected, or while others wait in a collective, so they cannot exchange messages. Instead, the printing
+    rank creates a mark: an empty file in the machine's temporary folder, named after the launch and the sentence. The sentence is therefore
+    printed once per machine.
     """
     if num_ranks() == 1:
         yield True
@@ -105,7 +105,7 @@ def _wait_for(mark: Path, seconds: float) -> None:
 
 
 def _is_said(mark: Path) -> bool:
-    """Return whether a rank of this launch has left the mark.
+    """Return whether a rank of this launch has created the mark (see ``printed_once``).
 
     A mark older than this process comes from an earlier launch by the same parent, and does not count.
     """

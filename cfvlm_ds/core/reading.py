@@ -1,4 +1,4 @@
-"""File reading: JSON and YAML without duplicate keys, and untrusted files, which must be regular files of limited size.
+"""File reading: JSON and YAML, in which duplicate keys are errors, and untrusted files, which must be regular files of limited size.
 
 The functions raise ValueError or OSError without the file's name, which the caller adds.
 """
@@ -36,7 +36,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved."""
+    """Return the end of a message about a missing file: for a relative path, the folder against which it is resolved."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 
@@ -45,7 +45,7 @@ class TooLarge(ValueError):
 
 
 class DuplicateKey(ValueError):
-    """An object with a repeated key. Most readers silently use the last value."""
+    """An object with a repeated key. Most parsers silently use the last value."""
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -150,10 +150,10 @@ def yaml_of(value: Any) -> str:
 
 
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse a JSON text. Raises ValueError like json.loads, and DuplicateKey naming the key unless another ``decoder`` is given.
+    """Parse a JSON text. Raises ValueError like json.loads and, unless a ``decoder`` is given, DuplicateKey with the key that occurs twice.
 
-    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because the value may later be written
-    by code that is deeper in the stack.
+    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because code that is deeper in the
+    stack might later write the value.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

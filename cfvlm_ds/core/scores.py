@@ -48,7 +48,7 @@ class Scores:
     divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
-        """Return the scores without in-batch negatives unless ``in_batch``, and without the blank picture unless ``blank``."""
+        """Return the scores with in-batch negatives removed unless ``in_batch``, and the blank picture removed unless ``blank``."""
         layout = self.layout.seen(in_batch, blank)
         if layout is self.layout:
             return self
@@ -108,7 +108,7 @@ def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
     """Compute the divisor of each cell, [G, I, C]: the token count of the group's factual text (``anchor``) or of the cell's text
     (``own``), or 1 (``none``).
 
-    With ``anchor``, all cells of a group have the same divisor. With ``own``, words shared by two texts of different lengths get a
+    With ``anchor``, all cells of a group have the same divisor. With ``own``, even words that two texts of different lengths share get a
     gradient.
     """
     if len_norm == "none":

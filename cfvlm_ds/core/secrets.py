@@ -110,7 +110,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def mask_tracebacks() -> None:
-    """Make Python print uncaught exceptions, including exceptions in threads, without secrets."""
+    """Make Python mask secrets when it prints uncaught exceptions, including exceptions in threads."""
 
     def print_exception(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         print_line("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
@@ -120,8 +120,8 @@ def mask_tracebacks() -> None:
 
 
 def print_line(message: str, error: bool = False) -> None:
-    """Print a line without secrets, to stderr if it reports an ``error``. A line that cannot be written, for instance to a log on a full
-    disk, is lost.
+    """Print a line with secrets masked: to stderr if ``error`` is True, otherwise to stdout. A line that cannot be written, for instance to
+    a log on a full disk, is lost.
     """
     with contextlib.suppress(OSError):
         print(without_secrets(message), file=sys.stderr if error else sys.stdout, flush=True)

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Lazy(Sequence[T]):
-    """Sequence of ``make(k)`` for every k in ``places``; its slices are lazy as well."""
+    """Sequence of the items ``make(k)`` for every index k in ``places``. Its slices are lazy as well."""
 
     def __init__(self, make: Callable[[int], T], places: range | int) -> None:
         self._make, self._places = make, range(places) if isinstance(places, int) else places
@@ -32,12 +32,12 @@ class Lazy(Sequence[T]):
 
 
 def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
-    """Return the number of equal items, such as words, at the beginning of two sequences."""
+    """Return the number of items, such as words, that two sequences have in common at the beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
-    """Yield (item, result) pairs in order, while threads compute the next ``ahead`` results."""
+    """Yield each item and the result of ``function`` for it, in order, while threads compute the next ``ahead`` results."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque((item, pool.submit(function, item)) for item in islice(items, ahead))
         try:

@@ -1,6 +1,6 @@
 """Shipped files: DeepSpeed configurations, recipes and Slurm scripts that come with the package.
 
-In a wheel, they are in a subfolder of the package; in a checkout, they are at its root.
+In a wheel, they are in a subfolder of the package; in a checkout, they are at the root of the repository.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def shipped(name: str) -> Path:
 
 
 def resolve_shipped(given: str, folder: str) -> str:
-    """Resolve a file name to itself if the file exists, else to the file of that name in the package's ``folder``.
+    """Return a file name unchanged if the file exists, else the path of the file of that name in the package's ``folder``.
 
-    The name can include the package's folder, as in ds_configs/z3.json. A name that cannot be resolved is returned unchanged.
+    The name can start with that folder, as in ds_configs/z3.json. A name that cannot be resolved is returned unchanged.
     """
     *before, name = given.split("/")
     if os.path.lexists(given) or before not in ([], [folder]) or name in ("", ".", ".."):
@@ -34,7 +34,7 @@ def resolve_shipped(given: str, folder: str) -> str:
 
 
 def refuse_no_file(given: str, path: str) -> None:
-    """Raise ConfigError if ``path`` is not a file. ``given`` is the --config argument that was resolved to it."""
+    """Raise ConfigError if ``path`` is not a file. ``given`` is the --config argument that was resolved to this path."""
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name a file of options in it")
     if not os.path.lexists(path):

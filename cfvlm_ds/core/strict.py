@@ -73,9 +73,9 @@ def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]
 
 
 def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> Any:
-    """Build the dataclass ``kind`` from the ``given`` options of section ``name``.
+    """Build an instance of the dataclass ``kind`` from the options ``given`` for the section ``name``.
 
-    Raises ConfigError for an unknown option, naming the nearest of the ``known`` options, and for a value of the wrong type or out of
+    Raises ConfigError for an unknown option, naming the most similar of the ``known`` options, and for a value of the wrong type or out of
     range.
     """
     prefix, hints, values = f"{name}." if name else "", get_type_hints(kind), {}
@@ -101,7 +101,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to the type ``hint``. Raises ConfigError for a value that does not fit; the message begins with ``option``."""
+    """Convert a value to the type ``hint``. Raises ConfigError if it does not fit; the message starts with the name ``option``."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -175,8 +175,8 @@ def _called(hint: Any) -> list[str]:
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
 
-    The result is the option that has this name in other programs, or else the option with the most similar name. The last parts of the
-    names must be similar too, because all options of a section begin with the same letters.
+    If other programs use this name for one of the options, that option is returned; otherwise, the option with the most similar name. The
+    last parts of the names must be similar too, because all options of a section begin with the same letters.
     """
     section, _, last = option.rpartition(".")
     called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))

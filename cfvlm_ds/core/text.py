@@ -15,8 +15,8 @@ def hashed(content: str | bytes) -> int:
 
 
 def printable(text: str) -> str:
-    """Return the text with unprintable characters in Python's notation. An escape sequence would control the terminal, a line break would
-    end the sentence, and an unpaired surrogate could not be printed.
+    """Return the text with unprintable characters escaped in Python's notation. Unescaped, an escape sequence would control the terminal, a
+    line break would end the sentence, and an unpaired surrogate could not be printed.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

@@ -17,10 +17,10 @@ _LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """Return ``name`` if it is a file name and not a path. Raises a ConfigError that names ``said_by``, the file that contains it.
+    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file that contains it.
 
-    A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any system, and ends in
-    ``ending``.
+    A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any operating system,
+    and ends in ``ending``.
     """
     text = name if isinstance(name, str) else ""
     is_plain = text not in ("", ".", "..") and not {"/", "\\"} & {*text} and text.isprintable()
@@ -43,8 +43,8 @@ def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
 def refuse_foreign(path: Path, folder: Path) -> None:
     """Raise ConfigError if ``path`` is outside ``folder`` after links are resolved.
 
-    A snapshot in a hub cache may link to the ``blobs`` folder next to it. That folder must not be a link itself, because the author of the
-    snapshot could choose its target.
+    A snapshot in a hub cache is allowed to link to the cache's ``blobs`` folder. That folder must not be a link itself, because the author
+    of the snapshot could choose its target.
     """
     try:
         target, inside = path.resolve(), folder.resolve()
@@ -80,7 +80,7 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists. A file in a common format may
+    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists. A file in a common format might
     belong to the user, so it is never overwritten.
     """
     output_file(path, *inputs)
@@ -90,7 +90,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
-    """Raise ConfigError if a folder has entries that would be replaced. Only entries named in ``except_for`` can be replaced."""
+    """Raise ConfigError if a folder has entries other than those in ``except_for``, because they would be replaced."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
@@ -105,8 +105,8 @@ def refuse_replacing(
 ) -> Path:
     """Return the resolved path of a folder that can be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
-    Raises ConfigError for a link, for a file, for a folder that contains the current folder or one of ``needed``, and for any other folder.
-    With ``names``, a folder with an entry of any other name is refused as well.
+    Raises ConfigError for any other folder, for a link or file, and for a folder that contains the working directory or one of the paths
+    ``needed``. With ``names``, also raises it for a folder with an entry whose name is not in ``names``.
     """
     refuse_link(folder, remedy)
     final = folder.resolve()
@@ -141,7 +141,8 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
     """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file, unless it is empty or was
     written by ``writer``.
 
-    ``ours`` returns True for a file that ``writer`` wrote. For any other file, it returns False or raises a parser's error.
+    ``ours`` is a function that returns True for a file written by ``writer``. For any other file, it returns False or raises a parser's
+    error.
     """
     output_file(path, *inputs, option=option)
     if path.exists() and path.stat().st_size > 0:

@@ -1,4 +1,4 @@
-"""Versions of packages, and the git revision of this package. A failure to determine them never ends a run."""
+"""Versions of packages, and the git revision of this package. A failure to determine them never stops a run."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def version(package: str) -> str:
 def git_revision() -> str:
     """Return the commit from which this package was checked out or built, or ``unknown``. The working directory does not matter.
 
-    A package that is installed inside another checkout, for instance in its .venv, does not belong to that checkout. A wheel records the
-    commit from which it was built.
+    If the package is installed inside another repository, for instance in its .venv, that repository's commit is not returned. A wheel
+    records the commit from which it was built.
     """
     return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or _built_from() or "unknown"
 

@@ -177,8 +177,8 @@ def linear_weights(model: Any, family: Family) -> int:
 def adapters_off(model: Any) -> Iterator[None]:
     """Disable the model's adapters within the block.
 
-    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters are disabled,
-    because they would still rescale the adapted weights.
+    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters do not run,
+    because even at scale 0 they would rescale the adapted weights.
     """
     from peft.tuners.lora import LoraLayer
 

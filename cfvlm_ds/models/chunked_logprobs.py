@@ -1,4 +1,4 @@
-"""Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory.
+"""Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory at a time.
 
 Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden size, D pairs of states whose distributions are compared.
 """
@@ -30,8 +30,8 @@ def head_logprobs(
     parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
     tanh(logit / cap).
 
-    ``compared`` maps each divergence to indices [3, D]: row 0 for the states given a text's own image, and row 1 for the states given
-    another image (see ``Divergence``). Row 2 is not used. In the result, the divergences [D] follow the log-probs.
+    ``compared`` maps each divergence to indices [3, D] of states to compare: row 0 lists the states given a text's own image, and row 1 the
+    states given another image (see ``Divergence``). Row 2 is not used here. The divergences [D] are appended to the log-probs.
     """
     logp: Tensor = _HeadLogProbs.apply(hidden, weight, predicted_by, targets, cap, compared or {})
     return logp
@@ -105,8 +105,8 @@ class _HeadLogProbs(torch.autograd.Function):
 def _pairs(
     hidden: Tensor, weight: Tensor, cap: float | None, compared: Mapping[Divergence, Tensor]
 ) -> Iterator[tuple[Divergence, Tensor, Tensor, Tensor]]:
-    """Yield each divergence in parts, with the indices of states [2, D'] and their logits given the text's own image and given another
-    image, both [D', V].
+    """Split the pairs of states that each divergence compares into parts. Yields the divergence, the indices [2, D'] of a part's states,
+    and their logits given the text's own image and given another image, both [D', V].
 
     A part and all tensors computed from it take no more memory than ``LOGITS`` logits with their probabilities and gradients.
     """
@@ -117,7 +117,7 @@ def _pairs(
 
 
 def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    """Return a divergence [D], its derivatives with respect to the logits ``own`` [D, V] and, unless they are 0, ``other`` [D, V]."""
+    """Return a divergence [D] and its derivative with respect to the logits ``own`` [D, V] and, unless it is 0, to ``other`` [D, V]."""
     own, other = own.log_softmax(-1), other.log_softmax(-1)
     if kind.sharpened is None:
         lost = own - other
@@ -131,8 +131,8 @@ def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, .
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits of states. For half precision they are float32, because a bfloat16 logit between 16 and 32 is off by up to 0.0625
-    nats.
+    """Return the logits of states. Half-precision states give float32 logits, because a bfloat16 logit between 16 and 32 is off by up to
+    0.0625 nats.
     """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T

@@ -65,13 +65,14 @@ class Family:
 
     Args:
         model_types: values of ``config.model_type`` that select the family; folder names are never used.
-        vision_tower, projector, language_model: prefixes of parameter names, without any wrapper prefix. The longest match decides, so a
-            projector can lie inside the tower. The output head belongs to the language model.
+        vision_tower, projector, language_model: prefixes of parameter names, without prefixes added by wrappers. The longest match decides,
+            so a projector can lie inside the tower. The output head belongs to the language model.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
         image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
         grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
-        positions: function that computes a prompt's position ids; its texts continue at the largest id plus one, on every axis.
+        positions: function that computes a prompt's position ids. Texts that answer the prompt continue at the largest id plus one, on
+            every axis.
         tiles_alone: True if an image is cut into tiles only when its prompt has no other image.
         arrange: function that reproduces the model's computation between its projector and its language model.
         from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise

@@ -22,8 +22,8 @@ class Blocks:
     if the key does not come after the query and the query comes before the key's stop. ``sight`` adds a window over ``depths`` [T] and
     bidirectional attention within ``pictures`` [T] (the forest's ``depths`` and ``block_of``).
 
-    ``partial`` can contain more blocks than necessary, because the mask is evaluated within them. For a window, only the smallest and
-    largest depth in each block are compared.
+    ``partial`` can contain unnecessary blocks without changing the result, because the mask is evaluated within them. For a window, only
+    the smallest and largest depth in each block are compared.
     """
 
     sight: Sight

@@ -30,8 +30,8 @@ class ModelFlops:
 
     Per token, each weight counts as two operations in the forward pass, two for the token's gradient and two for the weight's gradient, if
     these are needed. The language model's attention is counted per query and attended key. In a mixture of experts, only the experts to
-    which a token is routed are counted. Not counted: the tower's attention, the rule of gated delta nets, norms, softmax, and recomputation
-    by gradient checkpointing.
+    which a token is routed are counted. Not counted: the tower's attention, the recurrence of gated delta nets, norms, softmax, and
+    recomputation by gradient checkpointing.
     """
 
     def __init__(self, model: Any, family: Family) -> None:

@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is the field of the class."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is stored as it is."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -60,7 +60,7 @@ class Forest:
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Start of each node, followed by the end of the row."""
+        """Index of each node's first token, followed by the number of tokens."""
         return list(itertools.accumulate(self.lengths, initial=0))
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class Forest:
 
     @functools.cached_property
     def bounds(self) -> list[int]:
-        """Start of each tree, followed by the end of the row."""
+        """Index of each tree's first token, followed by the number of tokens."""
         return [self.starts[root] for root in self.roots]
 
     @functools.cached_property
@@ -128,7 +128,9 @@ class Forest:
         return {}
 
     def on(self, build: Callable[..., Any], device: torch.device, *options: Any) -> Any:
-        """Return ``build(self, *options)`` on ``device``. It is computed once and shared by all layers with the same arguments."""
+        """Return the result of ``build(self, *options)``, moved to ``device``. It is cached and shared by all layers with the same
+        arguments.
+        """
         key = build, device, options
         if key not in self._placed:
             self._placed[key] = _move(build(self, *options), device)

@@ -40,8 +40,8 @@ _PADDED = 1.25  # largest ratio between the lengths of trees that are padded tog
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Return buckets of trees as (indices [B, L] of tokens in the row, mask [B, 1, L, L] bool), and the index of each token in the
-    concatenated buckets.
+    """Sort the trees into buckets of similar length. Return each bucket as (indices [B, L] of its tokens in the row, mask [B, 1, L, L]
+    bool), and the index of each token of the row in the concatenated buckets.
     """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
@@ -111,9 +111,9 @@ def sees_trees(text: Any) -> bool:
 
 
 def registered(backend: str) -> str:
-    """Register a back end with transformers and return its name there.
+    """Register a back end with transformers and return the name under which it is registered.
 
-    transformers gives this name no special treatment and builds no mask for it.
+    The name is not one that transformers treats specially, so transformers builds no mask for it.
     """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
     attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
@@ -135,7 +135,7 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Within the block, use transformers' own attention, which needs ordinary rows. It is an independent reference for scores."""
+    """Within the block, use transformers' own attention, which needs ordinary rows. Its scores are an independent reference."""
     parts = model.config.get_text_config(), model.config.vision_config
     backends = [part._attn_implementation for part in parts]
     for part in parts:

@@ -52,8 +52,8 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return {"weights": sha256, "inputs": sha256}.
 
-    "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is
-    ``inputs_fingerprint``. ``alive`` is called regularly while files are read, and ``say`` reports progress.
+    "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is the
+    result of ``inputs_fingerprint``. While files are read, ``alive`` is called regularly, and ``say`` with progress lines.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -88,7 +88,7 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
     """Return the sha256 of a file. The digest is cached in the user's cache folder under a key that changes with any write to the file.
 
-    ``read`` is called with the size of each block in bytes.
+    ``read`` is called after each block that is read, with the block's size in bytes.
     """
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -108,10 +108,11 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """Return the sha256 of the configuration and every byte of the vision tower's weights. Without safetensors, it covers all weights.
+    """Return the sha256 of the configuration and every byte of the vision tower's weights. If there are none in safetensors format, it
+    covers all weights.
 
     Files can use older weight names than the model. A weight is therefore taken as the tower's if any part of its name equals the last part
-    of a tower prefix.
+    of one of the tower's prefixes.
     """
     folder = model_folder(config.name_or_path)
     any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())

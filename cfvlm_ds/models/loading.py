@@ -69,7 +69,7 @@ def _go_offline_without_hub(name: str) -> None:
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Check a folder, or the cached files of a hub name. Files that are not cached yet are checked after loading."""
+    """Check a model folder, or the cached files of a hub name. Files that are not cached yet are checked after loading."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
@@ -77,16 +77,17 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Select the attention implementation of the language model and the vision tower. Other submodels, such as an audio encoder, keep
-    transformers' default.
+    """Return the option that sets the attention implementation of the language model and the vision tower. Other submodels, such as an
+    audio encoder, keep transformers' default.
     """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError if the options do not fit the installed libraries or, if the model is ``there``, its configuration.
+    """Raise ConfigError if the model options do not fit the installed libraries or the model's configuration.
 
-    ``there`` is False for a model that will be built later. With ``weights``, the weight files must exist; they are not read.
+    ``there`` is False for a model that does not exist yet and therefore cannot be checked. With ``weights``, its files are checked as well,
+    but the weights are not read (see ``check_files``).
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -120,7 +121,7 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> None:
-    """Apply the limits on visual tokens. Raises ConfigError, naming the family's options, if another family's option is set."""
+    """Apply the limits on visual tokens. Raises ConfigError for a limit that the model's family does not support."""
     family = family_of(model_config)
     for option in IMAGE_LIMITS:
         if getattr(config, option) is not None and option not in family.limited_by:
@@ -238,7 +239,7 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
     """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest for the model on this machine.
 
-    Raises ConfigError if this machine or model does not support the request.
+    Raises ConfigError if this machine or the model does not support the requested back end.
     """
     heads = set[int]() if model_config is None else _heads(model_config.get_text_config())
     if requested == "auto":

@@ -1,4 +1,4 @@
-"""Router statistics of a mixture of experts: the number of tokens and the summed probability of each expert in a forward.
+"""Router statistics of a mixture of experts: the number of tokens and the summed probability of each expert in a forward pass.
 
 A token counts once for each text that it belongs to, as if every text had a row of its own. The statistics therefore do not depend on
 packing.
@@ -20,7 +20,7 @@ from cfvlm_ds.models.forest import Forest
 
 @dataclass(frozen=True)
 class Routed:
-    """Expert routing of one forward, summed over tokens and layers.
+    """Expert routing of one forward pass, summed over tokens and layers.
 
     Args:
         taken: [E] number of tokens that are routed to each expert, without a gradient.
@@ -54,7 +54,7 @@ class Routers:
         self._outputs = None
 
     def routed(self, forest: Forest) -> Routed | None:
-        """Sum the router outputs that were recorded within the context. Returns None for a model without routers."""
+        """Sum the router outputs that were recorded within the ``with`` block. Returns None for a model without routers."""
         if not self._outputs:
             return None
         counts = forest.on(_counts, self._outputs[0][0].device)
@@ -75,6 +75,6 @@ BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
 
 
 def check_balanced(model_type: str) -> None:
-    """Raise ConfigError for a model type that is not in ``BALANCED``."""
+    """Raise ConfigError for a model type whose load-balancing loss is not supported (see ``BALANCED``)."""
     if model_type not in BALANCED:
         raise ConfigError(f"train.router_balance supports model types {' and '.join(BALANCED)}, not {model_type!r}; leave it out")

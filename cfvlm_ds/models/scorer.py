@@ -18,9 +18,9 @@ from cfvlm_ds.models.routers import Routed, Routers
 
 
 class ScoringHead(nn.Linear):
-    """An output head that returns log-probs instead of logits if scored targets are given.
+    """An output head that returns log-probs instead of logits if targets are given.
 
-    It is a module because ZeRO-3 gathers a module's weight while the module runs.
+    It is a separate module because ZeRO-3 gathers a weight only while the weight's module runs.
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
@@ -76,8 +76,8 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must run in this module's
-        forward.
+        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must be called through
+        this method.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 

@@ -108,7 +108,7 @@ varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
-    """Return True if flash attention supports this dtype and these head sizes. Gemma 4 has wider heads in its full-attention layers."""
+    """Return True if flash attention supports this dtype and these head sizes. Some heads of Gemma 4, for example, are too wide."""
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
@@ -159,7 +159,7 @@ def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
 
 
 def has_varlen() -> bool:
-    """Return True if torch's kernel accepts a scale and a window. The kernel of torch 2.10 does not."""
+    """Return True if torch's variable-length kernel accepts a scale and a window. In torch 2.10, it does not."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -178,8 +178,8 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's own, or attention within segments if the tower passes their
-    boundaries.
+    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower passes the boundaries of
+    segments, attention within each segment.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)

@@ -1,6 +1,6 @@
-"""Limits on an image's visual tokens. Families determine their number by different rules, and each rule has its own function.
+"""Limits on an image's visual tokens. Families determine the number of visual tokens by different rules, and each rule has a function here.
 
-A function changes the processor and, if the model also computes image sizes, the model's configuration. Either argument can be None.
+Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either of the two can be None.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _between(images: Any, model: ModelConfig, frames: int) -> None:
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` (Mistral 3, whose images keep
-    their aspect ratio).
+    """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` pixels (Mistral 3, whose images
+    keep their aspect ratio).
 
-    The square must have at least 2 x 2 tokens, because transformers cannot process a forward whose only image is one visual token.
+    The square must have at least 2 x 2 tokens, because transformers cannot process a forward pass whose only image is one visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
@@ -50,7 +50,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to the largest budget within ``max_pixels`` (Gemma 4)."""
+    """Limit visual tokens to the largest of the model's fixed budgets that fits into ``max_pixels`` (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2

@@ -1,4 +1,4 @@
-"""Model families, keyed by ``config.model_type``. Each has its own file. A new family needs a record in _RECORDS."""
+"""Model families, keyed by ``config.model_type``. Related families share a file. A new family needs a record in _RECORDS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {model_type: family for family in _RECORDS for mod
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family record of a model's configuration.
 
-    Raises ConfigError for an unknown model type, and for a language model in which a token depends on tokens outside its own path.
+    Raises ConfigError for an unknown model type, and for a language model in which a text's score depends on the rest of its row.
     """
     if config.model_type in FAMILIES:
         text = config.get_text_config()

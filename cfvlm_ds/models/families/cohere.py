@@ -1,4 +1,4 @@
-"""Aya Vision and Command A Vision: a SigLIP tower on tiles, a projector that joins 2 x 2 patches, and sliding windows in most layers."""
+"""Aya Vision and Command A Vision: a SigLIP tower for tiles, a projector that merges 2 x 2 patches, and mostly sliding-window layers."""
 
 from __future__ import annotations
 

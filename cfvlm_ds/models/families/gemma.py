@@ -1,8 +1,8 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
 Gemma 3 has a SigLIP tower with a fixed number of visual tokens. Its picture attention is bidirectional in all layers. Gemma 4 has a
-different tower with a selectable budget of visual tokens. Its larger models have bidirectional picture attention in sliding-window layers;
-its smaller models have none.
+different tower, and its number of visual tokens can be chosen. Its larger models have bidirectional picture attention in sliding-window
+layers; its smaller models have none.
 """
 
 from __future__ import annotations

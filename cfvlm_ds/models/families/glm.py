@@ -1,4 +1,6 @@
-"""GLM-4.1V and GLM-4.6V: a tower at native resolution that joins 2 x 2 patches before its merger, and Qwen-VL's position ids."""
+"""GLM-4.1V and GLM-4.6V: a native-resolution vision tower that downsamples its output by 2 x 2 before the projector, and Qwen-VL's position
+ids.
+"""
 
 from __future__ import annotations
 

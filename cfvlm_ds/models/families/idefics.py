@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a SigLIP tower on tiles and a small overview of the image, pixel shuffle, and a linear connector."""
+"""Idefics3 and SmolVLM: a SigLIP tower for image tiles and a downscaled overview, pixel shuffle, and a linear connector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternVL in the Hugging Face format: an InternViT tower on tiles, pixel shuffle, and a two-layer projector."""
+"""InternVL in the Hugging Face format: an InternViT tower for image tiles, pixel shuffle, and a two-layer projector."""
 
 from __future__ import annotations
 

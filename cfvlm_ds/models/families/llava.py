@@ -18,8 +18,8 @@ from cfvlm_ds.models.visual_token_limits import grids
 
 
 def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_tower.encoder.layers") -> tuple[str, ...]:
-    """Return the prefixes of a tower's unused parts: the ``blocks`` after the selected layer, whose output is used, and the norm and head
-    for pooled output.
+    """Return the name prefixes of a tower's unused weights: the layers after the last one whose output the model uses, and the norm and
+    head for pooled output. ``blocks`` is the prefix of the tower's layers.
     """
     depth, selected = config.vision_config.num_hidden_layers, config.vision_feature_layer
     layers = [selected] if isinstance(selected, int) else selected
@@ -28,8 +28,8 @@ def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_t
 
 
 def tiles_packed(option: str) -> Arrange:
-    """Return an Arrange that packs tiles: first the overview, then the tiles side by side, without padding and with a newline after each
-    row.
+    """Return an ``Arrange`` function that puts features in the model's order: first the overview, then the tiles side by side, with padding
+    removed and a newline token after each row.
 
     ``option`` names the configuration option that the model's ``pack_image_features`` takes as an argument.
     """

@@ -1,4 +1,4 @@
-"""Mistral 3 (Mistral Small 3.1 and 3.2, Ministral 3): a Pixtral tower at native resolution, and a projector that merges patches first."""
+"""Mistral 3 (Mistral Small 3.1 and 3.2, Ministral 3): a native-resolution Pixtral tower, and a projector that first merges patches."""
 
 from __future__ import annotations
 

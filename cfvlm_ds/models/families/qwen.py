@@ -1,4 +1,4 @@
-"""Qwen2-VL, 2.5-VL, 3-VL and 3.5: a tower at native resolution, a merger of 2 x 2 patches, and positions on three axes (M-RoPE).
+"""Qwen2-VL, 2.5-VL, 3-VL and 3.5: a native-resolution vision tower, a merger of 2 x 2 patches, and three-axis position ids (M-RoPE).
 
 In Qwen3.5, three out of four layers are gated delta nets. Each text starts from their state at the end of its prompt.
 """
@@ -28,8 +28,8 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
-    """Return position ids [3, P] (time, height, width). Text advances all axes together. A visual token's ids are its coordinates in the
-    grid plus the position at which the image starts.
+    """Return position ids [3, P] (time, height, width). Each text token advances all three axes by one. A visual token's ids are its
+    coordinates in the image's grid plus the position at which the image starts.
 
     Text after an image continues at the largest id plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t, h, w)
     in patches, before merging.
@@ -70,7 +70,7 @@ def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Patch the language model to add features at the indices of visual tokens. In ordinary rows, ``places`` is a mask instead."""
+    """Patch the language model's step that adds image features to visual tokens: it then accepts the tokens' indices, not only a mask."""
     text: Any = model.get_submodule("model.language_model")
     original: Callable[..., Tensor] = type(text)._deepstack_process
 
