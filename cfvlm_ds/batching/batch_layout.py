@@ -56,7 +56,9 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group with in-batch negatives that cannot be encoded removed. Their errors are reported for the groups they come from."""
+    """Return the group with only those in-batch negatives that can be encoded. Errors in the rest are reported for the groups they come
+    from.
+    """
     if group.in_step is None:
         return group
     kept = []
@@ -110,7 +112,7 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Append the blank image to the layout's images. It is scored with the own texts of groups that have pictures, but not with in-batch
+    """Append the blank image to the layout's images. For groups with pictures, only their own texts are scored on it, not in-batch
     negatives.
     """
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}

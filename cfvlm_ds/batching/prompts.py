@@ -230,7 +230,7 @@ class Prompts:
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of the control tokens that mark the parts of a conversation. No text may contain them."""
+        """Ids of the control tokens that mark the parts of a conversation. A text must not contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])

@@ -1,7 +1,7 @@
 """Static HTML pages that show groups with their pictures and texts. A browser can open them from a folder, without a server.
 
 The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
-Each group is a ``<template>`` element in a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
+Each group is a ``<template>`` element in a single document, and its pictures are loaded when the group is shown. Shapes: I images, C texts.
 """
 
 from __future__ import annotations

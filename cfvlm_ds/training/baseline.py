@@ -55,8 +55,8 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random sample of a set is evaluated, the accuracies' mean row gives the sample size as ``num``. Sets in
-        ``train.retention`` are always evaluated in full; their accuracies are never taken from the cache.
+        If only a random sample of a set is evaluated, ``num`` in the row of mean accuracies is the sample size. Sets in ``train.retention``
+        are always evaluated in full; their accuracies are never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -77,8 +77,8 @@ class Baseline:
         return results
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
-        """Compare accuracies with the baseline and return the changes. Call this on rank 0 only. A set is skipped if it has no baseline, or
-        if its contents have changed since its baseline was measured.
+        """Compare accuracies with the baseline and return the changes. Call this on rank 0 only. A set is skipped if it has no baseline or
+        has changed since its baseline was measured.
         """
         changed = []
         for name, after in results.items():
@@ -92,7 +92,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of those groups of a set that are evaluated."""
+        """Return the indices of the groups of a set that the baseline covers."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:

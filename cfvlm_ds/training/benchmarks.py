@@ -159,9 +159,7 @@ def write_benchmarks(
 
 
 def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
-    """Return the section of results.md that compares the benchmarks before and after training, or "" if there are no results from before
-    training.
-    """
+    """Return the section of results.md that compares the benchmarks before and after training, or "" if there are no earlier results."""
     if not benchmarks or not (run_dir / BEFORE).is_dir():
         return ""
     try:

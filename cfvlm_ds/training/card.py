@@ -33,8 +33,8 @@ _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """Return the model card for an export of this checkpoint. If the card cannot be composed, print a warning and return None: an export
-    never fails because of its card.
+    """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
+    because of its card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, it is True if the run finished at the
     checkpoint's step.

@@ -84,9 +84,7 @@ class Evaluator:
         return outcomes
 
     def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
-        """Return the outcomes of items that the model answers with generated text. Each rank generates the answers to a share of the
-        distinct questions.
-        """
+        """Return the outcomes of items that the model answers with generated text. Each rank generates a share of the distinct answers."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
         views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]

@@ -1,5 +1,5 @@
-"""A run's data. Before training, data sets are opened, and prepared as stores (indexed files) if necessary. Errors are raised on every
-rank.
+"""A run's data. Before training, data sets are prepared as stores (indexed files) if necessary, and the stores are opened. Errors are
+raised on every rank.
 """
 
 from __future__ import annotations
@@ -207,8 +207,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set in the run folder if necessary, and return its folder there. Return None for a store, which is used directly.
-        """
+        """Prepare a data set in the run folder if necessary, and return its folder. Return None for a store, which is used directly."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None

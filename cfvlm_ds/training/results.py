@@ -75,9 +75,7 @@ def refuse_export(config: RunConfig) -> None:
 
 
 def _exported(config: RunConfig) -> tuple[bool, Path, str]:
-    """Return a flag that is True if a run exports adapters, the export's folder, and the name of the file that marks this folder as an
-    export.
-    """
+    """Return three values: whether a run exports adapters, the export's folder, and the name of the file that marks it as an export."""
     adapter, run_dir = only_adapters_train(config.model), Path(config.train.output_dir)
     return adapter, *((run_dir / "adapter", "adapter_config.json") if adapter else (run_dir / "export", "config.json"))
 

@@ -41,8 +41,8 @@ class Retention:
         return f"{advice}, raise objective.align.weight or lower train.learning_rate"
 
     def trained(self, metrics: Mapping[str, float]) -> None:
-        """Check the likelihood in a training record, and print a warning if it has dropped too far. The warning is repeated only if the
-        drop has doubled since the last warning.
+        """Check the likelihood in a training record, and warn if it has dropped too far. The warning is repeated only if the drop has
+        doubled since.
         """
         if (warning := self.displacement(metrics)) and (fallen := self._fallen(metrics)) > 2 * self.warned:
             self.warned = fallen

@@ -43,7 +43,7 @@ from cfvlm_ds.training.validation import scores_needed, validate
 
 
 def train(config: RunConfig, world: World | None = None) -> None:
-    """Train, evaluate and export. Every rank must call this. If ``world`` is not given, the function first joins the process group.
+    """Train, evaluate and export. Every rank must call this. It joins the process group unless ``world`` is given.
 
     If the run has already finished, it only prints a message. After a stop signal, it saves a checkpoint, skips evaluation and export, and
     raises SystemExit with ``EXIT_STOPPED``. Calling it again with the same arguments resumes the run.
@@ -99,7 +99,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
 def _run(config: RunConfig, world: World) -> None:
     """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and have passed the self-check.
 
-    The exceptions are the data check's cache, the feature cache and the ranks' heartbeats, which are written earlier.
+    Only the data check's cache, the feature cache and the ranks' heartbeats are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -174,9 +174,7 @@ def _run(config: RunConfig, world: World) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """Return the training groups' stored scores. Return None if no objective needs them, or if the model without its adapters can compute
-    them.
-    """
+    """Return the training groups' stored scores. Return None if no objective needs them, or if the run computes them itself."""
     if not scores_needed(config):
         return None
     barrier = ProgressBarrier(world)

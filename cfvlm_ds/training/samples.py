@@ -63,7 +63,7 @@ class Samples:
 
     def write(self, step: int) -> None:
         """Generate the texts and write them to samples.jsonl, where they replace an earlier start's texts for this and later steps. If any
-        rank cannot read a picture, the error message is written in place of the text.
+        rank cannot read a picture, the error message replaces the text.
         """
         if next(self._groups(), None) is None:
             return
@@ -87,8 +87,8 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to upload with the run. If
-        this fails, print a warning and return an empty section.
+        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to upload. If this fails,
+        print a warning and return an empty section.
         """
         if next(self._groups(), None) is not None:
             with harmless(self.run_dir / "samples", self.world.say):

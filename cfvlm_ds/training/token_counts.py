@@ -45,8 +45,8 @@ def group_tokens(
     """Return the number of tokens of each group in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
 
     If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, in a file
-    named by a hash of everything that they depend on. All ranks map this file into memory, and the next start reads it. If ``depends_on``
-    is None, nothing is stored.
+    named after a hash of everything that they depend on. All ranks map this file into memory, and the next start reads it. If
+    ``depends_on`` is None, nothing is stored.
 
     Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The
     micro-batch limit applies to all of a group's images and texts, and the forward limit applies to one image with one text.

@@ -67,7 +67,7 @@ class Trainer:
         collator: collator that makes batches from groups.
         sampler: sampler of groups, already moved to the position at which training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
-        num_workers: number of data workers. They are forked later, when no import must be running in another thread.
+        num_workers: number of data workers. Forking them requires that no other thread is importing a module.
     """
 
     config: RunConfig
@@ -216,8 +216,7 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint. Return its cost as metrics: its duration in seconds, and the duration's share of the time since the last
-        checkpoint.
+        """Save a checkpoint. Return as metrics its duration in seconds, and the duration's share of the time since the last checkpoint.
 
         A failure raises SaveError if the checkpoint is ``needed``. Otherwise it only causes a warning.
         """
@@ -270,8 +269,8 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all metrics. For a set of which only a sample was evaluated, only the sample's
-        metrics are logged.
+        """Log an evaluation, print its headlines, and return all metrics. A set of which only a sample was evaluated has only the sample's
+        metrics.
         """
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
@@ -354,7 +353,7 @@ class Trainer:
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker. If ``alone`` is True, only this rank exits; otherwise, all ranks exit together."""
+        """Exit from a run that has lost a data worker. If ``alone`` is False, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)

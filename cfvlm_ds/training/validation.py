@@ -27,10 +27,10 @@ _UNKNOWN_WIDTH = 64
 
 
 def validate(config: RunConfig, world: World | None) -> None:
-    """Raise ConfigError or DataError for settings with which the run would fail later.
+    """Raise ConfigError or DataError for settings that would make the run fail later.
 
-    ``world`` is None in a dry run, which needs no data and can concern a run on another machine. Files that the ``build`` section will
-    write need not exist.
+    ``world`` is None in a dry run, which needs neither the data nor the run's machine. Files that the ``build`` section will write need not
+    exist.
     """
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
