@@ -37,7 +37,7 @@ def shown(group: CounterfactualGroup, image: int) -> Pictures:
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Return the group with one blank image in place of its images. The first text counts as true; the truth of the others is unknown."""
+    """Return the group with one blank image in place of its images. The first text counts as true, and all other texts as unknown."""
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
@@ -54,8 +54,8 @@ class Batch:
     compared hidden states.
 
     For each scored token, ``cell`` [N] holds its cell's flat index in [G, I, C], and ``is_end`` [N] is True for end-of-turn tokens.
-    ``layout`` describes the whole micro-batch. ``num_tokens`` counts the row's tokens, and ``num_scored`` counts the positions that predict
-    scored tokens.
+    ``layout`` describes the whole micro-batch. ``num_tokens`` is the number of tokens in the row, and ``num_scored`` the number of
+    positions that predict scored tokens.
     """
 
     model_inputs: dict[str, Any]

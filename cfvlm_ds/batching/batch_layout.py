@@ -19,7 +19,7 @@ from cfvlm_ds.data.stored_scores import StoredScores
 
 
 def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
-    """Build the layout of a batch. ``texts`` holds each group's encoded candidates, and ``cells`` selects the cells to score."""
+    """Build the layout of a batch. ``texts`` holds each group's encoded candidates, and ``cells`` is the set of cells to score."""
     shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
     match = torch.full(shape, -1, dtype=torch.int8)
     tokens, end_tokens = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -56,7 +56,9 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported with the groups they come from."""
+    """Return the group with only those in-batch negatives that can be encoded. Errors in the rest are reported for the groups they come
+    from.
+    """
     if group.in_step is None:
         return group
     kept = []
@@ -110,7 +112,9 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Append the blank image to the layout's images. Groups with pictures score their own texts on it, but not in-batch negatives."""
+    """Append the blank image to the layout's images. For groups with pictures, only their own texts are scored on it, not in-batch
+    negatives.
+    """
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
     last["valid"][:, :, layout.num_own :] = False
@@ -120,8 +124,8 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Add ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt, and in both texts the
-    span from the first to the last differing token is marked.
+    """Add the mask ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt, and in both
+    texts the span from the first to the last differing token is marked.
     """
     changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
     for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):
@@ -135,7 +139,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """Return a mask [G, I, C] of the selected cells. Only ``full`` includes unknown cells, because no objective uses them."""
+    """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells, because no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):

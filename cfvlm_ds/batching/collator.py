@@ -147,8 +147,8 @@ class Collator:
     def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
-        A larger tree is split between its texts, and a text that exceeds the limit gets a separate batch. Every batch has the whole
-        micro-batch's layout, and the batches' score matrices add up to the micro-batch's. Raises the same DataErrors as ``__call__``.
+        A tree that exceeds the limit is split between its texts. A single text that exceeds it gets a separate batch. Every batch has the
+        whole micro-batch's layout, and the batches' score matrices add up to the micro-batch's. Raises the same DataErrors as ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -191,7 +191,7 @@ class Collator:
         selects at least one cell per group.
 
         Forwards without selected cells are omitted. Pictures that no cell needs are removed from the model's inputs if every input has one
-        row per picture; otherwise, the tower still runs on them.
+        row per picture; otherwise, the vision tower still runs on them.
         """
         layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
         wanted, forwards = layout.valid.flatten().tolist(), []
@@ -222,7 +222,7 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch, divided as in ``parts``. ``dropped`` lists the unreadable groups and rows.
+        """Collate the readable groups into a micro-batch, divided as in ``parts``. Its ``dropped`` lists the unreadable groups and rows.
 
         If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
         ZeRO-3 the other ranks wait for this rank's forward and backward.
@@ -311,7 +311,7 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return the key of a text's tree: its pictures, and its prompt up to the last picture. A group without pictures has its own tree."""
+    """Return the key of a text's tree: the pictures, and the prompt up to the last picture. A group without pictures is a single tree."""
     if not pictures:
         return (group,)
     ids = text.prompt_ids
@@ -319,7 +319,7 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Remove in-batch negatives that, with a tree's pictures, exceed the context window. Their cells become invalid in ``layout``."""
+    """Remove in-batch negatives that, together with their prompt, exceed the context window. Mark their cells as invalid in ``layout``."""
     if layout.in_batch is None:
         return trees
     kept = []

@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Return the error message, preceded by the group and file of a picture that has the size in ``error``."""
+    """Return the error message, preceded by the names of the group and file of a picture that has the size in ``error``."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -57,7 +57,7 @@ class ImageFiles:
         processor: the model's processor.
         family, config: the model's family record and configuration.
         max_pixels: maximum number of pixels per picture.
-        checked: picture table from the data check; a picture that has changed since the check raises DataError. None skips the comparison.
+        checked: picture table from the data check, or None; a picture that has changed since the check raises DataError.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ImageFiles:
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the blank picture's keys. It has a second key if the family processes several pictures in a prompt differently."""
+        """List the blank picture's keys. It has a second key if the family processes a picture differently when its prompt has several."""
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
@@ -112,7 +112,8 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must come last.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must be last in both
+        lists.
 
         Raises Unprocessable for the first picture that the processor cannot process. The error does not name the file and group.
         """
@@ -133,8 +134,8 @@ class ImageFiles:
     def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
         """Return the inputs to ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
 
-        A picture that shares its prompt with others is passed twice, so that it is processed as one of several. Raises DataError naming the
-        file if it cannot be opened or processed.
+        A picture that shares its prompt with others is passed to the processor twice, so that it is processed as one of several. Raises
+        DataError naming the file if it cannot be opened or processed.
         """
         picture, together = self.open(key), key[1]
         try:

@@ -44,14 +44,14 @@ class Tree:
 
 @dataclass(frozen=True)
 class Material:
-    """Trees, the ``keys`` of their pictures, and each picture's placeholder ids."""
+    """What a row is packed from: trees, the ``keys`` of their pictures, and each picture's placeholder ids."""
 
     trees: tuple[Tree, ...]
     keys: tuple[PictureKey, ...]
     placeholders: tuple[list[int], ...]
 
     def only(self, wanted: Sequence[bool]) -> tuple[Material, list[int]]:
-        """Return the material with only the texts whose cell is ``wanted``, and the indices of the pictures kept (at least one)."""
+        """Return the material reduced to the texts whose cells are ``wanted``, and the indices of the remaining pictures (at least one)."""
         kept = (Tree(tree.pictures, [branch for branch in tree.branches if wanted[branch[0]]]) for tree in self.trees)
         trees = tuple(tree for tree in kept if tree.branches)
         shown = {key for tree in trees for key in tree.pictures}
@@ -75,8 +75,8 @@ class Row:
 
 @dataclass
 class _Prompt:
-    """A prompt with its texts. ``expanded`` has each picture's placeholder ids in place of its token in ``ids``, and ``begins`` [P + 1] has
-    the offset of each id in ``expanded``. ``positions`` is [T] or [axes, T].
+    """A prompt with its texts. ``expanded`` is ``ids`` with each picture's token replaced by its placeholder ids. ``begins`` [P + 1] holds
+    the offset of each of the ``ids`` in ``expanded``. ``positions`` holds position ids, [T] or [axes, T].
     """
 
     ids: tuple[int, ...]
@@ -194,7 +194,7 @@ def _prompts(
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
-    """Return a tree's prompts in order, each with its placeholders expanded and its texts."""
+    """Return a tree's prompts in order, each with its texts and with expanded placeholders."""
     prompts: list[_Prompt] = []
     shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
@@ -212,8 +212,8 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return the pairs of hidden states that a divergence compares, as indices [3, D]. For each token, the rows hold the state that
-    predicts it on its text's own image, the state that predicts it on the other image, and the flat index of the other cell.
+    """Return the pairs of hidden states that a divergence compares, as indices [3, D]. Each column is for one token: the state that
+    predicts it on its text's own image, the state that predicts it on the other image, and the flat index of the other image's cell.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):
@@ -248,8 +248,8 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
 
 
 def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
-    """Divide trees into parts of at most ``max_tokens`` tokens. A larger tree is split between its texts, and a text that exceeds the limit
-    gets a separate part.
+    """Divide trees into parts of at most ``max_tokens`` tokens. A tree that exceeds the limit is split between its texts. A single text
+    that exceeds it gets a separate part.
     """
     if max_tokens is None:
         return [list(trees)]

@@ -72,7 +72,9 @@ def precompute_features(
 
 
 def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Add all pictures' digests to ``cache``. Each rank reads a share. Returns the sizes in bytes of existing features, by digest."""
+    """Add all pictures' digests to ``cache``. Each rank reads a share of the pictures. Return the sizes in bytes of existing features, by
+    digest.
+    """
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
         try:
@@ -100,7 +102,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features. Returns the sizes in bytes of the files written, by digest."""
+    """Compute and write the missing features. Return the sizes in bytes of the files written, by digest."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]

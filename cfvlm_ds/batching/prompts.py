@@ -46,7 +46,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Head:
-    """A rendered prompt: its text and ids, the conversation before and after the answer, and the error message, if any.
+    """A rendered prompt: its text and ids, the rendered conversation before and after the answer, and the error message, if any.
 
     ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is True
     if the template writes the answer directly after the prompt.
@@ -78,7 +78,7 @@ class Prompts:
         processor: the model's processor.
         max_length: the model's context window in tokens.
         around: texts that the processor writes before and after each picture.
-        vocabulary: size of the model's vocabulary; a tokenizer may have more tokens.
+        vocabulary: size of the model's vocabulary; a tokenizer can have more tokens.
     """
 
     def __init__(self, processor: Any, max_length: int, around: tuple[str, str] = ("", ""), vocabulary: int | None = None) -> None:
@@ -99,7 +99,7 @@ class Prompts:
             raise ConfigError(f"model {name!r}: {head.problem}")
 
     def encoded(self, prompt: Prompt, text: str, num_pictures: int, where: str) -> Encoded:
-        """Encode a text as the answer to its prompt. Raises DataError if it cannot be encoded; ``where`` begins the message."""
+        """Encode a text as the answer to its prompt. Raises DataError if it cannot be encoded; the message starts with ``where``."""
         key = (prompt, text, num_pictures)
         if key not in self._texts:
             if len(self._texts) >= _CACHED:
@@ -230,7 +230,7 @@ class Prompts:
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of the control tokens that mark the parts of a conversation. No text may contain them."""
+        """Ids of the control tokens that mark the parts of a conversation. A text must not contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
@@ -248,7 +248,7 @@ _ROLES_SHOWN = 8
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
     """Return an error message if the template omits or changes part of a conversation, otherwise "".
 
-    Templates of thinking models may omit an assistant turn's thinking block.
+    The thinking block of an assistant turn is allowed to be missing, because templates of thinking models omit it.
     """
     place = 0
     for turn in turns:

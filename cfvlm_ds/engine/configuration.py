@@ -45,7 +45,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def resolve(raw: dict[str, Any], config: RunConfig, world_size: int, device: torch.device, hidden_size: int, total_steps: int) -> Any:
-    """Replace every "auto" in the DeepSpeed configuration by transformers' rules, and return transformers' configuration object.
+    """Replace every "auto" in the DeepSpeed configuration according to transformers' rules, and return transformers' configuration object.
 
     Raises ConfigError naming both values if the JSON contradicts the run configuration.
     """

@@ -1,4 +1,6 @@
-"""Memory estimates: DeepSpeed's formulas for model states under ZeRO, and the peak of a forward and backward pass, run on meta tensors."""
+"""Memory estimates: DeepSpeed's formulas for model states under ZeRO, and the peak of a forward and backward pass, measured on meta
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from cfvlm_ds.models.chunked_logprobs import LOGITS
 
 
 def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Return {"optimizer": bool, "param": bool}: True if the optimizer states or the weights are offloaded from the GPU."""
+    """Return {"optimizer": bool, "param": bool}: whether the optimizer states and the weights are offloaded from the GPU."""
     zero = ds_config.get("zero_optimization", {})
     return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
@@ -44,8 +46,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register an attention function for models on the meta device, which saves the same tensors as flash attention. Return its name in
-    transformers.
+    """Register with transformers an attention function for models on the meta device, and return its name. For the backward pass, it saves
+    the same tensors as flash attention.
     """
     from transformers import AttentionInterface
 
@@ -57,8 +59,8 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     """Estimate the memory that a forward and backward pass over ``tokens`` tokens needs in addition to ``model_states``, in bytes per GPU,
     keyed by purpose.
 
-    The model must be on the meta device with ``attention_without_data``. ``recompute`` is True for gradient checkpointing. A trained tower
-    is not counted. A frozen tower runs before the language model and saves nothing.
+    The model must be on the meta device with ``attention_without_data``. ``recompute`` is True for gradient checkpointing. The activations
+    of a trained vision tower are not counted. A frozen tower runs before the language model and saves none.
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}
@@ -80,7 +82,7 @@ _CONTEXT = 3 << 29
 def activations(model: Any, tokens: int, recompute: bool) -> int:
     """Measure the peak memory of the language model's forward and backward pass over ``tokens`` tokens, in bytes.
 
-    Weights and their finished gradients are not counted. ``model`` and ``recompute`` are as in ``working_memory``.
+    Weights and completed gradients are not counted. ``model`` and ``recompute`` are as in ``working_memory``.
     """
     if recompute:
         recompute_activations(model)

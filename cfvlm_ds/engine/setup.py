@@ -25,7 +25,7 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's ranks, the world size and the device.
+    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's global and local rank, the world size and the device.
 
     ``timeout`` bounds every collective, so that a dead peer causes an error instead of a hang.
     """
@@ -164,7 +164,7 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 
 
 def recompute_activations(model: Any) -> None:
-    """Enable gradient checkpointing for every block that has a gradient."""
+    """Enable gradient checkpointing for every block through which gradients flow."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     # The call above makes all embeddings require a gradient. Only reentrant checkpointing needs that, and a frozen tower would run a
     # needless backward pass.

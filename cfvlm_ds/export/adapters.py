@@ -110,5 +110,5 @@ def export_adapter(
 
 
 def _saved_name(name: str) -> str:
-    """Return a tensor's name in peft's format, without the adapter's name and, for DoRA's magnitude vectors, without ``.weight``."""
+    """Return a tensor's name in peft's format, which omits the adapter's name and, in DoRA's magnitude vectors, ``.weight``."""
     return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

@@ -18,7 +18,7 @@ from cfvlm_ds.models.model_files import INDEX, SINGLE
 
 
 class Files:
-    """Safetensors files whose tensors can be written in any order. Names, shapes and dtypes determine all offsets in advance."""
+    """Safetensors files whose tensors can be written in any order. All offsets are computed in advance from names, shapes and dtypes."""
 
     def __init__(
         self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None

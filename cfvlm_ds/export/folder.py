@@ -31,7 +31,9 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. It is outside a run folder, and its card has no seal."""
+    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. Such a model lies outside a run folder, and its card has no
+    seal.
+    """
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
             ours = _SEAL in (out_dir / CARD).read_text()
@@ -52,7 +54,7 @@ def write_card(folder: Path, card: str) -> bool:
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
     """Write ``card`` into the folder ``partial``, which will replace ``out_dir``. If the user has written a README.md in ``out_dir``, copy
-    it instead.
+    that file instead.
     """
     present = out_dir / CARD
     if os.path.lexists(present) and not is_own_card(present):

@@ -8,7 +8,7 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an export to a model repository and return the repository's URL. A new repository is created as private.
+    """Upload an export to a model repository and return the repository's URL. A repository that does not exist is created as private.
 
     Raises ConfigError if the hub refuses the upload or cannot be reached. The export is not changed.
     """

@@ -29,7 +29,7 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
-    """Derive an export's jobs from transformers' loading rules. A job without weights is for a tensor that the model does not have.
+    """Derive an export's jobs from transformers' loading rules. A tensor that the model does not have gets a job without weights.
 
     Each reversed conversion is tried on meta tensors, and used only if it yields the source's names and shapes. Raises ConfigError if no
     conversion does.

@@ -55,8 +55,8 @@ def skeleton(source: str) -> Any:
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
     """Return the tensors to export, keyed by name in the order of their files, and the index's metadata.
 
-    The tensors and their files are the source's. If the source has no index, the tensors are split into files of at most 5 GB. If it has no
-    safetensors, only its configuration is used, and the tensors are those that transformers would save.
+    The tensors and their files are those of the source. If the source has no index, the tensors are split into files of at most 5 GB. If it
+    has no safetensors files, only its configuration is used, and the tensors are those that transformers would save.
     """
     files = weight_files(folder)
     if files == [SINGLE]:

@@ -28,7 +28,9 @@ class ZeroWeights:
         self._read = 0
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a weight in flat consecutive blocks. Each block is a view of a mapped file and must not be kept."""
+        """Yield a weight in flat consecutive blocks. Each block is a view of a mapped file and is valid only until the next block is
+        requested.
+        """
         remaining = math.prod(self.weights[name].shape)
         for part in self.weights[name].parts:
             for start in range(part.start, part.stop, BLOCK):

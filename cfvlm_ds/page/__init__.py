@@ -1,7 +1,7 @@
 """Static HTML pages that show groups with their pictures and texts. A browser can open them from a folder, without a server.
 
 The template page.html.jinja renders plain records with autoescape, so their text is never interpreted as HTML, a script or a file name.
-Each group is a ``<template>`` element in a single document, and its pictures are loaded when it is shown. Shapes: I images, C texts.
+Each group is a ``<template>`` element in a single document, and its pictures are loaded when the group is shown. Shapes: I images, C texts.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Text:
 class ScoreTable:
     """Scores of every cell, such as a model's log-likelihoods.
 
-    ``rows`` ``[I][C]`` holds the scores, and ``blank`` ``[C]`` the texts' scores without an image. ``margins`` ``[I][C]`` holds two margins
+    ``rows`` ``[I][C]`` holds the scores, and ``blank`` ``[C]`` the texts' scores on a blank image. ``margins`` ``[I][C]`` holds two margins
     for each true cell: over the best false text on its image, and over the best false image for its text. A margin is None if there is no
     such text or image. For a cell that is not true, the entry is None. ``decided`` holds the margin of each comparison of two texts or
     images, and ``lengths`` holds the word count of the longer text in each comparison.
@@ -105,7 +105,8 @@ class ScoreTable:
     def rank(self) -> float | None:
         """Smallest margin per word that is not NaN, or None if there is no such margin.
 
-        It determines the order of groups. It is divided by the word count because margins are sums over tokens, which grow with the length.
+        It determines the order of groups. Margins are divided by the word count because they are sums over tokens, which grow with the
+        length.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
@@ -115,8 +116,8 @@ class ScoreTable:
 class Item:
     """One group: pictures, texts, a truth table (1, 0, or None for unknown), and other facts.
 
-    ``filters`` maps the name of a filter to the group's values. ``meta`` is metadata that is shown verbatim. Picture paths are shown
-    relative to ``roots``.
+    ``filters`` maps each filter's name, such as "edit type", to the group's values. ``meta`` is metadata that is shown verbatim. Picture
+    paths are shown relative to ``roots``.
     """
 
     id: str
@@ -155,8 +156,8 @@ def group_item(
     filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
-    """Build a group's item. Images and texts are labelled with their edit types. Each text's words are compared with the anchor text for
-    the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
+    """Build a group's item for a page. Images and texts are labelled with their edit types. Each text's words are compared with the anchor
+    text for the same prompt. ``facts`` and ``filters`` are added to those of the group. ``roots`` are the folders of its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -218,7 +219,7 @@ def write_page(
     """Write a page of ``total`` items to a folder. An earlier page is replaced when the new page is complete.
 
     ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one at a time. Only the page without its pictures and the last 2048 comparison grids (at most 57 MB) are kept in memory.
+    consumed one at a time. Only the page (without its pictures) and the last 2048 comparison grids (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
@@ -292,8 +293,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Mark the characters of each text that differ from its reference or from a text that refers to it. Return one byte per character (1 if
-    marked), or b"" for a text without marks.
+    """Mark the characters of each text that differ from its reference text, or from a text whose reference it is. Return one byte per
+    character (1 if marked), or b"" for a text without marks.
     """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):
@@ -335,8 +336,8 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """Describe each image's pictures for the template. A description has the picture's copy and its difference from the factual picture, or
-    the reason why it cannot be shown, which is also added to ``problems``.
+    """Describe each image's pictures for the template. A description contains the picture's copy and its difference from the factual
+    picture, or the reason why the picture cannot be shown. The reason is also added to ``problems``.
     """
     drawn: list[list[dict[str, Any]]] = []
     prefixes = [root.parts for root in item.roots]

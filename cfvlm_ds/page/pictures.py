@@ -63,7 +63,7 @@ def looks(folder: Path, max_pixels: int) -> Looks:
 
 
 def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
-    """Reduce an RGB picture to means on a grid with ``longer`` cells on the longer side. Smaller pictures are not changed."""
+    """Downsample an RGB picture to a grid of means with ``longer`` cells along the longer side. Smaller pictures are not changed."""
     scale = min(1.0, longer / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     return np.asarray(image.resize((width, height), Pillow.Resampling.BOX))

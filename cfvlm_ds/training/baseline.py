@@ -1,7 +1,7 @@
 """A run's baseline: the accuracies on its evaluation sets before the first step, with which the final accuracies are compared.
 
-They are stored in the run folder and in a cache keyed by model, precision and set, so that later runs from the same model need not repeat
-the evaluation.
+These accuracies are stored in the run folder and in a cache keyed by model, precision and evaluation set, so that later runs from the same
+model need not repeat the evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Baseline:
     Args:
         model: fingerprint of the model's files, or None if unknown. Without a fingerprint, nothing is cached.
         dtype: the model's dtype in this run.
-        trained: number of groups that the run trains on. A repeated group counts each time.
+        trained: number of groups that the run trains on, including repeats.
     """
 
     config: RunConfig
@@ -55,8 +55,8 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random sample of a set is evaluated, ``num`` in the mean row is the sample size. Sets in ``train.retention`` are always
-        evaluated in full and never taken from the cache.
+        If only a random sample of a set is evaluated, ``num`` in the row of mean accuracies is the sample size. Sets in ``train.retention``
+        are always evaluated in full; their accuracies are never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -77,8 +77,8 @@ class Baseline:
         return results
 
     def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
-        """Compare accuracies with the baseline and return the changes. Only rank 0 calls this. A set is skipped if it has no baseline or
-        its contents have changed since.
+        """Compare accuracies with the baseline and return the changes. Call this on rank 0 only. A set is skipped if it has no baseline or
+        has changed since its baseline was measured.
         """
         changed = []
         for name, after in results.items():
@@ -92,7 +92,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of the groups to evaluate in a set."""
+        """Return the indices of the groups of a set that the baseline covers."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:
@@ -100,7 +100,7 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Delete an earlier run's baseline from the run folder, copy cached accuracies there, and return them."""
+        """Delete an earlier run's baseline from the run folder. Copy cached accuracies into that folder, and return them."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:
@@ -117,7 +117,7 @@ class Baseline:
         return found
 
     def _keep(self, name: str, rows: Sequence[Accuracy], count: int) -> None:
-        """Write the accuracies on a set to the run folder and the cache, without losses, because losses depend on the run's objective."""
+        """Write a set's accuracies to the run folder and the cache. Losses are omitted, because they depend on the run's objective."""
         plain = [vars(row) | {"losses": {}} for row in rows]
         text = json.dumps({"data": self.identities[name], "rows": plain})
         write_if_possible(self._file(name), text, self.world.say)
@@ -127,8 +127,8 @@ class Baseline:
                 replace(file, text.encode(), shared=True)
 
     def _read(self, file: Path) -> tuple[Any, list[Accuracy]]:
-        """Read a set's identity and accuracies from a file that ``_keep`` wrote. If the file is damaged, print a warning and return no
-        accuracies.
+        """Read a set's identity (hashes of its contents) and accuracies from a file that ``_keep`` wrote. If the file is damaged, print a
+        warning and return no accuracies.
         """
         try:
             kept = read_json(file) if file.is_file() else {"data": None, "rows": []}

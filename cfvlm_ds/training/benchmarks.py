@@ -39,7 +39,7 @@ BEFORE = "baseline/benchmarks"
 class RunBenchmark:
     """A benchmark in a run's evaluation.
 
-    ``plan`` holds the groups to score, ``identity`` identifies the items, and ``prompt`` is the first item's prompt.
+    ``plan`` holds the groups to score, ``identity`` is a fingerprint of the items, and ``prompt`` is the first item's prompt.
     """
 
     chosen: Chosen
@@ -57,7 +57,7 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
-    """Return an evaluation set's benchmark and probe. Raises ConfigError if the benchmark is unknown or does not have the probe."""
+    """Return an evaluation set's benchmark and probe (the form of its questions). Raises ConfigError if either does not exist."""
     try:
         (chosen,) = choose(
             [str(evaluation_set.benchmark)], Path(str(evaluation_set.root)), [evaluation_set.probe] if evaluation_set.probe else []
@@ -68,7 +68,7 @@ def chosen_of(name: str, evaluation_set: EvaluationSet) -> Chosen:
 
 
 def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict[str, RunBenchmark]:
-    """Read the benchmarks in data.evaluation. Every rank must call this.
+    """Read the items of the benchmarks in data.evaluation. Every rank must call this.
 
     Raises DataError for the first item that the model cannot process.
     """
@@ -98,7 +98,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
 
 
 def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
-    """Return the metric names that ``benchmark_metrics`` will use, before any outcomes exist. Metrics on control images are omitted."""
+    """Return the names of the metrics that ``benchmark_metrics`` returns after an evaluation, except metrics on control images."""
     names = set()
     for name, benchmark in benchmarks.items():
         names |= {f"eval/{name}/{metric}" for metric in benchmark.chosen.benchmark.metrics(tied(benchmark.plan.items))}
@@ -129,8 +129,8 @@ def write_benchmarks(
 ) -> list[Result]:
     """On rank 0, write every benchmark's results below ``folder`` and return them. Other ranks return an empty list.
 
-    Every rank must call this, because the ranks share the work of ``draws`` bootstrap draws. If ``exported`` is True, the weights of
-    ``model`` are on disk, and the results identify them.
+    Every rank must call this, because the ``draws`` bootstrap draws are divided among the ranks. If ``exported`` is True, the weights of
+    ``model`` have been exported, and the results include their fingerprint.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():
@@ -171,7 +171,7 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark],
 
 
 def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
-    """Return the identity of the exported model. `cfvlm-ds evaluate` on the run folder computes the same identity."""
+    """Return the exported model's fingerprint. `cfvlm-ds evaluate` on the run folder computes the same fingerprint."""
     run_dir = Path(config.train.output_dir)
     try:
         if only_adapters_train(config.model):

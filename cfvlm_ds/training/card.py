@@ -1,7 +1,7 @@
 """Model card for an export: the base model, the data, the objective, the training and the results.
 
-The card is a README.md with the front matter that Hugging Face reads. Each value is written without secrets on one line, in a code span,
-where Markdown and HTML have no effect. Because cards are published, only the last component of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Each value is written with secrets removed, on one line and in a code
+span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps
 
 
 def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
-    """Return the model card for an export of this checkpoint. If it cannot be composed, warn and return None: an export never fails because
-    of its card.
+    """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
+    because of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, they do if the run finished at its step.
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, it is True if the run finished at the
+    checkpoint's step.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated)
@@ -177,7 +178,7 @@ def _last(path: str) -> str:
 
 
 def _line(value: Any) -> str:
-    """Format a value as one printable line without secrets."""
+    """Format a value as one printable line with secrets removed."""
     return one_line(without_secrets(value if isinstance(value, str) else json.dumps(value, default=str)), _LONGEST)
 
 

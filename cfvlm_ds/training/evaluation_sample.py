@@ -29,7 +29,7 @@ class EvaluationSample:
     """Fixed random groups of each evaluation set.
 
     Args:
-        trained: number of groups that the run trains on. A repeated group counts each time.
+        trained: number of groups that the run trains on, including repeats.
         total_steps: number of steps in the run.
     """
 
@@ -54,7 +54,7 @@ class EvaluationSample:
         return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
 
     def is_due(self, step: int) -> bool:
-        """Return True if there is a sample to score after this step."""
+        """Return True if the sample is to be scored after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
@@ -62,7 +62,7 @@ class EvaluationSample:
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
 
-        ``results`` contains accuracies on the sample, or on sets that contain it. Groups outside the sample are ignored.
+        ``results`` contains accuracies on the samples or on the whole sets. Groups outside the samples are ignored.
         """
         accuracies = {}
         for name, keys in self._keys.items():
@@ -88,6 +88,6 @@ def random_order(size: int, count: int) -> list[int]:
 
 
 def part_of(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
-    """Return the groups at the indices ``places``, in the set's order."""
+    """Return the groups at the indices in ``places``, in the order of ``groups``."""
     ordered = sorted(places)
     return groups if len(places) == len(groups) else Lazy(lambda place: groups[ordered[place]], len(ordered))

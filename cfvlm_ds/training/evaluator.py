@@ -1,4 +1,4 @@
-"""Evaluation within a run: all splits and benchmarks are scored with the training engine, and ranks can vote to stop."""
+"""Evaluation within a run. All splits and benchmarks are scored with the training engine. If one rank votes to stop, all ranks stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a run's splits and benchmarks with the token budget of training."""
+    """Evaluates a run's splits and benchmarks with the same token limit as in training."""
 
     config: RunConfig
     world: World
@@ -84,7 +84,7 @@ class Evaluator:
         return outcomes
 
     def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
-        """Return the outcomes of items for which the model generates text. Each rank generates a share of the distinct texts."""
+        """Return the outcomes of items that the model answers with generated text. Each rank generates a share of the distinct answers."""
         items = benchmark.plan.items
         donors = other_images(items) if shuffled else [None] * len(items)
         views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]
@@ -118,7 +118,7 @@ class Evaluator:
             self.engine.train()
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Return a batch's scores [G, I, C] in nats under the model without its adapters, as in cfvlm_ds.training.step."""
+        """Return a batch's scores [G, I, C] in nats under the model without its adapters."""
         with adapters_off(self.engine.module.model):
             return batch.scores(self.engine(**batch.model_inputs)).logp
 
@@ -137,7 +137,7 @@ class Evaluator:
             raise StopRequested(why)
 
     def _options(self) -> dict[str, Any]:
-        """Return the scoring options: batch size, token budget, and the remedy that an out-of-memory error suggests."""
+        """Return the scoring options: batch size, token limit, and the remedy that an out-of-memory error suggests."""
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         remedy = (

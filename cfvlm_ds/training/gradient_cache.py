@@ -32,12 +32,13 @@ def forward(
     last: bool,
     beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
-    """Score a micro-batch in ``number`` forwards, which must be equal on all ranks. Return the scores [G, I, C] and a function that
-    backpropagates their loss.
+    """Score a micro-batch in ``number`` forwards (the same number on all ranks). Return the scores [G, I, C] and a function that
+    backpropagates a loss on them.
 
     Only one forward's activations are in memory at a time. The first pass computes all scores, because the loss couples them. The second
-    pass repeats all forwards except the last with the same random numbers, and weights the log-probs by the loss's derivatives. Padding
-    copies have a weight of 0. ``last`` is True for a step's last micro-batch, which completes the gradients.
+    pass repeats every forward except the last, using the same random numbers, and backpropagates the log-probs weighted by the loss's
+    derivatives. Padding copies have a weight of 0. ``last`` must be True for a step's last micro-batch, after which the gradients are
+    complete.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

@@ -1,7 +1,7 @@
 """Hard negatives: if a group has many counterfactuals, a step trains only on those that are hardest for the current model.
 
-A forward pass without gradients scores all counterfactuals. The row is packed again with only the hardest, so that the training pass costs
-no more than for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
+A forward pass without gradients scores all counterfactuals. The row of tokens is then packed again with only the hardest, so that the
+training pass costs no more than for a group with few counterfactuals. Shapes: G groups, I images, C candidates.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from cfvlm_ds.training.in_batch_negatives import look_ahead
 
 @dataclass(frozen=True)
 class Hardest:
-    """The selected cells [G, I, C], and two counts over groups with a single prompt.
-
-    ``proposed`` counts all scored counterfactuals, and ``entered`` counts the kept counterfactuals.
+    """The selected cells [G, I, C], and two counts that cover only groups with a single prompt: ``proposed`` is the number of
+    counterfactuals that were scored, and ``entered`` the number that were kept.
     """
 
     cells: Tensor

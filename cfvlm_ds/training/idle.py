@@ -18,14 +18,14 @@ _LACKS = {
 
 @dataclass(frozen=True)
 class Idle:
-    """Monitor for options without effect. It passes one warning per option to ``say``."""
+    """Detects options that have no effect. It passes one warning per option to ``say``."""
 
     config: RunConfig
     say: Callable[[str], object]
     warned: set[str] = field(default_factory=set)
 
     def recorded(self, metrics: Mapping[str, float]) -> None:
-        """Check a training record's metrics, and print a warning for each new finding."""
+        """Check a training record's metrics, and print a warning for each ineffective option that has not been reported yet."""
         for option, why in self._findings(metrics):
             if option not in self.warned:
                 self.say(f"warning: {option} {why}")

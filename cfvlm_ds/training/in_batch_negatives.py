@@ -1,7 +1,7 @@
 """In-batch negatives: texts from the other groups in an optimizer step, drawn before packing, and the exchange of their scores.
 
-The draw depends only on the ids of the step's groups, not on their distribution over ranks and micro-batches. Every rank therefore reads
-the whole step's rows from the store, but opens only the pictures of its own groups.
+The draw depends only on the ids of the step's groups, not on how the groups are distributed over ranks and micro-batches. Every rank
+therefore reads the data of all groups in the step, but opens only the pictures of its own groups.
 
 A loss that compares a text on several groups' images couples micro-batches and ranks. The gradients of a group's own scores are correct
 even if the other scores are treated as constants, so ranks exchange scores, but no gradients. Shapes: G groups, I images, C texts, R scores
@@ -32,7 +32,7 @@ Entry = CounterfactualGroup | DataError
 
 
 class StepPart(NamedTuple):
-    """A micro-batch: the data indices of all groups in its step, and the positions of its own groups in the step."""
+    """A micro-batch: the data indices of all groups in its step, and the positions of the micro-batch's own groups among them."""
 
     step: tuple[int, ...]
     places: range
@@ -40,7 +40,9 @@ class StepPart(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeSteps:
-    """The ``batch_sampler`` of a DataLoader over ``WithNegatives``. Yields a rank's micro-batches, each with its step's indices."""
+    """The ``batch_sampler`` of a DataLoader over ``WithNegatives``. Yields a rank's micro-batches, each with the data indices of all groups
+    in its step.
+    """
 
     sampler: GroupSampler
 
@@ -68,14 +70,14 @@ class WithNegatives:
         self._last: tuple[tuple[int, ...], _Step] | None = None
 
     def __getitems__(self, batch: StepPart) -> list[Entry]:
-        """Return a micro-batch. If a row cannot be read, the DataError takes the group's place."""
+        """Return the groups of a micro-batch. If a group's data cannot be read, a DataError takes its place."""
         if self._last is None or self._last[0] != batch.step:  # a worker with several micro-batches of a step reads the step once
             self._last = batch.step, _Step([self._groups[index] for index in batch.step], self._terms, self._seed)
         return [self._last[1].group_at(place) for place in batch.places]
 
 
 class _Offer(NamedTuple):
-    """A text that the step's other groups may score. ``shown`` holds the images of its own group of which it is true."""
+    """A text that can be a negative for the step's other groups. ``shown`` holds the images of its own group of which the text is true."""
 
     negative: InBatchNegative
     text: str
@@ -88,7 +90,7 @@ _Question = tuple[Prompt, int]
 
 
 class _Step:
-    """A step's groups and the texts that they offer each other."""
+    """A step's groups, and the texts of each group that can be negatives for the other groups."""
 
     def __init__(self, entries: Sequence[Entry], terms: dict[str, int], seed: int) -> None:
         self._entries, self._terms, self._seed = entries, terms, seed
@@ -104,7 +106,7 @@ class _Step:
                 self._offers.setdefault(_question(group), []).append(_Offer(negative, text, key, true_of[c]))
 
     def group_at(self, place: int) -> Entry:
-        """Return the group at a position in the step with its in-batch negatives, or the DataError if its row cannot be read."""
+        """Return the group at a position in the step with its in-batch negatives, or the DataError if its data cannot be read."""
         group = self._entries[place]
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
@@ -140,7 +142,9 @@ def _question(group: CounterfactualGroup) -> _Question:
 
 
 def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
-    """Yield the index, normalised text and key of each text that answers the factual text's prompt. A text without a key is its own key."""
+    """Yield the index, normalised text and key of each text that answers the factual text's prompt. Texts with equal keys are never
+    negatives of each other. A text without a key is its own key.
+    """
     for c, candidate in enumerate(group.candidates):
         if candidate.prompt == group.candidates[0].prompt:
             text = _comparable(candidate.text)
@@ -173,7 +177,7 @@ class CrossRankScores:
     def added_to(self, scores: Scores) -> Scores:
         """Extend a micro-batch's scores with the scores of its texts on other groups' images.
 
-        If a text's own group was left out of the step, the text has no such scores and is not compared.
+        If the group that a text comes from was left out of the step, the text gets no such scores and is not compared.
         """
         layout = scores.layout
         if layout.in_batch is None:
@@ -186,7 +190,7 @@ class CrossRankScores:
         return replace(scores, cross_group=cross_group.to(scores.logp.device))
 
     def _others(self, place: int, source_group: int, text: int) -> Iterator[float]:
-        """Yield the scores of a text on images of all groups except the one at ``place``."""
+        """Yield the scores of a text on the images of all groups except the group at position ``place``."""
         entries = self._of.get((source_group, text), [])
         if any(scored_by == source_group for scored_by, _ in entries):
             yield from (score for scored_by, score in entries if scored_by != place)
@@ -221,8 +225,8 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
     """Score all micro-batches of this rank before any gradients are computed.
 
-    The forwards use the same random numbers as the training forwards that follow, so dropout is the same. Every rank runs the same number
-    of forwards.
+    The forwards use the same random numbers as the training forwards that follow, so the dropout masks are the same. Every rank runs the
+    same number of forwards.
     """
     state, scored = random_state(device), []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Meter of training metrics. Sums stay on the device until a record turns them into means and rates per second."""
+"""Meter of training metrics. Sums stay on the device until metrics are recorded; they are then converted to means and rates per second."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class _Key(NamedTuple):
 class Meter:
     """Sums and counts since the last record. Ratios are computed only after all ranks' sums have been added up.
 
-    ``gathering`` returns the number of seconds that computation has waited for partitioned weights since its last call. It is None if
-    weights are not partitioned.
+    ``gathering`` is a function that returns how many seconds computation has waited for partitioned weights since the previous call. It is
+    None if weights are not partitioned.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
@@ -53,7 +53,7 @@ class Meter:
         self._add(_Key(name, part), total, count)
 
     def add_rate(self, name: str, amount: Tensor | float) -> None:
-        """Add to a metric that is an amount per second."""
+        """Add an amount to a metric that is recorded as a rate per second."""
         self._add(_Key(name, is_rate=True), amount, 1)
 
     def _add(self, key: _Key, total: Tensor | float, count: Tensor | float) -> None:
@@ -66,7 +66,7 @@ class Meter:
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
-        """Return global means and rates per second of wall-clock time, and start the next record.
+        """Return means over all ranks and rates per second of wall-clock time, and reset the meter for the next record.
 
         Every rank must call this. A record needs only this one transfer from the device.
         """
@@ -98,8 +98,8 @@ def measure(
     Args:
         part_of_step: the micro-batch's share of a step. A step's loss is the sum over its micro-batches and ranks.
         flops: counter of the model's floating-point operations.
-        sources: names of a mixture's sources, which are also measured separately.
-        progress: share of all steps done before this step, on which the weights of terms with a warm-up depend.
+        sources: names of a mixture's sources, each of which is also measured separately.
+        progress: share of all steps done before this step. The weights of terms with a warm-up depend on it.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured

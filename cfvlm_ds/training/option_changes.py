@@ -1,8 +1,8 @@
-"""Option changes: the differences between a run and the run that it continues, and their effect on a resume.
+"""Option changes: the differences between a run and the run that it resumes, and their effect on resuming.
 
-Every option declares the effect of a change (see core/options.py). The effects of changed DeepSpeed settings are listed below. All fields
-of an objective affect the training. A checkpoint contains its run's record, and a run that continues from it compares the two records
-before it writes anything.
+Every option declares how a change affects resuming (see core/options.py). The effects of changed DeepSpeed settings are listed below. All
+fields of an objective affect the training. A checkpoint contains the record of its run. A run that resumes from the checkpoint compares
+this record with its own before it writes anything.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or ch
 
 @dataclass(frozen=True)
 class Change:
-    """A changed option: its name, its value in the continued run and its value in this run."""
+    """A changed option: its name, its earlier value and its value in this run."""
 
     option: str
     before: Any
@@ -68,8 +68,8 @@ def record(
     alive: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return the record of a run as plain JSON without secrets: options, resolved DeepSpeed settings, number of ranks, total steps and the
-    model's hashes.
+    """Return the record of a run as plain JSON with secrets removed: options, resolved DeepSpeed settings, number of ranks, total steps and
+    the model's hashes.
 
     ``alive`` is called repeatedly while the model's files are read, and ``say`` reports progress.
     """
@@ -80,7 +80,7 @@ def record(
 def model_hashes(
     name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
 ) -> dict[str, str] | None:
-    """Return the ``fingerprint`` of the model's files, or None if a hub model has not been downloaded yet."""
+    """Return the fingerprint (hashes) of the model's files, or None if a hub model has not been downloaded yet."""
     folder = name_or_path
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Return an error message if ``what`` cannot be continued with these changes, otherwise None."""
+    """Return an error message if ``what`` (a run folder or checkpoint) cannot be continued with these changes, otherwise None."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
@@ -171,7 +171,7 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def on_resume_of(setting: str) -> OnResume:
-    """Return the effect of changing a DeepSpeed setting, as listed for the longest prefix of its name in DEEPSPEED."""
+    """Return the effect of changing a DeepSpeed setting. Of the prefixes of its name that DEEPSPEED lists, the longest one applies."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "confirm")

@@ -1,4 +1,6 @@
-"""A run's data. Stores are prepared if necessary and opened before training. Errors are raised on every rank."""
+"""A run's data. Before training, data sets are prepared as stores (indexed files) if necessary, and the stores are opened. Errors are
+raised on every rank.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ MOST_ROWS = 100_000
 class RunData:
     """A run's training and evaluation data.
 
-    ``identity`` identifies the training groups, and ``identities`` identifies each split. ``pictures`` describes the stores' pictures, or
-    is None if the data check opened no pictures. When a picture is opened, it is compared with its description. ``sources`` maps names to
+    ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is a table of the stores'
+    pictures, with which each picture is compared when it is opened, or None if the data check opened no pictures. ``sources`` maps names to
     the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
     """
 
@@ -73,8 +75,8 @@ class SourceData(NamedTuple):
 def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits.
 
-    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py), unless it has more than ``most_rows`` groups. On every
-    rank, raises ConfigError if a rank is lost, and DataError for an invalid manifest, image or text.
+    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py). On every rank, raises ConfigError if a rank is lost,
+    and DataError for an invalid manifest, image or text, or for an unprepared data set of more than ``most_rows`` groups.
     """
     data = config.data
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
@@ -133,7 +135,7 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
     """Call a function on rank 0, which can use all cores of its machine while the other ranks wait. Return its result on every rank.
 
-    Raises the function's error on every rank, and StorageError if one of the function's processes was killed.
+    Raises the function's error on every rank, and StorageError if a process that the function started was killed.
     """
 
     def call() -> Any:
@@ -153,9 +155,10 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Mark the training data as outdated after they have prevented a start, so that the next start prepares them again.
+    """Mark the prepared training data as outdated after a start has failed because of them, so that the next start prepares them again.
 
-    Otherwise, the next start would miss files that were restored without changing the manifest. Unmodified pictures are not opened again.
+    Otherwise, the next start would not notice files that were restored without changing the manifest. Unmodified pictures are not opened
+    again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -173,8 +176,8 @@ def _disown(folder: Path) -> None:
 class _Stores:
     """Opens a run's stores on all ranks.
 
-    A data set that is not a store is prepared in the run folder, and prepared again if its files have been modified since. The folder also
-    stores values that depend on the model: text lengths and visual token counts.
+    A data set that is not a store is prepared in the run folder, and prepared again if its files have been modified since. The run folder
+    also stores the result of the check that depends on the model: text lengths and visual token counts.
     """
 
     config: RunConfig
@@ -185,7 +188,7 @@ class _Stores:
     collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
-        """Open the groups of a data set. Rank 0 prints a summary. Raises DataError with the first problem on every rank."""
+        """Open the groups of a data set. Rank 0 prints a summary. On every rank, raises DataError with the first problem."""
         prepared = self._by_rank_0(lambda: self._prepared(data_set))
         stores, problem = list[GroupStore](), None
         try:
@@ -204,7 +207,7 @@ class _Stores:
         return by_rank_0(self.world, self.barrier, f"the preparation of {self.config.data.trained_on}", function)
 
     def _prepared(self, each: DataSet) -> str | None:
-        """Prepare a data set for this run if necessary, and return its folder. Return None for a store, which is used directly."""
+        """Prepare a data set in the run folder if necessary, and return its folder. Return None for a store, which is used directly."""
         path, config, say = local_path(each.path), self.config, self.world.say
         if path.is_dir() and is_store(path) and each.limit is None:
             return None
@@ -274,7 +277,7 @@ class _Stores:
         return without_secrets(summary + (f", metadata {store.found['metadata']}" if store.found["metadata"] else ""))
 
     def _measured_by(self, store: StoredRows) -> str:
-        """Return a hash of everything that determines a store's text lengths."""
+        """Return a hash of everything that determines a store's text lengths and visual token counts."""
         model = self.config.model
         inputs = inputs_fingerprint(model) if os.path.isdir(model.name_or_path) else None
         limits = [getattr(model, option) for option in IMAGE_LIMITS]

@@ -66,7 +66,7 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
 
 
 def refuse_export(config: RunConfig) -> None:
-    """Raise ConfigError if the export could not be written to its folder after training."""
+    """Raise ConfigError before training if the export's folder contains files that the export must not replace."""
     if config.train.export:
         _, folder, marker = _exported(config)
         remedy = "choose another train.output_dir, or set train.export to false"
@@ -75,7 +75,7 @@ def refuse_export(config: RunConfig) -> None:
 
 
 def _exported(config: RunConfig) -> tuple[bool, Path, str]:
-    """Return True if a run exports adapters, the export's folder, and the file that marks the folder as an export."""
+    """Return three values: whether a run exports adapters, the export's folder, and the name of the file that marks it as an export."""
     adapter, run_dir = only_adapters_train(config.model), Path(config.train.output_dir)
     return adapter, *((run_dir / "adapter", "adapter_config.json") if adapter else (run_dir / "export", "config.json"))
 
@@ -94,9 +94,9 @@ def write_results(
     warning: str,
 ) -> tuple[str, list[Path]]:
     """Write results.md, results.json, before_after.json and every split's scores into the run folder. With ``train.figures``, also write a
-    page that shows the worst groups. Return the opening of results.md and the paths of the first three files.
+    page that shows the worst groups. Return the opening of results.md, and the paths of results.md, results.json and before_after.json.
 
-    results.md also contains the ``benchmarks`` results, the Markdown section ``samples``, and a ``warning`` about the training. Raises
+    results.md also contains the results in ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training. Raises
     StorageError if the disk is full.
     """
     run_dir = path = Path(config.train.output_dir)
@@ -197,8 +197,8 @@ _NO_SETS = (
 def draw_figures(
     run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
 ) -> list[Path]:
-    """Draw the figures, and return the paths of the drawn figures. A failure only causes a warning. ``samples`` maps sets to the sample
-    sizes that the learning curves show.
+    """Draw the figures, and return the paths of those that could be drawn. A failure only causes a warning. ``samples`` maps each
+    evaluation set to its sample size, which is shown in the learning curves.
     """
 
     def draw_scores(path: Path, split: str) -> None:

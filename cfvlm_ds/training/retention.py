@@ -21,8 +21,8 @@ from cfvlm_ds.evaluation import Accuracy, headline_metric
 class Retention:
     """Monitor that compares metrics with their first values and warns if a likelihood falls by more than ``train.displacement_warning``.
 
-    ``identities`` maps each evaluation set to its identity. If a set's contents have changed, it is compared with its first evaluation
-    after the change.
+    ``identities`` maps each evaluation set to its identity (hashes of its contents). If a set's contents have changed, it is compared with
+    its first evaluation after the change.
     """
 
     config: RunConfig
@@ -41,7 +41,9 @@ class Retention:
         return f"{advice}, raise objective.align.weight or lower train.learning_rate"
 
     def trained(self, metrics: Mapping[str, float]) -> None:
-        """Check a training record. The warning is repeated only if the drop has doubled since the last warning."""
+        """Check the likelihood in a training record, and warn if it has dropped too far. The warning is repeated only if the drop has
+        doubled since.
+        """
         if (warning := self.displacement(metrics)) and (fallen := self._fallen(metrics)) > 2 * self.warned:
             self.warned = fallen
             self.say(warning)
@@ -81,7 +83,7 @@ class Retention:
         return changed
 
     def _start(self, split: str, measured: Mapping[str, float]) -> Mapping[str, Any]:
-        """Return a set's first evaluation with its ``step``. In a continued run, this can be the current evaluation."""
+        """Return a set's first evaluation and its ``step``. If the set is new or has changed, this is the current evaluation."""
         start, data = self.state.retained.get(split), self.identities[split]
         if start is not None and changes(start["data"], data) is None:
             return start

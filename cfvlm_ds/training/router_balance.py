@@ -25,8 +25,8 @@ class RouterBalance:
     """A step's balance loss and the routing statistics of its forwards.
 
     Args:
-        engine: engine of a Scorer, whose ``routed`` holds the routing of the last forward.
-        weight: weight of the loss. If it is 0, the experts' loads are only counted.
+        engine: engine of a Scorer. The Scorer's ``routed`` holds the routing of its last forward.
+        weight: weight of the loss. If it is 0, the experts' loads are recorded, but there is no loss.
     """
 
     engine: Any
@@ -50,7 +50,9 @@ class RouterBalance:
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """Return the balance loss to add to the loss of the last forward, whose input was ``batch``. It is 0 if ``counts`` is False."""
+        """Return the balance loss to add to the loss of the last forward, whose input was ``batch``. It is 0 if ``counts`` is False (for a
+        padding copy).
+        """
         routed = self._last(batch, counts)
         if routed is None:
             return 0.0
@@ -62,7 +64,7 @@ class RouterBalance:
         return self.weight * self._share(routed) * self.world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
-        """Return this rank's unweighted share of the balance loss, and its routing statistics, since the last call."""
+        """For the forwards since the last call, return this rank's unweighted share of the balance loss, and its routing statistics."""
         since, self._since = self._since, []
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 

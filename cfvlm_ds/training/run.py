@@ -45,8 +45,8 @@ from cfvlm_ds.training.validation import scores_needed, validate
 def train(config: RunConfig, world: World | None = None) -> None:
     """Train, evaluate and export. Every rank must call this. It joins the process group unless ``world`` is given.
 
-    If the run has already finished, it only prints a message. After a stop signal, it saves a checkpoint and raises SystemExit with
-    ``EXIT_STOPPED``, without evaluation or export. The same call continues the run.
+    If the run has already finished, it only prints a message. After a stop signal, it saves a checkpoint, skips evaluation and export, and
+    raises SystemExit with ``EXIT_STOPPED``. Calling it again with the same arguments resumes the run.
 
     Raises ConfigError or DataError before the first step for an error in the configuration or data, and FloatingPointError on all ranks if
     the loss or its gradient is not finite.
@@ -78,7 +78,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
     """Hold the run folder's lock within the block.
 
     Before anything is written, raises ConfigError on all ranks if another process holds the lock, if the folder does not belong to a run
-    with these ``options``, or if ``check`` raises it.
+    with these ``options``, or if ``check`` raises a ConfigError.
     """
     locks: list[RunLock] = []
 
@@ -97,8 +97,7 @@ def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: N
 
 
 def _run(config: RunConfig, world: World) -> None:
-    """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and their scores have passed the
-    self-check.
+    """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and have passed the self-check.
 
     Only the data check's cache, the feature cache and the ranks' heartbeats are written earlier.
     """
@@ -175,9 +174,7 @@ def _run(config: RunConfig, world: World) -> None:
 
 
 def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
-    """Return the training groups' stored scores. Return None if no objective needs them, or if the model without its adapters can replace
-    them.
-    """
+    """Return the training groups' stored scores. Return None if no objective needs them, or if the run computes them itself."""
     if not scores_needed(config):
         return None
     barrier = ProgressBarrier(world)

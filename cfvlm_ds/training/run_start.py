@@ -33,7 +33,9 @@ class OtherData(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """A run's start: the checkpoint that it continues, if any, the option changes since then, and the record of the current options."""
+    """A run's start: the checkpoint from which it continues, if any, the options that have changed since that checkpoint, and the record of
+    the current options.
+    """
 
     checkpoint_dir: Path | None
     changed: Sequence[Change]
@@ -42,7 +44,7 @@ class Start:
     data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
-        """Move the sampler to the position in ``state``. Raises ConfigError or DataError if this run cannot continue there."""
+        """Move the sampler to the position that ``state`` holds. Raises ConfigError or DataError if the run cannot continue from there."""
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
@@ -81,7 +83,8 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` identifies the groups.
+    """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` holds hashes of the
+    groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
     data.

@@ -1,4 +1,4 @@
-"""A run's samples: texts that the model writes about a few evaluation pictures at each evaluation, and texts that it prefers."""
+"""A run's samples: at each evaluation, the texts that the model generates for a few images, and the candidate texts that it prefers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Samples:
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
-        """Read the texts up to the step from which the run continues. A file that cannot be read causes a warning and is replaced."""
+        """Read earlier texts from samples.jsonl, up to the step from which the run continues. An unreadable file causes a warning and is
+        replaced.
+        """
         if self.number and self.world.is_main:
             try:
                 self._lines = [line for line in records(self._file, "its texts are dropped") if line["step"] <= step]
@@ -61,7 +63,7 @@ class Samples:
 
     def write(self, step: int) -> None:
         """Generate the texts and write them to samples.jsonl, where they replace an earlier start's texts for this and later steps. If any
-        rank cannot read a picture, the error takes the place of the text.
+        rank cannot read a picture, the error message replaces the text.
         """
         if next(self._groups(), None) is None:
             return
@@ -85,7 +87,7 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to track. If this fails,
+        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to upload. If this fails,
         print a warning and return an empty section.
         """
         if next(self._groups(), None) is not None:
@@ -143,7 +145,7 @@ class Samples:
             return str(error)
 
     def _groups(self) -> Iterator[tuple[str, CounterfactualGroup]]:
-        """Yield the groups whose first image has a true text, from each set in turn."""
+        """Yield up to ``number`` groups whose first image has a true text, from each set in turn."""
         found = 0
         for index in range(max(map(len, self.splits.values()), default=0)):
             for name, groups in self.splits.items():

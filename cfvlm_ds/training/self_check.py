@@ -41,7 +41,8 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (_min, _max) may be infinite, because Gemma 4's clipped layers have infinite bounds if nothing is clipped.
+    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have such bounds if nothing is
+    clipped.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -91,7 +92,8 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare two cells of the first packed row of ``groups`` with single-row forwards: the first cell, and a cell after other texts.
+    """Compare the scores of two cells in the first packed row of ``groups`` with single-row forwards: the row's first cell, and a cell that
+    follows other texts.
 
     Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
     differs by more than rounding explains.

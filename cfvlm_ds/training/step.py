@@ -68,7 +68,7 @@ class OptimizerStep:
 
     Args:
         engine: DeepSpeed engine of a Scorer.
-        collator: the run's collator, which packs rows again and makes a stand-in batch if a data worker has died.
+        collator: the run's collator. It packs rows again for hard negatives, and makes a stand-in batch if a data worker has died.
         mark: function that records a phase and step number, so that a hang can be located.
     """
 
@@ -129,7 +129,7 @@ class OptimizerStep:
         return StepResult(reason(all_votes), bool(save_due), waited, measured)
 
     def _fetch(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str | None]:
-        """Return the step's micro-batches and None. If a data worker has died, return a stand-in and the error message."""
+        """Return the step's micro-batches and None. If a data worker has died, return a stand-in micro-batch and the error message."""
         device, count = self.world.device, self.config.train.gradient_accumulation_steps
         try:
             return [next(batches).to(device) for _ in range(count)], None
@@ -186,8 +186,8 @@ class OptimizerStep:
         return most.tolist()
 
     def _reference(self, batch: Batch) -> Tensor | None:
-        """Return a batch's scores [G, I, C] in nats under the model without its adapters. Return None if no objective needs a reference, or
-        if the reference is stored.
+        """Return a batch's scores [G, I, C] in nats under the model without its adapters. Return None if no objective needs reference
+        scores, or if they are stored.
         """
         if batch.reference is not None or not any(term.needs_reference for term in self.config.objective.values()):
             return None

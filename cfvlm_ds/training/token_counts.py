@@ -44,17 +44,17 @@ def group_tokens(
 ) -> Tokens:
     """Return the number of tokens of each group in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
 
-    If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, under a hash
-    of everything that they depend on. All ranks map this file into memory, and the next start reads it. If ``depends_on`` is None, nothing
-    is stored.
+    If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, in a file
+    named after a hash of everything that they depend on. All ranks map this file into memory, and the next start reads it. If
+    ``depends_on`` is None, nothing is stored.
 
-    Raises DataError on every rank for a picture file without a header, and for a group that exceeds a limit in ``data``. The micro-batch
-    limit applies to all of a group's images and texts, and the forward limit applies to one image with one text.
+    Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The
+    micro-batch limit applies to all of a group's images and texts, and the forward limit applies to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
     def work(places: Sequence[int], done: Done) -> Tokens | str:
-        """Return the counts of the groups at ``places``, or an error message if a group cannot be read."""
+        """Return the counts of the groups at the indices in ``places``, or an error message if a group cannot be read."""
         try:
             chunk = [groups[index] for index in places]
             shown = (picture for group in chunk for image in group.images for picture in image)

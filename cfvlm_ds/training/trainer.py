@@ -65,9 +65,9 @@ class Trainer:
     Args:
         engine: DeepSpeed engine of a Scorer.
         collator: collator that makes batches from groups.
-        sampler: sampler of groups, at the position where training continues.
+        sampler: sampler of groups, already moved to the position at which training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
-        num_workers: number of data workers, which may be forked after the trainer has been created.
+        num_workers: number of data workers. Forking them requires that no other thread is importing a module.
     """
 
     config: RunConfig
@@ -216,7 +216,7 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint. Return its cost as metrics: the seconds, and their share of the time since the last checkpoint.
+        """Save a checkpoint. Return as metrics its duration in seconds, and the duration's share of the time since the last checkpoint.
 
         A failure raises SaveError if the checkpoint is ``needed``. Otherwise it only causes a warning.
         """
@@ -269,7 +269,9 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all metrics. A partly evaluated set has only the sample's metrics."""
+        """Log an evaluation, print its headlines, and return all metrics. A set of which only a sample was evaluated has only the sample's
+        metrics.
+        """
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
         metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(whole)
@@ -351,7 +353,7 @@ class Trainer:
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker. Unless ``alone``, all ranks exit together."""
+        """Exit from a run that has lost a data worker. If ``alone`` is False, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)

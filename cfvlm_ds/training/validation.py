@@ -27,10 +27,10 @@ _UNKNOWN_WIDTH = 64
 
 
 def validate(config: RunConfig, world: World | None) -> None:
-    """Raise ConfigError or DataError for settings that would stop the run later.
+    """Raise ConfigError or DataError for settings that would make the run fail later.
 
-    ``world`` is None in a dry run, which needs no data and may be meant for another machine. Files that the ``build`` section will write
-    need not exist.
+    ``world`` is None in a dry run, which needs neither the data nor the run's machine. Files that the ``build`` section will write need not
+    exist.
     """
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
@@ -128,7 +128,7 @@ def _is_below(path: str, folder: str) -> bool:
 def scores_needed(config: RunConfig) -> bool:
     """Return True if an objective needs stored scores for the training groups.
 
-    The model without its adapters can replace a stored reference, but not a stored prior. Raises ConfigError if scores are needed but no
+    A run that trains only adapters computes reference scores itself, but not prior scores. Raises ConfigError if scores are needed but no
     file is set.
     """
     without = [name for name, source in config.data.train_sets.items() if source.scores is None]
