@@ -67,7 +67,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of a killed save are ignored."""
+    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of an interrupted save are ignored."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
