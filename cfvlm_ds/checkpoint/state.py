@@ -23,7 +23,7 @@ class TrainState:
         sampler: state of the GroupSampler.
         data: identity (row count and hashes) of the training groups.
         run_id: id of the MLflow run.
-        baseline_lp: initial factual log-likelihood in nats per token, the reference for displacement.
+        baseline_lp: initial factual log-likelihood in nats per token, the reference for likelihood displacement.
         best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
         worse: number of evaluations since the best evaluation.
         skipped: maps the ids of left-out groups to reasons.

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 class _InPlaceOfManifests(argparse.Action):
-    """Action of --benchmarks, which makes the manifest optional.
+    """An argparse action: --benchmarks makes the manifest optional.
 
     The manifest is required by default, because argparse would otherwise not accept options between the model and the manifest.
     """
@@ -48,7 +48,7 @@ class BenchmarkOptions:
 
     Args:
         benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.
-        benchmark_root: folder with one subfolder of official files per benchmark.
+        benchmark_root: folder with one subfolder per benchmark, which contains the benchmark's official files.
         probes: forms of the benchmarks' questions, each NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is applied to
             every benchmark that supports it. By default, each benchmark uses its own probe.
         on_error: with skip, leave out benchmark items that the model cannot process, and report their number and names.

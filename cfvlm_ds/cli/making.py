@@ -31,9 +31,7 @@ def add(data: Any) -> None:
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """Parse a shard into its index and the number of shards: 3/64 is the fourth of 64 shards. The number is None if only the index is
-    given.
-    """
+    """Parse I/N into a shard's index and the number of shards: 3/64 is the fourth of 64 shards. N is None if only I is given."""
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -142,12 +140,12 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
-    """Report duplicates, leaks between splits, and shortcuts: cues that reveal edited texts or pictures without comparing text and picture.
+    """Report duplicates, leaks between splits, and shortcuts: cues by which an edited text or picture can be recognised on its own.
 
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
     Args:
-        manifest: manifests of groups; several manifests are the splits of one data set.
+        manifest: manifests of groups; several manifests are treated as splits of one data set.
         out: folder for an HTML page, report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
@@ -275,7 +273,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
-        """A ``World`` that prints only warnings, because the command's own step reports progress."""
+        """A ``World`` that prints only warnings, because the calling step reports its own progress."""
 
         def say(self, message: str) -> None:
             if message.startswith("warning: "):

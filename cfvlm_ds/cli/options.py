@@ -150,7 +150,7 @@ def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error in one sentence and accepts no abbreviated names."""
+    """Argument parser that reports an error in one sentence and accepts no abbreviated option names."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)

@@ -39,8 +39,8 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
 
 
 def _held(lock: Path) -> str | None:
-    """Return ``process`` if a process on this machine has the lock open, a message if another machine might, or None if the lock is stale
-    or gone.
+    """Return why a lock might be in use, or None if it is stale or gone. The reason is ``process`` if a process on this machine has the
+    lock open, otherwise a message about another machine.
     """
     import psutil
 

@@ -109,8 +109,7 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return each text's scores, divided by the temperature, on its group's images [G, I, C] and on R images of other groups [G, R, C].
-        """
+        """Return each text's scores, divided by the temperature, on its group's images [G, I, C] and R images of other groups [G, R, C]."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature
