@@ -33,10 +33,10 @@ def own_sum(listed: Mapping[str, Any]) -> int:
 def find(output_dir: Path, resume: str, world: World) -> Path | None:
     """Return the checkpoint to resume from, or None to start at step 0. All ranks get the same result.
 
-    ``resume`` is ``auto`` (the newest intact checkpoint), ``restart`` (the same, but None if every checkpoint is unusable or renamed),
-    ``never``, or a checkpoint's path. Rank 0 checks for missing and truncated files. Then each rank verifies the checksums of a share of
-    the files. Skipped checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if ``resume`` is
-    ``never`` but the folder has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints.
+    ``resume`` is ``auto`` (the newest intact checkpoint), ``restart`` (like ``auto``, but start at step 0 if every checkpoint is unusable
+    or renamed), ``never``, or a checkpoint's path. Rank 0 checks for missing and truncated files. Then each rank verifies the checksums of
+    a share of the files. Skipped checkpoints are reported with the reason. Raises ConfigError if the named checkpoint has a defect, if
+    ``resume`` is ``never`` but the folder has checkpoints, or if ``auto`` finds only unusable or renamed checkpoints.
     """
     by_name = resume in ("auto", "never", "restart")
     candidates, others = broadcast_object((by_step(output_dir), _renamed(output_dir)) if by_name else ([Path(resume)], []))
@@ -67,7 +67,7 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of a killed save are ignored."""
+    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of an interrupted save are ignored."""
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):

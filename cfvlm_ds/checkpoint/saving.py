@@ -92,7 +92,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
 
 
 def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: int) -> None:
-    """Delete the checkpoints that ``save`` does not keep. Checkpoints of steps after ``state.step`` are left alone."""
+    """Delete the checkpoints that ``save`` does not keep. Checkpoints of steps after ``state.step`` are never deleted."""
     older = [path for path in by_step(output_dir) if step_of(path) <= state.step]
     for path in older[keep:] if keep else ():
         if not (keep_every and step_of(path) % keep_every == 0) and not (state.best and step_of(path) == state.best["step"]):
@@ -108,8 +108,8 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the operating system's reason for a failed write, which torch's writer does not report. The reason comes from a trial write
-    to ``folder``. If that succeeds, return ``failure``.
+    """Return the operating system's reason for a failed write, which torch's writer does not report. A test file is written to ``folder``
+    to obtain the reason. If this write succeeds, return ``failure``.
     """
     if not folder.is_dir():
         return failure
@@ -139,7 +139,7 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, which also lists files that no rank has reported, and give the folder its final name."""
+    """Write complete.json, and give the folder its final name. Files in the folder that are not in ``files`` are added to the list."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

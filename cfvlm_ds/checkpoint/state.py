@@ -21,9 +21,9 @@ class TrainState:
     Attributes:
         step: number of finished optimizer steps.
         sampler: state of the GroupSampler.
-        data: identity of the training groups.
+        data: identity (row count and hashes) of the training groups.
         run_id: id of the MLflow run.
-        baseline_lp: initial factual log-likelihood in nats per token, the reference for displacement.
+        baseline_lp: initial factual log-likelihood in nats per token, the reference for likelihood displacement.
         best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
         worse: number of evaluations since the best evaluation.
         skipped: maps the ids of left-out groups to reasons.
@@ -48,7 +48,7 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Record a value of the metric ``train.save_best``. Returns True if it is the best value so far. NaN never is."""
+        """Record a value of the metric ``train.save_best``. Returns True if it is the best value so far; NaN is never the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
@@ -66,8 +66,8 @@ class TrainState:
         return self.baseline_lp - lp
 
     def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
-        """Store an evaluation set's metrics as the reference for later evaluations. Returns them together with ``step`` and ``data``
-        (the identity of the set's groups).
+        """Store an evaluation set's metrics as the reference for later evaluations. Returns them together with ``step`` and ``data``, the
+        identity (row count and hashes) of the set's groups.
         """
         self.retained[split] = {"data": dict(data), "step": self.step, **measured}
         return self.retained[split]

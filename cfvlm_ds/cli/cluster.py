@@ -19,13 +19,13 @@ def add(commands: Any) -> None:
 
 
 def _check(folder: str, *, timeout_s: float = 30.0) -> None:
-    """Check a job's nodes, with one task per node.
+    """Check the nodes of a Slurm job. Run this command in one task per node.
 
     Example: cfvlm-ds cluster check runs/mine/nodes
 
     Args:
-        folder: shared folder, to which every node writes one line.
-        timeout_s: time limit in seconds, applied separately to the connection of all tasks and to the collective.
+        folder: existing shared folder; each node writes one line to a file with the node's name in it.
+        timeout_s: time limit in seconds for all tasks to connect, and again for the collective that follows.
     """
     from cfvlm_ds.cluster.node_check import check
 

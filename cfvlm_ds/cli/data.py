@@ -53,14 +53,16 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store for training. With shards, run --shard I/N for every I, wait until all have ended, and run
-    them all again. The first round checks the pictures. The second round writes the rows, and its last shard completes the store.
+    """Check a data set and write it as a store for training. To divide the work among N processes, start one with --shard I/N for every I,
+    wait until all have finished, and start all of them again. The first round checks the pictures. The second round writes the rows, and
+    the last process to finish completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
         manifest: data in any known format.
-        config: configuration of a run, instead of a manifest; all of the run's data are prepared in its folder, as when it first starts.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in the run folder, as they would be at
+            its first start.
         out: folder to write; work that an earlier call has finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
@@ -154,7 +156,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Save pictures that rows contain as http(s) addresses or base64 text, and write the rows with file paths instead.
+    """Download pictures that rows give as http(s) addresses, decode those given as base64 text, and write the rows with file paths instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
@@ -181,7 +183,7 @@ def _check(manifest: str, *, reading: Reading, model: str | None = None, limits:
 
     Args:
         manifest: data in any known format.
-        model: model folder or hub name; if given, also check that every text fits its context window.
+        model: model folder or hub name; if given, also check that every text fits into the model's context window.
     """
     from cfvlm_ds.data import check_manifest
 

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 class _InPlaceOfManifests(argparse.Action):
-    """Action of --benchmarks, which makes the manifest optional.
+    """An argparse action: --benchmarks makes the manifest optional.
 
     The manifest is required by default, because argparse would otherwise not accept options between the model and the manifest.
     """
@@ -48,14 +48,15 @@ class BenchmarkOptions:
 
     Args:
         benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.
-        benchmark_root: folder with one subfolder of official files per benchmark.
-        probes: NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is used for the benchmarks that it fits. By default,
-            every benchmark uses its own probe.
+        benchmark_root: folder with one subfolder per benchmark, which contains the benchmark's official files.
+        probes: forms of the benchmarks' questions, each NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is applied to
+            every benchmark that supports it. By default, each benchmark uses its own probe.
         on_error: with skip, leave out benchmark items that the model cannot process, and report their number and names.
-        draws: number of bootstrap draws; 0 for no intervals. The default is 1000, or fewer for benchmarks with more than 10,000 items.
+        draws: number of bootstrap resamples for the intervals; 0 for no intervals. The default is 1000, or fewer for benchmarks with more
+            than 10,000 items.
         num_workers: number of processes per rank that prepare batches; by default, one per spare core.
-        experiment: MLflow experiment to which metrics are also sent, on the server MLFLOW_TRACKING_URI, or in OUT/mlflow.db if it is not
-            set.
+        experiment: MLflow experiment to which metrics are also sent. It is on the server MLFLOW_TRACKING_URI or, if that variable is not
+            set, in OUT/mlflow.db.
     """
 
     benchmarks: Names | None = None
@@ -78,8 +79,8 @@ def _evaluate(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Measure accuracies by edit type, with rows for random scores and the language prior. To measure accuracies on public benchmarks:
-    cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
+    """Measure accuracies by edit type. Control rows show the accuracies of random scores and of the language prior. To evaluate on public
+    benchmarks: cfvlm-ds evaluate runs/mine --benchmarks pope,mmvp --benchmark_root /data/benchmarks --out results
 
     Example: cfvlm-ds evaluate runs/quickstart/export runs/quickstart/world/test_combo.jsonl
 
@@ -87,7 +88,8 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row with another group's image. The control scores all texts on one more image per group.
+        no_shuffled: leave out the control row in which each group's texts are scored on the image of another group. This control costs one
+            more image per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
@@ -124,7 +126,7 @@ def _evaluate(
 
 
 def _is_evaluated(file: IO[bytes]) -> bool:
-    """Return whether a file contains only tables of accuracies by split."""
+    """Return whether a file consists of accuracy tables, one list per split, as `evaluate --out` writes them."""
     tables = parse_json(file.read().decode())
     return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 
@@ -187,10 +189,11 @@ _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of
 
 
 def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
-    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` are this evaluation's results.
+    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` are those of the current
+    evaluation.
 
-    A folder is one MLflow run, however often results are added to it. Only new or changed values are sent. Undelivered data stay in the
-    folder.
+    Each folder corresponds to one MLflow run, however often results are added to the folder. Only new or changed values are sent. Data that
+    MLflow has not received stay in the folder.
     """
     from cfvlm_ds.core.secrets import without_secrets
     from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
@@ -243,7 +246,7 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     Args:
         before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
         after: further results of the same kind; each is compared with the first.
-        draws: number of draws of the permutation test on a benchmark; by default, the number of bootstrap draws in evaluate.
+        draws: number of random permutations in the test on a benchmark. The default is the same as in `cfvlm-ds evaluate`.
         out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
     """
     from cfvlm_ds.demo.habits.writing import register

@@ -63,9 +63,10 @@ def exit_cleanly(function: Callable[[], None]) -> None:
 
 
 def leave_at_once(function: Callable[[], None]) -> None:
-    """Call a training function. If it exits with a non-zero code, end the process without torch's teardown.
+    """Call a training function. If it exits with a non-zero code, terminate the process without torch's teardown.
 
-    The teardown takes seconds. During it, the SIGTERM that launchers send once the first rank has exited would change the exit code.
+    The teardown takes seconds. Launchers send SIGTERM to the other ranks once the first rank has exited. A SIGTERM that arrived during the
+    teardown would change the exit code.
     """
     try:
         function()

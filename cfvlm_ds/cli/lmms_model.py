@@ -30,21 +30,21 @@ class Scored(tuple[float, bool]):
     def strip(self) -> tuple[()]:
         """Return an empty tuple, so that lmms-eval's response cache does not store the result.
 
-        The cache calls ``strip`` to detect empty results. It would return a stored result as a list, and lmms-eval 0.7 converts lists to
-        strings.
+        The cache calls ``strip`` to detect empty results, which it does not store. It would return a stored pair as a list, and lmms-eval
+        0.7 converts lists to strings.
         """
         return ()
 
 
 class LmmsModel(lmms):
-    """Model for lmms-eval. Likelihoods come from this package's scorer, and texts from transformers' ``generate``. Both use the model's
+    """Model for lmms-eval. This package's scorer computes likelihoods, and transformers' ``generate`` generates texts. Both use the model's
     chat template.
 
     Args:
         pretrained: model folder or hub name, run folder, or folder of adapters.
         batch_size: pictures per batch (with all their texts) when likelihoods are computed.
         max_tokens_per_forward: maximum number of tokens in a forward pass when likelihoods are computed.
-        per_token: like lmms-eval's own models, return log-likelihoods per token instead of sums.
+        per_token: return log-likelihoods per token instead of sums, as lmms-eval's own models do.
         min_pixels, max_pixels, max_tiles: limits on the visual tokens of a picture, as in training.
     """
 

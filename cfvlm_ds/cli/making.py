@@ -31,9 +31,7 @@ def add(data: Any) -> None:
 
 
 def _shard(text: str) -> tuple[int, int | None]:
-    """Parse a shard into its index and the number of shards: 3/64 is the fourth of 64 shards. The number is None if only the index is
-    given.
-    """
+    """Parse I/N into a shard's index and the number of shards: 3/64 is the fourth of 64 shards. N is None if only I is given."""
     number, slash, of = text.partition("/")
     if not number.isdecimal() or len(text) > 12 or (slash and not (of.isdecimal() and int(number) < int(of))):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/8, not {text!r}")
@@ -94,7 +92,7 @@ def _verify(
     rule: Literal["match", "likelihood"] = "match",
     part: Part,
 ) -> None:
-    """Score each candidate's 2 x 2 matrix, and compare its edited picture with the original.
+    """Score each candidate's 2 x 2 matrix (original and edited picture and text), and compare the edited picture with the original.
 
     Example: cfvlm-ds data verify W --scorer Qwen/Qwen2.5-VL-7B-Instruct
 
@@ -102,8 +100,8 @@ def _verify(
         work: work folder that `data propose` created.
         calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds margin and
             drop are fitted to the labels and written to W/thresholds.json.
-        precision: precision that the thresholds must reach.
-        rule: scores to which the thresholds are fitted.
+        precision: minimum precision of the fitted thresholds on the labelled candidates.
+        rule: kind of score to which the thresholds are fitted.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -142,13 +140,13 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
 
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
-    """Report duplicates, leaks between splits, and shortcuts that work without the picture.
+    """Report duplicates, leaks between splits, and shortcuts: cues by which an edited text or picture can be recognised on its own.
 
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
     Args:
-        manifest: manifests of groups; several manifests are the splits of one data set.
-        out: folder for the page, report.md and report.json.
+        manifest: manifests of groups; several manifests are treated as splits of one data set.
+        out: folder for an HTML page, report.md and report.json.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -172,7 +170,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
 
 def _run(*, config: str, part: Part) -> None:
-    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and then select.
+    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and then select the groups.
 
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
@@ -267,7 +265,7 @@ def _print_roots(roots: Sequence[str]) -> None:
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
-    """Return a function that scores groups with a model, and the identity of the model's weights."""
+    """Return a function that scores groups with a model, and a dict that identifies the model by its name and hashes."""
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -275,7 +273,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
-        """World that prints only warnings, because the step itself reports progress."""
+        """A ``World`` that prints only warnings, because the calling step reports its own progress."""
 
         def say(self, message: str) -> None:
             if message.startswith("warning: "):

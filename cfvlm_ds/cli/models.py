@@ -187,7 +187,9 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Join the ranks that a launcher has started, and return their world. Without a launcher, the world is this process alone."""
+    """Connect to the other ranks that a launcher has started, and return their ``World``. Without a launcher, this process is the only
+    rank.
+    """
     from cfvlm_ds.core.distributed import World, own_device
 
     if num_ranks() > 1 or zero3:
@@ -209,7 +211,7 @@ def load_scorer(
     """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the world.
 
     ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
-    ranks are joined first.
+    ranks are first connected with each other.
     """
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.core.distributed import usual_dtype

@@ -45,8 +45,8 @@ class Reading:
     Args:
         format: format of the rows, NAME or NAME:OPTION=VALUE,OPTION=VALUE (see `cfvlm-ds data formats`); auto detects it from the first
             row's keys.
-        root: folder with the pictures, by default the manifest's folder; can be given several times. Absolute paths and links can lead into
-            any of these folders.
+        root: folder with the pictures, by default the manifest's folder; can be given several times. Absolute paths and symbolic links must
+            lead into one of these folders.
         max_pixels: refuse pictures with more pixels than this.
     """
 
@@ -63,7 +63,7 @@ class Scoring:
         batch_size: groups per batch.
         max_tokens_per_forward: maximum number of tokens in a forward pass; a larger batch takes several passes. The default is 16384 for
             benchmarks; otherwise, there is no limit.
-        limit: score only the first N groups, or about N items of a benchmark, spread evenly over it.
+        limit: score only the first N groups or, of a benchmark, about N evenly spaced items.
         zero3: partition the model over all ranks, for a model that does not fit on one GPU.
     """
 
@@ -97,8 +97,8 @@ class ImageLimits:
 def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add to ``parent`` a command that calls ``function``. The command's help is the docstring's first paragraph, example and Args.
 
-    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. Metadata
-    of Annotated are passed to add_argument.
+    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. The
+    metadata of an Annotated type are passed to add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -150,13 +150,13 @@ def _called(function: Callable[..., Any], arguments: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error in one sentence and accepts no abbreviated names."""
+    """Argument parser that reports an error in one sentence and accepts no abbreviated option names."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse options that precede their command, because argparse would mistake an option's value for the command."""
+        """Report an error for options that precede their command. Otherwise, argparse would mistake an option's value for the command."""
         words = list(sys.argv[1:] if args is None else args)
         commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
         place = next((place for place, word in enumerate(words) if word in commands), 0)
@@ -184,7 +184,7 @@ class Parser(argparse.ArgumentParser):
 def refuse_empty(arguments: argparse.Namespace) -> None:
     """Raise ConfigError if an argument is empty, for example because a shell variable is not set.
 
-    An empty argument would mean the working folder, or no output.
+    An empty argument would be taken to mean the current folder, or no output.
     """
     command = arguments.asked_for
     for action in command._actions:
@@ -211,14 +211,14 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 only, even before the ranks have joined; with --quiet, print only warnings and notes."""
+    """Print a line on rank 0 only, even before the ranks are connected. With --quiet, print it only if it is a warning or note."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return a model's configuration and its adapter folder (or None). The image limits are the same as in the run that produced the model,
-    unless ``limits`` overrides them.
+    """Return the configuration and the adapter folder (or None) of the model ``name``. Unless ``limits`` overrides them, the image limits
+    are those of the run that produced the model.
     """
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)

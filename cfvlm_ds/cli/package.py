@@ -61,7 +61,9 @@ def init(folder: str) -> None:
 
 
 def _with_python(environment: str) -> str:
-    """Return slurm/env.sh with this Python's folder in PATH, because a job does not inherit the submitting shell's environment."""
+    """Return the text of slurm/env.sh with this Python's folder added to PATH, because a job does not inherit the submitting shell's
+    environment.
+    """
     commands = shlex.quote(str(Path(sys.executable).parent))
     line = f'export PATH={commands}:"$PATH" # of the Python that ran `cfvlm-ds init`\n'
     return environment.replace(_OWN_VENV, line + _OWN_VENV, 1)

@@ -76,7 +76,9 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
-    """If the run would build its model first, build it in ``folder``. Returns the configuration, with the built model if there is one."""
+    """If the options ask for the model to be built before training, build it in ``folder``. Returns the configuration, with the path of the
+    built model if there is one.
+    """
     name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
     if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
         return config

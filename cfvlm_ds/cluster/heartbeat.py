@@ -3,12 +3,12 @@
 A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the rank waits in a collective. There are two kinds of hang:
 
 - in any phase, a rank has not written a heartbeat for ``timeout_s``, because its process is stopped or its node is lost;
-- no rank has entered a new phase or micro-batch for ``timeout_s``, and the slowest rank is within a step. Start-up, checkpoints,
-  evaluation and export can take any time; only the timeout of collectives limits them.
+- no rank has entered a new phase or micro-batch for ``timeout_s``, and the rank that is furthest behind is in the middle of a training
+  step. Start-up, checkpoints, evaluation and export can take any time; only the timeout of collectives limits them.
 
 The first rank that detects a hang prints a message and writes it to ``heartbeat/hang.txt``. Every rank that detects the hang exits with
-``EXIT_HANG``, so that the launcher ends the job. Each rank measures with its own clock how long the files have not changed, so clocks of
-different machines are never compared.
+``EXIT_HANG``, so that the launcher terminates the job. Each rank measures with its own clock how long the files have not changed, so clocks
+of different machines are never compared.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Node check of a Slurm job: before the ranks start, one task per node runs and identifies broken nodes.
 
-Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's.
-All tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
-``bad: WHY``, or ``waited: WHY`` if the fault is elsewhere. A node that writes no line cannot start Python, sees a different file system, or
-does not respond. slurm/launch.sh reports such nodes as well.
+Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's. All
+tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
+``bad: WHY``, or ``waited: WHY`` if the fault is on another node or in the network. A node that writes no line cannot start Python, sees a
+different file system, or does not respond. slurm/launch.sh reports such nodes as well.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FLOOR = "CFVLM_MIN_GB_S"
 def check(folder: Path, timeout_s: float) -> str:
     """Check this node, in a task of ``srun --ntasks-per-node=1``. Writes the result line to ``folder`` and returns it.
 
-    Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is a time limit in seconds that applies separately to the
-    connection of all tasks and to the collective. Raises OSError if ``folder`` does not exist or cannot be written.
+    Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is the time limit in seconds for all tasks to connect, and
+    again for the collective that follows. Raises OSError if ``folder`` does not exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)

@@ -20,7 +20,7 @@ NAME = "run.lock"
 class RunLock:
     """Lock on ``folder/run.lock``, held from construction until ``release`` or the end of the ``with`` block.
 
-    Raises ConfigError, which names the holder, if another run holds the lock.
+    If another run holds the lock, raises a ConfigError that names the holder.
     """
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:

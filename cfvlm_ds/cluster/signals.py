@@ -2,12 +2,12 @@
 
 While ranks train or evaluate, a signal only sets a flag. Every rank votes at the start of a step and before each forward pass of an
 evaluation, and the votes are summed over ranks, so all ranks stop after the same step. They save a checkpoint and exit with
-``EXIT_STOPPED``. The same command resumes the run. Before the first step and after the last evaluation, there is nothing to save, so a
-signal to any rank immediately ends all ranks with the same exit code.
+``EXIT_STOPPED``. Running the same command again resumes the run. Before the first step and after the last evaluation, there is nothing to
+save, so a signal to any rank immediately terminates all ranks with the same exit code.
 
 The scripts in slurm/ send SIGUSR1 before the time limit. Slurm itself sends SIGTERM before it kills a job, and Ctrl-C sends SIGINT. A
-second Ctrl-C ends the run immediately with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the main
-thread, which may be blocked in a collective.
+second Ctrl-C terminates the run immediately with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the
+main thread, which may be blocked in a collective.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _before_leaving: list[Callable[[int], object]] = []
 
 
 def install() -> None:
-    """Install signal handlers that request a stop. They also receive signals that train.py blocked during its imports."""
+    """Install signal handlers that request a stop. They also handle signals that arrived during train.py's imports, when signals are
+    blocked.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
@@ -66,9 +68,7 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Stop a child process from reporting its signals to the parent. Otherwise, a process pool that terminates its workers with signals
-    would stop the run.
-    """
+    """Stop a child process from reporting its signals to the parent. Otherwise, a SIGTERM to a process pool's worker would stop the run."""
     signal.set_wakeup_fd(-1)
 
 
@@ -89,7 +89,7 @@ def _listen(reader: int) -> None:
 
 
 def _leave(code: int) -> None:
-    """Run the actions registered with ``before_leaving`` within a time limit, and end this process."""
+    """Run the actions registered with ``before_leaving`` within a time limit, and terminate this process and its children."""
     if not _left.acquire(blocking=False):
         return
 
@@ -114,7 +114,7 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def last_word() -> Iterator[None]:
-    """Wait forever at the end of the block if a signal is ending the process.
+    """Wait forever at the end of the block if a signal is terminating the process.
 
     Otherwise, an error in the block, for example because the same signal killed a data worker, could change the exit code or the output.
     """
@@ -127,8 +127,8 @@ def last_word() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
-    """Within the block, call ``action`` with the exit code if a signal ends the process immediately. The last action registered is called
-    first.
+    """Within the block, call ``action`` with the exit code if a signal terminates the process immediately. The last action registered is
+    called first.
     """
     _before_leaving.append(action)
     try:
@@ -139,7 +139,7 @@ def before_leaving(action: Callable[[int], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_together(world: World) -> Iterator[None]:
-    """Within the block, notify the other ranks if a signal ends this rank immediately, so that they exit with the same code."""
+    """Within the block, notify the other ranks if a signal terminates this rank immediately, so that they exit with the same code."""
     if world.size == 1:
         yield
         return
@@ -195,8 +195,8 @@ class WorkerLost(Exception):
 def shield_worker(worker_id: int) -> None:
     """Make a data worker ignore stop signals. This is a ``worker_init_fn`` for a DataLoader.
 
-    srun, Slurm and terminals signal every process of a task, but only the rank decides when to stop. The worker obeys SIGTERM only if its
-    rank sends it, because the rank ends its workers this way.
+    srun, Slurm and terminals send signals to every process of a task, but only the rank decides when to stop. A worker therefore obeys
+    SIGTERM only if it comes from its rank, which terminates its workers this way.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -263,8 +263,8 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time) for a step and a checkpoint, in
-            addition to the longest time between two votes so far. Evaluations and checkpoints count in the time between votes.
+        margin_s: time in seconds that is reserved for a step and a checkpoint before the job's end (``SLURM_JOB_END_TIME``, a Unix time),
+            in addition to the longest time between two votes so far, which includes evaluations and checkpoints.
     """
 
     def __init__(self, margin_s: float) -> None:

@@ -18,9 +18,10 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
-    """Within the block, make ``engine.save_checkpoint`` write its states with ``write``, and wrap every write in ``guard``.
+    """Within the block, make ``engine.save_checkpoint`` call ``write`` to write states, and wrap each of its writes in ``guard``.
 
-    DeepSpeed runs a collective after each write. If an exception ended one rank, the other ranks would wait there.
+    DeepSpeed runs a collective after each write. If an exception terminated one rank before this collective, the other ranks would wait in
+    it.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script
     save, makedirs = writer.save, writer.makedirs

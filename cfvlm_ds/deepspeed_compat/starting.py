@@ -13,11 +13,11 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
-    """Remove the build locks that killed processes left in torch's extension cache, and return their paths. Every later start would wait
-    for these locks forever.
+    """Remove the build locks that killed processes left behind in torch's extension cache, and return their paths. Otherwise, every later
+    start would wait for these locks forever.
 
     A lock's holder keeps the file open, so a lock that no process on this machine has open is stale. On a network file system, the holder
-    can be on another machine. There, a lock is removed only if its folder has not changed for five minutes.
+    can be on another machine, so a lock there is removed only if its folder has not changed for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -39,7 +39,9 @@ def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] =
 
 
 def _held(lock: Path) -> str | None:
-    """Return the reason why a lock may be in use (``process`` or a message), or None if the lock is stale or gone."""
+    """Return why a lock might be in use, or None if it is stale or gone. The reason is ``process`` if a process on this machine has the
+    lock open, otherwise a message about another machine.
+    """
     import psutil
 
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The DeepSpeed versions against which this folder was checked."""
+"""The DeepSpeed versions with which this folder was tested."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ KNOWN = ">=0.19.8,<0.20"
 
 
 def unknown_version(installed: str) -> str | None:
-    """Return a one-sentence warning if the ``installed`` version of DeepSpeed has not been checked, otherwise None."""
+    """Return a one-sentence warning if this package was not tested with the ``installed`` version of DeepSpeed, otherwise None."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 

@@ -68,13 +68,13 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest set of a group's own cells that contains every objective's cells."""
+    """Return the smallest set of a group's own cells that includes all cells that the objectives need."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return keyword arguments for ``Collator.of_run`` that request the data that objectives need besides their cells' scores."""
+    """Return keyword arguments for ``Collator.of_run``. They request what the objectives need in addition to the scores of their cells."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
@@ -93,25 +93,27 @@ def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tenso
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores of the groups that an objective uses. In-batch negatives and the blank picture are kept only if it needs them."""
+    """Return the scores that an objective uses. Groups assigned only to other objectives are switched off. In-batch negatives and the blank
+    picture are included only if the objective needs them.
+    """
     visible = scores.seen(objective.cells == "batch", objective.needs_blank)
     return replace(visible, layout=visible.layout.of_objective(name))
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """Return the warm-up factor of an objective's weight. ``progress`` is the share of all steps that are done, from 0 to 1."""
+    """Return the warm-up factor of an objective's weight. ``progress`` is the completed share of all steps, from 0 to 1."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (loss, shares): this micro-batch's share of the step's loss, and each term's unweighted share.
+    """Return (loss, shares): this micro-batch's share of the step's loss, and each term's share before weighting.
 
     Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
     up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed
     averages gradients over ranks. DeepSpeed must not also average over accumulation steps (``engine.backward(..., scale_wrt_gas=False)``).
-    A part with a denominator of 0 adds nothing.
+    A part with a denominator of 0 contributes nothing.
     """
     loss = scores.logp.sum() * 0  # every rank must run a backward pass, even without any comparison
     shares: dict[str, Tensor] = {}
@@ -125,7 +127,8 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). Their means show likelihood displacement.
+    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). The mean of each kind, in nats per token,
+    reveals likelihood displacement.
 
     The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images of which it is false (lp_k0), and false
     texts on the factual image (lp_0k).

@@ -17,17 +17,17 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs + ``infonce`` x in-group InfoNCE.
 
-    Each part is a separate mean. Both NLLs are per token, including end-of-turn tokens. The second NLL is averaged over each group's other
-    true pairs first. The InfoNCE is averaged over the groups that have a negative.
+    Each part is averaged separately. Both NLLs are per token, including end-of-turn tokens. For the second NLL, log-likelihoods and token
+    counts are first averaged over each group's other true pairs. The InfoNCE is averaged over the groups that have a negative.
 
     Args:
-        weight: factor of the term in the loss. Without this term, true texts may become less likely (likelihood displacement).
+        weight: factor of the term in the loss. Without this term, true texts can become less likely (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
         counterfactual: weight of the group's other true pairs.
         infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where texts c answer T_0's prompt.
         temperature: tau of the InfoNCE; it divides the scores after ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
-        pmi: multiple of the blind score that is subtracted from the InfoNCE scores; needs ``--data.scores``.
+        pmi: the blind score times this factor is subtracted from the InfoNCE scores; needs ``--data.scores``.
     """
 
     weight: float = 1.0

@@ -19,9 +19,9 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, mean_o
 class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
-    Texts of other groups are drawn only if they answer the factual text's prompt. They are assumed to be false; no other objective uses
-    unknown cells as negatives. A text is never drawn if it equals a text of the group or has the same ``key``, if the group's ``exclude``
-    lists it, or if its own group marks it as true of one of this group's pictures.
+    A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
+    false; no other objective uses unknown cells as negatives. A text is never drawn for a group if it equals or has the same ``key`` as one
+    of the group's texts, if the group's ``exclude`` lists it, or if its own group marks it as true of one of this group's pictures.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)) over the group's false texts and texts of other groups, with s =
     (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the
@@ -33,8 +33,8 @@ class BatchAlign(Objective):
         warmup: share of all steps over which the weight rises linearly from 0.
         texts: number of texts from other groups that are scored on each image.
         temperature: divisor of the scores after ``len_norm``.
-        len_norm: divisor of log-likelihoods: each text's ``own`` token count, or ``none``.
-        pmi: multiple of the blind score that is subtracted on the text side; needs ``--data.scores`` unless it is 0.
+        len_norm: ``own`` divides each text's log-likelihood by its own token count; ``none`` does not divide.
+        pmi: the blind score times this factor is subtracted on the text side; needs ``--data.scores`` unless it is 0.
     """
 
     weight: float = 1.0
@@ -97,7 +97,9 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar 0 that carries the gradient of other groups' image-side losses with respect to scores on this batch's images."""
+        """Return a scalar 0. Its gradient is that of other groups' image-side losses with respect to their texts' scores on this batch's
+        images.
+        """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
         outside = cross_group > float("-inf")
@@ -107,7 +109,7 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return the scores on the group's images [G, I, C] and on R images of other groups [G, R, C], divided by the temperature."""
+        """Return each text's scores, divided by the temperature, on its group's images [G, I, C] and R images of other groups [G, R, C]."""
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature

@@ -90,9 +90,9 @@ class ContrastDistill(DivergenceTerm):
 class Sham(DivergenceTerm):
     """KL(p || q) at a true text's tokens, between the distributions p on the factual image and q on a sham (DVRP, arXiv 2601.06801).
 
-    Both distributions get gradients; whether the paper stops one could not be determined. In the paper, which uses reinforcement
-    learning, q is the distribution on a perturbed picture, and the texts are sampled from the model. A group without a sham has no
-    comparison.
+    Both distributions receive gradients; it could not be determined whether the paper stops the gradient of one of them. In the paper,
+    which uses reinforcement learning, q is the distribution on a perturbed picture, and the texts are sampled from the model. A group
+    without a sham has no comparison.
     """
 
     @property

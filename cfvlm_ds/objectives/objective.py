@@ -64,12 +64,12 @@ class Objective(Protocol):
 
     @property
     def needs_blank(self) -> bool:
-        """True if the objective needs the blank picture as the last image, which costs as much as any other image."""
+        """True if the objective needs scores on the blank picture. It is added as the last image and costs as much as any other image."""
         return False
 
     @property
     def divergence(self) -> Divergence | None:
-        """Divergence that the objective needs, or None. The output head runs twice at the compared tokens."""
+        """Divergence that the objective needs, or None. To compute it, the output head runs twice at the compared tokens."""
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
@@ -136,9 +136,9 @@ class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
-    divide their gradient by the text's length. The language prior can favour a false text by several nats, which the picture's effect must
-    outweigh. The default link therefore saturates slowly; if a small margin satisfied it, training would stop too early. The paper uses a
-    hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    divide their gradient by the text's length. The language prior can favour a false text by several nats, and the picture's effect must
+    outweigh this advantage. The default link therefore saturates slowly; with a link that a small margin satisfies, the gradient would
+    vanish too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
@@ -149,8 +149,9 @@ class MarginTerm(Objective):
             as the gap grows but never reaches 0. Both are applied after ``len_norm``.
         beta: sharpness of ``logsigmoid``: around the margin, its gradient falls from 1 to 0 over a score range of about 4 / beta.
         hinge_cap: maximum of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no maximum.
-        len_norm: divisor of log-likelihoods: the token count of the ``anchor`` text, each text's ``own`` token count, or ``none``.
-        pmi: multiple of the blind score log p(text | blank) that is subtracted; needs ``--data.scores``.
+        len_norm: ``anchor`` divides all log-likelihoods of a group by the token count of its factual text, ``own`` divides each by its
+            text's own token count, and ``none`` does not divide.
+        pmi: the blind score log p(text | blank) times this factor is subtracted; needs ``--data.scores``.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
             tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.

@@ -1,7 +1,7 @@
 """Log-ratios to a reference model, and comparisons within a group, for objectives with a reference.
 
-A preference data set has one row per chosen text. Accordingly, each true pair of a group, including counterfactual pairs, is chosen once,
-and the group's loss is the mean over these choices.
+A preference data set has one row per chosen text. Accordingly, each true pair of a group (factual or counterfactual) serves once as the
+chosen pair, and the group's loss is the mean over these pairs.
 """
 
 from __future__ import annotations

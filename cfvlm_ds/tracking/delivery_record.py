@@ -28,10 +28,11 @@ class DeliveryRecord:
     """A run's data for MLflow, except metrics, and the state of their delivery.
 
     Attributes:
-        inputs: data sets used since the latest start of the run, each with the keys ``INPUT``.
+        inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.
         token: random id, used to find the run on the server if the response to its creation was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
-        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and ``pending`` (True until the upload).
+        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and to ``pending`` (True until it is
+            uploaded).
     """
 
     experiment: str = ""

@@ -53,7 +53,9 @@ NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 
 
 def import_mlflow() -> threading.Thread:
-    """Import MLflow in a new thread (2-3 s), and return the thread. It must be joined before data workers are forked."""
+    """Import MLflow in a new thread, which takes 2-3 s, and return the thread. The caller must join the thread before data workers are
+    forked.
+    """
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
     return thread
@@ -72,11 +74,11 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Deliver an ended run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
+    """Send an ended run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
 
-    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to that server. A run that was never closed gets
-    the status KILLED. Do not call this for a live run, because two processes would write the same record. Raises FileNotFoundError if the
-    folder has no record.
+    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to that server. A run whose tracker was never
+    closed gets the status KILLED. Do not call this for a live run, because two processes would write the same record. Raises
+    FileNotFoundError if the folder has no record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)
@@ -291,7 +293,9 @@ class Delivery:
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-    """Log entities in batches of the permitted size. An entity that MLflow refuses is reported and skipped."""
+    """Log entities (metrics, parameters or tags) in batches of the size that MLflow permits. An entity that MLflow refuses is reported and
+    skipped.
+    """
     size = _MAX_PER_REQUEST[kind]
     for part in (entities[start : start + size] for start in range(0, len(entities), size)):
         try:

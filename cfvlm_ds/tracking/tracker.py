@@ -1,4 +1,4 @@
-"""Run tracker: writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow, which can be slow, down or absent.
+"""Run tracker: writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow, which can be slow or unreachable.
 
 MLflow receives
 
@@ -56,16 +56,17 @@ def open_tracker(
     Args:
         run_dir: folder of the run; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides ``experiment``).
-        params: nested mapping. For MLflow, nested names are joined with dots, and values are cut at MLflow's length limits. Secrets are
-            masked, as in tags and inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's parameters
-            are immutable.
+        params: nested mapping. For MLflow, nested names are joined with dots, and values are truncated to MLflow's length limits. Secrets
+            are masked, as in tags and inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's
+            parameters are immutable.
         tags: plain strings.
         run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
         resume_step: step from which a run continues. Metrics of later steps are removed from ``metrics.jsonl``, because they will be
             logged again. None starts a new run and discards earlier metrics in ``run_dir``.
         mlflow: if False, metrics are written only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: maximum time in seconds that ``close`` waits for MLflow.
-        inputs: data sets with the keys in cfvlm_ds.tracking.delivery_record.INPUT. Data sets that the run already has are not logged again.
+        inputs: data sets, each a dict with the keys in cfvlm_ds.tracking.delivery_record.INPUT. Data sets that MLflow's run already has are
+            not logged again.
         also: additional trackers: ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 
     Raises:
@@ -160,7 +161,9 @@ class Tracker:
         self.hooks.call("log", int(step), {name: float(value) for name, value in line.items() if name not in ("step", "time")})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Schedule a file for upload to ``folder``. The file is read later, so it must stay in place. A second call uploads it again."""
+        """Schedule a file for upload to ``folder``. The file is read later, so it must stay in place. Calling this again for the same file
+        uploads it again.
+        """
         self.delivery.add_artifact(str(Path(path).absolute()), folder)
 
     def describe(self, text: str) -> None:
