@@ -1,5 +1,5 @@
-"""Pretraining of the vision tower in the demo's base model: each patch predicts the background, and the kind and colour of the thing in its
-cell.
+"""Pretraining script for the vision tower in the demo's base model: each patch predicts the background, and the kind and colour of the
+thing in its cell.
 
     python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes on two cores
 

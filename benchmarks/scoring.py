@@ -122,7 +122,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image, a prompt that shows it, and K texts of the same length, as random token ids."""
+    """One image, a prompt that contains it, and K texts of the same length, as random token ids."""
 
     model: Any
     family: str

@@ -150,7 +150,7 @@ _ALIGNMENT = 16  # bytes
 
 
 class _Place(NamedTuple):
-    """A tensor's offset in the joined buffer, dtype and shape."""
+    """A tensor's dtype, shape and offset in the joined buffer."""
 
     start: int
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Packing of trees into one row without padding. No other module depends on the order of tokens in a row. ``PackedSampler``
+"""Packer that puts trees into one row without padding. No other module depends on the order of tokens in a row. ``PackedSampler``
 (data/sampler.py) chooses the groups that share a row.
 
 A tree starts with the tokens that all prompts about its pictures share, including the pictures. Where the prompts differ, each continues as

@@ -1,7 +1,7 @@
 """``cfvlm-ds``: the parser of all commands. Bad input is reported in one sentence, with exit code 2.
 
-No large package is imported before the command is known. Help and completion are therefore fast, and a training run blocks the launcher's
-signals before its slow imports.
+Heavy packages are imported only once the command is known. This keeps help and completion fast, and lets a training run block signals
+from the launcher before the slow imports start.
 """
 
 from __future__ import annotations

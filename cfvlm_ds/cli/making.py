@@ -1,4 +1,6 @@
-"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status`` and ``sample``: creation of groups."""
+"""``cfvlm-ds data propose``, ``edit``, ``verify``, ``select``, ``audit``, ``run``, ``status`` and ``sample``: commands for creating and
+checking groups.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SHAM = "sham"
 """Edit type of an image that was rendered again without a change. The factual text is still true of it."""
 
 Pictures: TypeAlias = tuple[Path, ...]
-"""Pictures of one image: usually one, several if the prompt shows several, none in a text-only group."""
+"""Pictures of one image: usually one, several if the prompt contains several, none in a text-only group."""
 
 Cells = Literal["anchor", "matched", "star", "full", "batch"]
 """Sets of cells that are scored in a group. Each of the first four contains the previous set.

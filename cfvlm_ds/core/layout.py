@@ -124,16 +124,16 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with every group whose flag in ``groups`` is False switched off: its cells and weight count in no sum."""
+        """Return the layout with every group whose flag in ``groups`` is False masked out: its cells and weight enter no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 
     def of_objective(self, name: str) -> GroupLayout:
-        """Return the layout that an objective uses: groups that are only for other objectives are switched off."""
+        """Return the layout that an objective uses: groups that are only for other objectives are masked out."""
         if all(named is None for named in self.objectives):
             return self
         return self.only([named is None or name in named for named in self.objectives])
 
     def of_source(self, name: str) -> GroupLayout:
-        """Return the layout with only the groups of one source switched on."""
+        """Return the layout with the groups of all other sources masked out."""
         return self.only([source == name for source in self.sources])

@@ -8,7 +8,7 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
-"""Handling of an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it.
+"""What happens to an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it.
 "refuse" always refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or
 memory use changes. "ignored" is for names, records and checks, and for files, whose contents are compared instead.
 """

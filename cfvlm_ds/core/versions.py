@@ -16,7 +16,7 @@ _GIT_S = 10
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package, or ``none`` if it has no metadata (not installed, or run from its sources)."""
+    """Return a package's version, or ``none`` if it has no metadata (because it is not installed or is run from source)."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -132,7 +132,7 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
 
 
 def _drop(record: Mapping[str, Any]) -> float:
-    """Return by how many nats the new text on the edited picture is less likely than the caption on the original.
+    """Return the drop in log-likelihood, in nats, from the caption on the original picture to the new text on the edited picture.
 
     The result is -inf if there is no edited picture, and inf if a likelihood is not finite.
     """

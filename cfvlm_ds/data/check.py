@@ -59,7 +59,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 
 class SeenRows(NamedTuple):
-    """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that shows it.
+    """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that uses it.
     ``repeats`` holds the indices of groups whose id an earlier group already has.
     """
 
@@ -69,7 +69,7 @@ class SeenRows(NamedTuple):
 
 class _Rows(NamedTuple):
     """Result of the row pass for a chunk of groups. ``ids`` holds the id hash and the index of each group. ``pictures`` holds the key of
-    each picture and the index of the first group that shows it.
+    each picture and the index of the first group that uses it.
     """
 
     report: CheckReport

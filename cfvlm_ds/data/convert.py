@@ -1,4 +1,4 @@
-"""Conversion of a data set from any supported format to ``cfgroup/1`` rows, which name pictures by path."""
+"""Converter of data sets from any supported format to ``cfgroup/1`` rows, which name pictures by path."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Yield an image after checking its header. Any error inside the ``with`` block becomes a DataError."""
+    """Yield an image after checking its header. Any error inside the ``with`` block is converted to a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
             raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")

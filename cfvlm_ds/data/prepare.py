@@ -157,7 +157,7 @@ class _Job:
     report: CheckReport
 
     def run(self) -> bool:
-        """Do the work of this call, and return whether the store is complete."""
+        """Do this shard's part of the work, and return whether the store is now complete."""
         source, out, strict = self.source, self.out, self.options.on_error == "error"
         seen = look_at_rows(self.report, source, self.say, self.scan)
         if self.is_ended():

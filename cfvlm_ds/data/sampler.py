@@ -111,7 +111,9 @@ class GroupSampler:
 
 @dataclass(frozen=True)
 class _Position:
-    """Number of groups read from the stream, and the groups that were read but still wait for a micro-batch with enough room."""
+    """The number of groups read from the stream, and the groups that have been read but are still waiting for a micro-batch with enough
+    room.
+    """
 
     read: int = 0
     waiting: tuple[int, ...] = ()

@@ -160,7 +160,7 @@ def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[Counterfactua
 
 
 def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
-    """Apply a format's function to a row. Any exception becomes a DataError, which does not name the row's location."""
+    """Apply a format's function to a row. Any exception is converted to a DataError, which does not name the row's location."""
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
     try:

@@ -35,7 +35,9 @@ AXES = {
 
 
 def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics in ``AXES`` before and after a run, in %. Both are equal if the run was evaluated only once."""
+    """Return the metrics in ``AXES`` before and after a run, in %. A metric's two values are the same if the run was evaluated
+    only once.
+    """
     name = f"eval/{next(iter(AXES.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     found = [{axis: line[f"eval/{metric}"] for axis, metric in AXES.items() if f"eval/{metric}" in line} for line in evaluated]

@@ -1,4 +1,4 @@
-"""Validation of a resolved DeepSpeed JSON, key by key, before anything is loaded.
+"""Validation of a run's resolved DeepSpeed configuration, key by key, before anything is loaded.
 
 DeepSpeed ignores unknown keys and detects most invalid settings only after the model is loaded. Every problem that can be detected without
 a model is reported here in one sentence that names the key.
@@ -49,7 +49,8 @@ _INSIDE = {
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Parse a resolved JSON with DeepSpeed. Refuse settings that DeepSpeed would ignore, or that would fail after the model is loaded.
+    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, or that would fail after the model is
+    loaded.
 
     ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
     """
@@ -68,7 +69,7 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
 
 
 def _parse(path: str, options: Mapping[str, Any]) -> Any:
-    """Parse the JSON with DeepSpeed. Raises ConfigError naming an invalid key."""
+    """Parse the configuration with DeepSpeed. Raises ConfigError naming an invalid key."""
     import_deepspeed()
     import deepspeed
     from pydantic import ValidationError

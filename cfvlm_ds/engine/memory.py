@@ -106,7 +106,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the current and peak bytes of the live tensors that operations have created."""
+    """Tracks the current and peak memory, in bytes, of live tensors created by operations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ def _taken(values: Sequence[float], columns: Sequence[int]) -> Row:
 def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     """Build groups that contain the texts of all items. Items with the same pictures share groups of at most ``MOST_CELLS`` texts.
 
-    Raises DataError if an item has more cells than fit in a group.
+    Raises DataError if an item has too many texts or images for one group.
     """
     packing = Packing()
     places = [packing.add(item.id, item.images, probe.cells(item)) for item in items]

@@ -36,7 +36,7 @@ class Change:
     in %.
 
     ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
-    ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the ends of the 95 % interval
+    ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the bounds of the 95 % interval
     of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the
     edit type has only one group.
 

@@ -1,4 +1,4 @@
-"""Generation of texts about pictures with transformers' ``generate`` and the model's chat template.
+"""Text generation for pictures, with transformers' ``generate`` and the model's chat template.
 
 A batch contains a single prompt with its pictures, so neither padding nor another prompt can change the text.
 """

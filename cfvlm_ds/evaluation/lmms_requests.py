@@ -184,7 +184,7 @@ def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
 
 
 def _question(request: Any, documents: Documents, folder: str) -> tuple[str, tuple[Pictures, ...], tuple[Candidate, ...]]:
-    """Return a label for error messages, the request's image, and its text. Raises DataError for a request that cannot be scored."""
+    """Return (label, image, text); the label is used in error messages. Raises DataError for a request that cannot be scored."""
     if len(request.args) != 6:
         raise DataError(
             "the metric acc_mutual_info selects the largest difference, but lmms-eval's other metrics select the smallest value, so no "

@@ -1,4 +1,4 @@
-"""Scoring of groups with the training forward pass, without gradients. The model can be partitioned over ranks."""
+"""Group scoring with the training forward pass, without gradients. The model can be partitioned over ranks."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ WORST = 30
 class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by group id ({} if there are none).
 
-    ``split`` is the name of the run's evaluation set. ``lost_before``, keyed by id and content hash, is True for a group if the model lost
-    one of its comparisons before training. Groups that were not evaluated then are absent.
+    ``split`` is the name of the run's evaluation set. ``lost_before``, keyed by id and content hash, is True for a group if the model got
+    one of its comparisons wrong before training. Groups that were not evaluated before training are absent.
     """
 
     groups: GroupStore
@@ -164,8 +164,8 @@ def _of_run(run_dir: Path) -> list[_Source]:
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """For each group, read whether the model lost a comparison before training (see ``_Source``). Return {} if the set was not evaluated
-    then.
+    """For each group, return whether the model got any comparison wrong before training (see ``_Source``). Return {} if the set was not
+    evaluated before training.
     """
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]

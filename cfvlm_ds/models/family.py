@@ -56,7 +56,7 @@ def no_cap(config: PreTrainedConfig) -> float | None:
 
 
 def as_loaded(model: nn.Module) -> None:
-    """Do nothing, because the model's tokens interact only in attention, which has back ends for trees."""
+    """No-op: tokens in this model interact only through attention, and the attention back ends already handle trees."""
 
 
 @dataclass(frozen=True)

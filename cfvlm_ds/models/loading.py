@@ -1,4 +1,4 @@
-"""Loading of models, configurations and processors."""
+"""Functions that load models, configurations and processors."""
 
 from __future__ import annotations
 

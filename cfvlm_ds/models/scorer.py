@@ -131,7 +131,7 @@ class Scorer(nn.Module):
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert image features at the visual tokens. The model's own code would wait for the device to find their positions."""
+            """Insert image features at the visual tokens. The model's own code would synchronise with the device to find them."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))

@@ -93,7 +93,7 @@ def denominators(objectives: Objectives, layout: GroupLayout) -> dict[str, Tenso
 
 
 def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
-    """Return the scores that an objective uses. Groups assigned only to other objectives are switched off. In-batch negatives and the blank
+    """Return the scores that an objective uses. Groups assigned only to other objectives are masked out. In-batch negatives and the blank
     picture are included only if the objective needs them.
     """
     visible = scores.seen(objective.cells == "batch", objective.needs_blank)

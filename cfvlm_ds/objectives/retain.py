@@ -18,10 +18,10 @@ from cfvlm_ds.objectives.objective import Objective, Report
 class Retain(Objective):
     """exp(d) - 1 - d, an estimate of KL(reference || model) per token, with d = (log p - log p_reference) / n for a true text of n tokens.
 
-    The term is 0 if the model and the reference agree, and grows as a text becomes more or less likely than under the reference. It uses
-    only the scored tokens, not the whole vocabulary. For texts sampled from the reference, the mean of -d is the KL per token, and the mean
-    of exp(d) - 1 is not positive. The term's mean is therefore at most the KL, with equality for n = 1. The reference comes from
-    ``--data.scores`` or is the model without its adapters.
+    The term is 0 if the model and the reference agree, and grows as the model's probability of a text moves away from the reference's, in
+    either direction. It uses only the scored tokens, not the whole vocabulary. For texts sampled from the reference, the mean of -d is the
+    KL per token, and the mean of exp(d) - 1 is not positive. The term's mean is therefore at most the KL, with equality for n = 1. The
+    reference comes from ``--data.scores`` or is the model without its adapters.
 
     Args:
         weight: factor of the term in the loss.

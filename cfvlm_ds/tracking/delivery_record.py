@@ -29,7 +29,7 @@ class DeliveryRecord:
 
     Attributes:
         inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.
-        token: random id, used to find the run on the server if the response to its creation was lost.
+        token: random id, used to find the run on the server if the response to the create request was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
         artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and to ``pending`` (True until it is
             uploaded).

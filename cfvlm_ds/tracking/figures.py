@@ -134,9 +134,9 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
     """Plot a run's ``metrics.jsonl`` against optimizer steps, as one PNG with several panels.
 
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
-    ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split of which no sample was evaluated. Accuracies for single edit types
+    ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for single edit types
     are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes first.
-    Panels without data and constant fractions are omitted. Non-finite values leave gaps. Long series are drawn as a moving average over
+    Empty panels and fractions that never change are omitted. Non-finite values leave gaps. Long series are drawn as a moving average over
     faint raw values.
 
     Args:

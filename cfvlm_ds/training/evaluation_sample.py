@@ -58,11 +58,11 @@ class EvaluationSample:
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Return the headline accuracy of each set's sample in %, named eval_sample/SET/METRIC.
+        """Return the headline accuracy, in %, on each set's sample, named eval_sample/SET/METRIC.
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
 
-        ``results`` contains accuracies on the samples or on the whole sets. Groups outside the samples are ignored.
+        ``results`` holds per-group results, either for the samples only or for the whole sets. Groups outside the samples are ignored.
         """
         accuracies = {}
         for name, keys in self._keys.items():

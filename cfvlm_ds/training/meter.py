@@ -46,9 +46,9 @@ class Meter:
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
-        """Add to the sum and count of a metric's part, in float64. The metric is the sum of its parts' means.
+        """Add a value to the running float64 sum and count of one part of a metric. The metric is the sum of its parts' means.
 
-        Tensors stay on their device, because copying them to the host would wait for the GPU.
+        Tensors stay on their device, because copying them to the host would force a synchronisation with the GPU.
         """
         self._add(_Key(name, part), total, count)
 

@@ -55,7 +55,7 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 
 def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
-    """Raise ConfigError if a path does not exist relative to the working folder but exists relative to the YAML file's folder."""
+    """Raise ConfigError if a path does not exist relative to the working directory but exists relative to the YAML file's folder."""
     data, paths = config.data, [config.model.name_or_path]
     for data_set in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
         roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []

@@ -1,4 +1,4 @@
-"""Subsampling of a set so that words, length and a blind scorer no longer distinguish true texts from false texts.
+"""Subsampling step: selects groups in which words, length and a blind scorer no longer distinguish true texts from false texts.
 
 Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """

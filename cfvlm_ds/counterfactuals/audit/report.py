@@ -102,8 +102,8 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Read a split and hash its pictures. For each unreadable picture, add the reason to ``broken``, under the id of a group with this
-    picture.
+    """Read a split and hash its pictures. Pictures that cannot be read are recorded in ``broken``: each under the id of a group that uses
+    it, with the reason.
     """
     owners: dict[Path, list[str]] = {}
     for group in groups:

@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if they sum to more
-    than ``most``.
+    """Draw from a caption's edits of one type, but no more than ``most`` edits. Their probabilities (see ``share``) are scaled down if they
+    sum to more than this limit.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -75,7 +75,7 @@ def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
 
 
 def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: int) -> dict[str, dict[str, float]]:
-    """Compute the prices of words from the edits of all captions. At most ``most`` edits will be kept per caption and type."""
+    """Compute the prices of words from the edits of all captions. ``most`` limits the number of edits kept per caption and type."""
     moves, together = list[Move](), list[int]()
     for number, edits in enumerate(captions):
         for edit in edits:

@@ -1,4 +1,4 @@
-"""Files that the shards of a work folder share. One shard writes such a file while the others wait."""
+"""Files shared by all shard jobs that use the same work folder. One job writes the file while the others wait."""
 
 from __future__ import annotations
 

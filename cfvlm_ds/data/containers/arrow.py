@@ -21,7 +21,7 @@ _ROWS = 64  # rows in a batch: 256 MB if each has a picture of 4 MB
 _BYTES = 256 * MIB  # limit on a Parquet batch's uncompressed size as stated in the file; a few kB can decompress to a few GB
 
 Named = Callable[[Any], str | None]
-"""Function from a pyarrow buffer to the name that locates its bytes in the file, or to None if they are not in the file."""
+"""Function from a pyarrow buffer to a reference to its bytes in the file, or to None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -113,7 +113,9 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Convert a column of texts. A text that exceeds the limit for a row becomes a DataError and is not copied."""
+    """Convert a text column to a list of strings. A text over the per-row size limit is not copied; its place in the list holds a
+    DataError.
+    """
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())
@@ -136,7 +138,7 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert each binary value to a name that locates it in the file. A value that exists only in memory, for instance after
+    """Convert each binary value to a reference to its bytes in the file. A value that exists only in memory, for instance after
     decompression, becomes bytes. The buffer is sliced directly, because creating a pyarrow scalar for each value would copy the data.
     """
     _, offsets, contents = array.buffers()

@@ -1,4 +1,4 @@
-"""Opening of manifests. JSON lines are read directly; a container is first converted to JSON lines."""
+"""Functions that open manifests. JSON lines are read directly; a container is first converted to JSON lines."""
 
 from __future__ import annotations
 

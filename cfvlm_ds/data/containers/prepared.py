@@ -131,7 +131,7 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return the name that locates a picture in the tar, after adding the picture if it is new.
+        """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
 
         ``value`` is the picture's bytes. Raises ``value`` itself if it is a DataError, and TypeError for a value of another type.
         """

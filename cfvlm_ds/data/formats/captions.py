@@ -12,7 +12,8 @@ unrelated. All other cells are unknown. In a row without a prompt, captions answ
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
 ``label`` names a column that marks captions as true or false. If it is set, rows with the same picture and prompt form one group. A column
-that looks like a label is refused unless ``label`` or ``ignore`` names it. A caption that is a JSON object is refused unless ``json=true``.
+that looks like a label is rejected unless ``label`` or ``ignore`` names it. A caption that is a JSON object is rejected unless
+``json=true``.
 """
 
 from __future__ import annotations

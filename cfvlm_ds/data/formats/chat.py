@@ -1,4 +1,4 @@
-"""Parsing of conversations in the notations of public data sets: turns, picture positions and scored answers.
+"""Parser for conversations in the notations of public data sets: turns, picture positions and scored answers.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
 "content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without marks, the pictures
@@ -151,7 +151,9 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
 
 
 def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
-    """Return the only one of ``columns`` that a row has, or "" if it has none. Raises DataError if it has several."""
+    """Return the name of the one column in ``columns`` that is present in the row, or "" if none is. Raises DataError if more than one is
+    present.
+    """
     given = [key for key in columns if key in row]
     if len(given) > 1:
         raise DataError(f"row: both {given[0]!r} and {given[1]!r} {what}; keep one, or ignore the other (ignore=COLUMN)")
@@ -294,12 +296,14 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the row's metadata, including the other keys of messages up to the scored answer."""
+        """Return the row's metadata, plus any extra keys (besides role and content) found on the messages up to and including the scored
+        answer.
+        """
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """Return the prompt for the answer in turn ``number``, the pictures shown before it, and the answer."""
+        """Return the prompt for the answer in turn ``number``, the pictures that precede it, and the answer."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

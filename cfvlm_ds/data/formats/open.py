@@ -1,4 +1,4 @@
-"""Opening of data sets in any format. A column that seems to hold labels or false texts is refused unless an option names it."""
+"""Functions that open data sets in any format. A column that seems to hold labels or false texts is rejected unless an option names it."""
 
 from __future__ import annotations
 

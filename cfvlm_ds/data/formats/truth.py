@@ -1,6 +1,6 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names is refused if public data sets use its name and values for
+The user names such a column (``label=COLUMN``). A column that no option names is rejected if public data sets use its name and values for
 labels, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false texts as true,
 or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
@@ -68,7 +68,7 @@ _LABEL_NAMES -= {"t", "f", "n"}
 """Words in the names of label columns."""
 
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
-"""Pattern for the end of a picture's file name, or of the name that locates it in a container."""
+"""Pattern for the end of a picture's file name, or of a reference to a picture in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _DEEP = 8  # maximum nesting depth that is searched
 
@@ -84,7 +84,7 @@ class Column:
         values: distinct values, keyed by lower-case form. Only usual label values are collected unless the column's name suggests a label.
         has_others: whether the column has values that are not in ``values``.
         false_text: a text or picture name from the column, if the column's name suggests false texts.
-        unseen: a picture name from the column, found in a row that shows no picture.
+        unseen: a picture name from the column, found in a row without pictures.
     """
 
     name: str
@@ -140,7 +140,7 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
     """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
-        rows: index and metadata of each row, and True if the row shows no picture.
+        rows: index and metadata of each row, and True if the row has no pictures.
         ignore: columns to skip, joined by ``+``.
     """
     columns: dict[str, Column] = {}

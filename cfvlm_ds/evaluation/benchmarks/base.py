@@ -233,8 +233,8 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items, or all if ``limit`` is None. Whole clusters are taken at even intervals, so no part is missing and no
-    pair is split.
+    """Return about ``limit`` items, or all if ``limit`` is None. Items are sampled as whole clusters (items that share pictures or form a
+    pair) at even intervals, so every section of the benchmark is represented and no pair is split.
     """
     if limit is None or limit >= len(items):
         return list(items)

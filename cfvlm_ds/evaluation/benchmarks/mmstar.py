@@ -1,4 +1,6 @@
-"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions on six skills, selected to require the picture."""
+"""MMStar (Chen et al. 2024, arXiv 2403.20330): 1,500 questions covering six skills, selected so that they cannot be
+answered without the picture.
+"""
 
 from __future__ import annotations
 

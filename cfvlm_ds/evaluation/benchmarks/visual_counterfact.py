@@ -1,5 +1,5 @@
-"""Visual CounterFact (Golovanevsky et al. 2025, arXiv 2505.17127): a picture of a typical object, and a copy with its colour or size
-changed.
+"""Visual CounterFact (Golovanevsky et al. 2025, arXiv 2505.17127): a picture of a familiar object, and the same picture
+with the object's colour or size changed.
 """
 
 from __future__ import annotations

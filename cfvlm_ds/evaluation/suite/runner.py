@@ -97,7 +97,7 @@ class Settings:
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
     """Lock the results folder during the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or if ``out``
-    cannot be a results folder (such as a run folder).
+    cannot be used as a results folder (for example, because it is a run folder).
     """
     locks: list[RunLock] = []
 

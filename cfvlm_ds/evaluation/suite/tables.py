@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.suite.results import Result
 TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
 """Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics to use for a blank image if the headline metric compares images and therefore has no value."""
+"""Metrics to use for a blank image if the headline metric compares images and is therefore undefined."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
