@@ -224,14 +224,14 @@ def _sample(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Let a model write texts about pictures, have a separate judge label them, and write groups of true and false texts.
+    """Have a model write texts about pictures and a separate judge label them, and write groups of true and false texts.
 
     Example: cfvlm-ds data sample runs/mine captions.jsonl --out W --judge my_judge:is_true
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: pictures with true texts, in any known format; only the first image of a group is used.
-        out: work folder, created if necessary; the groups are OUT/groups.jsonl.
+        out: work folder, created if necessary; groups are written to OUT/groups.jsonl.
         limit: use only the first N groups.
     """
     from cfvlm_ds.cli.models import load_scorer

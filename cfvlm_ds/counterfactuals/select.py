@@ -123,7 +123,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return the output file and the share of each split. Raises ConfigError if options are invalid or an output file was written by
+    """Return each split's output file and share. Raises ConfigError if options are invalid or an output file was written by
     another program.
     """
     shares = parse_splits(options.splits)

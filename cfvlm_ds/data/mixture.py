@@ -61,7 +61,7 @@ class Draws:
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """Return the stream position of draw ``number`` (from 0) from a source, which must have a positive share."""
+        """Return the position in the stream of a source's draw ``number``, counted from 0. The source must have a positive share."""
         low, high = 0, 1
         while int(self.before(high)[source]) <= number:
             low, high = high, 2 * high

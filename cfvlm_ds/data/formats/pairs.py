@@ -40,7 +40,7 @@ class Pairs:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Image paths are as written.
+        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Image paths are kept unchanged.
 
         Without ``id``, the group's id is a hash of the file names, captions and prompt. The hash does not change when rows move, and a
         repeated row is detected by its duplicate id. Raises DataError (without the file and line) for a missing or misspelt key, a value
