@@ -41,10 +41,10 @@ _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
 def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> CounterfactualGroup:
-    """Parse a ``cfgroup/1`` row into a group. Image paths are joined to ``root``; by default they are left as written. No image is opened.
+    """Parse a ``cfgroup/1`` row into a group. If ``root`` is given, image paths are joined to it. No image is opened.
 
-    Raises DataError (without the file and line, which the caller adds) for a missing or unknown key, a duplicate or unknown id, a truth
-    value other than 0 or 1, or a group that CounterfactualGroup refuses.
+    Raises DataError for a missing or unknown key, a duplicate or unknown id, a truth value other than 0 or 1, or a group that
+    CounterfactualGroup rejects. The caller adds the file and line to the error message.
     """
     check_keys(row, _GROUP_KEYS, "row")
     if row.get("schema", SCHEMA) != SCHEMA:

@@ -40,7 +40,7 @@ class Lengths(Protocol):
     """Context window of the model in tokens."""
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens in the prompt, the pictures and the text together."""
+        """Return the total number of tokens in the prompt, the pictures and the text."""
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
@@ -60,7 +60,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 class SeenRows(NamedTuple):
     """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that uses it.
-    ``repeats`` holds the indices of groups whose id an earlier group already has.
+    ``repeats`` holds the indices of groups that have the same id as an earlier group.
     """
 
     pictures: tuple[Array, Array]
@@ -114,8 +114,8 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that repeats an earlier id, with an error message. Only groups with equal id hashes are read; their ids
-    are then compared.
+    """Yield the index of each group that repeats an earlier id, with an error message. Only groups with equal id hashes are read, to
+    compare the ids themselves.
     """
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     first: dict[str, int] = {}

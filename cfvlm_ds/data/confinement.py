@@ -1,4 +1,4 @@
-"""Path confinement: paths in a manifest, work folder or benchmark must be inside its data roots after all links are resolved."""
+"""Path confinement: after all links are resolved, each path in a manifest, work folder or benchmark must be inside one of the data roots."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Confinement:
     """Callable that joins a path from a manifest to a data root. Raises DataError if the file is outside all roots after links are
     resolved.
 
-    A relative path is joined to the first root that has the file, or to the first root if none has it. The error message for a path outside
-    the roots ends with ``remedy``.
+    A relative path is joined to the first root that contains the file, or to the first root if none does. The error message for a path
+    outside the roots ends with ``remedy``, the advice to the user.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -67,8 +67,8 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        Results are cached. Even a million images are usually in only a few folders, so each image needs only one system call, which matters
-        on a network file system.
+        Results are cached. Even a million images are usually in only a few folders, so each usually needs only one system call, which saves
+        time on a network file system.
         """
         target, inside = self._followed(Path(folder))
         return str(target), inside
@@ -79,7 +79,7 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return a file's mode without following links, or None if the file does not exist. Raises other OSErrors from lstat."""
+    """Return a file's mode without following links, or None if the file does not exist. Raises OSError if lstat fails for another reason."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -79,7 +79,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if another program wrote that file."""
+    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if this path holds another program's file."""
     return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
 
 

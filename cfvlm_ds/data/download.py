@@ -57,8 +57,8 @@ def download(
     """Write the rows of ``path`` to ``out``, and their pictures to the folder ``OUT.pictures`` next to it. In the rows, each picture
     address is replaced with the path of the picture's file.
 
-    If a row's pictures cannot be fetched, the row is left out and listed in a file next to ``out`` (``on_error`` is ``skip``), or DataError
-    is raised (``error``). Raises ConfigError or StorageError if ``out`` exists or cannot be written.
+    If a row's pictures cannot be fetched and ``on_error`` is ``skip``, the row is left out and listed in a file next to ``out``. If
+    ``on_error`` is ``error``, DataError is raised. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
     """
     folder = out.with_name(f"{out.name}.pictures")
     refuse_link(folder, "name another file with --out")

@@ -26,7 +26,8 @@ class Features:
     """Outputs of the vision tower for a picture: everything that a batch needs in place of the picture.
 
     ``size`` is the picture's width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower``
-    maps the name of each projector module to the module's inputs. ``inputs`` holds the picture's row of every other model input.
+    maps the name of each projector module to the module's inputs. ``inputs`` maps the name of each other model input to the part of it that
+    belongs to the picture.
     """
 
     size: tuple[int, int]

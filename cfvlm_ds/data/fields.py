@@ -80,8 +80,8 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
-    ``a.b`` is ``b`` within ``a``, which may be an object or the JSON text of an object. If ``a`` is a list of objects, a list of values is
-    returned.
+    ``a.b`` refers to the field ``b`` of column ``a``, which can be an object or the JSON text of an object. If ``a`` is a list of objects,
+    a list of values is returned.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -94,7 +94,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
-    """Copy a row, leaving out the given columns. If ``a.b`` is left out, the other fields of ``a`` stay."""
+    """Copy a row, leaving out the given columns. If ``a.b`` is left out, the other fields of ``a`` are kept."""
     kept = dict(row)
     for column in columns:
         first, _, rest = column.partition(".")

@@ -37,8 +37,8 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity (a set of hashes) of a data set's groups. Picture paths are hashed relative to ``roots``, so the identity stays
-    the same if these folders are moved.
+    """Compute the identity (a set of hashes) of a data set's groups. Picture paths are hashed relative to ``roots``, so moving these
+    folders does not change the identity.
 
     Edits are not part of the identity, because they only label rows of result tables.
     """
@@ -121,8 +121,8 @@ def digest(identity: Identity) -> str:
 def changes(before: Identity, now: Identity, *, of_scores: bool = False) -> str | None:
     """Describe the difference between two identities, or return None if there is none.
 
-    Pictures are compared by contents if both identities include them, otherwise by path. With ``of_scores``, order, labels and weights are
-    ignored, because scores are stored by id and depend only on texts and pictures.
+    Pictures are compared by contents if both identities include them, otherwise by path. If ``of_scores`` is True, differences in order,
+    labels and weights are ignored, because scores are stored by id and depend only on texts and pictures.
     """
     if before["rows"] != now["rows"]:
         return f"the number of rows ({now['rows']}, was {before['rows']})"

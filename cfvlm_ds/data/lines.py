@@ -93,7 +93,7 @@ class IndexedLines:
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
-        """Return a row, with its line break removed. Raises OSError, and DataError if the row has changed since it was indexed."""
+        """Return a row, with its line break removed. Raises OSError, and DataError if the row has changed since the file was indexed."""
         start, end = self.starts.item(row), self.starts.item(row + 1)
         data = self._held.read(start, min(end - start, MAX_LINE))
         line = data[: data.find(b"\n") + 1 or None]

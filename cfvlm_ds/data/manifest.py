@@ -35,12 +35,12 @@ def open_groups(
     ``path`` is a JSON lines file or a container of rows (cfvlm_ds/data/containers/). A container is converted to JSON lines in a folder of
     ``cache`` on first use. ``path`` can also be a store, whose format is fixed, or an address such as
     hf://datasets/ORG/NAME/data/train-*.parquet, whose files are fetched from the Hugging Face hub on first use. ``format`` is the name of a
-    format, with or without options. ``auto`` selects the format of the first row whose format is recognised; it is reported to ``progress``
-    unless it is the native format.
+    format, with or without options. ``auto`` selects the format of the first row whose format is recognised; this format is reported to
+    ``progress`` unless it is the native one.
 
-    Image paths are absolute or relative to ``root`` (default: the manifest's folder). Of several roots, the first one that has the file is
-    used. The groups contain the joined paths. Each file must be inside one of the roots after links are resolved. Images are not opened.
-    Only the first ``limit`` groups are used. If a format needs passes over all rows, ``scan`` runs them.
+    Image paths are absolute or relative to ``root`` (default: the manifest's folder). If there are several roots, the first one that
+    contains the file is used. The groups contain the joined paths. Each file must be inside one of the roots after links are resolved.
+    Images are not opened. Only the first ``limit`` groups are used. If a format needs passes over all rows, ``scan`` runs them.
 
     Raises DataError for a manifest that cannot be read, has no rows, or lacks a column that ``format`` names. Accessing an invalid row
     raises a DataError whose message is one sentence and names the file, the row (1-based line, or item of a list) and the remedy. Repeated
@@ -83,7 +83,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return an error message about a row that repeats an earlier row, or an earlier row's group id."""
+    """Return an error message about a row whose group id an earlier row already uses."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 

@@ -105,8 +105,8 @@ def _floors(count: int, step: int, first: int) -> int:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each position in a window, return the source, and the index of the draw among the source's draws in this window. Draw k of n is
-    placed at the fraction (k + 1/2) / n of the window.
+    """For each position in a window, return the source, and the draw's index among the source's draws in this window. Draw k of n is placed
+    at the fraction (k + 1/2) / n of the window.
     """
     source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
@@ -185,7 +185,7 @@ class Order:
         return sum((share * mean for share, mean in zip(self.draws.shares, means, strict=True)), Fraction(0))
 
     def epochs(self, seen: int) -> list[float]:
-        """Return the number of passes over each source of a mixture after ``seen`` positions; [] for a single data set."""
+        """Return the number of passes over each source of a mixture in the first ``seen`` positions; [] for a single data set."""
         window, rest = divmod(seen, WINDOW)
         drawn = self.draws.before(window) + np.bincount(self.draws.at(window * WINDOW, rest)[0], minlength=len(self.sizes))
         return (drawn / np.array(self.sizes)).tolist() if self.shares else []

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Numbers of distinct rows and pictures that an evaluation set shares with the training set, and that it has in total."""
+    """Numbers of distinct rows and pictures in an evaluation set: those that also occur in the training set, and all."""
 
     rows: int
     pictures: int
@@ -49,7 +49,7 @@ def shared_with(train: Keys, evaluation: Keys) -> Shared:
 
 
 def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None) -> Keys:
-    """Compute the keys of groups. ``pictures`` contains picture digests; without it, pictures are identified by path."""
+    """Compute the keys of groups. ``pictures`` contains picture digests; if it is None, pictures are identified by path."""
     rows, shown = set[int](), set[int]()
     for group in groups:
         of_images = [[_picture(picture, pictures) for picture in image] for image in group.images]

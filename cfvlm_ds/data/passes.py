@@ -27,7 +27,7 @@ class Scan:
     """Pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
-        alive: function called often during a pass; it can raise an exception to abort the pass.
+        alive: function called repeatedly during a pass; it can raise an exception to abort the pass.
         shield: function called at the start of each worker process.
     """
 

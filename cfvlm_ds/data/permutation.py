@@ -1,7 +1,7 @@
 """Permutations of the groups in an epoch. They depend only on the number of groups, the seed and the epoch.
 
 For up to ``STORED`` groups, a permutation is drawn and kept in memory. For more groups, a Feistel network over the next power of two
-computes entries on demand. An entry that is too large is passed through the network again until it is a valid group index.
+computes entries on demand. An entry that is too large is repeatedly passed through the network until it is a valid group index.
 
 If a row has several groups, such as the answers of a conversation, rows are permuted and each row's groups stay together. A micro-batch can
 then encode their common part once.

@@ -91,5 +91,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container, and keep it open for later calls. ``state`` identifies the file, so a file that replaces it is opened anew."""
+    """Open a container, and keep it open for later calls. ``state`` identifies the version of the file, so a replaced file is opened anew."""
     return HeldFile(path)

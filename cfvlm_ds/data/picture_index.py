@@ -34,7 +34,7 @@ _AT_ONCE = 4096  # pictures processed or cached at a time
 
 
 class Picture(NamedTuple):
-    """Properties of a readable picture: size in bytes, change time of its file in ns (0 if not compared), digest of its bytes, and width
+    """Properties of a readable picture: size in bytes, change time of its file in ns (0 in a packed store), digest of its bytes, and width
     and height in pixels (0 if unknown).
     """
 
@@ -112,7 +112,7 @@ class PictureTable:
         return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the contents of a table file, part by part. ``opened`` can read this file."""
+        """Yield the contents of a table file for ``opened``, part by part."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()

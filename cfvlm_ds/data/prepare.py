@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
-All pictures are opened before any rows are written. The work is divided into units: the pictures that first occur in a range of groups.
-With ``pack``, a unit becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every file depend
-only on the data set and the options, not on the number of processes or on interruptions.
+All pictures are opened before any rows are written. The work is divided into units. A unit consists of the pictures that first occur in a
+range of groups; with ``pack``, it becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every
+file depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -118,15 +118,15 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and write a store. This call processes shard ``shard`` of ``of``.
+    """Check a data set and write a store. The work is divided into ``of`` shards; this call does shard number ``shard``, counted from 0.
 
     Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
-    are written only after the pictures of all shards have been checked. If another shard has not finished, repeat the call later. If the
-    report has problems and ``on_error`` is ``error``, nothing more is written.
+    are written only after the pictures of all shards have been checked. If another shard has not finished, call this function again later.
+    If the report has problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work for another state of the data set is discarded, unless there are several shards. With ``anew``, a complete store of
-    another state of the data set is also discarded. Without ``pack``, pictures that were opened for the discarded state are opened again
-    only if their files have changed. Raises OSError, and ConfigError for a folder with other contents or a store of another state.
+    Unfinished work in ``out`` for other data or options is discarded, unless there are several shards. With ``anew``, a complete store for
+    other data or options is also discarded. Without ``pack``, pictures that were opened for the discarded work are opened again only if
+    their files have changed. Raises OSError, and ConfigError if ``out`` holds anything else, or work or a store that is not discarded.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -446,8 +446,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True, remove a complete or unfinished store of another state of the data set. Return the picture tables of the
-    removed store, or no tables if nothing was removed.
+    """If ``remove_it`` is True, remove a complete or unfinished store for other data or options. Return the picture tables of the removed
+    store, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

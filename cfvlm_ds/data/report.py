@@ -103,7 +103,7 @@ class CheckReport:
 
     @property
     def visual_range(self) -> str:
-        """Minimum, median and maximum number of visual tokens per image; "" without a model or pictures."""
+        """Minimum, median and maximum number of visual tokens per image; "" if unknown."""
         if not self.visual_tokens:
             return ""
         low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)

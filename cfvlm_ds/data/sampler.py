@@ -175,7 +175,7 @@ class PackedSampler(GroupSampler):
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
         and the result is scaled by the number of tokens in all groups. Because steps are nearly full, the error is below one in a thousand.
-        The result is the same whenever a run starts or resumes, and no whole epoch has to be packed before the first step.
+        A resumed run gets the same result as a new one, and no whole epoch has to be packed before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)

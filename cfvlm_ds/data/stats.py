@@ -33,7 +33,7 @@ from cfvlm_ds.data.stored import StoredRows
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of a manifest's valid rows. ``sides`` counts pictures by the length of their longer side in pixels. The fields ``num_...``
-    count distinct contents. ``equal_ids`` counts rows that repeat an earlier row's id.
+    count distinct rows, pictures, texts and prompts. ``equal_ids`` counts rows that repeat an earlier row's id.
     """
 
     report: CheckReport

@@ -1,7 +1,7 @@
 """Group store: random access to counterfactual groups. A row is read when its group is accessed, so memory does not grow with the number of
 rows.
 
-A format is a function from a row (a JSON object) to one or several CounterfactualGroups, with image paths as written. A format with several
+A format is a function from a row (a JSON object) to one or several CounterfactualGroups, with unchanged image paths. A format with several
 groups per row also has a function ``parts``, which counts the groups of a row without building them. The store, not the format, joins image
 paths to a data root and confines them to the roots.
 """
@@ -25,7 +25,7 @@ from cfvlm_ds.data.rows import Rows
 T = TypeVar("T")
 
 Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
-"""Function from a row to one or several groups, with image paths as written. Its DataErrors do not name the file and line."""
+"""Function from a row to one or several groups, with unchanged image paths. Its DataErrors do not name the file and line."""
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a prepared store,
-        this refers to the rows of its source.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a store, these are
+        the rows of the data set that it was prepared from.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
@@ -154,7 +154,7 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
-    """Convert a row to groups with picture paths as written. Raises DataErrors that do not name the row's location."""
+    """Convert a row to groups, without changing the picture paths. Raises DataErrors that do not name the row's location."""
     groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple holds the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 

@@ -117,7 +117,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
-    """Scores of a mixture's groups, whose ids are SOURCE/ID. A source may have no scores."""
+    """Scores of a mixture's groups, whose ids are SOURCE/ID. Some sources can lack scores."""
 
     def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
         self._sources = sources
@@ -147,7 +147,7 @@ def read_scores(
     prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from other weights or another tokenizer, processor or
     template. The groups' order, labels and weights may have changed, because no score depends on them.
 
-    ``data`` is the groups' identity, computed with the roots from which they were read. ``say`` receives progress lines.
+    ``data`` is the groups' identity, computed with the data roots of the groups. ``say`` receives progress lines.
     """
     if not os.path.exists(path):
         raise DataError(f"{path}: no such scores file; {_REMEDY}")

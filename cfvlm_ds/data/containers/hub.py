@@ -1,8 +1,8 @@
 """Hugging Face hub: data sets with an address such as ``hf://datasets/ORG/NAME/data/train-*.parquet``.
 
 The files are fetched into the user's cache on first use. Later runs read the cached files without network access, even if the hub has newer
-files, so a resumed run uses the same data. ``@REVISION`` after the name is a branch, tag or commit. ``@~parquet`` selects the hub's own
-conversion of the data set to Parquet files (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
+files, so a resumed run uses the same data. ``@REVISION`` after the name selects a branch, tag or commit. ``@~parquet`` selects the hub's
+own conversion of the data set to Parquet files (``hf://datasets/ORG/NAME@~parquet/default/train/*.parquet``).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder of the files that an earlier call fetched, or None if a file is missing or has a different size."""
+    """Return the folder with the files that an earlier call fetched, or None if a file is missing or its size has changed."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]

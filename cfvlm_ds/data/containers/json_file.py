@@ -1,6 +1,6 @@
 """JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. The whole file is read into memory.
 
-A COCO file lists pictures and captions separately. A row combines a picture and the list of its captions. Every other key of the captions
+A COCO file lists pictures and captions separately. A row combines a picture and the list of its captions. Every other field of the captions
 becomes a list with one value per caption. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
 """
 

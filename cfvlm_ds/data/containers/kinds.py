@@ -108,7 +108,7 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if the folder has other data, which would be
+    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if the folder also has data that would be
     ignored.
     """
     texts = {picture.with_suffix(".txt").name: picture for picture in pictures}
@@ -155,7 +155,7 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def _saved(path: Path) -> list[Path]:
-    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError."""
+    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError if its state.json does not list them."""
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]

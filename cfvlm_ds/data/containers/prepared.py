@@ -1,8 +1,8 @@
 """Converted containers. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
 
-The folder's name contains a hash of the source's path and state. Row n is line n of rows.jsonl; the line of an invalid row is a string with
-the error. If there are several source files, their row counts are recorded. The folder is written under a temporary name and renamed when
-it is complete, so an interrupted conversion is repeated.
+The folder's name contains a hash of the source's path and of its files' sizes and times. Row n is line n of rows.jsonl; the line of an
+invalid row is a string with the error. If there are several source files, their row counts are recorded. The folder is written under a
+temporary name and renamed when it is complete, so an interrupted conversion is repeated.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class _Pictures:
     def name_of(self, value: Any) -> str:
         """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
 
-        ``value`` is the picture's bytes. Raises ``value`` itself if it is a DataError, and TypeError for a value of another type.
+        ``value`` is the picture's bytes, or the DataError that replaces them, which is then raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

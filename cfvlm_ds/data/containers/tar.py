@@ -79,8 +79,8 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """Return the contents of a text or JSON member. For any other member, return a reference from which its bytes can be read.
-    Raises DataError.
+    """Return the contents of a text or JSON member. For any other member, return a reference from which its bytes can be read. Raises
+    DataError for a member that is too long or malformed.
     """
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"

@@ -40,7 +40,7 @@ FORMATS: dict[str, Format] = {
 def format_named(spec: str, where: object) -> Format:
     """Return the format for ``NAME`` or ``NAME:OPTION=VALUE,OPTION=VALUE``. A value that contains a comma must be in double quotes.
 
-    Raises DataError for an unknown name or option. The error message begins with ``where``.
+    Raises DataError for an unknown name or option. The error message starts with ``where``, the location of the data.
     """
     try:
         return cast(Format, named("format", spec, FORMATS, [AUTO]))

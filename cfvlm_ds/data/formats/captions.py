@@ -3,11 +3,11 @@ pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
-Columns are detected by their usual names (``DEFAULTS``), or mapped by options: ``captions:image=file_name,caption=text``. A column may hold
-a list, ``caption=first+second`` joins two columns into one list, and ``a.b`` is ``b`` within ``a``. Every caption is true of the picture,
-every negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative pictures are
-equal in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false`` declares them
-unrelated. All other cells are unknown. In a row without a prompt, captions answer "Describe the image."
+Columns are detected by their usual names (``DEFAULTS``), or mapped by options: ``captions:image=file_name,caption=text``. A column can hold
+a list, ``caption=first+second`` joins two columns into one list, and ``a.b`` is the field ``b`` of column ``a``. Every caption is true of
+the picture, every negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative
+pictures are equal in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false``
+declares them unrelated. All other cells are unknown. In a row without a prompt, the prompt is "Describe the image."
 
     {"image": "a.jpg", "caption": "The cat is under the bed.", "label": 0}                                captions:label=label
 
@@ -186,7 +186,7 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
-        """Return the row's columns for an option: the columns that the option names or, if it names none, the first column with a usual
+        """Return the row's columns for an option: the columns that the option names or, if it is not set, the first column with a usual
         name.
 
         Raises DataError if a named picture or caption column is missing.
@@ -238,7 +238,7 @@ def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture, and the number of duplicates. Different people can write the same caption."""
+    """Return the distinct captions of a picture, and the number of duplicates (different people can write the same caption)."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

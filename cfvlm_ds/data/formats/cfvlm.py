@@ -44,8 +44,8 @@ class Cfvlm:
         text is true of another sample's image. The prompt is the text around the image's path in ``orig_input``. Rows have no ids, so the
         group's id is a hash of the row's contents.
 
-        Raises DataError (without the file and line) for a missing or misspelt key, a value of another type, an input without exactly one
-        image, or a group that CounterfactualGroup refuses.
+        Raises DataError for a missing or misspelt key, a value of the wrong type, an input that does not have exactly one image, or a group
+        that CounterfactualGroup rejects. The error message does not name the file and line.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

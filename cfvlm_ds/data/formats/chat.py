@@ -53,7 +53,7 @@ def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
 
 
 def read_messages(value: Any, where: str) -> Spoken:
-    """Parse a list of messages in either notation.
+    """Parse a list of messages in the notation of ShareGPT or OpenAI.
 
     Raises DataError for a malformed message, and for tool calls, video and audio, which no objective can use.
     """
@@ -118,7 +118,7 @@ def _read_content(content: Any, where: str) -> tuple[tuple[Part, ...], list[Path
 
 
 def read_picture(value: Any, where: str) -> Path:
-    """Return the path of a picture. ``value`` is the path or an object with the path. Raises DataError for a URL, and for picture bytes
+    """Return the path of a picture. ``value`` is the path or an object that contains it. Raises DataError for a URL, and for picture bytes
     within the row.
     """
     if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.get("bytes") is None:
@@ -212,7 +212,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed conversation row. ``beside`` has the name of the message column and the other keys of each message."""
+    """Parsed conversation row. ``beside`` is the name of the message column, and the other keys of each message."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]

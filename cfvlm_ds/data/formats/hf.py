@@ -1,4 +1,5 @@
-"""Rows with columns of any name, as on the Hugging Face hub. Options map the columns to read; all other columns are metadata.
+"""Rows with columns of any name, as on the Hugging Face hub. The options state which columns are read and what they hold; all other columns
+are metadata.
 
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong
@@ -16,7 +17,7 @@ from cfvlm_ds.data.formats.captions import Captions
 
 @dataclass(frozen=True)
 class Mapped(Captions):
-    """Format of rows whose columns are mapped by the options."""
+    """Format with a user-defined column mapping: the options state which column holds each field of a group."""
 
     usual = False
     source = "hf"

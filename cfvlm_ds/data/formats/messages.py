@@ -4,9 +4,9 @@
                                        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
                                        {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-The ``content`` of a message is a string in which ``<image>`` marks the position of a picture, or a list of parts. A part may name its
+The ``content`` of a message is a string in which ``<image>`` marks the position of a picture, or a list of parts. A part can name its
 picture: ``{"type": "image", "image": PATH}`` or ``{"type": "image_url", "image_url": {"url": PATH}}``; LLaMA-Factory uses the key ``value``
-in parts of any type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row may have TRL's ``prompt`` and
+in parts of any type. Other pictures are in ``images`` (or ``image``). Instead of ``messages``, a row can have TRL's ``prompt`` and
 ``completion``, ms-swift's ``query`` and ``response``, or Alpaca's ``instruction``, ``input`` and ``output``. In the last two cases, a
 ``history`` of question-answer pairs can precede the question.
 

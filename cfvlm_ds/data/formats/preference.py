@@ -8,11 +8,11 @@
     {"query": "How many dogs are there?", "images": ["a.jpg"], "response": "Two.", "rejected_response": "Three."}       (ms-swift)
     {"text": "{\\"question\\": ..., \\"chosen\\": ..., \\"rejected\\": ...}", "image": "a.jpg", "image_path": "coco/a.jpg"}  (RLHF-V)
 
-Messages are written as in ``llava`` or ``messages``. The question may also be in ``question``, or in ``instruction`` and ``input``. It may
-be missing if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
+Messages are written as in ``llava`` or ``messages``. The question can also be in ``question``, or in ``instruction`` and ``input``. It can
+be omitted if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
-The rejected answer is false of the picture. Without a rejected answer, the chosen answer is false of ``rejected_images``. If a row has
-both, the rejected answer is false of the rejected pictures; all other cells with a rejected answer or picture are unknown.
+If a row has only a rejected answer, it is false of the picture. If a row has only ``rejected_images``, the chosen answer is false of them.
+If a row has both, the rejected answer is false of the rejected pictures, and all other cells with a rejected answer or picture are unknown.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Preference:
 
 
 def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace the ``text`` of an RLHF-V row with the answers that it contains as JSON. Return any other row unchanged."""
+    """Replace the column ``text`` of an RLHF-V row with the question and answers that it contains as JSON. Return any other row unchanged."""
     if (
         "text" not in row
         or any(key in row for key in _CHOSEN)

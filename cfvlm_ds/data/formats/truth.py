@@ -75,7 +75,7 @@ _DEEP = 8  # maximum nesting depth that is searched
 
 @dataclass
 class Column:
-    """A metadata column, and the evidence on whether it is a truth label.
+    """A metadata column, and the evidence that it is or is not a truth label.
 
     Args:
         name: name of the column.
@@ -155,8 +155,8 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
 
 
 def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each leaf in a row. ``a.b`` is ``b`` within ``a``, which may be an object, the JSON text of an object, or
-    a list.
+    """Yield the name and value of each leaf in a row. ``a.b`` is the field ``b`` of ``a``, which can be an object, the JSON text of an
+    object, or a list.
 
     Only the last item of a list is searched, because the last message of a conversation is the answer.
     """
@@ -175,7 +175,7 @@ def option_value(value: str) -> str:
 
 
 def listed(columns: str) -> tuple[str, ...]:
-    """Split an option's value at each ``+`` into column names. The unsplit value is included, because a column name may contain a ``+``."""
+    """Split an option's value at each ``+`` into column names. The unsplit value is included, because a column name can contain a ``+``."""
     return (columns, *columns.split("+"))
 
 
@@ -217,7 +217,7 @@ def check_label(label: str, true: str, false: str, **others: object) -> None:
 
 
 def truth_of(value: Any, column: str, true: str, false: str) -> int | None:
-    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the values with these meanings, joined by ``+``. If both are
+    """Convert a label to 1, 0 or None (unknown). ``true`` and ``false`` list the label values for 1 and for 0, joined by ``+``. If both are
     empty, common values such as "yes" and "wrong" are recognised.
 
     Raises DataError for any other value.
@@ -296,8 +296,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. A joined row takes the place of the first of its manifest
-    rows. The join takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. A joined row has the position of the first manifest row
+    that it contains. The join takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.
