@@ -60,7 +60,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 class SeenRows(NamedTuple):
     """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that uses it.
-    ``repeats`` holds the indices of groups that have the same id as an earlier group.
+    ``repeats`` holds the indices of groups with the id of an earlier group.
     """
 
     pictures: tuple[Array, Array]

@@ -1,4 +1,4 @@
-"""Path confinement: after all links are resolved, each path in a manifest, work folder or benchmark must be inside one of the data roots."""
+"""Path confinement: after all links are resolved, each path in a manifest, work folder or benchmark must be inside a data root."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Confinement:
 
 
 def mode_of(path: str) -> int | None:
-    """Return a file's mode without following links, or None if the file does not exist. Raises OSError if lstat fails for another reason."""
+    """Return a file's mode without following links, or None if the file does not exist. Raises OSError for any other failure of lstat."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

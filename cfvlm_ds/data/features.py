@@ -1,4 +1,6 @@
-"""Feature cache: a frozen vision tower's outputs in one safetensors file per picture, named by a hash of all that determines them."""
+"""Feature cache: a frozen vision tower's outputs in one safetensors file per picture, named after a hash of all that determines the
+outputs.
+"""
 
 from __future__ import annotations
 

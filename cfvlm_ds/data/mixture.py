@@ -1,9 +1,9 @@
 """Mixtures of sources. The source at each position in the stream of groups is computed from the position alone.
 
 The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. The set of sources
-that are rounded up varies from window to window, so every source has its exact share in the long run (systematic sampling with a start that
-advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number of ranks,
-and any position can be computed directly, because the number of draws before a window has a closed form.
+whose share is rounded up varies from window to window, so every source has its exact share in the long run (systematic sampling with a
+start that advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number
+of ranks, and any position can be computed directly, because the number of draws before a window has a closed form.
 
 Shapes: S sources, W windows.
 """

@@ -1,8 +1,8 @@
 """Picture files. A picture is a separate file, or a part of a container with a path such as ``images.tar#512+60123``.
 
 Such a path gives the container, offset and length of a member of an uncompressed tar or of a value in an Arrow file. The picture can
-therefore be read without listing the container. All code that opens pictures, reads their size or
-checks that their paths stay in the data roots goes through this module, which handles both kinds.
+therefore be read without listing the container. All code that opens pictures, reads their size or checks that their paths stay in the data
+roots goes through this module, which handles both kinds.
 """
 
 from __future__ import annotations
@@ -91,5 +91,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container, and keep it open for later calls. ``state`` identifies the version of the file, so a replaced file is opened anew."""
+    """Open a container, and keep it open for later calls. ``state`` identifies the file's version, so a replaced file is opened anew."""
     return HeldFile(path)

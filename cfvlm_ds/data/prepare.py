@@ -118,7 +118,7 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and write a store. The work is divided into ``of`` shards; this call does shard number ``shard``, counted from 0.
+    """Check a data set and write a store. The work is divided into ``of`` shards; this call does shard ``shard``.
 
     Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
     are written only after the pictures of all shards have been checked. If another shard has not finished, call this function again later.

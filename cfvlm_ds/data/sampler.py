@@ -198,7 +198,7 @@ class PackedSampler(GroupSampler):
         return {**super().state_dict(), "waiting": list(self._position.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for the state of another kind of sampler."""
+        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for a state saved by another kind of sampler."""
         super().load_state_dict(state)
         if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
@@ -253,8 +253,8 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     """Return the indices (i, j) of the items in ``given`` and ``taken`` whose exchange leaves the smallest gap; None if no exchange reduces
     the gap.
 
-    Both lists contain token counts. ``taken`` is sorted and starts with 0, which stands for moving ``given[i]`` without an exchange. An
-    ideal exchange moves half of ``gap``.
+    Both lists contain token counts, ``given`` those of the fuller micro-batch; ``gap`` is the difference of their sums. ``taken`` is sorted
+    and starts with 0, which stands for moving ``given[i]`` without an exchange. An ideal exchange moves half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):

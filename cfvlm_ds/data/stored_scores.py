@@ -77,7 +77,7 @@ def score_lines(
 
 
 def is_written(file: IO[bytes]) -> bool:
-    """Return whether ``cfvlm-ds score`` wrote a file, in this or an older schema. Evaluation scores in a run folder do not count."""
+    """Return whether a file was written by ``cfvlm-ds score``, in this or an older schema. Evaluation scores of a run do not count."""
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 

@@ -113,7 +113,7 @@ def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _texts(array: Any, arrow: Any) -> list[Any]:
-    """Convert a text column to a list of strings. A text over the per-row size limit is not copied; the list has a DataError in its place."""
+    """Convert a text column to strings. A text over the per-row size limit is not copied; it is replaced with a DataError."""
     sizes = arrow.compute.binary_length(array)
     if (arrow.compute.max(sizes).as_py() or 0) <= MAX_ROW:
         return list(array.to_pylist())

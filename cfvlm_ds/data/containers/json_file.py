@@ -92,7 +92,7 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 
 
 def is_lines(path: Path) -> bool:
-    """Return whether a file named .json has one object per line, as in some published data sets.
+    """Return whether a .json file has one object per line, as in some published data sets.
 
     A single object counts as one row unless it is a COCO file or all its values are lists or objects (probably rows or columns). Raises the
     same errors as open_regular.

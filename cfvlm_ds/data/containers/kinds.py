@@ -155,7 +155,7 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def _saved(path: Path) -> list[Path]:
-    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError if its state.json does not list them."""
+    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError if state.json does not list them."""
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]

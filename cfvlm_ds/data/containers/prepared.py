@@ -51,7 +51,7 @@ def prepare(
     """Convert the rows of ``path`` to JSON lines in the first writable folder of ``cache`` (default: the folder of the data, then the
     user's cache). If a folder of ``cache`` already contains the converted rows, they are reused.
 
-    Raises DataError for a container that cannot be read to its end, or if no folder is writable.
+    Raises DataError for a container that cannot be read completely, or if no folder is writable.
     """
     sources, cache = sources_of(path), [path.parent, cache_folder()] if cache is None else cache
     try:

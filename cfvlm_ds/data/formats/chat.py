@@ -1,9 +1,9 @@
 """Parser for conversations in the notations of public data sets: turns, picture positions and scored answers.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
-"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; without marks, the pictures
-are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A column that
-is null is treated as missing, because Parquet stores missing values as nulls.
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; if there are no marks, the
+pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A
+column that is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
 from __future__ import annotations

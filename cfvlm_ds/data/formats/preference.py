@@ -88,7 +88,7 @@ class Preference:
 
 
 def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Replace the column ``text`` of an RLHF-V row with the question and answers that it contains as JSON. Return any other row unchanged."""
+    """Replace the column ``text`` of an RLHF-V row with the question and answers in its JSON. Return any other row unchanged."""
     if (
         "text" not in row
         or any(key in row for key in _CHOSEN)
