@@ -228,7 +228,8 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely, and report its contents and problems. Every picture is decoded once. Problems are reported, not raised.
+    """Check a data set completely and return a report of its contents and problems. Problems raise no errors. Every picture is decoded
+    once.
 
     With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
     ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. If the data set

@@ -1,6 +1,6 @@
 """Picture download: pictures that rows name by URL, or contain as base64 text, are written to files before training.
 
-No other module fetches pictures over a network. For each picture, size and download time are limited, and the file is checked to be an
+No other module fetches pictures over a network. For each picture, size and download time are limited, and the downloaded file must be an
 image. The file's name is a hash of the address, so a second run fetches only missing pictures.
 """
 

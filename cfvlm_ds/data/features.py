@@ -84,7 +84,7 @@ def write_features(file: Path, features: Features) -> None:
 
 
 def read_features(file: Path) -> Features:
-    """Read the features in a file. Raises a DataError that names the file if it is missing or damaged."""
+    """Read the features in a file. If the file is missing or damaged, raises a DataError that names it."""
     try:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}

@@ -270,7 +270,7 @@ class _Job:
         files.note(number, **record, **found)
 
     def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
-        """Write the tables and store.json, which completes the store, and return True. Raises DataError if no group can be used."""
+        """Complete the store by writing the tables and store.json, and return True. Raises DataError if no group can be used."""
         records = files.records()
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
         identity = joined_identity(

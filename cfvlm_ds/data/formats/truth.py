@@ -1,7 +1,7 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names is rejected if public data sets use its name and values for
-labels, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false texts as true,
+The user names such a column (``label=COLUMN``). A column that no option names is rejected if public data sets have labels with its name and
+values, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false texts as true,
 or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
 
