@@ -214,7 +214,8 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a table of a group's stored scores and of each true cell's smallest margins over texts and over images (docs/evaluation.md).
+    """Return a table of a group's stored scores, with each true cell's smallest margin over a false text and over another image
+    (docs/evaluation.md).
 
     A tie counts as a loss. ``quad`` comparisons are not counted, because their outcomes follow from the two-cell comparisons.
     """

@@ -1,4 +1,4 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about objects. Absent objects are random, popular or adversarial choices."""
+"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about objects. Absent ones are sampled randomly, by popularity or adversarially."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def draws_for(num_items: int) -> int:
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
     """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
-    cluster. ``copy`` is the number of earlier draws of the item's cluster.
+    cluster. ``copy`` is 0 where the item's cluster is drawn for the first time, 1 where it is drawn for the second time, and so on.
     """
     generator = random.Random(f"{SEED}/{k}")
     copies = [0] * len(members)
@@ -52,7 +52,7 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices, in whole clusters. Two models exchange their answers to the items of a set. The first set is empty.
+    """Yield sets of item indices, each made of whole clusters. Two models exchange their answers to a set's items. The first set is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
     never exchanged, because exchanging all other clusters instead only changes the sign of a difference.
@@ -106,10 +106,10 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return intervals for the differences between two models. ``differences`` starts with the observed differences, followed by the
-    differences after each exchange.
+    """Return intervals for the differences between two models. ``differences`` contains the observed differences, then those after each
+    exchange.
 
-    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference as large as the observed one. The metrics
+    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give at least as large a difference as observed. The metrics
     are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
