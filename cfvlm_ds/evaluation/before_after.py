@@ -162,8 +162,8 @@ def changes_table(
     files: Mapping[str, str] | None = None,
 ) -> str:
     """Return Markdown: a table of the evaluation sets, a table of the changes, and the meanings of the columns. Rows of single edit types
-    (see ``of_types``) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to its manifest; None if
-    the manifests are unknown.
+    (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to its
+    manifest; None if the manifests are unknown.
     """
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set

@@ -213,7 +213,7 @@ class Generate:
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        """Return a single cell: the prompt with an arbitrary answer. The item check and the scoring plan need a cell per item."""
+        """Return a single cell: the prompt with an arbitrary answer. The item check and the scoring plan need one."""
         return (Candidate(self.asked(item), item.texts[0]),)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:

@@ -35,7 +35,7 @@ def draws_for(num_items: int) -> int:
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
     """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
-    cluster. ``copy`` is 0 where the item's cluster is drawn for the first time, 1 where it is drawn for the second time, and so on.
+    cluster. ``copy`` is 0 the first time that the item's cluster is drawn, 1 the second time, and so on.
     """
     generator = random.Random(f"{SEED}/{k}")
     copies = [0] * len(members)
@@ -109,8 +109,8 @@ def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> d
     """Return intervals for the differences between two models. ``differences`` contains the observed differences, then those after each
     exchange.
 
-    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give at least as large a difference as observed. The metrics
-    are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
+    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference at least as large as the observed one. The
+    metrics are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}
