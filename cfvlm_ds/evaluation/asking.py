@@ -68,8 +68,8 @@ class Packing:
 @dataclass(frozen=True)
 class Plan:
     """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` states it for
-    the texts that are scored without question and picture (None for an item without such texts). If the probe generates text, nothing is
-    scored, and the groups serve only as a list of prompts.
+    the texts that are scored without question and picture (None for an item without such texts). If the probe generates text, the
+    groups only list the prompts, and nothing is scored.
     """
 
     items: tuple[Item, ...]

@@ -19,8 +19,8 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups. The groups can have their
-    own images, a blank image or another group's image.
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images, a
+    blank image or another group's image).
     """
 
     largest: int

@@ -61,9 +61,10 @@ def view(
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order,
-    or the groups whose ids the file ``ids`` lists (one per line), in the file's order. For a run, the page shows the ``sample`` evaluated
-    groups with the worst scores. ``scores`` is a file written by ``cfvlm-ds score`` or by a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows a random sample of groups in the manifest's order
+    (``sample`` groups, drawn with ``seed``) or, if the file ``ids`` is given, the groups whose ids it lists (one per line), in the file's
+    order. For a run, it shows the evaluated groups with the worst scores (``sample`` groups). ``scores`` is a file written by
+    ``cfvlm-ds score`` or by a run.
 
     Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """

@@ -141,8 +141,8 @@ class Benchmark:
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, stated for metrics that are not sums of independent comparisons; for other metrics, the value is
-            computed by giving all texts the same score.
+        random: values under random scores, only for metrics that are not sums of independent comparisons; other values are computed by
+            giving all texts the same score.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """

@@ -221,7 +221,7 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, the share of yes answers, the area under the ROC curve, ``calibrated`` accuracy (except for a blind table), and
     precision, recall and F1 for the answer ``positive`` (0: yes, 1: no).
 
-    Items have the texts yes and no, in this order. An item without an answer (a tie) is wrong and does not count as a prediction. If
+    Items have the texts yes and no, in this order. An item without an answer (a tie) counts as wrong but not as a prediction. If
     ``positive`` is never correct, precision, recall and F1 are left out. If the model never gives this answer, precision and F1 are NaN.
     """
     if not table:

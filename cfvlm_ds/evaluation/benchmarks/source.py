@@ -225,7 +225,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write a picture derived from an official picture to the PNG file ``path`` in the benchmark's folder ``root``, and return the path.
+    """Save a picture that was derived from an official one as the PNG file ``path`` in the benchmark's folder ``root``. Return the path.
 
     Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
     """

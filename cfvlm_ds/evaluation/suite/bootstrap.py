@@ -55,7 +55,7 @@ def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]
     """Yield sets of item indices, each made of whole clusters. Two models exchange their answers to a set's items. The first set is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
-    never exchanged, because exchanging all other clusters instead only changes the sign of a difference.
+    never exchanged, because exchanging some clusters or all the others gives the same difference with the opposite sign.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))

@@ -80,7 +80,7 @@ class Settings:
         max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
         num_workers: number of processes per rank that prepare batches.
         shuffled: also score each item with another item's picture.
-        skip: leave out and report items that the model cannot process. Otherwise, the first such item is an error.
+        skip: leave out and report items that the model cannot process. Otherwise, the first such item raises an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
@@ -261,8 +261,8 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop. The caller can then raise the
-    error on all ranks.
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that the caller can raise
+    it on all ranks.
     """
     try:
         for rows in turns:
