@@ -37,7 +37,7 @@ class Packing:
         """Add texts to score on ``images``. Return the index of their group, and the texts' columns in its score matrix.
 
         Texts that differ only in white space or Unicode form have different tokens but cannot share a group. If an added text conflicts
-        with a text of the group in this way, all the added texts go to a new group.
+        with the group in this way, all the added texts go to a new group.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -121,8 +121,7 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return an item's outcome, computed from the texts generated for its images, for a blank image and, optionally, for another item's
-    image.
+    """Return an item's outcome, computed from texts generated for its images, a blank image and, optionally, another item's image.
 
     The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
     writes a description, a text's score is its number of mentions.

@@ -128,9 +128,9 @@ class Letters(Probe):
     """Multiple choice by letter. An option's score is log p, where p is the mean over option orders of the probability of its letter among
     all options' letters.
 
-    Up to four options are presented in all possible orders; more than four, only in cyclic orders. Each option takes each position equally
-    often, so a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure
-    the options' prior.
+    Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
+    a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the
+    options' prior.
 
     Args:
         question: question for items that have none, such as captions.

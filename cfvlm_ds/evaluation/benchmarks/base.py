@@ -141,8 +141,8 @@ class Benchmark:
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, only for metrics that are not sums of independent comparisons; other values are computed by
-            giving all texts the same score.
+        random: values under random scores, only for metrics that are not sums of independent comparisons; other values are computed with
+            equal scores for all texts.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -267,8 +267,8 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the metrics of these items under random scores. Values that the benchmark does not state are computed by giving all texts the
-    same score.
+    """Return the metrics of these items under random scores. Values that the benchmark does not state are computed with equal scores for
+    all texts.
     """
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
