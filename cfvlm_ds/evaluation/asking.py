@@ -27,9 +27,7 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Packing:
-    """Builds groups of texts. If several groups have the same images, only the newest accepts more texts. Texts are compared in normalised
-    form.
-    """
+    """Builds groups of texts. If several groups have the same images, only the newest accepts more texts."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
@@ -38,8 +36,8 @@ class Packing:
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
         """Add texts to score on ``images``. Return the index of their group, and the texts' columns in its score matrix.
 
-        If a text differs only in white space or Unicode form from one in the group, all the texts go to a new group, because the two have
-        different tokens.
+        Texts that differ only in white space or Unicode form have different tokens but cannot share a group. If an added text conflicts
+        with the group in this way, all the added texts go to a new group.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -55,8 +53,8 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group must have a true cell, so the first cell is marked as true. Metrics use the items' truth tables
-        instead.
+        """Return the groups. A group must have a true cell, so the first cell is marked as true. Metrics ignore this mark: they use the
+        items' truth tables.
 
         Raises DataError if a group has too many cells.
         """
@@ -69,9 +67,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` has, for each item, the group and the columns with its texts. ``alone`` has the same
-    for texts that are scored without the question and the picture (None if an item has none). If the probe generates text, the groups only
-    list the prompts.
+    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` states it for
+    the texts that are scored without question and picture (None for an item without such texts). If the probe generates text, the
+    groups only list the prompts, and nothing is scored.
     """
 
     items: tuple[Item, ...]
@@ -123,7 +121,7 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return the outcome of an item from the texts generated for its images, for a blank image and, optionally, for another item's image.
+    """Return an item's outcome, computed from texts generated for its images, a blank image and, optionally, another item's image.
 
     The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
     writes a description, a text's score is its number of mentions.

@@ -36,9 +36,9 @@ class Change:
     in %.
 
     ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
-    ``better`` and ``worse`` are the numbers of groups that improved and got worse. ``low`` and ``high`` are the bounds of the 95 % interval
-    of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the
-    edit type has only one group.
+    ``better`` is the number of groups that improved, and ``worse`` the number that got worse. ``low`` and ``high`` are the bounds of the
+    95 % interval of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by the same
+    amount, or if the edit type has only one group.
 
     ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None without text comparisons.
     ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
@@ -87,8 +87,8 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows of a set: the mean over edit types for each metric of ``HEADLINES``, then, for the first of these only, a row per
-    edit type.
+    """Return the rows of a set: a row with the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the
+    first metric only.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). A set with one edit type has no mean row; its rows have the name of that type instead.
@@ -108,7 +108,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
 
 def is_tested(better: int, worse: int) -> bool:
-    """Return True if the number of changed groups (in benchmarks, clusters) suffices for an interval."""
+    """Return True if enough groups (for benchmarks, enough clusters) changed to compute an interval."""
     return better + worse >= FEWEST_CHANGED
 
 
@@ -161,9 +161,9 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return Markdown: a table of the evaluation sets, a table of all changes except those that ``of_types`` returns, and the meanings of
-    the columns. ``plain`` escapes names from the data for a table cell. ``files`` maps each set to its manifest; None if the manifests are
-    unknown.
+    """Return Markdown: a table of the evaluation sets, a table of the changes, and the meanings of the columns. Rows of single edit types
+    (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to its
+    manifest; None if the manifests are unknown.
     """
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set

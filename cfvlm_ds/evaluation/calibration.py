@@ -39,8 +39,8 @@ _GUESSED = 75  # percentile of the gaps on a blank image that a margin must cove
 
 @dataclass(frozen=True)
 class Gap:
-    """A comparison in the group with id ``group``. ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the factual
-    text.
+    """Gap of one comparison. ``group`` is the group's id, ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the
+    factual text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
     """

@@ -19,7 +19,9 @@ Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and its groups, in one of the views."""
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images, a
+    blank image or another group's image).
+    """
 
     largest: int
     tokens: int

@@ -74,7 +74,7 @@ class EvaluationLoss:
                 self._lacking[name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
 
     def reduce(self, world: World) -> dict[str, Any]:
-        """Return two fields of ``Accuracy`` over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
+        """Return two fields of ``Accuracy``, computed over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
         has an entry for each term. All ranks must call this.
 
         An entry's ``value`` is the term's unweighted mean, or None. If the term could not be computed, ``lacking`` is the reason, else "".
@@ -98,8 +98,8 @@ class EvaluationLoss:
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Return a term's mean: the sum of numerator / denominator over its parts. As in training, a part with denominator 0 adds nothing.
-    Return None if all denominators are 0.
+    """Return a term's mean. If the term consists of several fractions, they are added up; as in training, those with denominator 0 are
+    skipped. Return None if all denominators are 0.
     """
     if not bool((denominators > 0).any()):
         return None

@@ -125,12 +125,12 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter. An option's score is log p, where p is the probability of its letter among all options' letters, averaged
-    over option orders.
+    """Multiple choice by letter. An option's score is log p, where p is the mean over option orders of the probability of its letter among
+    all options' letters.
 
-    Up to four options are presented in all orders, more options only in cyclic orders. Each option takes each position equally often, so a
-    preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the options'
-    prior.
+    Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
+    a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the
+    options' prior.
 
     Args:
         question: question for items that have none, such as captions.
@@ -213,7 +213,7 @@ class Generate:
         return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        """Return one cell, with the prompt and an arbitrary answer, for the item check and the plan."""
+        """Return a single cell: the prompt with an arbitrary answer. The item check and the scoring plan need one."""
         return (Candidate(self.asked(item), item.texts[0]),)
 
     def alone(self, item: Item) -> tuple[Candidate, ...]:
@@ -249,7 +249,7 @@ PROBES: dict[str, Probe | Generate] = {
 def variants(text: str) -> tuple[str, ...]:
     """Return the spellings of an answer, which differ in case. A single letter has only one spelling.
 
-    White space before an answer does not vary, because the chat template writes it.
+    White space before an answer does not vary, because the chat template determines it.
     """
     if len(text) == 1:
         return (text,)

@@ -203,8 +203,8 @@ def score_batches(
     remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> list[Scores]:
-    """Return the scores of each batch. A batch is a list of parts. All ranks must pass the same number of batches, but the number of parts
-    can differ.
+    """Return the scores of each batch. A batch is a list of parts, each scored in one forward pass. All ranks must pass the same number of
+    batches, but the number of parts can differ.
 
     Reference scores are computed only for the first batch, with ``reference``. If any rank has a DataError in place of a batch, raises
     DataError on all ranks.

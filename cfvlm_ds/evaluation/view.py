@@ -61,9 +61,10 @@ def view(
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups drawn with ``seed``, in the manifest's order,
-    or the groups whose ids the file ``ids`` lists (one per line), in the file's order. For a run, the page shows the ``sample`` evaluated
-    groups with the worst scores. ``scores`` is a file written by ``cfvlm-ds score`` or by a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows a random sample of groups in the manifest's order
+    (``sample`` groups, drawn with ``seed``) or, if the file ``ids`` is given, the groups whose ids it lists (one per line), in the file's
+    order. For a run, it shows the evaluated groups with the worst scores (``sample`` groups). ``scores`` is a file written by
+    ``cfvlm-ds score`` or by a run.
 
     Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """
@@ -214,7 +215,8 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a table of a group's stored scores and of each true cell's smallest margins over texts and over images (docs/evaluation.md).
+    """Return a table of a group's stored scores, with each true cell's smallest margin over a false text and over another image
+    (docs/evaluation.md).
 
     A tie counts as a loss. ``quad`` comparisons are not counted, because their outcomes follow from the two-cell comparisons.
     """

@@ -1,9 +1,9 @@
 """AMBER (Wang et al. 2023, arXiv 2311.07397): yes/no questions about existence, attributes and relations; also descriptions.
 
-Descriptions have the same metrics as in the authors' inference.py, but a simpler rule recognises words. The authors count words that NLTK
-tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model, cosine
-above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word matches
-only the objects with which relation.json lists it, so a synonym that is right in the authors' code can count as invented here.
+Descriptions have the same metrics as in the authors' inference.py, but words are matched by a simpler rule. The authors count words that
+NLTK tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model,
+cosine above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word
+matches only the objects with which relation.json lists it, so a synonym that is right in the authors' code can count as invented here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def description(row: Row) -> Item:
 
     Each word belongs to one text. Safe words belong to their own text. Any other word belongs to the first object with which relation.json
     lists it, else to the object that has this name; objects in the picture take precedence. An object whose words all belong to other texts
-    cannot be mentioned.
+    never counts as mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")
@@ -109,7 +109,7 @@ def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def nouns(text: str, item: Item) -> tuple[float, ...]:
-    """Count how often a description mentions each text of the item."""
+    """Count how often a description mentions the words of each of the item's texts."""
     names = names_of(item.texts)
     return tally(named(_CAN.sub(" . ", text), names), names, len(item.texts))
 

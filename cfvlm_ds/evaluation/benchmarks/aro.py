@@ -1,6 +1,7 @@
 """ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against a copy with two parts swapped.
 
-As in the authors' loader, pictures are cropped to the box around the relation. Each crop is written once, as PNG, to a separate folder.
+As in the authors' loader, pictures are cropped to the box that the official file gives. Crops are saved as PNG files in the folder ``cut``
+and reused.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """An item with its scores from one table (see ``judged``).
+    """An item with its scores in one of the tables that ``judged`` returns.
 
     ``blind`` is True in a control table, which has the same scores for every image. A tie counts as a guess in such a table and as wrong
     elsewhere. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
@@ -141,7 +141,8 @@ class Benchmark:
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, for metrics that are not sums of independent comparisons; others are computed from equal scores.
+        random: values under random scores, only for metrics that are not sums of independent comparisons; other values are computed with
+            equal scores for all texts.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -166,7 +167,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Items of a benchmark: about ``limit`` of the ``in_files`` items in its files, or all if ``limit`` is None.
+    """Items of a benchmark. Its files contain ``in_files`` items, of which about ``limit`` are loaded, or all if ``limit`` is None.
 
     ``problems`` has an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
     published benchmark. ``own_files`` is True if a file's row count differs from the published count.
@@ -256,7 +257,7 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
     """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and the controls ``blank``,
     ``shuffled`` and ``prior``.
 
-    A table lists only items that have scores of its kind. Empty tables are left out.
+    Each table lists only the items that have such scores. Empty tables are left out.
     """
     tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
     for name in ("blank", "shuffled", "prior"):
@@ -266,7 +267,9 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the metrics of these items under random scores. A value that the benchmark does not state is computed from equal scores."""
+    """Return the metrics of these items under random scores. Values that the benchmark does not state are computed with equal scores for
+    all texts.
+    """
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
     return benchmark.metrics(tied(items, blind=True)) | stated

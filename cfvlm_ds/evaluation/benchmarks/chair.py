@@ -1,7 +1,7 @@
 """CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are absent.
 
 An object is in a picture if it is annotated as an instance or mentioned in a caption. Words are parsed as in the authors' utils/chair.py,
-with one exception: the authors singularise words with a library, but here a word matches a name as it is or without a plural ending.
+with one exception: the authors singularise words with a library, but here a word matches a name exactly or without its plural ending.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
 
 @lru_cache(1)
 def _captions(source: Source) -> dict[Any, set[int]]:
-    """Return the indices of the objects that a picture's captions mention, keyed by picture id."""
+    """Return a dict from each picture id to the indices of the objects that the picture's captions mention."""
     texts, _ = _objects(source)
     reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[Any, set[int]](set)
     if not glob(CAPTIONS.name, root_dir=source.root):

@@ -1,4 +1,4 @@
-"""Description metrics: the shares of objects that a generated description invents and covers.
+"""Metrics of generated descriptions: how many mentioned objects are invented, and how many of the picture's objects are mentioned.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
 if the picture shows the object. A text's score is its number of mentions.

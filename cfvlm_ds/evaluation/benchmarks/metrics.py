@@ -1,8 +1,8 @@
 """Benchmark metrics: pure functions from items with scores to values in %.
 
 On the items' own images, a tie counts as wrong, as in the official rules. A blind table is a control with the same scores for every image.
-There, a tie counts as a guess among the tied texts, the probabilities of several right guesses are multiplied, and metrics that compare
-images are absent.
+There, a tie counts as a random guess among the tied texts. If several guesses must be right, their probabilities are multiplied. Metrics
+that compare images are left out.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
-    """Return an item's row of ``answers``. A tie is no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row for ``answers``. A tie is no answer, except in a blind table, where each of n tied texts gets 1/n."""
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
     return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
@@ -221,7 +221,7 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, the share of yes answers, the area under the ROC curve, ``calibrated`` accuracy (except for a blind table), and
     precision, recall and F1 for the answer ``positive`` (0: yes, 1: no).
 
-    Items have the texts yes and no, in this order. An item without an answer (a tie) is wrong and does not count as a prediction. If
+    Items have the texts yes and no, in this order. An item without an answer (a tie) counts as wrong but not as a prediction. If
     ``positive`` is never correct, precision, recall and F1 are left out. If the model never gives this answer, precision and F1 are NaN.
     """
     if not table:

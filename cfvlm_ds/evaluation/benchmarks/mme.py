@@ -35,7 +35,7 @@ def metrics(table: Sequence[Judged]) -> Values:
     """Return the score of each task (accuracy plus the percentage of pictures with both answers right, at most 200), and sums of task
     scores.
 
-    The sums for perception and cognition are at most 2,000 and 800. A sum is left out if one of its tasks is missing.
+    The sum is at most 2,000 for perception and 800 for cognition. A sum is left out if one of its tasks is missing.
     """
     if not table:
         return {}

@@ -18,8 +18,8 @@ _ANSWER = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:answer|option)(?:\s+is)?\s*:
 
 
 def answer(text: str, item: Item) -> int | None:
-    """Parse an answer for a benchmark whose authors published no parsing rule. The text must begin with yes or no or, in multiple choice,
-    with a letter (alone or in brackets) or with "the answer is" and a letter.
+    """Parse an answer for a benchmark whose authors published no parsing rule. A yes/no answer must begin
+    with yes or no, and a multiple-choice answer with a letter (alone or in brackets) or with "the answer is" and a letter.
     """
     return yes_or_no(text) if item.texts == YES_NO else letter(text, item)
 

@@ -1,4 +1,7 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about objects. Absent objects are random, popular or adversarial choices."""
+"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about objects.
+
+Absent objects are sampled at random, by popularity or adversarially, depending on the split.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Official files in a benchmark's folder: rows with their locations, and pictures with their paths.
 
-The files are untrusted, so their sizes are limited, and a name in a row cannot lead to a file outside the folder. A picture folder may be a
+The files are untrusted, so their sizes are limited, and a name in a row cannot lead to a file outside the folder. A picture folder can be a
 link, because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to JSON
 lines, and their pictures are copied into one file (cfvlm_ds.data.containers).
 """
@@ -225,7 +225,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Write a picture derived from an official picture to the PNG file ``path`` in the benchmark's folder ``root``, and return the path.
+    """Save a picture that was derived from an official one as the PNG file ``path`` in the benchmark's folder ``root``. Return the path.
 
     Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
     """

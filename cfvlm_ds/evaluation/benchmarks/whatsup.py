@@ -51,7 +51,7 @@ def _controlled(row: Row) -> Item:
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
     """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair
-    of opposite relations to which this one belongs, such as left-right. Raises DataError for a name without a relation.
+    of opposite relations, such as left-right, to which the name's relation belongs. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -63,8 +63,8 @@ def metrics(table: Sequence[Judged]) -> Values:
     """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes in which all pictures are
     answered correctly.
 
-    An incomplete pair or scene counts as wrong. As in the authors' code, the denominators are one half and one quarter of the number of
-    pictures.
+    An incomplete pair or scene counts as wrong. As in the authors' code, the denominator is half the number of pictures for pairs and a
+    quarter of it for scenes.
     """
     values: Values = {}
     for part, members in grouped(table, tag("part")).items():

@@ -35,7 +35,7 @@ def draws_for(num_items: int) -> int:
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
     """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
-    cluster. ``copy`` is the number of earlier draws of the item's cluster.
+    cluster. ``copy`` is 0 the first time that the item's cluster is drawn, 1 the second time, and so on.
     """
     generator = random.Random(f"{SEED}/{k}")
     copies = [0] * len(members)
@@ -52,10 +52,10 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices, in whole clusters. Two models exchange their answers to the items of a set. The first set is empty.
+    """Yield sets of item indices, each made of whole clusters. Two models exchange their answers to a set's items. The first set is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
-    never exchanged, because exchanging all other clusters instead only changes the sign of a difference.
+    never exchanged, because exchanging some clusters or all the others gives the same difference with the opposite sign.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -106,11 +106,11 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return intervals for the differences between two models. ``differences`` starts with the observed differences, followed by the
-    differences after each exchange.
+    """Return intervals for the differences between two models. ``differences`` contains the observed differences, then those after each
+    exchange.
 
-    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference as large as the observed one. The metrics
-    are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
+    As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference at least as large as the observed one. The
+    metrics are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.
     """
     scales = {name: math.sqrt(sum(difference[name] ** 2 for difference in differences) / len(differences)) for name in names}
     units = {name: [round(difference[name] / scale, 9) for difference in differences] for name, scale in scales.items() if scale > 1e-9}

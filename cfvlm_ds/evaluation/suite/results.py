@@ -235,7 +235,7 @@ class Partial:
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise a ConfigError, naming the first difference, if a file's header shows that it belongs to another evaluation."""
+    """If a file's header shows that it belongs to another evaluation, raise a ConfigError that names the first difference."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")

@@ -80,7 +80,7 @@ class Settings:
         max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
         num_workers: number of processes per rank that prepare batches.
         shuffled: also score each item with another item's picture.
-        skip: leave out and report items that the model cannot process. Otherwise, the first such item is an error.
+        skip: leave out and report items that the model cannot process. Otherwise, the first such item raises an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
     """
@@ -183,7 +183,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 def _outcomes(
     model: Asked, chosen: Chosen, settings: Settings, checked: Checked, journal: Partial, label: str, barrier: ProgressBarrier
 ) -> list[Outcome]:
-    """Score the groups (or generate the texts) that are missing from the journal, and return the outcomes of all items."""
+    """Score the groups (or generate the texts) that are not yet on disk (``journal``), and return the outcomes of all items."""
     way, rows, world, items = chosen.way, journal.rows, model.world, checked.items
     if isinstance(way, Generate):
         items_of, turns = Counter(range(len(items))), _written(model, items, way, settings, rows, barrier)
@@ -261,7 +261,9 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that all ranks get it."""
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that the caller can raise
+    it on all ranks.
+    """
     try:
         for rows in turns:
             yield rows, None
