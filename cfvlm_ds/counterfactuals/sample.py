@@ -1,7 +1,8 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge does not require new texts.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so they can be judged again with a corrected
+judge.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the fields that its record copies from the step ``propose``."""
+    """An attempt at an edit, the editor's name, and the fields that are copied from the record of the step ``propose``."""
 
     task: Task
     editor: str
@@ -65,7 +65,7 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 
 
 def checked(options: EditOptions) -> list[str]:
-    """Return the names of the editors. Raises ConfigError for invalid options."""
+    """Return the names of the requested editors. Raises ConfigError for invalid options."""
     if options.masks and not Path(options.masks).is_dir():
         raise ConfigError(f"--masks {options.masks}: no such folder; name the folder with the masks SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")

@@ -88,8 +88,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources of the rows in ``places``. If an earlier row has the same id, yield an error instead, because later steps identify
-    a source by its id.
+    """Yield the sources of the rows with the indices ``places``. A source whose id has already occurred is replaced by an error, because
+    later steps identify a source by its id.
     """
     seen = set[int]()
     for place in places:
