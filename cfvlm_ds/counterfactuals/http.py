@@ -36,8 +36,8 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. Either the server cannot process the caption or picture in this request, or
-    it refuses every request.
+    """A request that the server refuses with status 400 or 422. Either its caption or picture is at fault, or the server refuses every
+    request.
     """
 
 
@@ -59,7 +59,7 @@ def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: 
     """Post JSON and return the parsed reply.
 
     Raises ConfigError if the status indicates a wrong address, model name or token, and CallFailed for any other failure: no reply,
-    another status than 200, invalid JSON, or an exceeded limit.
+    a status other than 200, invalid JSON, or an exceeded limit.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}

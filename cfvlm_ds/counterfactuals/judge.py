@@ -1,4 +1,4 @@
-"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds. Changing a threshold does not require a model.
+"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds, so a new threshold needs no model run.
 
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
 text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the

@@ -150,7 +150,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each picture outside the output folder, yield the folder that contains it: one of ``roots`` or a converted table's folder."""
+    """For each picture outside the output folder, yield the folder that contains it: one of ``roots``, or a converted table's folder."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):

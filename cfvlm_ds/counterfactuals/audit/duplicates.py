@@ -45,8 +45,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (index in ``first``, index in ``second``, True if the files are identical) for all duplicates and near duplicates. Nearly
-    uniform pictures have uninformative hashes, so they count only if their files are identical.
+    """Yield (index in ``first``, index in ``second``, True if the files are identical) for each pair of duplicates or near duplicates.
+    Nearly uniform pictures have uninformative hashes, so they count only if their files are identical.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):

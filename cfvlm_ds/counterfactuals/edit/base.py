@@ -79,7 +79,7 @@ class Editor:
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings that determine the edited pictures, for the step's records."""
+        """Return the settings that determine the edited pictures; the step records them."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
@@ -87,7 +87,7 @@ class Editor:
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return a refusal, the edited picture (in the size of the original), or None if only the text is edited."""
+        """Return the edited picture (of the same size as the original), a refusal, or None if only the text is edited."""
         return None
 
 

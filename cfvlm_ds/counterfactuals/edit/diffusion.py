@@ -1,5 +1,5 @@
 """Pipelines of the diffusers library. A pipeline that accepts a mask inpaints; one that accepts a picture but no mask edits by instruction.
-All others generate a new picture from the text.
+Others generate a new picture from the text.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the fields that are copied from the record of the step ``propose``."""
+    """An attempt at an edit, the editor's name, and the fields of the step ``propose`` that the attempt's record repeats."""
 
     task: Task
     editor: str
@@ -72,7 +72,7 @@ def checked(options: EditOptions) -> list[str]:
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results depend on the seed."""
+    """Yield the attempts in order: ``options.attempts`` per edit if the editor's results depend on the seed, otherwise one per edit."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):

@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw at most ``most`` of a caption's edits of one type. An edit's probability (see ``share``) is scaled down if the probabilities sum
-    to more than ``most``.
+    """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if their sum
+    exceeds ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))

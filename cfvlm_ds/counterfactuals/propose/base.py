@@ -71,7 +71,7 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns the settings that determine the proposals, for the step's records. ``threads`` is the number of sources to
+    ``settings`` returns the settings that determine the proposals; the step records them. ``threads`` is the number of sources to
     process concurrently.
     """
 

@@ -93,8 +93,8 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Send a request until a reply is usable, and return the edits in that reply. Raises CallFailed if every attempt fails, and at once
-        if the server refuses the request with status 400 or 422.
+        """Send a request until a reply is usable, and return the edits in that reply. Raises CallFailed if every attempt fails, or
+        immediately if the server refuses the request with status 400 or 422.
         """
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
