@@ -221,7 +221,7 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if a record differs from its unit's values (``named``), so that the folder must have been made from other data."""
+        """Raise DataError if a record differs from its unit's values (``named``), which means that the folder was made from other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
