@@ -1,7 +1,7 @@
 """Construction of counterfactual groups from captions and pictures. Edits are proposed, applied, verified and selected, and the groups can
 be audited. Every candidate is recorded with its history.
 
-The back ends that propose and apply edits are interchangeable. A user's script can add one, for example ``PROPOSERS["my_rules"] = ...``.
+The back ends that propose and apply edits are interchangeable. A user's script can add one with ``PROPOSERS["my_rules"] = ...``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name at its first use, so that importing the commands' options does not load the slower modules of the steps."""
+    """Import a name on first use, so that importing the commands' options does not load the steps, which are slow to import."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

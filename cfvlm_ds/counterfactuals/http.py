@@ -36,8 +36,8 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. Either this caption or picture is at fault, or the server refuses all
-    requests.
+    """A request that the server refuses with status 400 or 422. Either its caption or picture is at fault, or the server refuses every
+    request.
     """
 
 
@@ -58,8 +58,8 @@ def check_url(url: str, option: str) -> str:
 def post(url: str, body: Any, *, token: str = "", timeout_s: float, most_bytes: int) -> Any:
     """Post JSON and return the parsed reply.
 
-    Raises ConfigError for a failure that a retry cannot fix, and CallFailed for any other failure: no reply, a status other than 200,
-    invalid JSON, or an exceeded limit.
+    Raises ConfigError if the status indicates a wrong address, model name or token, and CallFailed for any other failure: no reply,
+    a status other than 200, invalid JSON, or an exceeded limit.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}

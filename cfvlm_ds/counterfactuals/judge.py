@@ -1,9 +1,9 @@
-"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds. Changing a threshold does not require a model.
+"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds, so a new threshold needs no model run.
 
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
 text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the
-changes must be neither scattered nor outside the mask. The threshold ``drop`` rejects edits with an accidental second change, after which
-the new text fits its picture much worse than the caption fits the original.
+changes must be neither scattered nor outside the mask. An accidental second change makes the new text fit its picture much worse than the
+caption fits the original; the threshold ``drop`` rejects such edits.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Thresholds:
 @dataclass(frozen=True)
 class Verdict:
     """Verdict on a candidate. ``reason`` explains a rejection and is "" otherwise. ``worst`` is the smallest margin in nats. ``stage`` is
-    where the verdict was reached: 0 picture, 1 checks, 2 scores.
+    the last stage that was reached: 0 (picture), 1 (pixel checks) or 2 (scores).
     """
 
     reason: str
@@ -192,9 +192,9 @@ class Calibrated:
 
 
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
-    """Find the ``margin`` and ``drop`` that keep the most labelled candidates with a precision of at least ``precision``.
+    """Find the ``margin`` and ``drop`` that keep as many labelled candidates as possible at a precision of at least ``precision``.
 
-    ``margin`` is at least 0. ``drop`` is set only if it keeps more candidates than ``margin`` alone. Raises ConfigError if no thresholds
+    ``margin`` is at least 0. ``drop`` is set only if this keeps more candidates than ``margin`` alone. Raises ConfigError if no thresholds
     reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)

@@ -20,7 +20,7 @@ from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
-    """Write a page of ``sample`` random candidates. If ``rejected`` is True, all of them are rejected candidates.
+    """Write a page that shows ``sample`` random candidates. If ``rejected`` is True, they are drawn from the rejected candidates only.
 
     Raises ConfigError if ``out`` is not a work folder or has no candidate to show.
     """

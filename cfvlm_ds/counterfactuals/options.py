@@ -38,7 +38,7 @@ def named(listed: str, known: Collection[str], option: str, what: str = "back en
 
 
 def pairs(listed: str, option: str, example: str) -> dict[str, str]:
-    """Split a comma-separated list of ``NAME=VALUE``. Raises ConfigError if an entry has another form."""
+    """Split a comma-separated list of ``NAME=VALUE``. Raises ConfigError if an entry is malformed."""
     values: dict[str, str] = {}
     for part in filter(None, map(str.strip, listed.split(","))):
         name, equals, value = part.partition("=")

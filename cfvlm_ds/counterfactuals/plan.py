@@ -92,7 +92,7 @@ def read_plan(file: str) -> Plan:
 
 
 def _given(value: Any) -> Any:
-    """Return a section with empty options removed and ``with`` renamed to ``back_ends``, and any other value unchanged."""
+    """If ``value`` is a section, remove its empty options and rename ``with`` to ``back_ends``. Any other value is returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {{"with": "back_ends"}.get(name, name): option for name, option in value.items() if option is not None}

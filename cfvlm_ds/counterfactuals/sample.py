@@ -1,7 +1,8 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so a corrected judge does not require new texts.
+The journal holds the texts without verdicts. They are judged when all shards are finished, so they can be judged again with a corrected
+judge.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def sample(
     ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the
     counts if all shards are finished.
 
-    Raises ConfigError if options differ from those in the folder, if the judge returns None for every known true text, or if no generated
+    Raises ConfigError if options differ from those recorded in OUT, if the judge returns None for every known true text, or if no generated
     text is false. Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")

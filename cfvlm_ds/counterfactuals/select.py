@@ -1,5 +1,5 @@
-"""Step ``select``: writes one group per source with the best attempt at each good edit, within quotas. Edits that are left out are counted
-by reason.
+"""Step ``select``: writes one group per source. A group contains the best attempt at each good edit, as far as the quotas allow. Edits that
+are left out are counted by reason.
 
 Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A picture and all its edits go to the same split.
 """
@@ -79,7 +79,7 @@ class Survival:
 def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     """Write the groups of all shards to ``file``, and the counts to FILE.survival.md next to it.
 
-    Raises ConfigError if no candidate is kept, or if shards are not verified yet; the message lists them.
+    Raises ConfigError if no candidate is kept, or if some shards have not been verified; the message lists these shards.
     """
     work = WorkFolder.open(out)
     if missing := work.missing("verify"):
@@ -150,7 +150,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """Yield the folder of each picture that is not in the output folder: one of ``roots``, or the folder of a converted table."""
+    """For each picture outside the output folder, yield the folder that contains it: one of ``roots``, or a converted table's folder."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):

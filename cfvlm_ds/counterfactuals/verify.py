@@ -1,7 +1,7 @@
 """Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
 
-The scorer processes a candidate's pictures and texts in one packed row, so the match and likelihood probes (a yes/no question, and the text
-as a caption) share the encoded pictures.
+The scorer processes a candidate's pictures and texts in one packed row. The pictures are therefore encoded once for both probes: ``match``
+(a yes/no question) and ``likelihood`` (the text as a caption).
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class WorkFolder:
 
     @classmethod
     def open(cls, path: Path) -> WorkFolder:
-        """Open an existing work folder. Raises ConfigError for any other folder."""
+        """Open an existing work folder. Raises ConfigError if ``path`` is not one."""
         _refuse_links(path)
         about = _read(path / "run.json")
         if about.get("schema") != SCHEMA:
@@ -128,12 +128,12 @@ class WorkFolder:
         _settled(self.path / f"{step}.json", masked({**meaning(options), **more, "cfvlm-ds": version("cfvlm-ds")}), self.path)
 
     def refuse_other(self, step: str, options: Any) -> None:
-        """Raise ConfigError if a step was started with different options."""
+        """Raise ConfigError if a step was started with options other than ``options``."""
         if begun := self.settings(step):
             _settled(self.path / f"{step}.json", {**begun, **masked(meaning(options))}, self.path)
 
     def settings(self, step: str) -> dict[str, Any]:
-        """Read a step's settings. The result is empty if the step was not started."""
+        """Read a step's settings. The result is empty if the step has not been started."""
         return _read(self.path / f"{step}.json")
 
     def file(self, step: str, shard: int) -> Path:
@@ -221,7 +221,7 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if an existing record does not have its unit's values ``named``. The folder was then made from other data."""
+        """Raise DataError if a record differs from its unit's values (``named``), which means that the folder was made from other data."""
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 

@@ -45,8 +45,8 @@ def look(path: Path) -> Look | str:
 
 
 def near_pairs(first: Sequence[Look], second: Sequence[Look]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (index in ``first``, index in ``second``, True if the files are identical) for all duplicates and near duplicates. Nearly
-    uniform pictures have uninformative hashes, so they count only if their files are identical.
+    """Yield (index in ``first``, index in ``second``, True if the files are identical) for each pair of duplicates or near duplicates.
+    Nearly uniform pictures have uninformative hashes, so they count only if their files are identical.
     """
     ours, theirs = (np.array([entry.hash for entry in side], np.uint64) for side in (first, second))
     for i, j in _close(ours, theirs):
@@ -60,8 +60,8 @@ def _is_flat(value: int) -> bool:
 
 
 def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield the indices of each pair of hashes that differ in at most NEAR bits. With bits coded as 1 and -1, their dot product is 64 - 2 x
-    (differing bits).
+    """Yield the indices of each pair of hashes that differ in at most NEAR bits. With bits coded as 1 and -1, the dot product of two hashes
+    is 64 - 2 x (number of differing bits).
     """
     first, second = (np.unpackbits(side[:, None].view(np.uint8), axis=1) * np.float32(2) - 1 for side in (ours, theirs))
     for start in range(0, len(first), _BLOCK):
@@ -81,7 +81,7 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Return, by group id, the first text that equals a benchmark text or shares eight consecutive words with one."""
+    """Map each affected group's id to its first text that equals a benchmark text or shares eight consecutive words with one."""
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

@@ -1,4 +1,4 @@
-"""Subsampling step: selects groups in which words, length and a blind scorer no longer distinguish true texts from false texts.
+"""Subsampling step: selects a subset of the groups in which words, length and a blind scorer do not tell true texts from false ones.
 
 Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """
@@ -33,8 +33,8 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write a balanced subset of the groups, and return a sentence that states how often guesses without the picture are right in it.
-    ``blind`` has one margin per group, from a scorer that sees no picture.
+    """Write a balanced subset of the groups to ``file``. Return a sentence with the subset's size and the share of groups in which a guess
+    based on length (or on ``blind``) is right. ``blind`` contains one margin per group, from a scorer that sees no picture.
 
     Raises ConfigError if no group can be kept.
     """

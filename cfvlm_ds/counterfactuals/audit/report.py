@@ -102,8 +102,8 @@ def audit(
 
 
 def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
-    """Read a split and hash its pictures. Pictures that cannot be read are recorded in ``broken``: each under the id of a group that uses
-    it, with the reason.
+    """Read a split and hash its pictures. For each picture that cannot be read, add the reason to ``broken``, keyed by the id of a group
+    that uses the picture.
     """
     owners: dict[Path, list[str]] = {}
     for group in groups:

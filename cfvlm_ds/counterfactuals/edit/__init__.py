@@ -1,4 +1,4 @@
-"""Picture editors: they make a counterfactual caption true of a picture and change nothing else. A new one needs an entry in EDITORS."""
+"""Picture editors, which change only what a counterfactual caption requires. A new editor needs an entry in EDITORS."""
 
 from __future__ import annotations
 

@@ -79,21 +79,21 @@ class Editor:
     def __init__(self, options: EditOptions) -> None: ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the settings to record, which determine the edited pictures."""
+        """Return the settings that determine the edited pictures; the step records them."""
         return {"version": 1}
 
     def takes(self, task: Task) -> bool:
-        """Return whether this editor accepts an edit. The picture must not be read for this."""
+        """Return whether this editor accepts an edit. Implementations must not read the picture."""
         return True
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        """Return the edited picture, which must be as large as the original, or a refusal. Return None if only the text is edited."""
+        """Return the edited picture (of the same size as the original), a refusal, or None if only the text is edited."""
         return None
 
 
 def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> Path | None:
-    """Return the picture in ``folder`` whose path without suffix is the id ``name``, or None if it is missing or the id is not a valid
-    path.
+    """Return the picture in ``folder`` whose path, without the suffix, equals the id ``name``. Return None if there is no such picture or
+    the id is not a valid path.
     """
     for suffix in suffixes:
         try:
@@ -106,7 +106,7 @@ def picture_by_id(folder: Path, name: str, suffixes: tuple[str, ...] = (".png", 
 
 
 def opened(path: Path, shown: str) -> Picture | Refused:
-    """Open a picture file. If that fails, return a refusal that says ``shown`` instead of the path."""
+    """Open a picture file. If that fails, return a refusal whose message contains ``shown`` in place of the path."""
     try:
         return Picture(open_image(path))
     except DataError as error:

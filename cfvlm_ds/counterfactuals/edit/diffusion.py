@@ -1,6 +1,5 @@
-"""Pipelines of the diffusers library, which edit by instruction, inpaint, or generate a new picture from the text.
-
-Which of these a pipeline does depends on whether it accepts a picture, a picture and a mask, or neither.
+"""Pipelines of the diffusers library. A pipeline that accepts a mask inpaints; one that accepts a picture but no mask edits by instruction.
+Others generate a new picture from the text.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _padded(image: Image.Image) -> Image.Image:
 
 
 def call_options(text: str) -> dict[str, Any]:
-    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or strings. Raises ConfigError if ``text`` has another form."""
+    """Parse ``NAME=VALUE,...``. Values are numbers, booleans or strings. Raises ConfigError if ``text`` is malformed."""
     options: dict[str, Any] = pairs(text, "--options", "num_inference_steps=28")
     for name, value in options.items():
         with contextlib.suppress(ValueError):

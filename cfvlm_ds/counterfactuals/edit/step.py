@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the fields that its record copies from the step ``propose``."""
+    """An attempt at an edit, the editor's name, and the fields of the step ``propose`` that the attempt's record repeats."""
 
     task: Task
     editor: str
@@ -65,14 +65,14 @@ def edit(out: Path, options: EditOptions, shard: int, say: Say, of: int | None =
 
 
 def checked(options: EditOptions) -> list[str]:
-    """Return the names of the editors. Raises ConfigError for invalid options."""
+    """Return the names of the requested editors. Raises ConfigError for invalid options."""
     if options.masks and not Path(options.masks).is_dir():
         raise ConfigError(f"--masks {options.masks}: no such folder; name the folder with the masks SOURCE/NUMBER.png")
     return named(options.back_ends, EDITORS, "--with")
 
 
 def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options: EditOptions) -> Iterator[Unit]:
-    """Yield the attempts in order: one per edit, or ``options.attempts`` if the editor's results depend on the seed."""
+    """Yield the attempts in order: ``options.attempts`` per edit if the editor's results depend on the seed, otherwise one per edit."""
     masks = Path(options.masks) if options.masks else None
     for line in work.records("propose", shard):
         for proposal in line.get("edits", ()):

@@ -51,8 +51,8 @@ def share(edit: Edit, prices: Prices) -> float:
 
 
 def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
-    """Draw from a caption's edits of one type, but no more than ``most`` edits. Their probabilities (see ``share``) are scaled down if they
-    sum to more than this limit.
+    """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if their sum
+    exceeds ``most``.
     """
     shares = [share(edit, prices) for edit in edits]
     scale = min(1.0, most / max(sum(shares), 1e-9))
@@ -85,7 +85,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
                 together.append(number * len(types) + types.index(edit.type))
 
     def room(kept: Numbers) -> Numbers:
-        """For each edit, return the factor that limits the expected number of kept edits with the same caption and type to ``most``."""
+        """Return a factor for each edit, so that at most ``most`` edits with the same caption and type are kept on average."""
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}

@@ -71,8 +71,8 @@ Found = Sequence[Proposal | Rejected]
 class Proposer(Protocol):
     """Back end of `data propose`.
 
-    ``settings`` returns the settings to record, which determine the proposals. ``threads`` is the number of sources to process
-    concurrently.
+    ``settings`` returns the settings that determine the proposals; the step records them. ``threads`` is the number of sources to
+    process concurrently.
     """
 
     threads: int
@@ -96,7 +96,7 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """For each row in ``places``, yield a source for each true text of the first image. If a row cannot be read, yield the error."""
+    """For each row index in ``places``, yield one source per true text of the first image, or the error if the row cannot be read."""
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group

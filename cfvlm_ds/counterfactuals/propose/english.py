@@ -110,7 +110,7 @@ def described(token: Any) -> Any:
 
 
 def modifiers(noun: Any) -> set[str]:
-    """Return the words before a noun that describe it or belong to its name, as in "fire truck"."""
+    """Return the words that precede a noun and describe it or belong to its name, such as "fire" in "fire truck"."""
     return {child.lower_ for child in noun.lefts}
 
 

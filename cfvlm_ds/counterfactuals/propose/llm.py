@@ -93,7 +93,9 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Send a request until a reply is usable, and return its edits. Raises CallFailed if every attempt fails."""
+        """Send a request until a reply is usable, and return the edits in that reply. Raises CallFailed if every attempt fails, or
+        immediately if the server refuses the request with status 400 or 422.
+        """
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))
         number = 0
         while True:
@@ -127,7 +129,7 @@ class LanguageModel:
         return {"type": "object", "properties": {"edits": edits}, "required": ["edits"], "additionalProperties": False}
 
     def _judged(self, source: Source, edits: list[Any]) -> Found:
-        """Convert the edits in a reply to proposals and rejections. The changed words are computed here and not taken from the model."""
+        """Convert the edits in a reply to proposals and rejections. The changed words are computed, not taken from the reply."""
         results: list[Proposal | Rejected] = []
         counts: Counter[str] = Counter()
         for edit in edits:

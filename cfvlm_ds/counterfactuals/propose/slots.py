@@ -20,7 +20,7 @@ _ENTRY = "S20"
 
 
 def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
-    """Yield the key, index and text of each word in a caption."""
+    """Yield the key, index and text of each word in a caption of 3 to 24 tokens."""
     tokens = words(caption)
     if not _SHORTEST <= len(tokens) <= _LONGEST:
         return
@@ -43,7 +43,7 @@ class SlotIndex:
 
     def rows(self, key: bytes, word: str, most: int, start: int) -> list[int]:
         """Return the rows with this key whose omitted word is not ``word``. If there are more than ``most``, return an evenly spaced subset
-        with offset ``start``, so that each word keeps its share.
+        with offset ``start``, so that each omitted word keeps its share of the rows.
         """
         of_word, end = key + _hash(word, 4), b"\xff" * 12
         first, before = (int(place) for place in self._entries.searchsorted(np.array([key, of_word], _ENTRY)))

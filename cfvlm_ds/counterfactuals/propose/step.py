@@ -25,7 +25,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """Propose edits for shard ``shard`` (0 to ``of`` - 1), and return its completion record. Work that an earlier call finished is not
     repeated.
 
-    Raises ConfigError if a back end is unknown or options differ from those in the work folder.
+    Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
@@ -88,8 +88,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _distinct(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """Yield the sources of the rows in ``places``. If an earlier row has the same id, yield an error instead, because later steps identify
-    a source by its id.
+    """Yield the sources of the rows with the indices ``places``. A source whose id has already occurred is replaced by an error, because
+    later steps identify a source by its id.
     """
     seen = set[int]()
     for place in places:

@@ -20,7 +20,7 @@ def word_set(name: str) -> frozenset[str]:
 
 @functools.cache
 def by_word(name: str) -> dict[str, tuple[str, ...]]:
-    """Return the table ``name`` in words.yaml. If a key consists of several words, each of them becomes a key."""
+    """Return the table ``name`` from words.yaml. A key that lists several words is split into one key per word."""
     return {word: tuple(listed.split()) for words, listed in LISTS[name].items() for word in words.split()}
 
 
