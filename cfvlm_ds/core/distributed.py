@@ -62,8 +62,8 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def launch_environment() -> None:
-    """Set the environment variables that a launcher would set. An ``srun`` task derives them from Slurm's variables; a process started by
-    hand becomes a single rank.
+    """Set the environment variables that a launcher would set. In an ``srun`` task, they are derived from Slurm's variables; a process
+    started by hand becomes the only rank.
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}

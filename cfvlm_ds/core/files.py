@@ -209,8 +209,7 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; undo the first step if the second fails. Raises OSError.
-    """
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; if the latter fails, undo the former. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:

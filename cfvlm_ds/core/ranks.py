@@ -33,7 +33,7 @@ _others_wait = False
 
 @contextlib.contextmanager
 def others_wait() -> Iterator[None]:
-    """Within the block, make ``cores_per_rank`` return all cores of this machine, because the other ranks are waiting for this one."""
+    """Within the block, let ``cores_per_rank`` count all cores of this machine, because the other ranks are waiting for this one."""
     global _others_wait
     before, _others_wait = _others_wait, True
     try:

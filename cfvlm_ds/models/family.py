@@ -125,7 +125,7 @@ class Family:
         return max(matches)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Return the names of the projector's modules, which take the tower's output, in call order."""
+        """Return the names of the projector's modules, in the order in which they are called on the tower's output."""
         modules = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in modules for part in lists.get(name, [name])]
