@@ -1,9 +1,9 @@
 """Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
 
-Unknown options are errors, and the resolved configuration can be printed as YAML. Options that transformers' TrainingArguments also has
-keep their names. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes, learning rates and
-steps. An "auto" in the JSON is replaced by the run's value. A contradiction between JSON and run configuration is an error (see
-engine/configuration.py).
+Unknown options are errors, and the resolved configuration can be printed as YAML. Options that also exist in transformers'
+TrainingArguments have the same names. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes,
+learning rates and steps. An "auto" in the JSON is replaced by the run's value. A contradiction between JSON and run configuration is an
+error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ModelConfig:
         name_or_path: model folder or hub name.
         attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
             selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
-        gradient_checkpointing: recompute activations in the backward pass. This saves memory and takes about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass. This saves memory, but a step takes about a third longer.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
@@ -93,8 +93,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options that have no effect, printed when a run starts. In other programs, setting a LoRA rank enables LoRA; here
-        it does not.
+        """Warnings about options that have no effect, printed when a run starts: LoRA options if no module has the tuning ``lora``. In
+        other programs, setting a rank enables LoRA.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -130,7 +130,8 @@ class TrainConfig:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the global gradient norm to this value; 0 disables clipping.
         router_balance: weight of transformers' load-balancing loss for the routers of a mixture of experts, computed over all tokens of a
-            step; published configurations use 0.001. If a step has several forward passes, each of them runs one extra time.
+            step; published configurations use 0.001. A step with several forward passes first runs all of them without gradients, which
+            takes extra time.
         hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
             selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
         lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
@@ -141,30 +142,30 @@ class TrainConfig:
         bf16: train in bfloat16 (``true``) or float32 (``false``); ``auto`` uses bfloat16 if the device supports it.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates only at the end. By default, a random sample of at most 300 groups per set is
-            also evaluated after each quarter of the training. This takes about a tenth of the training time.
+            also evaluated after each quarter of training, which takes about a tenth of the training time.
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             skips this evaluation.
-        samples: number of evaluation pictures for which the model writes a text at each evaluation; results.md shows the texts.
+        samples: number of evaluation pictures for which the model generates a text at each evaluation; results.md shows the texts.
         eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
-            gets. The cost is that of one more image per group.
+            gets. This costs as much as one more image per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
         save_keep_every: also keep checkpoints whose step is a multiple of this number; 0 disables it.
         save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
             kept. It is saved right after the evaluation.
-        early_stopping: end the training after this many consecutive evaluations without an improvement in the ``save_best`` metric.
+        early_stopping: stop training after this many consecutive evaluations without an improvement in the ``save_best`` metric.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, starts at step 0 if there is no checkpoint, and fails
             if there are only unusable ones; ``restart`` is like ``auto``, but starts at step 0 instead of failing; ``never`` starts at step
-            0 and refuses a folder with a checkpoint; the path of a checkpoint continues from there.
+            0 and refuses a folder with a checkpoint; the path of a checkpoint continues from that checkpoint.
         resume_changes: action if an option that affects the training has changed since the checkpoint: ``refuse`` names the option and
             stops; ``allow`` continues with the new value and records it in resume_changes.jsonl in the run folder.
         on_nonfinite: action of all ranks if a loss or gradient is NaN or infinite on any rank: ``stop``, or ``skip`` the step (at most 10
-            in a row). In both cases, no weight changes, and nonfinite.jsonl in the run folder lists the groups.
+            in a row). In both cases, the weights stay unchanged, and nonfinite.jsonl in the run folder lists the groups.
         stop_margin_s: save a checkpoint and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the
-            duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough for a first
-            checkpoint.
+            duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough to save the first
+            checkpoint, whose duration is not yet known.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             it.
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
@@ -315,7 +316,7 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Configuration of a run; ``objective`` maps the name of each active term to the term."""
+    """Configuration of a run. ``objective`` holds the active terms of the loss, keyed by name."""
 
     model: ModelConfig
     data: DataConfig

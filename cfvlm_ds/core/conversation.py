@@ -1,7 +1,7 @@
 """Conversations. The prompt that a text answers is a string or a conversation: a sequence of turns with pictures between the words.
 
 A string stands for a single user turn in which all pictures come before the words. A text answers the last turn of a conversation. The
-pictures in a conversation are, in this order, those of one image of the group.
+pictures in a conversation are those of one image of the group, in the same order.
 """
 
 from __future__ import annotations

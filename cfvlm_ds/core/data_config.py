@@ -95,8 +95,8 @@ class DataConfig:
             JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of file names. A list of
             {path: ..., weight: ...} is a mixture of sources; each source can have its own root, format, limit, objectives and scores
             (docs/mixtures.md).
-        stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been seen completely; smaller
-            sources repeat until then. ``first_exhausted``: one source has been seen completely.
+        stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been used completely; smaller
+            sources are repeated until then. ``first_exhausted``: one source has been used completely.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` steps and at the end; name -> {path: manifest, root: FOLDERS,
             format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or name ->
             {benchmark: NAME, root: FOLDER} for a public benchmark.
@@ -109,15 +109,15 @@ class DataConfig:
         max_pixels: refuse images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
-            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. A run with data that are already
-            broken does not start; ``cfvlm-ds data prepare --on_error skip`` leaves such rows out.
+            ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. If the check before training finds
+            broken data, the run does not start; ``cfvlm-ds data prepare --on_error skip`` leaves broken rows out.
         max_skipped: maximum number of groups that are skipped in a run; if more cannot be read, the run fails.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
             ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
-        max_tokens_per_forward: split a larger micro-batch into forward passes of at most this many tokens; all but the last run twice
-            (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes about a
-            third longer. If an image has too many texts for one pass, they are divided among several.
+        max_tokens_per_forward: split a micro-batch with more tokens than this into forward passes of at most this size; all but the last
+            run twice (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes
+            about a third longer. If an image has too many texts for one pass, the texts are divided among several.
         feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
             that, the tower never runs. Every rank needs access to the folder; several runs can share it. docs/families.md states its size.
     """

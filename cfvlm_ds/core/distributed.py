@@ -62,8 +62,8 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def launch_environment() -> None:
-    """Set the environment variables that a launcher would set. An ``srun`` task derives them from Slurm's variables; a process started by
-    hand becomes a single rank.
+    """Set the environment variables that a launcher would set. In an ``srun`` task, they are derived from Slurm's variables; a process
+    started by hand becomes the only rank.
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -104,7 +104,7 @@ _PORT_TIMEOUT_S = 300.0
 
 
 def _published_port(file: Path) -> str:
-    """Wait for the port that rank 0 publishes, and return it. The file is ignored if it belongs to another user."""
+    """Wait until rank 0 publishes a port in ``file``, and return the port. A file that belongs to another user is ignored."""
     end = time.monotonic() + _PORT_TIMEOUT_S
     while time.monotonic() < end:
         with contextlib.suppress(OSError), file.open() as handle:
@@ -190,8 +190,8 @@ class ProgressBarrier:
             self._store.add(f"{self._name}/alive", 1)
 
     def meet(self) -> None:
-        """Wait for every rank, so that all ranks enter the next collective together. Raises TimeoutError, naming the missing ranks, after
-        half an hour without a sign of life from any rank.
+        """Wait for every rank, so that all ranks enter the next collective together. If no rank shows a sign of life for half an hour,
+        raises TimeoutError with the missing ranks.
         """
         self.alive()
         if self._store is None:
@@ -210,8 +210,8 @@ class ProgressBarrier:
 
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
-    """Call a function on rank 0, and return its result or raise its error on every rank. For a call that can take long, pass a ``barrier``,
-    at which the other ranks wait.
+    """Call a function on rank 0, and return its result or raise its error on every rank. If the call can take a long time, pass a
+    ``barrier`` at which the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None
@@ -245,8 +245,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator from which a DataLoader's iterators draw their seeds.
 
-    If the seeds came from torch's global generator, the dropout of a resumed run would differ, because it creates its iterators at other
-    steps than an uninterrupted run.
+    A resumed run creates its iterators at other steps than an uninterrupted run. If their seeds came from torch's global generator, the
+    dropout of the two runs would therefore differ.
     """
     return torch.Generator()
 

@@ -29,7 +29,7 @@ def create(path: Path) -> IO[bytes]:
 
 
 class Summed:
-    """Wrapper of a file open for writing, with the size and CRC-32 of the data written so far."""
+    """Wrapper around a file that is open for writing. It tracks the size and CRC-32 of the data written so far."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
@@ -175,8 +175,8 @@ _reported: list[Path] = []
 def whole_folder(final: Path) -> Iterator[Path]:
     """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing ``final`` is kept.
 
-    If two processes create the same folder at the same time, the second one removes the first one's temporary folder and continues, and the
-    first one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.
+    If two processes create the same folder at the same time, the later one removes the other's temporary folder and continues; the earlier
+    one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:
@@ -209,7 +209,7 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; if this fails, undo the first step. Raises OSError."""
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; if the latter fails, undo the former. Raises OSError."""
     if final.exists():
         os.replace(final, older)
     try:

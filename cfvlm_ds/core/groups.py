@@ -172,7 +172,7 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return the group with its image paths replaced by the same number of paths. Only the checks of the pictures are repeated."""
+        """Return a copy of the group with its image paths replaced one for one. Of its checks, only that of the pictures is repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other

@@ -58,7 +58,7 @@ def call(
 
 
 class _Redirects(requests.HTTPRedirectHandler):
-    """Handler that follows redirects without reading their bodies, whose size is unlimited."""
+    """Handler that follows redirects but does not read their bodies, which can have any size."""
 
     def http_error_302(self, req: Any, fp: Any, *reply: Any) -> Any:
         fp.close()

@@ -44,8 +44,8 @@ class GroupLayout:
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
     tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
-    each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
-    CounterfactualGroup), or are empty if no group has any. With ``in_batch``, C includes the texts of other groups.
+    each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group, or
+    are empty if no group sets them (see CounterfactualGroup). With ``in_batch``, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
     first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in
@@ -72,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout with in-batch negatives removed unless ``in_batch``, and the blank picture removed unless ``blank``."""
+        """Return the layout with in-batch negatives only if ``in_batch`` is True, and with the blank picture only if ``blank`` is True."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self
@@ -109,8 +109,8 @@ class GroupLayout:
     def compared(self, against: str) -> Tensor:
         """Return the cells, [G, I, C] bool, whose distributions a ``Divergence`` compares with those of the same text on its own image.
 
-        ``against`` selects their images. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``: images that
-        have the same known truth values as the factual image, if the text is true of both.
+        ``against`` selects the images of these cells. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``:
+        images that have the same known truth values as the factual image, if the text is true of both.
         """
         own = self.own
         if against == "sham":
@@ -124,7 +124,7 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return the layout with every group whose flag in ``groups`` is False masked out: its cells and weight enter no sum."""
+        """Return a copy of the layout that masks out groups with a False entry in ``groups``: their cells and weights enter no sum."""
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

@@ -27,7 +27,7 @@ def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range
 
 
 def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
-    """Return the ``on_resume`` value (None if there is none) of each option in a section, by ``prefix`` plus the field's name."""
+    """Return the ``on_resume`` value (None if there is none) of each option in a section, keyed by ``prefix`` plus the field's name."""
     reactions: dict[str, OnResume | None] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):

@@ -33,7 +33,7 @@ _others_wait = False
 
 @contextlib.contextmanager
 def others_wait() -> Iterator[None]:
-    """Let ``cores_per_rank`` count all cores of this machine within the block, because the other ranks wait for this one."""
+    """Within the block, let ``cores_per_rank`` count all cores of this machine, because the other ranks are waiting for this one."""
     global _others_wait
     before, _others_wait = _others_wait, True
     try:

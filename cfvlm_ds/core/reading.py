@@ -36,7 +36,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file: for a relative path, the folder against which it is resolved."""
+    """Return the end of a message about a missing file: the folder against which a relative path is resolved. Empty for absolute paths."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 
@@ -87,8 +87,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes, because the start of the next line is then
-    unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. It cannot be skipped, because the start of the
+    next line is unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:
@@ -152,8 +152,8 @@ def yaml_of(value: Any) -> str:
 def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """Parse a JSON text. Raises ValueError like json.loads and, unless a ``decoder`` is given, DuplicateKey with the key that occurs twice.
 
-    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, because code that is deeper in the
-    stack might later write the value.
+    Raises RecursionError for more than a few hundred levels of nesting. The limit is below Python's, so that code deeper in the call stack
+    can still write the value as JSON.
     """
     return _loaded(text, decoder or _DECODER, _SPARE if text.count("[") + text.count("{") > _SPARE else 0)
 

@@ -157,7 +157,9 @@ def _recorded(run_dir: Path, section: str, kind: type) -> Any:
 
 
 def base_of(folder: Path) -> str:
-    """Return the base model of the adapters in ``folder``, which are in peft's format. Raises ConfigError if there are none."""
+    """Return the base model of the adapters in ``folder``, which are in peft's format. Raises ConfigError if there are none or they are not
+    supported.
+    """
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"
     try:
         settings: Any = read_json(folder / ADAPTER)

@@ -32,7 +32,7 @@ class Lazy(Sequence[T]):
 
 
 def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
-    """Return the number of items, such as words, that two sequences have in common at the beginning."""
+    """Return the length of the longest common prefix of two sequences, for instance of words."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

@@ -1,5 +1,5 @@
-"""Strict options: dataclasses built from plain values. If a value does not fit, a one-sentence error names the option, the value and a
-remedy.
+"""Strict options: dataclasses built from plain values. The error for an invalid value names the option, the value and a remedy in one
+sentence.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to the type ``hint``. Raises ConfigError if it does not fit; the message starts with the name ``option``."""
+    """Convert a value to the type ``hint``. If that fails, raises a ConfigError whose message starts with the option's name, ``option``."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -148,7 +148,7 @@ def _number(kind: Any, plain: Any) -> Any:
 
 
 def _misfit(hint: Any, value: Any, option: str) -> str:
-    """Describe a value that does not fit its type. The description follows the option's name in a message."""
+    """Return the part of an error message after the option's name: why the value does not match the expected type."""
     if form := _form(hint):
         return f": {value!r} {form}"
     if is_dataclass(hint) and value is not None:
@@ -161,7 +161,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
 
 
 def _form(hint: Any) -> str | None:
-    """Return a description of the expected form if the type is a data set, else None."""
+    """Return the sentence that describes valid values (``FORM``) if the type is a data set, else None."""
     return next(filter(None, (getattr(hint, "FORM", None), *map(_form, get_args(hint)))), None)
 
 

@@ -1,4 +1,4 @@
-"""Display of untrusted text, such as names in data rows, and 64-bit hashes of texts."""
+"""Display of untrusted text, such as names in data rows; also 64-bit hashes of texts."""
 
 from __future__ import annotations
 

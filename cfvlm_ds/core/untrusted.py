@@ -17,7 +17,8 @@ _LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file that contains it.
+    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file in which the name
+    occurs.
 
     A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any operating system,
     and ends in ``ending``.
@@ -90,7 +91,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
-    """Raise ConfigError if a folder has entries other than those in ``except_for``, because they would be replaced."""
+    """Raise ConfigError if a folder that is about to be replaced has entries whose names are not in ``except_for``."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")

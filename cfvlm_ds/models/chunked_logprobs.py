@@ -105,8 +105,8 @@ class _HeadLogProbs(torch.autograd.Function):
 def _pairs(
     hidden: Tensor, weight: Tensor, cap: float | None, compared: Mapping[Divergence, Tensor]
 ) -> Iterator[tuple[Divergence, Tensor, Tensor, Tensor]]:
-    """Split the pairs of states that each divergence compares into parts. Yields the divergence, the indices [2, D'] of a part's states,
-    and their logits given the text's own image and given another image, both [D', V].
+    """Split each divergence's pairs of states into parts that fit in memory. For each part, yields the divergence, the indices [2, D'] of
+    its states, and their logits given the text's own image and given another image, both [D', V].
 
     A part and all tensors computed from it take no more memory than ``LOGITS`` logits with their probabilities and gradients.
     """
@@ -117,7 +117,9 @@ def _pairs(
 
 
 def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    """Return a divergence [D] and its derivative with respect to the logits ``own`` [D, V] and, unless it is 0, to ``other`` [D, V]."""
+    """Return a divergence [D] and its derivatives [D, V] with respect to the logits ``own`` and ``other``. The latter is omitted if it is
+    0.
+    """
     own, other = own.log_softmax(-1), other.log_softmax(-1)
     if kind.sharpened is None:
         lost = own - other

@@ -78,13 +78,14 @@ class Family:
         from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise
             with the device.
         unused: function that returns the prefixes of checkpoint weights that the forward does not use.
-        take_trees: function that patches layers other than attention to support rows of trees, called once per model, before scoring.
-        around: texts that the processor writes before and after each picture; they are tokenised together with the neighbouring text.
+        take_trees: function that patches the non-attention layers so that they support rows of trees; called once per model, before
+            scoring.
+        around: texts that the processor inserts before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
         visual_mark: argument of the model's own forward that marks visual tokens, for families with bidirectional picture attention.
         projector_inputs: the members of ``per_image`` that the projector takes as arguments after the tower's output.
-        logit_cap: function that returns the cap of the model's logits, cap * tanh(logit / cap), or None.
-        limit: function that bounds an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
+        logit_cap: function that returns the soft cap on the model's logits (logit -> cap * tanh(logit / cap)), or None.
+        limit: function that limits an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
     """
 
     model_types: tuple[str, ...]
@@ -124,7 +125,7 @@ class Family:
         return max(matches)[1]
 
     def projectors(self, model: nn.Module) -> list[str]:
-        """Return the names of the projector's modules, which take the tower's output, in call order."""
+        """Return the names of the projector's modules, in the order in which they are called on the tower's output."""
         modules = {name: module for name, module in model.named_modules() if name in self.projector}
         lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in modules.items() if isinstance(module, nn.ModuleList)}
         return [part for name in self.projector if name in modules for part in lists.get(name, [name])]

@@ -60,7 +60,7 @@ class Forest:
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Index of each node's first token, followed by the number of tokens."""
+        """Index of each node's first token. The last entry is the number of tokens."""
         return list(itertools.accumulate(self.lengths, initial=0))
 
     @functools.cached_property
@@ -73,12 +73,12 @@ class Forest:
 
     @functools.cached_property
     def roots(self) -> list[int]:
-        """Root of each tree, followed by the number of nodes."""
+        """Root of each tree. The last entry is the number of nodes."""
         return [*(node for node, parent in enumerate(self.parents) if parent < 0), len(self.parents)]
 
     @functools.cached_property
     def bounds(self) -> list[int]:
-        """Index of each tree's first token, followed by the number of tokens."""
+        """Index of each tree's first token. The last entry is the number of tokens."""
         return [self.starts[root] for root in self.roots]
 
     @functools.cached_property

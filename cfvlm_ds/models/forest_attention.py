@@ -3,7 +3,7 @@ prompts, and the leaves hold the texts. Each node attends to its ancestors and i
 
 The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
 keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
-restarted positions, because several kernels silently misinterpret these.
+position ids that restart, because several kernels silently misinterpret these.
 
 A layer can limit attention to a sliding window along a token's path, and can allow bidirectional attention among a picture's tokens.
 ``Sight`` describes both. Each back end implements them exactly or refuses the model.

@@ -30,7 +30,7 @@ real tokens among the N * L, and the parents' indices [N] in the level above (No
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch every gated delta net of a model to support rows of trees. With transformers' own attention, the original forward is used."""
+    """Patch a model's gated delta nets so that they support rows of trees. With transformers' own attention, the original forward runs."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") and "forward" not in vars(module):

@@ -53,7 +53,7 @@ def fingerprint(
     """Return {"weights": sha256, "inputs": sha256}.
 
     "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is the
-    result of ``inputs_fingerprint``. While files are read, ``alive`` is called regularly, and ``say`` with progress lines.
+    result of ``inputs_fingerprint``. While files are read, ``alive`` is called regularly, and ``say`` is called with progress lines.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -108,10 +108,10 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """Return the sha256 of the configuration and every byte of the vision tower's weights. If there are none in safetensors format, it
-    covers all weights.
+    """Return the sha256 of the configuration and every byte of the vision tower's weights. If none are stored as safetensors, the hash
+    covers all weights of the model.
 
-    Files can use older weight names than the model. A weight is therefore taken as the tower's if any part of its name equals the last part
+    Files can use older weight names than the model. A weight therefore counts as the tower's if any part of its name equals the last part
     of one of the tower's prefixes.
     """
     folder = model_folder(config.name_or_path)

@@ -84,10 +84,10 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError if the model options do not fit the installed libraries or the model's configuration.
+    """Raise ConfigError if the installed libraries or the model's configuration do not support the model options.
 
-    ``there`` is False for a model that does not exist yet and therefore cannot be checked. With ``weights``, its files are checked as well,
-    but the weights are not read (see ``check_files``).
+    ``there`` is False for a model that does not exist yet and therefore cannot be checked. If ``weights`` is True, the model's files are
+    also checked, but the weights are not read (see ``check_files``).
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):

@@ -165,7 +165,9 @@ class Scorer(nn.Module):
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the trees' image features (for the embeddings, then for any deeper layers) and the sum of all unused image features."""
+        """Return the trees' image features (for the embeddings, then for any deeper layers) and the sum of the features of images in no
+        tree.
+        """
         model: Any = self.model
         has_features = "tower_features" in image_inputs
         output = self._projected(**image_inputs) if has_features else model.get_image_features(**image_inputs, return_dict=True)
@@ -189,7 +191,7 @@ class Scorer(nn.Module):
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:
-    """Convert features in any family's form (per image, per tile, in one piece) to one [visual tokens, hidden] tensor per image."""
+    """Convert features in any family's form (per image, per tile, or in one piece) to one [visual tokens, hidden] tensor per image."""
     pieces = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
     if len(flat) != sum(visual_tokens):

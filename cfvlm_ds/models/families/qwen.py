@@ -70,7 +70,7 @@ def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Patch the language model's step that adds image features to visual tokens: it then accepts the tokens' indices, not only a mask."""
+    """Patch the language model's method that adds image features to visual tokens, so that it accepts token indices, not only a mask."""
     text: Any = model.get_submodule("model.language_model")
     original: Callable[..., Tensor] = type(text)._deepstack_process
 
