@@ -67,7 +67,7 @@ class OptimizerStep:
     """Runs optimizer steps.
 
     Args:
-        engine: DeepSpeed engine of a Scorer.
+        engine: DeepSpeed engine that wraps a Scorer.
         collator: the run's collator. It packs rows again for hard negatives, and makes a stand-in batch if a data worker has died.
         mark: function that records a phase and step number, so that a hang can be located.
     """
