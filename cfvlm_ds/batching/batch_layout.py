@@ -137,7 +137,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells, because no objective uses them."""
+    """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells; no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):

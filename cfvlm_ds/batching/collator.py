@@ -1,5 +1,5 @@
-"""The collator, which converts groups to batches: it encodes prompts, opens pictures and packs texts after them. It drops unreadable groups
-and records the reasons.
+"""The collator, which converts groups to batches: it encodes texts, opens pictures and packs both into rows of tokens. It drops unreadable
+groups and records the reasons.
 
 Shapes: G groups, I images, C candidates.
 """

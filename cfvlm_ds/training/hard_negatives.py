@@ -39,7 +39,7 @@ def cut_to_hardest(
 ) -> tuple[list[MicroBatch], list[Hardest]]:
     """Reduce micro-batches to each group's ``number`` hardest counterfactuals. Return the new micro-batches and the selections.
 
-    Every rank must call this. ``pack`` packs a micro-batch again with a subset of its cells (Collator.packed_again).
+    Every rank must call this. ``pack`` is Collator.packed_again, which packs a micro-batch again with a subset of its cells.
     """
     engine.eval()
     chosen = [hardest(scores, number) for scores in look_ahead(engine, micro_batches, forwards, device)]
