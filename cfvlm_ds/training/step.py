@@ -177,7 +177,7 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forwards per micro-batch. All ranks return the same, because they gather weights together under ZeRO-3."""
+        """Return the number of forwards per micro-batch. It is the same on all ranks, since they gather weights together under ZeRO-3."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards
