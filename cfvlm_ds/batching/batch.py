@@ -126,8 +126,8 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Prepend padding copies of the first forward to reach ``number`` forwards, because all ranks must run the same number under
-        ZeRO-3. The copies' results are ignored.
+        """Return ``number`` forwards: the micro-batch's own, preceded by copies of the first as padding. Under ZeRO-3, all ranks must run
+        the same number. The copies' results are ignored.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 

@@ -56,9 +56,7 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group with only those in-batch negatives that can be encoded. Errors in the rest are reported for the groups they come
-    from.
-    """
+    """Return the group without the in-batch negatives that cannot be encoded. Their errors are reported for the groups they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -112,8 +110,8 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Append the blank image to the layout's images. For groups with pictures, only their own texts are scored on it, not in-batch
-    negatives.
+    """Append the blank image to the layout's images. A group's own texts are scored on it if the group has pictures. In-batch negatives are
+    not scored on it.
     """
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)
@@ -139,7 +137,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
 
 
 def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
-    """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells, because no objective uses them."""
+    """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells; no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
     if cells in ("matched", "star"):

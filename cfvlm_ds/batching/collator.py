@@ -1,5 +1,5 @@
-"""The collator, which converts groups to batches: it encodes prompts, opens pictures and packs texts after them. It drops unreadable groups
-and records the reasons.
+"""The collator, which converts groups to batches: it encodes texts, opens pictures and packs both into rows of tokens. It drops unreadable
+groups and records the reasons.
 
 Shapes: G groups, I images, C candidates.
 """
@@ -222,7 +222,8 @@ class Collator:
         return kept, tuple(dropped)
 
     def without_unreadable(self, groups: Sequence[CounterfactualGroup | DataError], max_tokens: int | None = None) -> MicroBatch:
-        """Collate the readable groups into a micro-batch, divided as in ``parts``. Its ``dropped`` lists the unreadable groups and rows.
+        """Collate the readable groups into a micro-batch, divided as in ``parts``. Its ``dropped`` lists the groups and manifest
+        rows that cannot be read.
 
         If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
         ZeRO-3 the other ranks wait for this rank's forward and backward.
@@ -254,7 +255,7 @@ class Collator:
     def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
         """Count the tokens in each tree that the collator builds for the group. ``sizes`` maps each picture to (width, height).
 
-        Raises DataError naming the group and file if the model's processor cannot process a picture of its size.
+        Raises DataError naming the group and file of a picture whose size the model's processor cannot process.
         """
         trees: dict[tuple[Any, ...], Tree] = {}
         for _, i, c in self._layout([group]).valid.nonzero().tolist():

@@ -42,7 +42,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
-    """Return the error message, preceded by the names of the group and file of a picture that has the size in ``error``."""
+    """Return the error message, preceded by the group and file name of the first picture of the size that caused the error."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -85,7 +85,7 @@ class ImageFiles:
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the blank picture's keys. It has a second key if the family processes a picture differently when its prompt has several."""
+        """List the blank picture's keys. There is a second key if the family processes pictures differently when a prompt has several."""
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
@@ -112,8 +112,8 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must be last in both
-        lists.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must be last in
+        ``opened`` and ``keys``.
 
         Raises Unprocessable for the first picture that the processor cannot process. The error does not name the file and group.
         """

@@ -44,7 +44,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Material:
-    """What a row is packed from: trees, the ``keys`` of their pictures, and each picture's placeholder ids."""
+    """The contents of a row before packing: trees, the ``keys`` of their pictures, and each picture's placeholder ids."""
 
     trees: tuple[Tree, ...]
     keys: tuple[PictureKey, ...]
@@ -75,8 +75,9 @@ class Row:
 
 @dataclass
 class _Prompt:
-    """A prompt with its texts. ``expanded`` is ``ids`` with each picture's token replaced by its placeholder ids. ``begins`` [P + 1] holds
-    the offset of each of the ``ids`` in ``expanded``. ``positions`` holds position ids, [T] or [axes, T].
+    """A prompt with its texts. ``expanded`` is ``ids`` with each picture's token replaced by its placeholder ids. ``begins`` [P + 1] maps
+    each index in ``ids`` to its offset in ``expanded``, and ends with the length of ``expanded``. ``positions`` holds position ids, [T] or
+    [axes, T].
     """
 
     ids: tuple[int, ...]
@@ -212,8 +213,8 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return the pairs of hidden states that a divergence compares, as indices [3, D]. Each column is for one token: the state that
-    predicts it on its text's own image, the state that predicts it on the other image, and the flat index of the other image's cell.
+    """Return the indices [3, D] of what a divergence compares, with one column per token of a text: the hidden state that predicts the
+    token on the text's own image, the hidden state that predicts it on another image, and the cell of this other image.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):

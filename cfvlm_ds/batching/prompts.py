@@ -48,8 +48,8 @@ class Encoded:
 class _Head:
     """A rendered prompt: its text and ids, the rendered conversation before and after the answer, and the error message, if any.
 
-    ``stem`` is the text directly before the answer: ``text`` plus white space that belongs to the answer's first token. ``follows`` is True
-    if the template writes the answer directly after the prompt.
+    ``stem`` is everything before the answer: ``text`` plus any white space that is tokenised with the answer. ``follows`` is True if the
+    template writes the answer directly after the prompt.
     """
 
     text: str
@@ -174,7 +174,7 @@ class Prompts:
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer raises."""
+        """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer fails."""
         question = self._question(prompt, num_pictures)
         without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else question
         rendered = self._render(_conversation(prompt, num_pictures, _MARK), False)

@@ -60,7 +60,7 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     keyed by purpose.
 
     The model must be on the meta device with ``attention_without_data``. ``recompute`` is True for gradient checkpointing. The activations
-    of a trained vision tower are not counted. A frozen tower runs before the language model and saves none.
+    of a trained vision tower are not counted. A frozen tower runs before the language model and saves no activations.
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}

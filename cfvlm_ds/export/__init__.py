@@ -1,8 +1,8 @@
 """Export of a DeepSpeed checkpoint as a Hugging Face folder with the same names, shapes, dtypes and files as its source model.
 
 The model is never in memory as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output.
-An export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers stores weights in a form other than
-the one in which it computes, the export also needs memory for one layer.
+An export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers converts weights when it loads them,
+the export also needs memory for one layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An export's model card, which this package writes, and replaces as long as the user has not edited it."""
+"""An export's model card. This package writes it, and replaces it unless the user has edited it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. Such a model lies outside a run folder, and its card has no
-    seal.
+    """Raise ConfigError if ``out_dir`` contains a model that was not written by an export: one that is outside a run folder and whose card
+    has no seal.
     """
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:

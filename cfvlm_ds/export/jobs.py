@@ -19,8 +19,8 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Names of the tensors to store, and of the weights from which the reversed ``conversions`` compute them. If ``conversions`` is None,
-    the weight is stored unchanged.
+    """Names of the tensors to store, and of the model's weights from which they are computed by reversing transformers' loading
+    ``conversions``. If ``conversions`` is None, the weight is stored unchanged.
     """
 
     stored: tuple[str, ...]
@@ -98,8 +98,8 @@ def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, sourc
     """Return the jobs. If the checkpoint lacks a job's weights, for example because the module is frozen, the returned job has no weights,
     and the export copies its tensors from the source.
 
-    A tied weight is added to ``zero`` under all its names. Raises ConfigError if a trained weight is missing, if the checkpoint has a
-    trained weight that the source lacks, or if shapes differ.
+    In ``zero`` (the checkpoint's weights), a tied weight is added under all its names. Raises ConfigError if a trained weight is missing,
+    if the checkpoint has a trained weight that the source lacks, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

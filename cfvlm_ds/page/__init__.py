@@ -135,7 +135,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Folder and contents of a written page. ``problems`` maps each picture that could not be shown to the reason."""
+    """Folder and contents of a written page. ``problems`` holds the reason for each picture that could not be shown."""
 
     folder: Path
     num_items: int
@@ -156,8 +156,8 @@ def group_item(
     filters: Mapping[str, Sequence[str]],
     roots: Sequence[Path] = (),
 ) -> Item:
-    """Build a group's item for a page. Images and texts are labelled with their edit types. Each text's words are compared with the anchor
-    text for the same prompt. ``facts`` and ``filters`` are added to those of the group. ``roots`` are the folders of its pictures.
+    """Build a group's item for a page. Images and texts are labelled with their edit types. Each text's words are compared with those of
+    the anchor text for the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -219,7 +219,7 @@ def write_page(
     """Write a page of ``total`` items to a folder. An earlier page is replaced when the new page is complete.
 
     ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one at a time. Only the page (without its pictures) and the last 2048 comparison grids (at most 57 MB) are kept in memory.
+    consumed one at a time. Only the page (without its pictures) and 2048 downsampled pictures (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
@@ -293,8 +293,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Mark the characters of each text that differ from its reference text, or from a text whose reference it is. Return one byte per
-    character (1 if marked), or b"" for a text without marks.
+    """Compare each text with its reference text, and mark the characters that differ in both. For each text, return one byte per character
+    (1 if marked), or b"" if nothing is marked.
     """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):

@@ -40,8 +40,8 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """Return a cached function that decodes a picture, saves a small copy without metadata and returns its properties. If decoding fails,
-    the function returns the error message.
+    """Return a cached function that decodes a picture, saves a small copy without metadata, and returns a ``Seen`` record of the picture.
+    If decoding fails, it returns the error message.
 
     The copy's file name does not reveal the picture's file name.
     """

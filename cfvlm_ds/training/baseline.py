@@ -1,4 +1,4 @@
-"""A run's baseline: the accuracies on its evaluation sets before the first step, with which the final accuracies are compared.
+"""A run's baseline: its accuracies on the evaluation sets before the first step. The final accuracies are compared with them.
 
 These accuracies are stored in the run folder and in a cache keyed by model, precision and evaluation set, so that later runs from the same
 model need not repeat the evaluation.
@@ -55,8 +55,8 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random sample of a set is evaluated, ``num`` in the row of mean accuracies is the sample size. Sets in ``train.retention``
-        are always evaluated in full; their accuracies are never taken from the cache.
+        If only a random sample of a set is evaluated, the row with the mean accuracies gives the sample size in ``num``. Sets in
+        ``train.retention`` are always evaluated in full; their accuracies are never taken from the cache.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
@@ -92,7 +92,7 @@ class Baseline:
         return self.config.train.retention or ()
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of the groups of a set that the baseline covers."""
+        """Return the indices of those groups of a set for which the baseline is measured."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or name in self._retained or size <= most:

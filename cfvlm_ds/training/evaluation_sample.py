@@ -1,4 +1,4 @@
-"""A fixed sample of the evaluation sets, which is scored several times during a run for the learning curves."""
+"""Fixed samples of the evaluation sets. A run scores them several times to draw the learning curves."""
 
 from __future__ import annotations
 

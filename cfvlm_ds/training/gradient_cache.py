@@ -37,8 +37,8 @@ def forward(
 
     Only one forward's activations are in memory at a time. The first pass computes all scores, because the loss couples them. The second
     pass repeats every forward except the last, using the same random numbers, and backpropagates the log-probs weighted by the loss's
-    derivatives. Padding copies have a weight of 0. ``last`` must be True for a step's last micro-batch, after which the gradients are
-    complete.
+    derivatives. Forwards added only to reach ``number`` have a weight of 0. ``last`` must be True for a step's last micro-batch, after
+    which the gradients are complete.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)
     references = [reference_of(batch) for batch in batches][repeats:]

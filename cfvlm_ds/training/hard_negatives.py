@@ -39,7 +39,7 @@ def cut_to_hardest(
 ) -> tuple[list[MicroBatch], list[Hardest]]:
     """Reduce micro-batches to each group's ``number`` hardest counterfactuals. Return the new micro-batches and the selections.
 
-    Every rank must call this. ``pack`` packs a micro-batch again with a subset of its cells (Collator.packed_again).
+    Every rank must call this. ``pack`` is Collator.packed_again, which packs a micro-batch again with a subset of its cells.
     """
     engine.eval()
     chosen = [hardest(scores, number) for scores in look_ahead(engine, micro_batches, forwards, device)]
@@ -50,10 +50,10 @@ def cut_to_hardest(
 def hardest(scores: Scores, number: int) -> Hardest:
     """Select the ``number`` hardest counterfactuals of each group, and all cells that belong to no counterfactual.
 
-    A counterfactual is either a text that is not true of the factual image, together with the images of which it is true, or an image of
-    which the factual text is false and no other text is true. Its hardness is the largest violation in a comparison of two texts on one
-    image, or of two images for one text. Of equally hard counterfactuals, the first is selected. A group with several prompts keeps all its
-    cells.
+    A counterfactual is either a text that is not true of the factual image (with the images that show what it says), or an image that
+    belongs to no such text and contradicts the factual text. Its hardness is the largest violation among its comparisons with the factual
+    pair: two texts on one image, or two images for one text. Of equally hard counterfactuals, the first is selected. A group with several
+    prompts keeps all its cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()

@@ -1,4 +1,4 @@
-"""Warnings about options that have no effect, or less effect than expected, on the run's data."""
+"""Warnings about options that have little or no effect with the run's data."""
 
 from __future__ import annotations
 

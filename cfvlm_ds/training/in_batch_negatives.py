@@ -77,7 +77,7 @@ class WithNegatives:
 
 
 class _Offer(NamedTuple):
-    """A text that can be a negative for the step's other groups. ``shown`` holds the images of its own group of which the text is true."""
+    """A text that can be a negative for the step's other groups. ``shown`` holds the images in the text's own group that match the text."""
 
     negative: InBatchNegative
     text: str
@@ -106,7 +106,7 @@ class _Step:
                 self._offers.setdefault(_question(group), []).append(_Offer(negative, text, key, true_of[c]))
 
     def group_at(self, place: int) -> Entry:
-        """Return the group at a position in the step with its in-batch negatives, or the DataError if its data cannot be read."""
+        """Return the group at a position in the step, with in-batch negatives added, or the DataError if its data cannot be read."""
         group = self._entries[place]
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
@@ -143,7 +143,7 @@ def _question(group: CounterfactualGroup) -> _Question:
 
 def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
     """Yield the index, normalised text and key of each text that answers the factual text's prompt. Texts with equal keys are never
-    negatives of each other. A text without a key is its own key.
+    negatives of each other. If a text has no key, the normalised text is used as its key.
     """
     for c, candidate in enumerate(group.candidates):
         if candidate.prompt == group.candidates[0].prompt:
@@ -157,10 +157,10 @@ def _comparable(text: str) -> str:
 
 
 class CrossRankScores:
-    """The scores of a step's texts on the images of all groups that scored them.
+    """The scores of a step's texts on the images of every group in which they were scored.
 
     Args:
-        table: [M, 4], the concatenated ``_entries`` of all ranks.
+        table: [M, 4], the rows that ``_entries`` returned on all ranks.
     """
 
     def __init__(self, table: npt.NDArray[np.float64]) -> None:
@@ -197,8 +197,8 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return [M, 4], one row per score that other groups need: the text's source group, its index in that group, the scoring group, and the
-    score in nats.
+    """Return [M, 4], one row per score that other groups need: the text's source group, its index in that group, the group on whose image
+    it was scored, and the score in nats.
     """
     layout = scores.layout
     if layout.in_batch is None:

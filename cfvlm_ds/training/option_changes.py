@@ -71,7 +71,7 @@ def record(
     """Return the record of a run as plain JSON with secrets removed: options, resolved DeepSpeed settings, number of ranks, total steps and
     the model's hashes.
 
-    ``alive`` is called repeatedly while the model's files are read, and ``say`` reports progress.
+    ``alive`` is called repeatedly while the model's files are read. Progress messages are passed to ``say``.
     """
     record = {"options": masked(config.resolved), "deepspeed": masked(deepspeed), "ranks": ranks, "steps": steps}
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
@@ -93,7 +93,7 @@ def model_hashes(
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return the differences between two records that affect the training."""
+    """Compare two records, and return those differences that affect the training."""
     old, new = _effective(before), _effective(now)
     for one, other in ((old, new), (new, old)):  # an absent term has a weight of 0
         missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
@@ -110,7 +110,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Return an error message if ``what`` (a run folder or checkpoint) cannot be continued with these changes, otherwise None."""
+    """Return an error message if a run cannot continue from ``what`` (a run folder or checkpoint) with these changes, otherwise None."""
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
@@ -171,7 +171,7 @@ def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
 
 
 def on_resume_of(setting: str) -> OnResume:
-    """Return the effect of changing a DeepSpeed setting. Of the prefixes of its name that DEEPSPEED lists, the longest one applies."""
+    """Return the effect of changing a DeepSpeed setting: the DEEPSPEED entry whose key is the longest prefix of its name."""
     while setting not in DEEPSPEED and "." in setting:
         setting = setting.rpartition(".")[0]
     return DEEPSPEED.get(setting, "confirm")

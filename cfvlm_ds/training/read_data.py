@@ -50,9 +50,9 @@ MOST_ROWS = 100_000
 class RunData:
     """A run's training and evaluation data.
 
-    ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is a table of the stores'
-    pictures, with which each picture is compared when it is opened, or None if the data check opened no pictures. ``sources`` maps names to
-    the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
+    ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is the stores' picture
+    table, or None if the data check opened no pictures; each picture is compared with its entry when it is opened. ``sources`` maps names
+    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -116,7 +116,7 @@ def stored_rows(groups: GroupStore) -> StoredRows:
 
 
 def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
-    """Raise ConfigError if a term has nothing to compare, because its training groups have no text that is known to be false."""
+    """Raise ConfigError if a term has nothing to compare, that is, if no text in its training groups is known to be false."""
     sets = [(each.objectives, stored_rows(train[name]).found["false_cells"] == 0) for name, each in config.data.train_sets.items()]
     one, match = torch.ones(1, 3, 1, dtype=torch.int64), torch.tensor([[[1], [1], [-1]]], dtype=torch.int8)
     plain = GroupLayout(one.bool(), match, one, one, torch.ones(1), blank=True)  # a picture, its sham and the blank picture
@@ -155,10 +155,10 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Mark the prepared training data as outdated after a start has failed because of them, so that the next start prepares them again.
+    """Mark the prepared training data as outdated, so that the next start prepares them again. Called if a start fails because of the data.
 
-    Otherwise, the next start would not notice files that were restored without changing the manifest. Unmodified pictures are not opened
-    again.
+    Otherwise, the next start would not notice if the user restored pictures but did not change the manifest. Unmodified pictures are not
+    opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -177,7 +177,7 @@ class _Stores:
     """Opens a run's stores on all ranks.
 
     A data set that is not a store is prepared in the run folder, and prepared again if its files have been modified since. The run folder
-    also stores the result of the check that depends on the model: text lengths and visual token counts.
+    also stores the results of the data check that depend on the model: text lengths and visual token counts.
     """
 
     config: RunConfig
@@ -286,7 +286,7 @@ class _Stores:
 
 
 def _named(each: DataSet) -> str:
-    """Return the name of a data set's files in the run folder."""
+    """Return the name under which a data set's files are stored in the run folder."""
     parts = [os.path.abspath(each.path), each.root, each.format, each.limit]
     name = hashlib.blake2b(without_secrets(json.dumps(parts)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return f"{Path(each.path).stem[:80].replace('*', '_')}-{name}"

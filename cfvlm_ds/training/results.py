@@ -158,7 +158,7 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
 
 @contextlib.contextmanager
 def harmless(path: Path, say: Say) -> Iterator[None]:
-    """Turn any failure in the block, which writes ``path``, into a warning. Drawing libraries can fail on unusual captions or numbers."""
+    """A failure in the block, which writes ``path``, only causes a warning. Drawing libraries can fail on unusual captions or numbers."""
     try:
         yield
     except Exception as error:

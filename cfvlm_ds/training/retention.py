@@ -1,7 +1,7 @@
 """Retention: checks that training lowers neither the likelihood of factual texts nor the results on held-out sets.
 
 A model can increase its margins by making every text less likely (likelihood displacement, arXiv 2410.08847). A model that learns one kind
-of edit may also forget captions or other kinds of edits. The sets in ``train.retention`` are evaluated before the first step and at every
+of edit can also forget captions or other kinds of edits. The sets in ``train.retention`` are evaluated before the first step and at every
 later evaluation.
 """
 

@@ -25,7 +25,7 @@ class RouterBalance:
     """A step's balance loss and the routing statistics of its forwards.
 
     Args:
-        engine: engine of a Scorer. The Scorer's ``routed`` holds the routing of its last forward.
+        engine: DeepSpeed engine that wraps a Scorer, whose ``routed`` holds the routing of its last forward.
         weight: weight of the loss. If it is 0, the experts' loads are recorded, but there is no loss.
     """
 
@@ -36,7 +36,7 @@ class RouterBalance:
     _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """If a step has several forwards, run all of them without gradients. ``forwards`` holds their number per micro-batch."""
+        """If a step has several forwards, run all of them without gradients. ``forwards`` lists how many each micro-batch has."""
         if not self.weight or sum(forwards) == 1:
             return
         before = random_state(self.world.device)
@@ -51,7 +51,7 @@ class RouterBalance:
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
         """Return the balance loss to add to the loss of the last forward, whose input was ``batch``. It is 0 if ``counts`` is False (for a
-        padding copy).
+        forward that was added as padding).
         """
         routed = self._last(batch, counts)
         if routed is None:
@@ -69,7 +69,7 @@ class RouterBalance:
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
-        """Return the last forward's routing, or zeros for a padding copy or a stand-in for unreadable groups."""
+        """Return the last forward's routing, or zeros if its input was padding or a stand-in for unreadable groups."""
         routed: Routed | None = self.engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed

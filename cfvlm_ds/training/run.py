@@ -215,7 +215,7 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
     """Return the configuration. If a step would need more groups than an epoch has, the default micro-batch size is lowered.
 
-    A configured size is never lowered. If it is too large, raises ConfigError, because a step would contain groups twice.
+    A configured size is never lowered. Raises ConfigError if it is so large that a step would contain a group twice.
     """
     train, ranks = config.train, world.size
     epoch = _order(config, data).length

@@ -1,4 +1,4 @@
-"""Decides whether a run starts at step 0, from a checkpoint, or not at all, before anything is loaded or written."""
+"""Decides, before anything is loaded or written, whether a run starts at step 0, from a checkpoint, or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Start:
     data: dict[str, Any]
 
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
-        """Move the sampler to the position that ``state`` holds. Raises ConfigError or DataError if the run cannot continue from there."""
+        """Move the sampler to the position stored in ``state``. Raises ConfigError or DataError if the run cannot continue from there."""
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
@@ -135,10 +135,10 @@ def decide(
 
 
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
-    """Return a finished run's last step and total steps, or None if the run in the folder has not finished.
+    """Return the last step and the total number of steps of the finished run in the folder, or None if the run has not finished.
 
-    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, the total is the last step, so
-    that the run can continue. Raises ConfigError if no checkpoint or record in the folder reaches the last step stated in finished.json.
+    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, the total is the last step,
+    which is below the plan, so the run continues. Raises ConfigError if no checkpoint or record reaches the step stated in finished.json.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent

@@ -35,8 +35,8 @@ _MEANING = (
 class Samples:
     """Greedily decoded texts about the first images of ``number`` groups, which are taken from the evaluation sets in turn.
 
-    Each text is recorded with the group's likeliest text for that image, and with the margin of the likeliest true text over the likeliest
-    false text.
+    Each text is recorded together with the group's likeliest candidate text for that image, and the margin of the likeliest true candidate
+    over the likeliest false one.
 
     Every rank generates all texts, because under ZeRO-3 the ranks gather weights together. Rank 0 writes the texts to samples.jsonl.
     """
@@ -62,8 +62,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts and write them to samples.jsonl, where they replace an earlier start's texts for this and later steps. If any
-        rank cannot read a picture, the error message replaces the text.
+        """Generate the texts and write them to samples.jsonl, replacing texts that an earlier start wrote for this or a later step. If any
+        rank cannot read a picture, the error message is written instead of the text.
         """
         if next(self._groups(), None) is None:
             return

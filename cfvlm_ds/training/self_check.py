@@ -95,8 +95,8 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
     """Compare the scores of two cells in the first packed row of ``groups`` with single-row forwards: the row's first cell, and a cell that
     follows other texts.
 
-    Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a score
-    differs by more than rounding explains.
+    Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if two
+    scores of a cell differ by more than rounding can explain.
     """
     model = forward.module.model
     dtype = next(model.parameters()).dtype

@@ -67,7 +67,7 @@ class OptimizerStep:
     """Runs optimizer steps.
 
     Args:
-        engine: DeepSpeed engine of a Scorer.
+        engine: DeepSpeed engine that wraps a Scorer.
         collator: the run's collator. It packs rows again for hard negatives, and makes a stand-in batch if a data worker has died.
         mark: function that records a phase and step number, so that a hang can be located.
     """
@@ -177,7 +177,7 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forwards per micro-batch. It is equal on all ranks, because under ZeRO-3 they gather weights together."""
+        """Return the number of forwards per micro-batch. It is the same on all ranks, since they gather weights together under ZeRO-3."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards

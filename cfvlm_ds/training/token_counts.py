@@ -49,7 +49,7 @@ def group_tokens(
     ``depends_on`` is None, nothing is stored.
 
     Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The
-    micro-batch limit applies to all of a group's images and texts, and the forward limit applies to one image with one text.
+    micro-batch limit applies to a group's images and texts together, the forward limit to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 

@@ -63,7 +63,7 @@ class Trainer:
     """Trains a model from its current state to the end of the run.
 
     Args:
-        engine: DeepSpeed engine of a Scorer.
+        engine: DeepSpeed engine that wraps a Scorer.
         collator: collator that makes batches from groups.
         sampler: sampler of groups, already moved to the position at which training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
@@ -216,9 +216,10 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint. Return as metrics its duration in seconds, and the duration's share of the time since the last checkpoint.
+        """Save a checkpoint. Return metrics: how long saving took, in seconds and as a share of the time since the last checkpoint, and
+        whether it failed.
 
-        A failure raises SaveError if the checkpoint is ``needed``. Otherwise it only causes a warning.
+        Raises SaveError if saving fails and ``needed`` is True. Otherwise, a failure only causes a warning.
         """
         started, train, failed = time.monotonic(), self.config.train, False
         try:
@@ -269,8 +270,8 @@ class Trainer:
     def _log_evaluation(
         self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
     ) -> dict[str, float]:
-        """Log an evaluation, print its headlines, and return all metrics. A set of which only a sample was evaluated has only the sample's
-        metrics.
+        """Log an evaluation, print its headlines, and return all metrics. If only a sample of a set was evaluated, only the sample's
+        accuracy is included.
         """
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
