@@ -208,7 +208,7 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the world.
+    """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
     ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
     ranks are first connected with each other.

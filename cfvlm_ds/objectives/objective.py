@@ -137,8 +137,8 @@ class MarginTerm(Objective):
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
     divide their gradient by the text's length. The language prior can favour a false text by several nats, and the picture's effect must
-    outweigh this advantage. The default link therefore saturates slowly; with a link that a small margin satisfies, the gradient would
-    vanish too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    outweigh this advantage. The default link therefore saturates slowly; a link that a small margin satisfies would stop widening the
+    margin too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
