@@ -139,7 +139,7 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, and give the folder its final name. Files in the folder that are not in ``files`` are added to the list."""
+    """Write complete.json, and give the folder its final name. Files in the folder that ``files`` lacks are added to it first."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

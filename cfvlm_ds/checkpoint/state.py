@@ -48,7 +48,7 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Record a value of the metric ``train.save_best``. Returns True if it is the best value so far; NaN is never the best."""
+        """Record a value of the metric that ``train.save_best`` names. Returns True if it is the best so far; NaN is never the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
@@ -74,7 +74,7 @@ class TrainState:
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError if another version of this package wrote a record. ``what`` is the record's file or run folder, for the message."""
+    """Raise ConfigError if another version of this package wrote a record. The message names ``what``, the record's file or run folder."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

@@ -24,8 +24,8 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
     Example: cfvlm-ds cluster check runs/mine/nodes
 
     Args:
-        folder: existing shared folder; each node writes one line to a file with the node's name in it.
-        timeout_s: time limit in seconds for all tasks to connect, and again for the collective that follows.
+        folder: existing shared folder; each node writes one line to the file FOLDER/NODE.
+        timeout_s: time limit in seconds for all tasks to connect, and the same limit for the collective that follows.
     """
     from cfvlm_ds.cluster.node_check import check
 

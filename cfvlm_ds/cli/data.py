@@ -61,8 +61,8 @@ def _prepare(
 
     Args:
         manifest: data in any known format.
-        config: configuration file of a run, instead of a manifest. All data of the run are prepared in the run folder, as they would be at
-            its first start.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as they would be
+            when the run first starts.
         out: folder to write; work that an earlier call has finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
@@ -145,7 +145,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
     Args:
         manifest: data in any known format.
         out: file to write.
-        on_error: with skip, leave out rows that are invalid or have a broken picture, and list them.
+        on_error: with skip, leave out rows that are invalid or have an unusable picture, and list them in OUT.skipped.jsonl.
     """
     from cfvlm_ds.data.convert import convert
 
@@ -163,7 +163,7 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
     Args:
         manifest: data in any known format.
         out: JSON Lines file to write; the pictures go to the folder OUT.pictures next to it.
-        on_error: with skip, leave out rows whose pictures cannot be fetched, and list them.
+        on_error: with skip, leave out rows whose pictures cannot be fetched, and list them in OUT.skipped.jsonl.
         threads: number of parallel downloads.
     """
     from cfvlm_ds.data.download import COLUMNS, download

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 class _InPlaceOfManifests(argparse.Action):
-    """An argparse action: --benchmarks makes the manifest optional.
+    """An argparse action that makes the manifest optional if --benchmarks is given.
 
     The manifest is required by default, because argparse would otherwise not accept options between the model and the manifest.
     """
@@ -49,14 +49,14 @@ class BenchmarkOptions:
     Args:
         benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.
         benchmark_root: folder with one subfolder per benchmark, which contains the benchmark's official files.
-        probes: forms of the benchmarks' questions, each NAME or NAME:OPTION=VALUE, such as match caption:mode=pmi. Each probe is applied to
-            every benchmark that supports it. By default, each benchmark uses its own probe.
+        probes: one or more probes (ways to ask the benchmarks' questions), each NAME or NAME:OPTION=VALUE, such as `match` or
+            `caption:mode=pmi`. Each is applied to every benchmark that supports it. By default, each benchmark uses its own probe.
         on_error: with skip, leave out benchmark items that the model cannot process, and report their number and names.
         draws: number of bootstrap resamples for the intervals; 0 for no intervals. The default is 1000, or fewer for benchmarks with more
             than 10,000 items.
         num_workers: number of processes per rank that prepare batches; by default, one per spare core.
-        experiment: MLflow experiment to which metrics are also sent. It is on the server MLFLOW_TRACKING_URI or, if that variable is not
-            set, in OUT/mlflow.db.
+        experiment: MLflow experiment to which metrics are also sent, on the server that MLFLOW_TRACKING_URI points to or, if that variable
+            is not set, in OUT/mlflow.db.
     """
 
     benchmarks: Names | None = None
@@ -189,8 +189,8 @@ _DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of
 
 
 def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
-    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` are those of the current
-    evaluation.
+    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` holds the current
+    evaluation's results.
 
     Each folder corresponds to one MLflow run, however often results are added to the folder. Only new or changed values are sent. Data that
     MLflow has not received stay in the folder.

@@ -46,7 +46,7 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 def exit_cleanly(function: Callable[[], None]) -> None:
     """Call a function. If its input is bad, print one sentence on stderr and exit with code 2; --verbose adds a traceback.
 
-    If there are several ranks, only one prints. A full disk has its own exit code, because the same command may succeed later.
+    If there are several ranks, only one prints. A full disk has its own exit code, because the command can succeed once there is space.
     """
     try:
         function()

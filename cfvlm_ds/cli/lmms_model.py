@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class Scored(tuple[float, bool]):
-    """Pair that lmms-eval unpacks: a text's log-likelihood, and True if greedy decoding yields the text."""
+    """Pair that lmms-eval unpacks: a text's log-likelihood, and whether greedy decoding yields the text."""
 
     __slots__ = ()
 

@@ -100,8 +100,8 @@ def _verify(
 
     Args:
         work: work folder that `data propose` created.
-        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds margin and
-            drop are fitted to the labels and written to W/thresholds.json.
+        calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds `margin`
+            and `drop` are fitted to the labels and written to W/thresholds.json.
         precision: minimum precision of the fitted thresholds on the labelled candidates.
         rule: kind of score to which the thresholds are fitted.
     """
@@ -177,7 +177,7 @@ def _run(*, config: str, part: Part) -> None:
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
     Args:
-        config: YAML file of the plan.
+        config: YAML file with the plan, which sets the options of every step.
     """
     from cfvlm_ds.core.run_folder import named_model, refuse_absent
     from cfvlm_ds.counterfactuals.plan import read_plan
@@ -260,7 +260,7 @@ def _sample(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print the folders of the groups' pictures, unless all are in the manifest's folder."""
+    """Print the folders of the groups' pictures, unless all pictures are in the manifest's folder."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}")

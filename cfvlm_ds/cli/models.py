@@ -1,4 +1,4 @@
-"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands before and after training.
+"""``cfvlm-ds score``, ``calibrate``, ``export`` and ``track``: commands to run before or after training.
 
 ``score``, ``calibrate`` and ``evaluate`` (evaluating.py) can be started with deepspeed, torchrun or srun; the ranks share the work.
 """
@@ -173,7 +173,7 @@ def _export(run: str, *, adapter: bool = False, out: str | None = None, push: st
 
 
 def _track(run: str) -> None:
-    """Send a finished run's undelivered data to MLflow, or copy the run to the server MLFLOW_TRACKING_URI.
+    """Send a finished run's undelivered data to MLflow, or copy the run to the server that MLFLOW_TRACKING_URI points to.
 
     Example: cfvlm-ds track runs/quickstart
 
@@ -208,7 +208,7 @@ def load_scorer(
     world: World | None = None,
     zero3: bool = False,
 ) -> tuple[Any, Collator, World]:
-    """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the world.
+    """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
     ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
     ranks are first connected with each other.

@@ -63,7 +63,7 @@ class Scoring:
         batch_size: groups per batch.
         max_tokens_per_forward: maximum number of tokens in a forward pass; a larger batch takes several passes. The default is 16384 for
             benchmarks; otherwise, there is no limit.
-        limit: score only the first N groups or, of a benchmark, about N evenly spaced items.
+        limit: score only the first N groups of a manifest, or about N evenly spaced items of a benchmark.
         zero3: partition the model over all ranks, for a model that does not fit on one GPU.
     """
 
@@ -211,7 +211,7 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 only, even before the ranks are connected. With --quiet, print it only if it is a warning or note."""
+    """Print a line on rank 0 only; works even before the ranks are connected. With --quiet, print it only if it is a warning or note."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 

@@ -4,7 +4,7 @@ A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the r
 
 - in any phase, a rank has not written a heartbeat for ``timeout_s``, because its process is stopped or its node is lost;
 - no rank has entered a new phase or micro-batch for ``timeout_s``, and the rank that is furthest behind is in the middle of a training
-  step. Start-up, checkpoints, evaluation and export can take any time; only the timeout of collectives limits them.
+  step. Start-up, checkpoints, evaluation and export can take any amount of time; only the timeout of collectives limits them.
 
 The first rank that detects a hang prints a message and writes it to ``heartbeat/hang.txt``. Every rank that detects the hang exits with
 ``EXIT_HANG``, so that the launcher terminates the job. Each rank measures with its own clock how long the files have not changed, so clocks

@@ -29,10 +29,10 @@ FLOOR = "CFVLM_MIN_GB_S"
 
 
 def check(folder: Path, timeout_s: float) -> str:
-    """Check this node, in a task of ``srun --ntasks-per-node=1``. Writes the result line to ``folder`` and returns it.
+    """Check the node on which this task of ``srun --ntasks-per-node=1`` runs. Writes the result line to ``folder`` and returns it.
 
     Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is the time limit in seconds for all tasks to connect, and
-    again for the collective that follows. Raises OSError if ``folder`` does not exist or cannot be written.
+    the same limit applies to the collective that follows. Raises OSError if ``folder`` does not exist or cannot be written.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = _check(name, timeout_s)

@@ -116,7 +116,7 @@ def _leave(code: int) -> None:
 def last_word() -> Iterator[None]:
     """Wait forever at the end of the block if a signal is terminating the process.
 
-    Otherwise, an error in the block, for example because the same signal killed a data worker, could change the exit code or the output.
+    Otherwise, an error in the block could change the exit code or the output, for example if the same signal killed a data worker.
     """
     try:
         yield
@@ -263,8 +263,8 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: time in seconds that is reserved for a step and a checkpoint before the job's end (``SLURM_JOB_END_TIME``, a Unix time),
-            in addition to the longest time between two votes so far, which includes evaluations and checkpoints.
+        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time) for a step and a checkpoint, in
+            addition to the longest time so far between two votes. That time includes evaluations and checkpoints.
     """
 
     def __init__(self, margin_s: float) -> None:

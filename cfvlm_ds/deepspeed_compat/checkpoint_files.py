@@ -18,9 +18,9 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
-    """Within the block, make ``engine.save_checkpoint`` call ``write`` to write states, and wrap each of its writes in ``guard``.
+    """Within the block, make ``engine.save_checkpoint`` write states with ``write``, and wrap each function that writes in ``guard``.
 
-    DeepSpeed runs a collective after each write. If an exception terminated one rank before this collective, the other ranks would wait in
+    DeepSpeed runs a collective after each write. If an exception terminated one rank before this collective, the other ranks would hang in
     it.
     """
     writer, script = engine.checkpoint_engine, engine._copy_recovery_script

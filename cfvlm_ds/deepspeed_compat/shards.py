@@ -59,8 +59,8 @@ class Weight:
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
-    """Return each weight's pieces in order. ``sizes`` [rank][flat tensor] holds the numbers of elements. Raises ConfigError if sizes and
-    shapes do not match.
+    """Return the pieces of flat tensors that hold each weight, in order. ``sizes`` [rank][flat tensor] states each flat tensor's number of
+    elements. Raises ConfigError if sizes and shapes do not match.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes)
 

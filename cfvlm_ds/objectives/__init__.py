@@ -68,13 +68,13 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest set of a group's own cells that includes all cells that the objectives need."""
+    """Return the smallest of the sets anchor, matched, star and full that includes every cell of a group that the objectives need."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return keyword arguments for ``Collator.of_run``. They request what the objectives need in addition to the scores of their cells."""
+    """Return arguments that make ``Collator.of_run`` add token scores, the blank picture and divergences if an objective needs them."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}

@@ -23,8 +23,9 @@ class Align(Objective):
     Args:
         weight: factor of the term in the loss. Without this term, true texts can become less likely (likelihood displacement).
         warmup: share of all steps over which the weight rises linearly from 0.
-        counterfactual: weight of the group's other true pairs.
-        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where texts c answer T_0's prompt.
+        counterfactual: weight of the NLL of the group's true pairs other than the factual pair.
+        infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual
+            text's prompt.
         temperature: tau of the InfoNCE; it divides the scores after ``len_norm``.
         len_norm: length normalisation of the InfoNCE scores.
         pmi: the blind score times this factor is subtracted from the InfoNCE scores; needs ``--data.scores``.

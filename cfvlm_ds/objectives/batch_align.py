@@ -20,8 +20,9 @@ class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
-    false; no other objective uses unknown cells as negatives. A text is never drawn for a group if it equals or has the same ``key`` as one
-    of the group's texts, if the group's ``exclude`` lists it, or if its own group marks it as true of one of this group's pictures.
+    false; no other objective uses unknown cells as negatives. A text is never drawn for a group if it equals one of the group's texts or
+    has the same ``key`` as one of them, if the group's ``exclude`` lists it, or if its own group marks it as true of one of this group's
+    pictures.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)) over the group's false texts and texts of other groups, with s =
     (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the
@@ -97,8 +98,8 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar 0. Its gradient is that of other groups' image-side losses with respect to their texts' scores on this batch's
-        images.
+        """Return a scalar with the value 0 and the gradient of other groups' image-side losses with respect to their texts' scores on this
+        batch's images.
         """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)

@@ -23,8 +23,8 @@ class Csd(MarginTerm):
         mode: ``cross`` (default) compares a true and a false text on one image. With K counterfactual pairs, star cells, margin m and link
             h, the loss is 1/(2K) sum_k {h(m + S_0k - S_00) + h(m + S_k0 - S_kk)}. ``matched`` is the paper's form, 1/K sum_k h(m + S_kk -
             S_00). It lowers the likelihood of the counterfactual images' true captions, so two scenes that are counterfactuals of each
-            other can never both satisfy it. It omits pairs whose text does not answer T_0's prompt. ``matched_sg`` is ``matched``
-            with S_kk detached, so it only raises S_00.
+            other can never both satisfy it. It omits pairs whose text does not answer the factual text's prompt. ``matched_sg`` is
+            ``matched`` with S_kk detached, so it only raises S_00.
     """
 
     mode: Literal["cross", "matched", "matched_sg"] = "cross"

@@ -89,8 +89,8 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
     """Compare each true with each false entry along the last axis of ``scores`` [G, R, X].
 
     Returns (violation, mask), each [G, R, X true, X false]. violation = S[false] - S[true] is positive if the model prefers the false
-    entry. For the text side, pass scores [G, I, C] and, as ``together``, the layout's ``same_prompt`` [G, C, C], which marks the texts that
-    may be compared. For the image side, pass transposed scores [G, C, I].
+    entry. For the text side, pass scores [G, I, C] and, as ``together``, the layout's ``same_prompt`` [G, C, C], which marks the pairs of
+    texts to compare. For the image side, pass transposed scores [G, C, I].
     """
     violation = scores.unsqueeze(-2) - scores.unsqueeze(-1)
     mask = positive.unsqueeze(-1) & negative.unsqueeze(-2)
@@ -104,12 +104,12 @@ def mean_over(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def has_any(mask: Tensor) -> Tensor:
-    """Return a mask [G] of the groups with at least one true entry."""
+    """Return a mask [G] of the groups with at least one True entry in ``mask``."""
     return mask.flatten(1).any(1)
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return a score of 0 for every cell. Denominators use it to count comparisons, because only the layout affects the count."""
+    """Return a score of 0 for every cell. Denominators use them to count comparisons, since the count does not depend on scores."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
@@ -137,18 +137,20 @@ class MarginTerm(Objective):
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
     divide their gradient by the text's length. The language prior can favour a false text by several nats, and the picture's effect must
-    outweigh this advantage. The default link therefore saturates slowly; with a link that a small margin satisfies, the gradient would
-    vanish too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    outweigh this advantage. The default link therefore saturates slowly; a link that a small margin satisfies would stop widening the
+    margin too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: share of all steps over which the weight rises linearly from 0.
         margin: difference by which the true cell must win, in ``margin_unit``.
         margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
-        link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient fades
-            as the gap grows but never reaches 0. Both are applied after ``len_norm``.
-        beta: sharpness of ``logsigmoid``: around the margin, its gradient falls from 1 to 0 over a score range of about 4 / beta.
-        hinge_cap: maximum of the hinge, as a multiple of the margin, so that an impossible pair stops contributing; 0 for no maximum.
+        link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient
+            shrinks as the true cell's lead grows but never reaches 0. Both are applied after ``len_norm``.
+        beta: sharpness of ``logsigmoid``: around the margin, its gradient falls from almost 1 to almost 0 over a score range of about
+            4 / beta.
+        hinge_cap: maximum of the hinge, as a multiple of the margin, so that a pair with a very large violation has no gradient; 0 for no
+            maximum.
         len_norm: ``anchor`` divides all log-likelihoods of a group by the token count of its factual text, ``own`` divides each by its
             text's own token count, and ``none`` does not divide.
         pmi: the blind score log p(text | blank) times this factor is subtracted; needs ``--data.scores``.

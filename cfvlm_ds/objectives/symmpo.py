@@ -17,8 +17,8 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 class SymMPO(ReferenceTerm):
     """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair, which penalises unequal gaps.
 
-    Let r = log p - log p_reference, where the reference comes from ``--data.scores``. The gap between two texts is d_k = r_00 - r_0k on the
-    factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
+    Let r_ic = log p - log p_reference for text c on image i; the reference comes from ``--data.scores``. The gap between two texts is
+    d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
 
     - text pairs: -log sigmoid(beta d_k) and -log sigmoid(beta e_k), over every false text of each image;
     - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;

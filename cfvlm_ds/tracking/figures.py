@@ -59,7 +59,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
 
     Args:
         path: PNG file to write.
-        groups: mappings with ``images`` (I lists; each has the PIL images of one image's pictures), ``captions`` (C texts), ``scores``
+        groups: mappings with ``images`` (I lists, each with one image's pictures as PIL images), ``captions`` (C texts), ``scores``
             ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally, ``title``.
     """
     from matplotlib.patches import Rectangle
@@ -195,7 +195,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
 
 
 def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
-    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and bars for intervals.
+    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and error bars for the intervals.
 
     Args:
         differences: result -> label -> (difference, interval or None). Only the first 40 labels are drawn; the title gives the total.

@@ -53,7 +53,7 @@ NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 
 
 def import_mlflow() -> threading.Thread:
-    """Import MLflow in a new thread, which takes 2-3 s, and return the thread. The caller must join the thread before data workers are
+    """Start a thread that imports MLflow, which takes 2-3 s, and return the thread. The caller must join the thread before data workers are
     forked.
     """
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
@@ -74,11 +74,11 @@ def _mlflow(name: str = "mlflow") -> Any:
 
 
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
-    """Send an ended run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
+    """Send a finished run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
 
-    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to that server. A run whose tracker was never
-    closed gets the status KILLED. Do not call this for a live run, because two processes would write the same record. Raises
-    FileNotFoundError if the folder has no record.
+    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to the server that it points to. A run whose
+    tracker was never closed gets the status KILLED. Do not call this for a live run, because two processes would write the same record.
+    Raises FileNotFoundError if the folder has no record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)

@@ -140,7 +140,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """Id of the MLflow run, which checkpoints store; None until MLflow has answered for the first time."""
+        """Id of the MLflow run, to be stored in checkpoints; None until MLflow has answered for the first time."""
         return self.delivery.record.run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -173,8 +173,9 @@ class Tracker:
     def close(self, status: Status = "FINISHED", timeout: float | None = None) -> None:
         """Set the final status and wait up to ``timeout`` seconds (default ``close_timeout``) for the delivery to finish.
 
-        A second call does nothing. SCHEDULED marks a run that stopped on request and will continue, because MLflow's other statuses are for
-        live or ended runs. If data remain undelivered, a message on stderr gives their number and the command that delivers them.
+        A second call does nothing. A run that stopped on request and is to be resumed gets the status SCHEDULED, since MLflow's other
+        statuses are for live or ended runs. If MLflow has not received everything, a message on stderr states how many metric values
+        and files are missing and which command delivers them.
         """
         if self.lines.closed:
             return
