@@ -1,4 +1,4 @@
-"""Errors that a user can correct: bad input, and a disk or device without enough space for the run."""
+"""Errors that a user can correct: bad input, and insufficient disk space or device memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converter of data sets from any supported format to ``cfgroup/1`` rows, which name pictures by path."""
+"""Conversion of data sets from any supported format to ``cfgroup/1`` rows, which name pictures by path."""
 
 from __future__ import annotations
 

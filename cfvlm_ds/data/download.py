@@ -40,7 +40,7 @@ _CHUNK = 256  # rows whose pictures are fetched concurrently
 
 
 class Downloaded(NamedTuple):
-    """Number of rows written, number of distinct pictures, and the problems of the rows that were left out."""
+    """Number of rows written, number of distinct pictures, and the reasons why rows were left out."""
 
     rows: int
     pictures: int

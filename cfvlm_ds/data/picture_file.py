@@ -45,7 +45,7 @@ def picture_file(path: Path) -> Path:
 def picture_stat(path: Path) -> tuple[int, int]:
     """Return a picture's size in bytes and its file's change time in ns. The change time reveals every change, because users cannot set it.
 
-    Raises OSError, and DataError for a part beyond the end of its file.
+    Raises OSError if the file cannot be accessed, and DataError if the picture is a byte range beyond the end of its file.
     """
     stat = picture_file(path).stat()
     part = _part(path)

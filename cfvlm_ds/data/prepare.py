@@ -72,8 +72,8 @@ class PrepareOptions:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
         open_pictures: open every picture; otherwise sizes and digests are unknown, and later changes are not detected.
         max_pixels: maximum number of pixels in a picture, as in ``open_image``.
-        on_error: reaction to invalid rows and to groups with an unusable picture: ``error`` writes no store; ``skip`` leaves them out and
-            lists them.
+        on_error: handling of invalid rows and groups with an unusable picture: ``error`` stops without a store; ``skip`` leaves them out
+            and lists them.
     """
 
     pack: bool = False
@@ -400,7 +400,7 @@ def _absolute(picture: Path) -> Path:
 
 
 def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
-    """Return a picture's path in a tar of the store. Raises DataError for a picture that is not packed."""
+    """Return a picture's path inside one of the store's tar files. Raises DataError for a picture that is not packed."""
     if (at := find(pictures["key"], picture_key(picture))) is None:
         raise DataError(f"{picture}: the picture is not packed, because the data set has changed; remove the store and prepare it again")
     place = pictures[at]

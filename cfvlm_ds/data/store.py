@@ -129,7 +129,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
 def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
     """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
-    ``over`` applies a given function to chunks of the rows.
+    ``over`` is a callable that maps a function over chunks of the rows.
     """
     parts = getattr(convert, "parts", None)
     if parts is None:

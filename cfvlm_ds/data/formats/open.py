@@ -116,7 +116,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
-    """Raise one DataError for all metadata columns that no option names and that might hold labels, false texts or picture names."""
+    """Raise one DataError for all metadata columns that might hold labels, false texts or picture names but are named by no option."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():

@@ -302,7 +302,7 @@ class JoinedRows:
     Args:
         rows: rows of the manifest.
         claim: the format's function from a row to its claim.
-        over: function that applies a given function to chunks of the rows.
+        over: callable that maps a function over chunks of the rows.
     """
 
     def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:

@@ -100,7 +100,7 @@ def description(row: Row) -> Item:
 
 @lru_cache(1)
 def _words(source: Source) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the words that relation.json lists with each object, and the safe words, which never count as invented."""
+    """Return the words that relation.json lists for each object, and the safe words, which never count as hallucinated."""
     rows = [row.values for row in source.sound_rows(RELATION)]
     listed = [words if isinstance(words, list) else [None] for row in rows for words in row.values()]
     if len(rows) != 1 or not all(isinstance(word, str) for words in listed for word in words):

@@ -154,7 +154,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
-    """Return an item's row for ``answers``. A tie is no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
     return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]

@@ -175,8 +175,8 @@ def _content(outcome: Outcome) -> tuple[object, ...]:
 
 
 def comparison_table(results: Sequence[Compared], before: str, after: str) -> str:
-    """Return a table of the headline metrics and of all other metrics whose interval excludes 0, then the items whose outcome changed, and
-    notes.
+    """Return a table of the headline metrics and of all other metrics whose interval excludes 0, followed by the items whose outcome
+    changed and by notes.
     """
     one, other = (in_cell(name) for name in (before, after))
     lines = [
