@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import tarfile
@@ -318,6 +319,26 @@ def test_a_packing_that_is_killed_goes_on(source, store, tmp_path, monkeypatch):
             break
         assert status == signal.SIGKILL
     assert calls > 3 and contents(out) == contents(store)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(packs, source, stores, tmp_path, capsys):
+    """The system refuses every file above a size, which grows from call to call: one sentence each time, and in the end the same bytes."""
+    out, limits = tmp_path / "store", resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = ["data", "prepare", str(source), "--out", str(out), *["--pack"] * packs]
+    for size in itertools.count(200, 900):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            main(command)
+        except SystemExit as ended:
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert ended.code == 2 and said.startswith(f"error: {out}") and "File too large" in said, said
+            assert not (out / "store.json").exists()
+        else:
+            break
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert size > 2000 and contents(out) == contents(stores[packs])
 
 
 def test_whoever_prepares_other_data_in_the_same_folder_meanwhile_is_named(source, store, tmp_path, monkeypatch):
