@@ -115,8 +115,9 @@ def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
     """
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):
+        found = set[str]().union(*listed)
         for key in _KEPT_OF_PARTS:
-            if any(key in part for part in listed):
+            if key in found:
                 fields[f"{kind}.{key}"] = [part.get(key) for part in listed]
     own = row.get("meta")
     if not fields:
