@@ -91,14 +91,18 @@ def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
 
-def joined_identity(parts: Sequence[IdentityPart]) -> Identity:
+def joined_identity(parts: Iterable[IdentityPart]) -> Identity:
     """Compute the identity of a complete data set from the contributions of all its rows, in order."""
-    part = joined_part(parts)
+    rows, known, sums, order = 0, True, dict.fromkeys(SUMS, 0), hashlib.blake2b(digest_size=16)
+    for part in parts:
+        rows, known = rows + part.rows, known and part.known
+        sums = {name: (sums[name] + part.sums[name]) % _MODULUS for name in SUMS}
+        order.update(part.order)
     return {
-        "rows": part.rows,
-        "order": hashlib.blake2b(part.order, digest_size=16).hexdigest(),
-        **{name: f"{value:032x}" for name, value in part.sums.items()},
-        **({} if part.known else {"pictures": None}),
+        "rows": rows,
+        "order": order.hexdigest(),
+        **{name: f"{value:032x}" for name, value in sums.items()},
+        **({} if known else {"pictures": None}),
     }
 
 

@@ -60,7 +60,15 @@ def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
     """Join the keys from several parts of a data set."""
-    return Keys(*(np.unique(np.concatenate(keys)) for keys in zip(*parts, strict=True)))
+    return Keys(*(_distinct(np.concatenate(keys)) for keys in zip(*parts, strict=True)))
+
+
+def _distinct(keys: Array) -> Array:
+    """Sort keys in place and return each once. ``np.unique`` gives the same, but with twice the memory."""
+    keys.sort()
+    first = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return keys[first]
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
