@@ -1,4 +1,4 @@
-"""Batches and micro-batches: the inputs of each forward, and the conversion of token log-probs to a score matrix.
+"""Batches and micro-batches: the inputs of each forward pass, and the conversion of token log-probs to a score matrix.
 
 Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 """
@@ -50,8 +50,8 @@ def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, A
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one divergence per pair of
-    compared hidden states.
+    """Inputs of one forward pass. The engine receives ``model_inputs`` and returns one log-prob per scored token, and one divergence per
+    pair of compared hidden states.
 
     For each scored token, ``cell`` [N] holds its cell's flat index in [G, I, C], and ``is_end`` [N] is True for end-of-turn tokens.
     ``layout`` describes the whole micro-batch. ``num_tokens`` is the number of tokens in the row, and ``num_scored`` the number of
@@ -112,7 +112,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's groups whose gradients are computed together, in one or more forwards.
+    """A rank's groups whose gradients are computed together, in one or more forward passes.
 
     ``dropped`` lists (id, reason) for every group that was omitted.
     """
@@ -126,13 +126,13 @@ class MicroBatch:
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` forwards: the micro-batch's own, preceded by copies of the first as padding. Under ZeRO-3, all ranks must run
-        the same number. The copies' results are ignored.
+        """Return ``number`` batches: the micro-batch's own, preceded by copies of the first as padding. Under ZeRO-3, all ranks must run
+        the same number of forward passes. The copies' results are ignored.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
     def scores(self, token_logp: Sequence[Tensor]) -> Scores:
-        """Join the engine's outputs for the ``padded`` forwards into one score matrix."""
+        """Join the engine's outputs for the ``padded`` batches into one score matrix."""
         own = token_logp[len(token_logp) - len(self.forwards) :]
         parts = [batch.scores(logp) for batch, logp in zip(self.forwards, own, strict=True)]
         return parts[0] if len(parts) == 1 else Scores.joined(parts)
@@ -150,7 +150,7 @@ _ALIGNMENT = 16  # bytes
 
 
 class _Place(NamedTuple):
-    """A tensor's dtype, shape and offset in the joined buffer."""
+    """A tensor's dtype, shape and offset in the buffer that holds all tensors of a pickled batch."""
 
     start: int
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""A batch's layout, which is built before the forward: scored cells, token counts and stored scores."""
+"""A batch's layout, which is built before the forward pass: scored cells, token counts and stored scores."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without the in-batch negatives that cannot be encoded. Their errors are reported for the groups they come from."""
+    """Return the group with unencodable in-batch negatives removed. Their errors are reported for the groups they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -70,8 +70,8 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
 def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
     """Append the in-batch negatives to the layout's texts. ``texts`` holds each group's encoded negatives.
 
-    The negatives are scored on every image that has a scored answer to the factual text's prompt. If no group has a position in a step, the
-    layout is returned unchanged.
+    The negatives are scored on every image that has a scored answer to the factual text's prompt. If no group belongs to a training step,
+    the layout is returned unchanged.
     """
     steps = [group.in_step for group in groups]
     if all(step is None for step in steps):
@@ -110,8 +110,8 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
 
 
 def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
-    """Append the blank image to the layout's images. A group's own texts are scored on it if the group has pictures. In-batch negatives are
-    not scored on it.
+    """Append the blank image to the layout's images. If a group has pictures, its own texts are scored on the blank image, but its
+    in-batch negatives are not.
     """
     last = {name: getattr(layout, name).amax(1, keepdim=True) for name in ("valid", "num_tokens", "num_end_tokens")}
     last["valid"] &= torch.tensor([group.num_pictures > 0 for group in groups]).view(-1, 1, 1)

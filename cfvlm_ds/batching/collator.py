@@ -43,7 +43,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class TreeTokens(NamedTuple):
-    """A tree's size in tokens: ``whole`` with all texts, and ``least`` with only the longest text (the smallest possible forward)."""
+    """A tree's size in tokens: ``whole`` with all texts, and ``least`` with only the longest text (the smallest possible forward pass)."""
 
     whole: int
     least: int
@@ -190,7 +190,7 @@ class Collator:
         """Pack a micro-batch again with a subset of its cells, reusing its pictures and encoded texts. ``cells`` [G, I, C] is a mask that
         selects at least one cell per group.
 
-        Forwards without selected cells are omitted. Pictures that no cell needs are removed from the model's inputs if every input has one
+        Batches without selected cells are omitted. Pictures that no cell needs are removed from the model's inputs if every input has one
         row per picture; otherwise, the vision tower still runs on them.
         """
         layout = replace(micro_batch.layout, valid=micro_batch.layout.valid & cells)
@@ -226,7 +226,7 @@ class Collator:
         rows that cannot be read.
 
         If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
-        ZeRO-3 the other ranks wait for this rank's forward and backward.
+        ZeRO-3 the other ranks wait for this rank's forward and backward pass.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))

@@ -112,8 +112,8 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt must be last in
-        ``opened`` and ``keys``.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt with others must
+        come last in ``opened`` and ``keys``.
 
         Raises Unprocessable for the first picture that the processor cannot process. The error does not name the file and group.
         """
@@ -123,7 +123,7 @@ class ImageFiles:
         """Return the number of placeholder ids for a picture of this size, and the number of visual tokens among them. The processor is run
         to count them, because every family has its own rules.
 
-        ``together`` is True if the prompt has other pictures. Raises Unprocessable if the processor cannot process such a picture.
+        ``together`` is True if the prompt has other pictures. Raises Unprocessable if the processor fails on a picture of this size.
         """
         together = together and self.family.tiles_alone
         if (size, together) not in self._counted:

@@ -1,4 +1,4 @@
-"""Out-of-memory errors that state the size of the largest forward and a remedy, instead of the allocator's traceback."""
+"""Out-of-memory errors that state the size of the largest forward pass and a remedy, instead of the allocator's traceback."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return the indices [3, D] of what a divergence compares, with one column per token of a text: the hidden state that predicts the
-    token on the text's own image, the hidden state that predicts it on another image, and the cell of this other image.
+    """Return the indices [3, D] for a divergence. Each column belongs to one token of a text and holds the indices of the hidden state
+    that predicts the token given the text's own image, of the one given another image, and of the text's cell on this other image.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):

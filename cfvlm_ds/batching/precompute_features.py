@@ -1,7 +1,7 @@
 """Precomputation of a frozen vision tower's features for all pictures in a run. It precedes the first step, so that no step runs the tower.
 
 A separate pass is needed because under ZeRO-3 all ranks must run a module together. In a training step, the number of pictures without
-features would differ between ranks. In this pass, all ranks run the same number of forwards.
+features would differ between ranks. In this pass, all ranks run the same number of forward passes.
 """
 
 from __future__ import annotations

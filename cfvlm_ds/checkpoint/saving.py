@@ -139,7 +139,7 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, and give the folder its final name. Files in the folder that ``files`` lacks are added to it first."""
+    """Write complete.json, and give the folder its final name. Files that ``files`` does not list yet are added to it."""
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)

@@ -49,7 +49,7 @@ def export_hf(
     called regularly during the export. ``card`` becomes the folder's README.md unless the user has written one.
 
     The folder is written under a temporary name and replaces an older export only when it is complete. Weights have the source's names,
-    shapes and dtypes. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not fit the source, and
+    shapes and dtypes. Raises ConfigError if the checkpoint is incomplete, lacks a trained weight or does not match the source, and
     StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):

@@ -26,7 +26,7 @@ _A, _B, _LENGTH = (f"lora_{part}.default.weight" for part in ("A", "B", "magnitu
 class MergedWeights(ZeroWeights):
     """A checkpoint's weights with merged adapters, in float32, keyed by their names in the model without adapters.
 
-    W' = W + scaling * B A. DoRA then scales every row to its trained length (arXiv 2402.09353, equation 5).
+    W' = W + scaling * B A. DoRA then scales every row to its trained norm (arXiv 2402.09353, equation 5).
     """
 
     def __init__(self, checkpoint: Path, lora: LoraConfig | None) -> None:

@@ -19,8 +19,8 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Names of the tensors to store, and of the model's weights from which they are computed by reversing transformers' loading
-    ``conversions``. If ``conversions`` is None, the weight is stored unchanged.
+    """``stored`` names the tensors to store, and ``weights`` names the model's weights from which they are computed by reversing the
+    ``conversions`` that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged.
     """
 
     stored: tuple[str, ...]

@@ -55,7 +55,7 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
 
-        If only a random sample of a set is evaluated, the row with the mean accuracies gives the sample size in ``num``. Sets in
+        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size. Sets in
         ``train.retention`` are always evaluated in full; their accuracies are never taken from the cache.
         """
         say = self.world.say

@@ -129,8 +129,8 @@ def write_benchmarks(
 ) -> list[Result]:
     """On rank 0, write every benchmark's results below ``folder`` and return them. Other ranks return an empty list.
 
-    Every rank must call this, because the bootstrap resamples (``draws`` in number) are divided among the ranks. If ``exported`` is True,
-    the weights of ``model`` have been exported, and the results include their fingerprint.
+    Every rank must call this, because the ``draws`` bootstrap resamples are divided among the ranks. If ``exported`` is True, the weights
+    of ``model`` have been exported, and the results include their fingerprint.
     """
     run_dir, drawn, barrier = Path(config.train.output_dir), dict[str, list[Values]](), ProgressBarrier(world)
     for name, items in outcomes.items():

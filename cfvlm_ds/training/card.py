@@ -36,7 +36,7 @@ def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, ev
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, it is True if the run finished at the
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at the
     checkpoint's step.
     """
     try:

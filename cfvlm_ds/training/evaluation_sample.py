@@ -26,7 +26,7 @@ _PARTS = 4
 
 @dataclass(frozen=True)
 class EvaluationSample:
-    """Fixed random groups of each evaluation set.
+    """A fixed random sample of groups from each evaluation set.
 
     Args:
         trained: number of groups that the run trains on, including repeats.

@@ -32,12 +32,12 @@ def forward(
     last: bool,
     beside: BesideOf = lambda batch, counts: 0.0,
 ) -> tuple[Scores, Backward]:
-    """Score a micro-batch in ``number`` forwards (the same number on all ranks). Return the scores [G, I, C] and a function that
+    """Score a micro-batch in ``number`` forward passes (the same number on all ranks). Return the scores [G, I, C] and a function that
     backpropagates a loss on them.
 
-    Only one forward's activations are in memory at a time. The first pass computes all scores, because the loss couples them. The second
-    pass repeats every forward except the last, using the same random numbers, and backpropagates the log-probs weighted by the loss's
-    derivatives. Forwards added only to reach ``number`` have a weight of 0. ``last`` must be True for a step's last micro-batch, after
+    Only one forward pass's activations are in memory at a time. All scores are computed first, because the loss couples them. Every forward
+    pass except the last is then repeated with the same random numbers, and its log-probs, weighted by the loss's derivatives, are
+    backpropagated. Passes added only to reach ``number`` have a weight of 0. ``last`` must be True for a step's last micro-batch, after
     which the gradients are complete.
     """
     batches, repeats = micro_batch.padded(number), number - len(micro_batch.forwards)

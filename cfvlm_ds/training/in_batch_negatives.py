@@ -157,7 +157,7 @@ def _comparable(text: str) -> str:
 
 
 class CrossRankScores:
-    """The scores of a step's texts on the images of every group in which they were scored.
+    """A step's scores by text: each text's scores on its own group's images and on the images of groups that use it as a negative.
 
     Args:
         table: [M, 4], the rows that ``_entries`` returned on all ranks.
@@ -225,8 +225,8 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
     """Score all micro-batches of this rank before any gradients are computed.
 
-    The forwards use the same random numbers as the training forwards that follow, so the dropout masks are the same. Every rank runs the
-    same number of forwards.
+    These forward passes use the same random numbers as those in training that follow, so the dropout masks are the same. Every rank runs
+    the same number of passes.
     """
     state, scored = random_state(device), []
     with torch.no_grad():

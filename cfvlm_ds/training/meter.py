@@ -96,10 +96,10 @@ def measure(
     """Add a micro-batch's measurements to the meter.
 
     Args:
-        part_of_step: the micro-batch's share of a step. A step's loss is the sum over its micro-batches and ranks.
+        part_of_step: fraction of a step that the micro-batch represents. A step's loss is the sum over its micro-batches and ranks.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, each of which is also measured separately.
-        progress: share of all steps done before this step. The weights of terms with a warm-up depend on it.
+        progress: fraction of all steps completed before this one. The weights of terms with a warm-up depend on it.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured

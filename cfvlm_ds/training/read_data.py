@@ -75,7 +75,7 @@ class SourceData(NamedTuple):
 def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits.
 
-    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py). On every rank, raises ConfigError if a rank is lost,
+    If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py). All ranks raise ConfigError if a rank is lost,
     and DataError for an invalid manifest, image or text, or for an unprepared data set of more than ``most_rows`` groups.
     """
     data = config.data
@@ -157,7 +157,7 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 def forget(config: RunConfig, world: World) -> None:
     """Mark the prepared training data as outdated, so that the next start prepares them again. Called if a start fails because of the data.
 
-    Otherwise, the next start would not notice if the user restored pictures but did not change the manifest. Unmodified pictures are not
+    This way, the next start notices pictures that the user has restored, even if the manifest is unchanged. Unmodified pictures are not
     opened again.
     """
     if world.is_main:
@@ -188,7 +188,7 @@ class _Stores:
     collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
-        """Open the groups of a data set. Rank 0 prints a summary. On every rank, raises DataError with the first problem."""
+        """Open the groups of a data set. Rank 0 prints a summary. All ranks raise DataError with the first problem."""
         prepared = self._by_rank_0(lambda: self._prepared(data_set))
         stores, problem = list[GroupStore](), None
         try:

@@ -93,8 +93,9 @@ def write_results(
     samples: str,
     warning: str,
 ) -> tuple[str, list[Path]]:
-    """Write results.md, results.json, before_after.json and every split's scores into the run folder. With ``train.figures``, also write a
-    page that shows the worst groups. Return the opening of results.md, and the paths of results.md, results.json and before_after.json.
+    """Write results.md, results.json, before_after.json and every split's scores into the run folder. If ``train.figures`` is set, also
+    write a page that shows the worst groups. Return the opening of results.md, and the paths of results.md, results.json and
+    before_after.json.
 
     results.md also contains the results in ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training. Raises
     StorageError if the disk is full.
@@ -158,7 +159,7 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
 
 @contextlib.contextmanager
 def harmless(path: Path, say: Say) -> Iterator[None]:
-    """A failure in the block, which writes ``path``, only causes a warning. Drawing libraries can fail on unusual captions or numbers."""
+    """Turn a failure of the block that writes ``path`` into a warning. Drawing libraries can fail on unusual captions or numbers."""
     try:
         yield
     except Exception as error:

@@ -61,8 +61,8 @@ class Retention:
         return self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
 
     def evaluated(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-        """Compare an evaluation with the first evaluation. Return the changes for each set in ``train.retention``, in nats per token and in
-        percentage points.
+        """Compare an evaluation with the first one. For each set in ``train.retention``, return the change in negative log-likelihood (nats
+        per token) and in accuracy (percentage points).
         """
         changed: dict[str, float] = {}
         for split in self.config.train.retention or ():

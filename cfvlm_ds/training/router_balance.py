@@ -1,9 +1,9 @@
-"""Router balance loss for mixture-of-experts models (arXiv 2101.03961, equation 4, as in transformers), computed over an optimizer step.
+"""Load-balancing loss for mixture-of-experts routers (arXiv 2101.03961, equation 4, as in transformers), computed over an optimizer step.
 
-The loss is E * sum_e f_e * P_e, where f_e is the share of rows (a row is a token in a layer) that are routed to expert e, and P_e is the
+The loss is E * sum_e f_e * P_e, where f_e is the fraction of rows (a row is a token in a layer) that are routed to expert e, and P_e is the
 mean probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once per text, so the loss
-does not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forwards
-therefore first runs all of them without gradients.
+does not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forward
+passes therefore first runs all of them without gradients.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cfvlm_ds.models import Routed
 
 @dataclass
 class RouterBalance:
-    """A step's balance loss and the routing statistics of its forwards.
+    """A step's load-balancing loss and the routing statistics of its forward passes.
 
     Args:
-        engine: DeepSpeed engine that wraps a Scorer, whose ``routed`` holds the routing of its last forward.
+        engine: DeepSpeed engine that wraps a Scorer, whose ``routed`` holds the last forward pass's routing.
         weight: weight of the loss. If it is 0, the experts' loads are recorded, but there is no loss.
     """
 
@@ -36,7 +36,7 @@ class RouterBalance:
     _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """If a step has several forwards, run all of them without gradients. ``forwards`` lists how many each micro-batch has."""
+        """If a step has several forward passes, run all of them without gradients. ``forwards`` holds their number per micro-batch."""
         if not self.weight or sum(forwards) == 1:
             return
         before = random_state(self.world.device)
@@ -50,8 +50,8 @@ class RouterBalance:
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:
-        """Return the balance loss to add to the loss of the last forward, whose input was ``batch``. It is 0 if ``counts`` is False (for a
-        forward that was added as padding).
+        """Return the load-balancing loss to add to the loss of the last forward pass, whose input was ``batch``. It is 0 if ``counts`` is
+        False (for a pass added as padding).
         """
         routed = self._last(batch, counts)
         if routed is None:
@@ -64,12 +64,12 @@ class RouterBalance:
         return self.weight * self._share(routed) * self.world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
-        """For the forwards since the last call, return this rank's unweighted share of the balance loss, and its routing statistics."""
+        """Return this rank's unweighted part of the load-balancing loss and its routing statistics, both accumulated since the last call."""
         since, self._since = self._since, []
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 
     def _last(self, batch: Batch, counts: bool) -> Routed | None:
-        """Return the last forward's routing, or zeros if its input was padding or a stand-in for unreadable groups."""
+        """Return the last forward pass's routing, or zeros if its input was padding or a stand-in for unreadable groups."""
         routed: Routed | None = self.engine.module.routed
         if routed is None or (counts and batch.layout.ids):
             return routed

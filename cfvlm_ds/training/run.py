@@ -77,7 +77,7 @@ _LEFT = {
 def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
-    Before anything is written, raises ConfigError on all ranks if another process holds the lock, if the folder does not belong to a run
+    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
     with these ``options``, or if ``check`` raises a ConfigError.
     """
     locks: list[RunLock] = []
@@ -262,7 +262,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 
 
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
-    """Compare the packed scores of this rank's first micro-batch with the scores from single-row forwards."""
+    """Compare the packed scores of this rank's first micro-batch with the scores from single-row forward passes."""
     ds_engine.eval()
     if config.data.feature_cache is None:  # the cache has no features for the stand-in's picture
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)

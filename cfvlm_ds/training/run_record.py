@@ -69,7 +69,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size and digest. No data are read again."""
+    """Describe a run's data sets by name, source, size and digest. The data are not read again."""
     sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]

@@ -135,10 +135,10 @@ def decide(
 
 
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:
-    """Return the last step and the total number of steps of the finished run in the folder, or None if the run has not finished.
+    """Return the last step and the planned number of steps of the finished run in the folder, or None if the run has not finished.
 
-    After early stopping, the total is the planned number of steps. If ``early_stopping`` has changed since, the total is the last step,
-    which is below the plan, so the run continues. Raises ConfigError if no checkpoint or record reaches the step stated in finished.json.
+    If ``early_stopping`` has changed since, the last step is returned as the planned number too, so that a run that stopped early can
+    continue. Raises ConfigError if no checkpoint or record reaches the step stated in finished.json.
     """
     finished: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent

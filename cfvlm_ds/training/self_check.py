@@ -63,7 +63,7 @@ def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
 def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.device) -> None:
     """Raise ConfigError if the model ``name`` cannot score one text on one image. Many errors in a config.json are only detected here.
 
-    Every rank must call this. Errors of the machine, such as a lack of memory, are raised unchanged.
+    Every rank must call this. Machine errors, such as running out of memory, are raised unchanged.
     """
     with (
         explained(f"the model {name!r} cannot be run", "compare its config.json and processor files with the published ones"),
@@ -76,7 +76,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 @dataclass
 class Cell:
     """A cell that is scored in a packed row and in a separate row: both scores in nats, the number of tokens in the text, and the inputs
-    and largest logit of the single-row forward.
+    and largest logit of the single-row forward pass.
     """
 
     packed: float
@@ -92,11 +92,11 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
-    """Compare the scores of two cells in the first packed row of ``groups`` with single-row forwards: the row's first cell, and a cell that
-    follows other texts.
+    """Compare the scores of two cells of the first packed row of ``groups`` (the first cell, and one that follows other texts) with their
+    scores from single-row forward passes.
 
-    Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if two
-    scores of a cell differ by more than rounding can explain.
+    Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a cell's
+    two scores differ by more than rounding can explain.
     """
     model = forward.module.model
     dtype = next(model.parameters()).dtype

@@ -37,7 +37,7 @@ class Measured:
     """A micro-batch after its forward pass.
 
     ``loss`` and ``shares`` are its contributions to the step's loss and to each loss term. ``routed`` holds the expert routing of each
-    forward in a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
+    forward pass in a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
     """
 
     micro_batch: MicroBatch
@@ -84,8 +84,8 @@ class OptimizerStep:
         """Fetch the micro-batches, agree on the global denominators, compute the gradients, update the weights, and return the result.
 
         Args:
-            number: number of the step, starting at 1.
-            progress: share of all steps done before this step, 0 to 1.
+            number: step number, starting at 1.
+            progress: fraction of all steps completed before this one.
             votes: [2], this rank's votes to stop; see cfvlm_ds.cluster.signals.
             save_due: True if this rank wants a checkpoint.
 
@@ -177,7 +177,7 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forwards per micro-batch. It is the same on all ranks, since they gather weights together under ZeRO-3."""
+        """Return the number of forward passes per micro-batch, equal on all ranks, since they gather weights together under ZeRO-3."""
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards

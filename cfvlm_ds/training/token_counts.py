@@ -42,14 +42,14 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return the number of tokens of each group in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
+    """Return each group's number of tokens in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
 
     If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, in a file
     named after a hash of everything that they depend on. All ranks map this file into memory, and the next start reads it. If
     ``depends_on`` is None, nothing is stored.
 
     Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The
-    micro-batch limit applies to a group's images and texts together, the forward limit to one image with one text.
+    micro-batch limit applies to a group's images and texts together, the limit per forward pass to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
