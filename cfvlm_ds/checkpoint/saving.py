@@ -108,8 +108,8 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
 
 
 def write_error(failure: str, folder: Path) -> str:
-    """Return the operating system's reason for a failed write, which torch's writer does not report. A test file is written to ``folder``
-    to obtain the reason. If this write succeeds, return ``failure``.
+    """Return the operating system's error message for a failed write, because torch's writer does not report it. To obtain the message, a
+    test file is written to ``folder``. If this write succeeds, return ``failure``.
     """
     if not folder.is_dir():
         return failure

@@ -61,7 +61,7 @@ class WithNegatives:
 
     Args:
         groups: the training groups.
-        terms: objective term -> number of texts that it needs from other groups per image.
+        terms: objective term -> number of texts from other groups that it needs per image.
         seed: seed for drawing the texts.
     """
 
@@ -111,7 +111,7 @@ class _Step:
         return group if isinstance(group, DataError) else group.in_the_step(place, tuple(self._drawn(group)))
 
     def _wanted(self, group: CounterfactualGroup) -> int:
-        """Return the number of texts that the group needs from other groups per image. It is 0 for a group without pictures."""
+        """Return the number of texts from other groups that the group needs per image. It is 0 for a group without pictures."""
         counts = group.objectives is None
         wanted = (number for name, number in self._terms.items() if counts or name in (group.objectives or ()))
         return max(wanted, default=0) if group.num_pictures else 0
@@ -157,7 +157,7 @@ def _comparable(text: str) -> str:
 
 
 class CrossRankScores:
-    """A step's scores by text: each text's scores on its own group's images and on the images of groups that use it as a negative.
+    """A step's scores, keyed by text: each text's scores on its own group's images and on the images of groups that use it as a negative.
 
     Args:
         table: [M, 4], the rows that ``_entries`` returned on all ranks.

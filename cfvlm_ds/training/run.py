@@ -59,7 +59,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
 
 
 def prepare(config: RunConfig, world: World) -> None:
-    """Prepare a run's data (stores, text lengths, token counts) as its first start would. Raises the same errors as ``train``."""
+    """Prepare a run's data (stores, text lengths, token counts) as the run's first start would. Raises the same errors as ``train``."""
     validate(config, world)
     with _locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)

@@ -145,7 +145,7 @@ class Samples:
             return str(error)
 
     def _groups(self) -> Iterator[tuple[str, CounterfactualGroup]]:
-        """Yield up to ``number`` groups whose first image has a true text, from each set in turn."""
+        """Yield ``number`` groups at most, taken from the sets in turn. Groups whose first image has no true text are skipped."""
         found = 0
         for index in range(max(map(len, self.splits.values()), default=0)):
             for name, groups in self.splits.items():

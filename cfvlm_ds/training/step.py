@@ -1,6 +1,6 @@
 """One optimizer step: its micro-batches, the global denominators, one forward and backward pass per micro-batch, and the update.
 
-All ranks handle a failure within a step (unreadable groups, a non-finite loss, a lack of memory) in the same way.
+All ranks handle a failure within a step (unreadable groups, a non-finite loss, running out of memory) in the same way.
 """
 
 from __future__ import annotations
