@@ -64,7 +64,7 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield the gap of every comparison of two texts or of two images, if both cells are star cells. In training, csd uses all its
+    """Yield the gap of every comparison of two texts or two images in which both cells are star cells. In training, csd uses all its
     comparisons, but fcd uses only the hardest in each group.
 
     Scores must be finite. ``length`` returns the number of tokens in a group's factual text.

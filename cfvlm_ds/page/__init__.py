@@ -106,7 +106,7 @@ class ScoreTable:
         """Smallest margin per word that is not NaN, or None if there is no such margin.
 
         It determines the order of groups. Margins are divided by the word count because they are sums over tokens, which grow with the
-        length.
+        length of a text.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
