@@ -161,7 +161,7 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return Markdown: a table of the evaluation sets, a table of the changes, and the meanings of the columns. Rows for individual edit
+    """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
     types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
     its manifest; None if the manifests are unknown.
     """

@@ -180,7 +180,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles of the gaps."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))

@@ -3,7 +3,7 @@
 Descriptions have the same metrics as in the authors' inference.py, but words are matched by a simpler rule. The authors count words that
 NLTK tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model,
 cosine above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word
-matches only the objects with which relation.json lists it, so a synonym that is right in the authors' code can count as invented here.
+matches only the objects with which relation.json lists it, so a synonym that the authors' code accepts can count as invented here.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def macro_by(name: str, least: int = 1) -> Metrics:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """``starts`` maps names to prefixes. For each name, return the mean of the metrics whose names start with its prefix. Names without
-    matching metrics are omitted.
+    """Return means of metrics. ``starts`` maps the name of each mean to the prefix of the metrics to average. A mean is omitted if no
+    metric has its prefix.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
