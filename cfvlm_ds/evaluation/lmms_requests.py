@@ -90,7 +90,7 @@ class Answers:
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-        """Return the likelihood of each text in ``places``, which gives its group and column.
+        """Return the likelihoods of the texts that ``places`` lists by group and column.
 
         Raises DataError for a text or a picture that cannot be scored, and OutOfMemory if memory runs out.
         """

@@ -206,8 +206,8 @@ def score_batches(
     """Return the scores of each batch. A batch is a list of parts, each scored in one forward pass. All ranks must pass the same number of
     batches, but the number of parts can differ.
 
-    Only for the first batch, ``reference`` is called to compute reference scores. Raises DataError on all ranks if any rank has a DataError
-    in place of a batch.
+    ``reference`` is called only for the first batch, to compute its reference scores. Raises DataError on all ranks if any rank has a
+    DataError in place of a batch.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)

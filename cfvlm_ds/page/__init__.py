@@ -217,8 +217,8 @@ def write_page(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
-    """Write a page of items to a folder; it shows the first ``MOST`` of the ``total`` items. An earlier page is replaced when the new page
-    is complete.
+    """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
+    complete.
 
     ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
     consumed one at a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.

@@ -109,8 +109,8 @@ class Outcome:
 class Judged:
     """An item with its scores in one of the tables that ``judged`` returns.
 
-    ``blind`` is True in a control table, which has the same scores for every image. There, a tie counts as a random guess; in the table
-    ``seen``, it counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as
+    ``blind`` is True in a control table, which has the same scores for every image. In a control table, a tie counts as a random guess;
+    otherwise, it counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as
     two pairs.
     """
 
