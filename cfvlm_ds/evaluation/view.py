@@ -63,8 +63,8 @@ def view(
 
     ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups, drawn at random with ``seed``, in the
     manifest's order. If the file ``ids`` is given, the page instead shows the groups whose ids it lists (one per line), in the file's
-    order. For a run, the page shows the ``sample`` evaluated groups with the worst scores. ``scores`` is a file that a run or ``cfvlm-ds
-    score`` wrote.
+    order. For a run, the page shows the ``sample`` evaluated groups with the worst scores. ``scores`` is a file that ``cfvlm-ds score`` or
+    a run wrote.
 
     Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """

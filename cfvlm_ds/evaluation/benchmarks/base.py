@@ -109,9 +109,8 @@ class Outcome:
 class Judged:
     """An item with its scores in one of the tables that ``judged`` returns.
 
-    ``blind`` is True in a control table, which has the same scores for every image. In a control table, a tie counts as a random guess;
-    otherwise, it counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as
-    two pairs.
+    ``blind`` is True in a control table, where all images have the same scores and a tie counts as a random guess. In other tables, a tie
+    counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
     """
 
     item: Item
