@@ -36,8 +36,8 @@ class Packing:
     def add(self, name: str, images: tuple[Pictures, ...], cells: Sequence[Candidate]) -> Place:
         """Add texts to score on ``images``. Return the index of their group, and the texts' columns in its score matrix.
 
-        Texts that differ only in white space or Unicode form have different tokens but cannot share a group. If an added text conflicts
-        with the group in this way, all the added texts go to a new group.
+        Texts that differ only in white space or Unicode form have different tokens, so each is scored, but they cannot share a group. If an
+        added text conflicts with the group in this way, all the added texts go to a new group.
         """
         keys = [(normalised_prompt(cell.prompt), normalised(cell.text)) for cell in cells]
         keyed = dict(zip(keys, cells, strict=True))
@@ -67,9 +67,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` states it for
-    the texts that are scored without question and picture (None for an item without such texts). If the probe generates text, the
-    groups only list the prompts, and nothing is scored.
+    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` does the same for
+    an item's texts that are scored without question and picture (None if there are none). If the probe generates text, the groups only list
+    the prompts, and nothing is scored.
     """
 
     items: tuple[Item, ...]

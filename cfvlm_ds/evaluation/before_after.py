@@ -35,14 +35,14 @@ class Change:
     """A table row: a metric on an evaluation set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are
     in %.
 
-    ``groups`` is the number of groups that were measured both before and after. ``of`` also counts groups that were measured only once.
-    ``better`` is the number of groups that improved, and ``worse`` the number that got worse. ``low`` and ``high`` are the bounds of the
-    95 % interval of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by the same
-    amount, or if the edit type has only one group.
+    ``groups`` is the number of groups that were measured both before and after; the number in ``of`` includes groups that were measured
+    only once. ``better`` is the number of groups that improved, and ``worse`` the number that got worse. ``low`` and ``high`` are the
+    bounds of the 95 % interval of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by
+    the same amount, or if the edit type has only one group.
 
-    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None without text comparisons.
-    ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
-    and after. If a set has several edit types, they are also None in the rows of single types.
+    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None if it has no text
+    comparisons. ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were
+    measured before and after. If a set has several edit types, they are also None in the rows for individual edit types.
     """
 
     set: str
@@ -80,18 +80,18 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows of single edit types. For a set with only one edit type, no row is returned."""
+    """Return the rows for individual edit types, except those of a set with only one edit type."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows of a set: a row with the mean over edit types for each metric of ``HEADLINES``, then a row per edit type for the
+    """Return the rows for an evaluation set: for each metric of ``HEADLINES``, the mean over edit types, then one row per edit type for the
     first metric only.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
-    (``content_hash``). A set with one edit type has no mean row; its rows have the name of that type instead.
+    (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
     """
     if not before or not after:
         return []
@@ -117,8 +117,8 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
-    units. In the mean row, a group with several edit types counts as better if the sum of its gains, each divided by the edit type's total,
-    is positive.
+    units. In the mean row, a group with several edit types counts as better if its gains, each divided by the edit type's total number of
+    comparisons, have a positive sum.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
     for key in (key for key in new if key in old):
@@ -161,9 +161,9 @@ def changes_table(
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Return Markdown: a table of the evaluation sets, a table of the changes, and the meanings of the columns. Rows of single edit types
-    (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to its
-    manifest; None if the manifests are unknown.
+    """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
+    types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
+    its manifest; None if the manifests are unknown.
     """
     first, last = map(in_cell, names)
     overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set
@@ -279,7 +279,7 @@ def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) ->
 
 
 def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
-    """Average several runs' accuracies for ``compare_accuracies``. Only groups that all runs have are used."""
+    """Average several runs' accuracies for ``compare_accuracies``, using only the groups that all runs evaluated."""
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 

@@ -64,7 +64,7 @@ class Advice:
 def gaps(
     groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
 ) -> Iterator[Gap]:
-    """Yield the gap of every comparison of two texts or of two images, if both cells are star cells. In training, csd uses all its
+    """Yield the gap of every comparison of two texts or two images in which both cells are star cells. In training, csd uses all its
     comparisons, but fcd uses only the hardest in each group.
 
     Scores must be finite. ``length`` returns the number of tokens in a group's factual text.
@@ -180,7 +180,7 @@ def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles."""
+    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles of the gaps."""
     head = " | ".join(f"{q} %" for q in QUANTILES)
     lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
     lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))

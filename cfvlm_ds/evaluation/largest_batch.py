@@ -1,4 +1,4 @@
-"""Rehearsal of the largest evaluation batch before training, to detect insufficient memory or a broken row early."""
+"""Rehearsal of the largest evaluation batch before training, to detect insufficient memory or invalid data early."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def rehearse(
 ) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
-    A forward pass exceeds ``max_tokens`` if a single text with its prompt and image is longer. All batches that ``score_groups`` will run
-    are considered. ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as ``score_groups``, on all ranks.
+    A forward pass exceeds ``max_tokens`` only if a single text with its prompt and image is longer than that. All batches that
+    ``score_groups`` will run are considered. ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as
+    ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator = collator.scoring_everything()

@@ -90,7 +90,7 @@ class Answers:
         return values
 
     def _likelihoods(self, groups: Sequence[CounterfactualGroup], places: Sequence[Place]) -> list[Likelihood]:
-        """Return the likelihood of the text at each place (group and column).
+        """Return the likelihoods of the texts that ``places`` lists by group and column.
 
         Raises DataError for a text or a picture that cannot be scored, and OutOfMemory if memory runs out.
         """
@@ -215,8 +215,8 @@ def _prompt(context: str, num_pictures: int) -> Prompt:
 
 
 def _as_files(visuals: Sequence[Any], folder: str, label: str) -> Pictures:
-    """Write pictures to files, because groups store paths, and return the paths. Identical pictures share a file, unless they belong to the
-    same request.
+    """Write pictures to files, because groups store paths, and return the paths. Identical pictures of different requests share a file;
+    within a request, each picture has its own.
     """
     paths: list[Path] = []
     for visual in visuals:

@@ -1,4 +1,4 @@
-"""Training loss on evaluation sets: means over a whole split, with the terms' final weights even during warm-up.
+"""Training loss on evaluation sets: means over a whole split. The terms have their final weights, even during warm-up.
 
 A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term that needs reference scores is
 therefore computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.

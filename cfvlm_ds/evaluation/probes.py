@@ -48,7 +48,9 @@ class Probe(ABC):
         return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the option likeliest on average; None if the order is fixed."""
+        """Return the share of option orders in which the model chooses the option with the highest mean probability; None for a fixed
+        order.
+        """
         return None
 
 
@@ -125,8 +127,8 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter. An option's score is log p, where p is the mean over option orders of the probability of its letter among
-    all options' letters.
+    """Multiple choice by letter. For each order of the options, the probability of an option's letter is normalised over all options'
+    letters. The option's score is the log of the mean of these probabilities over the orders.
 
     Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
     a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the

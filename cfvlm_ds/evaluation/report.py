@@ -16,8 +16,8 @@ _MOST_TYPES = 12  # maximum number of edit types in a progress line
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
     """Return a Markdown table of the accuracies, split by split, with rows for the language prior and for random scores.
 
-    A second table counts the groups and comparisons behind each metric and names a few unused groups. Loss terms that could not be computed
-    are listed with the reason. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons behind each metric, and names a few groups without such a comparison. Loss terms that
+    could not be computed are listed with the reason. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell

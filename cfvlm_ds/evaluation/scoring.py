@@ -61,9 +61,9 @@ class GroupScores:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function, for worker processes, that calls ``Collator.parts``.
+    """Return a collate function for worker processes. It calls ``Collator.parts``.
 
-    The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
+    It returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -95,8 +95,8 @@ def score_groups(
     """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
     ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. With ``shuffled``, the texts of
-    each group are also scored on another group's image. ``loss`` receives the scores on the groups' own images.
+    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. If ``shuffled`` is True, the texts
+    of each group are also scored on another group's image. The scores on the groups' own images are added to ``loss``.
 
     Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
     """
@@ -165,8 +165,8 @@ def scored_batches(
 def matrices(
     groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
 ) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. Without a blank
-    view, ``GroupScores.blank`` has the scores on the group's own first image.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
+    was scored, ``GroupScores.blank`` has the scores on the group's own first image.
     """
     seen, *others = (view.logp for view in scored)
     by_index = {}
@@ -206,8 +206,8 @@ def score_batches(
     """Return the scores of each batch. A batch is a list of parts, each scored in one forward pass. All ranks must pass the same number of
     batches, but the number of parts can differ.
 
-    Reference scores are computed only for the first batch, with ``reference``. If any rank has a DataError in place of a batch, raises
-    DataError on all ranks.
+    ``reference`` is called only for the first batch, to compute its reference scores. Raises DataError on all ranks if any rank has a
+    DataError in place of a batch.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)

@@ -61,10 +61,10 @@ def view(
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows a random sample of groups in the manifest's order
-    (``sample`` groups, drawn with ``seed``) or, if the file ``ids`` is given, the groups whose ids it lists (one per line), in the file's
-    order. For a run, it shows the evaluated groups with the worst scores (``sample`` groups). ``scores`` is a file written by
-    ``cfvlm-ds score`` or by a run.
+    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups, drawn at random with ``seed``, in the
+    manifest's order. If the file ``ids`` is given, the page instead shows the groups whose ids it lists (one per line), in the file's
+    order. For a run, the page shows the ``sample`` evaluated groups with the worst scores. ``scores`` is a file that ``cfvlm-ds score`` or
+    a run wrote.
 
     Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """
@@ -139,7 +139,7 @@ def _page(
     max_pixels: int,
     say: Callable[[str], object],
 ) -> Written:
-    """Write a page of the groups ``shown``, a list of (source index, group index). ``how`` states how they were selected."""
+    """Write a page of groups, given in ``shown`` as (source index, group index). ``how`` states how they were selected."""
     number, total = len(shown), sum(len(each.groups) for each in sources)
     facts = [("source", source), ("groups", f"{number} of {total} ({how})" if total > number else str(number)), *facts]
     items = (_item(sources[k], index) for k, index in shown)
@@ -215,7 +215,7 @@ def _item(source: _Source, index: int) -> Item:
 
 
 def score_table(group: CounterfactualGroup, stored: StoredScores) -> ScoreTable:
-    """Return a table of a group's stored scores, with each true cell's smallest margin over a false text and over another image
+    """Return a table of a group's stored scores, with each true cell's smallest margin over a false text and over a false image
     (docs/evaluation.md).
 
     A tie counts as a loss. ``quad`` comparisons are not counted, because their outcomes follow from the two-cell comparisons.

@@ -106,7 +106,7 @@ class ScoreTable:
         """Smallest margin per word that is not NaN, or None if there is no such margin.
 
         It determines the order of groups. Margins are divided by the word count because they are sums over tokens, which grow with the
-        length.
+        length of a text.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
@@ -157,7 +157,8 @@ def group_item(
     roots: Sequence[Path] = (),
 ) -> Item:
     """Build a group's item for a page. Images and texts are labelled with their edit types. Each text's words are compared with those of
-    the anchor text for the same prompt. ``facts`` and ``filters`` are added to the group's own. ``roots`` are the folders of its pictures.
+    the anchor text for the same prompt. ``facts`` and ``filters`` are added to those derived from the group. ``roots`` are the folders of
+    its pictures.
     """
     numbers = group.prompt_ids
     prompts = list(dict.fromkeys(candidate.prompt for candidate in group.candidates))
@@ -216,10 +217,11 @@ def write_page(
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], object] = lambda line: None,
 ) -> Written:
-    """Write a page of ``total`` items to a folder. An earlier page is replaced when the new page is complete.
+    """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
+    complete.
 
     ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one at a time. Only the page (without its pictures) and 2048 downsampled pictures (at most 57 MB) are kept in memory.
+    consumed one at a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """

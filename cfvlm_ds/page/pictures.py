@@ -70,7 +70,8 @@ def reduced(image: Pillow.Image, longer: int = GRID) -> Grid:
 
 
 def difference(first: Grid, second: Grid) -> tuple[str, float]:
-    """Compare two reduced pictures of the same shape. Return the outline of the difference as an SVG path, and the share of changed cells.
+    """Compare two reduced pictures of the same shape. Return the outline of the difference as an SVG path, and the fraction of cells that
+    differ visibly.
 
     The path is empty if no cell differs visibly, or if most cells do.
     """

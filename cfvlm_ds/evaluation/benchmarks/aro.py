@@ -66,8 +66,8 @@ def _pair(row: Row, **tags: str) -> Item:
 
 
 def _cut(picture: Path, box: Sequence[int], root: Path) -> Path:
-    """Crop a picture to a box, unless the crop is already on disk, and return its path. Raises DataError if the box extends beyond the
-    picture.
+    """Crop a picture to a box, unless the crop is already on disk, and return the path of the crop. Raises DataError if the box extends
+    beyond the picture.
     """
     x, y, width, height = box
     cut = root / CUTS / f"{picture.stem}_{x}_{y}_{width}_{height}.png"

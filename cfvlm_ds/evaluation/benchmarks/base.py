@@ -88,9 +88,10 @@ class Outcome:
 
     Args:
         seen: scores on the item's own images, indexed [image][text].
-        blank: scores of the texts on a blank picture: the language prior.
+        blank: scores of the texts on a blank picture, which measure the language prior.
         shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
-        consistency: share of option orders in which the model chooses the option likeliest on average; None if the order is fixed.
+        consistency: share of option orders in which the model chooses the option with the highest mean probability; None if the order is
+            fixed.
         prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
@@ -108,8 +109,8 @@ class Outcome:
 class Judged:
     """An item with its scores in one of the tables that ``judged`` returns.
 
-    ``blind`` is True in a control table, which has the same scores for every image. A tie counts as a guess in such a table and as wrong
-    elsewhere. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
+    ``blind`` is True in a control table, where all images have the same scores and a tie counts as a random guess. In other tables, a tie
+    counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
     """
 
     item: Item
@@ -141,8 +142,8 @@ class Benchmark:
         beside: metric without which the headline is misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores, only for metrics that are not sums of independent comparisons; other values are computed with
-            equal scores for all texts.
+        random: values under random scores for the metrics that are not sums of independent comparisons; the values of all other metrics are
+            computed with equal scores for all texts.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """

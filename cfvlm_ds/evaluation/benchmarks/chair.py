@@ -49,7 +49,7 @@ def items(row: Row) -> list[Item]:
 
 
 def mentions(text: str, item: Item) -> tuple[float, ...]:
-    """Count the mentions of each object in a description. The seat of a toilet does not count as a chair."""
+    """Count the mentions of each object in a description. If a toilet is mentioned, the word "seat" does not count as a chair."""
     names = _with_phrases(item.texts)
     found = named(text, names)
     if {"toilet", "toilet seat"} & {*found}:

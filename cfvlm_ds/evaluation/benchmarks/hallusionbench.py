@@ -32,8 +32,8 @@ def metrics(table: Sequence[Judged]) -> Values:
     share of figures with all questions answered correctly.
 
     These metrics cover all rows, as in the authors' code. Variants with the suffix ``_pictures`` cover only rows with a picture;
-    leaderboards show the mean of the three variants. Keys of sets and figures include category and subcategory, because the categories VD
-    and VS both have an ``ocr`` subcategory with the same numbers.
+    leaderboards show the mean of the three variants. Sets and figures are identified by category, subcategory and number, because the
+    ``ocr`` subcategories of VD and VS use the same numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

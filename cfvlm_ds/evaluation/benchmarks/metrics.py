@@ -2,7 +2,7 @@
 
 On the items' own images, a tie counts as wrong, as in the official rules. A blind table is a control with the same scores for every image.
 There, a tie counts as a random guess among the tied texts. If several guesses must be right, their probabilities are multiplied. Metrics
-that compare images are left out.
+that compare images are not computed for blind tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of shares (0 to 1) in %. ``values`` must not be empty."""
+    """Return the mean of fractions (0 to 1) in %. ``values`` must not be empty."""
     return 100 * sum(values) / len(values)
 
 
@@ -102,7 +102,7 @@ def macro(table: Sequence[Judged], key: Key, least: int = 1) -> Values:
 
 
 def by(name: str, metrics: Metrics) -> Metrics:
-    """Return a function that computes ``metrics`` for all items and for each value PART of the tag ``name``, as METRIC/PART."""
+    """Return a function that computes ``metrics`` over all items and, as METRIC/PART, over the items whose tag ``name`` is PART."""
 
     def of_all_and_parts(table: Sequence[Judged]) -> Values:
         values = metrics(table)
@@ -114,15 +114,15 @@ def by(name: str, metrics: Metrics) -> Metrics:
 
 
 def macro_by(name: str, least: int = 1) -> Metrics:
-    """Return a function that computes the accuracy for each value of the tag ``name``, the mean of these (see ``macro``), and the accuracy
-    over all items.
+    """Return a function that computes the accuracy for each value of the tag ``name``, the mean of these accuracies (see ``macro``), and
+    the accuracy over all items.
     """
     return lambda table: macro(table, tag(name), least) | accuracy(table)
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """``starts`` maps names to prefixes. For each name, return the mean of the metrics whose names start with its prefix. Names without
-    matching metrics are omitted.
+    """Return means of metrics. ``starts`` maps the name of each mean to the prefix of the metrics to average. A mean is omitted if no
+    metric has its prefix.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}

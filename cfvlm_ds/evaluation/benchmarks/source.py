@@ -38,7 +38,7 @@ class File:
     """An official file with rows: .json, .jsonl, .csv, .tsv, .parquet, or .txt with two tab-separated columns.
 
     Args:
-        name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any folders.
+        name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any number of folders.
         columns: required columns. Other columns are metadata, but a likely misspelling of a missing column is an error.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
@@ -82,7 +82,9 @@ class Row:
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def rows(self, column: str, *columns: str) -> Iterator[Row]:
-        """Yield the objects in a list-valued column as rows. Each must have ``columns``. Raises DataError if the value is not a list."""
+        """Yield the objects in a list-valued column as rows. Each object must have all ``columns``. Raises DataError if the value is not a
+        list.
+        """
         values = self[column]
         if not isinstance(values, list):
             raise self.error(f"{column!r} must be a list, not {quoted(values)}")

@@ -60,8 +60,8 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes in which all pictures are
-    answered correctly.
+    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes for which the model is
+    right on every picture.
 
     An incomplete pair or scene counts as wrong. As in the authors' code, the denominator is half the number of pictures for pairs and a
     quarter of it for scenes.

@@ -2,8 +2,8 @@
 
 Intervals for a single model come from a bootstrap. Items of a cluster, such as all items about one picture, are not independent, so they
 are drawn together. Draw k depends only on the seed and k, so the draws can be divided among ranks. Percentile intervals from few clusters
-are too narrow, so none are given below ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges their
-answers to whole clusters and is exact for any number of clusters.
+are too narrow, so none are given for fewer than ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges
+their answers to whole clusters and is exact for any number of clusters.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Seque
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices, each made of whole clusters. Two models exchange their answers to a set's items. The first set is empty.
+    """Yield sets of items (by index) whose answers two models exchange in a permutation test. A set consists of whole clusters; the first
+    is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
-    never exchanged, because exchanging some clusters or all the others gives the same difference with the opposite sign.
+    never exchanged, because exchanging the complement of a set instead would only reverse the sign of the difference.
     """
     rest = members[1:]
     ways: Iterator[Sequence[bool]] = itertools.product((False, True), repeat=len(rest))
@@ -91,7 +92,7 @@ def drawn_together(
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the central interval that contains the share ``LEVEL`` of the values, with linearly interpolated ends."""
+    """Return the central interval that contains the fraction ``LEVEL`` of the values. Its bounds are interpolated linearly."""
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return low, high
 

@@ -91,7 +91,7 @@ def result_of(
     """Build the result of an evaluation.
 
     The record contains the ``header`` (everything on which the scores depend), the name of the ``model``, the metrics of every table,
-    intervals from the bootstrap draws ``drawn``, the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the
+    intervals from the bootstrap draws (``drawn``), the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the
     files differ from the published files).
     """
     benchmark = chosen.benchmark

@@ -213,7 +213,7 @@ def _outcomes(
 
 
 def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
-    """Yield the scores of this rank's groups, batch by batch. Batches in which all groups have ``known`` scores are left out."""
+    """Yield the scores of this rank's groups, batch by batch. A batch is skipped if ``known`` has scores for all its groups."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
     for pictured in (True, False):  # groups without pictures have no blank view
@@ -240,7 +240,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
 def _written(
     model: Asked, items: Sequence[Item], way: Generate, settings: Settings, known: _Rows, barrier: ProgressBarrier
 ) -> Iterator[_Rows]:
-    """Generate the texts for this rank's items that have no ``known`` texts, and yield them batch by batch."""
+    """Generate the texts for this rank's items that are not in ``known``, and yield them batch by batch."""
     if model.say is None:
         raise ConfigError(
             f"the probe {way.name} needs a whole model on each rank, but this one is partitioned; omit --zero3, or choose another probe"

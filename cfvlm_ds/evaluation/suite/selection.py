@@ -25,7 +25,7 @@ _SKIP = "use --on_error skip to leave such items out; they are counted and named
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with one of its probes. ``label`` stands for the probe in paths: its name and the values of non-default options."""
+    """A benchmark with one of its probes. ``label`` is the probe's name in paths; it includes the values of non-default options."""
 
     name: str
     benchmark: Benchmark
@@ -103,8 +103,8 @@ def load_items(
 ) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
-    Raises DataError for the first invalid row or missing picture. With ``skip``, such items are left out instead, unless no valid items
-    remain.
+    Raises DataError for the first invalid row or missing picture. If ``skip`` is True, such items are left out instead, unless no valid
+    items remain.
     """
     loaded = load(chosen.benchmark, chosen.root, say, limit)
     refuse_problems(f"benchmark {chosen.name}", loaded.problems, len(loaded.items), skip, remedy)
