@@ -172,7 +172,7 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return a copy of the group with its image paths replaced one for one. Of its checks, only that of the pictures is repeated."""
+        """Return a copy of the group with its image paths replaced by ``images``. Only the check of the numbers of pictures is repeated."""
         other = self._changed(images=images)
         other._check_pictures()
         return other
@@ -211,7 +211,7 @@ class CounterfactualGroup:
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group with more than MAX_COMPARISONS comparisons of a true and a false cell."""
+    """Raise DataError for a group with more than MAX_COMPARISONS comparisons between a true cell and a false cell."""
     images, texts = len(group.images), len(group.candidates)
     if images * texts * (images + texts) // 4 <= MAX_COMPARISONS:  # holds for nearly all groups
         return

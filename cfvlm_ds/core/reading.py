@@ -87,8 +87,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. It cannot be skipped, because the start of the
-    next line is unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. Such a line cannot be skipped, because the start
+    of the next line is unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:

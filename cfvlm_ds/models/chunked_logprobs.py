@@ -27,8 +27,8 @@ def head_logprobs(
 
     ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
     the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
-    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
-    tanh(logit / cap).
+    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. If ``cap`` is given, the logits
+    are soft-capped: cap * tanh(logit / cap).
 
     ``compared`` maps each divergence to indices [3, D] of states to compare: row 0 lists the states given a text's own image, and row 1 the
     states given another image (see ``Divergence``). Row 2 is not used here. The divergences [D] are appended to the log-probs.

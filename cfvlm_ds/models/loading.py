@@ -135,7 +135,7 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Load the pretrained model in ``dtype``, with adapters and gradients as configured. Under ZeRO-3, it is partitioned during loading.
 
-    Raises ConfigError if weights are missing or unknown (the message names them), if pickled weights contain anything but tensors, or if
+    Raises ConfigError if weights are missing or unexpected (the message names them), if pickled weights contain anything but tensors, or if
     the folder does not contain a valid model.
     """
     model_config = load_config(config.name_or_path)
@@ -216,7 +216,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
     """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if no parameter is trained.
 
-    Weights that the model's own forward does not use are not trained, because they would have no gradient.
+    Weights that the model's own forward pass does not use are not trained, because they would have no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)
@@ -237,7 +237,8 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest for the model on this machine.
+    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest one that the model and this machine
+    support.
 
     Raises ConfigError if this machine or the model does not support the requested back end.
     """

@@ -1,5 +1,5 @@
-"""MISP-DPO (arXiv 2509.25717), a baseline to compare with the default loss. It contrasts the image that a text describes with all images
-for which the text is false.
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss. MISP-DPO contrasts the image that a text describes with all images of which
+the text is false.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Qwen2-VL, 2.5-VL, 3-VL and 3.5: a native-resolution vision tower, a merger of 2 x 2 patches, and three-axis position ids (M-RoPE).
 
-In Qwen3.5, three out of four layers are gated delta nets. Each text starts from their state at the end of its prompt.
+In Qwen3.5, three out of four layers are gated delta nets. Each text starts from the state of these layers at the end of its prompt.
 """
 
 from __future__ import annotations
