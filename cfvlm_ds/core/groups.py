@@ -172,13 +172,15 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return a copy of the group with its image paths replaced by ``images``. Only the check of the numbers of pictures is repeated."""
+        """Return a copy of the group with its image paths replaced by ``images``. Only the check that all images have equally many pictures
+        is repeated.
+        """
         other = self._changed(images=images)
         other._check_pictures()
         return other
 
     def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
-        """Return a copy of the group that holds its position in an optimizer step and other groups' texts to score on its images."""
+        """Return a copy of the group with its position in the optimizer step and the texts of other groups to score on its images."""
         return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:

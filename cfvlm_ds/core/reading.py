@@ -36,7 +36,9 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file: the folder against which a relative path is resolved. Empty for absolute paths."""
+    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved, and is empty for an
+    absolute path.
+    """
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 

@@ -124,8 +124,8 @@ def registered(backend: str) -> str:
 def by_segments(vision: Any) -> None:
     """Configure a vision tower to compute the attention within all its pictures or windows in one call to a variable-length kernel.
 
-    transformers passes the segment boundaries to a back end only if its name contains "flash". The name is set after loading, because
-    transformers would otherwise look for the flash-attn package.
+    transformers passes the segment boundaries to a back end only if its name contains "flash". Such a name is set only after loading,
+    because transformers would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)

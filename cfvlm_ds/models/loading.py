@@ -86,8 +86,8 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
     """Raise ConfigError if the installed libraries or the model's configuration do not support the model options.
 
-    ``there`` is False for a model that does not exist yet and therefore cannot be checked. If ``weights`` is True, the model's files are
-    also checked, but the weights are not read (see ``check_files``).
+    If ``there`` is False, the model does not exist yet, so only the options and the libraries are checked. If ``weights`` is True, the
+    model's files are also checked, but the weights are not read (see ``check_files``).
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):

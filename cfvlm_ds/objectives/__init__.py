@@ -68,7 +68,7 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest of the sets anchor, matched, star and full that includes all cells of a group which the objectives need."""
+    """Return the smallest of the sets anchor, matched, star and full that includes all cells that the objectives need."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 

@@ -75,8 +75,8 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums over groups: one of the factual pair's entry in ``values`` [G, I, C], one of the mean of the other true
-    pairs' entries.
+    """Return two weighted sums over groups: that of the factual pair's entry in ``values`` [G, I, C], and that of the mean entry of the
+    other true pairs.
     """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()

@@ -60,7 +60,7 @@ class ContrastDistill(DivergenceTerm):
         contrast: ``edited`` compares with every image of which the text is false; ``blank`` compares with the blank picture (the paper's
             form).
         alpha: exponent of p / q.
-        beta: minimum probability of a token in the target, as a fraction of the likeliest token's probability.
+        beta: minimum probability of a token in the target, as a fraction of the most likely token's probability.
     """
 
     contrast: Literal["edited", "blank"] = "edited"

@@ -157,7 +157,7 @@ class MarginTerm(Objective):
             text's own token count, and ``none`` does not divide.
         pmi: the blind score log p(text | blank) times this factor is subtracted; needs ``--data.scores``.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
-            tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
+            tokens that are more likely on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.
     """
 

@@ -104,8 +104,8 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 class TransposeByWholeShape(Transpose):
     """Transposition of expert weights in published Qwen3-VL-MoE checkpoints, unless they already have the model's shape.
 
-    transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so this class uses the
-    unpartitioned shape instead.
+    To decide this, transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so
+    this class uses the unpartitioned shape instead.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
