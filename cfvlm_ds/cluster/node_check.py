@@ -41,7 +41,7 @@ def check(folder: Path, timeout_s: float) -> str:
 
 
 def software() -> str:
-    """Return the versions that must be equal on all nodes: Python, the packages, and a hash of this package's code."""
+    """Return the versions that must match across nodes: Python, the packages, and a hash of this package's code."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

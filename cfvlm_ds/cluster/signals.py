@@ -7,7 +7,7 @@ save, so a signal to any rank immediately terminates all ranks with the same exi
 
 The scripts in slurm/ send SIGUSR1 before the time limit. Slurm itself sends SIGTERM before it kills a job, and Ctrl-C sends SIGINT. A
 second Ctrl-C terminates the run immediately with ``EXIT_INTERRUPTED``. A thread receives the signals, because Python's handlers run in the
-main thread, which may be blocked in a collective.
+main thread, which can be blocked in a collective.
 """
 
 from __future__ import annotations

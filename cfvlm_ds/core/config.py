@@ -93,8 +93,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options that have no effect, printed when a run starts: LoRA options if no module has the tuning ``lora``. In
-        other programs, setting a rank enables LoRA.
+        """Warnings about options without effect, printed when a run starts. LoRA options have no effect unless a module has the tuning
+        ``lora``; in other programs, setting a rank is enough.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []

@@ -245,8 +245,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator from which a DataLoader's iterators draw their seeds.
 
-    A resumed run creates its iterators at other steps than an uninterrupted run. If their seeds came from torch's global generator, the
-    dropout of the two runs would therefore differ.
+    A resumed run creates its iterators at different steps from an uninterrupted run. If the iterators drew their seeds from torch's global
+    generator, the two runs would therefore have different dropout.
     """
     return torch.Generator()
 

@@ -46,7 +46,7 @@ class StorageError(InputError):
 
 
 class OutOfMemory(InputError):
-    """A device without enough memory for the run. The message states the batch's sizes and the options to lower."""
+    """A device without enough memory for the run. The message states what was being processed and which options to lower."""
 
 
 _LONGEST = 2000  # characters

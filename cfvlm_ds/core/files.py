@@ -71,8 +71,8 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file that is renamed to ``path`` at the end of the block. Readers therefore never see a partial file at ``path``,
     even after a crash.
 
-    With ``shared``, several processes can write the file at the same time. Otherwise, raises ConfigError if another process is writing it.
-    If writing fails, raises an OSError that names ``path``. The temporary file is removed in any case.
+    If ``shared`` is True, several processes can write the file at the same time. Otherwise, raises ConfigError if another process is
+    writing it. If writing fails, raises an OSError that names ``path``. The temporary file is removed in any case.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -209,7 +209,9 @@ def aside_of(final: Path) -> Path:
 
 
 def put_in_place(finished: Path, final: Path, older: Path) -> None:
-    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``; if the latter fails, undo the former. Raises OSError."""
+    """Rename an existing ``final`` to ``older``, then ``finished`` to ``final``. If the second rename fails, the first is undone. Raises
+    OSError.
+    """
     if final.exists():
         os.replace(final, older)
     try:

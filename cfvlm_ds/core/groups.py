@@ -172,13 +172,15 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return a copy of the group with its image paths replaced one for one. Of its checks, only that of the pictures is repeated."""
+        """Return a copy of the group with its image paths replaced by ``images``. Only the check that all images have equally many pictures
+        is repeated.
+        """
         other = self._changed(images=images)
         other._check_pictures()
         return other
 
     def in_the_step(self, place: int, in_batch: tuple[InBatchNegative, ...]) -> CounterfactualGroup:
-        """Return a copy of the group that holds its position in an optimizer step and other groups' texts to score on its images."""
+        """Return a copy of the group with its position in the optimizer step and the texts of other groups to score on its images."""
         return self._changed(in_step=InStep(place, in_batch))
 
     def _changed(self, **changes: object) -> CounterfactualGroup:
@@ -211,7 +213,7 @@ class CounterfactualGroup:
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:
-    """Raise DataError for a group with more than MAX_COMPARISONS comparisons of a true and a false cell."""
+    """Raise DataError for a group with more than MAX_COMPARISONS comparisons between a true cell and a false cell."""
     images, texts = len(group.images), len(group.candidates)
     if images * texts * (images + texts) // 4 <= MAX_COMPARISONS:  # holds for nearly all groups
         return

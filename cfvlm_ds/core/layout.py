@@ -14,9 +14,9 @@ class Divergence(NamedTuple):
     """A divergence, in nats, between two next-token distributions at each token of a text: p given the text's own image, and q given
     another image.
 
-    ``against`` selects the other images (see ``GroupLayout.compared``). Without ``sharpened``, the divergence is KL(p || q), with gradients
-    through p and q. With ``sharpened`` (alpha, beta), it is KL(t || p), with gradients through p only. The target t is proportional to p (p
-    / q)^alpha where p >= beta max p, and 0 elsewhere.
+    ``against`` selects the other images (see ``GroupLayout.compared``). If ``sharpened`` is None, the divergence is KL(p || q), with
+    gradients through p and q. If it is (alpha, beta), the divergence is KL(t || p), with gradients through p only. The target t is
+    proportional to p (p / q)^alpha where p >= beta max p, and 0 elsewhere.
     """
 
     against: Literal["false", "blank", "sham"]
@@ -27,9 +27,9 @@ class Divergence(NamedTuple):
 class InBatchNegatives:
     """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
 
-    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] is, for each text, the position of the text's group in
-    the step and the text's index in that group; both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the text's weight
-    in comparisons of images (see InBatchNegative).
+    ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] holds two numbers per text: the position of the text's
+    own group in the step, and the text's index in that group. Both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the
+    text's weight in comparisons of images (see InBatchNegative).
     """
 
     place: Tensor
@@ -45,12 +45,12 @@ class GroupLayout:
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
     tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
     each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group, or
-    are empty if no group sets them (see CounterfactualGroup). With ``in_batch``, C includes the texts of other groups.
+    are empty if no group sets them (see CounterfactualGroup). If ``in_batch`` is set, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
     first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in
-    the longest text. With ``blank``, the last image is the blank picture. The group's own texts are scored on that picture, with unknown
-    truth.
+    the longest text. If ``blank`` is set, the last image is the blank picture. The group's own texts are scored on it, and their truth
+    there is unknown.
     """
 
     valid: Tensor
@@ -110,7 +110,7 @@ class GroupLayout:
         """Return the cells, [G, I, C] bool, whose distributions a ``Divergence`` compares with those of the same text on its own image.
 
         ``against`` selects the images of these cells. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``:
-        images that have the same known truth values as the factual image, if the text is true of both.
+        images whose known truth values agree with those of the factual image, if the text is true of both images.
         """
         own = self.own
         if against == "sham":

@@ -1,4 +1,4 @@
-"""Option declarations: default, bounds, and the handling of a changed value when a run resumes."""
+"""Option declarations: default, bounds, and the action if the value has changed when a run resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e3
 
 
 def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume) -> Any:
-    """Declare a configuration option: its default, its range, and the handling of a change when a run resumes."""
+    """Declare a configuration option: its default, its range, and the action if its value has changed when a run resumes."""
     arguments = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return field(**arguments, metadata={"on_resume": on_resume, "within": within})
 

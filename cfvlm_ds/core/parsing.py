@@ -162,7 +162,7 @@ def _plain(value: str) -> Any:
 
 
 def _merge(options: dict[str, Any], part: Mapping[Any, Any], once: bool = False) -> None:
-    """Merge a section into ``options``. With ``once``, an option that is already set is an error."""
+    """Merge a section into ``options``. If ``once`` is True, an option that is already set is an error."""
     for name, value in part.items():
         _put(options, str(name).split("."), value, once)
 

@@ -93,7 +93,7 @@ def printed_once(sentence: str) -> Iterator[bool]:
 
 
 def _wait_for(mark: Path, seconds: float) -> None:
-    """Wait for a mark (see ``printed_once``) while ignoring SIGTERM.
+    """Wait for a marker file (see ``printed_once``) while ignoring SIGTERM.
 
     Once a rank has exited, the launcher sends this signal to the others. It must not change this rank's exit code.
     """
@@ -105,9 +105,9 @@ def _wait_for(mark: Path, seconds: float) -> None:
 
 
 def _is_said(mark: Path) -> bool:
-    """Return whether a rank of this launch has created the mark (see ``printed_once``).
+    """Return whether a rank of this launch has created the marker file (see ``printed_once``).
 
-    A mark older than this process comes from an earlier launch by the same parent, and does not count.
+    A marker file older than this process comes from an earlier launch by the same parent, and does not count.
     """
     try:
         return mark.lstat().st_mtime > psutil.Process().create_time() - _CLOCK_S

@@ -120,7 +120,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
-    """Read the configuration in a run folder. Raises ConfigError if the file holds no configuration."""
+    """Read the config.yaml of a run folder. Raises ConfigError if it holds no configuration."""
     path = run_dir / "config.yaml"
     try:
         options = read_yaml(path)

@@ -29,7 +29,7 @@ class Scores:
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups in the optimizer step, padded with -inf to R. They
-    have no gradient, because each of those groups gets its gradient through its own scores.
+    are detached here; their gradient is computed with the groups to which those images belong.
 
     ``tokens`` [G, I, C, T] are the token log-probs whose sum is ``logp``, padded with 0 after the last token of a text. It is None unless
     an objective needs it.
@@ -108,8 +108,8 @@ def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
     """Compute the divisor of each cell, [G, I, C]: the token count of the group's factual text (``anchor``) or of the cell's text
     (``own``), or 1 (``none``).
 
-    With ``anchor``, all cells of a group have the same divisor. With ``own``, even words that two texts of different lengths share get a
-    gradient.
+    With ``anchor``, all cells of a group have the same divisor. With ``own``, a comparison of two texts of different lengths also gives
+    their common words a gradient.
     """
     if len_norm == "none":
         return torch.ones_like(layout.num_tokens)

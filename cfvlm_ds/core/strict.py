@@ -175,8 +175,8 @@ def _called(hint: Any) -> list[str]:
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
 
-    If other programs use this name for one of the options, that option is returned; otherwise, the option with the most similar name. The
-    last parts of the names must be similar too, because all options of a section begin with the same letters.
+    If other programs call one of the options ``option``, that one is returned; otherwise, the one with the most similar name. The last
+    parts of the names must be similar too, because all options of a section begin with the same letters.
     """
     section, _, last = option.rpartition(".")
     called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))

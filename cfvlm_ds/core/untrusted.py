@@ -65,7 +65,7 @@ def refuse_link(path: Path, remedy: str) -> None:
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     """Check the path of an output file, create its folder, and return the path.
 
-    Raises ConfigError if ``path`` is an input or not a file, and StorageError if it cannot be written.
+    Raises ConfigError if ``path`` is one of the ``inputs``, a link or a folder, and StorageError if it cannot be written.
     """
     refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
@@ -106,8 +106,8 @@ def refuse_replacing(
 ) -> Path:
     """Return the resolved path of a folder that can be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
-    Raises ConfigError for any other folder, for a link or file, and for a folder that contains the working directory or one of the paths
-    ``needed``. With ``names``, also raises it for a folder with an entry whose name is not in ``names``.
+    Raises ConfigError for any other folder, for a link or file, and for a folder that contains the working directory or a path in
+    ``needed``. If ``names`` is given, also raises it for a folder with an entry whose name is not in ``names``.
     """
     refuse_link(folder, remedy)
     final = folder.resolve()

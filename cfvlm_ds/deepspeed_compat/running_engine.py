@@ -42,9 +42,9 @@ def apply_optimizer_options(engine: Any, options: dict[str, Any]) -> None:
 def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | None:
     """Return a function that measures how long computation waits for ZeRO-3 to gather weights, or None if weights are not partitioned.
 
-    The function returns the seconds waited since its last call. A module's wait lasts from the request for its weights until their
-    arrival. On CUDA, it is measured with events on the compute stream. Events that the stream has not yet reached count in a later call,
-    so that measuring never blocks. On other devices, it is measured with the process's clock.
+    The function returns the seconds waited since its last call. A module's wait lasts from the request for its weights until their arrival.
+    On CUDA, it is measured with events on the compute stream. Events that the stream has not yet reached are included in the result of a
+    later call, so that measuring never blocks. On other devices, it is measured with the process's clock.
     """
     if (coordinator := _coordinator(engine)) is None:
         return None

@@ -2,8 +2,9 @@
 
 ZeRO-3 splits every weight into one part per rank, padded to equal sizes. Each rank concatenates its parts in one flat tensor per sub-group.
 ZeRO-1 and 2 concatenate a group's weights, pad the end, and split the result over the ranks. Moments are laid out like their weights.
-DeepSpeed's script zero_to_fp32 defines the layout. The script is not used, because its lazy mode covers only the trained weights of ZeRO-3:
-the script loads every frozen weight, concatenates all trained weights under ZeRO-2, and does not support frozen weights under ZeRO-1.
+DeepSpeed's script zero_to_fp32 defines the layout. The script is not used, because its lazy mode saves memory only for the trained weights
+of ZeRO-3: the script loads every frozen weight, concatenates all trained weights under ZeRO-2, and does not support frozen weights under
+ZeRO-1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low-rank adapters with peft: selection of the adapted layers, loading, 4-bit weights, and switching adapters off."""
+"""Low-rank adapters with peft: choosing the layers to adapt, loading, 4-bit weights, and disabling adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapted_modules(config: ModelConfig) -> list[Module]:
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Return True if only adapters are trained. The model without them is then the initial model."""
+    """Return True if only adapters are trained. Without its adapters, such a model equals the initial model."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 
@@ -39,11 +39,10 @@ def is_adapter(parameter: str) -> bool:
 
 
 def target_pattern(model: Any, family: Family, modules: Sequence[Module]) -> str:
-    """Return a regular expression for the full names of the layers to adapt: all linear layers in ``modules`` that the model's forward
-    uses.
+    """Return a regular expression for the full names of the layers to adapt: all linear layers in ``modules`` that the forward pass uses.
 
     The output head gets no adapter, and neither do fused experts, which are not linear layers. Raises ConfigError if a module has no layer
-    for an adapter.
+    to adapt.
     """
     unused = family.unused(model.config)
     layers = {
@@ -87,7 +86,7 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are requested but not supported here, or if they would have to be trained."""
+    """Raise ConfigError if 4-bit weights are requested but would have to be trained, or cannot be loaded (ZeRO-3, or no bitsandbytes)."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):

@@ -23,12 +23,12 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return the log-probs [N] (nats, fp32) of ``targets`` like ``token_logprobs``, but without holding all logits in memory.
+    """Return the log-probs [N] (nats, fp32) of ``targets``: the result of ``token_logprobs``, but never with all logits in memory.
 
     ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
     the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
-    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. With a ``cap``, logits are cap *
-    tanh(logit / cap).
+    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. If ``cap`` is given, the logits
+    are soft-capped: cap * tanh(logit / cap).
 
     ``compared`` maps each divergence to indices [3, D] of states to compare: row 0 lists the states given a text's own image, and row 1 the
     states given another image (see ``Divergence``). Row 2 is not used here. The divergences [D] are appended to the log-probs.
@@ -117,8 +117,8 @@ def _pairs(
 
 
 def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-    """Return a divergence [D] and its derivatives [D, V] with respect to the logits ``own`` and ``other``. The latter is omitted if it is
-    0.
+    """Return a divergence [D] and its derivatives [D, V] with respect to the logits ``own`` and ``other``. The derivative for ``other`` is
+    omitted if it is 0.
     """
     own, other = own.log_softmax(-1), other.log_softmax(-1)
     if kind.sharpened is None:

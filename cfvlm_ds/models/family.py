@@ -37,7 +37,7 @@ def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dic
 
 
 def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return no prefixes, because the model's forward uses all weights."""
+    """Return no prefixes, because the forward pass uses all weights."""
     return ()
 
 
@@ -77,12 +77,13 @@ class Family:
         arrange: function that reproduces the model's computation between its projector and its language model.
         from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise
             with the device.
-        unused: function that returns the prefixes of checkpoint weights that the forward does not use.
+        unused: function that returns the prefixes of checkpoint weights that the forward pass does not use.
         take_trees: function that patches the non-attention layers so that they support rows of trees; called once per model, before
             scoring.
         around: texts that the processor inserts before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
-        visual_mark: argument of the model's own forward that marks visual tokens, for families with bidirectional picture attention.
+        visual_mark: keyword argument of the model's own ``forward`` that marks visual tokens, for families with bidirectional attention
+            among a picture's tokens.
         projector_inputs: the members of ``per_image`` that the projector takes as arguments after the tower's output.
         logit_cap: function that returns the soft cap on the model's logits (logit -> cap * tanh(logit / cap)), or None.
         limit: function that limits an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.

@@ -24,7 +24,7 @@ class Blocks:
     and ``block_of``.
 
     With a sliding window, ``partial`` can contain unnecessary blocks, because only the smallest and largest depth in each block are
-    compared. They do not change the result, because the mask is evaluated within them.
+    compared. These blocks do not change the result, because the mask is evaluated within them.
     """
 
     sight: Sight
@@ -94,7 +94,7 @@ def compiled_flex() -> Any:
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
     """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D].
 
-    FlexAttention has no backward on CPUs. There, gradients come from dense attention with the same mask.
+    FlexAttention has no backward pass on CPUs. If gradients are needed there, dense attention with the same mask is used instead.
     """
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 

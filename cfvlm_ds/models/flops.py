@@ -28,10 +28,10 @@ def peak(device: torch.device) -> float | None:
 class ModelFlops:
     """Count of the multiplications and additions in a forward and backward pass.
 
-    Per token, each weight counts as two operations in the forward pass, two for the token's gradient and two for the weight's gradient, if
-    these are needed. The language model's attention is counted per query and attended key. In a mixture of experts, only the experts to
-    which a token is routed are counted. Not counted: the tower's attention, the recurrence of gated delta nets, norms, softmax, and
-    recomputation by gradient checkpointing.
+    For each token, a weight counts as two operations in the forward pass, two more if the activations need a gradient, and two more if the
+    weight itself is trained. The language model's attention is counted per query and attended key. In a mixture of experts, only the
+    experts to which a token is routed are counted. Not counted: the tower's attention, the recurrence of gated delta nets, norms, softmax,
+    and recomputation by gradient checkpointing.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
@@ -57,7 +57,7 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Count the operations for a batch's model inputs. ``num_scored`` positions predict scored tokens."""
+        """Count the operations for a batch's model inputs. ``num_scored`` is the number of positions that predict scored tokens."""
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {

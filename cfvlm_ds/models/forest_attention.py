@@ -106,7 +106,7 @@ _PREFIX = "forest_"
 
 
 def sees_trees(text: Any) -> bool:
-    """Return True if the language model with this configuration uses one of these back ends instead of transformers' own."""
+    """Return True if the language model with this configuration runs one of this module's back ends, not transformers' own attention."""
     return str(text._attn_implementation).startswith(_PREFIX)
 
 
@@ -122,10 +122,10 @@ def registered(backend: str) -> str:
 
 
 def by_segments(vision: Any) -> None:
-    """Make the tower with this configuration compute the attention within all pictures or windows in one call to a variable-length kernel.
+    """Configure a vision tower to compute the attention within all its pictures or windows in one call to a variable-length kernel.
 
-    transformers passes the segment boundaries to a back end only if its name contains "flash". The name is set after loading, because
-    transformers would otherwise look for the flash-attn package.
+    transformers passes the segment boundaries to a back end only if its name contains "flash". Such a name is set only after loading,
+    because transformers would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)

@@ -30,7 +30,9 @@ real tokens among the N * L, and the parents' indices [N] in the level above (No
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch a model's gated delta nets so that they support rows of trees. With transformers' own attention, the original forward runs."""
+    """Patch a model's gated delta nets so that they support rows of trees. If the model uses transformers' own attention, the original
+    ``forward`` runs.
+    """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("GatedDeltaNet") and "forward" not in vars(module):
@@ -112,7 +114,7 @@ def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 
 
 def _levels(forest: Forest) -> tuple[list[Level], Tensor]:
-    """Return the batches of each level from the roots down, and the index of each token in the concatenated outputs of all batches."""
+    """Return each level's batches of nodes, from the roots down, and the index of each token in the concatenated outputs of all batches."""
     levels: list[Level] = []
     back, offset = torch.empty(forest.bounds[-1], dtype=torch.int64), 0
     above = dict[int, int]()  # node -> its index in the level above

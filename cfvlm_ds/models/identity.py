@@ -108,8 +108,8 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
 
 
 def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """Return the sha256 of the configuration and every byte of the vision tower's weights. If none are stored as safetensors, the hash
-    covers all weights of the model.
+    """Return the sha256 of the configuration and every byte of the vision tower's weights. If no safetensors file holds tower weights, the
+    hash covers all weights of the model.
 
     Files can use older weight names than the model. A weight therefore counts as the tower's if any part of its name equals the last part
     of one of the tower's prefixes.

@@ -86,8 +86,8 @@ def _in_each_part(attn_implementation: str) -> dict[str, str]:
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
     """Raise ConfigError if the installed libraries or the model's configuration do not support the model options.
 
-    ``there`` is False for a model that does not exist yet and therefore cannot be checked. If ``weights`` is True, the model's files are
-    also checked, but the weights are not read (see ``check_files``).
+    If ``there`` is False, the model does not exist yet, so only the options and the libraries are checked. If ``weights`` is True, the
+    model's files are also checked, but the weights are not read (see ``check_files``).
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -135,7 +135,7 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Load the pretrained model in ``dtype``, with adapters and gradients as configured. Under ZeRO-3, it is partitioned during loading.
 
-    Raises ConfigError if weights are missing or unknown (the message names them), if pickled weights contain anything but tensors, or if
+    Raises ConfigError if weights are missing or unexpected (the message names them), if pickled weights contain anything but tensors, or if
     the folder does not contain a valid model.
     """
     model_config = load_config(config.name_or_path)
@@ -216,7 +216,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
     """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if no parameter is trained.
 
-    Weights that the model's own forward does not use are not trained, because they would have no gradient.
+    Weights that the model's own forward pass does not use are not trained, because they would have no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)
@@ -237,7 +237,8 @@ def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
 
 
 def attention(requested: str, model_config: PreTrainedConfig | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest for the model on this machine.
+    """Return the requested attention back end (see forest_attention.py). ``auto`` selects the fastest one that the model and this machine
+    support.
 
     Raises ConfigError if this machine or the model does not support the requested back end.
     """

@@ -69,7 +69,7 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read (tensor -> file name, metadata) from a model's index. Raises ConfigError for an invalid index or a missing listed file."""
+    """Read (tensor -> file name, metadata) from a model's index. Raises ConfigError if the index is invalid or lists a missing file."""
     remedy = "download the model again"
     try:
         index = read_json(path)

@@ -24,7 +24,7 @@ class Routed:
 
     Args:
         taken: [E] number of tokens that are routed to each expert, without a gradient.
-        probability: [E] each expert's probability before the selection, float32, with a gradient to the routers.
+        probability: [E] each expert's probability before the selection, in float32; gradients flow through it to the routers.
         rows: number of tokens times layers, a scalar.
     """
 

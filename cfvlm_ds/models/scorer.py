@@ -76,8 +76,8 @@ class Scorer(nn.Module):
         self._routers = Routers(model)
 
     def forward(self, **inputs: Any) -> Any:
-        """Return ``logp`` of a row or, if only ``image_inputs`` are given, ``tower_features``. Under ZeRO-3, both must be called through
-        this method.
+        """Return the result of ``logp`` or, if only ``image_inputs`` are given, of ``tower_features``. Under ZeRO-3, both must be called
+        through this method.
         """
         return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
 
@@ -131,7 +131,7 @@ class Scorer(nn.Module):
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert image features at the visual tokens. The model's own code would synchronise with the device to find them."""
+            """Insert image features at the visual tokens. The model's own code would synchronise with the device to find these tokens."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
@@ -158,15 +158,17 @@ class Scorer(nn.Module):
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
 
     def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the model argument that marks visual tokens, if the family's own attention masks need it. Only stock attention uses it."""
+        """Return the keyword argument that marks visual tokens, if the family's own masks need one. Only transformers' own attention uses
+        it.
+        """
         mark = self.family.visual_mark
         return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the trees' image features (for the embeddings, then for any deeper layers) and the sum of the features of images in no
-        tree.
+        """Return the image features of all trees (for the embeddings, then for any deeper layers), and the sum of all features of images
+        that belong to no tree.
         """
         model: Any = self.model
         has_features = "tower_features" in image_inputs

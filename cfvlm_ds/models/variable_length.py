@@ -2,7 +2,7 @@
 
 In a row of trees, a segment consists of a node's queries and the gathered keys of their path. The kernel is causal and aligns a segment's
 last query with its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment in a
-second call, which is not causal. The keys of this segment end with the picture.
+second call, which is not causal. The last key of this segment is the picture's last token.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """
@@ -152,7 +152,7 @@ def _downloaded_kernel() -> Callable[..., Any] | None:
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:
-    """Return the name of the first kernel in KERNELS that is installed and supports these heads."""
+    """Return the name of the first kernel in KERNELS that is installed and supports this dtype and these head sizes."""
     if not on_gpu or not takes(dtype, heads):
         return "sdpa"
     return "flash_attention_2" if flash_attention() is not None else "varlen" if has_varlen() else "sdpa"

@@ -37,7 +37,7 @@ def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
     """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` pixels (Mistral 3, whose images
     keep their aspect ratio).
 
-    The square must have at least 2 x 2 tokens, because transformers cannot process a forward pass whose only image is one visual token.
+    The square must have at least 2 x 2 tokens, because transformers fails in a forward pass whose only image has a single visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size

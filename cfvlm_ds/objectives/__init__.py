@@ -68,7 +68,7 @@ __all__ = [
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest of the sets anchor, matched, star and full that includes every cell of a group that the objectives need."""
+    """Return the smallest of the sets anchor, matched, star and full that includes all cells that the objectives need."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
@@ -101,7 +101,7 @@ def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
 
 
 def ramp(objective: Objective, progress: float) -> float:
-    """Return the warm-up factor of an objective's weight. ``progress`` is the completed share of all steps, from 0 to 1."""
+    """Return the warm-up factor of an objective's weight. ``progress`` is the fraction of all steps completed so far."""
     return 1.0 if progress >= objective.warmup else progress / objective.warmup
 
 
@@ -127,8 +127,8 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). The mean of each kind, in nats per token,
-    reveals likelihood displacement.
+    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A falling mean, in nats per token, reveals
+    likelihood displacement.
 
     The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images of which it is false (lp_k0), and false
     texts on the factual image (lp_0k).

@@ -22,7 +22,7 @@ class Align(Objective):
 
     Args:
         weight: factor of the term in the loss. Without this term, true texts can become less likely (likelihood displacement).
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
         counterfactual: weight of the NLL of the group's true pairs other than the factual pair.
         infonce: weight of 1/2 [-log softmax_c(S_0c / tau)_0 - log softmax_i(S_i0 / tau)_0], where the texts c answer the factual
             text's prompt.
@@ -75,7 +75,9 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums of ``values`` [G, I, C] over groups: the factual pair's value, and the mean over the other true pairs."""
+    """Return two weighted sums over groups: that of the factual pair's entry in ``values`` [G, I, C], and that of the mean entry of the
+    other true pairs.
+    """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()
     others[:, 0, 0] = False

@@ -1,4 +1,6 @@
-"""InfoNCE over an optimizer step's texts and images: CF-VLM's alignment loss (arXiv 2506.17267) with likelihoods instead of cosines."""
+"""InfoNCE over an optimizer step's texts and images: CF-VLM's alignment loss (arXiv 2506.17267) with likelihoods instead of cosine
+similarities.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,18 @@ class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
-    false; no other objective uses unknown cells as negatives. A text is never drawn for a group if it equals one of the group's texts or
-    has the same ``key`` as one of them, if the group's ``exclude`` lists it, or if its own group marks it as true of one of this group's
-    pictures.
+    false; no other objective uses unknown cells as negatives. A text is never used as a group's negative if it equals one of the group's
+    texts or has the same ``key`` as one of them, if the group's ``exclude`` lists its key, or if its own group marks it as true of one of
+    this group's pictures.
 
-    Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)) over the group's false texts and texts of other groups, with s =
-    (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula over images for one text; the
-    prior cancels and is left out. Each side has a weight of 1/2. The text side is averaged over a group's true pairs and the image side
-    over its texts, so that each group counts once.
+    Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
+    and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs
+    over images; the prior cancels and is left out. Each side has a weight of 1/2. The text side is averaged over a group's true pairs and
+    the image side over its texts, so that each group counts once.
 
     Args:
         weight: factor of the term in the loss.
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
         texts: number of texts from other groups that are scored on each image.
         temperature: divisor of the scores after ``len_norm``.
         len_norm: ``own`` divides each text's log-likelihood by its own token count; ``none`` does not divide.
@@ -98,8 +100,8 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar with the value 0 and the gradient of other groups' image-side losses with respect to their texts' scores on this
-        batch's images.
+        """Return a scalar that is 0 but has a gradient: that of the image-side losses of other groups, whose texts are scored on this
+        batch's images, with respect to these scores.
         """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)

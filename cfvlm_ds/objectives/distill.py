@@ -19,7 +19,7 @@ class DivergenceTerm(Objective):
 
     Args:
         weight: factor of the term in the loss.
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
     """
 
     weight: float = 1.0
@@ -52,15 +52,15 @@ class ContrastDistill(DivergenceTerm):
     """KL(t || p) at a true text's tokens, where t is VCSD's target (arXiv 2607.21556) and p is the distribution on the text's own image.
 
     t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the image that ``contrast``
-    selects. The target favours tokens that are likelier on the text's own image. The teacher is the current model without a gradient, and
-    the texts come from the data. In the paper, the teacher's weights are an exponential moving average, the texts are sampled from the
+    selects. The target favours tokens that are more likely on the text's own image. The teacher is the current model without a gradient,
+    and the texts come from the data. In the paper, the teacher's weights are an exponential moving average, the texts are sampled from the
     model, and the temperature is 2 instead of 1.
 
     Args:
         contrast: ``edited`` compares with every image of which the text is false; ``blank`` compares with the blank picture (the paper's
             form).
         alpha: exponent of p / q.
-        beta: minimum probability of a token in the target, as a fraction of the likeliest token's probability.
+        beta: minimum probability of a token in the target, as a fraction of the most likely token's probability.
     """
 
     contrast: Literal["edited", "blank"] = "edited"

@@ -39,7 +39,7 @@ class Objective(Protocol):
 
     @property
     def warmup(self) -> float:
-        """Share of all steps over which the weight rises linearly from 0."""
+        """Fraction of all steps over which the weight rises linearly from 0."""
         return 0.0
 
     @property
@@ -64,7 +64,9 @@ class Objective(Protocol):
 
     @property
     def needs_blank(self) -> bool:
-        """True if the objective needs scores on the blank picture. It is added as the last image and costs as much as any other image."""
+        """True if the objective needs scores on the blank picture. The blank picture is added as the last image and costs as much as any
+        other image.
+        """
         return False
 
     @property
@@ -109,7 +111,7 @@ def has_any(mask: Tensor) -> Tensor:
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return a score of 0 for every cell. Denominators use them to count comparisons, since the count does not depend on scores."""
+    """Return scores of 0 for all cells. Denominators use them to count comparisons, since the count does not depend on scores."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
@@ -142,7 +144,7 @@ class MarginTerm(Objective):
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
         margin: difference by which the true cell must win, in ``margin_unit``.
         margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
         link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient
@@ -155,7 +157,7 @@ class MarginTerm(Objective):
             text's own token count, and ``none`` does not divide.
         pmi: the blind score log p(text | blank) times this factor is subtracted; needs ``--data.scores``.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
-            tokens that are likelier on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
+            tokens that are more likely on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.
     """
 

@@ -29,7 +29,7 @@ class ReferenceTerm(Objective):
 
     Args:
         weight: factor of the term in the loss.
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
         beta: inverse temperature, per nat of log-ratio.
     """
 
@@ -73,7 +73,7 @@ class ReferenceTerm(Objective):
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:
-        """Return the share of comparisons won and the mean of beta (r_true - r_false), each as (sum, number of comparisons)."""
+        """Return the fraction of comparisons won and the mean of beta (r_true - r_false), each as (sum, number of comparisons)."""
         won = torch.stack([((violation < 0) & mask).sum() for violation, mask in pairs]).sum()
         margin = torch.stack([torch.where(mask, -self.beta * violation, 0).sum() for violation, mask in pairs]).sum()
         count = torch.stack([mask.sum() for _, mask in pairs]).sum()

@@ -25,7 +25,7 @@ class Retain(Objective):
 
     Args:
         weight: factor of the term in the loss.
-        warmup: share of all steps over which the weight rises linearly from 0.
+        warmup: fraction of all steps over which the weight rises linearly from 0.
         rows: ``plain`` uses only groups in which no cell is known to be false, such as plain captions; ``all`` uses every group.
     """
 

@@ -1,4 +1,6 @@
-"""S-VCO (arXiv 2502.13928): a text prefers its own picture to a blank picture, and the blank picture to a picture of which it is false."""
+"""S-VCO (arXiv 2502.13928): a text prefers its own picture to a blank picture, and the blank picture to a picture of which the text is
+false.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair, which penalises unequal gaps.
+    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair. This loss penalises a
+    difference between the two images' gaps (see below).
 
     Let r_ic = log p - log p_reference for text c on image i; the reference comes from ``--data.scores``. The gap between two texts is
     d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
@@ -56,8 +57,8 @@ class SymMPO(ReferenceTerm):
 
 
 def _pairs(ratio: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the other image, and a mask of the
-    complete pairs.
+    """Return three tensors [G, I, C]: the violations -d_k on the factual image, the violations -e_k on the counterfactual image, and a mask
+    of the complete pairs.
 
     A pair (i, c) is complete if text c answers the factual text's prompt, (0, 0) and (i, c) are true, and (0, c) and (i, 0) are false.
     """

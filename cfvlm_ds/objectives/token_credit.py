@@ -17,7 +17,7 @@ def token_weights(scores: Scores) -> Tensor:
     s = log p(token | image) - mean_k log p(token | I_k), in nats, where I_k are the group's scored images on which the text has the
     opposite truth value. The authors use a noisy version of the image instead of I_k. If there is no I_k, the weight is 1. If there are two
     images and the text is true of one of them, s has opposite signs on them, so both cells have the same weights and the text's prior still
-    cancels. Raises ValueError if ``scores`` has no scores of tokens.
+    cancels. Raises ValueError if ``scores`` has no token scores.
     """
     if scores.tokens is None:
         raise ValueError("token_credit needs scores of tokens; collate the groups with tokens=True (Collator.of_run)")

@@ -1,8 +1,8 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens. Its picture attention is bidirectional in all layers. Gemma 4 has a
-different tower, and its number of visual tokens can be chosen. Its larger models have bidirectional picture attention in sliding-window
-layers; its smaller models have none.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens. A picture's tokens attend to each other in both directions in all layers.
+Gemma 4 has a different tower, and its number of visual tokens can be chosen. In its larger models, only the sliding-window layers have such
+attention; in its smaller models, no layer does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def sound(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def in_windows(config: PreTrainedConfig) -> Whole:
-    """Return the layers with bidirectional picture attention: sliding-window layers if the configuration enables it, otherwise none."""
+    """Return the layers in which a picture's tokens attend to each other in both directions: the sliding-window layers if the configuration
+    says so, otherwise none.
+    """
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
 

@@ -1,6 +1,6 @@
 """Qwen2-VL, 2.5-VL, 3-VL and 3.5: a native-resolution vision tower, a merger of 2 x 2 patches, and three-axis position ids (M-RoPE).
 
-In Qwen3.5, three out of four layers are gated delta nets. Each text starts from their state at the end of its prompt.
+In Qwen3.5, three out of four layers are gated delta nets. Each text starts from the state of these layers at the end of its prompt.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 class TransposeByWholeShape(Transpose):
     """Transposition of expert weights in published Qwen3-VL-MoE checkpoints, unless they already have the model's shape.
 
-    transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so this class uses the
-    unpartitioned shape instead.
+    To decide this, transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so
+    this class uses the unpartitioned shape instead.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
