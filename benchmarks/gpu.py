@@ -17,7 +17,8 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
               a run on one rank
 
 Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. A
-result is written when its case ends. A failed case is listed in the table; the others continue, in a new process if the old one has died.
+result is written as soon as its case is finished. A failed case is listed in the table; the other cases still run, in a new process if the
+previous one crashed.
 """
 
 from __future__ import annotations

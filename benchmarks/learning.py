@@ -258,7 +258,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run's objective differs from the command's present one, for instance because a default has changed."""
+    """Exit if a finished run's objective differs from the command's current one, for instance because a default has changed."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config

@@ -368,7 +368,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield four tables: arms and base, edits, choice of rates, single runs."""
+    """Yield four tables: arms and base, edits, choice of rates, individual runs."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
