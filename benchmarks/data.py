@@ -83,7 +83,7 @@ def said(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def table(sizes: list[int], rows: list[tuple[str, list[float], str]]) -> None:
-    """Print a Markdown table with a column for each size."""
+    """Print a Markdown table with a column for each number of rows."""
     print(f"| rows | {' | '.join(f'{number:,}' for number in sizes)} | target |")
     print(f"|---|{'---:|' * len(sizes)}---:|")
     for what, values, target in rows:
@@ -192,8 +192,8 @@ def reading(folder: Path, rows: str) -> dict[str, float]:
 
 
 def resumed(folder: Path, rows: int) -> str:
-    """Kill a run on two ranks, and resume it on one and on four. Returns "yes" if both consume the same groups as an uninterrupted run,
-    otherwise "NO".
+    """Kill a two-rank run, and resume it once on one rank and once on four. Returns "yes" if both resumed runs consume the same groups as
+    an uninterrupted run, otherwise "NO".
     """
     whole = consumed(folder, rows, 1, 0, 40)
     out, seen = folder / "ranks", list[list[str]]()
@@ -233,7 +233,7 @@ def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list
 
 
 def consuming(folder: Path, *given: str) -> dict[str, float]:
-    """Resume at a step as one rank, and write the groups that this rank consumes in each step."""
+    """Resume as one of a run's ranks from a given step, and write the groups that this rank consumes in each step."""
     rows, world, rank, first, last = map(int, given[:5])
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(

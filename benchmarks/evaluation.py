@@ -85,7 +85,7 @@ CASES = {"yes_no_10": questions(10), "yes_no_18": questions(18), "letters_24": l
 
 
 def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str, Any]]:
-    """Return the model inputs of each layout. All layouts have the same order of cells."""
+    """Return the model inputs of each layout. The scored texts are in the same order in all layouts."""
     generator = torch.Generator().manual_seed(3)
     token, kin = model.config.image_token_id, FAMILIES[model.config.model_type]
     head = (*words(BEFORE, generator), token)

@@ -5,10 +5,10 @@ its features from disk.
     python benchmarks/features.py --shapes llava --repeats 5
 
 The shapes are LLaVAs with the language model of benchmarks/scoring.py and 576 visual tokens per picture. In `llava`, the sizes of the tower
-and the language model have the same ratio as in LLaVA-1.5-7B. In `large tower`, the tower's forward takes a third of a step's operations,
-as with language models of 1B to 3B parameters. A step is the forward and backward of one group: two pictures with two texts each. It trains
-everything except the tower. To prepare a step, the collator opens the JPEG files (1024 x 768) or reads their features. Both ways must give
-the same loss. Times are medians, in CPU seconds of one thread.
+and the language model have the same ratio as in LLaVA-1.5-7B. In `large tower`, the tower's forward pass takes a third of a step's
+operations, as with language models of 1B to 3B parameters. A step is the forward and backward pass of one group: two pictures with two
+texts each. It trains everything except the tower. To prepare a step, the collator opens the JPEG files (1024 x 768) or reads their
+features. Both ways must give the same loss. Times are medians, in CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure(shape: str, folder: Path, repeats: int) -> None:
 
 
 def step(engine: Engine, batch: Batch) -> float:
-    """Run forward and backward with InfoNCE over the texts, and return the loss."""
+    """Run a forward and a backward pass with InfoNCE over the texts, and return the loss."""
     loss = -batch.scores(engine(**batch.model_inputs)).logp.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
     loss.backward()
     engine.module.zero_grad()

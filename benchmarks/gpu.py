@@ -17,7 +17,8 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
               a run on one rank
 
 Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. A
-result is written when its case ends. A failed case is listed in the table; the others continue, in a new process if the old one has died.
+result is written as soon as its case is finished. A failed case is listed in the table; the other cases still run, in a new process if the
+previous one crashed.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Parts:
         return self.results
 
     def process(self, into: Path) -> None:
-        """Run one process until it ends, dies or runs out of time."""
+        """Run one process until it finishes, crashes or times out."""
         into.touch()
         said = into.with_suffix(".txt")
         with said.open("w") as errors:
@@ -127,7 +128,7 @@ class Parts:
         return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
 
     def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read the process's results. Returns the part whose time is up, or None when the process ends."""
+        """Read the process's results. Returns the part that timed out, or None when the process has exited."""
         taken = 0
         while True:
             ended = child.poll() is not None  # before the last lines are read, so that none is missed
@@ -176,7 +177,7 @@ class Parts:
         self.begun = None
 
     def lost(self, code: int, said: str) -> None:
-        """Record the case or layout in which the process died, and leave it out from now on."""
+        """Record the case or layout in which the process crashed, and exclude it from now on."""
         last = [line.strip() for line in said.splitlines() if line.strip()][-1:] or ["no output"]
         reason = f"the process ended with exit code {code}: {last[0][:300]}"
         if self.begun is None:

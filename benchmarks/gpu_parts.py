@@ -79,7 +79,7 @@ class Run:
 
 
 class Unusable(Exception):
-    """This machine does not support a back end. The message comes from the package."""
+    """Raised if this machine does not support a back end. The package provides the message."""
 
 
 def usable(backend: str, run: Run) -> None:
@@ -157,8 +157,8 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
 
 
 def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
-    """Measure a back end and compare it with float64. ``causal`` is one sequence of the same length, as in a supervised step, and is not
-    compared.
+    """Measure a back end and compare its results with float64. The back end ``causal`` (one sequence of the same length, as in a supervised
+    step) is measured only.
     """
     if backend != "causal":
         usable(backend, run)

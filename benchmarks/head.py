@@ -4,7 +4,7 @@
     python benchmarks/head.py --width 2048 --words 152064 --tokens 704 --scored 64
 
 Times are medians, in CPU seconds of one thread or in seconds on the device. Memory is the peak above weights and inputs. It includes the
-gradient of the head's weight (words x width numbers).
+gradient of the head's weight (words x width elements).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, words: int) -> list[tuple[float, int]]:
-    """Return (seconds, peak bytes) for all tokens and for scored tokens only, which take turns. The first turn only measures memory."""
+    """Measure both methods in turns, and return each one's (seconds, peak bytes): all tokens, then scored tokens only. The first turn only
+    measures memory.
+    """
     place: dict[str, Any] = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     weight = torch.randn(words, arguments.width, **place).requires_grad_()
     hidden = torch.randn(arguments.tokens, arguments.width, **place).requires_grad_()

@@ -2,11 +2,11 @@
 
     python benchmarks/images.py                                    # LLaVA's shape, 256 visual tokens, 4 texts, 1 to 8 images
     python benchmarks/images.py --family qwen2_5_vl --visual 576
-    python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several per forward
+    python benchmarks/images.py --images 4 8 --per-forward 4       # small images, several per forward pass
 
-The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward twice, with --per-forward images;
-in training, data.max_tokens_per_forward sets this number. Times are medians, in CPU seconds of one thread or in seconds on the device.
-Memory is the peak above weights and gradients.
+The loss couples all images and texts, and both ways must give the same loss. The cache runs each forward pass twice, with --per-forward
+images; in training, data.max_tokens_per_forward sets this number. Times are medians, in CPU seconds of one thread or in seconds on the
+device. Memory is the peak above weights and gradients.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, count: int) -> list[tuple[float, float, int]]:
-    """Return (loss, seconds, peak bytes) for the cache and for one row, which take turns. The first turn only measures memory."""
+    """Measure both methods in turns, and return each one's (loss, seconds, peak bytes): the cache, then one row. The first turn only
+    measures memory.
+    """
     torch.set_num_threads(1)
     size, device, dtype = SIZES[arguments.size], torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = build(arguments.family, arguments.visual, size, device, dtype)

@@ -2,7 +2,7 @@
 full or light contrast.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
-    python benchmarks/learning.py --seeds 3            # does the missing runs at the best rates, one per core
+    python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one per core
     python benchmarks/learning.py --report             # writes the table, docs/learning.png and the demo's table
 
 Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes STEPS steps. Other
@@ -149,7 +149,7 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
 
 
 def evaluation_sets(world: Path) -> dict[str, Any]:
-    """Return data.evaluation with the names in examples/quickstart.yaml, but with larger sets."""
+    """Return data.evaluation for the sets named in examples/quickstart.yaml, but with more groups."""
     splits = ("agrees", "contradicts", "combo", "yes_no_agrees", "yes_no_contradicts", "choice", "count", "colour")
     return {split: str(world / f"test_{split}.jsonl") for split in splits} | {
         "pope": {"benchmark": "pope", "root": str(world)},
@@ -236,7 +236,8 @@ def processor() -> str:
 def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
     """Run a command unless ``folder`` records that it has finished. Returns the CPU time of all its starts in seconds.
 
-    The output goes to FOLDER.log. If the command ends without the file ``leaves``, it was stopped and can be continued.
+    The output goes to FOLDER.log. If the command exits without having written the file ``leaves``, it counts as interrupted and can be
+    resumed.
     """
     whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
     if whole.exists():
@@ -257,7 +258,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run's objective differs from the command's present one, for instance because a default has changed."""
+    """Exit if a finished run's objective differs from the command's current one, for instance because a default has changed."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config
@@ -302,7 +303,7 @@ def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, An
 
 
 def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw results on pictures that contradict habit as bars, for the base and each arm: means over seeds with 95 % t intervals."""
+    """Draw a bar chart of results on pictures that contradict habit, for the base and each arm: means over seeds with 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -18,11 +18,11 @@ as they document. Each trainer's settings are in benchmarks/RESULTS.md.
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
 thread. A step consists of forward, backward, clipping and update. Its time is the median CPU time after a warm-up step. Memory is the peak
 resident memory from the first step on, shown with the resident memory before it (libraries, the model and, except for ours and
-prefix-grouper, the reference). The first step's loss is compared with one forward per sequence in transformers.
+prefix-grouper, the reference). The first step's loss is compared with one forward pass per sequence in transformers.
 
 Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat its run. If a trainer cannot
-be installed or started, its file and the table show the error, and the others continue. The exit code is 1 if losses differ by more than
-1e-4.
+be installed or started, its file and the table show the error, and the other trainers still run. The exit code is 1 if losses differ by
+more than 1e-4.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def prefix_rows(pairs: Sequence[Pair], reference: Sequence[Sequence[float]]) -> 
 
 
 def run(peer: str, environment: Path, folder: Path, settings: trl_dpo.Settings) -> Result:
-    """Run one trainer. Returns its steps, or the error that ended it."""
+    """Run one trainer. Returns the records of its steps, or the error that stopped it."""
     shutil.rmtree(folder / "trained", ignore_errors=True)
     side = None
     try:

@@ -4,8 +4,8 @@
 
 FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format; benchmarks/peers.py writes them.
 The output is JSON lines. The first line has the versions, the resident memory before the first step, and the trainer's token ids of the
-first batch. Each step adds a line. {"error": ...} may replace any line. Times are in seconds, and memory is in MB. Only `ours` needs this
-package.
+first batch. Each step adds a line. If the trainer fails, the next line is {"error": ...}. Times are in seconds, and memory is in MB. Only
+`ours` needs this package.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Clock:
         self.write({**times, "peak": memory("VmHWM"), **values})
 
     def forwards_without_gradients(self) -> None:
-        """Time the outermost forwards that run without gradients. Within a DPO step, these are the reference model's forwards."""
+        """Time the outermost forward passes that run without gradients. Within a DPO step, these are the reference model's."""
         from transformers import PreTrainedModel
 
         inside: list[tuple[torch.nn.Module, float]] = []
@@ -309,8 +309,8 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Any, key: Any, value: Any, seen: Any, module: Any, **named: Any) -> torch.Tensor:
-        """Attend causally to the keys that ``seen`` [rows, keys] marks as real. The queries are the last positions. A single prefix needs
-        no mask.
+        """Attend causally, only to keys that are not padding (True in ``seen`` [rows, keys]). The queries are the last positions. A single
+        prefix needs no mask.
         """
         whole = query.shape[2] == key.shape[2] and bool(seen.all())
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])

@@ -201,7 +201,9 @@ def write_pictures(source: Path, folder: Path, sizes: Sizes, seed: int = 0) -> N
 
 
 def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name and rows of each manifest. Training and validation change training things only; tests change held-out things only."""
+    """Yield the name and rows of each manifest. Training and validation groups edit only training things; test groups edit only held-out
+    things.
+    """
     maker = Maker(found, folder, Random(f"{seed}/pictures"))
     known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
     refuse_too_few(known, new)

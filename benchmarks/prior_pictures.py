@@ -1,8 +1,8 @@
 """Cut-out pictures of named things, from an emoji font or a folder, and exact edits of their colour, number and position.
 
 A colour name is a range of hue, saturation and brightness. A thing has a natural colour if one name applies to most of its visible area.
-Recolouring rotates the hue of this area, and scales its saturation and brightness to the new colour's. A recoloured thing is kept only if
-the classifier that named its natural colour gives it the name of the new colour.
+Recolouring rotates the hue of this area, and scales its saturation and brightness to those of the new colour. A recoloured thing is kept
+only if the classifier that named its natural colour gives it the name of the new colour.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Thing:
 
 
 def named(hue: float, saturation: float, value: float) -> str:
-    """Return the undisputed name of a colour, or "" if it is between two names or nearly grey."""
+    """Return the unambiguous name of a colour, or "" if it is between two names or nearly grey."""
     if value < 0.25 or saturation < 0.25:
         return ""
     if (hue - 320) % 360 < 36 and saturation < 0.62 and value > 0.75:
@@ -251,7 +251,7 @@ def _glyphs(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
-    """Return the characters in BLOCKS for which a font has a picture. Pictures are as wide as they are high."""
+    """Return the characters in BLOCKS for which a font has a picture (a wide, non-empty glyph)."""
     characters = [chr(code) for first, end in BLOCKS for code in range(first, end) if unicodedata.name(chr(code), "")]
     return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
 

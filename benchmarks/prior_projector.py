@@ -1,8 +1,8 @@
 """Projector that maps pictures to the language model's own word vectors, so that the model can read pictures from the start.
 
 From captions alone, a projector learns slowly, because its gradient passes through thirty layers: after 400 steps of eight rows, the model
-still guesses. This projector is trained separately, in minutes. Its loss requires that the mean of a picture's visual tokens is nearest to
-the mean word vector of its thing's name.
+still guesses. This projector is trained separately, in minutes. Its loss pulls the mean of a picture's visual tokens towards the mean word
+vector of its thing's name and away from those of other names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fine-tuning against a language prior: does a pretrained SmolLM2-135M learn to look at changed pictures instead of guessing?
 
     python benchmarks/real_prior.py --parts model pictures base     # the model and the data of the arms
-    python benchmarks/real_prior.py --parts arms --table arms       # does the missing runs of a table in RESULTS.md, and prints it
+    python benchmarks/real_prior.py --parts arms --table arms       # runs what a table in RESULTS.md lacks, and prints the table
     python benchmarks/real_prior.py --parts arms --choose_rates     # tries three rates for each arm, and runs three seeds at the best
     python benchmarks/real_prior.py --report                        # the tables of all finished runs
 
@@ -15,13 +15,13 @@ Each of these parts continues where it was stopped:
   default objective. The default takes --steps steps. The others take as many as the same CPU time allows, measured with two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. Test groups
-change only held-out things. In benchmarks/real_prior/, runs.jsonl gets a line when a part or one seed of an arm ends, and rates.jsonl when
-a run that serves to choose a rate ends.
+change only held-out things. In benchmarks/real_prior/, each finished part and each finished seed of an arm adds a line to runs.jsonl, and
+each finished run for choosing a rate adds one to rates.jsonl.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
 the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each of the twelve runs that serve to choose a rate,
-and 14 for each of the twelve final runs. The total is five hours. A stopped run starts again, but the tower and the base continue from
-their newest checkpoint. Runs with a line are not repeated. To repeat a table, first delete the lines of its runs.
+and 14 for each of the twelve final runs. The total is five hours. A stopped run starts from the beginning, but the tower and the base
+continue from their newest checkpoint. Runs with a line are not repeated. To repeat a table, first delete the lines of its runs.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Arm:
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for a link whose gradient is 0 at the margin."""
+    """Return options for a link with slope 1 and the given margins."""
     return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
@@ -347,7 +347,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return the accuracies in % from an evaluation's results.json: split -> edit -> metric -> accuracy.
 
     Every group compares its texts once on the natural picture (``agree``) and once on the changed picture (``conflict``), so ``pair`` is
-    the mean of these two. Keys with ``blind_`` are the same accuracies without a picture.
+    the mean of these two. Keys that start with ``blind_`` hold the same accuracies without a picture.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split, rows in json.loads(path.read_text()).items():
@@ -368,7 +368,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield four tables: arms and base, edits, choice of rates, single runs."""
+    """Yield four tables: arms and base, edits, choice of rates, individual runs."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []

@@ -30,7 +30,7 @@ def add_record(file: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def renewed(page: str, tables: Iterable[tuple[str, str]]) -> str:
-    """Replace the table after each `` `python COMMAND` `` in ``page``. ``tables`` are pairs of a command and its table.
+    """Replace the table after each `` `python COMMAND` `` in ``page``. Each item of ``tables`` is a pair of a command and its table.
 
     Raises ValueError if the page does not contain a command exactly once.
     """

@@ -5,8 +5,8 @@
     python benchmarks/retrieval.py runs/learning/default-3e-4-seed0/export --manifest runs/learning/world/test_combo.jsonl
 
 The data are the first --pictures factual pairs with different captions, all with the same prompt. `cfvlm-ds score` scores each picture with
-every caption. If a row's ``exclude`` says that a caption may also be true of a picture, this pair is not used. The results are recall at 1
-in %. For texts, recall is also computed after subtraction of the blank image's score (PMI). For images, this score would cancel.
+every caption. If a row's ``exclude`` says that a caption might also be true of a picture, this pair is not used. The results are recall at
+1 in %. For texts, recall is also computed after subtraction of the blank image's score (PMI). For images, this score would cancel.
 """
 
 from __future__ import annotations
@@ -81,14 +81,16 @@ def takes_part(rows: Sequence[dict[str, Any]]) -> list[list[bool]]:
 
 
 def ordered(scores: Any, place: int) -> list[float]:
-    """Return the scores of a group's texts in the order of rows. In ``scores``, the group's own text (number ``place``) comes first."""
+    """Return the scores of a group's texts in the order of rows. In ``scores``, the caption of row ``place``, which belongs to the group's
+    picture, comes first.
+    """
     flat = scores[0] if isinstance(scores[0], list) else scores
     return [*flat[1 : place + 1], flat[0], *flat[place + 1 :]]
 
 
 def recalls(logp: Matrix, blank: Matrix, asked: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """Return three shares: pictures whose own caption is the likeliest, the same after subtraction of ``blank``, and captions that are
-    likeliest on their own picture.
+    """Return three fractions: of pictures whose own caption is the likeliest, of such pictures after ``blank`` is subtracted, and of
+    captions that are likeliest on their own picture.
 
     The arguments are [N pictures, N captions] with true pairs on the diagonal. Only cells in ``asked`` are used. A tie counts as wrong.
     """

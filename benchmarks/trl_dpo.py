@@ -16,11 +16,12 @@ options and data align the two sides:
     numbers     float32, sdpa, no gradient checkpointing (on by default in TRL), all weights trained
     optimizer   AdamW without decay, constant rate, gradients clipped to a norm of 1
     reference   stored scores here (`cfvlm-ds score`); TRL refuses precompute_ref_log_probs for images and runs the reference model in each
-                step. The time of these forwards is measured within TRL's step and reported separately.
+                step. The time of these passes is measured within TRL's step and reported separately.
 
 The script compares token ids and the losses of all steps. It also compares log-probs and gradient norm of the first step between TRL, this
-package, and one forward per sequence in transformers (tests/support/transformers_scores.py). It exits with code 1 on a difference. Neither
-side runs under DeepSpeed. A step consists of forward, backward, clipping and update. Times are medians after a warm-up, in CPU seconds.
+package, and one forward pass per sequence in transformers (tests/support/transformers_scores.py). It exits with code 1 if any of them
+differ. Neither side runs under DeepSpeed. A step consists of forward, backward, clipping and update. Times are medians after a warm-up, in
+CPU seconds.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def main() -> None:
 
 
 class SideError(Exception):
-    """A trainer could not be installed, started or finished. ``versions`` has the versions that it reported."""
+    """Raised if a trainer could not be installed, started or finished. ``versions`` holds the versions that it reported."""
 
     def __init__(self, said: str, versions: dict[str, str] | None = None) -> None:
         super().__init__(said)
@@ -277,7 +278,7 @@ class Ours:
 
 
 def unaided(folder: Path, groups: Sequence[CounterfactualGroup], beta: float) -> dict[str, float]:
-    """Return the groups' loss and mean log-probs from transformers, with one forward per sequence, in a separate process."""
+    """Return the groups' loss and mean log-probs from transformers, with one forward pass per sequence, in a separate process."""
     manifest = folder / "first.jsonl"
     manifest.write_text("".join(json.dumps(to_row(group, folder)) + "\n" for group in groups))
     command = [

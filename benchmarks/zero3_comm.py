@@ -3,8 +3,9 @@
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py                # gloo on a machine without GPUs
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
-The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward of the engine per text.
-The second step is measured, because DeepSpeed has then recorded the order of modules and prefetches. Weights are released after each use.
+The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward pass of the engine per
+text. The second step is measured, because DeepSpeed has then recorded the order of modules and prefetches. Weights are released after each
+use.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def options() -> str:
 
 
 def _section(prefix: str, section: Any, kind: str | None) -> str:
-    """Return a section's heading, description and table, followed by its nested sections. ``kind`` is the default of ``on_resume``."""
+    """Return a section's heading, description, table and nested sections. Options without their own ``on_resume`` get ``kind``."""
     said: dict[str, str] = {}
     for each in reversed(section.__mro__):
         said |= _arguments(each)

@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Convert links between files in the repository into links between pages, and warn of files that do not exist."""
+    """Convert links between files in the repository into links between pages, and warn about files that do not exist."""
     uri = page.file.src_uri
     if uri not in HISTORY:
         for named in _PATH.findall(markdown):
@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _relinked(link: re.Match[str], uri: str) -> str:
-    """Return the link between pages for a link between files in the repository."""
+    """Convert one link between files in the repository into a link between pages of the site."""
     before, target, anchor = link[1], link[2], link[3] or ""
     if "://" in target or target.startswith("mailto:"):
         return link[0]
