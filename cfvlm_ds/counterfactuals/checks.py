@@ -55,7 +55,9 @@ def largest_piece(mask: Array) -> int:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Compute a picture's 64-bit pHash: one bit for each of the 8 x 8 lowest-frequency DCT coefficients, set if it exceeds their median."""
+    """Compute a picture's 64-bit pHash: one bit per coefficient of the 8 x 8 lowest DCT frequencies, set if the coefficient exceeds the
+    median.
+    """
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")

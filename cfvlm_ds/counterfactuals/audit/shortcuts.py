@@ -128,8 +128,8 @@ def grain(image: Image.Image) -> Array:
 
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
-    """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same
-    scene, so a feature that separates them reveals how they were made.
+    """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half of the groups. Both pictures of a pair
+    show the same scene, so a feature that separates them reveals how they were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain")
