@@ -66,7 +66,7 @@ class ProposeOptions:
         types: edit types, separated by commas.
         per_type: maximum number of proposals per type, caption and back end.
         seed: seed for choosing between possible edits.
-        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. By default, edits
+        words: YAML file with lines TYPE: [WORD, ...]. Edits of type TYPE introduce only these words, all equally often. By default, edits
             use the built-in words, and introduce each word about as often as they remove it.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of the server's model.

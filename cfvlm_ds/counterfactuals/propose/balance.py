@@ -104,8 +104,8 @@ def balanced(
 ) -> tuple[dict[Any, float], Numbers]:
     """Compute the logarithm of each word's price, and the probability of keeping each edit.
 
-    A word in ``exact`` is, on average, introduced as often as it is removed. For any other word, the expected numbers differ by at most one
-    standard deviation.
+    A word in ``exact`` is, on average, introduced as often as it is removed. For any other word, the two expected numbers differ by at most
+    one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
