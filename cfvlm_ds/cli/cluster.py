@@ -25,7 +25,7 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
 
     Args:
         folder: existing shared folder; each node writes one line to the file FOLDER/NODE.
-        timeout_s: time limit in seconds for all tasks to connect, and the same limit for the collective that follows.
+        timeout_s: time limit in seconds for all tasks to connect, and again for the collective operation that follows.
     """
     from cfvlm_ds.cluster.node_check import check
 

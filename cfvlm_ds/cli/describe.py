@@ -1,4 +1,4 @@
-"""``cfvlm-ds describe``: texts that a model writes about pictures, or its ranking of several texts."""
+"""``cfvlm-ds describe``: have a model write texts about pictures, or rank given texts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _describe(
     max_new_tokens: Positive = 128,
     limits: ImageLimits,
 ) -> None:
-    """Print texts that a model writes about pictures, or rank several texts by their likelihood. Without picture arguments, paths are read
-    from standard input.
+    """Have a model write texts about pictures, or rank given texts by their likelihood. If no pictures are given, their paths are read from
+    standard input.
 
     Example: cfvlm-ds describe runs/quickstart dog.jpg --choices "a dog on a sofa" "a sofa on a dog"
 
@@ -91,7 +91,7 @@ def _line() -> str:
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a table of the texts, likeliest first, and a line that explains the columns."""
+    """Return a table of the texts, most likely first, and a line that explains the columns."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 

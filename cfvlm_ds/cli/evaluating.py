@@ -88,8 +88,8 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row in which each group's texts are scored on the image of another group. This control costs one
-            more image per group.
+        no_shuffled: leave out the control row in which each group's texts are scored on another group's image. This row costs one more
+            image per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
@@ -126,7 +126,7 @@ def _evaluate(
 
 
 def _is_evaluated(file: IO[bytes]) -> bool:
-    """Return whether a file consists of accuracy tables, one list per split, as `evaluate --out` writes them."""
+    """Return whether a file has the format of `evaluate --out`: accuracy tables, one list of rows per split."""
     tables = parse_json(file.read().decode())
     return bool(tables) and all(row.keys() >= {"name", "num", "metrics"} for rows in tables.values() for row in rows)
 

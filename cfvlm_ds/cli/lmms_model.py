@@ -30,8 +30,8 @@ class Scored(tuple[float, bool]):
     def strip(self) -> tuple[()]:
         """Return an empty tuple, so that lmms-eval's response cache does not store the result.
 
-        The cache calls ``strip`` to detect empty results, which it does not store. It would return a stored pair as a list, and lmms-eval
-        0.7 converts lists to strings.
+        The cache calls ``strip`` to detect empty results, which it does not store. It would return a stored pair as a list, which lmms-eval
+        0.7 would convert to a string.
         """
         return ()
 

@@ -211,7 +211,7 @@ def load_scorer(
     """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
     ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
-    ranks are first connected with each other.
+    ranks are first connected to each other.
     """
     from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.core.distributed import usual_dtype

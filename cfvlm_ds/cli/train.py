@@ -76,8 +76,8 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
-    """If the options ask for the model to be built before training, build it in ``folder``. Returns the configuration, with the path of the
-    built model if there is one.
+    """If the options request that the model be built before training, build it in ``folder`` and return the configuration with its new
+    path. Otherwise, return the configuration unchanged.
     """
     name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
     if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
@@ -97,7 +97,7 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
     """Write the requested parts of the world with habits and the requested small models, unless they already exist. ``alive`` is called
-    repeatedly during the work.
+    repeatedly to signal progress.
     """
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits

@@ -29,8 +29,8 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
     Returns:
         A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
-        has ``identical`` (True if no pixel differs), ``changed`` (share of visibly changed pixels), ``largest`` (share of the changed
-        pixels in their largest connected component) and, with a mask, ``outside`` (share of the pixels outside the mask that differ).
+        has ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of these
+        in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at all).
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}
@@ -55,7 +55,9 @@ def largest_piece(mask: Array) -> int:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Compute a picture's 64-bit pHash: whether each of the 8 x 8 lowest-frequency DCT coefficients exceeds their median."""
+    """Compute a picture's 64-bit pHash: one bit per coefficient of the 8 x 8 lowest DCT frequencies, set if the coefficient exceeds the
+    median.
+    """
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")

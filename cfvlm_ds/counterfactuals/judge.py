@@ -1,9 +1,10 @@
-"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds, so a new threshold needs no model run.
+"""Verdicts on candidates: pure functions that compare recorded measurements with thresholds, so thresholds can be changed without rerunning
+a model.
 
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
-text scores higher with its own picture than with the other. In addition, the share of changed pixels must suit the edit type, and the
-changes must be neither scattered nor outside the mask. An accidental second change makes the new text fit its picture much worse than the
-caption fits the original; the threshold ``drop`` rejects such edits.
+text scores higher with its own picture than with the other. In addition, the fraction of changed pixels must be within the limits for the
+edit type, and the changes must be neither scattered nor outside the mask. An accidental second change makes the new text fit its picture
+much worse than the caption fits the original; the threshold ``drop`` rejects such edits.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Thresholds:
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
             or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their scores on a blank picture.
-        margin: margin that each of the four comparisons must exceed, in nats, at least 0.
-        changed: smallest and largest allowed share of visibly changed pixels, keyed by edit type; "*" for other types.
-        largest: minimum share of the changed pixels that must be in one connected component.
-        outside: maximum share of changed pixels among the pixels outside the mask.
+        margin: value in nats (not negative) that the margin of each of the four comparisons must exceed.
+        changed: minimum and maximum fraction of visibly changed pixels, keyed by edit type; the key "*" covers all other types.
+        largest: minimum fraction of the changed pixels that lie in the largest connected component.
+        outside: maximum fraction of the pixels outside the mask that differ.
         drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
             no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
@@ -54,7 +55,7 @@ class Thresholds:
                 raise ConfigError(f"changed.{kind} must be two shares, the smaller first, not {shares}")
 
     def bounds(self, kind: str) -> tuple[float, float]:
-        """Return the smallest and largest allowed share of changed pixels for an edit type."""
+        """Return the minimum and maximum fraction of changed pixels for an edit type."""
         low, high = self.changed.get(kind, self.changed.get("*", (0.0, 1.0)))
         return low, high
 

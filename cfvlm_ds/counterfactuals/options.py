@@ -66,8 +66,8 @@ class ProposeOptions:
         types: edit types, separated by commas.
         per_type: maximum number of proposals per type, caption and back end.
         seed: seed for choosing between possible edits.
-        words: YAML file with lines TYPE: [WORD, ...]. Edits of this type introduce only these words, all equally often. By default, edits
-            introduce the built-in words, each about as often as they remove it.
+        words: YAML file with lines TYPE: [WORD, ...]. Edits of type TYPE introduce only these words, all equally often. By default, edits
+            use the built-in words, and introduce each word about as often as they remove it.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
         llm_model: name of the server's model.
         llm_see: also send the picture.
@@ -111,7 +111,8 @@ class EditOptions:
         seed: random seed, combined with the edit's id and the number of the attempt.
         folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
         masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
-        composite: where to restore the original pixels: outside the mask, outside the area that visibly differs, or nowhere (none).
+        composite: where to restore the original pixels: outside the mask (mask), outside the visibly changed area (difference), or nowhere
+            (none).
         command: command line for the command editor, run once per picture; it must contain {request} and {output}.
         options: arguments of the diffusers pipeline, NAME=VALUE,..., such as num_inference_steps=28,guidance_scale=3.5.
         timeout_s: time limit for the command, in seconds per picture.
@@ -165,7 +166,7 @@ class SelectOptions:
     Args:
         rule: scores to use: match, likelihood, or checks (pixels only). The default is the rule in the thresholds file; without a file,
             match if candidates were scored, otherwise checks.
-        margin: margin that each comparison must exceed, in nats, at least 0.
+        margin: value in nats (not negative) that the margin of each comparison must exceed.
         thresholds: file with thresholds. The default is thresholds.json in the work folder if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
         per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.
@@ -198,7 +199,7 @@ class SampleOptions:
             those in the data. MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
         n: number of texts per picture and prompt, generated in one batch.
         temperature: sampling temperature; 1 is the model's own distribution.
-        top_p: each token is sampled from the most likely tokens with this total probability; 1 for all tokens.
+        top_p: each token is sampled from the smallest set of most likely tokens with at least this total probability; 1 for all tokens.
         max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
         prompt: one prompt for all pictures; the answers to a row's first prompt count as the picture's true texts. By default, each picture
             is shown with the prompts of its row.

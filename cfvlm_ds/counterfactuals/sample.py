@@ -1,8 +1,8 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds the texts without verdicts. They are judged when all shards are finished, so they can be judged again with a corrected
-judge.
+The journal holds only the texts. They are judged when all shards are finished, so that they can be judged again after the judge is
+corrected.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures, and is empty if all are in the
-    folder of the written files.
+    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures; it is empty if all pictures are
+    in the folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -61,7 +61,9 @@ class Survival:
         return sum(self.by_type.values(), Counter())
 
     def table(self) -> str:
-        """Format a table with a row per outcome and a column per edit type. The last column is the share of all proposed edits."""
+        """Format a table with a row per outcome and a column per edit type. The last column gives the outcome's percentage of all proposed
+        edits.
+        """
         kinds = sorted(self.by_type)
         total = self.total
         rest = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0])) if name not in ("proposed", KEPT)]
@@ -150,7 +152,9 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each picture outside the output folder, yield the folder that contains it: one of ``roots``, or a converted table's folder."""
+    """For each picture outside the output folder, yield the folder that contains it: one of ``roots``, or a folder of pictures extracted
+    from a table.
+    """
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):

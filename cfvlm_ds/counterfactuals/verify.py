@@ -1,7 +1,7 @@
 """Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
 
-The scorer processes a candidate's pictures and texts in one packed row. The pictures are therefore encoded once for both probes: ``match``
-(a yes/no question) and ``likelihood`` (the text as a caption).
+The scorer processes a candidate's pictures and texts in one packed row. Each picture is therefore encoded only once for both probes:
+``match`` (a yes/no question) and ``likelihood`` (the text as a caption).
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build a group with both pictures and all texts to score: both captions, and every spelling of "yes" and "no" as an answer to the
-    question about each caption.
+    """Build a group with both pictures and all texts to score: both captions and, as answers to the question about each caption, every
+    spelling of "yes" and "no".
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))

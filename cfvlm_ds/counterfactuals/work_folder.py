@@ -87,7 +87,9 @@ class WorkFolder:
 
     @property
     def roots(self) -> list[Path]:
-        """Folders of the source pictures. Folders of converted tables are left out, because their names change with the tables."""
+        """Folders of the source pictures. Folders of pictures extracted from a table are left out, because their names change with the
+        table.
+        """
         return [Path(root) for root in self.about["source"]["roots"]]
 
     @classmethod
@@ -187,7 +189,7 @@ class WorkFolder:
         """Return a step's completion record for a shard, or None if the shard is not finished.
 
         Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if this step was started
-        with different options. Raises DataError for outdated records. These checks load no model.
+        with different options. Raises DataError for outdated records. No model is loaded for these checks.
         """
         if step not in self.steps:
             raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
@@ -221,7 +223,9 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if a record differs from its unit's values (``named``), which means that the folder was made from other data."""
+        """Raise DataError if a record's values differ from those of its unit (``named``), which means that the folder was made from other
+        data.
+        """
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 

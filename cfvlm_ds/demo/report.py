@@ -1,4 +1,4 @@
-"""Final table of `make demo`: a run on the world with habits before and after training, and stored results of other objectives at equal
+"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after equal
 training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart

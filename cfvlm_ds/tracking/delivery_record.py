@@ -1,5 +1,5 @@
-"""Delivery record: a run's data for MLflow, except metrics. It is stored in the run folder, so that another process can finish the
-delivery.
+"""Delivery record: the data that a run sends to MLflow (other than metrics), and what has been delivered so far. It is stored in the run
+folder, so that another process can finish the delivery.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 @dataclass(frozen=True)
 class DeliveryRecord:
-    """A run's data for MLflow, except metrics, and the state of their delivery.
+    """The data that a run sends to MLflow (other than metrics), and what has been delivered so far.
 
     Attributes:
         inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.

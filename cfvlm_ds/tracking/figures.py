@@ -1,6 +1,6 @@
 """Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
 
-Each function takes plain data and writes one PNG. matplotlib is imported when a figure is drawn, and the style applies only to that figure.
+Each function takes plain data and writes one PNG. matplotlib is imported only when a figure is drawn, and its global style is not changed.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
     """Plot a run's ``metrics.jsonl`` against optimizer steps, as one PNG with several panels.
 
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
-    ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for single edit types
-    are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes first.
-    Empty panels and fractions that never change are omitted. Non-finite values leave gaps. Long series are drawn as a moving average over
-    faint raw values.
+    ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for individual edit
+    types are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes
+    first. Empty panels and fractions that never change are omitted. Non-finite values leave gaps. Long series are drawn as a moving average
+    over faint raw values.
 
     Args:
         path: PNG file to write.

@@ -16,9 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
-    """Read lines, starting at byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
+    """Read metrics.jsonl from byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops after the line that raises the number of points to ``limit`` or more.
+    Reading stops after the line with which the number of points reaches ``limit``.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():

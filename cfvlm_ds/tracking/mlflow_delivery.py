@@ -76,9 +76,9 @@ def _mlflow(name: str = "mlflow") -> Any:
 def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
     """Send a finished run's remaining data to MLflow within ``timeout`` seconds, and return whether everything has arrived.
 
-    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to the server that it points to. A run whose
-    tracker was never closed gets the status KILLED. Do not call this for a live run, because two processes would write the same record.
-    Raises FileNotFoundError if the folder has no record.
+    If ``MLFLOW_TRACKING_URI`` is set, a run that was tracked in its own folder is copied to the server that this variable points to. A run
+    whose tracker was never closed gets the status KILLED. Do not call this for a live run, because two processes would write the same
+    record. Raises FileNotFoundError if the folder has no record.
     """
     run_dir = Path(run_dir).absolute()
     record = DeliveryRecord.load(run_dir)

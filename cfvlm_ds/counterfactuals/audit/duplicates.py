@@ -81,7 +81,9 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Map each affected group's id to its first text that equals a benchmark text or shares eight consecutive words with one."""
+    """For each group with a text that equals a benchmark text or shares eight consecutive words with one, map the group's id to the first
+    such text.
+    """
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()
     for text in theirs:

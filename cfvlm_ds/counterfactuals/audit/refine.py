@@ -1,4 +1,5 @@
-"""Subsampling step: selects a subset of the groups in which words, length and a blind scorer do not tell true texts from false ones.
+"""Subsampling step: selects a subset of the groups in which words, length and a scorer that sees no picture cannot tell true texts from
+false ones.
 
 Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """
@@ -33,8 +34,8 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
 
 
 def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
-    """Write a balanced subset of the groups to ``file``. Return a sentence with the subset's size and the share of groups in which a guess
-    based on length (or on ``blind``) is right. ``blind`` contains one margin per group, from a scorer that sees no picture.
+    """Write a balanced subset of the groups to ``file``. Return a sentence with the subset's size and the percentage of groups in which a
+    guess based on length (or on ``blind``) is right. ``blind`` holds one margin per group, from a scorer that sees no picture.
 
     Raises ConfigError if no group can be kept.
     """
@@ -75,5 +76,5 @@ def _is_refined(file: IO[bytes]) -> bool:
 
 
 def right(margins: Sequence[float]) -> float:
-    """Return the share of correct guesses (positive margins). A tie counts as one half."""
+    """Return the fraction of correct guesses (positive margins). A tie counts as one half."""
     return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / max(len(margins), 1)

@@ -1,4 +1,4 @@
-"""Audit report on a data set (shortcuts, duplicates, overlap with benchmarks) as Markdown, JSON, and a page of the affected groups."""
+"""Audit report on a data set: shortcuts, duplicates and overlap with benchmarks. An HTML page shows the affected groups."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and a page into the folder ``out``. The page shows the affected groups."""
+    """Write report.md, report.json and an HTML page of the affected groups to the folder ``out``."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:

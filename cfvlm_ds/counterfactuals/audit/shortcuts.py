@@ -1,7 +1,8 @@
 """Shortcuts: classifiers that recognise counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
 never compare texts with pictures.
 
-Each classifier is fitted on half of the groups and evaluated on the other half. All groups of one picture are in the same half.
+The classifiers by words and by grain are fitted on one half of the groups and evaluated on the other. Groups with the same picture are in
+the same half.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Result of a classifier on the held-out half: area under the ROC curve with its 95 % confidence interval (None if not measured), and
-    number of pairs. ``telling`` lists the strongest features or states why nothing was measured.
+    """Result of a classifier: area under the ROC curve with its 95 % confidence interval (None if not measured), and number of evaluated
+    pairs. ``telling`` lists the strongest features or states why nothing was measured.
     """
 
     name: str
@@ -95,7 +96,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute the statistics in FEATURES, which depend on how a picture was made rather than on what it shows."""
+    """Compute a picture's low-level statistics (listed in FEATURES), which depend on how it was made rather than on what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)
@@ -127,8 +128,8 @@ def grain(image: Image.Image) -> Array:
 
 
 def by_grain(originals: Sequence[Array], edited: Sequence[Array], halves: Sequence[bool]) -> Shortcut:
-    """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half. Both pictures of a pair show the same
-    scene, so a feature that separates them reveals how they were made.
+    """Classify pictures by a linear function of FEATURES, fitted by ridge regression on one half of the groups. Both pictures of a pair
+    show the same scene, so a feature that separates them reveals how they were made.
     """
     if len(originals) < 4 or len(set(halves)) < 2:
         return _not_measured("pictures by their grain")

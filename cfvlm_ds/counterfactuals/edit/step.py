@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the fields of the step ``propose`` that the attempt's record repeats."""
+    """An attempt at an edit, the editor's name, and the fields that the attempt's record copies from the step ``propose``."""
 
     task: Task
     editor: str

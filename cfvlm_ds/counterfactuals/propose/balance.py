@@ -62,8 +62,8 @@ def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> li
 def sampled(shares: Iterable[float], *purpose: object) -> list[int]:
     """Draw each index with its probability in ``shares``, by systematic sampling (Madow 1949, Annals of Mathematical Statistics 20).
 
-    All draws share one random number. In any range of consecutive indices, the number drawn equals the sum of the probabilities, up to
-    rounding.
+    All draws share one random number. In any range of consecutive indices, the number of drawn indices equals the sum of their
+    probabilities, up to rounding.
     """
     remaining, places = seed_of(*purpose) / 2.0**63, []
     for k, share in enumerate(shares):
@@ -104,8 +104,8 @@ def balanced(
 ) -> tuple[dict[Any, float], Numbers]:
     """Compute the logarithm of each word's price, and the probability of keeping each edit.
 
-    The expected numbers of introductions and removals of a word are equal for the words in ``exact``. For other words, they differ by at
-    most one standard deviation.
+    A word in ``exact`` is, on average, introduced as often as it is removed. For any other word, the two expected numbers differ by at most
+    one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

@@ -79,8 +79,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a caption without a usable reply. Raises ConfigError, which stops the step, if the server is unreachable and has never
-        answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
+        """Count a caption for which no usable reply arrived. Raises ConfigError, which stops the step, if the server is unreachable and has
+        never answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
         """
         with self._lock:
             self._in_a_row += 1
@@ -93,7 +93,7 @@ class LanguageModel:
                 ) from failure
 
     def _reply(self, body: dict[str, Any]) -> list[Any]:
-        """Send a request until a reply is usable, and return the edits in that reply. Raises CallFailed if every attempt fails, or
+        """Repeat a request until a reply is usable, and return the edits in that reply. Raises CallFailed if every attempt fails, or
         immediately if the server refuses the request with status 400 or 422.
         """
         draw = random.Random(seed_of(json.dumps(body, sort_keys=True)))

@@ -1,4 +1,4 @@
-"""Files shared by all shard jobs that use the same work folder. One job writes the file while the others wait."""
+"""Files that all shard jobs of a work folder share. One job writes such a file while the others wait."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The words between the common beginning and the common end of two texts. ``first`` is the number of common words at the beginning.
-    ``swap`` is true if both texts have the same words, possibly in another order.
+    """The words of two texts between their common prefix and common suffix. ``first`` is the length of the prefix in words. ``swap`` is
+    true if both texts have the same words, possibly in another order.
     """
 
     before: tuple[str, ...]
