@@ -69,8 +69,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Every ``world_size``-th micro-batch
-        belongs to the same rank. Never ends.
+        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. In a step, micro-batch k belongs to
+        rank k % ``world_size``. Never ends.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:

@@ -83,8 +83,8 @@ def statistics(
     """Collect the statistics of a manifest.
 
     The pictures of a prepared store are looked up in its table; other pictures are opened. Rows, pictures and texts with problems are
-    counted, but left out of all other statistics. With ``lengths`` (for instance a Collator), lengths are in tokens. Raises DataError for
-    an unknown format or an unreadable manifest.
+    counted as problems only. Lengths are in tokens if ``lengths`` is given (for instance a Collator), otherwise in characters. Raises
+    DataError for an unknown format or an unreadable manifest.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))
