@@ -228,8 +228,8 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely and return a report of its contents and problems. No problem raises an error. Every picture is decoded
-    once.
+    """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
+    decoded once.
 
     If ``lengths`` is given (for instance a Collator), visual tokens are counted, and rows that exceed the model's context window are
     reported as problems. ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5

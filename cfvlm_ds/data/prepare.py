@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. The work is divided into units. A unit consists of the pictures that first occur in a
-range of groups; if ``pack`` is set, it becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of
-every file depend only on the data set and the options, not on the number of processes or on interruptions.
+range of groups; if ``pack`` is set, its pictures are copied into one uncompressed tar. Each picture is stored once and located by its
+offset. The bytes of every file depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -413,7 +413,7 @@ def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Numbered files of one kind. Each complete file has a record, a small JSON file."""
+    """Numbered files of one kind. A small JSON file, the record, marks each file as complete."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count

@@ -1,4 +1,4 @@
-"""Detection of containers: the files that a path stands for, and their kind."""
+"""Detection of containers: which files a path stands for, and of what kind they are."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to one or several groups. DataErrors do not name the file and line."""
+        """Convert a row to one or several groups. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)

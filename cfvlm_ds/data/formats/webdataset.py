@@ -66,7 +66,7 @@ class WebDataset:
         check_label(self.label, self.true, self.false)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a sample to a group. DataErrors do not name the file and line."""
+        """Convert a sample to a group. The caller adds the file and line to any DataError."""
         read, columns = self._read(row)
         return read(columns)
 
