@@ -60,7 +60,7 @@ def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> Check
 
 class SeenRows(NamedTuple):
     """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that uses it.
-    ``repeats`` holds the indices of groups with the id of an earlier group.
+    ``repeats`` holds the indices of groups whose id an earlier group already has.
     """
 
     pictures: tuple[Array, Array]
@@ -114,7 +114,7 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
 
 
 def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield the index of each group that repeats an earlier id, with an error message. Only groups with equal id hashes are read, to
+    """Yield (index, error message) for each group whose id an earlier group already has. Only groups with equal id hashes are read, to
     compare the ids themselves.
     """
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -132,9 +132,9 @@ def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Itera
 def check_texts(
     store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
 ) -> CheckReport:
-    """Compare the images of each group with each other, measure the group's texts, and return a report.
+    """Compare the images within each group, measure the group's texts, and return a report.
 
-    With ``lengths``, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
+    If ``lengths`` is given, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
     ``pictures`` contains the readable pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
     """
     report, shown = CheckReport(str(store.path)), [_arrays({})]
@@ -228,12 +228,12 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[str], object] = print_line,
 ) -> CheckReport:
-    """Check a data set completely and return a report of its contents and problems. Problems raise no errors. Every picture is decoded
-    once.
+    """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
+    decoded once.
 
-    With ``lengths`` (for instance a Collator), rows that exceed the model's context window are problems, and visual tokens are counted.
-    ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5 seconds. If the data set
-    is a store, its rows, pictures and tables are compared with their checksums.
+    If ``lengths`` is given (for instance a Collator), visual tokens are counted, and rows that exceed the model's context window are
+    reported as problems. ``max_pixels`` is as in open_image. ``progress`` receives a line with the rate and the remaining time every 5
+    seconds. If the data set is a store, its rows, pictures and tables are compared with their checksums.
     """
     try:
         store = open_groups(path, root, format, progress=progress)

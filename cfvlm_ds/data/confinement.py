@@ -67,7 +67,7 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        Results are cached. Even a million images are usually in only a few folders, so each usually needs only one system call, which saves
+        Results are cached. Even a million images are usually in only a few folders, so most images need only one system call. This saves
         time on a network file system.
         """
         target, inside = self._followed(Path(folder))

@@ -41,7 +41,7 @@ def convert(
     max_pixels: int = MAX_PIXELS,
 ) -> Converted:
     """Write the groups of a manifest to ``out``. The file is written under a temporary name and renamed when it is complete. Pictures that
-    must be copied are written to the same folder.
+    must be copied are written to the folder that contains ``out``.
 
     If ``on_error`` is ``skip``, every picture is opened. Invalid rows, and groups with an unusable picture, are left out and listed in a
     file next to ``out``; ``max_pixels`` is as in open_image. If ``on_error`` is ``error``, no picture is opened, and an invalid row raises

@@ -37,9 +37,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB (8 bits per channel), turned upright according to its EXIF orientation. An animation's first frame is used.
 
     ``max_pixels`` limits width x height, and MAX_ASPECT limits the ratio of the longer to the shorter side. Width and height are read from
-    the header and checked before anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. If the
-    file is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or corrupt, raises a DataError
-    that names it. This function does not check that the file is inside a data root; read_manifest does.
+    the header and checked before anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a
+    DataError that names the file if it is missing, in an unsupported format, 0 pixels wide or high, too large, too elongated, truncated or
+    corrupt. This function does not check that the file is inside a data root; read_manifest does.
     """
     with _opened(Path(path), max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)  # decodes

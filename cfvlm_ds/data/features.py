@@ -1,5 +1,5 @@
-"""Feature cache: a frozen vision tower's outputs in one safetensors file per picture, named after a hash of all that determines the
-outputs.
+"""Feature cache: a frozen vision tower's outputs in one safetensors file per picture. The file's name is a hash of everything that
+determines the outputs.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_features(file: Path, features: Features) -> None:
 
 
 def read_features(file: Path) -> Features:
-    """Read the features in a file. If the file is missing or damaged, raises a DataError that names it."""
+    """Read the features in a file. Raises a DataError that names the file if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}

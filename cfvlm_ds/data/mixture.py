@@ -42,7 +42,7 @@ class Draws:
     shares: tuple[Fraction, ...]
 
     def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return each draw's source and the number of earlier draws from it, for ``count`` stream positions starting at ``start``."""
+        """For each of ``count`` stream positions from ``start``, return the source and the number of earlier draws from this source."""
         sources, earlier = [], []
         stop = start + count
         for window in range(start // WINDOW, -(-stop // WINDOW)):
@@ -61,7 +61,7 @@ class Draws:
         return _before(self.shares, window)
 
     def place_of(self, source: int, number: int) -> int:
-        """Return the position in the stream of a source's draw ``number``, counted from 0. The source must have a positive share."""
+        """Return the stream position of draw ``number`` (counted from 0) of a source. The source must have a positive share."""
         low, high = 0, 1
         while int(self.before(high)[source]) <= number:
             low, high = high, 2 * high
@@ -76,8 +76,8 @@ class Draws:
 def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
     """Return the number of draws from each source in the first ``windows`` windows, [S].
 
-    In every window, the sources are adjacent arcs on a circle of length 1. From window to window, the start of the arcs advances by the
-    golden ratio. An arc's length is the fractional part of share * WINDOW. The share is rounded up if the arc contains a whole number.
+    In each window, the sources are adjacent intervals on the number line. An interval's length is the fractional part of share * WINDOW.
+    The share is rounded up if the interval contains a whole number. From window to window, all intervals move by the golden ratio.
     """
     whole_draws = [int(share * WINDOW) for share in shares]
     offset = _floors(windows, _TURN, 0)
@@ -117,7 +117,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
     """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
 
-    ``DataConfig.train_sets`` refuses a mixture in which only some sources have a weight.
+    ``DataConfig.train_sets`` rejects a mixture in which only some sources have a weight.
     """
     if all(weight is None for weight in weights):
         given = [Fraction(size) for size in sizes]

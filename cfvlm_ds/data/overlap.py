@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):
-    """Numbers of distinct rows and pictures in an evaluation set: those that also occur in the training set, and all."""
+    """Counts of an evaluation set's distinct rows and pictures: those that also occur in the training set, and the totals."""
 
     rows: int
     pictures: int
@@ -59,7 +59,7 @@ def keys_of(groups: Iterable[CounterfactualGroup], pictures: PictureTable | None
 
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
-    """Join the keys from several parts of a data set."""
+    """Merge the keys of several parts of a data set."""
     return Keys(*(_distinct(np.concatenate(keys)) for keys in zip(*parts, strict=True)))
 
 

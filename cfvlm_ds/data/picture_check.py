@@ -49,8 +49,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """For each picture, yield its first group's index and its path. ``places[k]`` is the index of the first group that contains the picture
-    with the key ``keys[k]``. Only these groups are read.
+    """For each picture, yield the index of the first group that contains it, and its path. ``places[k]`` is the index of this group for the
+    picture with the key ``keys[k]``. Only these groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():

@@ -43,7 +43,7 @@ def picture_file(path: Path) -> Path:
 
 
 def picture_stat(path: Path) -> tuple[int, int]:
-    """Return a picture's size in bytes and its file's change time in ns. The change time reveals every change, because users cannot set it.
+    """Return a picture's size in bytes and its file's inode change time in ns, which reveals every change, because users cannot set it.
 
     Raises OSError if the file cannot be accessed, and DataError if the picture is a byte range beyond the end of its file.
     """
@@ -91,5 +91,5 @@ def _inside(path: Path, part: tuple[int, int], size: int) -> tuple[int, int]:
 
 @functools.lru_cache(_OPEN)
 def _container(path: str, *state: int) -> HeldFile:
-    """Open a container, and keep it open for later calls. ``state`` identifies the file's version, so a replaced file is opened anew."""
+    """Open a container, and keep it open for later calls. ``state`` identifies the file's version, so a replaced file is reopened."""
     return HeldFile(path)

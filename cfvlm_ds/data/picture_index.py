@@ -1,7 +1,7 @@
-"""Picture table: size, change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
+"""Picture table: size, inode change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
 
-Whenever a picture is opened, its file is compared with the table. If size and change time are equal, the picture is accepted. If only the
-change time differs, the contents are hashed again. A picture with changed contents is refused.
+Whenever a picture is opened, its file is compared with the table. If size and change time match, the picture is accepted. If only the
+change time differs, the contents are hashed again. A picture with changed contents is rejected.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _AT_ONCE = 4096  # pictures processed or cached at a time
 
 
 class Picture(NamedTuple):
-    """Properties of a readable picture: size in bytes, change time of its file in ns (0 in a packed store), digest of its bytes, and width
-    and height in pixels (0 if unknown).
+    """Properties of a readable picture: size in bytes, inode change time of its file in ns (0 in a packed store), digest of its bytes, and
+    width and height in pixels (0 if unknown).
     """
 
     size: int

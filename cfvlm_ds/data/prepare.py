@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. The work is divided into units. A unit consists of the pictures that first occur in a
-range of groups; with ``pack``, it becomes one uncompressed tar. Each picture is stored once and located by its offset. The bytes of every
-file depend only on the data set and the options, not on the number of processes or on interruptions.
+range of groups; if ``pack`` is set, its pictures are copied into one uncompressed tar. Each picture is stored once and located by its
+offset. The bytes of every file depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class PrepareOptions:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
         open_pictures: open every picture; otherwise sizes and digests are unknown, and later changes are not detected.
         max_pixels: maximum number of pixels in a picture, as in ``open_image``.
-        on_error: handling of invalid rows and groups with an unusable picture: ``error`` stops without a store; ``skip`` leaves them out
-            and lists them.
+        on_error: handling of invalid rows and groups with an unusable picture: ``error`` aborts without writing a store; ``skip``
+            leaves them out and lists them.
     """
 
     pack: bool = False
@@ -124,9 +124,10 @@ def prepare(
     are written only after the pictures of all shards have been checked. If another shard has not finished, call this function again later.
     If the report has problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work in ``out`` for other data or options is discarded, unless there are several shards. With ``anew``, a complete store for
-    other data or options is also discarded. Without ``pack``, pictures that were opened for the discarded work are opened again only if
-    their files have changed. Raises OSError, and ConfigError if ``out`` holds anything else, or work or a store that is not discarded.
+    Unfinished work in ``out`` for other data or options is discarded, unless there are several shards. If ``anew`` is True, a complete
+    store for other data or options is also discarded. If ``pack`` is False, pictures that were opened for the discarded work are opened
+    again only if their files have changed. Raises OSError. Raises ConfigError if ``out`` has other contents, or work or a store for other
+    data or options that is not discarded.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -200,7 +201,7 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if the folder holds a complete or unfinished store of other data."""
+        """Return whether the store is complete. Raises ConfigError if it is a store for other data or options."""
         for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
@@ -212,7 +213,7 @@ class _Job:
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
-        """Open and record the pictures of one work unit; with ``pack``, write their tar."""
+        """Open and record the pictures of one work unit; if ``pack`` is set, write them to a tar."""
         records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
         pack, file = self.options.pack, self.out / f"{units.name(number)}.tar"
         known = None if pack else PictureTables([*_opened_before(self.work, number), self.known])
@@ -346,7 +347,7 @@ class RowLines:
         source: the data set.
         root: folder to which picture paths are relative.
         pictures: picture table; None if no picture was opened.
-        broken: picture key -> problem of a broken picture.
+        broken: mapping from the key of each broken picture to its problem.
         repeats: indices of groups that repeat an earlier group or its id.
         name: function from a picture's path to the path in the row; None for the absolute path.
     """
@@ -412,7 +413,7 @@ def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Numbered files of one kind. Each complete file has a record, a small JSON file."""
+    """Numbered files of one kind. A small JSON file, the record, marks each file as complete."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count

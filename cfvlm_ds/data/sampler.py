@@ -69,8 +69,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Every ``world_size``-th micro-batch
-        belongs to the same rank. Never ends.
+        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. In a step, micro-batch k belongs to
+        rank k % ``world_size``. Never ends.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:
@@ -250,11 +250,12 @@ class PackedSampler(GroupSampler):
 
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
-    """Return the indices (i, j) of the items in ``given`` and ``taken`` whose exchange leaves the smallest gap; None if no exchange reduces
-    the gap.
+    """Find the exchange of groups between two micro-batches that best balances their numbers of tokens. Return the indices (i, j) of these
+    groups in ``given`` and ``taken``; None if no exchange helps.
 
-    Both lists contain token counts, ``given`` those of the fuller micro-batch; ``gap`` is the difference of their sums. ``taken`` is sorted
-    and starts with 0, which stands for moving ``given[i]`` without an exchange. An ideal exchange moves half of ``gap``.
+    ``given`` contains the token counts of the fuller micro-batch's groups, ``taken`` those of the emptier one's; ``gap`` is the difference
+    of their sums. ``taken`` is sorted and starts with 0, so j = 0 moves a group without an exchange. An ideal exchange moves half of
+    ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):

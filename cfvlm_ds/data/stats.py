@@ -82,9 +82,10 @@ def statistics(
 ) -> Statistics:
     """Collect the statistics of a manifest.
 
-    The pictures of a prepared store are looked up in its table; other pictures are opened. Rows, pictures and texts with problems are
-    counted, but left out of all other statistics. With ``lengths`` (for instance a Collator), lengths are in tokens. Raises DataError for
-    an unknown format or an unreadable manifest.
+    The pictures of a prepared store are looked up in its table; other pictures are opened. Problems are counted, not raised. The other
+    statistics leave out invalid rows, the sizes of broken pictures, and the lengths of texts that cannot be measured. Lengths are in tokens
+    if ``lengths`` is given (for instance a Collator), otherwise in characters. Raises DataError for an unknown format or an unreadable
+    manifest.
     """
     store, scan = open_groups(path, root, format, progress=progress), Scan()
     report = CheckReport(str(path))

@@ -63,8 +63,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
     @property
     def together(self) -> npt.NDArray[Any] | None:
-        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a store, these are
-        the rows of the data set that it was prepared from.
+        """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a
+        store, "row" means a row of the data set that it was prepared from.
         """
         stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored

@@ -1,9 +1,9 @@
 """Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}. Each further line has one group: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored groups (see
-cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its own scores
-omits both. A line is read when its group is used.
+sha256}. Each further line holds one group's scores: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored
+groups (see cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its
+own scores omits both. A line is read when its group is used.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def score_lines(
 
 
 def is_written(file: IO[bytes]) -> bool:
-    """Return whether a file was written by ``cfvlm-ds score``, in this or an older schema. Evaluation scores of a run do not count."""
+    """Return whether a file was written by ``cfvlm-ds score``, in this or an older schema, and not by a run's evaluation."""
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
 

@@ -102,8 +102,8 @@ def _cached_folder(record: Path) -> Path | None:
 
 
 def _fetch(path: str, address: _Address, record: Path, problems: list[DataError]) -> None:
-    """Fetch the files of an address into a folder named after the commit. When they are complete, list them in the file ``record``. Errors
-    are appended to ``problems``.
+    """Fetch the files of an address into a folder named after the commit. When all files are complete, write their names and sizes
+    to the file ``record``. Errors are appended to ``problems``.
     """
     from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""Detection of containers: the files that a path stands for, and their kind."""
+"""Detection of containers: which files a path stands for, and of what kind they are."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def sources_of(path: Path) -> list[Path]:
 
 
 def sources_state(path: Path) -> str:
-    """Hash the names, sizes, modification times and change times of a path's files. Change times reveal every change, because users cannot
-    set them. Raises OSError, and the same errors as ``sources_of``.
+    """Hash the names, sizes, modification times and inode change times of a path's files. Inode change times reveal every change, because
+    users cannot set them. Raises OSError, and the same errors as ``sources_of``.
     """
     sources = sources_of(path)
     captions = [text for file in sources if _is_picture(file) and (text := file.with_suffix(".txt")).is_file()]

@@ -122,7 +122,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """Tar file for the copied pictures. A picture that occurs again gets the name of its first copy."""
+    """Tar file for the copied pictures. If a picture occurs several times, one copy is stored and its name is reused."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -133,7 +133,7 @@ class _Pictures:
     def name_of(self, value: Any) -> str:
         """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
 
-        ``value`` is the picture's bytes, or the DataError that replaces them, which is then raised. Raises TypeError for any other type.
+        ``value`` is the picture's bytes. A DataError in their place is raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

@@ -18,7 +18,7 @@ MAX_ROW = 4 * MIB
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file, parsed by ``read``. If the parser fails, raises a DataError that names the file and the last row read."""
+    """Yield the rows of a file, parsed by ``read``. Raises a DataError that names the file and the last row read if the parser fails."""
     where = ""
     try:
         for where, row in read(path):

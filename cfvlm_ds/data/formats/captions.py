@@ -101,7 +101,7 @@ class Captions:
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. DataErrors do not name the file and line."""
+        """Convert a row to a group. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)

@@ -45,7 +45,7 @@ class Cfvlm:
         group's id is a hash of the row's contents.
 
         Raises DataError for a missing or misspelt key, a value of the wrong type, an input that does not have exactly one image, or a group
-        that CounterfactualGroup rejects. DataErrors do not name the file and line.
+        that CounterfactualGroup rejects. The caller adds the file and line to any DataError.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, their pictures (None for a picture whose file the message does not name), and the other keys of each message."""
+    """Turns, their pictures (None for a picture whose file the message does not name), and the extra keys of each message."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -135,7 +135,7 @@ def read_picture(value: Any, where: str) -> Path:
 
 
 def read_pictures(value: Any, where: str) -> Pictures:
-    """Return the paths of one picture, or of a list of pictures."""
+    """Return the paths of the pictures in ``value``, which is one picture or a list of pictures."""
     return tuple(read_picture(picture, where) for picture in (value if isinstance(value, list) else [value]))
 
 
@@ -163,7 +163,7 @@ def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
     """Return the turns, with a mark at the position of each picture, and the pictures in the order of these marks.
 
-    The pictures are named in the messages or by other columns (``given``). If there are no marks, the pictures are placed at the beginning
+    Pictures are named in the messages or in other columns (``given``). If there are no marks, the pictures are placed at the beginning
     of the first user turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
     """
     places = len(spoken.pictures)
@@ -212,7 +212,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed conversation row. ``beside`` is the name of the message column, and the other keys of each message."""
+    """Parsed conversation row. ``beside`` holds the name of the message column and, for each message, the extra keys."""
 
     row: Mapping[str, Any]
     turns: tuple[Turn, ...]
@@ -223,7 +223,8 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Base class of conversation formats. A group has one image and one text; with ``label``, it has all labelled answers to a question.
+    """Base class of conversation formats. A group has one image and one text or, if ``label`` is set, all labelled answers to a
+    question.
 
     Args:
         per_turn: make one group for every answer of a conversation, not only for the last.
@@ -232,7 +233,7 @@ class Instruct:
         false: values of the label that mean false.
         ignore: columns that are not read, joined by ``+``.
 
-    A subclass defines ``keys``, the columns that may hold the messages, and ``source``, the name of the format.
+    A subclass defines ``keys``, the columns that can hold the messages, and ``source``, the name of the format.
     """
 
     per_turn: bool = False
@@ -248,7 +249,7 @@ class Instruct:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
-        """Convert a row to one or several groups. DataErrors do not name the file and line."""
+        """Convert a row to one or several groups. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])
         read = self._read(row)
@@ -303,7 +304,7 @@ class Instruct:
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """Return the prompt for the answer in turn ``number``, the pictures that precede it, and the answer."""
+        """Return the prompt for the answer in turn ``number``, the pictures before this answer, and its text."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

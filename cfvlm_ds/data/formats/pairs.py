@@ -42,9 +42,10 @@ class Pairs:
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
         """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Image paths are kept unchanged.
 
-        Without ``id``, the group's id is a hash of the file names, captions and prompt. The hash does not depend on the order of the rows,
-        and a repeated row is detected by its duplicate id. Raises DataError for a missing or misspelt key, a value that is not a string, or
-        a group that CounterfactualGroup rejects, such as one with two equal captions. DataErrors do not name the file and line.
+        If the row has no ``id``, the group's id is a hash of the file names, captions and prompt. The hash does not depend on the order of
+        the rows, and a repeated row is detected by its duplicate id. Raises DataError for a missing or misspelt key, a value that is not a
+        string, or a group that CounterfactualGroup rejects, such as one with two equal captions. The caller adds the file and line to any
+        DataError.
         """
         row = without_nulls(row, self.ignore)
         further = further_keys(row, _KEYS, "row")

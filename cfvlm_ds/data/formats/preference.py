@@ -11,8 +11,8 @@
 Messages are written as in ``llava`` or ``messages``. The question can also be in ``question``, or in ``instruction`` and ``input``. It can
 be omitted if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
-If a row has only a rejected answer, it is false of the picture. If a row has only ``rejected_images``, the chosen answer is false of them.
-If a row has both, the rejected answer is false of the rejected pictures, and all other cells with a rejected answer or picture are unknown.
+If a row has only a rejected answer, this answer is false of the picture. If it has only ``rejected_images``, the chosen answer is false of
+them. If it has both, the rejected answer is false of the rejected pictures, and other cells with a rejected answer or picture are unknown.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Preference:
     ignore: str = ""
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group. DataErrors do not name the file and line."""
+        """Convert a row to a group. The caller adds the file and line to any DataError."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
         question = with_system(question, row)

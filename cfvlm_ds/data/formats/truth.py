@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names is rejected if public data sets have labels with its name and
-values, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false texts as true,
-or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
+The user names such a column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
+public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
+texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Column:
 
     @property
     def negative(self) -> str:
-        """Option with which the column can be read: ``negative_caption``, or ``negative_image`` if it holds pictures."""
+        """Name of the option for reading this column: ``negative_image`` if the column holds pictures, otherwise ``negative_caption``."""
         return "negative_image" if _PICTURE.search(self.false_text) else "negative_caption"
 
     def __str__(self) -> str:
@@ -237,7 +237,7 @@ def is_question(text: str) -> bool:
 
 
 class Said(NamedTuple):
-    """A text, its truth (None if unknown), and the edit type of a false text."""
+    """A text, its truth (None if unknown), and its edit type if it is false."""
 
     text: str
     truth: int | None
@@ -262,7 +262,7 @@ class Claim(NamedTuple):
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Join the claims about one image and prompt into a group, with true texts first. Duplicates of a text are dropped, and their number is
+    """Merge the claims about one image and prompt into a group, true texts first. Duplicates of a text are dropped, and their number is
     recorded in the metadata.
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
