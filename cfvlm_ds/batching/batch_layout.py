@@ -49,7 +49,7 @@ def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Encode a group's in-batch negatives as answers to the factual text's prompt. Raises DataError if a text cannot be encoded."""
+    """Encode the in-batch negatives of a group as answers to its factual prompt. Raises DataError if a text cannot be encoded."""
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]

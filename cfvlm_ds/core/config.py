@@ -2,7 +2,7 @@
 
 Unknown options are errors, and the resolved configuration can be printed as YAML. Options that also exist in transformers'
 TrainingArguments have the same names. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes,
-learning rates and steps. An "auto" in the JSON is replaced by the run's value. A contradiction between JSON and run configuration is an
+learning rates and steps. An "auto" in the JSON is replaced by the run's value. A conflict between the JSON and the run configuration is an
 error (see engine/configuration.py).
 """
 

@@ -28,7 +28,7 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 @dataclass(frozen=True)
 class World:
-    """Position of this process in the launch: rank, world size, local rank and device."""
+    """Place of this process in the distributed job: rank, world size, local rank and device."""
 
     rank: int
     size: int

@@ -38,7 +38,7 @@ def quoted(value: object, most: int = 200) -> str:
 
 
 def in_cell(text: str, most: int = 60) -> str:
-    """Format a text for a cell of a Markdown table. Bars, HTML, links and pictures are escaped; a viewer would otherwise fetch the
-    pictures.
+    """Format a text for a cell of a Markdown table. Pipes, HTML, links and images are escaped, so that a viewer does not fetch the
+    images.
     """
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")

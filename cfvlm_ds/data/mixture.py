@@ -115,7 +115,7 @@ def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
-    """Compute each source's share of draws from its weight, or from its number of groups if no source has a weight.
+    """Use the sources' weights to compute each source's share of the draws. If no source has a weight, use their numbers of groups.
 
     ``DataConfig.train_sets`` rejects a mixture in which only some sources have a weight.
     """

@@ -74,9 +74,9 @@ class CheckReport:
         self.num_counterfactuals[max(images, sum(truth != 1 for truth in group.match[0]))] += 1
 
     def note_length(self, length: int, unit: str, where: Callable[[], str], number: int) -> None:
-        """Record the length of a text, and its location if it is the longest so far.
+        """Record a text's length and, if it is the longest text so far, its location.
 
-        All lengths of a report have the same ``unit``. ``where`` returns the group's location, and ``number`` is the text's index in the
+        All lengths in a report have the same ``unit``. ``where`` returns the group's location, and ``number`` is the text's index in the
         group.
         """
         self.longest_text_unit = unit

@@ -125,10 +125,10 @@ class PackedSampler(GroupSampler):
 
     A step has one micro-batch per rank and accumulation step. Groups are taken in stream order. Each group goes into the micro-batch where
     it leaves the least room (best fit). A group that fits nowhere waits, and is placed first in the next step. The step is full when
-    ``_WINDOW`` groups wait, or when the stream repeats a waiting group; a small data set would otherwise repeat its other groups many times
-    before the waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are balanced. No group is
-    lost or repeated. The use counts of any two groups differ by at most two. The order depends only on the data, the seed, ``max_tokens``
-    and the number of micro-batches per step.
+    ``_WINDOW`` groups are waiting, or when the stream repeats a group that is still waiting; a small data set would otherwise repeat its
+    other groups many times before the waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are
+    balanced. No group is lost or repeated. The use counts of any two groups differ by at most two. The order depends only on the data, the
+    seed, ``max_tokens`` and the number of micro-batches per step.
     """
 
     def __init__(

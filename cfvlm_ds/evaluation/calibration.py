@@ -145,7 +145,7 @@ def _why_weight(anchored: bool, size: float) -> str:
 
 
 def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return whether gaps grow with text length, and the reason as a sentence."""
+    """Return whether score differences grow with text length, and a sentence that explains the result."""
     middle = quantile([gap.tokens for gap in all_gaps], 50)
     parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
     if not parted:

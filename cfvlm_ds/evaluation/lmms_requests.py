@@ -168,7 +168,7 @@ class Likelihood(NamedTuple):
 
 @contextmanager
 def _misses(scorer: Scorer) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield a function that counts, for each cell of the last scored batch, the tokens that are not the likeliest at their positions."""
+    """Yield a function that counts, for each cell of the last scored batch, the tokens that differ from the greedy prediction."""
     head: Any = scorer.model.get_output_embeddings()
     wrong: list[Tensor] = []
 

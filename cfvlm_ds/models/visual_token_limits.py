@@ -1,6 +1,7 @@
-"""Limits on an image's visual tokens. Families determine the number of visual tokens by different rules, and each rule has a function here.
+"""Limits on the number of visual tokens per image. Model families compute this number by different rules; each rule has a function here.
 
-Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either of the two can be None.
+Each function changes the processor and, if the model also computes image sizes, the model's configuration. The
+processor or the configuration can be None.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def license_of(base: str) -> dict[str, Any]:
-    """Return the licence that the base model's card states, as front matter, or {} if the card states none or is not on this machine."""
+    """Return the front-matter fields for the licence in the base model's card, or {} if it states none or is not on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:

@@ -37,9 +37,9 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Reduce micro-batches to each group's ``number`` hardest counterfactuals. Return the new micro-batches and the selections.
+    """Keep only the hardest counterfactuals of each group, ``number`` per group. Return the new micro-batches and the selections.
 
-    Every rank must call this. ``pack`` is Collator.packed_again, which packs a micro-batch again with a subset of its cells.
+    Every rank must call this. ``pack`` is Collator.packed_again, which repacks a micro-batch with a subset of its cells.
     """
     engine.eval()
     chosen = [hardest(scores, number) for scores in look_ahead(engine, micro_batches, forwards, device)]

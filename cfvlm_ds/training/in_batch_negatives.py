@@ -197,8 +197,8 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return [M, 4], one row per score that other groups need: the text's source group, its index in that group, the group on whose image
-    it was scored, and the score in nats.
+    """Return an [M, 4] array with one row for each score that other groups need. The columns are the text's source group, its index in that
+    group, the group on whose image it was scored, and the score in nats.
     """
     layout = scores.layout
     if layout.in_batch is None:

@@ -62,8 +62,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts and write them to samples.jsonl, replacing texts that an earlier start wrote for this or a later step. If any
-        rank cannot read a picture, the error message is written instead of the text.
+        """Generate the texts and write them to samples.jsonl, replacing texts written for this or a later step before the
+        run was restarted. If any rank cannot read a picture, the error message is written instead of the text.
         """
         if next(self._groups(), None) is None:
             return

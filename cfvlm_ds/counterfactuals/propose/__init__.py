@@ -1,4 +1,4 @@
-"""Back ends that propose counterfactual captions, which differ from the source caption in one thing. A new back end needs an entry in
+"""Back ends that propose counterfactual captions, which differ from the source caption in one detail. A new back end needs an entry in
 PROPOSERS.
 """
 

@@ -26,10 +26,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A counterfactual caption, which differs from the source's caption in one thing.
+    """A counterfactual caption, which differs from the source's caption in one detail.
 
-    ``source`` and ``target`` are the words before and after the change. ``instruction`` tells a picture editor what to change. ``picture``
-    is an existing picture that the text describes, or None.
+    ``source`` and ``target`` are the replaced words and their replacement. ``instruction`` tells a picture editor what to change.
+    ``picture`` is an existing picture that the text describes, or None.
     """
 
     type: str

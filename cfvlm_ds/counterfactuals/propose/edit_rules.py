@@ -82,7 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing with which the described thing's size can be compared. A picture of a single ball
+    """Return whether the caption mentions another thing that gives a size reference for the described one. A picture of a single ball
     does not show how large the ball is.
     """
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):

@@ -115,7 +115,7 @@ def modifiers(noun: Any) -> set[str]:
 
 
 def doer(verb: Any) -> Any:
-    """Return the subject of a verb or, if it has none, the noun that the verb describes ("a man riding a horse"), or None."""
+    """Return the subject of a verb. If it has none, return the noun that it modifies ("man" in "a man riding a horse"), or None."""
     subject = next((child for child in verb.children if child.dep_ == "nsubj"), None)
     return verb.head if subject is None and verb.dep_ in ("acl", "relcl") else subject
 

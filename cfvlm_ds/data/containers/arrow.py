@@ -85,7 +85,7 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
     """Convert a column to Python values. Binary values are converted by ``_bytes``. A struct of bytes and path is a picture stored by the
-    library ``datasets``.
+    ``datasets`` library.
     """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):

@@ -1,8 +1,8 @@
-"""Converted containers. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
+"""Cache of data files converted to rows. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
 
-The folder's name contains a hash of the source's path and of its files' sizes and times. Row n is line n of rows.jsonl; the line of an
-invalid row is a string with the error. If there are several source files, their row counts are recorded. The folder is written under a
-temporary name and renamed when it is complete, so an interrupted conversion is repeated.
+The folder's name contains a hash of the source's path and of its files' sizes and times. Row n is line n of rows.jsonl. The line for an
+invalid row is a JSON string with the error message. If there are several source files, their row counts are recorded. The folder is
+written under a temporary name and renamed when it is complete, so an interrupted conversion is repeated.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
-    """Return the row in the member ``json``, with the sample's picture as its image. The image that this row names, and the sample's other
-    members, become metadata.
+    """Return the row in the member ``json``, with the sample's picture as its image. The row's own image path and the sample's other
+    members are kept as metadata.
     """
     kept = {f"sample.{key}": value for key, value in row.items() if key not in ("__key__", picture)}
     named = [key for key in IMAGES if key in json_row and (not isinstance(json_row[key], list) or len(json_row[key]) == 1)]

@@ -75,7 +75,7 @@ class Compared:
 
     @property
     def headlines(self) -> dict[str, tuple[float, Interval | None]]:
-        """Headline metric -> difference and its interval, for metrics that have a value."""
+        """Map each headline metric that was computed to its difference and confidence interval."""
         found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
         return {name: (each.after - each.before, each.interval) for name, each in found.items()}
 
