@@ -34,7 +34,7 @@ class Thresholds:
         margin: margin that each of the four comparisons must exceed, in nats, at least 0.
         changed: smallest and largest allowed share of visibly changed pixels, keyed by edit type; "*" for other types.
         largest: minimum share of the changed pixels that must be in one connected component.
-        outside: maximum share of changed pixels among the pixels outside the mask.
+        outside: maximum share of the pixels outside the mask that differ at all, even invisibly.
         drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
             no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
