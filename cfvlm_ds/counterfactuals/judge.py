@@ -35,7 +35,7 @@ class Thresholds:
         margin: value in nats (not negative) that the margin of each of the four comparisons must exceed.
         changed: minimum and maximum fraction of visibly changed pixels, keyed by edit type; the key "*" covers all other types.
         largest: minimum fraction of the changed pixels that lie in the largest connected component.
-        outside: maximum fraction of the pixels outside the mask that differ.
+        outside: maximum fraction of the pixels outside the mask that differ at all, even invisibly.
         drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
             no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """

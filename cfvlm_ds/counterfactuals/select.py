@@ -147,8 +147,8 @@ def _is_selected(file: IO[bytes]) -> bool:
 
 
 def _is_survival(file: IO[bytes]) -> bool:
-    head, rule = file.readline(100), file.readline(100)
-    return head.startswith(b"| | ") and rule.startswith(b"|---")
+    head, rule = file.readline(MAX_LINE), file.readline(4)
+    return head.startswith(b"| | ") and rule == b"|---"
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
@@ -265,7 +265,7 @@ def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError unless they add up to 1."""
+    """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError for malformed shares, and for shares that do not add up to 1."""
     given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
     shares: dict[str, float] = fitted(dict[str, float], given, "--splits", (1e-9, 1))
     if shares and abs(sum(shares.values()) - 1) > 1e-6:

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_opti
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict
-from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
+from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
@@ -979,6 +980,8 @@ def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
     ):  # fmt: skip
         assert Path(name).name.replace(".jsonl", "") in refused(capsys, *words, tmp_path / name)
         assert contents(tmp_path) == before, name
+    wide = Survival({kind: Counter(proposed=1, kept=1) for kind in TYPES})
+    Path(f"{groups}.survival.md").write_text(f"{wide.table()}\n")  # a row that names every type is long
     with whole_file(groups), pytest.raises(ConfigError, match=r"g\.jsonl"):
         select(out, groups, SelectOptions(), quiet)
     assert select(out, groups, SelectOptions(), quiet).roots == []
