@@ -1,6 +1,6 @@
 """From captions and pictures to groups: the work folder under kills and cuts, editors, verdicts against a known truth, selection, audit.
 
-The embedded world stands for a user's photographs. Its editor fails in known ways, so it is known of every candidate whether it is good.
+The built-in world stands for a user's photographs. Its editor fails in known ways, so it is known of every candidate whether it is good.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 PUBLIC = dict(BENCHMARKS)
-"""Benchmarks before a command adds that of the embedded world."""
+"""Benchmarks before a command adds that of the built-in world."""
 GREY = Image.new("RGB", (336, 336), (128, 128, 128))
 FEW = Settings(batch_size=2, draws=20)
 SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
