@@ -24,7 +24,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
-from cfvlm_ds.data.passes import Done, Scan, distinct
+from cfvlm_ds.data.passes import Done, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
@@ -46,6 +46,10 @@ class Lengths(Protocol):
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
         """Return the number of tokens in an image's pictures."""
         ...
+
+
+_MERGED = 1 << 20
+"""Number of picture keys above which the keys of all rows so far are reduced to distinct ones."""
 
 
 def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
@@ -79,13 +83,14 @@ class _Rows(NamedTuple):
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
     """Check all rows, add their counts and problems to ``report``, and return the distinct pictures and the groups with repeated ids."""
-    ids, pictures = [_arrays({})], [_arrays({})]
+    ids, pictures, pending = [_arrays({})], [_arrays({})], 0
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
         report.add(part.report)
         ids.append(part.ids)
         pictures.append(part.pictures)
-    hashes, places = (np.concatenate(parts) for parts in zip(*ids, strict=True))
-    repeats = dict(_repeated(store, hashes, places, scan))
+        if (pending := pending + len(part.pictures[0])) > max(_MERGED, len(pictures[0][0])):  # rows often share pictures
+            pictures, pending = [distinct(pictures)], 0
+    repeats = dict(_repeated(store, ids, scan))
     report.problems.extend(repeats.values())
     seen = SeenRows(distinct(pictures), list(repeats))
     report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
@@ -113,17 +118,20 @@ def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
     return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.uint64, len(values))
 
 
-def _repeated(store: GroupStore, ids: Array, places: Array, scan: Scan) -> Iterator[tuple[int, str]]:
+def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan) -> Iterator[tuple[int, str]]:
     """Yield (index, error message) for each group whose id an earlier group already has. Only groups with equal id hashes are read, to
     compare the ids themselves.
     """
-    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    hashes = np.concatenate([part for part, _ in ids])
+    hashes.sort()
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     first: dict[str, int] = {}
-    for index in places[counts[inverse] > 1].tolist():
-        scan.alive()
-        group = store.entry(index)
-        if not isinstance(group, DataError) and first.setdefault(group.id, index) != index:
-            yield index, repeated(store, index, first[group.id], group.id)
+    for part, places in ids:
+        for index in places[contains(twice, part)].tolist():
+            scan.alive()
+            group = store.entry(index)
+            if not isinstance(group, DataError) and first.setdefault(group.id, index) != index:
+                yield index, repeated(store, index, first[group.id], group.id)
 
 
 # Texts -------------------------------------------------------------------------------------------------------------------------------

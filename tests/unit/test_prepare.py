@@ -30,12 +30,14 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check_manifest, lines, open_groups, picture_check, prepare, read_manifest
+from cfvlm_ds.data import check, check_manifest, lines, open_groups, picture_check, prepare, read_manifest
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.identity import changes, data_identity
+from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.picture_file import picture_bytes
-from cfvlm_ds.data.picture_index import PictureTable, picture_of
+from cfvlm_ds.data.picture_index import PictureTable, picture_key, picture_of
+from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.stored import StoredRows
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import token_counts
@@ -499,3 +501,21 @@ def test_a_damaged_store_is_refused(damage, store, tmp_path):
     with pytest.raises(DataError) as error:
         open_groups(copied)
     assert str(copied) in str(error.value) and str(error.value).isprintable() and "; " in str(error.value)
+
+
+def test_rows_are_checked_in_chunks_and_pictures_reduced_on_the_way(tmp_path, monkeypatch):
+    """The pictures and repeated ids of 700 rows in three chunks, against a dictionary."""
+    monkeypatch.setattr(check, "_MERGED", 8)
+    chance, first, repeats, ids = random.Random(0), dict[str, int](), list[int](), set[str]()
+    with (path := tmp_path / "m.jsonl").open("w") as file:
+        for index in range(700):
+            row: dict[str, Any] = {"id": f"g{chance.choice((index, chance.randrange(700)))}", "match": [["i", "t", 1]]}
+            shown = f"{int(chance.random() ** 3 * 900)}.png"
+            first.setdefault(shown, index)
+            if row["id"] in ids:
+                repeats.append(index)
+            ids.add(row["id"])
+            file.write(json.dumps(row | {"images": [{"id": "i", "path": shown}], "texts": [{"id": "t", "text": "a cup"}]}) + "\n")
+    seen = check.look_at_rows(CheckReport(str(path)), open_groups(path), lambda line: None, Scan())
+    expected = {picture_key(tmp_path / name): index for name, index in first.items()}
+    assert dict(zip(*map(np.ndarray.tolist, seen.pictures), strict=True)) == expected and seen.repeats == repeats and len(repeats) > 100
