@@ -78,13 +78,22 @@ rendezvous() {
     export MASTER_ADDR MASTER_PORT
 }
 
-# newest_step: print the step of the newest complete checkpoint, or -1.
+# newest_step [FOLDER]: print the step of the newest complete checkpoint, or -1. The default folder is the run or its newest round.
 newest_step() {
-    local path newest=-1
-    for path in "$run_dir"/checkpoint-*; do
+    local path newest=-1 folder
+    folder=${1:-$({ compgen -G "$run_dir/round-*" || echo "$run_dir"; } | sort -V | tail -n 1)}
+    for path in "$folder"/checkpoint-*; do
         if [[ ${path##*-} =~ ^[0-9]+$ ]] && ((${path##*-} > newest)); then newest=${path##*-}; fi
     done
     echo "$newest"
+}
+
+# progress: print a number that increases with each checkpoint and, with train.rounds, with each finished shard of samples.
+progress() {
+    local folder number
+    number=$({ compgen -G "$run_dir/sampled-*/sample/*.done.json" || :; } | wc -l)
+    for folder in "$run_dir" "$run_dir"/round-*; do number=$((number + $(newest_step "$folder") + 1)); done
+    echo "$number"
 }
 
 # again WHY CODE: requeue the job, or end it with CODE if earlier starts have made no progress.
@@ -93,8 +102,8 @@ again() {
         say "not requeued: Slurm itself ends this job (scancel, or preemption, after which Slurm requeues it)"
         exit "$2"
     fi
-    if (($(newest_step) <= first_step && starts >= max_starts)); then
-        say "giving up: $1; $starts starts in a row have made no progress beyond step $first_step (CFVLM_MAX_STARTS=$max_starts)"
+    if (($(progress) <= first && starts >= max_starts)); then
+        say "giving up: $1; $starts starts in a row have made no progress beyond step $(newest_step) (CFVLM_MAX_STARTS=$max_starts)"
         exit "$2"
     fi
     say "requeue: $1; newest checkpoint: step $(newest_step)"
@@ -148,11 +157,11 @@ launch() {
     mkdir -p "$start_dir"
     say "logs of all ranks: $start_dir"
 
-    terminated=0 max_starts=${CFVLM_MAX_STARTS:-3} starts=0 first_step=$(newest_step)
+    terminated=0 max_starts=${CFVLM_MAX_STARTS:-3} starts=0 first=$(progress)
     if [[ -f ${start_dir%/*}/starts ]]; then read -r before starts <"${start_dir%/*}/starts"; fi
-    if ((first_step > before)); then starts=0; fi
+    if ((first > before)); then starts=0; fi
     starts=$((starts + 1))
-    echo "$first_step $starts" >"${start_dir%/*}/starts"
+    echo "$first $starts" >"${start_dir%/*}/starts"
 
     trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then say "USR1: forwarded to the ranks"; kill -USR1 "$ranks"; fi' USR1
     trap 'interrupted=1 terminated=1' TERM

@@ -5,10 +5,11 @@ checking groups.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,8 @@ from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SampleOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
+    from cfvlm_ds.batching.collator import Collator
+    from cfvlm_ds.core.distributed import World
     from cfvlm_ds.counterfactuals.verify import Score
 
 
@@ -234,21 +237,13 @@ def _sample(
         out: work folder, created if necessary; groups are written to OUT/groups.jsonl.
         limit: use only the first N groups.
     """
-    from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.counterfactuals.sample import GROUPS, sample
-    from cfvlm_ds.counterfactuals.work_folder import sha256_of_file
     from cfvlm_ds.data import sound_groups
-    from cfvlm_ds.models import adapter_fingerprint, fingerprint, model_folder
 
     number, of = part.shard or (0, 1)
-    config, adapter = model_named(model, limits)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
-    identity = {"model": model, **fingerprint(config, say=say)} | ({"adapter": adapter_fingerprint(adapter)} if adapter else {})
-    writing = model_folder(config.name_or_path) / "generation_config.json"  # sets the repetition penalty, for example
-    identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
-    done, counts = sample(
-        store, Path(out), options, identity, lambda: load_scorer(config, adapter, max_pixels=reading.max_pixels), number, say, of
-    )
+    identity, load = author(model, limits, reading.max_pixels, say)
+    done, counts = sample(store, Path(out), options, identity, load, number, say, of)
     _print_done("sample", done)
     if counts is None:
         print(f"other shards are not finished; `cfvlm-ds data status {out}` lists them, and the last one writes {GROUPS}")
@@ -257,6 +252,22 @@ def _sample(
         print(f"{count:>9} {name}")
     print(f"wrote {Path(out) / GROUPS}: {counts['groups']} groups")
     _print_roots(list(map(str, store.roots)))
+
+
+def author(
+    model: str, limits: ImageLimits, max_pixels: int, say: Callable[[str], object], world: World | None = None
+) -> tuple[dict[str, Any], Callable[[], tuple[Any, Collator, World]]]:
+    """Return the identity of a model that writes texts, and a function that loads it once as scorer, collator and world."""
+    from cfvlm_ds.cli.models import load_scorer
+    from cfvlm_ds.counterfactuals.work_folder import sha256_of_file
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint, model_folder
+
+    config, adapter = model_named(model, limits)
+    identity: dict[str, Any] = {"model": model, **fingerprint(config, say=say)}
+    identity |= {"adapter": adapter_fingerprint(adapter)} if adapter else {}
+    writing = model_folder(config.name_or_path) / "generation_config.json"  # sets the repetition penalty, for example
+    identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
+    return identity, functools.cache(lambda: load_scorer(config, adapter, max_pixels=max_pixels, world=world))
 
 
 def _print_roots(roots: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the commands to a parser."""
-    for function in (_score, _calibrate, _export, _track):
+    for function in (_score, _calibrate, export, _track):
         add_function(commands, function)
 
 
@@ -137,7 +137,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
         replace(Path(out), f"{calibration.block(advice)}\n".encode())
 
 
-def _export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:
+def export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:
     """Export a DeepSpeed checkpoint as a Hugging Face folder, and optionally push it to the hub.
 
     Example: cfvlm-ds export runs/quickstart --push me/quickstart

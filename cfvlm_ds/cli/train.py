@@ -72,7 +72,13 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     if config.build != BuildConfig():
         validate(config, world)
         build_once(config.build, world)
-    train(config, world)
+    if config.train.rounds is None:
+        train(config, world)
+        return
+    from cfvlm_ds.cli.rounds import train_in_rounds
+
+    validate(config, world)
+    train_in_rounds(config, world, lambda options: run([*arguments, *options], prog))
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cfvlm_ds.core.data_config import DataConfig
+from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
@@ -113,6 +113,32 @@ MICRO_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of sampling and training. In each round, the model writes texts about pictures, a judge labels them as true or false, and a
+    run trains on the training data and on these texts. Round K is the run ``output_dir/round-K``. All other options apply to every round.
+
+    Args:
+        number: number of rounds.
+        pictures: data set with pictures and true texts, in any known format.
+        judge: judge of a text's truth, as for ``cfvlm-ds data sample``: ``answers`` or MODULE:FUNCTION.
+        n: texts per picture and prompt.
+        temperature: sampling temperature.
+        max_new_tokens: largest number of tokens in a text; a longer text is left out.
+        prompt: one prompt for all pictures; by default, each picture is shown with the prompts of its row.
+        weight: weight of the sampled groups in the training mixture. A single training set without a weight has weight 1.
+    """
+
+    number: int = option(within=AT_LEAST_ONE, on_resume="ignored")
+    pictures: DataSet = option(on_resume="ignored")
+    judge: str = option(on_resume="ignored")
+    n: int = option(8, within=AT_LEAST_ONE, on_resume="ignored")
+    temperature: float = option(1.0, within=(0.01, 1e3), on_resume="ignored")
+    max_new_tokens: int = option(128, within=AT_LEAST_ONE, on_resume="ignored")
+    prompt: str = option("", on_resume="ignored")
+    weight: float = option(1.0, within=(1e-9, 1e9), on_resume="ignored")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Optimisation and the run folder.
 
@@ -178,6 +204,7 @@ class TrainConfig:
         figures: draw the learning curves and the score matrices of a few groups at the end.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
+        rounds: alternate sampling and training; by default, the run trains once.
         dry_run: only report sizes, trainable modules and memory per GPU; needs no GPU, weights or data.
     """
 
@@ -220,6 +247,7 @@ class TrainConfig:
     retention: list[str] | None = option(None, on_resume="ignored")
     figures: bool = option(True, on_resume="ignored")
     export: bool = option(True, on_resume="ignored")
+    rounds: RoundsConfig | None = option(None, on_resume="ignored")
     dry_run: bool = option(False, on_resume="ignored")
 
     @property

@@ -230,7 +230,8 @@ def sourced(script: str, folder: Path, **variables: str) -> subprocess.Completed
 )
 def test_starts_are_bounded(code, pause, most, why, tmp_path):
     """The whole of ``launch`` with programs in place of Slurm's, of which the training leaves as one does that finds a disk full, after a
-    pause, or as one that crashes. Three starts without progress are the most by default; a new checkpoint begins the count anew."""
+    pause, or as one that crashes. Three starts without progress are the most by default; a new checkpoint begins the count anew, and so
+    does a finished shard of samples."""
     for name, text in {
         "srun": f"""case "$*" in
             *output_dir*) echo {tmp_path}/run ;;
@@ -244,9 +245,12 @@ def test_starts_are_bounded(code, pause, most, why, tmp_path):
     given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_PARTITION": "x", "SLURM_NTASKS": "1"}
     given |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "CFVLM_FULL_DISK_PAUSE_S": str(pause)}
     given |= {} if most == 3 else {"CFVLM_MAX_STARTS": str(most)}
-    for start, step in enumerate([-1] * most + [4] * most):
+    for start, step in enumerate([-1] * most + [4] * 2 * most):
         if step == 4:
             (tmp_path / "run" / "checkpoint-4").mkdir(exist_ok=True)
+        if start == 2 * most:
+            (tmp_path / "run" / "sampled-1" / "sample" / "shard-00003.done.json").parent.mkdir(parents=True)
+            (tmp_path / "run" / "sampled-1" / "sample" / "shard-00003.done.json").touch()
         before = time.monotonic()
         command = ["bash", "-c", "source slurm/launch.sh; launch"]
         environment = given | {"SLURM_RESTART_COUNT": str(start)}
@@ -256,7 +260,7 @@ def test_starts_are_bounded(code, pause, most, why, tmp_path):
         bound = f"giving up: {reason}; {most} starts in a row have made no progress beyond step {step} (CFVLM_MAX_STARTS={most})\n"
         assert (bound in done.stdout) == (start % most == most - 1), done
         assert done.stdout.count("FloatingPointError: of rank 0\n") == 1 + (code == 1), "as rank 0 says it, and as the reason"
-    assert (tmp_path / "requeued").read_text() == "again\n" * 2 * (most - 1)
+    assert (tmp_path / "requeued").read_text() == "again\n" * 3 * (most - 1)
 
 
 def test_secrets_are_read_through_a_link_to_a_file_that_is_closed_to_others(tmp_path):
