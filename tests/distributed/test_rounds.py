@@ -60,6 +60,7 @@ def test_two_rounds_are_the_same_steps_by_hand(trained, world, capsys):
         model = run / "export"
 
 
+@pytest.mark.long
 def test_rounds_go_on_after_a_kill_with_another_number_of_ranks(trained, world, tmp_path):
     """Killed while the model of round 1 writes; then one rank goes on. The texts are the same bytes, round 1 is not trained again."""
     out = tmp_path / "out"
@@ -76,6 +77,7 @@ def test_rounds_go_on_after_a_kill_with_another_number_of_ranks(trained, world, 
     assert contents(out / "round-1") == before and len(losses(out / "round-2")) == 2
 
 
+@pytest.mark.long
 def test_adapters_of_a_round_are_merged_for_the_next(trained, world, tmp_path):
     lora = [
         f"--model.{name}.tuning={how}" for name, how in (("vision_tower", "frozen"), ("projector", "frozen"), ("language_model", "lora"))
