@@ -21,8 +21,8 @@ resident memory from the first step on, shown with the resident memory before it
 prefix-grouper, the reference). The first step's loss is compared with one forward pass per sequence in transformers.
 
 Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat its run. If a trainer cannot
-be installed or started, its file and the table show the error, and the other trainers still run. The exit code is 1 if losses differ by
-more than 1e-4.
+be installed or started, its file and the table show the error, and the other trainers still run. The exit code is 1 if token ids differ,
+or if losses differ by more than 1e-4.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Arm:
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for a link with slope 1 and the given margins."""
+    """Return options for the default link with ``beta`` 1 and the given margins."""
     return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 

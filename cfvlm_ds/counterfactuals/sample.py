@@ -66,7 +66,7 @@ def sample(
     counts if all shards are finished.
 
     Raises ConfigError if options differ from those recorded in OUT, if the judge returns None for the first known true text of every
-    prompt, or if no generated text is false. Raises DataError if the judge fails on a text.
+    picture and prompt, or if no generated text is false. Raises DataError if the judge fails on a text.
     """
     judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())

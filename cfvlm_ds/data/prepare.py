@@ -201,7 +201,7 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if it is a store for other data or options."""
+        """Return whether the store is complete. Raises ConfigError if a complete or unfinished store is for other data or options."""
         for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE

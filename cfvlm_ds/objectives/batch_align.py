@@ -23,8 +23,8 @@ class BatchAlign(Objective):
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
     false; no other objective uses unknown cells as negatives. A text is never used as a group's negative if it equals one of the group's
-    texts or has the same ``key`` as one of them, if the group's ``exclude`` lists its key, or if its own group marks it as true of one of
-    this group's pictures.
+    texts or has the same ``key`` as one of them, if the group's ``exclude`` lists it or its key, or if its own group marks it as true of
+    one of this group's pictures.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
     and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs

@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
     """Read metrics.jsonl from byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops after the line with which the number of points reaches ``limit``.
+    Reading stops after the line with which the number of points reaches or exceeds ``limit``.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():

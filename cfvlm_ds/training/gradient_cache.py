@@ -36,7 +36,7 @@ def forward(
     backpropagates a loss on them.
 
     Only one forward pass's activations are in memory at a time. All scores are computed first, because the loss couples them. Every forward
-    pass except the last is then repeated with the same random numbers, and its log-probs, weighted by the loss's derivatives, are
+    pass except the last is then repeated with the same random numbers. The log-probs of each pass, weighted by the loss's derivatives, are
     backpropagated. Passes added only to reach ``number`` have a weight of 0. ``last`` must be True for a step's last micro-batch, after
     which the gradients are complete.
     """
