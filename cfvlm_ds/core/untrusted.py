@@ -65,7 +65,7 @@ def refuse_link(path: Path, remedy: str) -> None:
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     """Check the path of an output file, create its folder, and return the path.
 
-    Raises ConfigError if ``path`` is one of the ``inputs``, a link, or not a file, and StorageError if it cannot be written.
+    Raises ConfigError if ``path`` is one of the ``inputs``, a link, or exists and is no file, and StorageError if it cannot be written.
     """
     refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
