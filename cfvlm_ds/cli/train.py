@@ -77,8 +77,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
         return
     from cfvlm_ds.cli.rounds import train_in_rounds
 
-    validate(config, world)
-    train_in_rounds(config, world, lambda options: run([*arguments, *options], prog))
+    train_in_rounds(config, world)
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
