@@ -75,16 +75,17 @@ def _mixable(config: RunConfig) -> list[Source]:
         raise ConfigError(f"train.resume {config.train.resume!r} would continue every round from one checkpoint; leave it out")
     if scores_needed(config):
         raise ConfigError("train.rounds samples groups without stored scores; train only adapters, or leave out terms that need scores")
-    sources = config.data.train_sets
-    if _SAMPLED in sources:
-        raise ConfigError(f"train.rounds calls its groups {_SAMPLED!r}; give {sources[_SAMPLED].path} another name in data.train")
+    sources = [replace(source, name=name) for name, source in config.data.train_sets.items()]
     if len(sources) == 1:
-        return [replace(source, weight=source.weight or 1.0) for source in sources.values()]
-    if missing := [name for name, source in sources.items() if source.weight is None]:
-        raise ConfigError(
-            f"train.rounds mixes the sampled groups with data.train by weight, but source {missing[0]!r} has none; give it one"
-        )
-    return list(sources.values())
+        sources = [replace(sources[0], weight=sources[0].weight or 1.0)]
+    for source in sources:
+        if source.name == _SAMPLED:
+            raise ConfigError(f"train.rounds calls its groups {_SAMPLED!r}; give {source.path} another name in data.train")
+        if source.weight is None:
+            raise ConfigError(
+                f"train.rounds mixes the sampled groups with data.train by weight, but source {source.name!r} has none; give it one"
+            )
+    return sources
 
 
 def _refuse_run(out: Path) -> None:

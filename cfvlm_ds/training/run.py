@@ -177,6 +177,7 @@ def _run(config: RunConfig, world: World) -> None:
             json.dumps({"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}),
             world.say,
         )
+    engine.release(ds_engine)
     world.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import forkserver_ranks
 import pytest
-from conftest import contents, losses, printed, run_train, wait_for, write_rows
+from conftest import contents, losses, printed, run_ranks, run_train, wait_for, write_rows
 
+from cfvlm_ds.cli.train import run
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import HabitsConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.habits import build_habits
 
@@ -47,6 +51,8 @@ def trained(world, tmp_path_factory):
 
 
 def test_two_rounds_are_the_same_steps_by_hand(trained, world, capsys):
+    with pytest.raises(ConfigError, match="round-2"):
+        named_model(str(trained / "out"))
     model = trained / "base"
     for number in (1, 2):
         work, run, train = trained / f"by-hand-{number}", trained / f"run-{number}", str(world / "train.jsonl")
@@ -100,7 +106,10 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     document = {"train": {"rounds": told}, "model": {name: {"tuning": how} for name, how in tuning.items()}}
     file, out = tmp_path / "mine.yaml", tmp_path / "an out"
     file.write_text(
-        json.dumps(document | {"data": {"train": str(captions), "root": str(world), "format": "captions:image=file,caption=said"}})
+        json.dumps(
+            document
+            | {"data": {"train": str(tmp_path / "caption?.jsonl"), "root": str(world), "format": "captions:image=file,caption=said"}}
+        )
     )
     given = [*options(trained / "base", world, out), "--config", str(file), "--objective.csd.weight", "0"]
     (rank,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", given, said=tmp_path / "said")
@@ -139,3 +148,16 @@ def test_all_ranks_end_with_the_error_of_one(trained, world, tmp_path):
     given = [*rounds(trained / "base", world, tmp_path / "out"), "--train.rounds.judge", "test_rounds:decides_only_on_known"]
     run_train(2, given, said=tmp_path / "said", code=2)
     assert not (tmp_path / "out" / "round-1").exists()
+
+
+def train_and_count_engines(arguments):
+    run(arguments)
+    gc.collect()
+    print("engines:", sum(type(each).__name__ == "DeepSpeedEngine" for each in gc.get_objects()))
+
+
+def test_a_run_leaves_no_engine_in_memory(trained, world, tmp_path):
+    given = options(trained / "base", world, tmp_path / "out", "--data.train", str(world / "train.jsonl"), "--train.export", "false")
+    given += ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
+    ((code, said),) = run_ranks(1, "test_rounds:train_and_count_engines", given, said=tmp_path / "said")
+    assert code == 0 and "engines: 0" in said, said
