@@ -47,7 +47,7 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
     validate(config, world)
     rounds, out, model = config.train.rounds, Path(config.train.output_dir), config.model.name_or_path
     assert rounds is not None
-    sources = _mixable(config)
+    sources = mixable(config)
     own = list(map(str, out.glob("*"))) if (out / "sampled-1").exists() else []
     with locked(out, world, partial(_refuse_run, out), [config.resolved, own]):
         for number in range(1, rounds.number + 1):
@@ -65,12 +65,14 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
                 model = _exported(folder, world)
 
 
-def _mixable(config: RunConfig) -> list[Source]:
+def mixable(config: RunConfig) -> list[Source]:
     """Return the sources of the training data, to which sampled groups can be added. Raises ConfigError for options that do not work with
     rounds.
     """
     if not config.train.export:
         raise ConfigError("train.rounds needs train.export, because a round starts from the exported model of the previous round")
+    if config.model.lora.load_in_4bit:
+        raise ConfigError("train.rounds merges adapters into their base, but a 4-bit base cannot be exported; set load_in_4bit to false")
     if config.train.resume not in ("auto", "never", "restart"):
         raise ConfigError(f"train.resume {config.train.resume!r} would continue every round from one checkpoint; leave it out")
     if scores_needed(config):

@@ -61,6 +61,10 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 
+        if config.train.rounds is not None:
+            from cfvlm_ds.cli.rounds import mixable
+
+            mixable(config)
         with TemporaryDirectory() as folder:
             print(dry_run(_with_model(config, str(Path(folder, "model")))))
         return

@@ -13,13 +13,16 @@ import forkserver_ranks
 import pytest
 from conftest import contents, losses, printed, run_ranks, run_train, wait_for, write_rows
 
+from cfvlm_ds.cli.rounds import mixable
 from cfvlm_ds.cli.train import run
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.habits import build_habits
+from cfvlm_ds.objectives import OBJECTIVES
 
 JUDGE = "cfvlm_ds.demo.habits:is_true"
 
@@ -124,11 +127,19 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
 
 def test_what_rounds_cannot_do_is_said_before_anything_is_sampled(trained, world, tmp_path):
     named = json.dumps([{"path": str(world / "train.jsonl"), "name": "sampled", "weight": 1}])
-    refused = [["--train.export", "false"], ["--objective.dpo.weight", "1"], ["--data.train", named], ["--train.resume", str(tmp_path)]]
+    refused = [
+        ["--train.export", "false", "--train.dry_run", "true"],
+        ["--train.export", "false"],
+        ["--objective.dpo.weight", "1"],
+        ["--data.train", named],
+        ["--train.resume", str(tmp_path)],
+    ]
     for number, more in enumerate(refused):
         out = tmp_path / str(number)
         (said,) = run_train(1, [*rounds(trained / "base", world, out), *more], said=tmp_path / f"said-{number}", code=2)
         assert "error: " in said and not out.exists()
+    with pytest.raises(ConfigError, match="load_in_4bit"):
+        mixable(parse_config([*rounds(trained / "base", world, out), "--model.lora.load_in_4bit", "true"], OBJECTIVES))
 
 
 @pytest.mark.parametrize("entry", ["config.yaml", "run.lock"])
