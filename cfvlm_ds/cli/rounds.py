@@ -49,6 +49,9 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
     assert rounds is not None
     sources = mixable(config)
     own = list(map(str, out.glob("*"))) if (out / "sampled-1").exists() else []
+    if not own:  # otherwise, errors in the training data would show only after sampling
+        barrier = ProgressBarrier(world)
+        run_on_rank0(world, lambda: _check(sources, barrier), barrier)
     with locked(out, world, partial(_refuse_run, out), [config.resolved, own]):
         for number in range(1, rounds.number + 1):
             folder, work = out / f"round-{number}", out / f"sampled-{number}"
@@ -90,6 +93,11 @@ def mixable(config: RunConfig) -> list[Source]:
     return sources
 
 
+def _check(sources: list[Source], barrier: ProgressBarrier) -> None:
+    for source in sources:
+        sound_groups(source.path, source.root, source.format or AUTO, source.limit, lambda line: barrier.alive())
+
+
 def _refuse_run(out: Path) -> None:
     if (out / "config.yaml").exists():
         raise ConfigError(f"{out} contains a run without rounds; choose another train.output_dir for train.rounds")
@@ -107,7 +115,8 @@ def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]
 
 def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str]:
     """Sample the texts of a round, and return the folders of their pictures. All ranks raise the first error of any rank."""
-    rounds, data, barrier, problem = config.train.rounds, config.data, ProgressBarrier(world), None
+    rounds, data, barrier = config.train.rounds, config.data, ProgressBarrier(world)
+    problem: InputError | None = None
     assert rounds is not None
 
     def say(line: str) -> None:

@@ -102,17 +102,14 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     read again."""
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     captions = write_rows(
-        tmp_path / "captions.jsonl", ({"file": row["images"][0]["path"], "said": row["texts"][0]["text"]} for row in rows)
+        tmp_path / "my captions.jsonl", ({"file": row["images"][0]["path"], "said": row["texts"][0]["text"]} for row in rows)
     )
     told = {"number": 2, "pictures": {"path": str(captions), "limit": 4}, "judge": "test_rounds:is_known", "n": 2, "max_new_tokens": 48}
     tuning = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
     document = {"train": {"rounds": told}, "model": {name: {"tuning": how} for name, how in tuning.items()}}
     file, out = tmp_path / "mine.yaml", tmp_path / "an out"
     file.write_text(
-        json.dumps(
-            document
-            | {"data": {"train": str(tmp_path / "caption?.jsonl"), "root": str(world), "format": "captions:image=file,caption=said"}}
-        )
+        json.dumps(document | {"data": {"train": str(captions), "root": str(world), "format": "captions:image=file,caption=said"}})
     )
     given = [*options(trained / "base", world, out), "--config", str(file), "--objective.csd.weight", "0"]
     (rank,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", given, said=tmp_path / "said")
