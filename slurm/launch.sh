@@ -88,10 +88,10 @@ newest_step() {
     echo "$newest"
 }
 
-# progress: print a number that increases with each checkpoint and, with train.rounds, with each finished shard of samples.
+# progress: print a number that increases with each checkpoint and, with train.rounds, with each sampled picture.
 progress() {
     local folder number
-    number=$({ compgen -G "$run_dir/sampled-*/sample/*.done.json" || :; } | wc -l)
+    number=$({ cat "$run_dir"/sampled-*/sample/*.jsonl 2>/dev/null || :; } | wc -l)
     for folder in "$run_dir" "$run_dir"/round-*; do number=$((number + $(newest_step "$folder") + 1)); done
     echo "$number"
 }

@@ -10,73 +10,120 @@ is not repeated.
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cfvlm_ds.cli.making import author
 from cfvlm_ds.cli.models import export
 from cfvlm_ds.cli.options import ImageLimits
-from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.data_config import AUTO, Source
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
+from cfvlm_ds.core.errors import ConfigError, InputError
+from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.counterfactuals.options import SampleOptions
-from cfvlm_ds.counterfactuals.sample import GROUPS, sample
+from cfvlm_ds.counterfactuals.sample import COUNTS, GROUPS, sample
 from cfvlm_ds.data import sound_groups
+from cfvlm_ds.training.run import leaving_with_a_word, locked, train
 from cfvlm_ds.training.run_start import FINISHED
-from cfvlm_ds.training.validation import scores_needed
+from cfvlm_ds.training.validation import scores_needed, validate
+
+_SAMPLED = "sampled"
+"""Name of a round's groups as a source."""
 
 _SHARDS = 64
 """Shards of a round's pictures. The number does not depend on the number of ranks, which can differ between two starts."""
 
 
-def train_in_rounds(config: RunConfig, world: World, run: Callable[[Sequence[str]], None]) -> None:
-    """Alternate sampling and training. ``run`` trains one run; its argument has options that override those of the command.
+def train_in_rounds(config: RunConfig, world: World) -> None:
+    """Alternate sampling and training. Every rank must call this.
 
-    Every rank must call this. Raises ConfigError if ``train.export`` is off, if a source of the training data has no weight, or if a term
-    needs stored scores, which sampled groups do not have.
+    Raises ConfigError, before anything is written, if an option does not work with rounds, if another process uses the folder, or if the
+    folder contains an ordinary run.
     """
+    validate(config, world)
     rounds, out, model = config.train.rounds, Path(config.train.output_dir), config.model.name_or_path
     assert rounds is not None
+    sources = mixable(config)
+    own = list(map(str, out.glob("*"))) if (out / "sampled-1").exists() else []
+    if not own:  # otherwise, errors in the training data would show only after sampling
+        barrier = ProgressBarrier(world)
+        run_on_rank0(world, lambda: _check(sources, barrier), barrier)
+    with locked(out, world, partial(_refuse_run, out), [config.resolved, own]):
+        for number in range(1, rounds.number + 1):
+            folder, work = out / f"round-{number}", out / f"sampled-{number}"
+            finished = (folder / FINISHED).exists()
+            world.say(f"round {number} of {rounds.number}{': finished by an earlier start' if finished else ''}")
+            if not finished:
+                with leaving_with_a_word(world):
+                    roots = _sample(config, world, model, work)
+                gc.collect()  # models and engines have reference cycles
+                sampled = Source(str(work / GROUPS), roots, AUTO, name=_SAMPLED, weight=rounds.weight)
+                train(_of_round(config, folder, model, [*sources, sampled]), world)
+                gc.collect()
+            with leaving_with_a_word(world):
+                model = _exported(folder, world)
+
+
+def mixable(config: RunConfig) -> list[Source]:
+    """Return the sources of the training data, to which sampled groups can be added. Raises ConfigError for options that do not work with
+    rounds.
+    """
     if not config.train.export:
         raise ConfigError("train.rounds needs train.export, because a round starts from the exported model of the previous round")
+    if config.model.lora.load_in_4bit:
+        raise ConfigError("train.rounds merges adapters into their base, but a 4-bit base cannot be exported; set load_in_4bit to false")
+    if config.train.resume not in ("auto", "never", "restart"):
+        raise ConfigError(f"train.resume {config.train.resume!r} would continue every round from one checkpoint; leave it out")
     if scores_needed(config):
         raise ConfigError("train.rounds samples groups without stored scores; train only adapters, or leave out terms that need scores")
-    sources = [asdict(source) for source in config.data.train_sets.values()]
+    sources = [replace(source, name=name) for name, source in config.data.train_sets.items()]
     if len(sources) == 1:
-        sources[0]["weight"] = sources[0]["weight"] or 1.0
-    if missing := [source["name"] for source in sources if source["weight"] is None]:
-        raise ConfigError(
-            f"train.rounds mixes the sampled groups with data.train by weight, but source {missing[0]!r} has none; give it one"
-        )
-    for number in range(1, rounds.number + 1):
-        folder, work = out / f"round-{number}", out / f"sampled-{number}"
-        finished = (folder / FINISHED).exists()
-        world.say(f"round {number} of {rounds.number}{': finished by an earlier start' if finished else ''}")
-        if not finished:
-            sampled = {"name": "sampled", "path": str(work / GROUPS), "weight": rounds.weight, "root": _sample(config, world, model, work)}
-            gc.collect()  # models and engines have reference cycles
-            options = {"train.output_dir": str(folder), "model.name_or_path": model, "data.train": json.dumps([*sources, sampled])}
-            options |= {"data.scores": "null", "train.rounds": "null"}
-            run([part for name, value in options.items() for part in (f"--{name}", value)])
-        model = _exported(folder, world)
-        gc.collect()
+        sources = [replace(sources[0], weight=sources[0].weight or 1.0)]
+    for source in sources:
+        if source.name == _SAMPLED:
+            raise ConfigError(f"train.rounds calls its groups {_SAMPLED!r}; give {source.path} another name in data.train")
+        if source.weight is None:
+            raise ConfigError(
+                f"train.rounds mixes the sampled groups with data.train by weight, but source {source.name!r} has none; give it one"
+            )
+    return sources
+
+
+def _check(sources: list[Source], barrier: ProgressBarrier) -> None:
+    for source in sources:
+        sound_groups(source.path, source.root, source.format or AUTO, source.limit, lambda line: barrier.alive())
+
+
+def _refuse_run(out: Path) -> None:
+    if (out / "config.yaml").exists():
+        raise ConfigError(f"{out} contains a run without rounds; choose another train.output_dir for train.rounds")
+
+
+def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]) -> RunConfig:
+    """Return the configuration of a round's run."""
+    sections: dict[str, Any] = {
+        "model": replace(config.model, name_or_path=model),
+        "data": replace(config.data, train=sources, scores=None),
+        "train": replace(config.train, output_dir=str(folder), rounds=None),
+    }
+    return replace(config, **sections, resolved={**config.resolved, **{name: asdict(section) for name, section in sections.items()}})
 
 
 def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str]:
-    """Sample the texts of a round, and return the folders of their pictures."""
+    """Sample the texts of a round, and return the folders of their pictures. All ranks raise the first error of any rank."""
     rounds, data, barrier = config.train.rounds, config.data, ProgressBarrier(world)
+    problem: InputError | None = None
     assert rounds is not None
 
     def say(line: str) -> None:
         barrier.alive()
         world.say(line)
 
-    stopped = signals.before_leaving(lambda code: world.say("stopped while sampling; the same command continues"))
-    with stopped, signals.leaving_together(world):
+    try:
         pictures = rounds.pictures
         root, form = data.root if pictures.root is None else pictures.root, pictures.format or data.format
         store = sound_groups(pictures.path, root, form, pictures.limit, say)
@@ -87,7 +134,12 @@ def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str
             _, counts = sample(store, work, options, identity, load, shard, say, _SHARDS)
             if counts is not None:  # all shards are finished
                 break
-        barrier.meet()
+    except InputError as error:
+        problem = error
+    barrier.meet()
+    if problem := next((each for each in gather_objects(problem, world) if each is not None), None):
+        raise problem
+    world.say(f"{work}: {', '.join(f'{count} {name}' for name, count in read_json(work / COUNTS).items() if count)}")
     return list(map(str, store.roots))
 
 

@@ -61,6 +61,10 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     if config.train.dry_run:
         from cfvlm_ds.training.dry_run import dry_run
 
+        if config.train.rounds is not None:
+            from cfvlm_ds.cli.rounds import mixable
+
+            mixable(config)
         with TemporaryDirectory() as folder:
             print(dry_run(_with_model(config, str(Path(folder, "model")))))
         return
@@ -77,8 +81,7 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
         return
     from cfvlm_ds.cli.rounds import train_in_rounds
 
-    validate(config, world)
-    train_in_rounds(config, world, lambda options: run([*arguments, *options], prog))
+    train_in_rounds(config, world)
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:

@@ -47,7 +47,8 @@ def named_model(name: str) -> NamedModel:
     """Resolve a model name. A run folder resolves to its export, or else to its adapters. An adapter folder resolves to the adapters and
     their base model. Any other name is used as it is.
 
-    Raises ConfigError for a run folder with neither an export nor adapters, and for adapters that do not name their model.
+    Raises ConfigError for a run folder with neither an export nor adapters, for a folder of rounds, and for adapters that do not name their
+    model.
     """
     folder = Path(name)
     if not os.path.isdir(folder) or (folder / "config.json").is_file():
@@ -61,6 +62,8 @@ def named_model(name: str) -> NamedModel:
         raise ConfigError(f"{folder} is a run folder without an export; write one with `cfvlm-ds export {folder}`")
     if (folder / ADAPTER).is_file():
         return NamedModel(base_of(folder), folder)
+    if rounds := sorted(folder.glob("round-*/config.yaml"), key=lambda file: file.stat().st_mtime):
+        raise ConfigError(f"{folder} contains a run for each round (train.rounds); name one of them, such as {rounds[-1].parent}")
     return NamedModel(name)
 
 

@@ -219,6 +219,7 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
             if group := source.judged(question, record["texts"], counts):
                 file.write(row_line(to_row(group, source.folder)))
         if not counts["groups"]:
-            raise ConfigError(f"{work.path}: no picture has a false text: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+            found = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise ConfigError(f"{work.path}: no picture has a false text: {found}; raise n or temperature, or use other pictures")
     write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
     return counts

@@ -1,7 +1,9 @@
-"""Access to a running engine: options of a restored optimizer, time spent waiting for weights, and the prefetch trace."""
+"""Access to a running engine: options of a restored optimizer, time spent waiting for weights, the prefetch trace, and its end."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import time
 from collections import deque
 from collections.abc import Callable
@@ -93,6 +95,19 @@ def drop_prefetch_recording(engine: Any) -> None:
     coordinator = _coordinator(engine)
     if coordinator is not None and coordinator.is_record_trace():
         coordinator._invalidate_trace()
+
+
+def release(engine: Any) -> None:
+    """Make it possible to free the memory of an engine that is no longer used. ZeRO-3 otherwise keeps every engine, with its weights and
+    moments, until the process ends: a list of its module has the model, and the cache of a method has the coordinator.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    with contextlib.suppress(ValueError):  # only ZeRO-3 lists its models
+        parameter_offload.FWD_MODULE_STACK.remove(engine.module)
+    cached = parameter_offload.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def _coordinator(engine: Any) -> Any:

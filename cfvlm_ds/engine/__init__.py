@@ -8,6 +8,7 @@ from cfvlm_ds.deepspeed_compat.running_engine import (
     gather_clock,
     invalidate_prefetch_trace,
     optimizer_options,
+    release,
 )
 from cfvlm_ds.engine.check import validate
 from cfvlm_ds.engine.configuration import read_json, resolve
@@ -29,6 +30,7 @@ __all__ = [
     "optimizer_options",
     "read_json",
     "recompute_activations",
+    "release",
     "resolve",
     "start",
     "validate",

@@ -52,16 +52,16 @@ def train(config: RunConfig, world: World | None = None) -> None:
     the loss or its gradient is not finite.
     """
     world = world or engine.start()
-    with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
+    with leaving_with_a_word(world):
         validate(config, world)
-        with _locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
+        with locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
 
 
 def prepare(config: RunConfig, world: World) -> None:
     """Prepare a run's data (stores, text lengths, token counts) as the run's first start would. Raises the same errors as ``train``."""
     validate(config, world)
-    with _locked(Path(config.train.output_dir), world, options=config.resolved):
+    with locked(Path(config.train.output_dir), world, options=config.resolved):
         data = read_data(config, world, most_rows=None)
         besides = scored_besides(config.objective)
         _tokens(config, world, data, data.collator.of_run(required_cells(config.objective), None, data.pictures, **besides))
@@ -74,7 +74,14 @@ _LEFT = {
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
+def leaving_with_a_word(world: World) -> Iterator[None]:
+    """Within the block, a signal that terminates a rank immediately terminates all ranks, and rank 0 prints how to continue."""
+    with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
+        yield
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
     Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
@@ -170,6 +177,7 @@ def _run(config: RunConfig, world: World) -> None:
             json.dumps({"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}),
             world.say,
         )
+    engine.release(ds_engine)
     world.wait()
 
 

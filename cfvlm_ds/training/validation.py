@@ -56,8 +56,14 @@ def validate(config: RunConfig, world: World | None) -> None:
 
 def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
     """Raise ConfigError if a path does not exist relative to the working directory but exists relative to the YAML file's folder."""
-    data, paths = config.data, [config.model.name_or_path]
-    for data_set in (*data.train_sets.values(), *data.evaluation_sets.values(), *data.benchmark_sets.values()) if with_data else ():
+    data, paths, rounds = config.data, [config.model.name_or_path], config.train.rounds
+    sets = [
+        *data.train_sets.values(),
+        *data.evaluation_sets.values(),
+        *data.benchmark_sets.values(),
+        *([rounds.pictures] if rounds else []),
+    ]
+    for data_set in sets if with_data else ():
         roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []
         paths += [data_set.path, *roots, getattr(data_set, "scores", None) or ""]
     for path in paths if config.build == BuildConfig() else ():  # ``build`` may still write the path

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import forkserver_ranks
 import pytest
-from conftest import contents, losses, printed, run_train, wait_for
+from conftest import contents, losses, printed, run_ranks, run_train, wait_for, write_rows
 
+from cfvlm_ds.cli.rounds import mixable
+from cfvlm_ds.cli.train import run
+from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import HabitsConfig
+from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.habits import build_habits
+from cfvlm_ds.objectives import OBJECTIVES
 
 JUDGE = "cfvlm_ds.demo.habits:is_true"
 
@@ -45,6 +54,8 @@ def trained(world, tmp_path_factory):
 
 
 def test_two_rounds_are_the_same_steps_by_hand(trained, world, capsys):
+    with pytest.raises(ConfigError, match="round-2"):
+        named_model(str(trained / "out"))
     model = trained / "base"
     for number in (1, 2):
         work, run, train = trained / f"by-hand-{number}", trained / f"run-{number}", str(world / "train.jsonl")
@@ -77,19 +88,86 @@ def test_rounds_go_on_after_a_kill_with_another_number_of_ranks(trained, world, 
     assert contents(out / "round-1") == before and len(losses(out / "round-2")) == 2
 
 
+def is_known(text, row):
+    """Judge: a text is true if it is a true text of the row."""
+    return text in [known["text"] for known in row["texts"]]
+
+
+def decides_only_on_known(text, row):
+    """Judge that fails on texts that a model wrote."""
+    return is_known(text, row) or {}[text]
+
+
 @pytest.mark.long
-def test_adapters_of_a_round_are_merged_for_the_next(trained, world, tmp_path):
-    lora = [
-        f"--model.{name}.tuning={how}" for name, how in (("vision_tower", "frozen"), ("projector", "frozen"), ("language_model", "lora"))
-    ]
-    run_train(1, [*rounds(trained / "base", world, tmp_path / "out"), *lora], said=tmp_path / "said")
-    first, second = (tmp_path / "out" / f"round-{number}" for number in (1, 2))
-    assert json.loads((tmp_path / "out" / "sampled-2" / "sample.json").read_text())["model"] == str(first / "export")
+def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
+    """The adapters are merged. The data's format and root are not those of the groups. An options file that is edited meanwhile is not
+    read again."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    captions = write_rows(
+        tmp_path / "my captions.jsonl", ({"file": row["images"][0]["path"], "said": row["texts"][0]["text"]} for row in rows)
+    )
+    told = {"number": 2, "pictures": {"path": str(captions), "limit": 4}, "judge": "test_rounds:is_known", "n": 2, "max_new_tokens": 48}
+    tuning = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
+    document = {"train": {"rounds": told}, "model": {name: {"tuning": how} for name, how in tuning.items()}}
+    file, out = tmp_path / "mine.yaml", tmp_path / "an out"
+    file.write_text(
+        json.dumps(document | {"data": {"train": str(captions), "root": str(world), "format": "captions:image=file,caption=said"}})
+    )
+    given = [*options(trained / "base", world, out), "--config", str(file), "--objective.csd.weight", "0"]
+    (rank,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", given, said=tmp_path / "said")
+    wait_for((out / "sampled-1").exists)
+    file.write_text("edited: true")
+    rank.join()
+    assert rank.exitcode == 0, (tmp_path / "said" / "rank-0.log").read_text()
+    first, second = (out / f"round-{number}" for number in (1, 2))
+    assert json.loads((out / "sampled-2" / "sample.json").read_text())["model"] == str(first / "export")
     assert (first / "adapter" / "adapter_model.safetensors").is_file() and (second / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_what_rounds_cannot_do_is_said_before_anything_is_sampled(trained, world, tmp_path):
-    for number, more in enumerate((["--train.export", "false"], ["--objective.dpo.weight", "1"])):
+    named = json.dumps([{"path": str(world / "train.jsonl"), "name": "sampled", "weight": 1}])
+    refused = [
+        ["--train.export", "false", "--train.dry_run", "true"],
+        ["--train.export", "false"],
+        ["--objective.dpo.weight", "1"],
+        ["--data.train", named],
+        ["--train.resume", str(tmp_path)],
+    ]
+    for number, more in enumerate(refused):
         out = tmp_path / str(number)
         (said,) = run_train(1, [*rounds(trained / "base", world, out), *more], said=tmp_path / f"said-{number}", code=2)
         assert "error: " in said and not out.exists()
+    with pytest.raises(ConfigError, match="load_in_4bit"):
+        mixable(parse_config([*rounds(trained / "base", world, out), "--model.lora.load_in_4bit", "true"], OBJECTIVES))
+
+
+@pytest.mark.parametrize("entry", ["config.yaml", "run.lock"])
+def test_rounds_do_not_mix_with_a_run_or_with_other_rounds(entry, trained, world, tmp_path):
+    out = tmp_path / "out"
+    lock = RunLock(out)
+    if entry == "config.yaml":
+        lock.release()
+        shutil.copy(trained / "out" / "round-1" / entry, out)
+    before = contents(out)
+    (said,) = run_train(1, rounds(trained / "base", world, out), said=tmp_path / "said", code=2)
+    assert f"error: {out} " in said and contents(out) == before
+
+
+def test_all_ranks_end_with_the_error_of_one(trained, world, tmp_path):
+    """The judge fails when all texts are written, on the rank that finishes last."""
+    given = [*rounds(trained / "base", world, tmp_path / "out"), "--train.rounds.judge", "test_rounds:decides_only_on_known"]
+    run_train(2, given, said=tmp_path / "said", code=2)
+    assert not (tmp_path / "out" / "round-1").exists()
+
+
+def train_and_count_engines(arguments):
+    run(arguments)
+    gc.collect()
+    print("engines:", sum(type(each).__name__ == "DeepSpeedEngine" for each in gc.get_objects()))
+
+
+def test_a_run_leaves_no_engine_in_memory(trained, world, tmp_path):
+    given = options(trained / "base", world, tmp_path / "out", "--data.train", str(world / "train.jsonl"), "--train.export", "false")
+    given += ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
+    ((code, said),) = run_ranks(1, "test_rounds:train_and_count_engines", given, said=tmp_path / "said")
+    assert code == 0 and "engines: 0" in said, said

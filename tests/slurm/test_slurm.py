@@ -231,7 +231,7 @@ def sourced(script: str, folder: Path, **variables: str) -> subprocess.Completed
 def test_starts_are_bounded(code, pause, most, why, tmp_path):
     """The whole of ``launch`` with programs in place of Slurm's, of which the training leaves as one does that finds a disk full, after a
     pause, or as one that crashes. Three starts without progress are the most by default; a new checkpoint begins the count anew, and so
-    does a finished shard of samples."""
+    does a sampled picture."""
     for name, text in {
         "srun": f"""case "$*" in
             *output_dir*) echo {tmp_path}/run ;;
@@ -249,8 +249,8 @@ def test_starts_are_bounded(code, pause, most, why, tmp_path):
         if step == 4:
             (tmp_path / "run" / "checkpoint-4").mkdir(exist_ok=True)
         if start == 2 * most:
-            (tmp_path / "run" / "sampled-1" / "sample" / "shard-00003.done.json").parent.mkdir(parents=True)
-            (tmp_path / "run" / "sampled-1" / "sample" / "shard-00003.done.json").touch()
+            (tmp_path / "run" / "sampled-1" / "sample").mkdir(parents=True)
+            (tmp_path / "run" / "sampled-1" / "sample" / "shard-00003.jsonl").write_text("{}\n")
         before = time.monotonic()
         command = ["bash", "-c", "source slurm/launch.sh; launch"]
         environment = given | {"SLURM_RESTART_COUNT": str(start)}
