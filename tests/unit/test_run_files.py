@@ -27,7 +27,7 @@ from cfvlm_ds.core.journal import Journal, Waiting, append, as_line
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.training.run import _locked
+from cfvlm_ds.training.run import locked
 
 FORK = multiprocessing.get_context("fork")
 
@@ -221,7 +221,7 @@ def test_a_run_folder_that_would_send_files_elsewhere_is_refused_untouched(case,
     refuse_foreign_entries(run)
     make(run)
     before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(ConfigError, match=rf"{said}.*; (remove it|move it away), or choose another train\.output_dir$"), _locked(run, ONE):
+    with pytest.raises(ConfigError, match=rf"{said}.*; (remove it|move it away), or choose another train\.output_dir$"), locked(run, ONE):
         raise AssertionError
     assert sorted(path.name for path in run.iterdir()) == before
     refuse_foreign_entries(tmp_path / "new")
@@ -236,17 +236,17 @@ def test_a_run_does_not_begin_among_somebodys_files(tmp_path):
     for name in ("train-17.log", ".notes"):
         (tmp_path / name).touch()
     data = {"train": [{"path": str(tmp_path / "scenes" / "train.jsonl")}], "feature_cache": str(tmp_path / "features")}
-    with _locked(tmp_path, ONE, options={"data": data}):
+    with locked(tmp_path, ONE, options={"data": data}):
         pass
     (tmp_path / "dog.jpg").touch()
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"'dog\.jpg'"), _locked(tmp_path, ONE, options={"data": data}):
+    with pytest.raises(ConfigError, match=r"'dog\.jpg'"), locked(tmp_path, ONE, options={"data": data}):
         raise AssertionError
-    with pytest.raises(ConfigError, match=r"'dog\.jpg' and 2 more"), _locked(tmp_path, ONE):
+    with pytest.raises(ConfigError, match=r"'dog\.jpg' and 2 more"), locked(tmp_path, ONE):
         raise AssertionError
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "config.yaml").write_text(OPTIONS)  # of a run, in whose folder people may leave what they like
-    with _locked(tmp_path, ONE):
+    with locked(tmp_path, ONE):
         pass
 
 
