@@ -30,7 +30,7 @@ from cfvlm_ds.export import export_hf, jobs
 from cfvlm_ds.export.zero import ZeroWeights
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.results import refuse_export
-from cfvlm_ds.training.run import _locked
+from cfvlm_ds.training.run import locked
 
 RANKS = 3  # most weights are no multiple of it, so that every kind of padding occurs
 TOWER = "model.vision_tower"
@@ -528,7 +528,7 @@ def test_the_place_of_an_export_is_refused_before_a_training(tmp_path):
         config = parse_config(["--model.name_or_path", source, f"--train.output_dir={run_dir}"], OBJECTIVES)
         before = [str(path) for path in run_dir.rglob("*")]
         refused = pytest.raises(ConfigError, match=rf"{said}.*choose another train\.output_dir")
-        with refused, _locked(run_dir, ONE, partial(refuse_export, config)):
+        with refused, locked(run_dir, ONE, partial(refuse_export, config)):
             raise AssertionError
         assert [str(path) for path in run_dir.rglob("*")] == before
         refuse_export(parse_config([*ADAPTERS, f"--train.output_dir={run_dir}"], OBJECTIVES))
