@@ -66,6 +66,7 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
                 gc.collect()
             with leaving_with_a_word(world):
                 model = _exported(folder, world)
+        world.wait()  # rank 0 holds the store to which the others have just connected
 
 
 def mixable(config: RunConfig) -> list[Source]:
