@@ -1,5 +1,5 @@
-"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, and the default objective with
-full or light contrast.
+"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, SymMPO, S-VCO, and the default
+objective with full contrast, with light contrast, and with light contrast and token credit or distillation.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
     python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one per core
@@ -37,7 +37,7 @@ BASE = "base"
 """Name of the record with the base's results."""
 STEPS, GROUPS = 500, 12
 """Number of the default's steps, and of groups per step in every arm, as in the demo."""
-RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
+RATES = ("1e-4", "3e-4", "1e-3")
 SHORT, LONG = 10, 50
 """Numbers of steps in two runs whose difference in time gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
@@ -68,8 +68,12 @@ ARMS = {
         ),
         scores=True,
     ),
+    "symmpo": Arm("SymMPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.symmpo.weight=1"), scores=True),
+    "svco": Arm("S-VCO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.svco.weight=1"), scores=True),
     "default": Arm("default", ("--objective.csd.weight=1", "--objective.fcd.weight=1")),
     "light": Arm("default, contrast x 0.1"),
+    "credit": Arm("contrast x 0.1, token credit", ("--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
+    "distill": Arm("contrast x 0.1, distillation", ("--objective.contrast_distill.weight=0.1",)),
 }
 
 

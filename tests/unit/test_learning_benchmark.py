@@ -17,8 +17,12 @@ TERMS = {
     "nll": {"align"},
     "dpo-nll": {"align", "dpo"},
     "mdpo": {"dpo"},
+    "symmpo": {"symmpo"},
+    "svco": {"svco"},
     "default": {"align", "csd", "fcd"},
     "light": {"align", "csd", "fcd"},
+    "credit": {"align", "csd", "fcd"},
+    "distill": {"align", "csd", "fcd", "contrast_distill"},
 }
 
 
@@ -26,6 +30,7 @@ def test_every_arm_has_the_terms_of_its_title_and_every_axis_a_set_of_the_demo()
     for name, arm in learning.ARMS.items():
         config = parse_config(["--config", "examples/quickstart.yaml", *arm.options], OBJECTIVES)
         assert set(config.objective) == TERMS[name] and arm.scores == any(term.needs_reference for term in config.objective.values())
+        assert {name for name, term in config.objective.items() if term.needs_tokens} == ({"csd", "fcd"} if name == "credit" else set())
     sets = {**config.data.evaluation_sets, **config.data.benchmark_sets}
     assert {metric.split("/")[0] for metric in demo_report.AXES.values()} == sets.keys()
     assert learning.evaluation_sets(learning.REPO).keys() == sets.keys()
