@@ -42,6 +42,8 @@ SHORT, LONG = 10, 50
 """Numbers of steps in two runs whose difference in time gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
+LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
+"""Table row -> NLL of a set's captions or answers, in nats per token. The columns of arms show the difference from the base's NLL."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 
@@ -135,16 +137,17 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
         world = out / "world"
         sets: dict[str, Any] = {"validation": str(world / "validation.jsonl")} if arguments.choose else evaluation_sets(world)
         folder = out / ("rates" if arguments.choose else "runs") / job.name
-        first = not arguments.choose and job == jobs[0] and BASE not in read_records(records)
+        known = read_records(records).get(BASE, {"axes": {}})["axes"]
+        first = not arguments.choose and job == jobs[0] and not {*AXES, *LIKELIHOODS} <= {*known}
         train(out, folder, job, steps[job.arm], sets, before=first)
         record: dict[str, Any] = {"arm": job.arm, "rate": job.rate, "seed": job.seed, "steps": steps[job.arm], "processor": processor()}
         if arguments.choose:
             rows = json.loads((folder / "results.json").read_text())["validation"]
             add_record(records, job.name, record | {"validation": rows[-1]["metrics"]["group"]})
             return
-        base, axes = axes_of(folder)
+        base, axes = axes_of(folder, AXES | LIKELIHOODS)
         if first:
-            add_record(records, BASE, {"axes": base})
+            add_record(records, BASE, {"axes": base | known})
         add_record(records, job.name, record | {"axes": axes})
         print(job.name, json.dumps(axes), flush=True)
 
@@ -284,25 +287,37 @@ def report() -> None:
     print(text)
     renew_pages([REPO / "benchmarks" / "RESULTS.md"], [(COMMAND, text)])
     means = {
-        arm: {"title": ARMS[arm].title, "seeds": len(found), "mean": {axis: round(mean(found, axis), 1) for axis in AXES}}
+        arm: {
+            "title": ARMS[arm].title,
+            "seeds": len(found),
+            "mean": {axis: round(statistics.mean(values_of(found, axis)), 1) for axis in AXES},
+        }
         for arm, found in runs.items()
     }
     MEASURED.write_text(json.dumps(means, indent=1) + "\n")
     figure(REPO / "docs" / "learning.png", base, runs)
 
 
-def mean(found: Sequence[Mapping[str, Any]], axis: str) -> float:
-    return statistics.mean(each["axes"][axis] for each in found)
+def values_of(found: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
+    return [each["axes"][axis] for each in found if axis in each["axes"]]
 
 
 def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return a Markdown table of the base and each arm: means over seeds with half the width of the 95 % t interval."""
+    """Return a Markdown table of the base and each arm: means over seeds with half the width of the 95 % t interval.
+
+    Old records lack the NLL. A cell without values is empty. A cell with values of some seeds states their number.
+    """
     titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, seeds: {len(found)})" for arm, found in runs.items()]
     lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
-    for axis in AXES:
-        columns = [[each["axes"][axis] for each in found] for found in runs.values()]
-        cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
-        lines.append(f"| {axis} | {base[axis]:.1f} | {' | '.join(cells)} |")
+    for axis in (axis for axis in (*AXES, *LIKELIHOODS) if axis in base):
+        start, sign, digits = (base[axis], "+", ".3f") if axis in LIKELIHOODS else (0.0, "", ".1f")
+        cells = []
+        for found in runs.values():
+            values = [value - start for value in values_of(found, axis)]
+            cell = f"{statistics.mean(values):{sign}{digits}}" if values else ""
+            cell += f" ± {half_width(values):{digits}}" if len(values) > 1 else ""
+            cells.append(cell + (f" (seeds: {len(values)})" if 0 < len(values) < len(found) else ""))
+        lines.append(f"| {axis} | {base[axis]:{digits}} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -69,6 +69,21 @@ def test_means_and_intervals_over_seeds():
     assert rows[0] == "| pairs, habit agrees | 50.0 | 60.0 | 75.0 ± 63.5 |"
 
 
+def test_the_nll_of_a_set_relative_to_the_base():
+    metric = "what colour: NLL"
+    assert learning.LIKELIHOODS[metric] == "colour/nll" and len(learning.LIKELIHOODS) == 8
+
+    def found(nll: dict) -> dict:
+        return {"rate": "3e-4", "steps": 500, "axes": dict.fromkeys(demo_report.AXES, 60.0) | nll}
+
+    base = dict.fromkeys(demo_report.AXES, 50.0) | {metric: 0.5}
+    runs = {"nll": [found({})], "light": [found({}), found({metric: 0.45}), found({metric: 0.65})], "default": [found({metric: 0.46})]}
+    *_, accuracy, row = learning.table(base, runs).splitlines()
+    assert accuracy == "| outside the grammar | 50.0 | 60.0 | 60.0 ± 0.0 | 60.0 |"
+    # differences -0.05 and 0.15: mean 0.05, deviation 0.1414; 12.71 * 0.1414 / sqrt(2) = 1.271
+    assert row == f"| {metric} | 0.500 |  | +0.050 ± 1.271 (seeds: 2) | -0.040 |"
+
+
 def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch):
     shipped = json.loads(demo_report.MEASURED.read_text())
     assert {*shipped} <= {*learning.ARMS} and all(each["mean"].keys() == demo_report.AXES.keys() for each in shipped.values())
