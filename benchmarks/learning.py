@@ -233,7 +233,7 @@ def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any]
         "train.max_steps": steps,
         "train.seed": job.seed,
         "train.learning_rate": job.rate,
-        "train.bf16": str("amx_bf16" in cpuinfo()).lower(),
+        "train.bf16": str("_bf16" in cpuinfo()).lower(),
         "train.eval_on_start": str(before).lower(),
         "train.eval_shuffled": "false",
         "train.eval_steps": 0,
