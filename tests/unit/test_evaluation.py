@@ -315,7 +315,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood": accuracies([group()], [scores([[0, 1], [1, 0]])]),
         "none": [],
     }
-    printed, coverage = table(splits).split("\n\n")
+    printed, coverage, notes = table(splits).split("\n\n")
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert [" ".join(cells) for cells in (found[0], *found[2:])] == [
         "set edit type groups text, % image, % group, % group_pmi, % pair, % image_pair, % factual, % sham, %",
@@ -328,6 +328,10 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood mean of edit types, blank image 1     50.0  50.0 ",
         "random scores   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
     ]
+    assert [line.split(":")[0] for line in notes.splitlines()] == [f"- {cell.removesuffix(', %')}" for cell in found[0][3:]]
+    only_pairs = table({"s": accuracies([group(Edit("colour", None, 1), num_images=1)], [scores([[1.0, 0.0]])])})
+    assert only_pairs.startswith("| set | edit type | groups | pair, % | factual, % |\n")
+    assert "| s | text, image, group, image_pair, text_pmi, group_pmi, sham | 0 | 0 | all |" in only_pairs
     assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1
