@@ -208,7 +208,7 @@ def _item(source: _Source, index: int) -> Item:
         if table.decided and source.lost_before:
             before = source.lost_before.get((group.id, content_hash(group)))
             was = "not evaluated" if before is None else "some lost" if before else "all won"
-            state = f"{state}, before training {was}"
+            state = f"{state} after training, {was} before"
             facts = [("comparisons", state)]
         filters["comparisons"] = [state]
     return group_item(group, table, facts=facts, filters=filters, roots=source.groups.roots)
