@@ -108,7 +108,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
         return []
     nll_before, nll_after = (before[-1].nll, after[-1].nll) if was.keys() == now.keys() else (None, None)
     types = dict.fromkeys(sorted(edit for of_metric in rows.values() for edit in of_metric if edit is not None))
-    total = {key: {edit for won in (now.get(key) or was[key]).values() for edit in won} for key in (*now, *was)}
+    total = {key: {edit for won in of_group.values() for edit in won} for key, of_group in {**was, **now}.items()}
     first = max(rows, key=lambda metric: rows[metric][None].groups)
     whole = MEAN if len(types) > 1 else next(iter(types))
     overall = [rows[metric][None] for metric in (first, *(each for each in rows if each != first))]

@@ -82,7 +82,7 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| test | mean of edit types, blank image | 4 | ",
         "| test | mean of edit types, another group's image | 4 | ",
         "| random scores | | | 16.7 | 50.0 |",
-        "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its results include trained",
+        "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its",
         "The license is not known",
         "AutoModelForImageTextToText.from_pretrained",
     ):

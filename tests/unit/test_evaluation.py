@@ -172,21 +172,23 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         accuracies([one, *plain], [scores(matrix, blank), lost, lost, lost])
         for matrix in ([[-5.0, -4.0, -6.0], [-7.0, -9.0, -8.0]], [[-5.0, -4.0, -4.5], [-9.0, -9.0, -8.0]])
     )
+    caption = replace(plain[0], id="caption", candidates=one.candidates[:1], match=((1,),), edits=())
+    after[-1].by_group.extend(accuracies([caption], [scores([[-1.0]])])[-1].by_group)  # it has no comparison, but counts as a group
     changes = compare_accuracies("test", before, after)
     assert [(each.edit, each.metric, each.groups, each.of, each.before, each.after, each.blank) for each in changes] == [
-        (MEAN, "pair", 4, 4, 12.5, 12.5, 12.5),
-        (MEAN, "group", 1, 4, 0, 0, None),
-        (MEAN, "image_pair", 1, 4, 50, 50, None),
-        (MEAN, "factual", 4, 4, 25, 0, 25),
+        (MEAN, "pair", 4, 5, 12.5, 12.5, 12.5),
+        (MEAN, "group", 1, 5, 0, 0, None),
+        (MEAN, "image_pair", 1, 5, 50, 50, None),
+        (MEAN, "factual", 4, 5, 25, 0, 25),
         ("colour", "pair", 2, 2, 0, 0, 0),
         ("count", "pair", 1, 1, 0, 0, 0),
         ("object", "pair", 1, 1, 0, 0, 0),
         ("relation", "group", 1, 1, 0, 0, None),
     ]
     overall, types = changes_table(changes).splitlines(), rows_table(of_types(changes)).splitlines()
-    assert overall[2] == "| test | 4 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
-    assert overall[6] == f"| test | {MEAN} | 4 | pair | 12.5 | 12.5 | 12.5 | +0.0, too few groups to tell | +0 -0 |"
-    assert f"| test | {MEAN} | 1 of 4 | group | 0.0 | 0.0 |  | +0.0, too few groups to tell | +0 -0 |" in overall
+    assert overall[2] == "| test | 4 of 5 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
+    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | +0.0, too few groups to tell | +0 -0 |"
+    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | +0.0, too few groups to tell | +0 -0 |" in overall
     assert [line.split(" | ")[1:4] for line in types[2:]] == [
         ["colour", "2", "pair"],
         ["count", "1", "pair"],
