@@ -124,7 +124,8 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     final = {MEAN if row["mean"] else row["name"]: row["metrics"] for row in json.loads((moved / "results.json").read_text())["test"]}
     assert {row["edit"] for row in rows[moved]} == {"colour"}, "one edit type needs no mean"
     assert all(row["after"] == final["colour"][row["metric"]] for row in rows[moved])
-    assert [row["metric"] for row in rows[moved]] == ["group", "pair", "image_pair", "factual"] and rows[moved][0]["difference"] != 0
+    assert [row["metric"] for row in rows[moved]] == ["group", "pair", "image_pair", "factual", "sham"]
+    assert rows[moved][0]["difference"] != 0
     assert all(row["difference"] == row["after"] - row["before"] for row in rows[moved])
     assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2
     assert [row["before"] for row in rows[moved]] == [row["before"] for row in rows[still]]
