@@ -64,9 +64,7 @@ def _describe(
     stored, loaded = load_config(config.name_or_path).dtype, scorer.model.dtype
     if stored not in (None, loaded):
         names = [str(dtype).removeprefix("torch.") for dtype in (loaded, stored)]
-        say(
-            f"note: computed in {names[0]}, as by evaluate; transformers loads the weights in {names[1]} by default"
-        )
+        say(f"note: computed in {names[0]}, as by evaluate; transformers loads the weights in {names[1]} by default")
     failed = 0
     for path in picture or _typed():
         try:
