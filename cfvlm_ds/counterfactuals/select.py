@@ -45,14 +45,13 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``captions`` and ``unproposed`` count all captions and those without a proposal. ``files`` maps each written file to its number of
+    ``sources`` has the counts of the step ``propose``, such as the number of captions. ``files`` maps each written file to its number of
     groups, and ``shares`` to the share that ``--splits`` requests. ``roots`` lists the folders of the pictures; it is empty if all
     pictures are in the folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
-    captions: int = 0
-    unproposed: int = 0
+    sources: Counter[str] = field(default_factory=Counter)
     files: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     roots: list[str] = field(default_factory=list)
@@ -86,8 +85,9 @@ class Survival:
     def summary(self) -> str:
         """Format one line about captions without a group and one per file, with a note if the shares of the splits are not as requested."""
         groups = sum(self.files.values())
-        rest = self.captions - self.unproposed - groups
-        lines = [f"{self.captions} captions: {groups} became groups, {self.unproposed} have no proposal, {rest} have no edit that was kept"]
+        captions, proposed = self.sources["captions"], self.sources["with a proposal"]
+        rest = f"{captions - proposed} have no proposal, {proposed - groups} have no edit that was kept"
+        lines = [f"{captions} captions: {groups} became groups, {rest}"]
         for name, count in self.files.items():
             shares = f" ({count / groups:.0%} of the groups; --splits requests {self.shares[name]:.0%})" if self.shares else ""
             lines.append(f"wrote {name}: {count} groups{shares}")
@@ -140,9 +140,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
     for shard in range(work.shards):
-        counts = (work.done("propose", shard) or {"counts": {}})["counts"]
-        survival.captions += counts.get("captions", 0)
-        survival.unproposed += counts.get("captions", 0) - counts.get("with a proposal", 0)
+        survival.sources.update((work.done("propose", shard) or {"counts": {}})["counts"])
     survival.files.update({str(files[name]): written[name] for name in files})
     survival.shares.update({str(files[name]): share for name, share in shares.items()})
     survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))

@@ -57,13 +57,13 @@ _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for nam
 
 
 def card_of(
-    checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None, repo: str = _UNNAMED
+    checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None, repo: str | None = None
 ) -> str | None:
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at the
-    checkpoint's step. ``repo`` is the name or folder from which the card's example loads the model.
+    checkpoint's step. ``repo`` is the hub name from which the card's example loads the model.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated, repo=repo)
@@ -72,7 +72,7 @@ def card_of(
         return None
 
 
-def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None, repo: str = _UNNAMED) -> str:
+def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None, repo: str | None = None) -> str:
     """Return the card's text. Raises ConfigError if the run folder has no configuration."""
     from huggingface_hub import ModelCardData
 
@@ -109,7 +109,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     load = _USE_ADAPTER.format(base=json.dumps(_line(_last(base) if local else base))) if adapter else _USE
     sections = {
         "Results": _results(results, changes, evaluated),
-        "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo), load=load), "```"],
+        "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or _UNNAMED), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(flat(options), flat(environment), flat(ds_config), step),

@@ -955,11 +955,11 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
         )
         assert line in parts.summary()
     assert ("note: " in parts.summary()) == (abs(counts[0] / sum(counts) - 0.7) > 0.05)
-    other = Survival(captions=20, unproposed=4, files={"a": 11, "b": 1}, shares={"a": 0.75, "b": 0.25})
+    other = Survival(sources=Counter({"captions": 20, "with a proposal": 16}), files={"a": 11, "b": 1}, shares={"a": 0.75, "b": 0.25})
     assert other.summary().startswith("20 captions: 12 became groups, 4 have no proposal, 4 have no edit that was kept\n")
     assert "note: the split of a picture" in other.summary()
     sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}
-    assert (parts.captions, parts.unproposed) == (len(sources), sum(not has for has in sources.values()))
+    assert (parts.sources["captions"], parts.sources["with a proposal"]) == (len(sources), sum(sources.values()))
     for options, place in (
         *(({"splits": text}, "--splits") for text in ("train", "a=0.5", "a/b=1", "a=0,b=1")),
         ({"margin": 1000.0}, "score: "), ({"rule": "checks", "margin": 1.0}, "--margin"),
