@@ -29,12 +29,12 @@ def add(commands: Any) -> None:
 
 
 def _tiny(family: str, out_dir: str) -> None:
-    """Write a small model with random weights for smoke tests.
+    """Write a small model with random weights for smoke tests, or the demo's pretrained base model, which describes drawn scenes.
 
     Example: cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen
 
     Args:
-        family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl.
+        family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl; or base, for the pretrained model.
         out_dir: folder to write.
     """
     from cfvlm_ds.demo.family_checkpoints import write_small
@@ -105,15 +105,20 @@ def _prepare(
 def _prepare_run(config: str, other_options: list[str]) -> None:
     import torch
 
+    from cfvlm_ds.cli.train import build
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.core.parsing import parse_config
     from cfvlm_ds.objectives import OBJECTIVES
     from cfvlm_ds.training.run import prepare
+    from cfvlm_ds.training.validation import validate
 
     if other_options:
         raise ConfigError(f"--config cannot be combined with {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
-    prepare(run, World(0, 1, 0, torch.device("cpu")))
+    world = World(0, 1, 0, torch.device("cpu"))
+    validate(run, world)
+    build(run.build)
+    prepare(run, world)
     print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
 
 

@@ -55,11 +55,16 @@ def _describe(
         raise ConfigError("--choices has the same text twice; give different texts")
     from cfvlm_ds.demo.tiny_llava import is_random
     from cfvlm_ds.evaluation.generation import write
+    from cfvlm_ds.models import load_config
 
     config, adapter = model_named(model, limits)
     scorer, collator, world = load_scorer(config, adapter, max_pixels=DataConfig().max_pixels)
     if is_random(Path(config.name_or_path)):
         say(f"note: {config.name_or_path} is a small model with random weights; its texts mean nothing")
+    stored, loaded = load_config(config.name_or_path).dtype, scorer.model.dtype
+    if stored not in (None, loaded):
+        names = [str(dtype).removeprefix("torch.") for dtype in (loaded, stored)]
+        say(f"note: computed in {names[0]}, as by evaluate; transformers loads the weights in {names[1]} by default")
     failed = 0
     for path in picture or _typed():
         try:
@@ -91,7 +96,7 @@ def _line() -> str:
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a table of the texts, most likely first, and a line that explains the columns."""
+    """Return a table of the texts, most likely first, the preferred text, and a line that explains the columns."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 
@@ -101,7 +106,11 @@ def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: 
     rows = sorted(zip(scores.logp[0].tolist(), scores.blank.tolist(), choices, strict=True), reverse=True)
     lines = [f"{'nats':>9} {'behind':>9} {'blank':>9} {'gain':>9}  text"]
     lines += [f"{seen:9.2f} {rows[0][0] - seen:9.2f} {blank:9.2f} {seen - blank:9.2f}  {quoted(text)}" for seen, blank, text in rows]
-    return "\n".join([*lines, _COLUMNS])
+    gained = max(rows, key=lambda row: row[0] - row[1])[2]
+    preferred = f"preferred: {quoted(rows[0][2])} by nats, which the metric pair compares"
+    if gained != rows[0][2]:
+        preferred += f"; by gain, which leaves out the language prior: {quoted(gained)}"
+    return "\n".join([*lines, preferred, _COLUMNS])
 
 
 _COLUMNS = "nats: log p(text | picture); behind: distance to the first text; blank: nats on a blank picture; gain: nats - blank"

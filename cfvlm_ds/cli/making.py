@@ -139,8 +139,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
     survival = select(Path(work), Path(out), options, say)
     print(survival.table())
-    for name, count in survival.files.items():
-        print(f"wrote {name}: {count} groups")
+    print(survival.summary())
     _print_roots(survival.roots)
 
 
@@ -271,10 +270,12 @@ def author(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print the folders of the groups' pictures, unless all pictures are in the manifest's folder."""
+    """Print the folders of the groups' pictures."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
-        print(f"their pictures are in other folders; read the groups with {printable(words)}")
+        print(f"their pictures are in other folders; read the groups with {printable(words)}, or list them in data.root")
+    else:
+        print("their pictures are given relative to the file, which therefore needs no --root or data.root")
 
 
 def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:

@@ -164,12 +164,12 @@ def export(run: str, *, adapter: bool = False, out: str | None = None, push: str
     folder = Path(out or run_dir / ("adapter" if adapter else "export"))
     refuse_others_model(folder)
     write = export_adapter if adapter else export_hf
-    card = card_of(checkpoint, print, adapter=adapter)
+    card = card_of(checkpoint, print, adapter=adapter, repo=push)
     print(f"exported to {write(checkpoint, model.name_or_path, folder, say=say, lora=model.lora, card=card)}")
     if push:
         from cfvlm_ds.export import hub
 
-        print(f"pushed to {hub.push(folder, push)}")
+        print(f"pushed to {hub.push(folder, push, say)}")
 
 
 def _track(run: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection
-from itertools import islice
+from itertools import groupby, islice, zip_longest
 
 
 def hashed(content: str | bytes) -> int:
@@ -42,3 +42,20 @@ def in_cell(text: str, most: int = 60) -> str:
     images.
     """
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", one_line(text, most)).replace("<", "&lt;")
+
+
+def plain_tables(markdown: str) -> str:
+    """Format the Markdown tables in a text for a terminal: columns of fixed width without rules, pipes and the escapes of ``in_cell``."""
+    blocks: list[str] = []
+    for is_table, lines in groupby(markdown.split("\n"), lambda line: line.startswith("|")):
+        if not is_table:
+            blocks += lines
+            continue
+        head, rule, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
+        table = [[re.sub(r"\\(.)", r"\1", cell).replace("&lt;", "<") for cell in row] for row in (head, *rows)]
+        widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
+        to_right = [k < len(rule) and rule[k].endswith(":") for k in range(len(widths))]
+        for row in table:
+            cells = (cell.rjust(widths[k]) if to_right[k] else cell.ljust(widths[k]) for k, cell in enumerate(row))
+            blocks.append("  ".join(cells).rstrip())
+    return "\n".join(blocks)

@@ -35,6 +35,8 @@ KEPT, NO_ROOM, QUOTA = "kept", "good, but over the quota of its source", "good, 
 TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real picture belongs to another split"
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
+_UNEVEN = 0.05
+"""Difference from the requested share of a split above which a note is printed."""
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
@@ -43,12 +45,15 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``files`` maps each written file to its number of groups. ``roots`` lists the folders of the pictures; it is empty if all pictures are
-    in the folder of the written files.
+    ``sources`` has the counts of the step ``propose``, such as the number of captions. ``files`` maps each written file to its number of
+    groups, and ``shares`` to the share that ``--splits`` requests. ``roots`` lists the folders of the pictures; it is empty if all
+    pictures are in the folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
     files: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     roots: list[str] = field(default_factory=list)
 
     def add(self, kind: str, outcome: str) -> None:
@@ -75,6 +80,22 @@ class Survival:
             counts = [sum(self.by_type[kind][name] for name in names) for kind in kinds]
             share = f"{100 * sum(counts) / max(total['proposed'], 1):.1f} %"
             lines.append(f"| {in_cell(shown)} | {' | '.join(map(str, counts))} | {sum(counts)} | {share} |")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Format one line about captions without a group and one per file, with a note if the shares of the splits are not as requested."""
+        groups = sum(self.files.values())
+        captions, proposed = self.sources["captions"], self.sources["with a proposal"]
+        rest = f"{captions - proposed} have no proposal, {proposed - groups} have no edit that was kept"
+        lines = [f"{captions} captions: {groups} became groups, {rest}"]
+        for name, count in self.files.items():
+            shares = f" ({count / groups:.0%} of the groups; --splits requests {self.shares[name]:.0%})" if self.shares else ""
+            lines.append(f"wrote {name}: {count} groups{shares}")
+        if any(abs(self.files[name] / groups - share) > _UNEVEN for name, share in self.shares.items()):
+            lines.append(
+                "note: the split of a picture depends only on its contents and --seed, so that all its edits stay together; with few "
+                "pictures, shares are uneven, and another --seed may be closer"
+            )
         return "\n".join(lines)
 
 
@@ -118,7 +139,10 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
+    for shard in range(work.shards):
+        survival.sources.update((work.done("propose", shard) or {"counts": {}})["counts"])
     survival.files.update({str(files[name]): written[name] for name in files})
+    survival.shares.update({str(files[name]): share for name, share in shares.items()})
     survival.roots.extend(map(str, [folder, *sorted(outside)] if outside else []))
     replace(_beside(file), f"{survival.table()}\n".encode())
     return survival

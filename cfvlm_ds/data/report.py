@@ -18,6 +18,8 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
+_PROVENANCE = {"edits", "steps", "rule", "margin", "drop", "refined"}
+"""Metadata in which `data select` and `data audit --refine` record how a group was made."""
 _SHOWN, _SHOWN_CHARS = 30, 60  # maximum names per line and characters per name
 
 
@@ -52,7 +54,7 @@ class CheckReport:
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
-    """Metadata key -> number of groups that have it."""
+    """Metadata key -> number of groups that have it, except for records of how a group was made."""
     problems: list[str] = field(default_factory=list)
 
     def add_group(self, group: CounterfactualGroup) -> None:
@@ -67,7 +69,11 @@ class CheckReport:
         self.shapes[f"{len(group.images) if group.num_pictures else 0} x {len(group.candidates)}"] += 1
         self.sources[group.source or "(none)"] += 1
         meta = json.loads(group.meta or "null")
-        self.metadata.update(map(repr, meta) if isinstance(meta, dict) else ["meta"] if meta else ())
+        if isinstance(meta, dict):
+            own = _PROVENANCE if isinstance(meta.get("steps"), dict) else ()  # of rows that `data select` wrote
+            self.metadata.update(repr(key) for key in meta if key not in own)
+        elif meta:
+            self.metadata["meta"] += 1
         self.edit_types.update(edit.type for edit in group.edits)
         shams = {edit.image for edit in group.edits if edit.type == SHAM and edit.image is not None}
         images = sum(line[0] != 1 for i, line in enumerate(group.match) if i not in shams)

@@ -17,6 +17,8 @@ import transformers
 
 from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.untrusted import refuse_filled
+from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
@@ -60,12 +62,15 @@ t: Any = transformers
 
 
 def write_small(model_type: str, out_dir: Path) -> Path:
-    """Write a checkpoint of about 100,000 parameters to ``out_dir``, and return ``out_dir``.
+    """Write a checkpoint of about 100,000 parameters, or the demo's pretrained model ``base``, to ``out_dir``, and return ``out_dir``.
 
     Raises ConfigError if ``model_type`` is unknown or the folder contains files.
     """
+    if model_type == "base":
+        refuse_filled(out_dir)
+        return write_base(out_dir)
     if model_type not in SMALL:
-        raise ConfigError(f"no small model of type {model_type!r}; available: {', '.join(SMALL)}")
+        raise ConfigError(f"no small model of type {model_type!r}; available: base, {', '.join(SMALL)}")
 
     def make(folder: Path) -> Parts:
         config, processor = SMALL[model_type](model_type, folder)

@@ -72,5 +72,5 @@ def rehearse(
         parts = guarded(collator, max_tokens)(batch.groups)
         score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {batch.split},", remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
-        size = f"{len(batch.groups)} groups, {batch.tokens} tokens in {forwards} forwards"
+        size = f"{len(batch.groups)} groups, {batch.tokens} tokens in {forwards} forward pass{'es' * (forwards != 1)}"
         world.say(f"the largest evaluation batch, of {batch.split}, fits: {size}")

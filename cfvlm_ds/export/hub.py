@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.secrets import without_secrets
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE
 
 
-def push(folder: Path, repo: str) -> str:
+def push(folder: Path, repo: str, say: Callable[[str], object]) -> str:
     """Upload an export to a model repository and return the repository's URL. A repository that does not exist is created as private.
 
-    Raises ConfigError if the hub refuses the upload or cannot be reached. The export is not changed.
+    At another address than the hub's own (HF_ENDPOINT), files are sent by Git LFS unless HF_HUB_DISABLE_XET is set: such servers often lack
+    the Xet protocol, for which the client would wait for minutes. Raises ConfigError if the card does not name the base model, and if
+    the hub refuses the upload or cannot be reached. The export is not changed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    card = folder / CARD
+    if card.is_file() and UNNAMED_BASE in card.read_text(errors="replace"):
+        raise ConfigError(
+            f"{card} does not name the base model, which is a local folder; replace the paragraph 'The base model is a local folder...', "
+            "add `base_model: ORG/NAME` between the --- lines if the base model is on the hub, and push again; your changes are kept"
+        )
+    if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT and "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True  # there is no option of a single call
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    say(f"pushing {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, to {without_secrets(constants.ENDPOINT)}/{repo}")
     try:
         address = HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of cfvlm-ds")
     except Exception as error:  # the network, the hub or the disk may fail
         reason = " ".join(str(error).split())[:300]
+        xet = "" if constants.HF_HUB_DISABLE_XET else ", set HF_HUB_DISABLE_XET=1 if the server lacks Xet"
         raise ConfigError(
-            f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); check the network or HF_ENDPOINT, log in with "
-            "`hf auth login`, and give a repository to which you can write, such as USER/NAME"
+            f"{folder} cannot be pushed to {repo} ({type(error).__name__}: {reason}); check the network or HF_ENDPOINT{xet}, log in with "
+            "`hf auth login` or HF_TOKEN, and give a repository to which you can write, such as USER/NAME"
         ) from error
     return str(address)

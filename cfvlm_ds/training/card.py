@@ -1,4 +1,4 @@
-"""Model card for an export: the base model, the data, the objective, the training and the results.
+"""Model card for an export: the base model, the results, the use, the data, the objective and the training.
 
 The card is a README.md with the front matter that Hugging Face reads. Each value is written with secrets removed, on one line and in a code
 span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
@@ -14,40 +14,66 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds import checkpoint as checkpoints
+from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked, without_secrets
+from cfvlm_ds.core.strict import dotted
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
 from cfvlm_ds.evaluation.before_after import changes_table, from_table, of_types, rows_table
 from cfvlm_ds.evaluation.report import overlap_warning
-from cfvlm_ds.export.folder import CARD, sealed
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # maximum number of characters per value
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+_UNNAMED = "path/of/this/folder"
+_EXAMPLE = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = {name}
+{load}
+content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
+chat = [{{"role": "user", "content": content}}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+written = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
+_USE = """\
+processor = AutoProcessor.from_pretrained(name)
+model = AutoModelForImageTextToText.from_pretrained(name)"""
+_USE_ADAPTER = """\
+from peft import PeftModel
+
+base = {base}
+processor = AutoProcessor.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), name)"""
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.max_steps", "train.num_train_epochs", "train.seed", *_STEP)
+_DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
-def card_of(checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None) -> str | None:
+def card_of(
+    checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None, repo: str | None = None
+) -> str | None:
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at the
-    checkpoint's step.
+    checkpoint's step. ``repo`` is the hub name from which the card's example loads the model.
     """
     try:
-        return model_card(checkpoint, adapter=adapter, evaluated=evaluated)
+        return model_card(checkpoint, adapter=adapter, evaluated=evaluated, repo=repo)
     except Exception as error:  # a run folder can contain anything
         say(f"warning: no {CARD} could be written for {checkpoint} ({type(error).__name__}: {' '.join(str(error).split())})")
         return None
 
 
-def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None) -> str:
+def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None, repo: str | None = None) -> str:
     """Return the card's text. Raises ConfigError if the run folder has no configuration."""
     from huggingface_hub import ModelCardData
 
@@ -60,24 +86,20 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
     evaluated = finished.get("step") == step if evaluated is None else evaluated
     base = str(flat(options).get("model.name_or_path"))
     local, kind = not _HUB_NAME.fullmatch(base) or os.path.isdir(base), "Adapters" if adapter else "Weights"
-    license = license_of(base)
     front = ModelCardData(
         base_model=None if local else base,
-        base_model_relation="adapter" if adapter else "finetune",
+        base_model_relation=None if local else "adapter" if adapter else "finetune",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["cfvlm-ds", "counterfactual", "vision-language", *(["lora"] if adapter else [])],
-        **license,
     )
     lines = ["---", front.to_yaml(), "---", "", f"# {_code(_last(str(run_dir.absolute())))}", ""]
     lines += [f"{kind} after {step} optimizer steps from {_code(_last(base) if local else base)}, fine-tuned by cfvlm-ds with the"]
     lines += [f"counterfactual objectives of [CF-VLM]({_PAPER}), computed from token likelihoods.", ""]
-    if local:
-        lines += ["The base model is a local folder. Before you publish this card, add its hub name here and as `base_model` above.", ""]
-    if license:
-        lines += [f"License of the base model: {_code(license.get('license_name', license['license']))}.", ""]
-    else:
-        lines += ["The license is not known: no license was found in the base model's card.", ""]
+    lines += [UNNAMED_BASE, ""] if local else []
+    license = license_of(base)
+    known = f"License of the base model: {_code(license)}." if license else "The license is not known: the base model's card names none."
+    lines += [f"{known} Check its terms, and add `license` above.", ""]
     names = ("name", "context", "groups", "format", "source", "digest")
     sets = [[_cell(_last(str(data_set[name]))) for name in names] for data_set in data]
     terms = []
@@ -85,31 +107,17 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "weight")
         if settings["weight"] != 0:
             terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
+    load = _USE_ADAPTER.format(base=json.dumps(_line(_last(base) if local else base))) if adapter else _USE
     sections = {
+        "Results": [*_overlaps(data), *_results(results, changes, evaluated)],
+        "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or _UNNAMED), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(flat(options), flat(environment), flat(ds_config), step),
-        "Results": [*_overlaps(data), *_results(results, changes, evaluated)],
-        "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
     }
     for title, section in sections.items():
         lines += [f"## {title}", "", *section, ""]
     return sealed("\n".join(lines) + "\n")
-
-
-_USE = (
-    "from transformers import AutoModelForImageTextToText, AutoProcessor",
-    "",
-    'model = AutoModelForImageTextToText.from_pretrained("path/of/this/folder")',
-    'processor = AutoProcessor.from_pretrained("path/of/this/folder")',
-)
-_USE_ADAPTER = (
-    "from peft import PeftModel",
-    "from transformers import AutoModelForImageTextToText",
-    "",
-    'base = AutoModelForImageTextToText.from_pretrained("path/or/name/of/the/base")',
-    'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
-)
 
 
 _NO_DATA = "Not known: the run folder has no readable data.json."
@@ -120,21 +128,24 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
     adapted = any(options.get(f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
     unused = "train.num_train_epochs" if (options.get("train.max_steps") or 0) > 0 else "train.max_steps"
-    options_used = {name: options.get(name) for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))}
+    relevant = [name for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))]
+    listed = [name for name in relevant if name in _ALWAYS or name.endswith(".tuning") or name.startswith("model.lora.")]
+    listed += [name for name in relevant if name not in listed and options.get(name) != _DEFAULTS[name]]
     known = {
         "optimizer steps": step,
         "ranks": environment.get("world_size"),
         "device": environment.get("device"),
         "ZeRO stage": ds_config.get("zero_optimization.stage"),
         "bfloat16": ds_config.get("bf16.enabled"),
-        **{name: value for name, value in options_used.items() if value is not None},
+        **{name: value for name in listed if (value := options.get(name)) is not None},
         **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds (training)": environment.get("packages.cfvlm-ds"),
         "git revision (training)": environment.get("git_revision"),
         "cfvlm-ds (export)": version("cfvlm-ds"),
         "git revision (export)": git_revision(),
     }
-    return _table("setting | value", ([name, "not known" if value is None else _cell(value)] for name, value in known.items()))
+    rows = ([name, "not known" if value is None else _cell(value)] for name, value in known.items())
+    return ["All other options have their defaults.", "", *_table("setting | value", rows)]
 
 
 def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated: bool) -> list[str]:
@@ -165,18 +176,17 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {head} |", f"|{'---|' * (head.count('|') + 1)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def license_of(base: str) -> dict[str, Any]:
-    """Return the front-matter fields for the licence in the base model's card, or {} if it states none or is not on this machine."""
+def license_of(base: str) -> str:
+    """Return the name of the licence in the base model's card, or "" if the card states none or is not on this machine."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
         path: Any = own_file(Path(base), CARD, base) if os.path.isdir(base) else try_to_load_from_cache(base, CARD)
         front = ModelCard.load(path).data.to_dict() if isinstance(path, str | Path) and os.path.isfile(path) else {}
     except Exception:  # a card can contain anything
-        return {}
-    if not isinstance(front.get("license"), str):
-        return {}
-    return {name: _line(front[name]) for name in ("license", "license_name", "license_link") if isinstance(front.get(name), str)}
+        return ""
+    stated = front.get("license_name") or front.get("license")
+    return _line(stated) if isinstance(stated, str) else ""
 
 
 def _last(path: str) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from cfvlm_ds import engine
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.distributed import own_device
 from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
 from cfvlm_ds.models.adapters import BYTES_OF_4BIT, linear_weights
 from cfvlm_ds.training.validation import validate
@@ -55,6 +56,10 @@ def dry_run(config: RunConfig) -> str:
         lines.append("not counted: activations of the vision tower, which is trained")
     if config.train.bf16 is False:
         lines.append("all sizes are for bfloat16; train.bf16 is false, and weights and activations in float32 take twice as much")
+    if own_device().type == "cpu":
+        lines.append("the table is for GPUs; this machine has none, and a run on its CPUs has no CUDA or NCCL")
+    if engine.model_states(model, ds_config, 1, _GPUS_PER_NODE)[0] < sum(working.values()) / 20:
+        lines.append("the model is so small that more GPUs do not lower the peak")
     sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in working.items())
     other = engine.activations(model, tokens, not recompute) / _GIB
     lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")},
         "world_size": world.size,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else _processor(),
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
     }
     contents = {
@@ -66,6 +67,13 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
     world.say(f"objective: {config.loss}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return list(contents)
+
+
+def _processor() -> str:
+    """Return the processor's model name, which only Linux lists, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.is_file() else []
+    return names[0] if names else platform.machine()
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
             "transformers, or set train.self_check=warn if you know the cause"
         )
     explained = "" if allowed == bound else f", which rounding in {str(dtype).removeprefix('torch.')} explains"
-    world.say(f"scores of packed rows ({backend}) equal single-row forwards within {worst:.1e} nats per token{explained}")
+    world.say(f"self-check: packing changes scores by at most {worst:.1e} nats per token ({backend}){explained}")
 
 
 def _compared(

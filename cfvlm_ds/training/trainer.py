@@ -26,6 +26,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, isolated_rng
 from cfvlm_ds.core.progress import time_left
 from cfvlm_ds.core.secrets import print_line
+from cfvlm_ds.core.text import plain_tables
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
@@ -260,7 +261,7 @@ class Trainer:
         sampled = self.config.train.eval_steps is None
         results, _ = self.evaluator(self.sample.groups if sampled else self.data.splits)
         outcomes = self.evaluator.ask() if self.data.benchmarks and not sampled else {}
-        metrics = self._log_evaluation(tracker, results, outcomes)
+        metrics = self._log_evaluation(tracker, results, outcomes, f"after step {self.state.step}, ")
         self.samples.write(self.state.step)
         if (best := self.config.train.save_best) is None:
             return False
@@ -269,7 +270,7 @@ class Trainer:
         return self.state.evaluated(metrics.get(best, math.nan))
 
     def _log_evaluation(
-        self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str = "  "
+        self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str
     ) -> dict[str, float]:
         """Log an evaluation, print its headlines, and return all metrics. If only a sample of a set was evaluated, only the sample's
         accuracy is included.
@@ -340,9 +341,9 @@ class Trainer:
             for result in benchmark_results:
                 tracker.artifact(self._run_dir / FOLDER / result.place / RESULTS, f"{FOLDER}/{result.place}")
             if results:
-                print_line(f"{first}\n\nall results: {self._run_dir / PAGE}")  # even with --quiet
+                print_line(f"{plain_tables(first)}\n\nall results: {self._run_dir / PAGE}")  # even with --quiet
             if of_benchmarks:
-                print_line(f"\n{of_benchmarks}")
+                print_line(f"\n{plain_tables(of_benchmarks)}")
             elif benchmark_results:
                 print_line("\n".join([*([""] if results else []), overview(benchmark_results), "", *map(summary, benchmark_results)]))
         if failed is not None:
@@ -366,13 +367,18 @@ class Trainer:
         sys.exit(1)
 
 
+_SHOWN_TFLOPS = 0.1  # smallest speed in the progress line; less is the speed of a CPU with a small model
+
+
 def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: str) -> str:
     terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if re.fullmatch("loss/[^/]+", name))
-    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "model_tflop_per_s", "data_wait_share")}
+    rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "data_wait_share")}
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""
+    speed = metrics["throughput/model_tflop_per_s"]
+    flops = f"{speed:.3g} TFLOP/s{utilisation} " if speed >= _SHOWN_TFLOPS else ""
     return (
         f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss_mean {metrics['loss_mean']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
-        f"{rates['model_tflop_per_s']:.3g} TFLOP/s{utilisation} wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
+        f"{flops}wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

@@ -529,7 +529,8 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
     assert capsys.readouterr().out == f"{picture}\n{expected}\n\n" and expected
 
     main(["describe", str(export), str(picture), "--choices", *texts])
-    rows = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()[2:4]]
+    *lines, preferred = capsys.readouterr().out.splitlines()[2:5]
+    rows = [line.split(maxsplit=4) for line in lines]
     nats = {text: plain_logp(model, processor, (picture,), PROMPT, text)[0].sum().item() for text in texts}
     assert [row[4].strip("'") for row in rows] == sorted(texts, key=nats.__getitem__, reverse=True)
     for seen, behind, blank, gain, text in rows:
@@ -537,6 +538,8 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
             max(nats.values()) - nats[text.strip("'")], abs=0.011
         )
         assert float(gain) == pytest.approx(float(seen) - float(blank), abs=0.011)
+    assert preferred.startswith(f"preferred: {rows[0][4]} by nats")
+    assert ("by gain" in preferred) == (float(rows[1][3]) > float(rows[0][3]))
 
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))

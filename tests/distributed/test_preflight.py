@@ -192,6 +192,14 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
     assert len(training_run._tokens(run, ONE, read, collator)) == 6
 
 
+def test_a_model_that_a_run_would_build_is_there_when_its_data_are_prepared(data, tmp_path):
+    base = str(tmp_path / "base")
+    named = {"build": {"base": base}, "model": {"name_or_path": base}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run")}}))
+    cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
+    assert (tmp_path / "base" / "config.json").is_file() and (tmp_path / "run" / "prepared").is_dir()
+
+
 @pytest.mark.parametrize("after", range(1, 40, 6))
 def test_a_first_start_that_is_killed_goes_on(own, config, data, tmp_path, after):
     """SIGKILL after ever more signs of life: the next start has what an undisturbed one has."""

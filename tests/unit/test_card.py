@@ -14,7 +14,7 @@ import yaml
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.core.versions import git_revision
-from cfvlm_ds.export.folder import CARD, is_own_card, place_card, sealed, write_card
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, is_own_card, place_card, sealed, write_card
 from cfvlm_ds.training.card import card_of, license_of, model_card
 
 ROWS = [
@@ -55,7 +55,7 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
-    front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False))
+    front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False, repo="me/tuned"))
     assert front == {
         "base_model": "org/base-7b",
         "base_model_relation": "finetune",
@@ -84,10 +84,16 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| random scores | | | 16.7 | 50.0 |",
         "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its",
         "The license is not known",
-        "AutoModelForImageTextToText.from_pretrained",
+        'name = "me/tuned"\n',
+        "Check its terms, and add `license` above.",
+        "All other options have their defaults.",
     ):
         assert expected in body, expected
     assert "train.num_train_epochs" not in body and "| train.max_steps | `300` |" in body, "which does not count beside it"
+    compile(body.partition("```python\n")[2].partition("```")[0], "Use", "exec")
+    assert "train.adam_epsilon" not in body and "data.stopping_strategy" not in body, "which have their defaults"
+    assert body.index("## Results") < body.index("## Use") < body.index("## Training")
+    assert "local folder" not in body
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
@@ -96,6 +102,8 @@ def test_a_card_of_adapters(tmp_path):
     front, body = parts(model_card(run_folder(tmp_path / "run", config=OPTIONS | {"model": model}), adapter=True))
     assert (front["library_name"], front["base_model_relation"], front["tags"][-1]) == ("peft", "adapter", "lora")
     assert "Adapters after 300 optimizer steps" in body and "| model.lora.rank | `8` |" in body and "PeftModel.from_pretrained" in body
+    assert 'base = "org/base-7b"\n' in body
+    compile(body.partition("```python\n")[2].partition("```")[0], "Use", "exec")
 
 
 def test_a_card_says_what_it_does_not_know(tmp_path):
@@ -121,7 +129,7 @@ EVIL = "x` | <img src=//evil>\n---\nlicense: mit\n# [a](javascript:b)\\| \\\\| !
 
 def only_code(body: str) -> str:
     """The body without its code spans and its own markup: what could mean something to a renderer."""
-    return re.sub(r"`[^`\n]*`", "", body.partition("```python")[0])
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```python\n.*?\n```\n", "", body, flags=re.DOTALL | re.MULTILINE))
 
 
 def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
@@ -137,7 +145,7 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
     )
     card = model_card(run, adapter=False)
     front, body = parts(card)
-    assert front.keys() == {"base_model_relation", "library_name", "pipeline_tag", "tags"}
+    assert front.keys() == {"library_name", "pipeline_tag", "tags"}
     left = only_code(body)
     for sign in ("<img", "evil", "javascript", "license: mit", "<i>", "\x1b", "---\n\n---"):
         assert sign not in left, left
@@ -147,7 +155,7 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
     assert widths <= {3, 4, 7, 6, 11, 12}, "no bar of a value makes a cell"
     assert [line for line in left.splitlines() if line.startswith("#")] == [
         "# ",
-        *(f"## {n}" for n in ("Data", "Objective", "Training", "Results", "Use")),
+        *(f"## {n}" for n in ("Results", "Use", "Data", "Objective", "Training")),
     ]
 
 
@@ -170,38 +178,34 @@ def test_secrets_are_masked(tmp_path):
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
-        ("---\nlicense: apache-2.0\n---\n", {"license": "apache-2.0"}),
-        ("---\r\nlicense: mit\r\n---\r\n# x", {"license": "mit"}),
-        (
-            "---\nlicense: other\nlicense_name: 'a\n\n  b'\nlicense_link: https://me:hunter2@x/\n---\n",
-            {"license": "other", "license_name": "a b", "license_link": "https://***@x/"},
-        ),
-        ("# no front matter\n---\nlicense: mit\n---\n", {}),
-        ("---\nlicense: [mit]\n---\n", {}),
-        ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", {}),
-        ("---\nx: " + "[" * 1000 + "\n---\n", {}),
-        ("---\n- license\n---\n", {}),
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\r\nlicense: mit\r\n---\r\n# x", "mit"),
+        ("---\nlicense: other\nlicense_name: 'a\n\n  b https://me:hunter2@x/'\n---\n", "a b https://***@x/"),
+        ("# no front matter\n---\nlicense: mit\n---\n", ""),
+        ("---\nlicense: [mit]\n---\n", ""),
+        ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", ""),
+        ("---\nx: " + "[" * 1000 + "\n---\n", ""),
+        ("---\n- license\n---\n", ""),
     ],
     ids=range(8),
 )
-def test_a_license_is_what_the_base_states(card, expected, tmp_path):
+def test_a_license_is_named_as_that_of_the_base(card, expected, tmp_path):
     (tmp_path / CARD).write_bytes(card.encode())
     assert license_of(str(tmp_path)) == expected
     front, body = parts(
         model_card(run_folder(tmp_path / "run", config={**OPTIONS, "model": {"name_or_path": str(tmp_path)}}), adapter=False)
     )
-    assert {name: value for name, value in front.items() if name.startswith("license")} == expected
-    assert "base_model" not in front and ("license is not known" in body) == (not expected)
-    named = expected.get("license_name", expected.get("license"))
-    assert (f"License of the base model: `{named}`." in body) == bool(expected)
+    assert "license" not in front, "the base's terms are not asserted of the tuned weights"
+    assert "base_model" not in front and "base_model_relation" not in front and UNNAMED_BASE in body
+    assert ("license is not known" in body) == (not expected) and (f"License of the base model: `{expected}`." in body) == bool(expected)
     assert f"from `{tmp_path.name}`" in body and str(tmp_path.parent) not in body, "of a folder its name alone"
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc/passwd"), os.mkdir], ids=["link", "folder"])
 def test_a_base_whose_card_is_no_file_states_no_license(make, tmp_path):
     make(tmp_path / CARD)
-    assert license_of(str(tmp_path)) == {}
-    assert license_of("no/such-model") == license_of("no such name at all") == license_of("") == {}
+    assert license_of(str(tmp_path)) == ""
+    assert license_of("no/such-model") == license_of("no such name at all") == license_of("") == ""
 
 
 # Whose README.md it is -------------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "exit_cleanly", ran.append)
     for folder in ("examples", "ds_configs"):
         (tmp_path / folder).symlink_to(REPO / folder)
-    for config in ("my.yaml", "made.yaml"):
+    for config in ("my.yaml", "made.yaml", "twenty.yaml"):
         (tmp_path / config).write_text("model: {name_or_path: some/model}\n")
     monkeypatch.chdir(tmp_path)
     script = next((place for place, word in enumerate(words) if word.endswith(("train.py", "node.sh"))), None)

@@ -248,6 +248,7 @@ def test_the_command_needs_no_weights_data_or_launcher(tmp_path, capsys):
     train(["--config", str(recipe), "--model.name_or_path", str(tmp_path / "llava15_7b"), "--train.dry_run", "true"])
     report = capsys.readouterr().out
     assert "language_model" in report and "GiB per GPU" in report
+    assert ("this machine has none" in report) == (not torch.cuda.is_available()) and "so small" not in report
 
 
 @pytest.mark.parametrize("kind", ["base", "tiny_llava", "habits"])
@@ -260,6 +261,7 @@ def test_a_model_that_a_run_would_build_is_built_elsewhere(kind, tmp_path, capsy
     options = ["--model.name_or_path", str(folder), "--deepspeed", str(REPO / "ds_configs" / "z3.json"), "--train.dry_run", "true"]
     train([*options, *built])
     before = capsys.readouterr().out
+    assert "the model is so small that more GPUs do not lower the peak" in before
     assert list(tmp_path.iterdir()) == [] and "GiB per GPU" in before
     build(parse_config([*options, *built], OBJECTIVES).build)
     capsys.readouterr()

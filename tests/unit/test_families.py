@@ -29,6 +29,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.scores import Scores
+from cfvlm_ds.demo.base import FOLDER
 from cfvlm_ds.demo.family_checkpoints import SMALL, write_small
 from cfvlm_ds.evaluation import GroupScores, score_groups
 from cfvlm_ds.evaluation.asking import plan
@@ -463,7 +464,7 @@ def sharpness(scorer: Scorer) -> int:
 
 
 def test_a_folder_or_type_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; available: llava, llava_next, "):
+    with pytest.raises(ConfigError, match=r"no small model of type 'llama'; available: base, llava, llava_next, "):
         write_small("llama", tmp_path / "x")
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ConfigError, match="already exists, is not empty"):
@@ -474,3 +475,7 @@ def test_the_command_writes_a_model_that_the_data_check_takes(tmp_path, manifest
     main(["tiny", "qwen2_5_vl", str(tmp_path / "model")])
     main(["data", "check", str(manifests["test"]), "--model", str(tmp_path / "model")])
     assert "visual tokens    min" in capsys.readouterr().out
+    main(["tiny", "base", str(tmp_path / "base")])
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == (FOLDER / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="base already exists, is not empty"):
+        write_small("base", tmp_path / "base")

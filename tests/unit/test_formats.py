@@ -419,6 +419,7 @@ MARKS = {
     "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
     "false texts of another script": ("captions", of("wrong_caption", "\u72d7", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
+    "edited": ("captions", [SAID | {"edited_image": "b.png", "edited_caption": "a big x"}], ["edited_image", "edited_caption"]),
     "false answers": ("messages", [CHAT, CHAT | {"rejected_response": "no bus"}], ["rejected_response"]),
     "false message": ("llava", [talk("a?", "b") | {"negative": {"from": "gpt", "value": "a bad one"}}], ["negative.value"]),
     "more than one false answer": ("preference", [CHOICE | {"rejected_2": "no bus"}], ["rejected_2"]),
@@ -540,7 +541,7 @@ def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option,
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
     said = rf"rows.jsonl: no row has the column 'captoin', which the option {option} names; did you mean 'caption'\?"
-    for column in ("captoin", "edited+captoin"):
+    for column in ("captoin", "caption+captoin"):
         for reader in (read_manifest, sound_groups, statistics):
             with pytest.raises(DataError, match=said):
                 reader(path, format=f"captions:{option}={column}")
@@ -594,6 +595,13 @@ def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path):
         (said,) = re.findall(r"add (\S+) to", str(raised.value))
         (group,) = read_manifest(path, format=f"captions:{said}")
         assert {each.text for each in group.candidates} == {"a dog", "a cat", "a big cow", "a red bus"} and group.match == ((1, 0, 0, 0),)
+    write_pictures(tmp_path)
+    path = lines(tmp_path / "rows.jsonl", [CAPTION | {"edited_caption": "a grey cat", "edited_image": IMAGE.replace("000", "001")}])
+    with pytest.raises(DataError) as raised:
+        read_manifest(path)
+    (said,) = re.findall(r"add (\S+) to --format captions:", str(raised.value))
+    (group,) = read_manifest(path, format=f"captions:{said}")
+    assert group.match == ((1, 0), (0, 1))
 
 
 @pytest.mark.parametrize("first", [None, True, 0, 1.0])

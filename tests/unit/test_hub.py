@@ -20,6 +20,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.data import open_groups, read_manifest
 from cfvlm_ds.data.containers import hub
 from cfvlm_ds.data.containers.hub import fetched
+from cfvlm_ds.export.folder import UNNAMED_BASE
 from cfvlm_ds.export.hub import push
 
 COMMIT = "a" * 40
@@ -31,6 +32,10 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
         self.folder, self.asked, self.pushed = folder, list[str](), dict[str, bytes]()
+
+
+def _mode(path: str) -> str:
+    return "lfs" if path.endswith(".safetensors") else "regular"
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -62,13 +67,25 @@ class Answers(BaseHTTPRequestHandler):
             self.say({"errors": [], "warnings": []})
         elif self.path == "/api/models/me/tuned/preupload/main":
             files = json.loads(content)["files"]
-            self.say({"files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]})
+            self.say({"files": [{"path": each["path"], "uploadMode": _mode(each["path"]), "shouldIgnore": False} for each in files]})
+        elif self.path == "/me/tuned.git/info/lfs/objects/batch":
+            files = json.loads(content)["objects"]
+            place = f"http://{self.headers['Host']}/lfs/"
+            self.say({"objects": [{**each, "actions": {"upload": {"href": place + each["oid"]}}} for each in files]})
         elif self.path == "/api/models/me/tuned/commit/main":
             rows = [json.loads(line)["value"] for line in content.splitlines()]
-            self.server.pushed |= {row["path"]: base64.b64decode(row["content"]) for row in rows if "path" in row}
+            for row in rows:
+                if "path" in row:
+                    sent = base64.b64decode(row["content"]) if "content" in row else self.server.pushed.pop(row["oid"])
+                    self.server.pushed[row["path"]] = sent
             self.say({"commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer(b"", {"X-Error-Message": "no rights to this namespace"}, 403)
+
+    def do_PUT(self) -> None:
+        """An object of Git LFS."""
+        self.server.pushed[self.path.removeprefix("/lfs/")] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b"", {})
 
     def say(self, value: object) -> None:
         self.answer(json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -163,10 +180,18 @@ def test_an_export_is_pushed_file_by_file(server, tmp_path, monkeypatch):
     files = {"README.md": b"---\nlibrary_name: transformers\n---\n# tuned\n", "config.json": b"{}", "model.safetensors": bytes(range(256))}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    assert push(folder, "me/tuned").endswith("/me/tuned") and server.pushed == files
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    said: list[str] = []
+    (folder / "README.md").write_text(f"# tuned\n\n{UNNAMED_BASE}\n")
+    with pytest.raises(ConfigError, match=r"README\.md does not name the base model.*push again; your changes are kept"):
+        push(folder, "me/tuned", said.append)
+    assert not said and not server.pushed
+    (folder / "README.md").write_bytes(files["README.md"])
+    assert push(folder, "me/tuned", said.append).endswith("/me/tuned") and server.pushed == files
+    assert said == [f"pushing 3 files, 0.0 MB, to http://127.0.0.1:{server.server_port}/me/tuned"]
     with pytest.raises(ConfigError, match=r"cannot be pushed to other/tuned .*no rights to this namespace.*log in with `hf auth login`"):
-        push(folder, "other/tuned")
+        push(folder, "other/tuned", said.append)
     server.shutdown()
     server.server_close()
     with pytest.raises(ConfigError, match=r"cannot be pushed to me/tuned \(ConnectError"):
-        push(folder, "me/tuned")
+        push(folder, "me/tuned", said.append)

@@ -52,7 +52,7 @@ from cfvlm_ds.counterfactuals.select import REPEATED, Survival, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
-from cfvlm_ds.data import open_groups, open_image, read_manifest
+from cfvlm_ds.data import check_manifest, open_groups, open_image, read_manifest
 from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.demo.habits.grammar import noun
 from cfvlm_ds.demo.habits.world import COLOURS as WORLD_COLOURS
@@ -932,6 +932,7 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
             assert history["margin"] == best[0] > 0 and history["edit"]["attempt"] == -best[1]
             assert len(history["edit"]["parent_sha256"]) == 64 and history["verify"]["checks"] and history["propose"]["back_end"] == "rules"
         assert row["meta"]["steps"]["edit"]["settings"]["world"] == {"faults": FAULTS}
+    assert not check_manifest(tmp_path / "groups.jsonl", survival.roots or None, progress=quiet).metadata, "no column of the user's"
     total = {kind: dict(counts) for kind, counts in survival.by_type.items()}
     for counts in total.values():
         assert counts.pop("proposed") == sum(counts.values())
@@ -947,6 +948,18 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
     assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
     shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
     assert not shown[0] & shown[1]
+    counts = [sum(len(group.candidates) > 0 for group in read_manifest(Path(name), parts.roots or None)) for name in parts.files]
+    for (name, share), count in zip({"train": 0.7, "test": 0.3}.items(), counts, strict=True):
+        line = (
+            f"wrote {tmp_path / f'g.{name}.jsonl'}: {count} groups ({count / sum(counts):.0%} of the groups; --splits requests {share:.0%})"
+        )
+        assert line in parts.summary()
+    assert ("note: " in parts.summary()) == (abs(counts[0] / sum(counts) - 0.7) > 0.05)
+    other = Survival(sources=Counter({"captions": 20, "with a proposal": 16}), files={"a": 11, "b": 1}, shares={"a": 0.75, "b": 0.25})
+    assert other.summary().startswith("20 captions: 12 became groups, 4 have no proposal, 4 have no edit that was kept\n")
+    assert "note: the split of a picture" in other.summary()
+    sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}
+    assert (parts.sources["captions"], parts.sources["with a proposal"]) == (len(sources), sum(sources.values()))
     for options, place in (
         *(({"splits": text}, "--splits") for text in ("train", "a=0.5", "a/b=1", "a=0,b=1")),
         ({"margin": 1000.0}, "score: "), ({"rule": "checks", "margin": 1.0}, "--margin"),

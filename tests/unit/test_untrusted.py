@@ -11,7 +11,7 @@ import pytest
 
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError, StorageError
 from cfvlm_ds.core.files import create, remove
-from cfvlm_ds.core.text import in_cell, one_line, printable, quoted
+from cfvlm_ds.core.text import in_cell, one_line, plain_tables, printable, quoted
 from cfvlm_ds.core.untrusted import bare_name, output_file, own_file, refuse_foreign
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.report import CheckReport
@@ -136,3 +136,11 @@ def test_a_name_in_a_row_is_a_string_or_a_number(place, key, value):
     holder[key] = value
     with pytest.raises(DataError, match=rf"'{key}' must be a string, not .*; quote it"):
         from_row(row)
+
+
+def test_tables_for_a_terminal_have_columns_of_fixed_width():
+    name = r"a|b\[<i>"
+    text = f"# head\n\n| set | value |\n|---|---:|\n| {in_cell(name)} | 1.5 |\n| b | 10 |\n\n- a | b"
+    rows = [f"set{' ' * 7}value", f"{name}    1.5", f"b{' ' * 12}10"]
+    assert plain_tables(text) == "\n".join(["# head", "", *rows, "", "- a | b"])
+    assert plain_tables("no table") == "no table" and plain_tables("| a | b |\n|---|---|\n| c |") == "a  b\nc"

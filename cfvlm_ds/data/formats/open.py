@@ -136,11 +136,14 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) 
     elif first.false_text:
         what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
     if hasattr(convert, option) and not label:
-        names = [first.name]
+        named = {option: [first.name]}
         if isinstance(convert, Captions) and first.false_text:
-            given = convert.columns_of(store.rows.value(first.row), option)
-            names = [*given, *(column.name for column in columns if column.false_text and column.negative == option)]
-        use = f"add {option}={option_value('+'.join(names))} to the options of the format"
+            row, false = store.rows.value(first.row), [column for column in columns if column.false_text]
+            named = {each: convert.columns_of(row, each) for each in dict.fromkeys(column.negative for column in false)}
+            for column in false:
+                named[column.negative].append(column.name)
+        added = ",".join(f"{each}={option_value('+'.join(names))}" for each, names in named.items())
+        use = f"add {added} to --format {store.format.partition(':')[0]}:..."
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, otherwise add ignore={ignore}"

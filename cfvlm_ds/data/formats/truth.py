@@ -50,7 +50,7 @@ _FALSE_NAMES = frozenset((
     *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
     "contradicted", "contradictory", "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted",
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
-    "misaligned", "unrelated", "irrelevant",
+    "misaligned", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
 ))  # fmt: skip
 """Words in the names of columns with false texts, and of label columns in which "yes" may mean that the text is false."""
 
