@@ -4,7 +4,7 @@
 0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
-of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
+of a scene differ in kind, so "the cup" is always one thing.
 """
 
 from __future__ import annotations
@@ -85,11 +85,18 @@ class Thing:
         """True if this kind never has this colour in training."""
         return HELD_OUT[self.kind] == self.colour
 
-    def relation(self, other: Thing, axis: int) -> str:
-        """Return the thing's position relative to another: "left" or "right" (axis 0), "above" or "below" (axis 1), or "" if neither."""
-        if axis:
-            return "" if self.row == other.row else "above" if self.row < other.row else "below"
-        return "left" if self.columns[-1] < other.columns[0] else "right" if self.columns[0] > other.columns[-1] else ""
+    def usual(self, share: float, rng: Random) -> Thing:
+        """Return the thing with each habitual colour, number and row replaced by the usual one with probability ``share``. The columns
+        are then not those of free cells.
+        """
+        habit, thing = HABITS[self.kind], self
+        if habit.colour and rng.random() < share:
+            thing = replace(thing, colour=habit.colour)
+        if habit.number and rng.random() < share:
+            thing = replace(thing, columns=tuple(range(habit.number)))
+        if habit.row and rng.random() < share:
+            thing = replace(thing, row=ROWS.index(habit.row))
+        return thing
 
 
 @dataclass(frozen=True)
