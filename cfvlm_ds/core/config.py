@@ -286,8 +286,8 @@ class HabitsConfig:
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability with which a thing in a training picture follows each of its habits.
-        caption_bias: probability with which a training caption states the usual colour, number or row of a thing that breaks this habit;
-            answers stay true. Needs num_counterfactuals 0. It makes a base model write what is usual although it sees what is there.
+        text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
+            num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
         edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
@@ -298,7 +298,7 @@ class HabitsConfig:
     num_questions: int = 0
     seed: int = 0
     strength: float = 0.96
-    caption_bias: float = 0.0
+    text_bias: float = 0.0
     edit_weights: dict[str, float] | None = None
 
 

@@ -50,8 +50,8 @@ _MAX_DRAWS = 20_000
 @dataclass(frozen=True)
 class Drawn:
     """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
-    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` has the key of each
-    of them; other texts answer questions.
+    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` has their keys;
+    other texts answer questions.
     """
 
     scenes: tuple[Scene, ...]
@@ -134,10 +134,10 @@ def _check(config: HabitsConfig) -> None:
         raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
     if not 0 <= config.strength <= 1:
         raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
-    if not 0 <= config.caption_bias <= 1:
-        raise DataError(f"habits: caption_bias must be between 0 and 1, not {config.caption_bias}")
-    if config.caption_bias and config.num_counterfactuals:
-        raise DataError("habits: caption_bias needs num_counterfactuals: 0, because captions of edited pictures must be exact")
+    if not 0 <= config.text_bias <= 1:
+        raise DataError(f"habits: text_bias must be between 0 and 1, not {config.text_bias}")
+    if config.text_bias and config.num_counterfactuals:
+        raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
     weights = config.edit_weights
     if weights is not None and (
         set(weights) - set(EDITS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values())
@@ -201,13 +201,13 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
     """Add descriptions, questions or both to scenes. Return None if the texts do not distinguish the scenes."""
-    question = question_of(split)
+    pictures, question = scenes, question_of(split)
+    if split == "train" and config.text_bias:
+        scenes = (scenes[0].as_usual(config.text_bias, rng),)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
         return Drawn(scenes, edits, *asked[0], ()) if asked else None
-    bias, shown = config.caption_bias if split == "train" else 0, scenes[: 1 + len(edits)]
-    stated = [[thing.usual(bias, rng) for thing in scene.things] for scene in shown]
-    texts, prompt = describe(shown, str(rng.random()), stated), rng.choice(DESCRIBE)
+    texts, prompt = describe(scenes[: 1 + len(edits)], str(rng.random())), rng.choice(DESCRIBE)
     candidates = tuple(Candidate(prompt, text) for text in texts)
     match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
     if any(match[0][k] and match[k][0] for k in range(1, len(texts))):
@@ -216,7 +216,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
     for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
         candidates += answers
         match = [line + more for line, more in zip(match, truths, strict=True)]
-    return Drawn(scenes, edits, candidates, match, tuple(map(key, stated)))
+    return Drawn(pictures, edits, candidates, match, tuple(key(scene.things) for scene in scenes[: len(texts)]))
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:

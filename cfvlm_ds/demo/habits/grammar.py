@@ -163,19 +163,17 @@ def judge(text: str, scene: Scene) -> Verdict:
 # Describing --------------------------------------------------------------------------------------------------------------------------
 
 
-def describe(scenes: Sequence[Scene], seed: str, stated: Sequence[Sequence[Thing]] | None = None) -> list[str]:
+def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where the scenes differ.
 
     All things are listed with number and colour, except that one colour can be stated in a separate sentence. If none is, a sentence states
     the row of a thing. A row or background that differs between scenes is always mentioned. If a thing was added or removed, the total
-    number of things is mentioned, because the shorter list would otherwise be true of both scenes. ``stated`` are the things as the
-    descriptions state them; the total number remains that of the scene.
+    number of things is mentioned, because the shorter list would otherwise be true of both scenes.
     """
     rng = Random(seed)
-    lists = stated or [scene.things for scene in scenes]
-    lengths = {len(things) for things in lists}
+    lengths = {len(scene.things) for scene in scenes}
     shared = range(min(lengths))
-    moved = [i for i in shared if len({things[i].row for things in lists}) > 1]
+    moved = [i for i in shared if len({scene.things[i].row for scene in scenes}) > 1]
     placed = rng.choice(moved or shared)
     apart = None if moved or rng.random() < 0.75 else rng.choice(shared)
     mentions_total = rng.random() < 0.2 or len(lengths) > 1
@@ -183,9 +181,10 @@ def describe(scenes: Sequence[Scene], seed: str, stated: Sequence[Sequence[Thing
     phrasings = [rng.randrange(6) for _ in range(4)]
     background_first = rng.random() < 0.3
     texts = []
-    for scene, things in zip(scenes, lists, strict=True):
-        sentences = [form("things", phrasings[0], things=listed([phrase(thing, i != apart) for i, thing in enumerate(things)]))]
-        thing = things[placed if apart is None else apart]
+    for scene in scenes:
+        phrases = [phrase(thing, i != apart) for i, thing in enumerate(scene.things)]
+        sentences = [form("things", phrasings[0], things=listed(phrases))]
+        thing = scene.things[placed if apart is None else apart]
         x = noun(thing.kind, thing.number)
         if apart is None:
             sentences.append(form("row", phrasings[1], x=x, row=ROWS[thing.row]))

@@ -85,16 +85,14 @@ class Thing:
         """True if this kind never has this colour in training."""
         return HELD_OUT[self.kind] == self.colour
 
-    def usual(self, share: float, rng: Random) -> Thing:
-        """Return the thing with each habitual colour, number and row replaced by the usual one with probability ``share``. The columns
-        are then not those of free cells.
-        """
+    def as_usual(self, *factors: str) -> Thing:
+        """Return the thing with its usual colour, number or row, for each of ``factors`` for which its kind has a habit."""
         habit, thing = HABITS[self.kind], self
-        if habit.colour and rng.random() < share:
+        if habit.colour and "colour" in factors:
             thing = replace(thing, colour=habit.colour)
-        if habit.number and rng.random() < share:
+        if habit.number and "number" in factors:
             thing = replace(thing, columns=tuple(range(habit.number)))
-        if habit.row and rng.random() < share:
+        if habit.row and "row" in factors:
             thing = replace(thing, row=ROWS.index(habit.row))
         return thing
 
@@ -130,6 +128,26 @@ class Scene:
             seen = vars(Habit(thing.colour, thing.number, ROWS[thing.row], self.background, company))
             broken |= {(thing.kind, factor, seen[factor]) for factor, value in vars(usual).items() if value and seen[factor] != value}
         return frozenset(broken)
+
+    def as_usual(self, share: float, rng: Random) -> Scene:
+        """Return the scene that a biased text describes: with probability ``share`` for each broken habit, a thing has its usual colour,
+        number or row, or its usual company is present. Two things can then share a cell. The background is unchanged.
+
+        Return the scene itself if the result would have more than MOST copies.
+        """
+        things = {thing.kind: thing for thing in self.things}
+        for kind, factor, _ in sorted(self.broken, key=str):
+            company = HABITS[kind].company
+            if factor == "background" or rng.random() >= share:
+                continue
+            if factor == "company":
+                colours = [colour for colour in COLOURS if colour != HELD_OUT[company]]
+                added = Thing(company, rng.choice(colours), rng.randrange(SIDE), (rng.randrange(SIDE),))
+                things[company] = added.as_usual("colour", "number", "row")
+            else:
+                things[kind] = things[kind].as_usual(factor)
+        scene = replace(self, things=tuple(things.values()))
+        return scene if scene.total <= MOST else self
 
 
 def spelled(scene: Scene) -> list[Any]:
