@@ -1,14 +1,15 @@
-"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, and the default objective with
-full or light contrast.
+"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, SymMPO, S-VCO, and the default
+objective with full contrast, with light contrast, and with light contrast and token credit or distillation.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
     python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one per core
-    python benchmarks/learning.py --report             # writes the table, docs/learning.png and the demo's table
+    python benchmarks/learning.py --seeds 3 --steps 2000    # the same with four times the training time
+    python benchmarks/learning.py --report             # writes the tables, the figures in docs/ and the demo's table
 
-Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes STEPS steps. Other
-arms take as many steps as fit into the same CPU time, including the time to compute the base's scores if an arm needs them. An arm's time
-per step is measured with two short runs, in parallel with two short runs of the default. Each line of benchmarks/learning/runs.jsonl is a
-finished run, which is not repeated. rates.jsonl has the runs from which the rates were chosen.
+Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes ``--steps`` steps.
+Other arms take as many steps as fit into the same CPU time, including the time to compute the base's scores if an arm needs them. An arm's
+time per step is measured with two short runs, in parallel with two short runs of the default. Each line of benchmarks/learning/runs.jsonl
+is a finished run, which is not repeated. rates.jsonl has the runs from which the rates were chosen.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renew_pages
+from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renewed
 
 from cfvlm_ds.demo.report import AXES, MEASURED, axes_of
 
@@ -37,11 +38,21 @@ BASE = "base"
 """Name of the record with the base's results."""
 STEPS, GROUPS = 500, 12
 """Number of the default's steps, and of groups per step in every arm, as in the demo."""
-RATES = ("1e-4", "3e-4", "6e-4", "1e-3")
+BUDGETS = (200, STEPS, 2000)
+"""Numbers of the default's steps that a comparison can have; they take about 2, 5 and 20 minutes."""
+RATES = ("1e-4", "3e-4", "1e-3")
+CHOOSING = 99
+"""Seed of the runs that choose a rate; the table has others."""
 SHORT, LONG = 10, 50
 """Numbers of steps in two runs whose difference in time gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
+LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
+"""Table row -> NLL of a set's captions or answers, in nats per token. The columns of arms show the difference from the base's NLL."""
+DEMO = ("nll", "default", "light")
+"""Arms in the demo's table and in docs/learning.png."""
+CURVES = ("pairs, habit contradicted", "yes/no, habit contradicted", "POPE's form, F1", "false statements, habit contradicted")
+"""Axes in docs/learning_time.png."""
 NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 
@@ -68,41 +79,47 @@ ARMS = {
         ),
         scores=True,
     ),
+    "symmpo": Arm("SymMPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.symmpo.weight=1"), scores=True),
+    "svco": Arm("S-VCO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.svco.weight=1"), scores=True),
     "default": Arm("default", ("--objective.csd.weight=1", "--objective.fcd.weight=1")),
     "light": Arm("default, contrast x 0.1"),
+    "credit": Arm("contrast x 0.1, token credit", ("--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
+    "distill": Arm("contrast x 0.1, distillation", ("--objective.contrast_distill.weight=0.1",)),
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """Training run of one arm, rate and seed."""
+    """Training run of one arm, rate and seed, in the CPU time of ``budget`` steps of the default."""
 
     arm: str
     rate: str
     seed: int
+    budget: int = STEPS
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-{self.rate}-seed{self.seed}"
+        return f"{self.arm}-{self.rate}-seed{self.seed}" + ("" if self.budget == STEPS else f"-{self.budget}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
+    parser.add_argument("--steps", type=int, default=STEPS, choices=BUDGETS, help="steps of the default (default %(default)s)")
     parser.add_argument("--rates", nargs="+", help="learning rates instead of the best by --choose")
     parser.add_argument("--choose", action="store_true", help="try the rates of each arm on the validation set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default %(default)s)")
-    parser.add_argument("--report", action="store_true", help="only write the table and the figure")
+    parser.add_argument("--report", action="store_true", help="only write the tables and figures")
     arguments = parser.parse_args()
     if not arguments.report:
         records = RECORDS / (RATE_RUNS if arguments.choose else RUNS)
         jobs = [
-            Job(arm, rate, seed)
-            for seed in range(1 if arguments.choose else arguments.seeds)
+            Job(arm, rate, seed, arguments.steps)
+            for seed in ([CHOOSING] if arguments.choose else range(arguments.seeds))
             for arm in arguments.arms
-            for rate in arguments.rates or (RATES if arguments.choose else [best_rate(arm)])
+            for rate in arguments.rates or (RATES if arguments.choose else [best_rate(arm, arguments.steps)])
         ]
         done = read_records(records)
         run_all(arguments, records, [job for job in jobs if job.name not in done])
@@ -110,9 +127,14 @@ def main() -> None:
         report()
 
 
-def best_rate(arm: str) -> str:
-    """Return the rate with the highest accuracy on the validation set. A tie goes to the lower rate."""
-    tried = {each["rate"]: each["validation"] for each in read_records(RECORDS / RATE_RUNS).values() if each["arm"] == arm}
+def best_rate(arm: str, budget: int) -> str:
+    """Return the rate with the highest accuracy on the validation set. A tie goes to the lower rate.
+
+    If no rate was tried with this budget, the rates tried with STEPS steps count.
+    """
+    runs = [each for each in read_records(RECORDS / RATE_RUNS).values() if each["arm"] == arm]
+    at = {steps: {each["rate"]: each["validation"] for each in runs if each.get("budget", STEPS) == steps} for steps in (budget, STEPS)}
+    tried = at[budget] or at[STEPS]
     if not tried:
         sys.exit(f"no rate of {arm} was tried: run with --choose, or give --rates")
     return min(tried, key=lambda rate: (-tried[rate], float(rate)))
@@ -124,23 +146,25 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
         return
     out: Path = arguments.out
     train(out, out / "build", Job("default", RATES[0], 0), 1, {})
-    steps = {"default": STEPS} | {arm: steps_of(out, arm) for arm in sorted({job.arm for job in jobs} - {"default"})}
+    budget: int = arguments.steps
+    steps = {"default": budget} | {arm: steps_of(out, arm, budget) for arm in sorted({job.arm for job in jobs} - {"default"})}
     print("steps in equal processor time:", steps, flush=True)
 
     def one(job: Job) -> None:
         world = out / "world"
         sets: dict[str, Any] = {"validation": str(world / "validation.jsonl")} if arguments.choose else evaluation_sets(world)
         folder = out / ("rates" if arguments.choose else "runs") / job.name
-        first = not arguments.choose and job == jobs[0] and BASE not in read_records(records)
+        known = read_records(records).get(BASE, {"axes": {}})["axes"]
+        first = not arguments.choose and job == jobs[0] and not {*AXES, *LIKELIHOODS} <= {*known}
         train(out, folder, job, steps[job.arm], sets, before=first)
-        record: dict[str, Any] = {"arm": job.arm, "rate": job.rate, "seed": job.seed, "steps": steps[job.arm], "processor": processor()}
+        record = asdict(job) | {"steps": steps[job.arm], "processor": processor()}
         if arguments.choose:
             rows = json.loads((folder / "results.json").read_text())["validation"]
             add_record(records, job.name, record | {"validation": rows[-1]["metrics"]["group"]})
             return
-        base, axes = axes_of(folder)
+        base, axes = axes_of(folder, AXES | LIKELIHOODS)
         if first:
-            add_record(records, BASE, {"axes": base})
+            add_record(records, BASE, {"axes": base | known})
         add_record(records, job.name, record | {"axes": axes})
         print(job.name, json.dumps(axes), flush=True)
 
@@ -157,7 +181,7 @@ def evaluation_sets(world: Path) -> dict[str, Any]:
     }
 
 
-def steps_of(out: Path, arm: str) -> int:
+def steps_of(out: Path, arm: str, budget: int) -> int:
     """Return the number of steps that an arm can take in the default's CPU time, which also covers scoring with the base if needed."""
 
     def seconds(one: str) -> float:
@@ -168,16 +192,16 @@ def steps_of(out: Path, arm: str) -> int:
     scored = score(out) if ARMS[arm].scores else 0.0
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
-    return affordable(own, default, scored)
+    return affordable(own, default, scored, budget)
 
 
-def affordable(own: float, default: float, scored: float) -> int:
-    """Return the number of steps of ``own`` seconds that fit into the time of the default's steps (``default`` seconds each). Scoring all
-    training groups would take ``scored`` seconds, but only the groups that the steps use are scored, each once.
+def affordable(own: float, default: float, scored: float, budget: int = STEPS) -> int:
+    """Return the number of steps of ``own`` seconds that fit into the time of ``budget`` steps of the default (``default`` seconds each).
+    Scoring all training groups would take ``scored`` seconds, but only the groups that the steps use are scored, each once.
     """
     per_step = own + scored * GROUPS / TRAIN
-    steps = STEPS * default / per_step
-    return round(steps if steps * GROUPS <= TRAIN else (STEPS * default - scored) / own)
+    steps = budget * default / per_step
+    return round(steps if steps * GROUPS <= TRAIN else (budget * default - scored) / own)
 
 
 def score(out: Path) -> float:
@@ -209,7 +233,7 @@ def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any]
         "train.max_steps": steps,
         "train.seed": job.seed,
         "train.learning_rate": job.rate,
-        "train.bf16": str("amx_bf16" in cpuinfo()).lower(),
+        "train.bf16": str("_bf16" in cpuinfo()).lower(),
         "train.eval_on_start": str(before).lower(),
         "train.eval_shuffled": "false",
         "train.eval_steps": 0,
@@ -270,35 +294,78 @@ def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
         sys.exit(f"{folder} is a run with another objective (see its config.yaml) than its options have now; move it away and start again")
 
 
+Runs = dict[tuple[str, str], list[dict[str, Any]]]
+"""Records by arm and rate, with one record per seed."""
+
+
 def report() -> None:
-    """Write the table into RESULTS.md, the means into the package (for the demo), and the figure."""
+    """Write a table per budget into RESULTS.md, the means into the package (for the demo), and the figures."""
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
-    runs = {arm: [each for each in records.values() if each["arm"] == arm] for arm in ARMS}
-    runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
-    text = table(base, runs)
-    print(text)
-    renew_pages([REPO / "benchmarks" / "RESULTS.md"], [(COMMAND, text)])
+    budgets = by_budget(records.values())
+    tables = {budget: table(base, runs) for budget, runs in budgets.items()}
+    print(*(f"{budget} steps:\n\n{text}\n" for budget, text in tables.items()), sep="\n")
+    page = REPO / "benchmarks" / "RESULTS.md"
+    page.write_text(with_tables(page.read_text(), tables))
+    runs = {arm: found for arm, found in by_arm(budgets[STEPS]).items() if arm in DEMO}
     means = {
-        arm: {"title": ARMS[arm].title, "seeds": len(found), "mean": {axis: round(mean(found, axis), 1) for axis in AXES}}
+        arm: {
+            "title": ARMS[arm].title,
+            "seeds": len(found),
+            "mean": {axis: round(statistics.mean(values_of(found, axis)), 1) for axis in AXES},
+        }
         for arm, found in runs.items()
     }
     MEASURED.write_text(json.dumps(means, indent=1) + "\n")
     figure(REPO / "docs" / "learning.png", base, runs)
+    if len(budgets) > 1:
+        time_figure(REPO / "docs" / "learning_time.png", base, {budget: by_arm(runs) for budget, runs in budgets.items()})
 
 
-def mean(found: Sequence[Mapping[str, Any]], axis: str) -> float:
-    return statistics.mean(each["axes"][axis] for each in found)
+def by_budget(records: Iterable[dict[str, Any]]) -> dict[int, Runs]:
+    """Group the records by budget, then by arm and rate, in the order of BUDGETS, ARMS and rates."""
+    budgets: dict[int, Runs] = {}
+    for each in sorted(records, key=lambda each: (each.get("budget", STEPS), [*ARMS].index(each["arm"]), float(each["rate"]))):
+        budgets.setdefault(each.get("budget", STEPS), {}).setdefault((each["arm"], each["rate"]), []).append(each)
+    return budgets
 
 
-def table(base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return a Markdown table of the base and each arm: means over seeds with half the width of the 95 % t interval."""
-    titles = [f"{ARMS[arm].title} ({found[0]['rate']}, {found[0]['steps']} steps, seeds: {len(found)})" for arm, found in runs.items()]
+def by_arm(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """Return each arm's records at the rate with the most seeds."""
+    return {arm: max((found for (each, _), found in runs.items() if each == arm), key=len) for arm, _ in runs}
+
+
+def with_tables(page: str, tables: Mapping[int, str]) -> str:
+    """Put each budget's table after its command in ``page``. The command of a new budget is added after the table of STEPS steps."""
+    shown = {COMMAND if budget == STEPS else f"{COMMAND} --steps {budget}": text for budget, text in tables.items()}
+    new = [command for command in shown if f"`python {command}`" not in page]
+    added = "".join(f"\n\n`python {command}`:\n\n{shown.pop(command)}" for command in new)
+    return renewed(page, [*shown.items()]).replace(shown[COMMAND], shown[COMMAND] + added)
+
+
+def values_of(found: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
+    return [each["axes"][axis] for each in found if axis in each["axes"]]
+
+
+def table(base: Mapping[str, float], runs: Runs) -> str:
+    """Return a Markdown table of the base and each arm and rate: means over seeds with half the width of the 95 % t interval.
+
+    Old records lack the NLL. A cell without values is empty. A cell with values of some seeds states their number.
+    """
+    titles = [
+        f"{ARMS[arm].title} ({rate}, {'/'.join(sorted({str(each['steps']) for each in found}))} steps, seeds: {len(found)})"
+        for (arm, rate), found in runs.items()
+    ]
     lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
-    for axis in AXES:
-        columns = [[each["axes"][axis] for each in found] for found in runs.values()]
-        cells = [f"{statistics.mean(c):.1f}" + (f" ± {half_width(c):.1f}" if len(c) > 1 else "") for c in columns]
-        lines.append(f"| {axis} | {base[axis]:.1f} | {' | '.join(cells)} |")
+    for axis in (axis for axis in (*AXES, *LIKELIHOODS) if axis in base):
+        start, sign, digits = (base[axis], "+", ".3f") if axis in LIKELIHOODS else (0.0, "", ".1f")
+        cells = []
+        for found in runs.values():
+            values = [value - start for value in values_of(found, axis)]
+            cell = f"{statistics.mean(values):{sign}{digits}}" if values else ""
+            cell += f" ± {half_width(values):{digits}}" if len(values) > 1 else ""
+            cells.append(cell + (f" (seeds: {len(values)})" if 0 < len(values) < len(found) else ""))
+        lines.append(f"| {axis} | {base[axis]:{digits}} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -325,6 +392,33 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
     axes.set_ylabel("%")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.legend(frameon=False, fontsize=9, ncols=len(bars), loc="outside upper right")
+    canvas.savefig(path, dpi=160)
+
+
+def time_figure(path: Path, base: Mapping[str, float], budgets: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """Draw the results of each arm against its training time, with 95 % t intervals, for the axes in CURVES."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    canvas, panels = pyplot.subplots(1, len(CURVES), figsize=(13, 3.8), layout="constrained")
+    for panel, axis in zip(panels, CURVES, strict=True):
+        panel.axhline(base[axis], color="#c9c9c9", label="base")
+        for arm in ARMS:
+            points = {budget: values_of(runs[arm], axis) for budget, runs in budgets.items() if arm in runs}
+            widths = [half_width(values) if len(values) > 1 else 0.0 for values in points.values()]
+            if points:
+                means = [statistics.mean(values) for values in points.values()]
+                panel.errorbar([*points], means, widths, marker=".", linewidth=1.2, elinewidth=0.6, label=f"+ {ARMS[arm].title}")
+        panel.set_xscale("log")
+        panel.set_xticks([*budgets], [str(budget) for budget in budgets])
+        panel.minorticks_off()
+        panel.set_title(axis, fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("%")
+    canvas.supxlabel("CPU time, as steps of the default", fontsize=9)
+    canvas.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside upper center")
     canvas.savefig(path, dpi=160)
 
 

@@ -93,7 +93,7 @@ def main() -> None:
             print(table(results)[-1], flush=True)
     print("", *table(results), sep="\n")
     if off := disagreements(results):
-        sys.exit("\n".join(["losses differ:", *off]))
+        sys.exit("\n".join(["losses or tokens differ:", *off]))
 
 
 def prepare(folder: Path, settings: trl_dpo.Settings) -> dict[str, float]:

@@ -22,4 +22,6 @@ def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> It
         largest = max(parts, key=lambda part: part.num_tokens)
         sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
         message = (str(error) or "nothing").splitlines()[0]
-        raise OutOfMemory(f"out of memory {where}; its largest forward has {sizes}; {remedy}; the allocator said: {message}") from error
+        raise OutOfMemory(
+            f"out of memory {where}; its largest forward pass has {sizes}; {remedy}; the allocator reports: {message}"
+        ) from error

@@ -243,7 +243,7 @@ def _sample(
     number, of = part.shard or (0, 1)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
     identity, load = author(model, limits, reading.max_pixels, say)
-    done, counts = sample(store, Path(out), options, identity, load, number, say, of)
+    (done,), counts = sample(store, Path(out), options, identity, load, [number], say, of)
     _print_done("sample", done)
     if counts is None:
         print(f"other shards are not finished; `cfvlm-ds data status {out}` lists them, and the last one writes {GROUPS}")

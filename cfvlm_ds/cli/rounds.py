@@ -27,7 +27,7 @@ from cfvlm_ds.core.run_folder import named_model
 from cfvlm_ds.counterfactuals.options import SampleOptions
 from cfvlm_ds.counterfactuals.sample import COUNTS, GROUPS, sample
 from cfvlm_ds.data import sound_groups
-from cfvlm_ds.training.run import leaving_with_a_word, locked, train
+from cfvlm_ds.training.run import exit_with_message, locked, train
 from cfvlm_ds.training.run_start import FINISHED
 from cfvlm_ds.training.validation import scores_needed, validate
 
@@ -58,13 +58,13 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
             finished = (folder / FINISHED).exists()
             world.say(f"round {number} of {rounds.number}{': finished by an earlier start' if finished else ''}")
             if not finished:
-                with leaving_with_a_word(world):
+                with exit_with_message(world):
                     roots = _sample(config, world, model, work)
                 gc.collect()  # models and engines have reference cycles
                 sampled = Source(str(work / GROUPS), roots, AUTO, name=_SAMPLED, weight=rounds.weight)
                 train(_of_round(config, folder, model, [*sources, sampled]), world)
                 gc.collect()
-            with leaving_with_a_word(world):
+            with exit_with_message(world):
                 model = _exported(folder, world)
         world.wait()  # rank 0 holds the store to which the others have just connected
 
@@ -131,10 +131,7 @@ def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str
         limits = ImageLimits(config.model.min_pixels, config.model.max_pixels, config.model.max_tiles)
         identity, load = author(model, limits, data.max_pixels, say, world)
         options = SampleOptions(rounds.judge, rounds.n, rounds.temperature, max_new_tokens=rounds.max_new_tokens, prompt=rounds.prompt)
-        for shard in range(world.rank, _SHARDS, world.size):
-            _, counts = sample(store, work, options, identity, load, shard, say, _SHARDS)
-            if counts is not None:  # all shards are finished
-                break
+        sample(store, work, options, identity, load, range(world.rank, _SHARDS, world.size), say, _SHARDS)
     except InputError as error:
         problem = error
     barrier.meet()

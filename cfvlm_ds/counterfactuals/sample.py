@@ -55,35 +55,41 @@ def sample(
     options: SampleOptions,
     model: Mapping[str, str],
     load: Callable[[], tuple[Any, Collator, World]],
-    shard: int,
+    shards: Sequence[int],
     say: Say,
     of: int | None = 1,
-) -> tuple[dict[str, Any], Counter[str] | None]:
-    """Generate the texts of shard ``shard`` (0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
+) -> tuple[list[dict[str, Any]], Counter[str] | None]:
+    """Generate the texts of ``shards`` (each 0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
     OUT/counts.json. Texts that an earlier call generated are reused.
 
-    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the shard's completion record, and the
-    counts if all shards are finished.
+    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the completion record of each of ``shards``,
+    and the counts if all shards are finished.
 
     Raises ConfigError if options differ from those recorded in OUT, if the judge returns None for the first known true text of every
     picture and prompt, or if no generated text is false. Raises DataError if the judge fails on a text.
     """
-    judge = answers if options.judge == "answers" else imported(options.judge, "--judge", "answers or MODULE:FUNCTION")
+    judge = answers if options.judge == "answers" else imported(options.judge, "judge", "answers or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
     places = source.places(say)
     if all(source.verdict(question.group.candidates[0].text, question) is None for question in map(source.question, places.items())):
-        raise ConfigError(f"--judge {options.judge} decides on no true text with a picture in {store.path}; use another judge or prompt")
+        raise ConfigError(f"the judge {options.judge} decides on no true text with a picture in {store.path}; use another judge or prompt")
     work = WorkFolder.begin(out, store, of, (SAMPLE,))
-    done = work.finished(SAMPLE, shard, of, options, say)
+    finished = [work.finished(SAMPLE, shard, of, options) for shard in shards]
+    if None not in finished:
+        say(f"{out}: {SAMPLE} has already finished {len(finished)} of {work.shards} shards")
     work.settle(SAMPLE, options, **model)
-    if done is None:
-        own = list(places.items())[shard :: work.shards]
-        with ShardStep(work, SAMPLE, shard) as step:
-            scorer, collator, world = load()
-            for question in step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts"):
-                step.add({"id": question.group.id} | source.asked(question, scorer.model, collator, world.device))
-            done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
-    return done, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
+    records = list[dict[str, Any]]()
+    for shard, done in zip(shards, finished, strict=True):
+        if done is None:
+            own = list(places.items())[shard :: work.shards]
+            with ShardStep(work, SAMPLE, shard) as step:
+                scorer, collator, world = load()
+                asked = step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts")
+                for question in asked:
+                    step.add({"id": question.group.id} | source.asked(question, scorer.model, collator, world.device))
+                done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
+        records.append(done)
+    return records, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
 
 
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
@@ -140,7 +146,7 @@ class _Source:
 
     def verdict(self, text: str, question: Question) -> bool | None:
         """Judge a text. Raises DataError naming the row if the judge fails or returns anything but True, False or None."""
-        about = f"{question.where}: --judge {self.options.judge}, called with {quoted(text, 80)},"
+        about = f"{question.where}: the judge {self.options.judge}, called with {quoted(text, 80)},"
         try:
             verdict = self.judge(text, to_row(question.group, self.folder))
         except Exception as error:  # a user's function may raise anything

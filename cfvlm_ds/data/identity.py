@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -93,16 +93,16 @@ def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
 
 def joined_identity(parts: Iterable[IdentityPart]) -> Identity:
     """Compute the identity of a complete data set from the contributions of all its rows, in order."""
-    rows, known, sums, order = 0, True, dict.fromkeys(SUMS, 0), hashlib.blake2b(digest_size=16)
+    rest, order = list[IdentityPart](), hashlib.blake2b(digest_size=16)
     for part in parts:
-        rows, known = rows + part.rows, known and part.known
-        sums = {name: (sums[name] + part.sums[name]) % _MODULUS for name in SUMS}
         order.update(part.order)
+        rest.append(replace(part, order=b""))
+    whole = joined_part(rest)
     return {
-        "rows": rows,
+        "rows": whole.rows,
         "order": order.hexdigest(),
-        **{name: f"{value:032x}" for name, value in sums.items()},
-        **({} if known else {"pictures": None}),
+        **{name: f"{value:032x}" for name, value in whole.sums.items()},
+        **({} if whole.known else {"pictures": None}),
     }
 
 

@@ -98,8 +98,10 @@ def drop_prefetch_recording(engine: Any) -> None:
 
 
 def release(engine: Any) -> None:
-    """Make it possible to free the memory of an engine that is no longer used. ZeRO-3 otherwise keeps every engine, with its weights and
-    moments, until the process ends: a list of its module has the model, and the cache of a method has the coordinator.
+    """Free the memory of an engine that is no longer used.
+
+    Under ZeRO-3, two references otherwise keep its weights and optimizer state until the process ends: DeepSpeed's list of modules refers
+    to the model, and the cache of a method refers to the parameter coordinator.
     """
     from deepspeed.runtime.zero import parameter_offload
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,11 @@ AXES = {
 """Table row -> metric (%) of a run whose evaluation sets are named as in examples/quickstart.yaml."""
 
 
-def axes_of(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics in ``AXES`` before and after a run, in %. A metric's two values are the same if the run was evaluated
-    only once.
-    """
-    name = f"eval/{next(iter(AXES.values()))}"
+def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the metrics in ``axes`` before and after a run. A metric's two values are the same if the run was evaluated only once."""
+    name = f"eval/{next(iter(axes.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
-    found = [{axis: line[f"eval/{metric}"] for axis, metric in AXES.items() if f"eval/{metric}" in line} for line in evaluated]
+    found = [{axis: line[f"eval/{metric}"] for axis, metric in axes.items() if f"eval/{metric}" in line} for line in evaluated]
     return found[0], found[-1]
 
 

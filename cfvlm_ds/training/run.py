@@ -52,7 +52,7 @@ def train(config: RunConfig, world: World | None = None) -> None:
     the loss or its gradient is not finite.
     """
     world = world or engine.start()
-    with leaving_with_a_word(world):
+    with exit_with_message(world):
         validate(config, world)
         with locked(Path(config.train.output_dir), world, partial(refuse_export, config), config.resolved):
             _run(config, world)
@@ -74,7 +74,7 @@ _LEFT = {
 
 
 @contextlib.contextmanager
-def leaving_with_a_word(world: World) -> Iterator[None]:
+def exit_with_message(world: World) -> Iterator[None]:
     """Within the block, a signal that terminates a rank immediately terminates all ranks, and rank 0 prints how to continue."""
     with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
         yield

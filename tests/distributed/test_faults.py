@@ -236,7 +236,7 @@ def test_a_folder_in_use_is_refused_on_all_ranks(trainings):
 def test_out_of_memory_names_the_batch_and_the_setting(trainings):
     """torch's own allocator refuses on one rank; the other one ends too, and neither well, without a launcher to see to it."""
     said = "\n".join(trainings[1]["memory"])
-    assert "error: out of memory at step 2 on rank 1; its largest forward has 4 groups, " in said
+    assert "error: out of memory at step 2 on rank 1; its largest forward pass has 4 groups, " in said
     assert "; lower train.per_device_train_batch_size (4), and raise train.gradient_accumulation_steps, set data." in said
     assert "can't allocate memory" in said
 
