@@ -6,28 +6,30 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
-from cfvlm_ds.evaluation.metrics import HEADLINES, MEAN, Accuracy
+from cfvlm_ds.evaluation.metrics import COMPARED, MEAN, MEANINGS, Accuracy
 
-_Won: TypeAlias = Mapping[tuple[str, int], Mapping[str, Sequence[float]]]
-"""[comparisons won, total comparisons], keyed by group and edit type."""
+_Key: TypeAlias = tuple[str, int]
+"""A group's id and content hash."""
+_Values: TypeAlias = Mapping[_Key, float]
+_Groups: TypeAlias = Mapping[_Key, Mapping[str, Mapping[str, list[float]]]]
+"""[comparisons won, total comparisons], keyed by group, metric and edit type."""
 
 FEWEST_CHANGED = 6
 """Minimum number of changed groups (or benchmark clusters) for an interval. If n groups change, all in one direction, the sign test gives
 p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
-_MEANINGS = {
-    "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
-    "picture 0 %",
-    "pair": "a picture prefers a true text to a false one; random scores give 50 %",
-    "image_pair": "a text prefers a picture that it is true of to one that it is false of; random scores give 50 %, scores that ignore the "
-    "picture 0 %",
-}
+FEWEST_GROUPS = 20
+"""Minimum number of groups for a verdict other than "too few groups to tell", unless the interval excludes 0. Training often changes less
+than a third of the groups, which among fewer than 20 are not ``FEWEST_CHANGED``.
+"""
+_TOO_FEW = "too few groups to tell"
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Change:
     """A table row: a metric on an evaluation set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are
     in %.
 
-    ``groups`` is the number of groups that were measured both before and after; the number in ``of`` includes groups that were measured
-    only once. ``better`` is the number of groups that improved, and ``worse`` the number that got worse. ``low`` and ``high`` are the
-    bounds of the 95 % interval of ``difference``. They are None if fewer than ``FEWEST_CHANGED`` groups changed, if all groups changed by
-    the same amount, or if the edit type has only one group.
+    ``groups`` is the number of groups whose metric was measured both before and after. The number in ``of`` includes groups that were
+    measured only once, and groups that do not allow the metric. ``better`` is the number of groups that improved, and ``worse`` the number
+    that got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
+    ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the edit type has only one group.
 
-    ``blank_factual`` is the ``factual`` accuracy of the row's edit type on a blank image after training; None if it has no text
-    comparisons. ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were
-    measured before and after. If a set has several edit types, they are also None in the rows for individual edit types.
+    ``blank`` is the same metric of the same groups on a blank image after training; None for metrics that compare images. ``nll_before``
+    and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before and after. If a
+    set has several edit types, they are also None in the rows for individual edit types.
     """
 
     set: str
@@ -57,15 +59,15 @@ class Change:
     high: float | None
     better: int
     worse: int
-    blank_factual: float | None = None
+    blank: float | None = None
     nll_before: float | None = None
     nll_after: float | None = None
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the interval excludes 0, else ``not resolved``."""
+        """``better`` or ``worse`` if the interval excludes 0, else ``not resolved`` or, if the row has few groups, ``_TOO_FEW``."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
-            return "not resolved"
+            return _TOO_FEW if self.groups < FEWEST_GROUPS else "not resolved"
         return "better" if self.low > 0 else "worse"
 
 
@@ -87,8 +89,11 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows for an evaluation set: for each metric of ``HEADLINES``, the mean over edit types, then one row per edit type for the
-    first metric only.
+    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one row per edit type.
+
+    The first row has the metric with the most groups, and the row of an edit type has the metric with the most groups of this type. Of
+    metrics with equally many groups, the first of ``COMPARED`` is taken. ``factual`` is left out if it is the same as ``pair``, because
+    every group has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
@@ -96,15 +101,22 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     if not before or not after:
         return []
     was, now = _by_group(before), _by_group(after)
-    blank = {MEAN if row.mean else row.name: row.blind.get("factual") for row in after}
+    rows = {metric: found for metric in COMPARED if (found := _changes(name, metric, was, now))}
+    if all(won.get("factual") == won.get("pair") for won in (*was.values(), *now.values())):
+        rows.pop("factual", None)
+    if not rows:
+        return []
     nll_before, nll_after = (before[-1].nll, after[-1].nll) if was.keys() == now.keys() else (None, None)
-    compared = []
-    for metric in HEADLINES:
-        old, new = ({key: won[metric] for key, won in side.items() if metric in won} for side in (was, now))
-        if old.keys() & new.keys():
-            overall, *types = (replace(each, blank_factual=blank.get(each.edit)) for each in _changes(name, metric, old, new))
-            compared.append([replace(overall, nll_before=nll_before, nll_after=nll_after), *types])
-    return [rows[0] for rows in compared] + [row for rows in compared[:1] for row in rows[1:]]
+    types = dict.fromkeys(sorted(edit for of_metric in rows.values() for edit in of_metric if edit is not None))
+    total = {key: {edit for won in of_group.values() for edit in won} for key, of_group in {**was, **now}.items()}
+    first = max(rows, key=lambda metric: rows[metric][None].groups)
+    whole = MEAN if len(types) > 1 else next(iter(types))
+    overall = [rows[metric][None] for metric in (first, *(each for each in rows if each != first))]
+    changes = [replace(row, edit=whole, of=len(total), nll_before=nll_before, nll_after=nll_after) for row in overall]
+    for edit in types if len(types) > 1 else ():
+        row = max((of_metric[edit] for of_metric in rows.values() if edit in of_metric), key=lambda each: each.groups)
+        changes.append(replace(row, of=sum(edit in edits for edits in total.values())))
+    return changes
 
 
 def is_tested(better: int, worse: int) -> bool:
@@ -112,8 +124,8 @@ def is_tested(better: int, worse: int) -> bool:
     return better + worse >= FEWEST_CHANGED
 
 
-def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
-    """Return a row per edit type, preceded by a row with the metric's mean over types if there are several.
+def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | None, Change]:
+    """Return a metric's row for each edit type, and its mean over types under None. Return {} if no group was measured both times.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
@@ -121,18 +133,20 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
     comparisons, have a positive sum.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
-    for key in (key for key in new if key in old):
-        for edit, (won, made) in new[key].items():
-            pairs[edit][key] = old[key][edit][0], won, made
+    blind = defaultdict[str, list[float]](list)  # edit -> comparisons that each group wins on a blank image
+    for key in (key for key in now if metric in was.get(key, ())):
+        for edit, (won, made) in now[key].get(metric, {}).items():
+            pairs[edit][key] = was[key][metric][edit][0], won, made
+            blind[edit] += now[key].get(f"blind_{metric}", {}).get(edit, [])[:1]
 
-    def change(edit: str, gains: Mapping[Any, float], errors: Mapping[Any, float], of: int, first: float, last: float) -> Change:
+    def change(edit: str, gains: _Values, errors: _Values, first: float, last: float, blank: float | None) -> Change:
         better, worse = (sum(sign * gain > 0 for gain in gains.values()) for sign in (1, -1))
         width = 1.96 * math.sqrt(sum(value**2 for value in errors.values()))
         known, moved = is_tested(better, worse) and width > 0, last - first
         ends: tuple[float | None, float | None] = (max(-100.0, moved - width), min(100.0, moved + width)) if known else (None, None)
-        return Change(name, edit, len(errors), of, metric, first, last, moved, *ends, better, worse)
+        return Change(name, edit, len(errors), len(errors), metric, first, last, moved, *ends, better, worse, blank)
 
-    changes, mean, mean_gains = list[Change](), defaultdict[tuple[str, int], float](float), defaultdict[tuple[str, int], float](float)
+    changes, mean, mean_gains = dict[str | None, Change](), defaultdict[_Key, float](float), defaultdict[_Key, float](float)
     for edit, of_group in sorted(pairs.items()):
         first, last, made = (sum(column) for column in zip(*of_group.values(), strict=True))
         n = len(of_group)
@@ -142,16 +156,17 @@ def _changes(name: str, metric: str, old: _Won, new: _Won) -> list[Change]:
         for key, value in errors.items():
             mean[key] += value / len(pairs)
             mean_gains[key] += gains[key] / made
-        of = len({key for side in (old, new) for key, won in side.items() if edit in won})
-        changes.append(change(edit, gains, errors, of, 100 * first / made, 100 * last / made))
-    if len(changes) == 1:
-        return changes
-    first, last = (sum(getattr(each, side) for each in changes) / len(changes) for side in ("before", "after"))
-    return [change(MEAN, mean_gains, mean, len(old.keys() | new.keys()), first, last), *changes]
+        blank = 100 * sum(blind[edit]) / made if len(blind[edit]) == n else None
+        changes[edit] = change(edit, gains, errors, 100 * first / made, 100 * last / made, blank)
+    if changes:
+        first, last = (sum(getattr(each, side) for each in changes.values()) / len(changes) for side in ("before", "after"))
+        blanks = [each.blank for each in changes.values() if each.blank is not None]
+        blank = sum(blanks) / len(blanks) if len(blanks) == len(changes) else None
+        changes[None] = change(MEAN, mean_gains, mean, first, last, blank)
+    return changes
 
 
-def _by_group(rows: Sequence[Accuracy]) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
-    """Return [comparisons won, total comparisons], keyed by group (id and content hash), metric and edit type."""
+def _by_group(rows: Sequence[Accuracy]) -> _Groups:
     return {(group, content): won for group, content, won in rows[-1].by_group}
 
 
@@ -166,24 +181,31 @@ def changes_table(
     its manifest; None if the manifests are unknown.
     """
     first, last = map(in_cell, names)
-    overall, types = {each.set: each for each in reversed(changes)}, of_types(changes)  # first row of each set
-    heads = ["set", *(["file"] if files else []), "groups", "edit types", "blank image, %", f"NLL {first}", f"NLL {last}"]
-    sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---:|---:|---:|"]
-    for name, each in reversed(overall.items()):
-        verdicts = Counter(row.verdict for row in types if row.set == name)
-        of_set = f"{verdicts['better']} of {verdicts.total()} better, {verdicts['worse']} worse" if verdicts else each.verdict
-        groups = f"{each.groups} of {each.of}" if each.groups < each.of else f"{each.groups}"
-        blank = "" if each.blank_factual is None else f"{each.blank_factual:.1f}"
-        nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
-        cells = [name, *([plain(files[name])] if files else []), groups, of_set, blank, *nll]
-        sets.append(f"| {' | '.join(cells)} |")
+    types = of_types(changes)
     shown = [each for each in changes if each not in types]
-    notes = [f"{metric}: {_MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
-    notes.append("edit types: better or worse if the interval of the first metric excludes 0")
-    if any(each.blank_factual is not None for each in changes):
+    heads = ["set", *(["file"] if files else []), "groups", "edit types", "fell", f"NLL {first}", f"NLL {last}"]
+    sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---|---:|---:|"]
+    for name, of_set in groupby(shown, lambda each: each.set):
+        each, *others = of_set
+        verdicts = Counter(row.verdict for row in types if row.set == name)
+        counts = f"{verdicts['better']} of {verdicts.total()} better, {verdicts['worse']} worse"
+        unknown = verdicts[_TOO_FEW]
+        verdict = f"{counts}, {unknown} with {_TOO_FEW}" if unknown else counts
+        verdict = (verdict if unknown < verdicts.total() else _TOO_FEW) if verdicts else each.verdict
+        fell = [f"{row.metric} {row.before:.1f} -> {row.after:.1f}" for row in (each, *others) if round(row.difference, 1) < 0]
+        nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
+        cells = [name, *([plain(files[name])] if files else []), _counted(each), verdict, ", ".join(fell) or "none", *nll]
+        sets.append(f"| {' | '.join(cells)} |")
+    notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
+    notes.append(
+        f"edit types: better or worse if the interval of the type's metric excludes 0; too few to tell if it does not, and the type has "
+        f"fewer than {FEWEST_GROUPS} groups"
+    )
+    notes.append("fell: metrics whose mean is lower than before")
+    if any(each.blank is not None for each in changes):
         notes.append(
-            f"blank image: how often the true text of the first picture is preferred if a blank image replaces it ({last}); 50 % if the "
-            "texts alone tell nothing"
+            f"blank image: the same metric of the same groups ({last}) if a blank image replaces the pictures; above 50 %, the texts alone "
+            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing"
         )
     if any(each.nll_after is not None for each in changes):
         notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
@@ -191,23 +213,28 @@ def changes_table(
         "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, and if an edit type has one group"
     )
-    if any(each.groups < each.of for each in shown):
-        notes.append("groups, as N of M: only N were measured both times")
+    if any(each.groups < each.of for each in changes):
+        notes.append("groups, as N of M: only N allow this metric and were measured both times")
     return "\n".join([*sets, "", rows_table(shown, names, plain), "", *(f"- {note}" for note in notes)])
+
+
+def _counted(change: Change) -> str:
+    return f"{change.groups} of {change.of}" if change.groups < change.of else f"{change.groups}"
 
 
 def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "after"), plain: Callable[[str], str] = in_cell) -> str:
     """Return the rows as a Markdown table."""
     first, last = map(in_cell, names)
     lines = [
-        f"| set | edit type | groups | metric | {first}, % | {last}, % | difference, points | groups +, - |",
-        "|---|---|---:|---|---:|---:|---:|---:|",
+        f"| set | edit type | groups | metric | {first}, % | {last}, % | blank image, % | difference, points | groups +, - |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for each in changes:
-        interval = "" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]"
+        difference = f"{each.difference:+.1f}" + ("" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]")
+        difference += f", {_TOO_FEW}" if each.verdict == _TOO_FEW else ""
         lines.append(
-            f"| {each.set} | {plain(each.edit)} | {each.groups} | {each.metric} | {each.before:.1f} | {each.after:.1f} "
-            f"| {each.difference:+.1f}{interval} | +{each.better} -{each.worse} |"
+            f"| {each.set} | {plain(each.edit)} | {_counted(each)} | {each.metric} | {each.before:.1f} | {each.after:.1f} "
+            f"| {'' if each.blank is None else f'{each.blank:.1f}'} | {difference} | +{each.better} -{each.worse} |"
         )
     return "\n".join(lines)
 
@@ -218,7 +245,7 @@ def is_results(path: Path) -> bool:
         return True
     if not any(path.glob("*/*/results.json")):
         what = "a run folder, a file of `cfvlm-ds evaluate --out`, or a folder of `cfvlm-ds evaluate --benchmarks`"
-        raise ConfigError(f"{path} contains no results; give {what}")
+        raise ConfigError(f"{path} contains no results; give {what} (a run's results.md already compares it with its own base model)")
     return False
 
 
@@ -283,21 +310,23 @@ def mean_accuracies(runs: Sequence[Sequence[Accuracy]]) -> list[Accuracy]:
     tables = [_by_group(rows) for rows in runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
 
-    def mean(key: tuple[str, int], metric: str, edit: str) -> list[float]:
+    def mean(key: _Key, metric: str, edit: str) -> list[float]:
         return [sum(table[key][metric][edit][0] for table in tables) / len(tables), tables[0][key][metric][edit][1]]
 
-    def blind(name: str) -> dict[str, float]:
-        of_runs = [row.blind for rows in runs for row in rows if row.name == name]
-        return {"factual": sum(each["factual"] for each in of_runs) / len(of_runs)} if all("factual" in each for each in of_runs) else {}
-
     nll = [rows[-1].nll for rows in runs]
-    rows = [replace(row, blind=blind(row.name)) for row in runs[0]]
-    rows[-1] = replace(
-        rows[-1],
+    mean_row = replace(
+        runs[0][-1],
         nll=None if None in nll else sum(nll) / len(nll),  # type: ignore[arg-type]
         by_group=[
-            [*key, {metric: {edit: mean(key, metric, edit) for edit in edits} for metric, edits in tables[0][key].items()}]
+            [
+                *key,
+                {
+                    metric: {edit: mean(key, metric, edit) for edit in edits}
+                    for metric, edits in tables[0][key].items()
+                    if all(metric in table[key] for table in tables)
+                },
+            ]
             for key in shared
         ],
     )
-    return rows
+    return [mean_row]

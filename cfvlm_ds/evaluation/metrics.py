@@ -50,6 +50,21 @@ RANDOM = {
 METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
 """Metrics that can summarise a split in one number, in order of preference."""
+COMPARED = (*HEADLINES, "factual", "sham")
+"""Metrics that are compared before and after training. ``text`` and ``image`` are parts of ``group``."""
+MEANINGS = {
+    "text": "each of two pictures prefers its own text; random scores give 25 %",
+    "image": "each of two texts prefers its own picture; random scores give 25 %",
+    "group": "each of two pictures prefers its own text, and each text its own picture; random scores give 16.7 %, one answer for every "
+    "picture 0 %",
+    "group_pmi": "group, after the score of each text on a blank image is subtracted",
+    "pair": "a picture prefers a true text to a false one; random scores give 50 %",
+    "image_pair": "a text prefers a picture that it is true of to one that it is false of; random scores give 50 %, scores that ignore the "
+    "picture 0 %",
+    "factual": "pair, on the first picture only",
+    "sham": "the first text prefers its scene, rendered again, to an edited picture; random scores give 50 %",
+}
+"""Explanations of the metrics that tables show."""
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
 SHUFFLED = ("shuffled_pair", "shuffled_factual")
@@ -73,7 +88,8 @@ class Accuracy:
     Four fields are used only in the mean row. ``unused`` names, for each metric, a few groups that have no comparison for it. ``losses``
     holds the training loss terms on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative log-likelihood of the split's true texts
     on their images, in nats per token, including end-of-turn tokens. ``by_group`` has an entry [id, ``content_hash``, results] for each
-    group; the results are [points, number of comparisons], keyed by metric (of ``HEADLINES``) and edit type.
+    group; the results are [points, number of comparisons], keyed by metric and edit type. The metrics are those of ``COMPARED``, and
+    ``pair`` and ``factual`` on a blank image (``blind_pair``, ``blind_factual``).
     """
 
     name: str
@@ -103,7 +119,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
         measured = defaultdict[str, set[str]](set)
         of_group = defaultdict[str, dict[str, list[float]]](dict)
         for labels, points in _outcomes(group, score):
-            for metric, label in itertools.product(points.keys() & set(HEADLINES), labels):
+            for metric, label in itertools.product(points.keys() & _BY_GROUP, labels):
                 pair = of_group[metric].setdefault(label, [0.0, 0])
                 pair[0], pair[1] = pair[0] + points[metric], pair[1] + 1
             for label in (_ALL, *labels):
@@ -111,8 +127,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
                 counts[label].update(points.keys())
                 measured[label] |= points.keys()
         num.update(measured.keys())
-        if of_group:
-            by_group.append([group.id, content_hash(group), dict(of_group)])
+        by_group.append([group.id, content_hash(group), dict(of_group)])
         for label, metrics in measured.items():
             used[label].update(metrics)
         for metric in set(covered) - measured[_ALL]:
@@ -149,8 +164,12 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """Return the metric that summarises a split, or None if the split has no comparison."""
-    return next((metric for metric in HEADLINES if rows and metric in rows[-1].metrics), None)
+    """Return the metric that summarises a split: of ``HEADLINES``, the metric with the most groups. Return None if the split has no
+    comparison.
+    """
+    return max(
+        (metric for metric in HEADLINES if rows and metric in rows[-1].metrics), key=lambda m: rows[-1].groups.get(m, 0), default=None
+    )
 
 
 def content_hash(group: CounterfactualGroup) -> int:
@@ -160,6 +179,7 @@ def content_hash(group: CounterfactualGroup) -> int:
     return hashed(json.dumps([texts, group.match, [[each.type, each.image, each.text] for each in group.edits], names]))
 
 
+_BY_GROUP = {*COMPARED, "blind_pair", "blind_factual"}
 _ALL = ""
 """Label that covers all comparisons, used like an edit type."""
 _PREFIXES = ("", "blind_", "shuffled_")

@@ -6,39 +6,42 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.evaluation.metrics import MEAN, RANDOM, Accuracy, headline_metric
+from cfvlm_ds.evaluation.metrics import MEAN, MEANINGS, RANDOM, Accuracy, headline_metric
 
-SHOWN = ("text", "image", "group", "group_pmi", "pair", "image_pair", "factual", "sham")
 _REASON_CHARS = 200
 _MOST_TYPES = 12  # maximum number of edit types in a progress line
 
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
-    """Return a Markdown table of the accuracies, split by split, with rows for the language prior and for random scores.
+    """Return a Markdown table of the accuracies, split by split, with rows for the language prior and for random scores. Metrics that no
+    split has are left out.
 
-    A second table counts the groups and comparisons behind each metric, and names a few groups without such a comparison. Loss terms that
-    could not be computed are listed with the reason. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons behind each metric, and names a few groups without such a comparison. A list explains
+    the metrics, and gives the reason for each loss term that could not be computed. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
-    lines = [f"| set | edit type | groups | {', % | '.join(SHOWN)}, % |", f"|---|---|---:|{'---:|' * len(SHOWN)}"]
+    shown = [metric for metric in MEANINGS if any(metric in row.metrics for rows in splits.values() for row in rows)]
+    cells = partial(_cells, shown=shown)
+    lines = [f"| {' | '.join(['set', 'edit type', 'groups', *(f'{metric}, %' for metric in shown)])} |"]
+    lines.append(f"|---|---|---:|{'---:|' * len(shown)}")
     for split, rows in splits.items():
         for row in rows:
-            lines.append(f"| {split} | {plain(MEAN if row.mean else row.name)} | {row.num} | {_cells(row.metrics)} |")
+            lines.append(f"| {split} | {plain(MEAN if row.mean else row.name)} | {row.num} | {cells(row.metrics)} |")
         for row in rows[-1:]:
-            lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {_cells(row.blind)} |")
+            lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {cells(row.blind)} |")
             if row.shuffled:
-                lines.append(f"| {split} | {MEAN}, another group's image | {row.num} | {_cells(row.shuffled)} |")
-    lines.append(f"| random scores | | | {_cells(RANDOM)} |")
+                lines.append(f"| {split} | {MEAN}, another group's image | {row.num} | {cells(row.shuffled)} |")
+    lines.append(f"| random scores | | | {cells(RANDOM)} |")
     lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
-    notes = list[str]()
+    notes = [f"- {metric}: {MEANINGS[metric]}" for metric in shown]
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
         metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics with equal counts share a line
         for metric in row.groups:
             key = row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))
             metrics_by_counts.setdefault(key, []).append(metric)
         for (groups, comparisons, unused), metrics in metrics_by_counts.items():
-            missing = _without(row.num - groups, unused, plain)
+            missing = _without(row.num - groups, unused, plain) if groups else "all"
             lines.append(f"| {split} | {', '.join(metrics)} | {groups} | {comparisons} | {missing} |")
         notes += [
             f"- eval/{split}/loss_{name} is not computed: {reason(why)}" for name, term in row.losses.items() if (why := term["lacking"])
@@ -48,6 +51,11 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
 
 def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
     return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
+
+
+def overlap_warning(name: str, shared: str, trained: str) -> str:
+    """Return the warning for an evaluation set that has rows or pictures in common with the training set ``trained``."""
+    return f"warning: data.evaluation.{name}: {shared} also occur in the training set {trained}, so its results include trained data"
 
 
 def headline(rows: Sequence[Accuracy]) -> str:
@@ -64,5 +72,5 @@ def headline(rows: Sequence[Accuracy]) -> str:
     return f"{metric} accuracy {shown}{counted}{nll_text}"
 
 
-def _cells(metrics: Mapping[str, float]) -> str:
-    return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in SHOWN)
+def _cells(metrics: Mapping[str, float], shown: Sequence[str]) -> str:
+    return " | ".join(f"{metrics[name]:.1f}" if name in metrics else "" for name in shown)

@@ -23,7 +23,7 @@ from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
 from cfvlm_ds.evaluation.comparisons import comparisons
-from cfvlm_ds.evaluation.metrics import content_hash
+from cfvlm_ds.evaluation.metrics import COMPARED, content_hash
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
@@ -171,7 +171,7 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]
         return {
-            (group, content): any(won < made for of_metric in points.values() for won, made in of_metric.values())
+            (group, content): any(won < made for metric in COMPARED for won, made in points.get(metric, {}).values())
             for group, content, points in rows[-1]["by_group"]
         }
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
@@ -208,7 +208,7 @@ def _item(source: _Source, index: int) -> Item:
         if table.decided and source.lost_before:
             before = source.lost_before.get((group.id, content_hash(group)))
             was = "not evaluated" if before is None else "some lost" if before else "all won"
-            state = f"{state}, before training {was}"
+            state = f"{state} after training, {was} before"
             facts = [("comparisons", state)]
         filters["comparisons"] = [state]
     return group_item(group, table, facts=facts, filters=filters, roots=source.groups.roots)

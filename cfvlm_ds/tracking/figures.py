@@ -71,7 +71,7 @@ def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None
     with _figure(path, 0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)) as figure:
         for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
             _draw_group(part, group, columns)
-        text = "true   |   log p(caption given image), nats   |   darker: more likely within its group"
+        text = "true   |   ?: not known   |   log p(caption given image), nats   |   darker: more likely within its group"
         outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
         figure.legend(handles=[outlined], loc="outside lower left", labelcolor=MUTED)
 
@@ -123,6 +123,7 @@ def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> No
         shade: Any = cells.norm(score)
         valid = math.isfinite(score)
         text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
+        text += " ?" if group["match"][i][c] is None else ""
         colour = MUTED if not valid else "white" if shade > 0.55 else INK
         axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
         if group["match"][i][c] == 1:
@@ -136,8 +137,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
     ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for individual edit
     types are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes
-    first. Empty panels and fractions that never change are omitted. Non-finite values leave gaps. Long series are drawn as a moving average
-    over faint raw values.
+    first. Equal series are drawn as one line, which has all their names. Empty panels and fractions that never change are omitted. Non-
+    finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
         path: PNG file to write.
@@ -170,7 +171,11 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
     with _figure(path, 5.2 * columns, 3.0 * rows, layout) as figure:
         for place, (title, label, chosen, others) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
-            for index, (name, points) in enumerate(chosen.items()):
+            lines: dict[tuple[str, str], list[str]] = {}  # names of equal series, which would hide each other
+            for name, points in chosen.items():
+                lines.setdefault((name.split("/")[0], str(points)), []).append(name)
+            for index, (name, *equal) in enumerate(lines.values()):
+                points = chosen[name]
                 steps = [step for step, _ in points]
                 values = [value if math.isfinite(value) else math.nan for _, value in points]
                 colour = LINES[index % len(LINES)]
@@ -179,12 +184,15 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
                 if dense:
                     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
                 marker = "o" if len(points) <= 30 else ""
-                short = _LABELS.get(name) or one_line(name.split("/", 1)[1], _SERIES_CHARS)
-                if name.startswith("eval_sample/") and (size := samples.get(name.split("/")[1])):
-                    short = f"{short}, {size}"
+                short = [_LABELS.get(each) or one_line(each.split("/", 1)[1], _SERIES_CHARS) for each in (name, *equal)]
+                if name.startswith("eval_sample/"):
+                    sizes = [samples.get(each.split("/")[1]) for each in (name, *equal)]
+                    short = [f"{each}, {size}" if size else each for each, size in zip(short, sizes, strict=True)]
                 # matplotlib's legend omits labels that begin with an underscore
-                axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=short.lstrip("_") or "series")
-            axes.set(title=title, xlabel="optimizer step", ylabel=label)
+                text = "\n= ".join(short).lstrip("_") or "series"
+                axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=text)
+            note = "; each line averages only the groups with such a pair" if len(lines) > 1 and label == "nats per token" else ""
+            axes.set(title=title, xlabel=f"optimizer step{note}", ylabel=label)
             axes.grid(axis="y")
             if label in ("fraction", "%"):
                 axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
@@ -222,7 +230,7 @@ def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping
             axes.legend()
 
 
-_ACCURACIES = ("group", "pair", "image_pair", "text", "image")
+_ACCURACIES = ("group", "pair", "image_pair", "factual", "text", "image")
 """Accuracies in order of priority. A panel shows as many as fit."""
 _PANELS = (
     ("Loss terms in training", "loss", "loss/"),

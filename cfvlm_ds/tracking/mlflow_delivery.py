@@ -44,8 +44,8 @@ _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
 _FIRST_PAGE = re.compile(
     "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
-    "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll|pair"
-    "|perception|yes_ratio)"
+    "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|factual|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll"
+    "|pair|perception|yes_ratio)"
 )
 """Metrics to look at first. MLflow sorts their prefix ``Main/`` before ``detail/``, the prefix of all others, because of its capital."""
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"

@@ -30,7 +30,7 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FEWEST = 100
 """Minimum number of groups to evaluate per set, however short the training is."""
-_FORM = 2
+_FORM = 3
 """Version of the cache format. Files of other versions are ignored."""
 
 

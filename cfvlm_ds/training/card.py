@@ -23,6 +23,7 @@ from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
 from cfvlm_ds.evaluation.before_after import changes_table, from_table, of_types, rows_table
+from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.export.folder import CARD, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
@@ -88,7 +89,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(flat(options), flat(environment), flat(ds_config), step),
-        "Results": _results(results, changes, evaluated),
+        "Results": [*_overlaps(data), *_results(results, changes, evaluated)],
         "Use": ["```python", *(_USE_ADAPTER if adapter else _USE), "```"],
     }
     for title, section in sections.items():
@@ -147,6 +148,11 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
     first += [*rows_table(types, plain=_cell).splitlines(), ""] if types else []
     return [*first, *_CONTROLS, "", *table(tables, _cell).splitlines()]
+
+
+def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
+    overlaps = [(each["name"], trained, shared) for each in data for trained, shared in each.get("overlaps", {}).items()]
+    return [line for name, trained, shared in overlaps for line in (overlap_warning(_code(name), _code(shared), _code(_last(trained))), "")]
 
 
 _CONTROLS = (

@@ -10,8 +10,8 @@ from functools import cached_property
 
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.evaluation import Accuracy, headline_metric
-from cfvlm_ds.evaluation.metrics import content_hash
+from cfvlm_ds.evaluation import Accuracy
+from cfvlm_ds.evaluation.metrics import HEADLINES, content_hash
 from cfvlm_ds.training.evaluator import Splits
 
 FEWEST, MOST = 30, 300
@@ -67,11 +67,13 @@ class EvaluationSample:
         accuracies = {}
         for name, keys in self._keys.items():
             rows = results.get(name, ())
-            if (metric := headline_metric(rows)) is None or len(self.groups[name]) == len(self.splits[name]):
+            if not rows or len(self.groups[name]) == len(self.splits[name]):
                 continue
+            sampled = [points for group, content, points in rows[-1].by_group if (group, content) in keys]
+            metric = max(HEADLINES, key=lambda each: sum(each in points for points in sampled))  # of the sample, not of ``results``
             sums = defaultdict[str, list[float]](lambda: [0.0, 0])  # edit type -> comparisons won, comparisons made
-            for group, content, points in rows[-1].by_group:
-                for edit, (won, made) in points.get(metric, {}).items() if (group, content) in keys else ():
+            for points in sampled:
+                for edit, (won, made) in points.get(metric, {}).items():
                     sums[edit][0], sums[edit][1] = sums[edit][0] + won, sums[edit][1] + made
             if sums:
                 accuracies[f"eval_sample/{name}/{metric}"] = sum(100 * won / made for won, made in sums.values()) / len(sums)

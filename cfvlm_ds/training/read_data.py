@@ -38,6 +38,7 @@ from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.picture_index import PictureTable, PictureTables
 from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store, open_store
+from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.models import inputs_fingerprint
 from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
 
@@ -52,7 +53,8 @@ class RunData:
 
     ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is the stores' picture
     table, or None if the data check opened no pictures; each picture is compared with its entry when it is opened. ``sources`` maps names
-    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks.
+    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks. On rank 0, ``overlaps`` maps the
+    name of an evaluation set or benchmark to the path of a training set and the number of rows and pictures that both have.
     """
 
     groups: Sequence[CounterfactualGroup]
@@ -63,6 +65,7 @@ class RunData:
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
     benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
+    overlaps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class SourceData(NamedTuple):
@@ -99,14 +102,15 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     tables = [table for each in (*train.values(), *splits.values()) if (table := stored_rows(each).pictures) is not None]
     evaluated = {name: stored_rows(groups).keys for name, groups in splits.items()}
     evaluated |= {name: keys_of(benchmark.plan.groups, benchmark.pictures) for name, benchmark in benchmarks.items()}
+    overlaps: dict[str, dict[str, str]] = {}
     for (name, train_groups), (split, keys) in itertools.product(train.items(), evaluated.items()) if world.is_main else ():
         if shared := str(shared_with(stored_rows(train_groups).keys, keys)):
             trained = without_secrets(train_sets[name].path)
-            world.say(
-                f"warning: data.evaluation.{split}: {shared} also occur in the training set {trained}, so its results include trained data"
-            )
+            overlaps.setdefault(split, {})[trained] = shared
+            world.say(overlap_warning(split, shared, trained))
     _refuse_idle(config, train)
-    return RunData(groups, splits, identity, PictureTables(tables) if tables else None, collator, identities, sources, benchmarks)
+    pictures = PictureTables(tables) if tables else None
+    return RunData(groups, splits, identity, pictures, collator, identities, sources, benchmarks, overlaps)
 
 
 def stored_rows(groups: GroupStore) -> StoredRows:

@@ -215,8 +215,14 @@ def draw_figures(
     return drawn
 
 
+def shown_name(group: CounterfactualGroup) -> str:
+    """Return a group's id, preceded by the file name of its first picture, because ids made by a tool mean nothing to a reader."""
+    return f"{group.images[0][0].name} ({group.id})" if group.images[0] else group.id
+
+
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group per edit type, for at most four types, in the format that score_matrix_figure expects.
+    """Return one group per type of the first edit, for at most four types, in the format that score_matrix_figure expects. The title names
+    all edit types of the group.
 
     If a group has several prompts, each caption consists of a prompt and its text.
     """
@@ -225,7 +231,7 @@ def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupSc
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
     return [
         {
-            "title": f"{kind}: {groups[index].id}",
+            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {shown_name(groups[index])}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
             "captions": [
                 each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"
@@ -234,5 +240,5 @@ def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupSc
             "scores": scores[index].logp.tolist(),
             "match": groups[index].match,
         }
-        for kind, index in list(first.items())[-4:]
+        for index in list(first.values())[-4:]
     ]

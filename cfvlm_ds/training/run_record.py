@@ -69,7 +69,9 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size and digest. The data are not read again."""
+    """Describe a run's data sets by name, source, size, digest and, for an evaluation set, the rows and pictures that occur in training
+    sets. The data are not read again.
+    """
     sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
     ]
@@ -83,6 +85,7 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
             "format": groups.format,
             "groups": len(groups),
             "digest": digest(identity),
+            "overlaps": data.overlaps.get(name, {}) if context == "evaluation" else {},
         }
         for name, context, data_set, groups, identity in sets
     ]

@@ -19,15 +19,15 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.training.evaluator import Evaluator, Splits
-from cfvlm_ds.training.results import harmless
+from cfvlm_ds.training.results import harmless, shown_name
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
 """Maximum number of characters per text in results.md. samples.jsonl has the whole text."""
 _MEANING = (
-    "Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group. The margin is "
-    "the log-likelihood of the likeliest true text minus that of the likeliest false one. What the model writes may be false even if it "
-    "prefers a true text."
+    'Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group: "right" if '
+    'this text is true, "wrong" if it is false. The margin is the log-likelihood of the likeliest true text minus that of the likeliest '
+    "false one. What the model writes may be false even if it prefers a true text."
 )
 
 
@@ -110,16 +110,19 @@ class Samples:
                 image.thumbnail((_SIDE, _SIDE))
                 image.save(file)
                 files.append(file)
-                shown.append(f"![{in_cell(group.id)}](samples/{file.name})")
+                shown.append(f"![{in_cell(shown_name(group))}](samples/{file.name})")
             texts = [line for line in self._lines if (line["set"], line["group"]) == (name, group.id)]
-            rows = [
-                f"| {line['step']} | {in_cell(line['text'], _LONGEST)} | {in_cell(line.get('preferred', ''), _LONGEST)} "
-                f"| {'' if (margin := line.get('margin')) is None else f'{margin:+.1f}'} |"
-                for line in texts
-            ]
-            true = next(each for each, truth in zip(group.candidates, group.match[0], strict=True) if truth == 1)
-            prompt = in_cell(readable(true.prompt), _LONGEST)
-            parts.append(" ".join([*shown, f"{in_cell(name)}, {in_cell(group.id)}: {prompt} True: {in_cell(true.text, _LONGEST)}"]))
+            prompt = group.candidates[0].prompt
+            truths = {each.text: truth for each, truth in zip(group.candidates, group.match[0], strict=True) if each.prompt == prompt}
+            rows = []
+            for line in texts:
+                preferred, margin = line.get("preferred", ""), line.get("margin")
+                mark = {1: "right: ", 0: "wrong: ", None: ""}[truths.get(preferred)]
+                cells = [in_cell(line["text"], _LONGEST), mark + in_cell(preferred, _LONGEST), "" if margin is None else f"{margin:+.1f}"]
+                rows.append(f"| {line['step']} | {' | '.join(cells)} |")
+            true = " / ".join(in_cell(text, _LONGEST) for text, truth in truths.items() if truth == 1) or "none of the texts"
+            asked = f"{in_cell(name)}, {in_cell(shown_name(group))}: {in_cell(readable(prompt), _LONGEST)} True: {true}"
+            parts.append(" ".join([*shown, asked]))
             parts.append("\n".join(["| step | writes | prefers | margin, nats |", "|---:|---|---|---:|", *rows]))
         return "\n\n".join(parts), files
 

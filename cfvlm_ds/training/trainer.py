@@ -30,6 +30,7 @@ from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
 from cfvlm_ds.evaluation.benchmarks import Outcome
+from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.evaluation.suite.results import RESULTS
 from cfvlm_ds.evaluation.suite.tables import overview, summary
 from cfvlm_ds.models import ModelFlops, peak
@@ -317,7 +318,9 @@ class Trainer:
             of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
             sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
             changes = self.baseline.compare(results)
-            warning = self._retention.displacement(last_values(self._run_dir / METRICS_FILE)[0])
+            warnings = [self._retention.displacement(last_values(self._run_dir / METRICS_FILE)[0])]
+            warnings += [overlap_warning(name, *pair[::-1]) for name, of_set in self.data.overlaps.items() for pair in of_set.items()]
+            warning = "\n\n".join(filter(None, warnings))
             identities = self.data.identities
             first, written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning

@@ -108,7 +108,7 @@ def test_what_is_shared_is_named_and_a_term_without_work_refused(trained, manife
     there, which = sum(row in rows[:30] for k, row in enumerate(rows) if row not in rows[:k]), len({str(row) for row in rows})
     counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
     whole = f"warning: data.evaluation.half: {counts} also occur in the training set {manifests['train']}"
-    assert sum(line.startswith(whole) for line in said["two"].splitlines()) == 1
+    assert len({line for line in said["two"].splitlines() if line.startswith(whole)}) == 1, "at the start, and with the results"
     refusal = "rank 0 raised ConfigError: no training group used by"
     assert f"{refusal} csd, fcd " in said["idle"]
     assert f"{refusal} fcd " in said["masked"], "for the source that has some does not count in it"

@@ -124,7 +124,8 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     final = {MEAN if row["mean"] else row["name"]: row["metrics"] for row in json.loads((moved / "results.json").read_text())["test"]}
     assert {row["edit"] for row in rows[moved]} == {"colour"}, "one edit type needs no mean"
     assert all(row["after"] == final["colour"][row["metric"]] for row in rows[moved])
-    assert [row["metric"] for row in rows[moved]] == ["group", "pair", "image_pair"] and rows[moved][0]["difference"] != 0
+    assert [row["metric"] for row in rows[moved]] == ["group", "pair", "image_pair", "factual", "sham"]
+    assert rows[moved][0]["difference"] != 0
     assert all(row["difference"] == row["after"] - row["before"] for row in rows[moved])
     assert all(row["before"] == row["after"] for row in rows[still]) and len(rows[still]) >= 2
     assert [row["before"] for row in rows[moved]] == [row["before"] for row in rows[still]]
@@ -134,14 +135,18 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     assert "Not compared with the model before training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
     assert "100 of 110 groups of many are sampled, for a tenth" in said[3]
     (whole,) = (row for row in rows[drawn] if row["set"] == "many" and row["metric"] == "group")
-    assert 0 < whole["groups"] < whole["of"] < 110
+    assert 0 < whole["groups"] < 100 and whole["of"] == 110
     text = (drawn / "results.md").read_text()
     tables = printed(capsys, "compare", still, moved, moved / "results.json").split("| set | edit type | groups | metric |")[1:]
-    changed = [f"| {row['before']:.1f} | {row['after']:.1f} | {row['difference']:+.1f}" for row in rows[moved]]
+    blanks = ["" if row["blank"] is None else f"{row['blank']:.1f}" for row in rows[moved]]
+    changed = [
+        f"| {row['before']:.1f} | {row['after']:.1f} | {blank} | {row['difference']:+.1f}"
+        for row, blank in zip(rows[moved], blanks, strict=True)
+    ]
     assert len(tables) == 3 and all(change in table for table in tables for change in changed), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
     card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
-    assert any(f"`colour` | {rows[moved][0]['groups']} | group " in line and changed[0] in line for line in card)
+    assert any(f"`colour` | {rows[moved][0]['groups']} of {rows[moved][0]['of']} | group " in line and changed[0] in line for line in card)
     assert text.startswith("# drawn\n") and text.index("| difference, points |") < text.index("## All metrics")
 
 

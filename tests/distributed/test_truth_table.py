@@ -286,7 +286,8 @@ def test_every_shape_of_group_counts(shape):
     printed = table({"s": rows})
     for metric in METRICS:
         (line,) = [line for line in printed.splitlines() if line.startswith("| s |") and metric in line.split(" | ")[1].split(", ")]
-        assert line.startswith("| s | ") and f" | {int(metric in expected)} | {expected.get(metric, 0)} |" in line
+        unused = "" if metric in expected else "all"
+        assert line.endswith(f" | {int(metric in expected)} | {expected.get(metric, 0)} | {unused} |")
     assert headline(rows).startswith(next((m for m in ("group", "pair", "image_pair") if m in expected), "no comparison"))
 
 
@@ -369,7 +370,7 @@ def test_names_from_the_data_cannot_break_the_table():
     rows = accuracies([group([[1, 0]], Edit("a|b\n| x | y", text=1)), group([[1]], name="g|\nh" * 90)], [scores([[1, 0]]), scores([[1]])])
     lines = table({"s": rows}).splitlines()
     assert any("| a\\|b \\| x \\| y |" in line for line in lines) and all(len(line) < 300 for line in lines)
-    assert all(line.startswith("|") for line in lines if line)
+    assert all(line.startswith(("|", "- ")) for line in lines if line)
 
 
 # What language alone achieves ---------------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def test_the_shuffled_row_counts_the_groups_that_have_another_image():
     assert rows[-1].shuffled == {"pair": 75, "factual": 75}
     assert (rows[-1].groups["shuffled_pair"], rows[-1].unused["shuffled_pair"]) == (2, ["c"])
     printed = table({"s": rows})
-    assert "| s | mean of edit types, another group's image | 3 |  |  |  |  | 75.0 |  | 75.0 |  |" in printed
+    assert "| s | mean of edit types, another group's image | 3 | 75.0 | 75.0 |" in printed
     assert "| s | shuffled_pair, shuffled_factual | 2 | 2 | 1: c |" in printed
     assert flat_metrics({"s": rows})["eval/s/shuffled_pair"] == 75
 
@@ -440,11 +441,11 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     options += ["--train.save_best=eval/shapes/pair", "--data.max_tokens_per_forward=60", "--train.export=true"]
     options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
     said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
-    (warning,) = (line for line in said.splitlines() if "warning" in line)
+    (warning,) = {line for line in said.splitlines() if "warning" in line}  # at the start, and with the results
     assert (
         "shapes: 2 of its 8 pictures also occur in the training set" in warning
     )  # the test split repeats two, and takes its pictures from it
-    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: group accuracy unlabelled", "exported to", "| set |"]
+    order = ["the largest evaluation batch, of shapes", "step 1/2", "  shapes: pair accuracy unlabelled", "exported to", "| set |"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
@@ -452,7 +453,13 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
         "pair": 14, "factual": 11, "image_pair": 7, "sham": 0, "shuffled_pair": 14, "shuffled_factual": 11
     }  # fmt: skip
-    assert "| shapes | sham | 0 | 0 | 5: captions, questions, edited, pairs, choices |" in (run_dir / "results.md").read_text()
+    text = (run_dir / "results.md").read_text()
+    assert "| shapes | sham | 0 | 0 | all |" in text and "shapes: 2 of its 8 pictures also occur in the training set" in text
+    assert (
+        "2 of its 8 pictures" in (run_dir / "export" / "README.md").read_text()
+        and "2 of its 8 pictures" in (run_dir / "results.html").read_text()
+    )
+    assert json.loads((run_dir / "data.json").read_text())[-1]["overlaps"] == {str(manifests["train"]): "2 of its 8 pictures"}
     assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
 
     main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
@@ -494,7 +501,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended._retention = SimpleNamespace(evaluated=lambda *_: {}, displacement=lambda _: "")
     ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
-    ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}), run_dir
+    ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}, overlaps={}), run_dir
     return ended, said
 
 
@@ -634,7 +641,7 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     }
     groups = [replace(group([[1, 0]], texts=((PROMPT, hostile), (PROMPT, "b")), name=name), images=(each,)) for name, each in shown.items()]
     rows = [
-        {"step": step, "set": "test", "group": name, "text": f"{step}{hostile}", "preferred": hostile}
+        {"step": step, "set": "test", "group": name, "text": f"{step}{hostile}", "preferred": "b" if step else hostile}
         for step in (0, 5, 7)
         for name in shown
     ]
@@ -646,7 +653,7 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     page = markdown_it.MarkdownIt("commonmark").enable("table").render(section)
     assert re.findall(r'(?:src|href)="(.*?)"', page) == ["samples/1.png", "samples/1-1.png", "samples/3.png"]
     assert [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", page)] == [
-        cell for _ in shown for step in (0, 5) for cell in (f"{step}{hostile}", hostile)
+        cell for _ in shown for step in (0, 5) for cell in (f"{step}{hostile}", "wrong: b" if step else f"right: {hostile}")
     ]
     assert page.count("gone.png: no such image file") == 1
     (tmp_path / "samples.jsonl").write_text("broken\n[]\n")

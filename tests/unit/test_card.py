@@ -31,7 +31,8 @@ OPTIONS: dict[str, Any] = {
 }
 DATA = [
     {"name": "train", "context": "training", "source": "/home/me/groups.jsonl", "format": "cfgroup", "groups": 48, "digest": "a" * 32},
-    {"name": "test", "context": "evaluation", "source": "/home/me/test.jsonl", "format": "pairs", "groups": 4, "digest": "b" * 32},
+    {"name": "test", "context": "evaluation", "source": "/home/me/test.jsonl", "format": "pairs", "groups": 4, "digest": "b" * 32}
+    | {"overlaps": {"/home/me/groups.jsonl": "1 of its 6 pictures"}},
 ]
 ENVIRONMENT = {"git_revision": "c" * 40, "world_size": 16, "device": "H100", "packages": {"torch": "2.13.0", "cfvlm-ds": "0.1.0"}}
 
@@ -80,7 +81,8 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "| test | `colour` | 3 | ",
         "| test | mean of edit types, blank image | 4 | ",
         "| test | mean of edit types, another group's image | 4 | ",
-        "| random scores | | | 25.0 |",
+        "| random scores | | | 16.7 | 50.0 |",
+        "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its",
         "The license is not known",
         "AutoModelForImageTextToText.from_pretrained",
     ):
@@ -130,7 +132,7 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
     run = run_folder(
         tmp_path / "a `b` <i>|c",
         config=options,
-        data=[DATA[0] | {"name": EVIL, "source": f"/x/{EVIL}"}],
+        data=[DATA[0] | {"name": EVIL, "source": f"/x/{EVIL}", "overlaps": {EVIL: EVIL}}],
         results={"test": [row, mean]},
     )
     card = model_card(run, adapter=False)

@@ -152,6 +152,56 @@ def test_rows_by_edit_type_and_the_mean_over_types():
     assert accuracies([], []) == [] and "group" not in accuracies([group(Edit("colour", 1))], [scores(right)])[-1].metrics
 
 
+def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
+    """By hand: a group with an edited image and a false text, and three groups with one image. Only `factual` changes.
+
+    The group of two images: the false text (colour) is preferred both times. On image 0, the true text is preferred to that of image 1
+    (relation) only before; on image 1, only after. Of the two texts, only text 0 prefers its own image, both times. On a blank image, text
+    0 is preferred to that of image 1. Every other group prefers its false text always.
+    """
+    one = CounterfactualGroup(
+        "cat", ((Path("0.png"),), (Path("1.png"),)), tuple(Candidate("", text) for text in "abc"), ((1, 0, 0), (0, None, 1)),
+        (Edit("colour", None, 1), Edit("relation", 1, 2)),
+    )  # fmt: skip
+    plain = [
+        CounterfactualGroup(kind, one.images[:1], one.candidates[:2], ((1, 0),), (Edit(kind, None, 1),)) for kind in ("colour", "count")
+    ]
+    plain.append(replace(plain[0], id="object", edits=(Edit("object", None, 1),)))
+    lost, blank = scores([[-2.0, -1.0]], [-2.0, -1.0]), [-5.0, -4.0, -6.0]
+    before, after = (
+        accuracies([one, *plain], [scores(matrix, blank), lost, lost, lost])
+        for matrix in ([[-5.0, -4.0, -6.0], [-7.0, -9.0, -8.0]], [[-5.0, -4.0, -4.5], [-9.0, -9.0, -8.0]])
+    )
+    caption = replace(plain[0], id="caption", candidates=one.candidates[:1], match=((1,),), edits=())
+    after[-1].by_group.extend(accuracies([caption], [scores([[-1.0]])])[-1].by_group)  # it has no comparison, but counts as a group
+    changes = compare_accuracies("test", before, after)
+    assert [(each.edit, each.metric, each.groups, each.of, each.before, each.after, each.blank) for each in changes] == [
+        (MEAN, "pair", 4, 5, 12.5, 12.5, 12.5),
+        (MEAN, "group", 1, 5, 0, 0, None),
+        (MEAN, "image_pair", 1, 5, 50, 50, None),
+        (MEAN, "factual", 4, 5, 25, 0, 25),
+        ("colour", "pair", 2, 2, 0, 0, 0),
+        ("count", "pair", 1, 1, 0, 0, 0),
+        ("object", "pair", 1, 1, 0, 0, 0),
+        ("relation", "group", 1, 1, 0, 0, None),
+    ]
+    overall, types = changes_table(changes).splitlines(), rows_table(of_types(changes)).splitlines()
+    assert overall[2] == "| test | 4 of 5 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
+    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | +0.0, too few groups to tell | +0 -0 |"
+    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | +0.0, too few groups to tell | +0 -0 |" in overall
+    assert [line.split(" | ")[1:4] for line in types[2:]] == [
+        ["colour", "2", "pair"],
+        ["count", "1", "pair"],
+        ["object", "1", "pair"],
+        ["relation", "1", "group"],
+    ]
+    assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
+    for few, of_set in ((19, "0 of 2 better, 0 worse, 1 with too few groups to tell"), (20, "0 of 2 better, 0 worse")):
+        many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
+        table_of_sets = changes_table(compare_accuracies("s", *[accuracies(many, [lost] * len(many))] * 2))
+        assert table_of_sets.splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
+
+
 def half_width(row: Change) -> float:
     assert row.low is not None and row.high is not None
     return (row.high - row.low) / 2
@@ -165,13 +215,14 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     (colour, *others) = compare_accuracies("iid", accuracies(four, [wins, loses, loses, loses]), after)
     assert (colour.edit, colour.metric, colour.groups, colour.of, colour.better, colour.worse) == ("colour", "group", 4, 5, 2, 0)
     assert (colour.before, colour.after, colour.difference, colour.low, colour.high) == (25.0, 75.0, 50.0, None, None)
-    assert [(each.edit, each.metric, each.blank_factual, each.after) for each in others] == [
+    assert [(each.edit, each.metric, each.blank, each.after) for each in others] == [
         ("colour", "pair", 50.0, 75.0),
-        ("colour", "image_pair", 50.0, 75.0),
+        ("colour", "image_pair", None, 75.0),
+        ("colour", "factual", 50.0, 75.0),
     ]
     half = scores([[-1.0, -2.0], [-1.0, -2.0]])  # image 0 prefers its own text, image 1 does not; no text prefers an image
     fallen = compare_accuracies("iid", accuracies(four, [half, half, half, loses]), accuracies(four, [wins, loses, loses, loses]))
-    assert [each.difference for each in fallen] == [25.0, -12.5, 25.0], "a pair that falls is seen beside a group that rises"
+    assert [each.difference for each in fallen] == [25.0, -12.5, 25.0, -50.0], "a pair that falls is seen beside a group that rises"
     others = [replace(each, candidates=(Candidate("", "another text"), each.candidates[1])) for each in four]
     assert compare_accuracies("iid", accuracies(others, [wins] * 4), after) == [], "groups of one id with other texts"
 
@@ -184,7 +235,7 @@ def test_differences_are_paired_and_their_intervals_are_those_of_a_bootstrap():
     )
     compared = compare_accuracies("iid", accuracies(groups, before), accuracies(groups, after))
     assert [(row.edit, row.metric) for row in compared] == [
-        *((MEAN, metric) for metric in ("group", "pair", "image_pair")),
+        *((MEAN, metric) for metric in ("group", "pair", "image_pair", "factual")),
         ("colour", "group"),
         ("shape", "group"),
     ]
@@ -234,7 +285,8 @@ def test_an_interval_needs_six_changed_groups_and_counts_stand_beside_it(num, ke
     assert (row.better, row.worse) == (better, worse)
     assert (None if row.low is None else (row.low, row.high)) == (None if ends is None else pytest.approx(ends, abs=0.01))
     assert f"| +{better} -{worse} |" in changes_table([row])
-    assert row.verdict == ("not resolved" if ends is None or ends[0] <= 0 <= ends[1] else "better" if better > worse else "worse")
+    unknown = "too few groups to tell" if num < 20 else "not resolved"
+    assert row.verdict == (unknown if ends is None or ends[0] <= 0 <= ends[1] else "better" if better > worse else "worse")
 
 
 def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
@@ -252,8 +304,8 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
         ("c", "not resolved", None),
     ]
     lines = changes_table(changes, files={"s": "made/s.jsonl"}).splitlines()
-    assert lines[0] == "| set | file | groups | edit types | blank image, % | NLL before | NLL after |"
-    assert lines[2] == "| s | made/s.jsonl | 75 | 1 of 3 better, 1 worse | 100.0 | 0.10 | 0.32 |"
+    assert lines[0] == "| set | file | groups | edit types | fell | NLL before | NLL after |"
+    assert lines[2] == "| s | made/s.jsonl | 75 | 1 of 3 better, 1 worse | none | 0.10 | 0.32 |"
     *types, mean = accuracies(groups[:50], [loses] * 50)
     assert compare_accuracies("s", [*types, replace(mean, nll=0.1)], [*after[:-1], rows[1]])[0].nll_before is None, "of other groups"
 
@@ -265,7 +317,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood": accuracies([group()], [scores([[0, 1], [1, 0]])]),
         "none": [],
     }
-    printed, coverage = table(splits).split("\n\n")
+    printed, coverage, notes = table(splits).split("\n\n")
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert [" ".join(cells) for cells in (found[0], *found[2:])] == [
         "set edit type groups text, % image, % group, % group_pmi, % pair, % image_pair, % factual, % sham, %",
@@ -278,6 +330,10 @@ def test_table_is_valid_markdown_and_metrics_are_named():
         "ood mean of edit types, blank image 1     50.0  50.0 ",
         "random scores   25.0 25.0 16.7 16.7 50.0 50.0 50.0 50.0",
     ]
+    assert [line.split(":")[0] for line in notes.splitlines()] == [f"- {cell.removesuffix(', %')}" for cell in found[0][3:]]
+    only_pairs = table({"s": accuracies([group(Edit("colour", None, 1), num_images=1)], [scores([[1.0, 0.0]])])})
+    assert only_pairs.startswith("| set | edit type | groups | pair, % | factual, % |\n")
+    assert "| s | text, image, group, image_pair, text_pmi, group_pmi, sham | 0 | 0 | all |" in only_pairs
     assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1

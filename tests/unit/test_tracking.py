@@ -104,7 +104,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     with _open(tmp_path / "run", params) as tracker:
         for step in range(1, 4):
             tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "eval/http://x/../group/": 1.0, "bad": math.nan, "huge": math.inf})
-        tracker.log(3, {"eval/val/group": 0.5, "eval/val/sham": 0.25})
+        tracker.log(3, {"eval/val/group": 0.5, "eval/val/factual": 0.75, "eval/val/sham": 0.25})
         tracker.artifact(report, "reports")
         tracker.describe("first")
         tracker.describe("![x](get-artifact?path=x.png&run_uuid=RUN_ID)")
@@ -112,6 +112,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     assert client.get_experiment(run.info.experiment_id).name == "named by the environment"
     assert (run.info.status, run.info.run_name, run.data.tags["kind"]) == ("FINISHED", "a run", "test")
     assert run.data.params == {"model.name": "llava", "model.layers": "[1, 2]", "model.empty": "{}", "text": "x" * 6000}
+    assert min(name for name in run.data.metrics if name.startswith("Main/eval")) == "Main/eval_val_factual", "which most groups have"
     assert {"Main/eval_val_group", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
     assert run.data.tags["mlflow.note.content"] == f"![x](get-artifact?path=x.png&run_uuid={tracker.run_id})"
     assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]

@@ -434,9 +434,9 @@ def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_bef
     view(run, folder / "page")
     assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
     expected = {
-        "short": "some lost, before training all won", "later": "some lost, before training not evaluated",
-        "long": "some lost, before training some lost", "healed": "all won, before training some lost",
-        "won": "all won, before training all won",
+        "short": "some lost after training, all won before", "later": "some lost after training, not evaluated before",
+        "long": "some lost after training, some lost before", "healed": "all won after training, some lost before",
+        "won": "all won after training, all won before",
     }  # fmt: skip
     assert [expected[name] in each["dd"] for name, each in zip(names(folder / "page"), drawn(folder / "page"), strict=True)] == [True] * 5
     for damage in ("{", "[]", json.dumps({"rows": [{"by_group": [["won"]]}]})):
