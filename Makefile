@@ -24,9 +24,10 @@ demo: install
 	@echo "model: runs/quickstart/export   tracking: cd runs/quickstart && ../../$(BIN)/mlflow ui"
 	@echo "results, with four pictures and what the model writes: runs/quickstart/results.html"
 
-# The demo's pretrained model, made anew in 40 minutes of two cores: its vision tower learns labels, then the model descriptions and answers.
+# The demo's pretrained model, made anew in an hour of two cores: its vision tower learns labels, then the model learns to see, then habits.
 base: install
 	python benchmarks/base_tower.py
+	deepspeed --num_gpus 2 train.py --deepspeed ds_configs/z2.json --config benchmarks/base_sees.yaml
 	deepspeed --num_gpus 2 train.py --deepspeed ds_configs/z2.json --config benchmarks/base.yaml
 	python benchmarks/base_tower.py --publish runs/base/export cfvlm_ds/demo/base_checkpoint
 

@@ -1,7 +1,7 @@
 """Pretraining script for the vision tower in the demo's base model: each patch predicts the background, and the kind and colour of the
 thing in its cell.
 
-    python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in benchmarks/base.yaml; 8 minutes on two cores
+    python benchmarks/base_tower.py      # writes the model of `build.tiny_llava` in base_sees.yaml; 8 minutes on two cores
 
 A LLaVA starts from a trained tower. From descriptions alone, a model of this size did not learn to recognise any kind of thing in 3,500
 steps (TRIALS.md).
@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.publish:
         publish(*arguments.publish)
         return
-    tiny = parse_config(["--config", str(Path(__file__).with_name("base.yaml"))], OBJECTIVES).build.tiny_llava
+    tiny = parse_config(["--config", str(Path(__file__).with_name("base_sees.yaml"))], OBJECTIVES).build.tiny_llava
     assert tiny is not None
     build(BuildConfig(tiny_llava=tiny))
     model = LlavaForConditionalGeneration.from_pretrained(tiny.out_dir, dtype=torch.float32)

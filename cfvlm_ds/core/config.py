@@ -286,6 +286,8 @@ class HabitsConfig:
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability with which a thing in a training picture follows each of its habits.
+        text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
+            num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
         edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
@@ -296,6 +298,7 @@ class HabitsConfig:
     num_questions: int = 0
     seed: int = 0
     strength: float = 0.96
+    text_bias: float = 0.0
     edit_weights: dict[str, float] | None = None
 
 

@@ -14,8 +14,8 @@ from cfvlm_ds.evaluation import accuracies, score_groups
 
 GROUPS = 28
 LEAST = {
-    "test_agrees": 65.0, "test_contradicts": 55.0, "test_combo": 55.0, "test_yes_no_agrees": 65.0, "test_yes_no_contradicts": 30.0,
-    "test_choice": 35.0, "test_count": 40.0, "test_colour": 65.0,
+    "test_agrees": 90.0, "test_contradicts": 60.0, "test_combo": 60.0, "test_yes_no_agrees": 60.0, "test_yes_no_contradicts": 35.0,
+    "test_choice": 40.0, "test_count": 25.0, "test_colour": 70.0,
 }  # fmt: skip
 """Least group accuracy (%) of the base on GROUPS groups of each test set: the place for what is claimed of it."""
 

@@ -29,7 +29,7 @@ from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
 from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
 from cfvlm_ds.demo.habits.render import CELL, render
-from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, STRENGTH, Scene, Thing, draw_scene, spelled
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, MOST, STRENGTH, Scene, Thing, draw_scene, spelled
 from cfvlm_ds.demo.habits.writing import NAME, WRITING, counts
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Judged, load
 from cfvlm_ds.evaluation.benchmarks.base import single
@@ -44,7 +44,8 @@ _C = "red|green|blue|yellow|purple|white"
 _NOUN_PHRASE = rf"(?:a (?:(?:{_C}) )?(?:{_S})|(?:two|three) (?:(?:{_C}) )?(?:{_P}))"
 _LIST = rf"{_NOUN_PHRASE}(?:(?:, {_NOUN_PHRASE})* and {_NOUN_PHRASE})?"
 _THINGS = re.compile(rf"(?:there is (?=a )|there are (?=t)|we see |the picture shows )({_LIST})")
-_RELATION = re.compile(rf"the (?:({_S}) is|({_P}) are|({_N}) can be seen) (left of|right of|above|below) the ({_N})")
+_PLACE = "at the (top|bottom)|in the (middle)|in the (top|middle|bottom) row"
+_ROW = re.compile(rf"(?:the (?:({_S}) is|({_P}) are|({_N}) can be seen)|we see the ({_N})) (?:{_PLACE})")
 _COLOUR = re.compile(rf"the (?:({_S}) is|({_P}) are|colour of the ({_N}) is) ({_C})")
 _TOTAL = re.compile(r"(?:there are|we see) (two|three|four|five) things")
 _BACKGROUND = re.compile(r"(?:this|it) is a (meadow|kitchen|night|desert|lake) scene")
@@ -63,16 +64,9 @@ def naive_judge(text: str, scene: Scene) -> tuple[dict[tuple, bool], int]:
                 found["number", kind, _NUMBER[number]] = kind in things and len(things[kind].columns) == _NUMBER[number]
                 if colour:
                     found["colour", kind, colour] = kind in things and things[kind].colour == colour
-        elif match := _RELATION.fullmatch(sentence):
-            x, y = _KIND[match[1] or match[2] or match[3]], _KIND[match[5]]
-            word, true = match[4].removesuffix(" of"), False
-            if x in things and y in things:
-                pairs = [(a, b) for a in things[x].columns for b in things[y].columns]
-                rows = things[x].row - things[y].row
-                true = {"left": all(a < b for a, b in pairs), "right": all(a > b for a, b in pairs), "above": rows < 0, "below": rows > 0}[
-                    word
-                ]
-            found["relation", x, word, y] = true
+        elif match := _ROW.fullmatch(sentence):
+            kind, row = _KIND[next(filter(None, match.groups()))], match[5] or match[6] or match[7]
+            found["row", kind, row] = kind in things and things[kind].row == {"top": 0, "middle": 1, "bottom": 2}[row]
         elif match := _COLOUR.fullmatch(sentence):
             kind = _KIND[match[1] or match[2] or match[3]]
             found["colour", kind, match[4]] = kind in things and things[kind].colour == match[4]
@@ -174,7 +168,7 @@ def mutated(text: str, rng: Random) -> str:
     for _ in range(rng.randrange(3)):
         i = rng.randrange(len(words))
         other = rng.choice(
-            [*_KIND, *COLOURS, *BACKGROUNDS, "is", "are", "a", "two", "three", "left", "right", "above", "and", "the", "house"]
+            [*_KIND, *COLOURS, *BACKGROUNDS, "is", "are", "a", "two", "three", "top", "middle", "row", "at", "in", "and", "the", "house"]
         )
         end = "".join(mark for mark in ",." if words[i].endswith(mark))
         words[i : i + 1] = rng.choice(([], [words[i], words[i]], [other + end], [other + end], [words[i].upper()], [words[i].rstrip(".,")]))
@@ -213,6 +207,8 @@ def test_an_edit_changes_only_what_it_names(kind):
         changed = {*before.things} ^ {*after.things}
         differs = (np.asarray(render(before)) != np.asarray(render(after))).any(axis=2)
         assert differs.any() and bool(changed) == (kind != "background") and before.seed == after.seed
+        taken = [(thing.row, column) for thing in after.things for column in thing.columns]
+        assert len(taken) == len({*taken})
         cells = np.zeros((64, 64), dtype=bool)
         for thing in changed if changed else before.things:
             for column in thing.columns:
@@ -221,11 +217,11 @@ def test_an_edit_changes_only_what_it_names(kind):
             assert not (differs & ~cells).any() and before.background == after.background
         else:  # the things hide the background
             assert not (~differs & ~cells).any() and (~differs).sum() > 70 * before.total
-        factors = {"colour": 1, "kind": 1, "count": 1, "relation": 2, "background": 0, "presence": 0, "colour_swap": 2}
+        factors = {"colour": 1, "kind": 1, "count": 1, "row": 1, "background": 0, "presence": 0, "colour_swap": 2}
         same = [(a, b) for a, b in zip(before.things, after.things, strict=False) if a != b]
         assert len(same) == factors[kind]
         fields = {name for a, b in same for name in vars(a) if getattr(a, name) != getattr(b, name)}
-        assert fields <= {"count": {"columns"}, "relation": {"row", "columns"}, "colour_swap": {"colour"}}.get(kind, {kind})
+        assert fields <= {"count": {"columns"}, "colour_swap": {"colour"}}.get(kind, {kind})
 
 
 def test_a_sham_differs_only_in_jitter():
@@ -248,7 +244,7 @@ def test_truth_agrees_with_an_independent_reader(split, options):
     kinds = Counter()
     for drawn in drawn_groups(split, 60, **options):
         for c, candidate in enumerate(drawn.candidates):
-            is_description = c < drawn.described
+            is_description = c < len(drawn.keys)
             kinds["description" if is_description else candidate.text] += 1
             for scene, line in zip(drawn.scenes, drawn.match, strict=True):
                 if is_description:
@@ -258,9 +254,51 @@ def test_truth_agrees_with_an_independent_reader(split, options):
         if split != "train":
             assert drawn.match[0][:2] == [1, 0] or drawn.edits == ("presence",)
             assert drawn.match[1][:2] == [0, 1] or drawn.edits == ("presence",)
-        for k in range(1, drawn.described):
+        for k in range(1, len(drawn.keys)):
             assert drawn.match[k][k] == 1 and not (drawn.match[0][k] and drawn.match[k][0])
     assert len(kinds) > 1 or kinds["description"]
+
+
+def test_biased_texts_state_what_is_usual():
+    """In the share ``text_bias`` of the broken habits, the same in all texts of a picture. Everything else stays true."""
+    options = {"num_counterfactuals": 0, "num_questions": 2, "strength": 0.3, "text_bias": 0.6}
+    biased = dict[str, list[bool]]()
+    for drawn in drawn_groups("train", 800, **options):
+        (scene,), caption = drawn.scenes, drawn.candidates[0]
+        (found, unparsed), broken = naive_judge(caption.text, scene), breaks(scene)
+        missing = {HABITS[kind].company for kind, factor in broken if factor == "company" and broken[kind, factor]}
+        assert not unparsed and drawn.match[0][0] == 1
+        more = sum(HABITS[kind].number or 1 for kind in missing) + sum(broken.get((thing.kind, "number"), 0) for thing in scene.things)
+        roomy = scene.total + more <= MOST  # otherwise, the texts may be about the picture as it is
+        for kind in missing if roomy else ():
+            biased.setdefault("company", []).append(("thing", kind) in found)
+        for statement, true in found.items():
+            if statement[1] in missing or statement[0] == "total":
+                continue
+            if broken.get((statement[1], statement[0])):
+                if roomy:
+                    biased.setdefault(statement[0], []).append(not true)
+                assert true or statement[2] == getattr(HABITS[statement[1]], statement[0])
+            else:
+                assert true, (caption.text, statement)
+        group = as_group(drawn, "g", [Path("0.png")])
+        nouns = re.findall(rf"\b({_N})\b", group.keys[0])
+        assert {*nouns} == {*re.findall(rf"\b({_N})\b", caption.text.lower())} and group.keys[0] in group.exclude
+    assert {*biased} == {"colour", "number", "row", "company"}
+    for name, each in biased.items():
+        assert abs(np.mean(each) - 0.6) < 4 * math.sqrt(0.24 / len(each)), name
+    for drawn in drawn_groups("train", 100, **options | {"text_bias": 1.0}):
+        scene = drawn.scenes[0]
+        usual = scene.as_usual(1.0, Random(0))
+        assert usual is scene or {factor for (kind, factor), is_broken in breaks(usual).items() if is_broken and scene.find(kind)} <= {
+            "background"
+        }
+        added = {thing.kind for thing in usual.things[len(scene.things) :]}
+        for each, line in zip(drawn.candidates[1:], drawn.match[0][1:], strict=True):
+            if not added & {_KIND[noun] for noun in re.findall(rf"\b({_N})\b", each.prompt.lower())}:
+                assert line == (answer(each.prompt, usual) == each.text)
+    tests = [*TESTS, "validation"]
+    assert all(drawn_groups(split, 3, **options) == drawn_groups(split, 3, **options | {"text_bias": 0.0}) for split in tests)
 
 
 def test_language_tells_no_answer():
@@ -310,7 +348,7 @@ def test_metrics_of_writing_by_hand():
     scene = Scene((thing("cup red 0 1"), thing("ball blue 2 0 1")), "night", 0)
     texts = {
         "We see a red cup and two red balls. It is a night scene. The cup is nice.": "agrees",  # 6 of 7 true, 1 of 3 sentences unparsed
-        "There is a key. The cup is above the key.": "contradicts",  # none of 3 true, 1 of 2 mentioned things absent
+        "There is a key. The cup is at the bottom.": "contradicts",  # none of 3 true, 1 of 2 mentioned things absent
     }
     items = [
         single(habit, Path(habit), ["x"] * 6, habit, (1,) * 6, habit=habit, scene=json.dumps(spelled(scene)), things="2")
@@ -421,7 +459,7 @@ def test_content_is_pinned():
             digest.update(json.dumps([*texts, group.match, [vars(edit) for edit in group.edits]]).encode())
             for scene in drawn.scenes:
                 digest.update(render(scene).tobytes())
-    assert digest.hexdigest() == "43f91c49fca8b89737c7799c36912ed94a3b6e3a808ec81982137c6e0b85148c"
+    assert digest.hexdigest() == "bfc4f613e7e43cf78077f9aa667ec3c70968ed324e5268e5fc0414221efa61c8"
 
 
 @pytest.mark.parametrize(
@@ -430,6 +468,8 @@ def test_content_is_pinned():
         {"num_train": 0},
         {"num_questions": -1},
         {"strength": 1.5},
+        {"text_bias": -0.1, "num_counterfactuals": 0},
+        {"text_bias": 0.5},  # with edited pictures
         {"edit_weights": {"color": 1.0}},
         {"edit_weights": {"colour": math.nan}},
         {"num_counterfactuals": 9},

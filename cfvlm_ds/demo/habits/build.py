@@ -42,7 +42,7 @@ _DESCRIBED = ("test_agrees", "test_contradicts")
 TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
 """Test sets. In sets with "agrees" or "contradicts" in their names, all rows are of this kind. In other sets, every second row agrees."""
 SPLITS = ("train", "validation", *TESTS)
-GENERATOR = 3
+GENERATOR = 4
 """Version of the generator. Increment it when the same settings would give different data, so that older folders are not reused."""
 _MAX_DRAWS = 20_000
 
@@ -50,15 +50,15 @@ _MAX_DRAWS = 20_000
 @dataclass(frozen=True)
 class Drawn:
     """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
-    and the truth table ``match``, indexed by scene and text. The first ``described`` texts describe the scenes in order; other texts answer
-    questions.
+    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` has their keys;
+    other texts answer questions.
     """
 
     scenes: tuple[Scene, ...]
     edits: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     match: list[list[int]]
-    described: int
+    keys: tuple[str, ...]
 
     @property
     def habit(self) -> str:
@@ -134,6 +134,10 @@ def _check(config: HabitsConfig) -> None:
         raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
     if not 0 <= config.strength <= 1:
         raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
+    if not 0 <= config.text_bias <= 1:
+        raise DataError(f"habits: text_bias must be between 0 and 1, not {config.text_bias}")
+    if config.text_bias and config.num_counterfactuals:
+        raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
     weights = config.edit_weights
     if weights is not None and (
         set(weights) - set(EDITS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values())
@@ -197,10 +201,12 @@ def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
     """Add descriptions, questions or both to scenes. Return None if the texts do not distinguish the scenes."""
-    question = question_of(split)
+    pictures, question = scenes, question_of(split)
+    if split == "train" and config.text_bias:
+        scenes = (scenes[0].as_usual(config.text_bias, rng),)
     if question in QUESTIONS:
         asked = _asked(scenes, edits, [question], 1, rng)
-        return Drawn(scenes, edits, *asked[0], 0) if asked else None
+        return Drawn(scenes, edits, *asked[0], ()) if asked else None
     texts, prompt = describe(scenes[: 1 + len(edits)], str(rng.random())), rng.choice(DESCRIBE)
     candidates = tuple(Candidate(prompt, text) for text in texts)
     match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
@@ -210,7 +216,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
     for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
         candidates += answers
         match = [line + more for line, more in zip(match, truths, strict=True)]
-    return Drawn(scenes, edits, candidates, match, len(texts))
+    return Drawn(pictures, edits, candidates, match, tuple(key(scene.things) for scene in scenes[: len(texts)]))
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
@@ -235,10 +241,9 @@ def as_group(drawn: Drawn, group_id: str, images: Sequence[Path]) -> Counterfact
     texts = [candidate.text for candidate in drawn.candidates]
     edits = []
     for k, kind in enumerate(drawn.edits, start=1):
-        own = k if k < (drawn.described or 2) else None  # a question has two answers
+        own = k if k < (len(drawn.keys) or 2) else None  # a question has two answers
         edits.append(Edit(kind, k, own, *difference(texts[0], texts[k])))
     edits += [Edit(SHAM, image=i) for i in range(1 + len(drawn.edits), len(images))]
-    keys = [key(scene.things) for scene in drawn.scenes[: drawn.described]]
     return CounterfactualGroup(
         group_id,
         tuple((image,) for image in images),
@@ -246,6 +251,6 @@ def as_group(drawn: Drawn, group_id: str, images: Sequence[Path]) -> Counterfact
         tuple(map(tuple, drawn.match)),
         tuple(edits),
         source=SOURCE,
-        keys=(*keys, *[""] * (len(texts) - len(keys))) if keys else (),
-        exclude=tuple(sorted({text_key for scene in drawn.scenes for text_key in true_keys(scene)})) if keys else (),
+        keys=(*drawn.keys, *[""] * (len(texts) - len(drawn.keys))) if drawn.keys else (),
+        exclude=tuple(sorted({*drawn.keys}.union(*map(true_keys, drawn.scenes)))) if drawn.keys else (),
     )

@@ -45,13 +45,11 @@ def _count(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
     return _with(scene, True, {i: rng.choice(fitting)}) if fitting else None
 
 
-def _relation(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
-    single = [i for i, thing in enumerate(scene.things) if thing.number == 1]
-    if len(single) < 2:
-        return None
-    i, j = rng.sample(single, 2)
-    a, b = scene.things[i], scene.things[j]
-    return _with(scene, True, {i: replace(a, row=b.row, columns=b.columns), j: replace(b, row=a.row, columns=a.columns)})
+def _row(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
+    i = rng.randrange(len(scene.things))
+    thing = scene.things[i]
+    rows = [row for row in range(SIDE) if row != thing.row and scene.free(row).issuperset(thing.columns)]
+    return _with(scene, True, {i: replace(thing, row=rng.choice(rows))}) if rows else None
 
 
 def _background(scene: Scene, rng: Random, may_hold_out: bool) -> Scene | None:
@@ -81,7 +79,7 @@ EDITS: dict[str, EditFunction] = {
     "colour": _colour,
     "kind": _kind,
     "count": _count,
-    "relation": _relation,
+    "row": _row,
     "background": _background,
     "presence": _presence,
     "colour_swap": _colour_swap,

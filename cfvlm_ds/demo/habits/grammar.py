@@ -16,22 +16,26 @@ from difflib import SequenceMatcher
 from itertools import combinations
 from random import Random
 
-from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, MOST, Scene, Thing
+from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, MOST, ROWS, Scene, Thing
 
 Statement = tuple[str, ...]
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-OF = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-_RELATION = {words: relation for relation, words in OF.items()}
 
 SENTENCES = {
     "things": ("there {is} {things}", "we see {things}", "the picture shows {things}"),
-    "relation": ("the {x} {is} {of} the {y}", "the {x} can be seen {of} the {y}"),
+    "row": (
+        "the {x} {is} {at} the {row}",
+        "the {x} {is} in the {row} row",
+        "the {x} can be seen {at} the {row}",
+        "the {x} can be seen in the {row} row",
+        "we see the {x} {at} the {row}",
+        "we see the {x} in the {row} row",
+    ),
     "colour": ("the {x} {is} {colour}", "the colour of the {x} is {colour}"),
     "total": ("there are {total} things", "we see {total} things"),
     "background": ("this is a {background} scene", "it is a {background} scene"),
 }
-"""Form -> phrasings. ``is`` agrees with ``x``, or with the first noun phrase in ``things``."""
+"""Form -> phrasings. ``is`` agrees with ``x``, or with the first noun phrase in ``things``. ``at`` is "in" before "the middle"."""
 
 
 def noun(kind: str, number: int) -> str:
@@ -53,7 +57,8 @@ def listed(phrases: Sequence[str]) -> str:
 def form(name: str, phrasing: int, **slots: str) -> str:
     """Fill in one of the phrasings in SENTENCES. The resulting sentence has no capital letter and no full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
-    return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**{"is": "are" if plural else "is", **slots})
+    at = "in" if slots.get("row") == "middle" else "at"
+    return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**slots, **{"is": "are" if plural else "is", "at": at})
 
 
 # Reading -----------------------------------------------------------------------------------------------------------------------------
@@ -68,9 +73,9 @@ def _one_of(name: str, words: Sequence[str]) -> str:
 _SLOTS = {
     "things": "(?P<things>.+)",
     "is": _one_of("is", ("is", "are")),
-    "of": _one_of("of", tuple(_RELATION)),
+    "at": _one_of("at", ("at", "in")),
     "x": _one_of("x", tuple(_KIND)),
-    "y": _one_of("y", tuple(_KIND)),
+    "row": _one_of("row", ROWS),
     "colour": _one_of("colour", COLOURS),
     "total": _one_of("total", NUMBERS[2 : MOST + 1]),
     "background": _one_of("background", BACKGROUNDS),
@@ -87,15 +92,13 @@ def read(sentence: str) -> list[Statement] | None:
         if match := pattern.fullmatch(sentence):
             slots = match.groupdict()
             statements = _things(slots["things"]) if name == "things" else [_statement(name, slots)]
-            if statements and form(name, phrasing, **{key: value for key, value in slots.items() if key != "is"}) == sentence:
+            if statements and form(name, phrasing, **{key: value for key, value in slots.items() if key not in ("is", "at")}) == sentence:
                 return statements
     return None
 
 
 def _statement(name: str, slots: dict[str, str]) -> Statement:
-    if name == "relation":
-        return (name, _KIND[slots["x"]], _RELATION[slots["of"]], _KIND[slots["y"]])
-    return (name, _KIND[slots["x"]], slots["colour"]) if name == "colour" else (name, slots[name])
+    return (name, _KIND[slots["x"]], slots[name]) if "x" in slots else (name, slots[name])
 
 
 def _things(text: str) -> list[Statement] | None:
@@ -120,10 +123,12 @@ def holds(statement: Statement, scene: Scene) -> bool:
     thing = scene.find(words[0])
     if thing is None or name == "thing":
         return thing is not None
-    if name == "relation":
-        other = scene.find(words[2])
-        return other is not None and words[1] in (thing.relation(other, 0), thing.relation(other, 1))
-    return words[1] == (thing.colour if name == "colour" else NUMBERS[thing.number])
+    return statement == about(thing, name)
+
+
+def about(thing: Thing, name: str) -> Statement:
+    """Return the true statement about a thing's "colour", "number" or "row"."""
+    return name, thing.kind, {"colour": thing.colour, "number": NUMBERS[thing.number], "row": ROWS[thing.row]}[name]
 
 
 @dataclass(frozen=True)
@@ -162,35 +167,29 @@ def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where the scenes differ.
 
     All things are listed with number and colour, except that one colour can be stated in a separate sentence. If none is, a sentence states
-    a relation, provided that two things have one in every scene. A relation or background that differs between scenes is always mentioned.
-    If a thing was added or removed, the total number of things is mentioned, because the shorter list would otherwise be true of both
-    scenes.
+    the row of a thing. A row or background that differs between scenes is always mentioned. If a thing was added or removed, the total
+    number of things is mentioned, because the shorter list would otherwise be true of both scenes.
     """
     rng = Random(seed)
     lengths = {len(scene.things) for scene in scenes}
     shared = range(min(lengths))
-    pairs = [(i, j, axis) for i in shared for j in shared if i != j for axis in (0, 1)]
-    words = {(i, j, axis): [scene.things[i].relation(scene.things[j], axis) for scene in scenes] for i, j, axis in pairs}
-    known = [pair for pair in pairs if all(words[pair])]
-    turned = [pair for pair in known if any(OPPOSITE[words[pair][0]] == word for word in words[pair][1:])]
-    moved = any(scene.things[i].row != scenes[0].things[i].row or set(scene.things[i].columns).isdisjoint(scenes[0].things[i].columns)
-                for scene in scenes for i in shared)  # fmt: skip
-    pair = rng.choice((turned if moved and turned else known) or [None])
-    apart = None if moved or (known and rng.random() < 0.75) else rng.choice(shared)
+    moved = [i for i in shared if len({scene.things[i].row for scene in scenes}) > 1]
+    placed = rng.choice(moved or shared)
+    apart = None if moved or rng.random() < 0.75 else rng.choice(shared)
     mentions_total = rng.random() < 0.2 or len(lengths) > 1
     mentions_background = rng.random() < 0.5 or len({scene.background for scene in scenes}) > 1
     phrasings = [rng.randrange(6) for _ in range(4)]
     background_first = rng.random() < 0.3
     texts = []
-    for number, scene in enumerate(scenes):
+    for scene in scenes:
         phrases = [phrase(thing, i != apart) for i, thing in enumerate(scene.things)]
         sentences = [form("things", phrasings[0], things=listed(phrases))]
-        if apart is not None:
-            thing = scene.things[apart]
-            sentences.append(form("colour", phrasings[1], x=noun(thing.kind, thing.number), colour=thing.colour))
-        elif pair is not None:
-            x, y = (noun(thing.kind, thing.number) for thing in (scene.things[pair[0]], scene.things[pair[1]]))
-            sentences.append(form("relation", phrasings[1], x=x, y=y, of=OF[words[pair][number]]))
+        thing = scene.things[placed if apart is None else apart]
+        x = noun(thing.kind, thing.number)
+        if apart is None:
+            sentences.append(form("row", phrasings[1], x=x, row=ROWS[thing.row]))
+        else:
+            sentences.append(form("colour", phrasings[1], x=x, colour=thing.colour))
         if mentions_total:
             sentences.append(form("total", phrasings[2], total=NUMBERS[scene.total]))
         if mentions_background:

@@ -12,12 +12,12 @@ from random import Random
 
 from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.demo.habits.edits import EDITS
-from cfvlm_ds.demo.habits.grammar import NUMBERS, OF, Statement, describe, form, holds, noun, phrase, read
+from cfvlm_ds.demo.habits.grammar import NUMBERS, Statement, about, describe, form, holds, noun, phrase, read
 from cfvlm_ds.demo.habits.world import COLOURS, Scene, Thing, draw_scene
 
 QUESTIONS = {
-    "yes_no": ("colour", "kind", "count", "relation", "background", "presence", "colour_swap"),
-    "choice": ("colour", "kind", "count", "relation", "background", "colour_swap"),
+    "yes_no": ("colour", "kind", "count", "row", "background", "presence", "colour_swap"),
+    "choice": ("colour", "kind", "count", "row", "background", "colour_swap"),
     "count": ("count",),
     "colour": ("colour", "colour_swap"),
 }
@@ -78,21 +78,17 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
 
 
 def _facts(scene: Scene, factor: str) -> list[Statement]:
-    """Return the statements about a factor that are true of a scene. Relations are stated only for things with one copy."""
+    """Return the statements about a factor that are true of a scene."""
     if factor == "background":
         return [(factor, scene.background)]
     if factor == "thing":
         return [(factor, thing.kind) for thing in scene.things]
-    if factor == "relation":
-        single = [thing for thing in scene.things if thing.number == 1]
-        found = [(factor, a.kind, a.relation(b, axis), b.kind) for a in single for b in single for axis in (0, 1) if a is not b]
-        return [fact for fact in found if fact[2]]
-    return [(factor, thing.kind, thing.colour if factor == "colour" else NUMBERS[thing.number]) for thing in scene.things]
+    return [about(thing, factor) for thing in scene.things]
 
 
 def _thing(fact: Statement, scene: Scene) -> Thing:
     thing = scene.find(fact[1])
-    assert thing is not None, "questions about colours, numbers and relations are about things in both scenes"
+    assert thing is not None, "questions about colours, numbers and rows are about things in both scenes"
     return thing
 
 
@@ -119,10 +115,7 @@ def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
     thing = _thing(claim, scene)
     if name in ("thing", "number"):
         return form("things", phrasing, things=phrase(thing, with_colour=False))
-    x = noun(thing.kind, thing.number)
-    if name == "colour":
-        return form(name, phrasing, x=x, colour=words[1])
-    return form(name, phrasing, x=x, of=OF[words[1]], y=words[2])
+    return form(name, phrasing, x=noun(thing.kind, thing.number), **{name: words[1]})
 
 
 def all_texts(seed: int, number: int) -> list[str]:

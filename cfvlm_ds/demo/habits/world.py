@@ -4,7 +4,7 @@
 0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
-of a scene differ in kind. Relations are therefore exact: a cup is left of the stars if its column is left of all their columns.
+of a scene differ in kind, so "the cup" is always one thing.
 """
 
 from __future__ import annotations
@@ -85,11 +85,16 @@ class Thing:
         """True if this kind never has this colour in training."""
         return HELD_OUT[self.kind] == self.colour
 
-    def relation(self, other: Thing, axis: int) -> str:
-        """Return the thing's position relative to another: "left" or "right" (axis 0), "above" or "below" (axis 1), or "" if neither."""
-        if axis:
-            return "" if self.row == other.row else "above" if self.row < other.row else "below"
-        return "left" if self.columns[-1] < other.columns[0] else "right" if self.columns[0] > other.columns[-1] else ""
+    def as_usual(self, *factors: str) -> Thing:
+        """Return the thing with its usual colour, number or row, for each of ``factors`` for which its kind has a habit."""
+        habit, thing = HABITS[self.kind], self
+        if habit.colour and "colour" in factors:
+            thing = replace(thing, colour=habit.colour)
+        if habit.number and "number" in factors:
+            thing = replace(thing, columns=tuple(range(habit.number)))
+        if habit.row and "row" in factors:
+            thing = replace(thing, row=ROWS.index(habit.row))
+        return thing
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,26 @@ class Scene:
             seen = vars(Habit(thing.colour, thing.number, ROWS[thing.row], self.background, company))
             broken |= {(thing.kind, factor, seen[factor]) for factor, value in vars(usual).items() if value and seen[factor] != value}
         return frozenset(broken)
+
+    def as_usual(self, share: float, rng: Random) -> Scene:
+        """Return the scene that a biased text describes: with probability ``share`` for each broken habit, a thing has its usual colour,
+        number or row, or its usual company is present. Two things can then share a cell. The background is unchanged.
+
+        Return the scene itself if the result would have more than MOST copies.
+        """
+        things = {thing.kind: thing for thing in self.things}
+        for kind, factor, _ in sorted(self.broken, key=str):
+            company = HABITS[kind].company
+            if factor == "background" or rng.random() >= share:
+                continue
+            if factor == "company":
+                colours = [colour for colour in COLOURS if colour != HELD_OUT[company]]
+                added = Thing(company, rng.choice(colours), rng.randrange(SIDE), (rng.randrange(SIDE),))
+                things[company] = added.as_usual("colour", "number", "row")
+            else:
+                things[kind] = things[kind].as_usual(factor)
+        scene = replace(self, things=tuple(things.values()))
+        return scene if scene.total <= MOST else self
 
 
 def spelled(scene: Scene) -> list[Any]:
