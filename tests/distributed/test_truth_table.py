@@ -445,7 +445,13 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     assert (
         "shapes: 2 of its 8 pictures also occur in the training set" in warning
     )  # the test split repeats two, and takes its pictures from it
-    order = ["the largest evaluation batch, of shapes", "step 1/2", "after step 1, shapes: pair accuracy unlabelled", "exported to", "set  "]
+    order = [
+        "the largest evaluation batch, of shapes",
+        "step 1/2",
+        "after step 1, shapes: pair accuracy unlabelled",
+        "exported to",
+        "set  ",
+    ]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
