@@ -468,6 +468,7 @@ METADATA = {
     "a verdict among other words": of("status", "blue", "nan", "hallucinated"),
     "another picture of a row that shows one": of("depth_map", "images/001.png"),
     "counts": of("num_errors", 0, 1, 2, 1),
+    "times": of("last_modified", "2026-11-30 10:00:00", "2026-12-01 10:00:00", "2026-12-01 10:00:01"),
 }
 
 

@@ -100,7 +100,8 @@ class Column:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str):
                 picture = _PICTURE.search(item)
-                if (picture or " " in item.strip() or not item.isascii()) and not _FALSE_NAMES.isdisjoint(self.words):
+                is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is no text
+                if (picture or is_text) and not _FALSE_NAMES.isdisjoint(self.words):
                     self.false_text = self.false_text or item
                 if blind and picture:
                     self.unseen = self.unseen or item
