@@ -75,6 +75,12 @@ def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, caps
     relabelled.measure()
     assert relabelled.evaluated == ["test"] and relabelled.change == first.change
 
+    assert Run(tmp_path / "first", groups(tmp_path, count=119), tmp_path).change is None, "the set has changed since"
+    for each in (nameless := [Run(tmp_path / f"nameless {n}", data, tmp_path) for n in range(2)]):
+        each.baseline = replace(each.baseline, model=None)
+        each.measure()
+    assert all(each.evaluated == ["test"] for each in nameless), "nothing is cached for an unknown model"
+
     whole = Run(tmp_path / "whole", data, tmp_path, "--train.eval_on_start", "true")
     assert whole.measure()["test"][-1].nll == 0.5 and whole.change == (0.0, 100.0, 120)
     for damage in ("{", "[]", json.dumps({"rows": [{"name": "all"}]})):
@@ -113,3 +119,5 @@ def test_the_sample_is_the_same_groups_before_during_and_after_the_training(tmp_
     drawn = [data[index] for index in replace(run.baseline, trained=1200)._drawn("test")]
     assert chosen <= {group.id for group in drawn} and sample.metrics({"test": rows(drawn, right)}) == expected, "the baseline contains it"
     assert not EvaluationSample({"test": data}, trained=500, total_steps=10).groups, "25 groups would be drawn"
+    whole = EvaluationSample({"test": data[:30]}, trained=1200, total_steps=10)
+    assert whole.counts == {"test": "30 of 30 groups"} and whole.metrics({"test": rows(data[:30], right)}) == {}, "eval/test/group has it"

@@ -290,7 +290,10 @@ def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir):
             assert str(limit) in str(raised.value)
         with pytest.raises(DataError, match="window"):
             collator.row_length(PROMPT, "a", ((48, 48),) * 100_000)
-    assert collator.row_length(PROMPT, "a " * (limit // 2 - 1) + "a", ((48, 48),)) > collator.max_length  # told by its tokens
+    at_limit = "a " * (limit // 2 - 1) + "aa"
+    assert len(at_limit) == limit and collator.row_length(PROMPT, at_limit, ((48, 48),)) > collator.max_length  # told by its tokens
+    with pytest.raises(DataError, match=f"has {limit + 1} characters"):
+        collator.row_length(PROMPT, at_limit + "a", ((48, 48),))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def drawn(group: CounterfactualGroup) -> list[str]:
 
 
 def many(number: int, seed: int = 0) -> list[CounterfactualGroup]:
-    """Groups of one to three texts, shams among them, some with a second prompt or a weight."""
+    """Groups of one to three texts, shams among them, some with a second prompt, a weight, or an image of which all texts are false."""
     rng, groups = random.Random(seed), []
     for g in range(number):
         count = rng.choice((1, 2, 2, 3))
@@ -66,6 +66,9 @@ def many(number: int, seed: int = 0) -> list[CounterfactualGroup]:
         if g % 4 == 1:
             asked = (*made.candidates, Candidate("another question", "yes"))
             made = replace(made, candidates=asked, match=tuple((*row, int(i == 0)) for i, row in enumerate(made.match)))
+        if g % 5 == 3:
+            other, false = (Path(f"/g{g}-other.png"),), (0,) * len(made.candidates)
+            made = replace(made, images=(*made.images, other), match=(*made.match, false))
         groups.append(made)
     return groups
 

@@ -6,6 +6,9 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from conftest import ONE
+
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.evaluation import Accuracy
@@ -13,6 +16,7 @@ from cfvlm_ds.objectives import OBJECTIVES, Align, BatchAlign, Misp, Retain, Sym
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.results import summary_of
 from cfvlm_ds.training.retention import Retention
+from cfvlm_ds.training.skipped import NonfiniteSteps
 
 
 def config(*terms: Any, **train: Any) -> Any:
@@ -102,3 +106,14 @@ def test_a_fall_is_said_once_and_again_when_it_has_doubled():
     for logp in (-1.0, -1.05, -1.12, -1.15, -1.1, -1.12, -1.23, -1.25, -1.26):
         retention.trained({"logp/lp_00": logp})
     assert ["fell 0.12 nats" in said[0], "fell 0.25 nats" in said[1], len(said)] == [True, True, 2], said
+
+
+def test_ten_steps_in_a_row_may_be_skipped(tmp_path):
+    train: Any = SimpleNamespace(on_nonfinite="skip")
+    nonfinite = NonfiniteSteps(train, tmp_path, ONE)
+    for step in (*range(1, 11), *range(12, 22)):
+        if step == 12:
+            nonfinite.finite()
+        nonfinite.note(step, [], "loss", applied=False)
+    with pytest.raises(FloatingPointError, match=r"at step 22; .* the 11th such step in a row"):
+        nonfinite.note(22, [], "loss", applied=False)

@@ -172,10 +172,11 @@ def test_loads_are_counted(folder, groups, alone):
     assert share is None
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 1e12)
     measure(meter, Measured(MicroBatch((batch,)), batch.scores(logp), torch.zeros(()), {}, routed), {}, 1.0, flops)
-    loads = {int(name[-3:]): value for name, value in meter.reduce(alone).items() if name.startswith("router/load/")}
+    metrics = meter.reduce(alone)
+    loads = {int(name[-3:]): value for name, value in metrics.items() if name.startswith("router/load/")}
     counts = counts.bincount(minlength=len(loads)).double()
     assert [loads[expert] for expert in range(len(loads))] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
-    assert sum(loads.values()) / len(loads) == pytest.approx(1)
+    assert sum(loads.values()) / len(loads) == pytest.approx(1) and metrics["loss_mean"] == 0
 
 
 def test_a_model_without_experts_is_refused():

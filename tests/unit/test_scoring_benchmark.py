@@ -47,7 +47,12 @@ def test_model_flops_are_those_that_torch_counts(family, frozen):
     flops = ModelFlops(model, record)
     flops._pairs = {}
     assert {record.module_of(name) for name, p in model.named_parameters() if p.requires_grad} == set(MODULES) - set(frozen)
-    assert flops.of(inputs, len(inputs["scored"])) == pytest.approx(products, rel=0.01)
+    counted = flops.of(inputs, len(inputs["scored"]))
+    assert counted == pytest.approx(products, rel=0.01)
+    model.lm_head.requires_grad_()
+    flops = ModelFlops(model, record)
+    flops._pairs = {}
+    assert flops.of(inputs, len(inputs["scored"])) - counted == 2 * len(inputs["scored"]) * model.lm_head.weight.numel()
 
 
 @pytest.mark.long
