@@ -172,7 +172,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     more += ["--train.save_best=eval/crepe/macro/swap_obj"]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures also occur in the training set" in said
-    assert "21 items of SugarCrepe, probe caption, in" in said and "  crepe: macro " in said
+    assert "21 items of SugarCrepe, probe caption, in" in said and "after step 1, crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert "eval/crepe/shuffled_macro" in evaluated[1] and "eval/crepe/shuffled_macro" not in evaluated[0]
