@@ -83,7 +83,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("data prepare a.jsonl --config c.yaml --pack", "cannot be combined with manifest, pack; set them in c.yaml"),
         ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
-        ("data stats words.txt", "words.txt:1: broken JSON at column 1"),
+        ("data check words.txt", "words.txt:1: broken JSON at column 1"),
         ("score model none.jsonl", "none.jsonl"),
         ("evaluate model none.jsonl", "none.jsonl"),
         *((f"{command} none a.jsonl", "model.name_or_path 'none'") for command in ("score", "evaluate")),

@@ -490,6 +490,8 @@ def test_report_counts(folder):
         shapes={"2 x 2": 1, "3 x 2": 1, "1 x 1": 1, "1 x 2": 1},  # type: ignore[arg-type]
         sources={"(none)": 4},  # type: ignore[arg-type]
         text_lengths={8: 3, 10: 3, 1: 1},  # type: ignore[arg-type]
+        sides=report.sides,
+        repeated_pictures=1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
