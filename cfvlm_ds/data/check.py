@@ -253,7 +253,7 @@ def check_manifest(
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
     report.sides.update(pictures.sides())
-    work, counted = partial(_keys, store, pictures), Progress(progress, "comparing rows", len(store), "groups")
+    work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
     keys = joined_keys([*scan.over(range(len(store)), work, counted)])
     report.repeated_rows, report.repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
     return report

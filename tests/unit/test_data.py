@@ -556,7 +556,8 @@ def test_a_check_says_how_far_it_is(folder, monkeypatch):
         monkeypatch.setattr(f"cfvlm_ds.core.progress.{name}", 0.0)
     lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
-    counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
+    units = {"rows": "groups", "images": "images", "texts": "groups", "repeats": "groups"}
+    counted = [f"{what}: {n} of 2 {unit}" for what, unit in units.items() for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
 
 
