@@ -115,6 +115,7 @@ def test_pairs(folder):
             candidates=(Candidate("Which?", "a dog bites a man"), Candidate("Which?", "a man bites a dog")),
             match=((1, 0), (0, 1)),
             edits=(Edit("relation", 1, 1),),
+            source="pairs",
         ),
     )
     assert second.edits == () and second.candidates[0].prompt == "Describe the image."
@@ -258,8 +259,8 @@ def test_cfvlm_rows(folder):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (pair(promtp="Which?"), "'promtp'.*'prompt'"),
-        ({"image_0": "a.png"}, "'image_1' is missing"),
+        ({"image_0": "a.png", "caption_0": "a"}, "'caption_1' is missing"),
+        (pair(image_1=None), "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
