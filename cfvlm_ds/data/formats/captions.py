@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, normalised, simplest, spelled
 from cfvlm_ds.core.errors import DataError
@@ -95,7 +95,7 @@ class Captions:
 
     usual = True
     source = "captions"
-    needed = ("image", "caption")
+    needed: ClassVar[tuple[str, ...]] = ("image", "caption")
 
     def __post_init__(self) -> None:
         given = {"negative_caption": self.negative_caption, "negative_image": self.negative_image, "id": self.id}
