@@ -75,7 +75,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("evaluate model --benchmarks pope --draws -1", "argument --draws: must be a whole number of at least 0, not '-1'"),
         (
             "score a.jsonl model",
-            "it is a model folder; name the data",
+            "model is a folder without",
         ),
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("cluster check images", "SLURM_PROCID is not set"),

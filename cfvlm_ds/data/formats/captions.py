@@ -161,8 +161,9 @@ class Captions:
         columns = {option: self.columns_of(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
-                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"the row has {_names(row)}"
-                raise DataError(f"row: no column holds the {option} ({names}); map one, as in {self.source}:{option}=COLUMN")
+                raise DataError(
+                    f"row: no column holds the {option} (the row has {_names(row)}); map one, as in {self.source}:{option}=COLUMN"
+                )
         texts = self._texts(row, columns["caption"])
         if not texts:
             raise DataError(f"row: column {columns['caption'][0]!r} has no text; write a caption or drop the row")
