@@ -288,7 +288,6 @@ class HabitsConfig:
         strength: probability with which a thing in a training picture follows each of its habits.
         text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
             num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
-        edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
     out_dir: str
@@ -299,7 +298,6 @@ class HabitsConfig:
     seed: int = 0
     strength: float = 0.96
     text_bias: float = 0.0
-    edit_weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
