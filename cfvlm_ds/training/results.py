@@ -215,11 +215,6 @@ def draw_figures(
     return drawn
 
 
-def shown_name(group: CounterfactualGroup) -> str:
-    """Return a group's id, preceded by the file name of its first picture, because ids made by a tool mean nothing to a reader."""
-    return f"{group.images[0][0].name} ({group.id})" if group.images[0] else group.id
-
-
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
     """Return one group per type of the first edit, for at most four types, in the format that score_matrix_figure expects. The title names
     all edit types of the group.
@@ -231,7 +226,7 @@ def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupSc
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
     return [
         {
-            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {shown_name(groups[index])}",
+            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {groups[index].shown_name}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
             "captions": [
                 each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"

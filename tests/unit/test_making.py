@@ -1170,6 +1170,9 @@ def test_what_is_not_measured_has_no_number(tmp_path):
     table = (tmp_path / "page" / "report.md").read_text()
     assert "| texts by their words | not measured | | 0 |" in table and "0.500" not in table
     assert json.loads((tmp_path / "page" / "report.json").read_text())["shortcuts"][1]["auc"] is None
+    measured = [shortcuts.by_length([("a disc", "a red disc")] * number).pairs for number in (9, 10)]
+    halved = [shortcuts.by_words([("a disc", "a red disc")] * (number + 10), [False] * number + [True] * 10).pairs for number in (9, 10)]
+    assert measured == halved == [0, 10], "an AUC of few pairs is no number"
     apart = [{"id": "g", "images": row["images"][:1], "texts": [text | {"prompt": text["id"]} for text in row["texts"]],
               "match": [["i0", "t0", 1], ["i0", "t1", 0]]}]  # fmt: skip
     found, _ = audited(tmp_path, {"train": apart}, lambda groups: [GroupScores(torch.zeros(1, 2), torch.zeros(2)) for _ in groups])
@@ -1203,6 +1206,7 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     ]
     written = write_report(found, sets, tmp_path / "page", quiet)
     assert written.num_items == 6
+    assert "near duplicates (0): 3-0.png (g3), 5-0.png (g5)" in (tmp_path / "page" / "report.md").read_text()
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
