@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
-from cfvlm_ds.models import only_adapters_train
+from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.training.card import card_of
@@ -145,8 +146,12 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         if not config.train.eval_on_start:
             reason = "train.eval_on_start is false"
         lines += [f"Not compared with the model before training: {', '.join(missing)} ({reason}).", ""]
+    if not changes:
+        return "\n".join([*lines, table(results)])
     files = {name: each.path for name, each in config.data.evaluation_sets.items()}
-    return "\n".join([*lines, changes_table(changes, files=files) if changes else table(results)])
+    size = load_config(config.model.name_or_path).get_text_config().vocab_size
+    guess = f"- NLL of uniform guessing: {math.log(size):.2f} (ln of the vocabulary's {size:,} tokens)"
+    return "\n".join([*lines, changes_table(changes, files=files), guess])
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
