@@ -201,15 +201,15 @@ def changes_table(
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     notes.append(
-        "edit types: better or worse if the interval of the type's metric excludes 0; otherwise not resolved or, if the type has fewer than "
+        "edit types: better or worse if the interval of the type's metric excludes 0; otherwise not resolved or, if there are fewer than "
         f"{FEWEST_GROUPS} groups, too few to tell"
     )
     notes.append("fell: metrics of the second table that are lower than before; a metric that only one edit type has lost can be missing")
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({last}) if a blank image replaces the pictures; above 50 %, the texts alone "
-            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If a result is lower than on the blank "
-            "image, the pictures mislead the model more often than they help, or the groups are few"
+            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If a result is lower than this, "
+            "the pictures mislead the model more often than they help, or the groups are few"
         )
     if any(each.nll_after is not None for each in changes):
         notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
