@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from math import comb, nan, prod
 from typing import Any
 
@@ -24,6 +25,9 @@ _KNOWN = 1 << 16
 
 def tag(*names: str) -> Key:
     """Return a function that looks up an item's tag, or joins the values of several tags."""
+    first, *others = names
+    if not others:
+        return lambda judged: judged.item.tags[first]
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -153,20 +157,21 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 
 @lru_cache(_KNOWN)
-def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
+def _answer(judged: Judged) -> tuple[float, ...]:
     """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
-    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
-    return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
+    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
+    return *said, *map(bool, truth), text_right(judged), scores[0] - scores[1], _half(judged.item.cluster)
 
 
 def answers(table: Sequence[Judged]) -> Any:
-    """Return an array [items, 6] for items with the texts yes and no.
+    """Return an array [items, 7] for items with the texts yes and no.
 
     The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
-    correct, answer is correct. The last column has the log-odds of yes over no in nats.
+    correct, answer is correct. Then come the log-odds of yes over no in nats, and the half (0 or 1) of the clusters for ``calibrated``.
     """
-    return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
+    return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 7)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
@@ -198,21 +203,20 @@ def threshold(margins: Any, truth: Any) -> float:
     return float(cuts[np.lexsort((cuts, np.abs(cuts), -right))[0]])
 
 
-def calibrated(table: Sequence[Judged], found: Any) -> float | None:
+def calibrated(found: Any) -> float | None:
     """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash of a cluster's name
-    determines its half. ``found`` is the result of ``answers`` for the table.
+    determines its half. ``found`` is the result of ``answers``.
 
     Return None if a half is empty or a margin is not finite. Even a model that always answers yes scores high if its margins separate the
     classes.
     """
-    half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
+    truth, margins, half = found[:, 2], found[:, 5], found[:, 6] == 1
     if half.all() or not half.any() or not np.isfinite(margins).all():
         return None
     cuts = np.where(half, threshold(margins[~half], truth[~half]), threshold(margins[half], truth[half]))
-    return 100 * float(((margins > cuts) == truth).sum()) / len(table)
+    return 100 * float(((margins > cuts) == truth).sum()) / len(found)
 
 
-@lru_cache(_KNOWN)
 def _half(cluster: str) -> int:
     return hashlib.sha256(cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2
 
@@ -235,6 +239,6 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
         values |= {"precision": 100 * precision, "recall": 100 * hit / positives, "f1": 100 * f1}
     if (area := auc(found[:, 5], found[:, 2])) is not None:
         values["auc"] = area
-    if not any(judged.blind for judged in table) and (value := calibrated(table, found)) is not None:
+    if not any(judged.blind for judged in table) and (value := calibrated(found)) is not None:
         values["calibrated"] = value
     return values
