@@ -67,16 +67,14 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` does the same for
-    an item's texts that are scored without question and picture (None if there are none). If the probe generates text, the groups only list
-    the prompts, and nothing is scored.
+    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. If the probe
+    generates text, the groups only list the prompts, and nothing is scored.
     """
 
     items: tuple[Item, ...]
     probe: Probe | Generate
     groups: tuple[CounterfactualGroup, ...]
     places: tuple[Place, ...]
-    alone: tuple[Place | None, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
         """Return the outcome of each item. ``scores`` has the scores of ``groups``, in the same order."""
@@ -84,7 +82,7 @@ class Plan:
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
         assert isinstance(self.probe, Probe)
-        probe, item, (place, columns), alone = self.probe, self.items[number], self.places[number], self.alone[number]
+        probe, item, (place, columns) = self.probe, self.items[number], self.places[number]
         scored, candidates = scores[place], self.groups[place].candidates
         counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
         blank = _taken(scored.blank.tolist(), columns)
@@ -101,7 +99,6 @@ class Plan:
             row(blank),
             None if shuffled is None else row(shuffled),
             sum(consistent) / len(consistent) if consistent else None,
-            None if alone is None else probe.row(item, _taken(scores[alone[0]].logp[0].tolist(), alone[1]), (), ()),
         )
 
 
@@ -116,8 +113,7 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     """
     packing = Packing()
     places = [packing.add(item.id, item.images, probe.cells(item)) for item in items]
-    alone = [packing.add(f"{item.id}, options alone", ((),), cells) if (cells := probe.alone(item)) else None for item in items]
-    return Plan(tuple(items), probe, packing.groups(), tuple(places), tuple(alone))
+    return Plan(tuple(items), probe, packing.groups(), tuple(places))
 
 
 def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:

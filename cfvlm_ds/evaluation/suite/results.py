@@ -201,7 +201,6 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
         scores(row["blank"]),
         scores(row["shuffled"]) if "shuffled" in row else None,
         row.get("consistency"),
-        scores(row["prior"]) if "prior" in row else None,
         tuple(row["said"]) if row.get("said") is not None else None,
     )
 

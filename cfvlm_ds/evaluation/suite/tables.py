@@ -10,7 +10,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values, clusters_of
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
 from cfvlm_ds.evaluation.suite.results import Result
 
-TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
+TABLES = {"blank": "blank image", "shuffled": "another item's image", "random": "random scores"}
 """Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics to use for a blank image if the headline metric compares images and is therefore undefined."""
