@@ -1,4 +1,4 @@
-"""Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
+"""Figures of score matrices and learning curves, drawn with matplotlib's Agg backend.
 
 Each function takes plain data and writes one PNG. matplotlib is imported only when a figure is drawn, and its global style is not changed.
 """
@@ -26,7 +26,7 @@ _CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
 _CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
 _DOTS = " \N{HORIZONTAL ELLIPSIS}"
 _MOST_IMAGES, _MOST_CAPTIONS = 6, 8
-_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
+_MOST_SERIES, _SERIES_CHARS = 8, 30
 
 _STYLE: Any = {
     "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a caption would enclose a formula
@@ -200,34 +200,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
-
-
-def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
-    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and error bars for the intervals.
-
-    Args:
-        differences: result -> label -> (difference, interval or None). Only the first 40 labels are drawn; the title gives the total.
-    """
-    labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
-    shown = labels[:_MOST_ROWS]
-    with _figure(path, 8, 1.4 + 0.34 * len(shown)) as figure:
-        axes = figure.add_subplot()
-        for index, (result, of_result) in enumerate(differences.items()):
-            colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
-            rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
-            heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
-            axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
-            spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
-            axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
-        axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
-        axes.invert_yaxis()
-        axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups")
-        axes.grid(axis="x")
-        others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
-        axes.set_title(one_line(title, _TITLE_CHARS) + others)
-        if len(differences) > 1:
-            axes.legend()
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "factual", "text", "image")
