@@ -173,8 +173,6 @@ class TrainConfig:
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             skips this evaluation.
         samples: number of evaluation pictures for which the model generates a text at each evaluation; results.md shows the texts.
-        eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
-            gets. This costs as much as one more image per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
@@ -230,7 +228,6 @@ class TrainConfig:
     eval_steps: int | None = option(None, within=COUNT, on_resume="ignored")
     eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
     samples: int = option(0, within=COUNT, on_resume="ignored")
-    eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")
     save_total_limit: int = option(2, within=COUNT, on_resume="ignored")

@@ -44,7 +44,6 @@ def evaluate(
     num_workers: int = 0,
     *,
     max_tokens: int | None = None,
-    shuffled: bool = False,
     remedy: str = "lower the batch size",
     objectives: Objectives | None = None,
     reference: Reference | None = None,
@@ -66,7 +65,6 @@ def evaluate(
             num_workers,
             f"evaluating {name}",
             max_tokens=max_tokens,
-            shuffled=shuffled,
             remedy=remedy,
             loss=loss,
         )

@@ -87,7 +87,6 @@ class Plan:
         counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
         blank = _taken(scored.blank.tolist(), columns)
         seen = [_taken(row_values, columns) for row_values in scored.logp.tolist()]
-        shuffled = None if scored.shuffled is None or not len(scored.shuffled) else _taken(scored.shuffled.tolist(), columns)
 
         def row(values: Row) -> Row:
             return probe.row(item, values, blank, counts)
@@ -97,7 +96,6 @@ class Plan:
             item,
             tuple(map(row, seen)),
             row(blank),
-            None if shuffled is None else row(shuffled),
             sum(consistent) / len(consistent) if consistent else None,
         )
 
@@ -116,8 +114,8 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     return Plan(tuple(items), probe, packing.groups(), tuple(places))
 
 
-def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return an item's outcome, computed from texts generated for its images, a blank image and, optionally, another item's image.
+def written(item: Item, answers: Sequence[str], blank: str, read: Parser | Mentions) -> Outcome:
+    """Return an item's outcome, computed from texts generated for its images and for a blank image.
 
     The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
     writes a description, a text's score is its number of mentions.
@@ -128,4 +126,4 @@ def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None
         return meant if isinstance(meant, tuple) else tuple(float(place == meant) for place in range(len(item.texts)))
 
     plain = tuple(text.strip() for text in answers)
-    return Outcome(item, tuple(map(row, plain)), row(blank), None if shuffled is None else row(shuffled), said=plain)
+    return Outcome(item, tuple(map(row, plain)), row(blank), said=plain)

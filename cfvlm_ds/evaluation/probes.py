@@ -1,8 +1,8 @@
 """Probes: ways to query a model about a benchmark item. A probe converts the item into prompts and texts, and converts the texts'
 log-likelihoods into item scores.
 
-Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures, on a blank
-picture and on another item's picture (cfvlm_ds.evaluation.asking).
+Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures and on a
+blank picture (cfvlm_ds.evaluation.asking).
 """
 
 from __future__ import annotations

@@ -307,8 +307,8 @@ class Trainer:
                 say(f"warning: the export failed ({error}); the run will end with this error after the evaluation")
         barrier.meet()
         benchmarks = self.data.benchmarks
-        results, scores = self.evaluator(self.data.splits, config.train.eval_shuffled)
-        outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
+        results, scores = self.evaluator(self.data.splits)
+        outcomes = self.evaluator.ask() if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
         tracker.log(step, metrics | self.sample.metrics(results))
         model, exported = self.engine.module.model, config.train.export and failed is None

@@ -901,11 +901,11 @@ def test_a_benchmark_of_ones_own_is_one_entry(tmp_path, monkeypatch):
         ("a hat", "a bat"),
     ] and "mine.tsv has 2 rows, the published 3" in loaded.notes[0]
     outcomes = [Outcome(item, ((2.0, 1.0),), (0.0, 0.0), consistency=0.5) for item in loaded.items]
-    found = results(mine, [*outcomes[:1], replace(outcomes[1], seen=((1.0, 2.0),), shuffled=(1.0, 1.0))])
+    found = results(mine, [*outcomes[:1], replace(outcomes[1], seen=((1.0, 2.0),))])
     assert found == {
-        "seen": {"accuracy": 50, "consistency": 50}, "blank": {"accuracy": 50}, "shuffled": {"accuracy": 50}, "random": {"accuracy": 50},
+        "seen": {"accuracy": 50, "consistency": 50}, "blank": {"accuracy": 50}, "random": {"accuracy": 50},
     }  # fmt: skip
-    assert len(judged(outcomes)["blank"]) == 2 and "shuffled" not in judged(outcomes)
+    assert len(judged(outcomes)["blank"]) == 2 and judged([]) == {}
 
 
 @pytest.mark.parametrize(("change"), [{"texts": ()}, {"texts": ("a", " ")}, {"match": ((1,),)}])

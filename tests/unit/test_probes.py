@@ -30,23 +30,20 @@ def model(pictures: Pictures | None, prompt: str, text: str) -> float:
     return -6 * int.from_bytes(digest[:6], "big") / 2**48
 
 
-def ask(
-    items: list[Item], probe: Probe, said: Model = model, donor: Pictures | None = (Path("z.png"),), lengths: bool = False
-) -> list[Outcome]:
+def ask(items: list[Item], probe: Probe, said: Model = model, lengths: bool = False) -> list[Outcome]:
     asked = plan(items, probe)
     scores = []
     for group in asked.groups:
         rows = [[said(pictures, c.prompt, c.text) for c in group.candidates] for pictures in group.images]
         blank = [said(None, c.prompt, c.text) for c in group.candidates]
-        other = [said(donor, c.prompt, c.text) for c in group.candidates] if donor else []
-        scores.append(GroupScores(*(torch.tensor(each, dtype=torch.float64) for each in (rows, blank, other))))
+        scores.append(GroupScores(*(torch.tensor(each, dtype=torch.float64) for each in (rows, blank))))
     return asked.outcomes(scores, (lambda candidate: len(candidate.text.split())) if lengths else None)
 
 
 def close(found: Outcome, naive: Callable[[Pictures | None], list[float]]) -> None:
     """An outcome's tables are what a few lines say of each picture."""
     assert [list(row) for row in found.seen] == [pytest.approx(naive(pictures)) for pictures in found.item.images]
-    assert list(found.blank) == pytest.approx(naive(None)) and list(found.shuffled or ()) == pytest.approx(naive((Path("z.png"),)))
+    assert list(found.blank) == pytest.approx(naive(None))
 
 
 PAIR = Item("pair", (A, B), ("a cat", "a large dog"), ((1, 0), (0, 1)))
@@ -166,8 +163,7 @@ def test_groups_stay_within_bounds():
         plan([huge], Letters())
 
 
-def test_without_another_picture_nothing_is_said_of_it():
-    assert ask([QUESTION], Answers(), donor=None)[0].shuffled is None
+def test_a_question_without_a_picture_has_a_group_of_its_own():
     alone = Item("alone", ((),), YES_NO, ((1, 0),), "Is ice cold?")
     assert plan([alone, QUESTION], Answers()).groups[0].images == ((),)
     assert set(PROBES) == {"caption", "match", "letters", "yes_no", "generate", "write"}
@@ -177,11 +173,11 @@ def test_without_another_picture_nothing_is_said_of_it():
 
 
 def test_generated_answers_are_scores():
-    found = written(QUESTION, ["Yes, it is."], "No.", "I cannot tell", answer)
-    assert (found.seen, found.blank, found.shuffled) == (((1.0, 0.0),), (0.0, 1.0), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
+    found = written(QUESTION, ["Yes, it is."], "I cannot tell", answer)
+    assert (found.seen, found.blank) == (((1.0, 0.0),), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
     asked = Generate().asked
     assert asked(LISTED) == LISTED.prompt and asked(CHOICE).startswith("Which colour?\nA. red\nB. blue\nC. green\n")
-    assert written(CHOICE, ["(B) blue"], "", None, answer).seen == ((0.0, 1.0, 0.0),)
+    assert written(CHOICE, ["(B) blue"], "", answer).seen == ((0.0, 1.0, 0.0),)
 
 
 @pytest.mark.parametrize(
