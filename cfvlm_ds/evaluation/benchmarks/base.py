@@ -101,12 +101,13 @@ class Outcome:
     said: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """An item with its scores in one of the tables that ``judged`` returns.
 
     ``blind`` is True in a control table, where all images have the same scores and a tie counts as a random guess. In other tables, a tie
     counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
+    Objects are compared by identity, so caches find them fast.
     """
 
     item: Item

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from math import comb, nan, prod
 from typing import Any
 
@@ -23,6 +24,9 @@ _KNOWN = 1 << 16
 
 def tag(*names: str) -> Key:
     """Return a function that looks up an item's tag, or joins the values of several tags."""
+    first, *others = names
+    if not others:
+        return lambda judged: judged.item.tags[first]
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -152,11 +156,12 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 
 @lru_cache(_KNOWN)
-def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
+def _answer(judged: Judged) -> tuple[float, ...]:
     """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
-    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
-    return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
+    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
+    return *said, *map(bool, truth), text_right(judged), scores[0] - scores[1]
 
 
 def answers(table: Sequence[Judged]) -> Any:
@@ -165,7 +170,7 @@ def answers(table: Sequence[Judged]) -> Any:
     The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
     correct, answer is correct. The last column has the log-odds of yes over no in nats.
     """
-    return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
+    return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 6)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
