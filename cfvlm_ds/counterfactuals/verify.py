@@ -196,7 +196,8 @@ def _rounded(value: float) -> float | None:
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     """Add a record to the counts, with its verdict under the default thresholds."""
     counts["candidates"] += 1
-    counts["scored"] += "scores" in record
+    if "scores" in record:
+        counts["scored"] += 1
     reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
     counts["good by default thresholds" if reason == GOOD else f"not: {reason[:80]}"] += 1
 

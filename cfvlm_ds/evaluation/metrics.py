@@ -127,7 +127,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
             used[label].update(metrics)
         for metric in set(METRICS) - measured[_ALL]:
             if len(unused[metric]) < NAMED:
-                unused[metric].append(group.id)
+                unused[metric].append(group.shown_name)
 
     def row(label: str) -> Accuracy:
         percent = {metric: 100 * points / counts[label][metric] for metric, points in sums[label].items()}

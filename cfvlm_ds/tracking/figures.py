@@ -184,7 +184,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
                 if dense:
                     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
                 marker = "o" if len(points) <= 30 else ""
-                short = [_LABELS.get(each) or one_line(each.split("/", 1)[1], _SERIES_CHARS) for each in (name, *equal)]
+                short = [_LABELS.get(each) or textwrap.fill(one_line(each.split("/", 1)[1], 200), _SERIES_CHARS) for each in (name, *equal)]
                 if name.startswith("eval_sample/"):
                     sizes = [samples.get(each.split("/")[1]) for each in (name, *equal)]
                     short = [f"{each}, {size}" if size else each for each, size in zip(short, sizes, strict=True)]
@@ -196,7 +196,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
             axes.grid(axis="y")
             if label in ("fraction", "%"):
                 axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
@@ -213,6 +213,7 @@ _PANELS = (
 )
 """(title, unit, prefix of metric names) of each panel."""
 _LABELS = {
+    "loss/align": "align (sum of NLLs)",
     "logp/lp_00": "true text, its image",
     "logp/lp_kk": "edited text, its edited image",
     "logp/lp_0k": "false text, true image",

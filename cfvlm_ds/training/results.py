@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
-from cfvlm_ds.models import only_adapters_train
+from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
 from cfvlm_ds.training.card import card_of
@@ -145,8 +146,12 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         if not config.train.eval_on_start:
             reason = "train.eval_on_start is false"
         lines += [f"Not compared with the model before training: {', '.join(missing)} ({reason}).", ""]
+    if not changes:
+        return "\n".join([*lines, table(results)])
     files = {name: each.path for name, each in config.data.evaluation_sets.items()}
-    return "\n".join([*lines, changes_table(changes, files=files) if changes else table(results)])
+    size = load_config(config.model.name_or_path).get_text_config().vocab_size
+    guess = f"- NLL of uniform guessing: {math.log(size):.2f} (ln of the vocabulary's {size:,} tokens)"
+    return "\n".join([*lines, changes_table(changes, files=files), guess])
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
@@ -215,11 +220,6 @@ def draw_figures(
     return drawn
 
 
-def shown_name(group: CounterfactualGroup) -> str:
-    """Return a group's id, preceded by the file name of its first picture, because ids made by a tool mean nothing to a reader."""
-    return f"{group.images[0][0].name} ({group.id})" if group.images[0] else group.id
-
-
 def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
     """Return one group per type of the first edit, for at most four types, in the format that score_matrix_figure expects. The title names
     all edit types of the group.
@@ -231,7 +231,7 @@ def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupSc
         first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
     return [
         {
-            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {shown_name(groups[index])}",
+            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {groups[index].shown_name}",
             "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
             "captions": [
                 each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"

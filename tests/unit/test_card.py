@@ -55,7 +55,13 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
-    front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False, repo="me/tuned"))
+    checkpoint = run_folder(tmp_path / "my-run")
+    sample = {"prompt": "Describe it.", "true": ["a dog", "a hound"]}
+    lines = [
+        json.dumps(sample | {"step": step, "text": f"{text} | cat"}) for step, text in ((150, "x"), (300, "a"), (300, "b"), (300, "c"))
+    ]
+    (tmp_path / "my-run" / "samples.jsonl").write_text("\n".join([*lines, ""]))
+    front, body = parts(model_card(checkpoint, adapter=False, repo="me/tuned"))
     assert front == {
         "base_model": "org/base-7b",
         "base_model_relation": "finetune",
@@ -86,6 +92,8 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         'name = "me/tuned"\n',
         "Check its terms, and add `license` above.",
         "All other options have their defaults.",
+        "Limits: only `test` (4 groups) were evaluated",
+        "| `Describe it.` | `a dog / a hound` | `a ¦ cat` |\n| `Describe it.` | `a dog / a hound` | `b ¦ cat` |\n\n",
     ):
         assert expected in body, expected
     assert "train.num_train_epochs" not in body and "| train.max_steps | `300` |" in body, "which does not count beside it"

@@ -186,9 +186,10 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ("relation", "group", 1, 1, 0, 0, None),
     ]
     overall, types = changes_table(changes).splitlines(), rows_table(of_types(changes)).splitlines()
-    assert overall[2] == "| test | 4 of 5 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
-    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | +0.0, too few groups to tell | +0 -0 |"
-    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | +0.0, too few groups to tell | +0 -0 |" in overall
+    assert overall[2] == "| test | 4 of 5 | 4 unchanged | factual 25.0 -> 0.0 |  |  |"
+    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | unchanged | +0 -0 |"
+    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | unchanged | +0 -0 |" in overall
+    assert f"| test | {MEAN} | 4 of 5 | factual | 25.0 | 0.0 | 25.0 | -25.0, too few groups to tell | +0 -1 |" in overall
     assert [line.split(" | ")[1:4] for line in types[2:]] == [
         ["colour", "2", "pair"],
         ["count", "1", "pair"],
@@ -196,10 +197,11 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ["relation", "1", "group"],
     ]
     assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
-    for few, of_set in ((19, "0 of 2 better, 0 worse, 1 with too few groups to tell"), (20, "0 of 2 better, 0 worse")):
+    for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
         many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
-        table_of_sets = changes_table(compare_accuracies("s", *[accuracies(many, [lost] * len(many))] * 2))
-        assert table_of_sets.splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
+        won = scores([[-1.0, -2.0]], [-2.0, -1.0])
+        before, after = (accuracies(many, [lost] * 25 + [one] + [lost] * (few - 1)) for one in (lost, won))
+        assert changes_table(compare_accuracies("s", before, after)).splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
 
 
 def half_width(row: Change) -> float:
@@ -301,11 +303,11 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     assert [(each.edit, each.verdict, each.nll_after) for each in of_types(changes)] == [
         ("a", "better", None),
         ("b", "worse", None),
-        ("c", "not resolved", None),
+        ("c", "unchanged", None),
     ]
     lines = changes_table(changes, files={"s": "made/s.jsonl"}).splitlines()
     assert lines[0] == "| set | file | groups | edit types | fell | NLL before | NLL after |"
-    assert lines[2] == "| s | made/s.jsonl | 75 | 1 of 3 better, 1 worse | none | 0.10 | 0.32 |"
+    assert lines[2] == "| s | made/s.jsonl | 75 | 1 better, 1 worse, 1 unchanged | none | 0.10 | 0.32 |"
     *types, mean = accuracies(groups[:50], [loses] * 50)
     assert compare_accuracies("s", [*types, replace(mean, nll=0.1)], [*after[:-1], rows[1]])[0].nll_before is None, "of other groups"
 
@@ -334,7 +336,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
     only_pairs = table({"s": accuracies([group(Edit("colour", None, 1), num_images=1)], [scores([[1.0, 0.0]])])})
     assert only_pairs.startswith("| set | edit type | groups | pair, % | factual, % |\n")
     assert "| s | text, image, group, image_pair, text_pmi, group_pmi, sham | 0 | 0 | all |" in only_pairs
-    assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
+    assert "| iid | sham | 1 | 1 | 1: 0.png (g) |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1
 
@@ -684,7 +686,7 @@ def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
     ]
     readers = (markdown_it.MarkdownIt("commonmark").enable("table").render, partial(markdown.markdown, extensions=["tables"]))
     rows = accuracies([group(Edit(name, 1, 1)) for name in names], [scores([[1.0, 0.0], [0.0, 1.0]])] * len(names))
-    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [])
+    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [], {name: name for name in names})
     for read in readers:
         shown = read("| name | again |\n|---|---|\n" + "".join(f"| {in_cell(name)} | {in_cell(name)} |\n" for name in names))
         cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
