@@ -199,7 +199,7 @@ class TrainConfig:
             many nats per token below its initial value.
         retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
             also evaluated before the first step, and later changes in their results are logged.
-        figures: draw the learning curves and the score matrices of a few groups at the end.
+        figures: draw the learning curves at the end, and write a page of the groups with the smallest margins.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
         rounds: alternate sampling and training; by default, the run trains once.

@@ -23,7 +23,7 @@ FILES = (
     "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
     "results.md", "results.html", "results.json", "before_after.json", "samples.jsonl",
-    "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
+    "learning_curves.png", "run.lock*", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
 FOLDERS = (

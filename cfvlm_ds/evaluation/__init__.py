@@ -8,7 +8,6 @@ from dataclasses import replace
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation.comparisons import UNLABELLED
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, headline_metric, metric_names
@@ -18,7 +17,6 @@ from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
 __all__ = [
-    "UNLABELLED",
     "Accuracy",
     "GroupScores",
     "accuracies",

@@ -49,7 +49,7 @@ from cfvlm_ds.training.results import (
     PAGE,
     complete_card,
     description,
-    draw_figures,
+    draw_curves,
     export_checkpoint,
     write_results,
     write_results_page,
@@ -324,9 +324,7 @@ class Trainer:
             first, written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
-            figures = list[Path]()
-            if config.train.figures:
-                figures = draw_figures(self._run_dir, self.data.splits, scores, self.sample.counts, config.data.max_pixels, say)
+            figures = draw_curves(self._run_dir, self.sample.counts, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:

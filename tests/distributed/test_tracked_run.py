@@ -29,7 +29,7 @@ from cfvlm_ds.tracking import deliver
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
-ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
+ARTIFACTS |= {"learning_curves.png"}
 
 
 @pytest.fixture(scope="module")

@@ -437,7 +437,7 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
         "set  ",
     ]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
-    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
+    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
     assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
     assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
@@ -521,21 +521,9 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):
-    """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
-    good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
-    splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
-    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, {}, 10**6, said.append)
-    assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
-    names = ("learning_curves", "scores-gone")
-    assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))
-
-
-def test_a_figure_names_what_no_edit_describes_and_the_prompts_of_several(tmp_path):
-    groups = [replace(group([[1, 0, 0]], texts=(*YES_NO, ("Is it big?", "yes")), name="asked"), images=((),))]
-    groups += [replace(group([[1, 0]], Edit("count", text=1), name="said"), images=((),))]
-    asked, said = results.shown_groups(groups, [scores([[-1.0] * 3]), scores([[-1.0] * 2])], 100)
-    assert (asked["title"], said["title"]) == ("unlabelled: asked", "count: said")
-    assert (asked["captions"], said["captions"]) == (["Is it red? yes", "Is it red? no", "Is it big? yes"], ["text 0", "text 1"])
+    said = list[str]()
+    assert results.draw_curves(tmp_path, {}, said.append) == [], "there are no metrics to draw"
+    assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path}/learning_curves.png ") and "\n" not in said[0]
 
 
 def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifests, tmp_path):
