@@ -463,13 +463,11 @@ def test_every_probe_that_fits_makes_groups(name, root):
     assert {*benchmark.probes} <= {*PROBES} and benchmark.probes[0] != "generate"
     for probe in benchmark.probes:
         if probe == "write":
-            assert all(
-                Write().asked(item) and read_text(item, ["A man."], "", None, benchmark.mentions).said == ("A man.",) for item in items
-            )
+            assert all(Write().asked(item) and read_text(item, ["A man."], "", benchmark.mentions).said == ("A man.",) for item in items)
         elif probe == "generate":
             for item in items:
                 said = ["no such answer (Z)"] * len(item.images)
-                assert Generate().asked(item) and read_text(item, said, said[0], None, PARSERS.get(name, answer)).said == tuple(said)
+                assert Generate().asked(item) and read_text(item, said, said[0], PARSERS.get(name, answer)).said == tuple(said)
         else:
             assert plan(items, PROBES[probe]).groups
 
