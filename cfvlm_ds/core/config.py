@@ -195,10 +195,7 @@ class TrainConfig:
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
             (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
             check.
-        displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
-            many nats per token below its initial value.
-        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
-            also evaluated before the first step, and later changes in their results are logged.
+        displacement_warning: warn when the log-likelihood of the factual texts falls this many nats per token below its initial value.
         figures: draw the learning curves at the end, and write a page of the groups with the smallest margins.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
@@ -241,7 +238,6 @@ class TrainConfig:
     hang_timeout_s: float = option(600.0, within=(0, 1e8), on_resume="ignored")
     self_check: Literal["error", "warn", "off"] = option("error", on_resume="ignored")
     displacement_warning: float = option(0.1, on_resume="ignored")
-    retention: list[str] | None = option(None, on_resume="ignored")
     figures: bool = option(True, on_resume="ignored")
     export: bool = option(True, on_resume="ignored")
     rounds: RoundsConfig | None = option(None, on_resume="ignored")

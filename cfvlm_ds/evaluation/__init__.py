@@ -10,7 +10,7 @@ from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
-from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, headline_metric, metric_names
+from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
@@ -24,7 +24,6 @@ __all__ = [
     "flat_metrics",
     "guarded",
     "headline",
-    "headline_metric",
     "metric_names",
     "rehearse",
     "score_groups",

@@ -41,12 +41,12 @@ class Baseline:
     world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
+        """Evaluate the sets unless ``train.eval_on_start`` is False, and return their accuracies.
 
-        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size. Sets in
-        ``train.retention`` are always evaluated in full. An earlier run's baseline in the run folder is deleted.
+        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size. An earlier run's
+        baseline in the run folder is deleted.
         """
-        wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
+        wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start}
         for name, places in wanted.items():
             if len(places) < len(self.splits[name]):
                 self.world.say(
@@ -78,15 +78,11 @@ class Baseline:
                 changed += compare_accuracies(name, before, after)
         return changed
 
-    @property
-    def _retained(self) -> Sequence[str]:
-        return self.config.train.retention or ()
-
     def _drawn(self, name: str) -> Sequence[int]:
         """Return the indices of those groups of a set for which the baseline is measured."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
-        if self.config.train.eval_on_start is True or name in self._retained or size <= most:
+        if self.config.train.eval_on_start is True or size <= most:
             return range(size)
         return random_order(size, most)
 

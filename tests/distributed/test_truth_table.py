@@ -488,7 +488,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended.engine = SimpleNamespace(module=SimpleNamespace(model=None))
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
-    ended._retention = SimpleNamespace(evaluated=lambda *_: {}, displacement=lambda _: "")
+    ended._displacement = SimpleNamespace(warning=lambda _: "")
     ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}, overlaps={}), run_dir
