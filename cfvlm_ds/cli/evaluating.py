@@ -74,7 +74,6 @@ def _evaluate(
     *,
     out: str | None = None,
     scoring: Scoring,
-    no_shuffled: bool = False,
     benchmark_options: BenchmarkOptions,
     reading: Reading,
     limits: ImageLimits,
@@ -88,14 +87,11 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row in which each group's texts are scored on another group's image. This row costs one more
-            image per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
     if benchmark_options.benchmarks is not None:
-        shuffled, max_pixels = not no_shuffled, reading.max_pixels
-        _evaluate_benchmarks(model, benchmark_options, out, shuffled=shuffled, scoring=scoring, limits=limits, max_pixels=max_pixels)
+        _evaluate_benchmarks(model, benchmark_options, out, scoring=scoring, limits=limits, max_pixels=reading.max_pixels)
         return
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} applies only to --benchmarks; leave it out")
@@ -115,7 +111,6 @@ def _evaluate(
         world,
         scoring.batch_size,
         max_tokens=scoring.max_tokens_per_forward,
-        shuffled=not no_shuffled,
         remedy=scoring.remedy,
     )
     if world.is_main:
@@ -132,7 +127,7 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 
 
 def _evaluate_benchmarks(
-    name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
+    name: str, options: BenchmarkOptions, out: str | None, *, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
     """Evaluate a model on benchmarks. All ranks must call this. The model is loaded after the benchmarks' files have been read."""
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
@@ -171,7 +166,6 @@ def _evaluate_benchmarks(
             batch_size=scoring.batch_size,
             max_tokens=scoring.max_tokens_per_forward or MAX_TOKENS,
             num_workers=default_workers() if options.num_workers is None else options.num_workers,
-            shuffled=shuffled,
             skip=skip,
             draws=options.draws,
             remedy=scoring.remedy.replace("set --max_tokens", "lower --max_tokens"),
@@ -247,18 +241,19 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
         after: further results of the same kind; each is compared with the first.
         draws: number of random permutations in the test on a benchmark. The default is the same as in `cfvlm-ds evaluate`.
-        out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
+        out: folder for the tables, as Markdown (results.md) and as an HTML page.
     """
     from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
     from cfvlm_ds.evaluation.before_after import comparison_tables, is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
+    from cfvlm_ds.page.report import write_report_page
 
     register()
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; give each result once")
     if out is not None:
-        refuse_filled(out, except_for=_COMPARISON)
+        refuse_filled(out, except_for=("results.md", "results.html"))
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
@@ -266,41 +261,17 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     if of_sets[before]:
         if draws is not None:
             raise ConfigError("--draws applies only to benchmarks; leave it out")
-        changes = compare_sets(Path(before), [Path(name) for name in after], say)
-        text = comparison_tables(Path(before), changes)
-        differences = {
-            label: {
-                f"{each.set}, {each.edit}, {each.metric}": (each.difference, None if each.low is None else (each.low, each.high))
-                for each in rows
-            }
-            for label, rows in changes.items()
-        }
+        text = comparison_tables(Path(before), compare_sets(Path(before), [Path(name) for name in after], say))
     else:
-        compared = {name: compare_results(Path(before), Path(name), draws, say) for name in after}
-        text = "\n\n".join(comparison_table(pairs, before, name) for name, pairs in compared.items())
-        differences = {
-            name: {f"{pair.before.place}: {metric}": difference for pair in pairs for metric, difference in pair.headlines.items()}
-            for name, pairs in compared.items()
-        }
+        text = "\n\n".join(comparison_table(compare_results(Path(before), Path(name), draws, say), before, name) for name in after)
     print(text)
     if out is not None:
-        _write_comparison(out, f"{', '.join(after)} compared with {before}", text, differences)
-
-
-_COMPARISON = ("results.md", "differences.png", "results.html")
-
-
-def _write_comparison(out: Path, title: str, text: str, differences: Mapping[str, Any]) -> None:
-    from cfvlm_ds.page.report import write_report_page
-    from cfvlm_ds.tracking.figures import differences_figure
-
-    table, figure, page = (out / name for name in _COMPARISON)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+        title = f"{', '.join(after)} compared with {before}"
         markdown = f"# {in_cell(title, 200)}\n\n{text}\n"
-        replace(table, markdown.encode())
-        differences_figure(figure, title, differences)
-        write_report_page(page, title, f"{markdown}\n![differences with 95 % intervals]({figure.name})\n")
-    except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
-    say(f"page: {page}")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            replace(out / "results.md", markdown.encode())
+            write_report_page(out / "results.html", title, markdown)
+        except OSError as error:
+            raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
+        say(f"page: {out / 'results.html'}")

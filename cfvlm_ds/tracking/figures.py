@@ -1,36 +1,27 @@
-"""Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
+"""Figure of a run's learning curves, drawn with matplotlib's Agg backend.
 
-Each function takes plain data and writes one PNG. matplotlib is imported only when a figure is drawn, and its global style is not changed.
+matplotlib is imported only when the figure is drawn, and its global style is not changed.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import read_rows
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
-TRUE_COLOUR = "#e8710a"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
-_CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
-_CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
-_DOTS = " \N{HORIZONTAL ELLIPSIS}"
-_MOST_IMAGES, _MOST_CAPTIONS = 6, 8
-_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
+_MOST_SERIES, _SERIES_CHARS = 8, 30
 
 _STYLE: Any = {
-    "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a caption would enclose a formula
-    "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
+    "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a name would enclose a formula
+    "figure.dpi": 160, "figure.facecolor": "white",
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.labelsize": 8.5, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "axes.axisbelow": True,
     "axes.spines.left": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -38,97 +29,6 @@ _STYLE: Any = {
     "xtick.major.size": 0, "xtick.labelsize": 8, "xtick.labelcolor": MUTED,
     "ytick.major.size": 0, "ytick.labelsize": 8, "ytick.labelcolor": MUTED,
 }  # fmt: skip
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Figure]:
-    """Yield a figure of ``width`` x ``height`` inches, and write it to a PNG file at the end of the block."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        yield figure
-        figure.savefig(path)
-
-
-def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the score matrices of sample groups as one PNG, with images beside the rows, captions above the columns and true cells outlined.
-
-    Only the first images and captions of a large group are drawn; its title gives the totals.
-
-    Args:
-        path: PNG file to write.
-        groups: mappings with ``images`` (I lists, each with one image's pictures as PIL images), ``captions`` (C texts), ``scores``
-            ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally, ``title``.
-    """
-    from matplotlib.patches import Rectangle
-
-    groups = [_readable(group) for group in groups]
-    columns = max(len(group["captions"]) for group in groups)
-    lines = [max(caption.count("\n") + 1 for caption in group["captions"]) for group in groups]
-    heights = [0.4 + number * _LINE + len(group["images"]) * _CELL_H for number, group in zip(lines, groups, strict=True)]
-    with _figure(path, 0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)) as figure:
-        for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
-            _draw_group(part, group, columns)
-        text = "true   |   ?: not known   |   log p(caption given image), nats   |   darker: more likely within its group"
-        outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
-        figure.legend(handles=[outlined], loc="outside lower left", labelcolor=MUTED)
-
-
-def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Limit a group to a readable number of images and captions. If some are left out, the title gives the totals."""
-    images, captions = len(group["images"]), len(group["captions"])
-    title = one_line(str(group.get("title", "")), _TITLE_CHARS)
-    if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
-        shown = f"{min(images, _MOST_IMAGES)} of {images} images, {min(captions, _MOST_CAPTIONS)} of {captions} captions"
-        title = f"{title} ({shown})".strip()
-    rows = {part: [row[:_MOST_CAPTIONS] for row in group[part][:_MOST_IMAGES]] for part in ("scores", "match")}
-    return {
-        "title": title,
-        "images": group["images"][:_MOST_IMAGES],
-        "captions": [
-            # cut first, because wrapping megabytes of text is slow
-            textwrap.fill(caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES], _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=_DOTS)
-            for caption in group["captions"][:_MOST_CAPTIONS]
-        ],
-        **rows,
-    }
-
-
-def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> None:
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    num_images, num_captions = len(group["images"]), len(group["captions"])
-    figure.suptitle(group["title"], x=0.01, ha="left", color=INK)
-    axes = figure.add_subplot(frameon=False)
-    for i, pictures in enumerate(group["images"]):  # thumbnails to the left of their row
-        if not pictures:
-            axes.text(-0.06 - _THUMB / 2 / _CELL_W, i + 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
-        for k, picture in enumerate(pictures):
-            space = _THUMB / len(pictures)
-            x, scale = -0.06 + ((k + 0.5) * space - _THUMB) / _CELL_W, min(space / picture.width, 0.97 * _CELL_H / picture.height) / 2
-            half_width, half_height = picture.width * scale / _CELL_W, picture.height * scale / _CELL_H
-            axes.imshow(picture, extent=(x - half_width, x + half_width, i + 0.5 + half_height, i + 0.5 - half_height), aspect="auto")
-    axes.set(xlim=(-0.06 - _THUMB / _CELL_W, columns), ylim=(num_images, 0), yticks=[])
-    axes.set_xticks(np.arange(num_captions) + 0.5, group["captions"], fontsize=8.5, color=INK, linespacing=1.2)
-    axes.tick_params(bottom=False, labelbottom=False, labeltop=True)
-    scores = np.ma.masked_invalid(np.array(group["scores"], dtype=float))
-    blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92])).with_extremes(bad="#f4f5f7")
-    cells = axes.pcolormesh(np.arange(num_captions + 1), np.arange(num_images + 1), scores, cmap=blues, edgecolors="white", linewidth=4)
-    for (i, c), score in np.ndenumerate(scores.filled(np.nan)):
-        shade: Any = cells.norm(score)
-        valid = math.isfinite(score)
-        text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
-        text += " ?" if group["match"][i][c] is None else ""
-        colour = MUTED if not valid else "white" if shade > 0.55 else INK
-        axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
-        if group["match"][i][c] == 1:
-            box = Rectangle((c + 0.02, i + 0.03), 0.96, 0.94, fill=False, edgecolor=TRUE_COLOUR, linewidth=2.6, clip_on=False)
-            axes.add_patch(box)
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -149,6 +49,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         FileNotFoundError: the metrics file does not exist.
         ValueError: the metrics file has none of these metrics.
     """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
@@ -168,7 +70,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    with _figure(path, 5.2 * columns, 3.0 * rows, layout) as figure:
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout=layout)
         for place, (title, label, chosen, others) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             lines: dict[tuple[str, str], list[str]] = {}  # names of equal series, which would hide each other
@@ -200,34 +103,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
-
-
-def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
-    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and error bars for the intervals.
-
-    Args:
-        differences: result -> label -> (difference, interval or None). Only the first 40 labels are drawn; the title gives the total.
-    """
-    labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
-    shown = labels[:_MOST_ROWS]
-    with _figure(path, 8, 1.4 + 0.34 * len(shown)) as figure:
-        axes = figure.add_subplot()
-        for index, (result, of_result) in enumerate(differences.items()):
-            colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
-            rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
-            heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
-            axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
-            spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
-            axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
-        axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
-        axes.invert_yaxis()
-        axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups")
-        axes.grid(axis="x")
-        others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
-        axes.set_title(one_line(title, _TITLE_CHARS) + others)
-        if len(differences) > 1:
-            axes.legend()
+        figure.savefig(path)
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "factual", "text", "image")

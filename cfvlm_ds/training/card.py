@@ -176,8 +176,8 @@ def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 _CONTROLS = (
-    "Accuracies for each edit type, and their mean. The mean is also given for a blank image and for another group's image, which show",
-    "what language alone achieves. The last row is that of random scores.",
+    "Accuracies for each edit type, and their mean. The mean is also given for a blank image, which shows what language alone achieves.",
+    "The last row is that of random scores.",
 )
 
 

@@ -210,8 +210,6 @@ def S(g: Group, o: Any, i: int, c: int) -> float:
 
 def h(g: Group, o: Any, violation: float) -> float:
     m = o.margin
-    if o.margin_unit == "nats" and o.len_norm != "none":
-        m = o.margin / g.tokens[0]
     if o.link == "logsigmoid":
         return -math.log(1 / (1 + math.exp(o.beta * (m + violation)))) / o.beta
     return min(max(0.0, m + violation), o.hinge_cap * m if o.hinge_cap else math.inf)
@@ -219,10 +217,6 @@ def h(g: Group, o: Any, violation: float) -> float:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def largest(o: Fcd, values: list[float]) -> float:
-    return o.soft * (math.log(sum(math.exp(v / o.soft) for v in values)) - math.log(len(values))) if o.soft else max(values)
 
 
 def nll(g: Group, i: int, c: int) -> float:
@@ -259,7 +253,7 @@ def twin_csd(g: Group, o: Csd) -> list[tuple[float, float]]:
 def twin_fcd(g: Group, o: Fcd) -> list[tuple[float, float]]:
     first = [S(g, o, i, 0) - S(g, o, 0, 0) for i, _ in g.pairs if i is not None and g.truth.get((i, 0)) == 0]
     second = [S(g, o, 0, c) - S(g, o, i, c) for i, c in g.pairs if i is not None and c is not None and g.truth.get((0, c)) == 0]
-    halves = [h(g, o, largest(o, v)) for v in ([first, second] if o.symmetric else [first]) if v]
+    halves = [h(g, o, max(v)) for v in ([first, second] if o.symmetric else [first]) if v]
     return [(mean(halves), float(bool(halves)))]
 
 
@@ -400,9 +394,9 @@ VARIANTS = {
         {},
         PAPER | {"margin": 0.25},
         PAPER | {"margin": 0.4, "hinge_cap": 0.0},
-        PAPER | {"margin": 3.0, "margin_unit": "nats", "len_norm": "own"},
-        {"margin_unit": "nats", "margin": 3.0, "beta": 2.0},
-        {"margin_unit": "nats", "margin": 3.0, "len_norm": "anchor"},
+        PAPER | {"margin": 0.6, "len_norm": "own"},
+        {"margin": 3.0, "beta": 2.0},
+        {"margin": 0.6, "len_norm": "anchor"},
         {"pmi": 1.0, "len_norm": "anchor"},
         {"mode": "matched"},
         {"mode": "matched_sg"},
@@ -412,10 +406,9 @@ VARIANTS = {
     "fcd": [
         {},
         PAPER | {"margin": 0.3},
-        PAPER | {"margin": 3.0, "margin_unit": "nats", "hinge_cap": 1.1},
+        PAPER | {"margin": 0.6, "hinge_cap": 1.1},
         {"symmetric": False},
-        {"soft": 0.2, "len_norm": "anchor"},
-        {"soft": 0.2, "symmetric": False, "margin": 2.0},
+        {"symmetric": False, "margin": 2.0, "len_norm": "anchor"},
         {"link": "hinge", "len_norm": "own", "margin": 0.5},
         {"pmi": 0.5},
         {"token_credit": True},
