@@ -154,7 +154,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
     Args:
         manifest: manifests of groups; several manifests are treated as splits of one data set.
-        out: folder for an HTML page, report.md and report.json.
+        out: folder for an HTML page and report.md.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -171,7 +171,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(findings, sets, folder, say)
     print(findings.markdown())
-    print(f"wrote {folder}: index.html, report.md and report.json")
+    print(f"wrote {folder}: index.html and report.md")
     if options.strict and findings.faults:
         sys.stdout.flush()
         sys.exit(1)

@@ -24,6 +24,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
+from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Done, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
@@ -251,4 +252,15 @@ def check_manifest(
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
+    report.sides.update(pictures.sides())
+    work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
+    keys = joined_keys([*scan.over(range(len(store)), work, counted)])
+    report.repeated_rows, report.repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
     return report
+
+
+def _keys(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> Keys:
+    keys = keys_of((group for _, group in store.entries(places) if not isinstance(group, DataError)), pictures)
+    for _ in places:
+        done()
+    return keys

@@ -115,6 +115,7 @@ def test_pairs(folder):
             candidates=(Candidate("Which?", "a dog bites a man"), Candidate("Which?", "a man bites a dog")),
             match=((1, 0), (0, 1)),
             edits=(Edit("relation", 1, 1),),
+            source="pairs",
         ),
     )
     assert second.edits == () and second.candidates[0].prompt == "Describe the image."
@@ -258,8 +259,8 @@ def test_cfvlm_rows(folder):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (pair(promtp="Which?"), "'promtp'.*'prompt'"),
-        ({"image_0": "a.png"}, "'image_1' is missing"),
+        ({"image_0": "a.png", "caption_0": "a"}, "'caption_1' is missing"),
+        (pair(image_1=None), "'image_1' is missing"),
         (pair(caption_1=3), "'caption_1'"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(orig_input=2 * "<|vision_start|>a.png<|vision_end|>"), "one image"),
@@ -490,6 +491,8 @@ def test_report_counts(folder):
         shapes={"2 x 2": 1, "3 x 2": 1, "1 x 1": 1, "1 x 2": 1},  # type: ignore[arg-type]
         sources={"(none)": 4},  # type: ignore[arg-type]
         text_lengths={8: 3, 10: 3, 1: 1},  # type: ignore[arg-type]
+        sides=report.sides,
+        repeated_pictures=1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),
@@ -554,7 +557,8 @@ def test_a_check_says_how_far_it_is(folder, monkeypatch):
         monkeypatch.setattr(f"cfvlm_ds.core.progress.{name}", 0.0)
     lines = []
     check_manifest(manifest(folder, row("a"), row("b")), progress=lines.append)
-    counted = [f"{what}: {n} of 2 {unit}" for what, unit in (("rows", "groups"), ("images", "images"), ("texts", "groups")) for n in (1, 2)]
+    units = {"rows": "groups", "images": "images", "texts": "groups", "repeats": "groups"}
+    counted = [f"{what}: {n} of 2 {unit}" for what, unit in units.items() for n in (1, 2)]
     assert [line.partition(",")[0] for line in lines if not line.startswith("indexing")] == [f"checking {each}" for each in counted]
 
 

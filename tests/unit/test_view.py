@@ -25,9 +25,8 @@ from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.conversation import PICTURE, Turn
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.data import MAX_PIXELS, open_groups
+from cfvlm_ds.data import MAX_PIXELS, check_manifest, open_groups
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.metrics import content_hash
@@ -458,10 +457,14 @@ def test_a_report_has_a_list_of_contents(tmp_path):
     assert "<nav>" not in (tmp_path / "page.html").read_text()
 
 
-# ---- statistics
+# ---- what the check counts
 
 
-def test_statistics_by_hand(folder, capsys):
+def counted(report: object) -> dict[str, str]:
+    return {name.strip(): value for name, value in re.findall(r"^(\S.{15}) (.*)$", str(report), re.MULTILINE)}
+
+
+def test_counts_by_hand(folder):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     rows = [
         group("g"),
@@ -470,43 +473,39 @@ def test_statistics_by_hand(folder, capsys):
         group("g"),
         {"id": "broken"},
     ]
-    main(["data", "stats", str(manifest(folder, *rows))])
-    printed = dict(re.findall(r"^(\S.{15}) (.*)$", capsys.readouterr().out, re.MULTILINE))
-    assert {name.strip(): value for name, value in printed.items()} == {
-        "manifest": str(folder / "groups.jsonl"),
+    path = manifest(folder, *rows)
+    assert counted(check_manifest(path, progress=str)) == {
+        "manifest": str(path),
         "groups": "4",
-        "images x texts": "2 x 2: 3, 1 x 1: 1",
-        "pictures": "5 distinct files, min 60, median 120, 95 % up to 120, max 120 pixels on the longer side",
-        "texts": "3 distinct of 7, for 2 distinct prompts",
-        "lengths": "min 1, median 12, 95 % up to 14, max 14 characters",
-        "visual tokens": "none",
-        "cells": "7 true, 3 false, 3 unknown of 13",
-        "edit types": "count: 3",
         "sources": "lawn: 3, (none): 1",
-        "equal rows": "1 of 4 rows repeat another",
-        "equal texts": "4 of 7 texts repeat another",
-        "equal pictures": "1 of 5 files repeat another",
-        "equal ids": "1 of 4 rows repeat another",
-        "problems": "3 (`cfvlm-ds data check` lists all)",
+        "images x texts": "2 x 2: 3, 1 x 1: 1",
+        "images": "5 distinct files, min 60, median 120, max 120 pixels on the longer side",
+        "texts": "7",
+        "prompts": "others: 4",
+        "cells": "7 true, 3 false, 3 unknown",
+        "edit types": "count: 3",
+        "counterfactuals": "K=0: 1 groups, K=1: 3 groups",
+        "text lengths": f"min 1, median 12, max 14 characters ({path}:1, text 1)",
+        "repeated": "1 rows, 1 picture files",
+        "problems": "3",
     }
 
 
-def test_statistics_of_what_others_publish(folder, capsys):
+def test_counts_of_what_others_publish(folder, capsys):
     """Any format, recognised; a row that is there twice under two ids, texts in another order."""
     (folder / "llava").mkdir()
     path, _ = PUBLIC["LLaVA"][0](folder / "llava", 20)
-    main(["data", "stats", str(path), "--format", "auto"])
+    main(["data", "check", str(path), "--format", "auto"])
     printed = capsys.readouterr().out
-    for said in ("format llava", "groups +20\n", "cells +20 true, 0 false, 0 unknown of 20\n", "images x texts +1 x 1: 18, 0 x 1: 2\n"):
+    for said in ("format llava", "groups +20\n", "cells +20 true, 0 false, 0 unknown\n", "images x texts +1 x 1: 18, 0 x 1: 2\n"):
         assert re.search(said, printed), said
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
     path = manifest(folder, group("g"), again, group("k", prompt="Other."))
-    assert (found := statistics(path)).num_rows == 2
+    found = check_manifest(path, progress=str)
+    assert (found.repeated_rows, found.repeated_pictures) == (1, 0)
     assert preparing(path, folder / "store")
-    (folder / "a.png").unlink()
-    of_store = statistics(folder / "store")
-    assert vars(of_store) == vars(found) | {"report": of_store.report}, "the store's table knows its pictures"
-    assert of_store.report.ok and of_store.report.shapes == {"2 x 2": 3}
+    of_store = check_manifest(folder / "store", progress=str)
+    assert counted(of_store) == counted(found) | {name: counted(of_store)[name] for name in ("manifest", "text lengths")}
 
 
 class Tokens:
@@ -523,13 +522,12 @@ class Tokens:
         return sum(max(size) for size in sizes)
 
 
-def test_statistics_in_tokens(folder):
+def test_counts_in_tokens(folder):
     text_alone = group("t", images=[{"id": "i0", "path": None}], match=[["i0", "t0", 1]], edits=[])
     refused = group("x", texts=[{"id": "t0", "text": "x"}], match=[["i0", "t0", 1]], edits=[])
-    found = statistics(manifest(folder, group("g"), text_alone, refused), lengths=Tokens())
-    report = found.report
+    report = check_manifest(manifest(folder, group("g"), text_alone, refused), lengths=Tokens(), progress=str)
     assert list(report.text_lengths.elements()) == [9 + 12 + 120, 9 + 14 + 120, 9 + 12, 9 + 14]
-    assert report.visual_tokens == {120: 2} and "visual tokens    min 120" in str(found), "of the two pictures"
+    assert report.visual_tokens == {120: 2} and "visual tokens    min 120" in str(report), "of the two pictures"
     assert len(report.problems) == 1 and "group 'x'" in report.problems[0] and report.shapes == {"2 x 2": 1, "0 x 2": 1, "2 x 1": 1}
 
 

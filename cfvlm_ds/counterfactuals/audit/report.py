@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,16 +58,6 @@ class Audit:
             named = f": {few([self.names[name] for name in ids])}" * bool(ids)
             lines.append(f"- {in_cell(sentence + named, 600)}")
         return "\n".join([*lines, *(["None."] if not self.faults else [])]) + "\n"
-
-    def as_json(self) -> str:
-        shortcuts = [vars(cue) for cue in self.shortcuts]
-        return (
-            json.dumps(
-                {"facts": dict(self.facts), "shortcuts": shortcuts, "faults": [{"fault": s, "groups": ids} for s, ids in self.faults]},
-                indent=1,
-            )
-            + "\n"
-        )
 
 
 @dataclass(frozen=True)
@@ -256,7 +245,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and an HTML page of the affected groups to the folder ``out``."""
+    """Write report.md and an HTML page of the affected groups to the folder ``out``."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:
@@ -265,7 +254,7 @@ def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Wri
     shown = [group for group in every if group.id in about] or every[:_SHOWN]
     faults = ((group, about.get(group.id, ["nothing"])) for group in shown)
     items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in faults)
-    beside = {"report.md": report.markdown(), "report.json": report.as_json()}
+    beside = {"report.md": report.markdown()}
     facts = [*report.facts, *((cue.name, str(cue)) for cue in report.shortcuts)]
     facts += [("exceeded limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("exceeded limits", "none")]
     return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)
