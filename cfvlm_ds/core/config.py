@@ -68,8 +68,8 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernel ``varlen``. ``auto`` selects
-            flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
+        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
+            selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
         gradient_checkpointing: recompute activations in the backward pass. This saves memory, but a step takes about a third longer.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
