@@ -43,9 +43,10 @@ def _tiny(family: str, out_dir: str) -> None:
 
 
 def _prepare(
-    manifest: str,
+    manifest: str | None = None,
     *,
-    out: str,
+    config: str | None = None,
+    out: str | None = None,
     limit: Positive | None = None,
     pack: bool = False,
     on_error: OnError = "error",
@@ -60,11 +61,20 @@ def _prepare(
 
     Args:
         manifest: data in any known format.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as they would be
+            when the run first starts.
         out: folder to write; work that an earlier call has finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
         on_error: with skip, leave out rows that are invalid or have an unusable picture, and list them in OUT/left_out.jsonl.
     """
+    if config is not None:
+        others = {"manifest": manifest, "out": out, "limit": limit, "pack": pack, "on_error": on_error != "error", "shard": part.shard}
+        others |= {name: value != getattr(Reading, name) for name, value in vars(reading).items()}
+        _prepare_run(config, [name for name, value in others.items() if value])
+        return
+    if manifest is None or out is None:
+        raise ConfigError("name a manifest and --out FOLDER, or --config RUN.yaml")
     from cfvlm_ds.data import data_roots, open_groups
     from cfvlm_ds.data.manifest import local_path
     from cfvlm_ds.data.prepare import LEFT_OUT, PrepareOptions, prepare, source_stamp, source_state
@@ -90,6 +100,26 @@ def _prepare(
         store = StoredRows(folder)
         without = f"; {left_out} rows were left out and are listed in {folder / LEFT_OUT}" if (left_out := store.found["left_out"]) else ""
         print(f"prepared {store.identity['rows']} groups in {folder}{without}; use this folder as a data set, for example as data.train")
+
+
+def _prepare_run(config: str, other_options: list[str]) -> None:
+    import torch
+
+    from cfvlm_ds.cli.train import build
+    from cfvlm_ds.core.distributed import World
+    from cfvlm_ds.core.parsing import parse_config
+    from cfvlm_ds.objectives import OBJECTIVES
+    from cfvlm_ds.training.run import prepare
+    from cfvlm_ds.training.validation import validate
+
+    if other_options:
+        raise ConfigError(f"--config cannot be combined with {', '.join(other_options)}; set them in {config}")
+    run = parse_config(["--config", config], OBJECTIVES)
+    world = World(0, 1, 0, torch.device("cpu"))
+    validate(run, world)
+    build(run.build)
+    prepare(run, world)
+    print(f"prepared the data of {config} in {run.train.output_dir}/prepared")
 
 
 def _refuse(report: CheckReport) -> None:

@@ -75,11 +75,11 @@ class SourceData(NamedTuple):
     identity: Identity
 
 
-def read_data(config: RunConfig, world: World) -> RunData:
+def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_ROWS) -> RunData:
     """Open the stores of the training groups and evaluation splits.
 
     If a data set is not a store yet, rank 0 prepares it (cfvlm_ds/data/prepare.py). All ranks raise ConfigError if a rank is lost,
-    and DataError for an invalid manifest, image or text, or for an unprepared data set of more than ``MOST_ROWS`` groups.
+    and DataError for an invalid manifest, image or text, or for an unprepared data set of more than ``most_rows`` groups.
     """
     data = config.data
     barrier, train_sets, evaluation_sets = ProgressBarrier(world), data.train_sets, data.evaluation_sets
@@ -87,7 +87,7 @@ def read_data(config: RunConfig, world: World) -> RunData:
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         run_on_rank0(world, lambda: [str(local_path(path, scan, world.say)) for path in hub], barrier)
     collator = load_collator(config.model, "full", data.max_pixels)
-    stores = _Stores(config, world, barrier, scan, collator)
+    stores = _Stores(config, world, barrier, scan, most_rows, collator)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}
     sources = {name: SourceData(groups, stored_rows(groups).identity) for name, groups in train.items()}
@@ -188,6 +188,7 @@ class _Stores:
     world: World
     barrier: ProgressBarrier
     scan: Scan
+    most_rows: int | None
     collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
@@ -225,12 +226,12 @@ class _Stores:
         except DataError:  # a damaged store is prepared again
             _disown(folder)
         groups = self._source(each)
-        if len(groups) > MOST_ROWS:
+        if self.most_rows is not None and len(groups) > self.most_rows:
             roots = [each.root] if isinstance(each.root, str) else each.root or []
             options_given = [("format", format), *(("root", root) for root in roots), ("limit", each.limit)]
             written = "".join(f" --{name} {value}" for name, value in options_given if value is not None)
             raise DataError(
-                f"{each.path}: has {len(groups)} groups, but a run itself prepares at most {MOST_ROWS} of a data set; run "
+                f"{each.path}: has {len(groups)} groups, but a run itself prepares at most {self.most_rows} of a data set; run "
                 f"`cfvlm-ds data prepare {each.path}{written} --out {each.path}.store` first, and use {each.path}.store instead"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,15 @@ def train(config: RunConfig, world: World | None = None) -> None:
             _run(config, world)
 
 
+def prepare(config: RunConfig, world: World) -> None:
+    """Prepare a run's data (stores, text lengths, token counts) as the run's first start would. Raises the same errors as ``train``."""
+    validate(config, world)
+    with locked(Path(config.train.output_dir), world, options=config.resolved):
+        data = read_data(config, world, most_rows=None)
+        besides = scored_besides(config.objective)
+        _tokens(config, world, data, data.collator.of_run(required_cells(config.objective), None, data.pictures, **besides))
+
+
 _LEFT = {
     signals.EXIT_STOPPED: "stopped by a signal; the same command continues",
     signals.EXIT_INTERRUPTED: "ended by a second Ctrl-C; the same command continues from the last checkpoint",

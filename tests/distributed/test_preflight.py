@@ -41,8 +41,9 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import check_manifest, picture_check, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.objectives import OBJECTIVES
+from cfvlm_ds.objectives import OBJECTIVES, required_cells
 from cfvlm_ds.training import read_data as preflight
+from cfvlm_ds.training import run as training_run
 from cfvlm_ds.training import run_start, token_counts
 from cfvlm_ds.training.token_counts import group_tokens
 
@@ -162,22 +163,41 @@ def test_what_is_written_while_it_is_checked_is_looked_at_again(own, config, dat
     assert changes(third.identity, preflight.read_data(own, ONE).identity) == "labels (match)", "of the same size, with its old time"
 
 
-def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, opened, monkeypatch):
+def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, opened):
     """The sentence names a command that makes a store of what the run would have read; a run's own preparation is another way."""
     run = configured(config, tmp_path / "run", train=str(data))
-    monkeypatch.setattr(preflight, "MOST_ROWS", 5)
     with pytest.raises(DataError, match="has 6 groups, but a run itself prepares at most 5 of a data set; run `cfvlm-ds") as refused:
-        preflight.read_data(run, ONE)
+        preflight.read_data(run, ONE, most_rows=5)
     assert not opened
     cli_main(shlex.split(str(refused.value).split("`")[1])[1:])
-    stored = preflight.read_data(configured(run, tmp_path / "run", train=f"{data}.store"), ONE)
+    stored = preflight.read_data(configured(run, tmp_path / "run", train=f"{data}.store"), ONE, most_rows=5)
     assert len(opened) == 12 and list(stored.groups) == read_manifest(data)
-    monkeypatch.setattr(preflight, "MOST_ROWS", 6)
     again = preflight.read_data(run, ONE)
-    monkeypatch.setattr(preflight, "MOST_ROWS", 5)
     assert again.identity == stored.identity and len(opened) == 24
-    preflight.read_data(run, ONE)
+    preflight.read_data(run, ONE, most_rows=5)
     assert len(opened) == 24, "what is prepared is taken, whatever its size"
+
+
+def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, opened, monkeypatch):
+    """By its configuration alone: the start opens, measures and counts nothing."""
+    named = {"model": {"name_or_path": str(model_dir)}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
+    cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
+    assert len(opened) == 12
+    for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
+        monkeypatch.setattr(module, name, pytest.fail)
+    run = parse_config(["--config", str(tmp_path / "run.yaml")], OBJECTIVES)
+    read = preflight.read_data(run, ONE)
+    collator = load_collator(run.model, "full").of_run(required_cells(run.objective), None, read.pictures)
+    assert len(training_run._tokens(run, ONE, read, collator)) == 6
+
+
+def test_a_model_that_a_run_would_build_is_there_when_its_data_are_prepared(data, tmp_path):
+    base = str(tmp_path / "base")
+    named = {"build": {"base": base}, "model": {"name_or_path": base}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run")}}))
+    cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
+    assert (tmp_path / "base" / "config.json").is_file() and (tmp_path / "run" / "prepared").is_dir()
 
 
 @pytest.mark.parametrize("after", range(1, 40, 6))

@@ -80,6 +80,7 @@ def test_the_usage_of_evaluate_does_not_require_a_manifest_beside_benchmarks(cap
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("cluster check images", "SLURM_PROCID is not set"),
         ("data prepare none.jsonl --out b", "none.jsonl: no such manifest; did you mean"),
+        ("data prepare a.jsonl --config c.yaml --pack", "cannot be combined with manifest, pack; set them in c.yaml"),
         ("data check none.jsonl", "none.jsonl: no such manifest; did you mean"),
         ("data check model", "model is a folder without"),
         ("data check words.txt", "words.txt:1: broken JSON at column 1"),
