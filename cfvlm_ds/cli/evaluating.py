@@ -241,19 +241,18 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
         before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
         after: further results of the same kind; each is compared with the first.
         draws: number of random permutations in the test on a benchmark. The default is the same as in `cfvlm-ds evaluate`.
-        out: folder for the tables, as Markdown (results.md) and as an HTML page.
+        out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
     """
     from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets
     from cfvlm_ds.evaluation.before_after import comparison_tables, is_results
     from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-    from cfvlm_ds.page.report import write_report_page
 
     register()
     if repeated := next((name for at, name in enumerate(after) if name in after[:at]), None):
         raise ConfigError(f"{repeated} is given twice; give each result once")
     if out is not None:
-        refuse_filled(out, except_for=("results.md", "results.html"))
+        refuse_filled(out, except_for=_COMPARISON)
     of_sets = {name: is_results(Path(name)) for name in (before, *after)}
     if len(set(of_sets.values())) > 1:
         sets, benchmarks = (next(name for name, found in of_sets.items() if found == kind) for kind in (True, False))
@@ -261,17 +260,41 @@ def _compare(before: str, after: list[str], *, draws: Count | None = None, out: 
     if of_sets[before]:
         if draws is not None:
             raise ConfigError("--draws applies only to benchmarks; leave it out")
-        text = comparison_tables(Path(before), compare_sets(Path(before), [Path(name) for name in after], say))
+        changes = compare_sets(Path(before), [Path(name) for name in after], say)
+        text = comparison_tables(Path(before), changes)
+        differences = {
+            label: {
+                f"{each.set}, {each.edit}, {each.metric}": (each.difference, None if each.low is None else (each.low, each.high))
+                for each in rows
+            }
+            for label, rows in changes.items()
+        }
     else:
-        text = "\n\n".join(comparison_table(compare_results(Path(before), Path(name), draws, say), before, name) for name in after)
+        compared = {name: compare_results(Path(before), Path(name), draws, say) for name in after}
+        text = "\n\n".join(comparison_table(pairs, before, name) for name, pairs in compared.items())
+        differences = {
+            name: {f"{pair.before.place}: {metric}": difference for pair in pairs for metric, difference in pair.headlines.items()}
+            for name, pairs in compared.items()
+        }
     print(text)
     if out is not None:
-        title = f"{', '.join(after)} compared with {before}"
+        _write_comparison(out, f"{', '.join(after)} compared with {before}", text, differences)
+
+
+_COMPARISON = ("results.md", "differences.png", "results.html")
+
+
+def _write_comparison(out: Path, title: str, text: str, differences: Mapping[str, Any]) -> None:
+    from cfvlm_ds.page.report import write_report_page
+    from cfvlm_ds.tracking.figures import differences_figure
+
+    table, figure, page = (out / name for name in _COMPARISON)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
         markdown = f"# {in_cell(title, 200)}\n\n{text}\n"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            replace(out / "results.md", markdown.encode())
-            write_report_page(out / "results.html", title, markdown)
-        except OSError as error:
-            raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
-        say(f"page: {out / 'results.html'}")
+        replace(table, markdown.encode())
+        differences_figure(figure, title, differences)
+        write_report_page(page, title, f"{markdown}\n![differences with 95 % intervals]({figure.name})\n")
+    except OSError as error:
+        raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
+    say(f"page: {page}")

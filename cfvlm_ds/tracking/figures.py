@@ -1,13 +1,14 @@
-"""Figure of a run's learning curves, drawn with matplotlib's Agg backend.
+"""Figures of learning curves and of differences, drawn with matplotlib's Agg backend.
 
-matplotlib is imported only when the figure is drawn, and its global style is not changed.
+matplotlib is imported only when a figure is drawn, and its global style is not changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from cfvlm_ds.tracking.metrics_log import read_rows
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
-_MOST_SERIES, _SERIES_CHARS = 8, 30
+_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS, _TITLE_CHARS = 8, 30, 40, 90
 
 _STYLE: Any = {
     "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a name would enclose a formula
@@ -29,6 +30,18 @@ _STYLE: Any = {
     "xtick.major.size": 0, "xtick.labelsize": 8, "xtick.labelcolor": MUTED,
     "ytick.major.size": 0, "ytick.labelsize": 8, "ytick.labelcolor": MUTED,
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Any]:
+    """Yield a figure of ``width`` x ``height`` inches, and write it to a PNG file at the end of the block."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout=layout)
+        yield figure
+        figure.savefig(path)
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -49,8 +62,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         FileNotFoundError: the metrics file does not exist.
         ValueError: the metrics file has none of these metrics.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
@@ -70,8 +81,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
         raise ValueError(f"{metrics_jsonl} has no metric named loss/..., logp/..., active/... or eval/...: nothing to draw")
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout=layout)
+    with _figure(path, 5.2 * columns, 3.0 * rows, layout) as figure:
         for place, (title, label, chosen, others) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             lines: dict[tuple[str, str], list[str]] = {}  # names of equal series, which would hide each other
@@ -103,7 +113,34 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
-        figure.savefig(path)
+
+
+def differences_figure(path: Path, title: str, differences: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]) -> None:
+    """Draw differences in percentage points as one PNG, with one row per label, one colour per result, and error bars for the intervals.
+
+    Args:
+        differences: result -> label -> (difference, interval or None). Only the first 40 labels are drawn; the title gives the total.
+    """
+    labels = list(dict.fromkeys(label for of_result in differences.values() for label in of_result))
+    shown = labels[:_MOST_ROWS]
+    with _figure(path, 8, 1.4 + 0.34 * len(shown)) as figure:
+        axes = figure.add_subplot()
+        for index, (result, of_result) in enumerate(differences.items()):
+            colour, offset = LINES[index % len(LINES)], (index - (len(differences) - 1) / 2) * 0.6 / len(differences)
+            rows = [(row, *of_result[label]) for row, label in enumerate(shown) if label in of_result]
+            heights, values = [row + offset for row, _, _ in rows], [value for _, value, _ in rows]
+            axes.plot(values, heights, "o", color=colour, markersize=4.5, label=one_line(result, 60).lstrip("_"))
+            spans = [(height, span) for height, (_, _, span) in zip(heights, rows, strict=True) if span is not None]
+            axes.hlines([height for height, _ in spans], [low for _, (low, _) in spans], [high for _, (_, high) in spans], color=colour)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(shown)), [one_line(label, 60) for label in shown], fontsize=8.5, color=INK)
+        axes.invert_yaxis()
+        axes.set_xlabel("difference in percentage points; bars: 95 % intervals, not given for few groups")
+        axes.grid(axis="x")
+        others = f" ({len(shown)} of {len(labels)} rows)" if len(shown) < len(labels) else ""
+        axes.set_title(one_line(title, _TITLE_CHARS) + others)
+        if len(differences) > 1:
+            axes.legend()
 
 
 _ACCURACIES = ("group", "pair", "image_pair", "factual", "text", "image")

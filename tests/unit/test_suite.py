@@ -618,19 +618,19 @@ def test_what_descriptions_invent_is_never_shown_without_what_they_cover(tmp_pat
     table = comparison_table([compared], "one", "other")
     assert re_row(table, "hallucinated")[3:6] == ["50.0", "0.0", "-50.0"] and re_row(table, "chair_s")[3:6] == ["100.0", "0.0", "-100.0"]
     assert re_row(table, "covered")[3:8] == ["100.0", "100.0", "+0.0", "", "too few changed"], "also where it does not differ"
-    assert len(compared.changes()[0]) == 40
+    assert len(compared.changes()[0]) == 40 and [*compared.headlines] == ["hallucinated", "covered"]
 
 
-def test_a_comparison_is_written_as_table_and_page(tmp_path, capsys):
+def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
     one, other = (written(tmp_path / name, rows([n < right for n in range(40)])) for name, right in (("one", 20), ("<b>other</b>", 30)))
     out = tmp_path / "compared"
     for _ in range(2):  # its own output is replaced
         table = printed(capsys, "compare", one, other, "--out", out)
-    assert {each.name for each in out.iterdir()} == {"results.md", "results.html"}
+    assert {each.name for each in out.iterdir()} == {"results.md", "results.html", "differences.png"}
     table = table[table.index("| benchmark") :].split("page: ")[0].strip()  # without progress
-    assert table in (out / "results.md").read_text()
+    assert table in (out / "results.md").read_text() and Image.open(out / "differences.png").width > 800
     page = (out / "results.html").read_text()
-    assert "<b>" not in page and "+25.0" in page and "<script" not in page
+    assert "<b>" not in page and "+25.0" in page and page.count('<img src="differences.png"') == 1 and "<script" not in page
     (out / "notes.txt").write_text("mine")
     assert "compared already exists" in refused(capsys, "compare", one, other, "--out", out)
     assert "one" in refused(capsys, "compare", one, other, "--out", one)

@@ -73,6 +73,12 @@ class Compared:
     differences: Mapping[str, Difference]
     notes: Sequence[str]
 
+    @property
+    def headlines(self) -> dict[str, tuple[float, Interval | None]]:
+        """Map each headline metric that was computed to its difference and confidence interval."""
+        found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
+        return {name: (each.after - each.before, each.interval) for name, each in found.items()}
+
     def changes(self) -> tuple[list[str], list[str]]:
         """Return the ids of items that became right, and the ids of items that became wrong."""
         right = [(after.item.id, is_right(self.benchmark, before), is_right(self.benchmark, after)) for before, after in self.pairs]
@@ -182,7 +188,7 @@ def comparison_table(results: Sequence[Compared], before: str, after: str) -> st
         better, worse = pair.changes()
         for word, ids in (("better", better), ("worse", worse)):
             flipped += [f"{pair.before.place}: {len(ids)} items got {word}: {few(ids, _NAMED)}"] * bool(ids)
-        names = [name for name in pair.benchmark.headlines if name in pair.differences]
+        names = [*pair.headlines]
         names += [name for name, difference in pair.differences.items() if name not in names and difference.resolved]
         for name in names:
             start = f"| {in_cell(pair.before.shown)} | {in_cell(pair.before.label)} |"
