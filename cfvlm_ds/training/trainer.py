@@ -105,7 +105,9 @@ class Trainer:
     @cached_property
     def baseline(self) -> Baseline:
         """The accuracies before the first step."""
-        return Baseline(self.config, self.data.splits, self.data.identities, self.sampler.groups_in(self.total_steps), self.world)
+        record, trained = self.state.record or {}, self.sampler.groups_in(self.total_steps)
+        dtype = self.engine.module.model.dtype
+        return Baseline(self.config, self.data.splits, self.data.identities, record.get("model"), dtype, trained, self.world)
 
     def run(self, tracker: Any) -> None:
         """Train to the end, evaluate and export. Raises SystemExit with ``EXIT_STOPPED`` if the ranks agree to stop."""

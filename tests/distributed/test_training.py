@@ -99,8 +99,9 @@ def test_equals_the_plain_torch_reference(steps, trajectories, model_dir, manife
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"
 
 
-def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, capsys):
-    """A rate of 0 changes nothing; an earlier run's baseline in the folder is removed."""
+def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, monkeypatch, capsys):
+    """A rate of 0 changes nothing; a second run has its baseline from the cache; an earlier run's in the folder is removed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     split = ["--data.evaluation.test", str(manifests["test"])]
     still, moved, plain, drawn = (tmp_path / name for name in ("still", "moved", "plain", "drawn"))
     (plain / "baseline").mkdir(parents=True)
@@ -116,6 +117,9 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, c
             (drawn, [*first, *auto, f"--data.evaluation.many={many}", "--data.evaluation.test", str(manifests["test"])]),
         )
     ]
+    cached = "before the first step: accuracies of test are taken from an earlier run with this model"
+    assert [cached in each for each in said] == [False, True, False, True]
+    assert (still / "baseline" / "test.json").read_text() == (moved / "baseline" / "test.json").read_text()
     stored = {folder: json.loads((folder / "before_after.json").read_text()) for folder in (still, moved, plain, drawn)}
     rows = {folder: [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] for folder, table in stored.items()}
     final = {MEAN if row["mean"] else row["name"]: row["metrics"] for row in json.loads((moved / "results.json").read_text())["test"]}

@@ -1,4 +1,4 @@
-"""The baseline of a run: what is evaluated, which file is believed, and what a damaged or stale one costs."""
+"""The baseline of a run and its cache: which files are believed, and what a damaged, stale or unwritable one costs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from cfvlm_ds.evaluation import Accuracy, GroupScores, accuracies
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
+
+MODEL = {"weights": "w", "inputs": "i"}
 
 
 def groups(root: Path, edit: str = "colour", count: int = 120) -> list[CounterfactualGroup]:
@@ -42,7 +44,7 @@ class Run:
         config = parse_config(["--model.name_or_path", "m", "--train.output_dir", str(folder), *options], OBJECTIVES)
         identity = {**data_identity(found, [root]), "pictures": "known"}
         self.groups, self.evaluated, self.folder = found, list[str](), folder
-        self.baseline = Baseline(config, {"test": found}, {"test": identity}, 8, ALONE)
+        self.baseline = Baseline(config, {"test": found}, {"test": identity}, MODEL, torch.float32, 8, ALONE)
 
     def measure(self) -> dict[str, list[Accuracy]]:
         def evaluator(splits: Any) -> Any:
@@ -58,20 +60,43 @@ class Run:
         return (changes[-1].before, changes[-1].after, changes[-1].groups) if changes else None
 
 
-def test_a_training_is_compared_with_the_groups_that_were_evaluated_before(tmp_path, capsys):
-    """Not with those of a set that has changed since, of a damaged file, or of an earlier run in the folder."""
+def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, capsys):
+    """Without losses, which depend on the objective; not with other labels; a damaged or unwritable cache costs an evaluation."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = groups(tmp_path)
     first = Run(tmp_path / "first", data, tmp_path)
     assert first.measure()["test"][-1].num == 100 and first.evaluated == ["test"], "100 of 120 are drawn"
     assert first.change == (0.0, 100.0, 100)
+    second = Run(tmp_path / "second", data, tmp_path)
+    assert second.measure()["test"][-1].num == 100 and second.evaluated == [] and second.change == first.change
+    (cached,) = (tmp_path / "cache").rglob("*.json")
+    assert json.loads(cached.read_text())["rows"][-1]["losses"] == {} and "earlier run with this model" in capsys.readouterr().out
+    relabelled = Run(tmp_path / "relabelled", groups(tmp_path, "size"), tmp_path)
+    relabelled.measure()
+    assert relabelled.evaluated == ["test"] and relabelled.change == first.change
+
     assert Run(tmp_path / "first", groups(tmp_path, count=119), tmp_path).change is None, "the set has changed since"
+    for each in (nameless := [Run(tmp_path / f"nameless {n}", data, tmp_path) for n in range(2)]):
+        each.baseline = replace(each.baseline, model=None)
+        each.measure()
+    assert all(each.evaluated == ["test"] for each in nameless), "nothing is cached for an unknown model"
+
     whole = Run(tmp_path / "whole", data, tmp_path, "--train.eval_on_start", "true")
     assert whole.measure()["test"][-1].nll == 0.5 and whole.change == (0.0, 100.0, 120)
     for damage in ("{", "[]", json.dumps({"rows": [{"name": "all"}]})):
-        (first.folder / "baseline" / "test.json").write_text(damage)
-        assert first.change is None and "test.json cannot be read" in capsys.readouterr().out
-    first.measure()
-    off = Run(tmp_path / "first", data, tmp_path, "--train.eval_on_start", "false")
+        for file in (tmp_path / "cache").rglob("*.json"):
+            file.write_text(damage)
+        again = Run(tmp_path / "again", data, tmp_path)
+        again.measure()
+        assert again.evaluated == ["test"] and again.change == first.change, damage
+    (again.folder / "baseline" / "test.json").write_text("{")
+    assert again.change is None and "test.json cannot be read" in capsys.readouterr().out
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    alone = Run(tmp_path / "alone", data, tmp_path)
+    alone.measure()
+    assert alone.change == first.change
+    off = Run(tmp_path / "alone", data, tmp_path, "--train.eval_on_start", "false")
     assert off.measure() == {} and off.evaluated == [] and off.change is None, "an earlier run's is removed"
 
 
