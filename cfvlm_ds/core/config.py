@@ -353,6 +353,8 @@ class RunConfig:
     """The same configuration as plain nested values, with every default filled in."""
     shows: Shows = "progress"
     """Verbosity of the run; not part of its identity."""
+    yaml_folder: str = ""
+    """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working directory."""
 
     @property
     def loss(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, field, make_dataclass
@@ -33,7 +34,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         option_parser(objectives, prog).print_help()
         raise SystemExit(0)
     switches = {name for name in (*VERBOSITY, "print_config") if f"--{name}" in argv}
-    given, terms = _read([word for word in argv if word not in {f"--{name}" for name in switches}])
+    given, terms, folder = _read([word for word in argv if word not in {f"--{name}" for name in switches}])
     if unknown := terms - set(objectives):
         raise ConfigError(f"unknown term of the objective {min(unknown)!r}; the terms are {', '.join(objectives)}")
     built = build(_options(objectives), given)
@@ -53,7 +54,7 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
     json_file, shows = resolve_shipped(built.deepspeed, "ds_configs"), selected_verbosity("quiet" in switches, "verbose" in switches)
-    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows)
+    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
 
 
 def _options(objectives: Mapping[str, type]) -> type:
@@ -96,12 +97,13 @@ _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master
 """Launcher options, which belong before train.py."""
 
 
-def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:
     """Read the options on the command line and in the YAML files given there. Later values replace earlier ones.
 
-    Returns the options and the names of the objective's terms, which come from the YAML files (by default, ``CFVLM``) and the command line.
+    Returns the options, the names of the objective's terms, and the folder of the last YAML file. The terms come from the YAML files (by
+    default, ``CFVLM``) and the command line.
     """
-    options, stated, added, words = dict[str, Any](), set[str](), set[str](), list(argv)
+    options, stated, added, words, folder = dict[str, Any](), set[str](), set[str](), list(argv), ""
     while words:
         flag, equals, value = words.pop(0).partition("=")
         option = flag.removeprefix("--")
@@ -118,7 +120,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
         if option in _LAUNCHERS:
             raise ConfigError(f"{flag} is an option of the launcher; write `deepspeed {flag} {value} train.py` and the run's options")
         if option == "config":
-            document = _document(value)
+            document, folder = _document(value), os.path.dirname(resolve_shipped(value, "examples"))
             stated |= document.get("objective", {}).keys() if isinstance(document.get("objective", {}), Mapping) else set()
             _merge(options, document)
         elif option != "local_rank":  # added by the launcher
@@ -126,7 +128,7 @@ def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
             added |= {option.split(".")[1]} if option.startswith("objective.") else set()
             added |= {str(key).partition(".")[0] for key in plain} if option == "objective" and isinstance(plain, Mapping) else set()
             _put(options, option.split("."), plain)
-    return options, (stated or set(CFVLM)) | added
+    return options, (stated or set(CFVLM)) | added, folder
 
 
 def _document(given: str) -> dict[str, Any]:

@@ -143,5 +143,5 @@ class Baseline:
         limits = (
             f"{model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype} {model.attn_implementation}"
         )
-        key = {"limits": limits, "groups": count, "versions": [_FORM, torch.__version__, version("transformers")]}
+        key: dict[str, Any] = {"limits": limits, "groups": count, "versions": f"{_FORM} {torch.__version__} {version('transformers')}"}
         return cache_folder() / BASELINE / f"{digest({**self.identities[name], **self.model, **key})}.json"

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from cfvlm_ds import engine
-from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.config import BuildConfig, RunConfig
 from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import is_there
+from cfvlm_ds.core.reading import counted_from, is_there
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.manifest import known_format
 from cfvlm_ds.models import check_balanced, check_model, load_config, only_adapters_train
@@ -35,6 +35,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
+    _refuse_beside_yaml(config, with_data=world is not None)
     built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
     model_exists = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, model_exists, weights=world is not None)
@@ -51,6 +52,23 @@ def validate(config: RunConfig, world: World | None) -> None:
             hook_class(name)
         _check_data(config)
         _check_step(config, size)
+
+
+def _refuse_beside_yaml(config: RunConfig, with_data: bool) -> None:
+    """Raise ConfigError if a path does not exist relative to the working directory but exists relative to the YAML file's folder."""
+    data, paths, rounds = config.data, [config.model.name_or_path], config.train.rounds
+    sets = [
+        *data.train_sets.values(),
+        *data.evaluation_sets.values(),
+        *data.benchmark_sets.values(),
+        *([rounds.pictures] if rounds else []),
+    ]
+    for data_set in sets if with_data else ():
+        roots = [data_set.root] if isinstance(data_set.root, str) else data_set.root or []
+        paths += [data_set.path, *roots, getattr(data_set, "scores", None) or ""]
+    for path in paths if config.build == BuildConfig() else ():  # ``build`` may still write the path
+        if path and not is_there(Path(path)) and is_there(beside := Path(config.yaml_folder, path)):
+            raise ConfigError(f"{path} does not exist{counted_from(path)}; use {beside}, which exists next to the YAML file")
 
 
 def _check_step(config: RunConfig, ranks: int) -> None:

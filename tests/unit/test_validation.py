@@ -168,14 +168,27 @@ def test_what_is_built_first_is_not_looked_for(tmp_path):
             validate(parse_config([*quickstart, *options], OBJECTIVES), world)
 
 
-@pytest.mark.parametrize("option", ["data.train", "data.evaluation.test", "model.name_or_path"])
-def test_a_missing_path_says_from_where_it_counts(option, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "option", ["data.train", "data.root", "data.scores", "data.evaluation.test", "model.name_or_path", "train.rounds.pictures.path"]
+)
+def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (manifest := tmp_path / "train.jsonl").touch()
     given = train_arguments(model_dir, {"train": manifest}, tmp_path / "run")
     arguments = [str(REPO / each) if (REPO / each).is_file() else each for each in given]
-    with pytest.raises(InputError, match=re.escape(f"relative paths are resolved against {tmp_path}")):
-        validate(parse_config([*arguments, f"--{option}", "mine"], OBJECTIVES), ONE)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "run.yaml").write_text("train: {seed: 1}")
+    rounds = ["--train.rounds", "{number: 1, judge: answers}"] if "rounds" in option else []
+    config = parse_config([*arguments, "--config", "conf/run.yaml", *rounds, f"--{option}", "mine"], OBJECTIVES)
+    if option not in ("data.root", "data.scores", "train.rounds.pictures.path"):  # which nothing needs here
+        with pytest.raises(InputError, match=re.escape(f"relative paths are resolved against {tmp_path}")):
+            validate(config, ONE)
+    (tmp_path / "conf" / "mine").mkdir()
+    with pytest.raises(
+        ConfigError,
+        match=rf"mine does not exist \(relative paths are resolved against {tmp_path}\); use conf/mine, which exists next to the YAML file",
+    ):
+        validate(config, ONE)
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
