@@ -281,7 +281,6 @@ class HabitsConfig:
         strength: probability with which a thing in a training picture follows each of its habits.
         text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
             num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
-        edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
     out_dir: str
@@ -292,32 +291,6 @@ class HabitsConfig:
     seed: int = 0
     strength: float = 0.96
     text_bias: float = 0.0
-    edit_weights: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class TinyLlavaConfig:
-    """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the built-in world.
-
-    Args:
-        out_dir: folder to write; left unchanged if it exists.
-        image_size: side of the square input in pixels.
-        patch_size: side of a patch in pixels.
-        hidden_size: width of the language model.
-        vision_hidden_size: width of the vision tower.
-        num_layers: layers of the language model.
-        vision_num_layers: layers of the vision tower.
-        seed: seed of the initial weights.
-    """
-
-    out_dir: str
-    image_size: int = option(48, within=(1, 1e4), on_resume="ignored")
-    patch_size: int = option(12, within=(1, 1e4), on_resume="ignored")
-    hidden_size: int = option(128, within=(1, 1e4), on_resume="ignored")
-    vision_hidden_size: int = option(64, within=(1, 1e4), on_resume="ignored")
-    num_layers: int = option(3, within=(1, 100), on_resume="ignored")
-    vision_num_layers: int = option(2, within=(1, 100), on_resume="ignored")
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -326,12 +299,10 @@ class BuildConfig:
 
     Args:
         habits: the built-in world with habits.
-        tiny_llava: a small model with random weights and a tokenizer trained on the texts of that world.
         base: folder for a copy of the package's small model, pretrained on that world.
     """
 
     habits: HabitsConfig | None = option(None, on_resume="ignored")
-    tiny_llava: TinyLlavaConfig | None = option(None, on_resume="ignored")
     base: str | None = option(None, on_resume="ignored")
 
 

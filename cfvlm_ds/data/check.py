@@ -7,6 +7,7 @@ bytes for each group and for each picture in a group.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -252,10 +253,11 @@ def check_manifest(
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
-    report.sides.update(pictures.sides())
     work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
     keys = joined_keys([*scan.over(range(len(store)), work, counted)])
-    report.repeated_rows, report.repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
+    repeated_rows, repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
+    found = {"num_repeated_rows": repeated_rows, "num_repeated_pictures": repeated_pictures}
+    report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), **found))
     return report
 
 

@@ -53,9 +53,9 @@ class CheckReport:
     longest_text_where: str = ""
     sides: Counter[int] = field(default_factory=Counter)
     """Longer side of a picture in pixels -> number of files; empty unless the pictures were opened."""
-    repeated_rows: int = 0
+    num_repeated_rows: int = 0
     """Number of rows with the same prompts, texts and pictures as an earlier row."""
-    repeated_pictures: int = 0
+    num_repeated_pictures: int = 0
     """Number of files with the same contents as another."""
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
@@ -150,7 +150,9 @@ class CheckReport:
             "counterfactuals": ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none",
             "text lengths": _spread(self.text_lengths, f"{self.longest_text_unit} ({self.longest_text_where})"),
             "visual tokens": self.visual_range,
-            "repeated": ", ".join(f"{n} {of}" for n, of in ((self.repeated_rows, "rows"), (self.repeated_pictures, "picture files")) if n),
+            "repeated": ", ".join(
+                f"{n} {of}" for n, of in ((self.num_repeated_rows, "rows"), (self.num_repeated_pictures, "picture files")) if n
+            ),
             "metadata": self.unused if self.metadata else "",
         }
         return [(name, line) for name, line in lines.items() if line]

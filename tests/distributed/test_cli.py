@@ -46,7 +46,7 @@ from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
-from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import BuildConfig, ModelConfig
 from cfvlm_ds.core.distributed import run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
@@ -54,7 +54,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 

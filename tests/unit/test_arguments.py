@@ -10,14 +10,13 @@ import pytest
 from conftest import write_manifest
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import calibration
 from cfvlm_ds.export.folder import refuse_others_model, sealed
 

@@ -492,7 +492,7 @@ def test_report_counts(folder):
         sources={"(none)": 4},  # type: ignore[arg-type]
         text_lengths={8: 3, 10: 3, 1: 1},  # type: ignore[arg-type]
         sides=report.sides,
-        repeated_pictures=1,
+        num_repeated_pictures=1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),

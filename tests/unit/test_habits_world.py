@@ -470,8 +470,6 @@ def test_content_is_pinned():
         {"strength": 1.5},
         {"text_bias": -0.1, "num_counterfactuals": 0},
         {"text_bias": 0.5},  # with edited pictures
-        {"edit_weights": {"color": 1.0}},
-        {"edit_weights": {"colour": math.nan}},
         {"num_counterfactuals": 9},
     ],
 )

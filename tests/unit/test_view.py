@@ -502,7 +502,7 @@ def test_counts_of_what_others_publish(folder, capsys):
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
     path = manifest(folder, group("g"), again, group("k", prompt="Other."))
     found = check_manifest(path, progress=str)
-    assert (found.repeated_rows, found.repeated_pictures) == (1, 0)
+    assert (found.num_repeated_rows, found.num_repeated_pictures) == (1, 0)
     assert preparing(path, folder / "store")
     of_store = check_manifest(folder / "store", progress=str)
     assert counted(of_store) == counted(found) | {name: counted(of_store)[name] for name in ("manifest", "text lengths")}
