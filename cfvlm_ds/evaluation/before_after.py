@@ -201,10 +201,10 @@ def changes_table(
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     notes.append(
-        "edit types: better or worse if the interval of the type's metric excludes 0; otherwise not resolved or, if there are fewer than "
-        f"{FEWEST_GROUPS} groups, too few to tell"
+        "edit types: unchanged if no group changed; better or worse if the interval of the type's metric excludes 0; otherwise not "
+        f"resolved or, if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
     )
-    notes.append("fell: metrics of the second table that are lower than before; a metric that only one edit type has lost can be missing")
+    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type can be missing")
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({last}) if a blank image replaces the pictures; above 50 %, the texts alone "

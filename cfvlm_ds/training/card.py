@@ -159,7 +159,7 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
     first += [*rows_table(types, plain=_cell).splitlines(), ""] if types else []
     sets = ", ".join(f"{_code(split)} ({rows[-1].num} groups)" for split, rows in tables.items() if rows)
-    limits = f"Limits: only {sets} were evaluated; nothing is known about other pictures, prompts, languages and edit types."
+    limits = f"Limits: evaluated only on {sets}; nothing is known about other pictures, prompts, languages and edit types."
     return [*first, *_CONTROLS, "", *table(tables, _cell).splitlines(), "", limits]
 
 

@@ -275,7 +275,7 @@ def test_every_shape_of_group_counts(shape):
     assert mean_row.comparisons == {metric: expected.get(metric, 0) for metric in METRICS}
     assert mean_row.groups == {metric: int(metric in expected) for metric in METRICS}
     assert mean_row.metrics == dict.fromkeys(expected, 100)
-    assert mean_row.unused == {metric: [one.id] for metric in METRICS if metric not in expected}
+    assert mean_row.unused == {metric: [f"{one.images[0][0].name} ({one.id})"] for metric in METRICS if metric not in expected}
     lost = accuracies([one], [scores([[-value for value in row] for row in right])])[-1].metrics
     assert lost == dict.fromkeys(expected, 0)
     kinds = {edit.type for edit in one.edits} or {"unlabelled"}
@@ -332,7 +332,7 @@ def test_metrics_equal_the_naive_twin():
         pooled = [outcome for found in naive for outcome in found[metric]]
         assert everything.comparisons[metric] == len(pooled) and (metric == "sham" or len(pooled) > 30), metric
         assert everything.groups[metric] == sum(bool(found[metric]) for found in naive)
-        without = [g.id for g, found in zip(groups, naive, strict=True) if not found[metric]]
+        without = [f"{g.images[0][0].name} ({g.id})" for g, found in zip(groups, naive, strict=True) if not found[metric]]
         assert everything.unused[metric] == without[:5]
         if pooled:
             assert everything.metrics[metric] == pytest.approx(100 * sum(pooled) / len(pooled)), metric

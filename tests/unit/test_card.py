@@ -92,7 +92,7 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         'name = "me/tuned"\n',
         "Check its terms, and add `license` above.",
         "All other options have their defaults.",
-        "Limits: only `test` (4 groups) were evaluated",
+        "Limits: evaluated only on `test` (4 groups); ",
         "| `Describe it.` | `a dog / a hound` | `a ¦ cat` |\n| `Describe it.` | `a dog / a hound` | `b ¦ cat` |\n\n",
     ):
         assert expected in body, expected

@@ -1021,6 +1021,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
     done = verified(tmp_path / "W")
     assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
+    assert not any(name == "scored" or name.startswith("good") for name in done["counts"]), "nothing is good without a scorer"
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]
     assert counts["good, but its real picture belongs to another split"] > 1 and counts["kept"] > 15
