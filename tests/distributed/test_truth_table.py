@@ -36,7 +36,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, headline, metric_names, table
 from cfvlm_ds.evaluation.metrics import MEAN, METRICS
-from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.samples import Samples
@@ -128,15 +128,6 @@ def naive_fcd(g: Asked) -> list[float]:
     return mean([link(max(values)) for values in halves.values() if values])
 
 
-def naive_infonce(g: Asked) -> list[float]:
-    e = lambda i, c: math.exp(g.logp[i][c])  # noqa: E731
-    texts = [c for c, truth in enumerate(g.truth[0]) if truth == 0 and g.prompts[c] == g.prompts[0]]
-    images = [i for i, row in enumerate(g.truth) if row[0] == 0]
-    if not texts and not images:
-        return []
-    return [sum(-math.log(e(0, 0) / (e(0, 0) + sum(rest))) for rest in ([e(0, c) for c in texts], [e(i, 0) for i in images])) / 2]
-
-
 def naive_dpo(g: Asked) -> list[float]:
     r, star, found = lambda i, c: g.logp[i][c] - g.reference[i][c], set(g.star), []
     for i, c in star:
@@ -170,7 +161,6 @@ NAIVE = {
     "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
     "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
     "fcd": (Fcd(), 0, naive_fcd),
-    "infonce": (Align(infonce=1.0, counterfactual=0.0, temperature=1.0, len_norm="none"), 2, naive_infonce),
     "dpo": (Dpo(beta=1.0), 0, naive_dpo),
     "symmpo": (SymMPO(beta=1.0, symmetric=1.0, consistency=2.0), 1, naive_symmpo),
     "misp": (Misp(beta=1.0), 1, naive_misp),
@@ -195,7 +185,7 @@ def test_objectives_compare_answers_to_one_prompt(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_prompt_changes_no_bit(name):
     """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
-    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0, **({"infonce": 0.5} if name == "align" else {}))}
+    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0)}
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
     found = []
     for scores in (collated(groups), collated(groups, prompt=False)):

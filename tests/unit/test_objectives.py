@@ -226,14 +226,9 @@ def nll(g: Group, i: int, c: int) -> float:
 def twin_align(g: Group, o: Align) -> list[tuple[float, float]]:
     others = [cell for cell, truth in g.truth.items() if truth == 1 and cell != (0, 0)]
     count = lambda c: g.tokens[c] + g.ends[c]  # noqa: E731
-    texts, images = [c for i, c in g.truth if i == 0 and g.truth[0, c] == 0], [i for i, c in g.truth if c == 0 and g.truth[i, 0] == 0]
-    e = lambda i, c: math.exp(S(g, o, i, c) / o.temperature)  # noqa: E731
-    by_text = -math.log(e(0, 0) / (e(0, 0) + sum(e(0, c) for c in texts)))
-    by_image = -math.log(e(0, 0) / (e(0, 0) + sum(e(i, 0) for i in images)))
     return [
         (nll(g, 0, 0), count(0)),
         (o.counterfactual * mean([nll(g, i, c) for i, c in others]), mean([count(c) for _, c in others])),
-        (o.infonce * (by_text + by_image) / 2, float(bool(texts or images))),
     ]
 
 
@@ -386,9 +381,6 @@ VARIANTS = {
     "align": [
         {},
         {"counterfactual": 0.0},
-        {"infonce": 0.7},
-        {"infonce": 0.7, "temperature": 2.0, "len_norm": "own"},
-        {"infonce": 0.3, "temperature": 3.0, "len_norm": "none", "pmi": 0.5},
     ],
     "csd": [
         {},
@@ -570,7 +562,7 @@ def test_02_only_the_hardest_image_carries_gradient_also_in_a_tie():
 
 # Property 12: world size and accumulation -----------------------------------------------------------------------------------------------
 
-MIX = {"align": Align(infonce=0.3), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
+MIX = {"align": Align(), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0), "dpo": Dpo(weight=0.2, image_side=0.5, anchor=0.1)}
 MIX |= {"symmpo": SymMPO(weight=0.3), "misp": Misp(weight=0.4), "batch_align": BatchAlign(weight=0.6, warmup=0.0), "retain": Retain()}
 MIX |= {"svco": Svco(weight=0.8), "credited": Csd(warmup=0.0, token_credit=True)}
 MIX |= {"contrast_distill": ContrastDistill(weight=0.3), "sham": Sham(weight=0.5)}
@@ -728,7 +720,6 @@ def test_required_cells_is_the_largest_need():
     assert required_cells({"a": anchor}) == "anchor"
     assert required_cells({"a": matched, "b": anchor}) == "matched"
     assert required_cells({"a": anchor, "b": Csd(mode="matched")}) == "matched"
-    assert required_cells({"a": anchor, "b": Align(counterfactual=0.0, infonce=0.1)}) == "star"
     for star in (Csd(), Fcd(), Dpo(), SymMPO(), Misp()):
         assert required_cells({"a": star, "b": matched}) == "star"
 
