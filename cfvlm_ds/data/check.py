@@ -255,9 +255,14 @@ def check_manifest(
     report.add(check_texts(store, lengths, pictures, progress, scan))
     work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
     keys = joined_keys([*scan.over(range(len(store)), work, counted)])
-    repeated_rows, repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
-    found = {"num_repeated_rows": repeated_rows, "num_repeated_pictures": repeated_pictures}
-    report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), **found))
+    report.add(
+        CheckReport(
+            report.manifest,
+            sides=Counter(pictures.sides()),
+            num_repeated_rows=report.num_groups - len(keys.rows),
+            num_repeated_pictures=report.num_images - len(keys.pictures),
+        )
+    )
     return report
 
 
