@@ -30,7 +30,7 @@ def _view(
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest, run folder (to show the groups with the worst stored scores), or work folder of `data propose`.
+        source: manifest, or work folder of `data propose`.
         scores: file that `cfvlm-ds score` wrote for the manifest, or a file in a run's scores folder.
         sample: number of groups to show; by default 200.
         ids: file with the ids of the groups to show, one per line. The groups are shown in this order.

@@ -124,6 +124,10 @@ def _verify(
     done = folder.finished("verify", number, of, options)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
     _print_done("verify", step.verify(folder.path, options, number, say, score, of, identity))
+    if not options.scorer:
+        print(
+            f"no --scorer was given, so only pixels were compared: review the texts with `cfvlm-ds data view {printable(work)} --out PAGE`"
+        )
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:

@@ -68,8 +68,8 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernel ``varlen``. ``auto`` selects
-            flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
+        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
+            selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
         gradient_checkpointing: recompute activations in the backward pass. This saves memory, but a step takes about a third longer.
         min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
         max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
@@ -173,8 +173,6 @@ class TrainConfig:
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             skips this evaluation.
         samples: number of evaluation pictures for which the model generates a text at each evaluation; results.md shows the texts.
-        eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
-            gets. This costs as much as one more image per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
@@ -197,11 +195,8 @@ class TrainConfig:
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
             (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
             check.
-        displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
-            many nats per token below its initial value.
-        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
-            also evaluated before the first step, and later changes in their results are logged.
-        figures: draw the learning curves and the score matrices of a few groups at the end.
+        displacement_warning: warn when the log-likelihood of the factual texts falls this many nats per token below its initial value.
+        figures: draw the learning curves at the end, and write a page of the groups with the smallest margins.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
         rounds: alternate sampling and training; by default, the run trains once.
@@ -230,7 +225,6 @@ class TrainConfig:
     eval_steps: int | None = option(None, within=COUNT, on_resume="ignored")
     eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
     samples: int = option(0, within=COUNT, on_resume="ignored")
-    eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")
     save_total_limit: int = option(2, within=COUNT, on_resume="ignored")
@@ -244,7 +238,6 @@ class TrainConfig:
     hang_timeout_s: float = option(600.0, within=(0, 1e8), on_resume="ignored")
     self_check: Literal["error", "warn", "off"] = option("error", on_resume="ignored")
     displacement_warning: float = option(0.1, on_resume="ignored")
-    retention: list[str] | None = option(None, on_resume="ignored")
     figures: bool = option(True, on_resume="ignored")
     export: bool = option(True, on_resume="ignored")
     rounds: RoundsConfig | None = option(None, on_resume="ignored")

@@ -8,17 +8,19 @@ import math
 import os
 import random
 import socket
+import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.core.errors import InputError, StorageError
+from cfvlm_ds.core.errors import ConfigError, InputError, StorageError
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.ranks import launcher, others_wait
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.verbosity import shows_progress
@@ -72,21 +74,44 @@ def launch_environment() -> None:
         os.environ.pop("MASTER_PORT", None)
 
 
-def choose_port() -> None:
-    """Set MASTER_PORT to the port on which the ranks connect to each other.
+@contextlib.contextmanager
+def meeting_point() -> Iterator[None]:
+    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must connect within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
-    and MASTER_PORT is 29500 or not set, a single rank selects a free port, and several ranks derive one from their launcher. Any other port
-    was set by the user or torchrun's agent and is kept.
+    and MASTER_PORT is 29500 or not set, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
+    process). Any other port was set by the user or torchrun's agent and is kept.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1" or os.environ.get("MASTER_PORT", "29500") != "29500":
+    port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"
+    if port_is_chosen or os.environ.get("MASTER_PORT", _DEFAULT_PORT) != _DEFAULT_PORT:
+        yield
         return
-    port = 20_000 + zlib.crc32(launcher().encode()) % 9_000
-    if os.environ["WORLD_SIZE"] == "1":
+    main, published = os.environ["RANK"] == "0", Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}.port"
+    if main:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            port = probe.getsockname()[1]
-    os.environ["MASTER_PORT"] = str(port)
+            replace(published, str(probe.getsockname()[1]).encode(), shared=True)
+    os.environ["MASTER_PORT"] = _published_port(published)
+    try:
+        yield
+    finally:
+        if main:
+            published.unlink(missing_ok=True)
+
+
+_DEFAULT_PORT = "29500"
+_PORT_TIMEOUT_S = 300.0
+
+
+def _published_port(file: Path) -> str:
+    """Wait until rank 0 publishes a port in ``file``, and return the port. A file that belongs to another user is ignored."""
+    end = time.monotonic() + _PORT_TIMEOUT_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), file.open() as handle:
+            if os.fstat(handle.fileno()).st_uid == os.getuid():
+                return handle.read()
+        time.sleep(0.05)
+    raise ConfigError(f"rank 0 did not publish a port in {file} within {_PORT_TIMEOUT_S:g} s; pass --master_port to the launcher")
 
 
 def _tasks_on_node(notation: str, node: int) -> int:

@@ -255,8 +255,14 @@ def check_manifest(
     report.add(check_texts(store, lengths, pictures, progress, scan))
     work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
     keys = joined_keys([*scan.over(range(len(store)), work, counted)])
-    rows, files = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
-    report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), num_repeated_rows=rows, num_repeated_pictures=files))
+    report.add(
+        CheckReport(
+            report.manifest,
+            sides=Counter(pictures.sides()),
+            num_repeated_rows=report.num_groups - len(keys.rows),
+            num_repeated_pictures=report.num_images - len(keys.pictures),
+        )
+    )
     return report
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfvlm_ds.core.config import ModelConfig, RunConfig
-from cfvlm_ds.core.distributed import World, choose_port, launch_environment
+from cfvlm_ds.core.distributed import World, launch_environment, meeting_point
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import cores_per_rank, default_workers
 from cfvlm_ds.core.versions import version
@@ -51,8 +51,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
             torch.set_num_threads(max(1, cores_per_rank() - default_workers()))
-    choose_port()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    with meeting_point():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     world = World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
     if unknown := unknown_version(version("deepspeed")):

@@ -11,6 +11,7 @@ A layer can limit attention to a sliding window along a token's path, and can al
     sdpa      torch's kernel with a mask, on trees of similar length that are padded to the longest; suited to many short trees
     flash_attention_2  one call to flash-attn's variable-length kernel; the keys of each node and its ancestors are gathered
     varlen    the same with torch's own variable-length kernel
+    flex      torch's FlexAttention with a block mask, which skips pairs of blocks without attention; no keys are gathered
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments (nodes), B trees, L a padded length.
 """
@@ -27,10 +28,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models.flex_attention import flex
 from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.variable_length import flash, tower, varlen
 
-BACKENDS = ("sdpa", "flash_attention_2", "varlen")
+BACKENDS = ("sdpa", "flash_attention_2", "varlen", "flex")
 _PADDED = 1.25  # largest ratio between the lengths of trees that are padded together
 
 
@@ -114,7 +116,7 @@ def registered(backend: str) -> str:
     The name is not one that transformers treats specially, so transformers builds no mask for it.
     """
     name = f"{_PREFIX}{BACKENDS.index(backend)}"
-    attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen}[backend]
+    attend = {"sdpa": _sdpa, "flash_attention_2": flash, "varlen": varlen, "flex": flex}[backend]
     AttentionInterface.register(name, _interface(attend))
     return name
 

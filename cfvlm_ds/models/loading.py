@@ -257,8 +257,8 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
             f"model.attn_implementation {requested} supports half precision and head sizes up to 256 that are multiples of 8, but the "
             f"model has {str(dtype).removeprefix('torch.')} and head size {', '.join(map(str, heads))}; use auto"
         )
-    if requested == "varlen" and not torch.cuda.is_available():
-        raise ConfigError("model.attn_implementation varlen needs a CUDA device; use auto")
+    if requested in ("varlen", "flex") and not torch.cuda.is_available():
+        raise ConfigError(f"model.attn_implementation {requested} needs a CUDA device; use auto")
     if requested == "varlen" and not has_varlen():
         raise ConfigError(f"model.attn_implementation varlen needs a torch newer than {torch.__version__}; use auto")
     return requested

@@ -112,10 +112,6 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and suggests similar names
         if not exists:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and suggests similar names
-    for name in config.train.retention or ():
-        if name not in data.evaluation_sets:
-            known = ", ".join(data.evaluation_sets) or "none"
-            raise ConfigError(f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); use one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not any(_is_below(str(root), folder) for folder in built):
             raise ConfigError(

@@ -454,7 +454,7 @@ def test_manifests_of_one_name_have_a_row_each(model_dir, manifests, tmp_path, c
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
     named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
-    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json"), "--no_shuffled"]
+    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json")]
     shown, written = printed(capsys, "evaluate", model_dir, *named, *options), json.loads((tmp_path / "r.json").read_text())
     assert list(written) == ["iid/test", "ood/test"] and all(name in shown for name in written)
     assert named[0] in refused(capsys, "evaluate", model_dir, named[0], named[0])

@@ -21,7 +21,7 @@ from conftest import REPO, environment, tensors, train_arguments
 
 from cfvlm_ds import engine
 from cfvlm_ds.cluster import node_check as cluster
-from cfvlm_ds.core import versions
+from cfvlm_ds.core import distributed, versions
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
@@ -237,12 +237,12 @@ MEETING = """
 import os, sys
 import torch
 import torch.distributed as dist
-from cfvlm_ds.core.distributed import choose_port
+from cfvlm_ds.core.distributed import meeting_point
 
 def rank(number):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-    choose_port()
-    dist.init_process_group("gloo")
+    with meeting_point():
+        dist.init_process_group("gloo")
     met = torch.tensor([float(os.environ["MASTER_PORT"])])
     dist.all_reduce(met)
     os.write(1, f"{os.environ['MASTER_PORT']} {met.item()}\\n".encode())  # in one piece: both ranks write to one pipe
@@ -256,9 +256,9 @@ sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
 """
 
 
-def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_same_port():
+def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_same_port(tmp_path):
     """Two launchers of two ranks each start at once, and a third training holds the port of all."""
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "CROSS_SIZE": "1"}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "CROSS_SIZE": "1", "TMPDIR": str(tmp_path)}
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # held by somebody else: as good
@@ -281,6 +281,13 @@ def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_s
     ports = [int(lines[0]) for lines in said]
     assert ports[0] != ports[1] and 29500 not in ports
     assert said == [[str(port), str(2.0 * port)] * 2 for port in ports]
+    assert not list(tmp_path.iterdir()), "nothing is left of how they met"
+
+
+def test_a_port_that_rank_0_does_not_publish_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "_PORT_TIMEOUT_S", 0.2)
+    with pytest.raises(ConfigError, match="rank 0 did not publish a port"):
+        distributed._published_port(tmp_path / "published")
 
 
 def test_the_device_of_a_rank(monkeypatch):

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AttentionInterface
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.models import flex_attention
+from cfvlm_ds.models.flex_attention import Blocks, compiled_flex
 from cfvlm_ds.models.flops import num_pairs
-from cfvlm_ds.models.forest import Forest
+from cfvlm_ds.models.forest import Forest, Sight
 from cfvlm_ds.models.forest_attention import BACKENDS, registered
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -31,7 +34,7 @@ FORESTS = {
 
 
 SEVERAL_BLOCKS = Forest((150, 60, 20, 30, 7, 130, 9, 40), (-1, 0, 1, 1, 0, -1, 5, 5))
-"""Nodes of more tokens than a kernel's block or a delta net's chunk has."""
+"""More tokens than a block of FlexAttention has, which is left out where no query of it sees a key."""
 
 
 PICTURES = Forest.of((20, 9), ((3, 4), (6,)), blocks=((2, 9), (9, 12), (28, 34)))  # two pictures side by side
@@ -118,6 +121,68 @@ def test_as_many_pairs_are_counted_as_see_each_other(name):
 def test_a_block_across_nodes_is_refused():
     with pytest.raises(ValueError, match="tokens 7 to 10 attend to each other in both directions, but do not belong to one node"):
         Forest.of((9,), ((4,),), blocks=((7, 10),))
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_blocks_of_windows_and_pictures_leave_nothing_out(name, monkeypatch):
+    """What torch finds in the mask is at least in part among ours, and what we call full is. Without a window they are the same."""
+    monkeypatch.setattr(flex_attention, "BLOCK", 4)
+    forest, window = replace(NARROWED[name][0]), NARROWED[name][1]
+    length, blocks = forest.bounds[-1], Blocks.of(forest, forest.sight(window))
+    ours = blocks.to(torch.device("cpu"))
+    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest, window))
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=4)
+    some, full = (torch.zeros_like(blocks.full) for _ in range(2))
+    for marks, counts, places in (
+        (some, theirs.kv_num_blocks, theirs.kv_indices),
+        (full, theirs.full_kv_num_blocks, theirs.full_kv_indices),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            marks[row, places[0, 0, row, :count].long()] = True
+    assert not (blocks.full & ~full).any() and not ((some | full) & ~(blocks.partial | blocks.full)).any()
+    assert not (blocks.full & blocks.partial).any() and blocks.full.any() == full.any()
+    assert window is not None or (torch.equal(blocks.full, full) and torch.equal(blocks.partial, some))
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_blocks_are_those_that_torch_finds_in_the_mask(name, monkeypatch):
+    """Of 16 tokens, so that these rows have several: torch asks the mask of every pair of tokens, we the ends of subtrees."""
+    monkeypatch.setattr(flex_attention, "BLOCK", 16)
+    forest = Forest(FORESTS[name].lengths, FORESTS[name].parents)  # nothing of it is placed yet
+    length, ours = forest.bounds[-1], forest.on(Blocks.of, torch.device("cpu"), Sight())
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=16)
+    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest))
+    assert ours.shape == theirs.shape
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, places = getattr(theirs, f"{kind}_num_blocks")[0, 0], getattr(theirs, f"{kind}_indices")[0, 0]
+        assert torch.equal(getattr(ours, f"{kind}_num_blocks")[0, 0], counts)
+        for found, expected, count in zip(getattr(ours, f"{kind}_indices")[0, 0], places, counts.tolist(), strict=True):
+            assert sorted(found[:count].tolist()) == sorted(expected[:count].tolist())
+
+
+@pytest.mark.parametrize("name", ["ragged", "deep", "questions of two pictures"])
+def test_flex_attention_itself_computes_the_same(name):
+    """Without gradients, which it has on a GPU alone: there it is torch's function that gets the mask, and not its definition."""
+    forest = FORESTS[name]
+    qkv = [t.detach() for t in inputs(forest, (6, 2), torch.float64, 16)]
+    torch.testing.assert_close(call("flex", *qkv, forest=forest, scaling=0.3), dense(*qkv, forest, 0.3), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.long
+def test_flex_attention_compiled_for_this_machine():
+    """As on a GPU: with blocks that are left out, and one compilation for rows of several lengths; another for a row of less than a block.
+
+    That one starts afresh: compiled once more for other lengths, torch 2.13 writes C++ with undeclared names.
+    """
+    several, short = (SEVERAL_BLOCKS, Forest(SEVERAL_BLOCKS.lengths[:5], SEVERAL_BLOCKS.parents[:5])), (FORESTS["deep"],)
+    for forests in (several, short):
+        torch.compiler.reset()
+        compiled = compiled_flex()
+        for forest in forests:
+            q, k, v = (t.detach() for t in inputs(forest, (6, 2), torch.float32, 16))
+            mask = forest.on(Blocks.of, torch.device("cpu"), Sight())
+            out = compiled(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+            torch.testing.assert_close(out, dense(q, k, v, forest, 0.3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

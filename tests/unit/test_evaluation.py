@@ -186,9 +186,10 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ("relation", "group", 1, 1, 0, 0, None),
     ]
     overall, types = changes_table(changes).splitlines(), rows_table(of_types(changes)).splitlines()
-    assert overall[2] == "| test | 4 of 5 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
-    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | +0.0, too few groups to tell | +0 -0 |"
-    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | +0.0, too few groups to tell | +0 -0 |" in overall
+    assert overall[2] == "| test | 4 of 5 | 4 unchanged | factual 25.0 -> 0.0 |  |  |"
+    assert overall[6] == f"| test | {MEAN} | 4 of 5 | pair | 12.5 | 12.5 | 12.5 | unchanged | +0 -0 |"
+    assert f"| test | {MEAN} | 1 of 5 | group | 0.0 | 0.0 |  | unchanged | +0 -0 |" in overall
+    assert f"| test | {MEAN} | 4 of 5 | factual | 25.0 | 0.0 | 25.0 | -25.0, too few groups to tell | +0 -1 |" in overall
     assert [line.split(" | ")[1:4] for line in types[2:]] == [
         ["colour", "2", "pair"],
         ["count", "1", "pair"],
@@ -196,10 +197,11 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ["relation", "1", "group"],
     ]
     assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
-    for few, of_set in ((19, "0 of 2 better, 0 worse, 1 with too few groups to tell"), (20, "0 of 2 better, 0 worse")):
+    for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
         many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
-        table_of_sets = changes_table(compare_accuracies("s", *[accuracies(many, [lost] * len(many))] * 2))
-        assert table_of_sets.splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
+        won = scores([[-1.0, -2.0]], [-2.0, -1.0])
+        before, after = (accuracies(many, [lost] * 25 + [one] + [lost] * (few - 1)) for one in (lost, won))
+        assert changes_table(compare_accuracies("s", before, after)).splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
 
 
 def half_width(row: Change) -> float:
@@ -301,11 +303,11 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     assert [(each.edit, each.verdict, each.nll_after) for each in of_types(changes)] == [
         ("a", "better", None),
         ("b", "worse", None),
-        ("c", "not resolved", None),
+        ("c", "unchanged", None),
     ]
     lines = changes_table(changes, files={"s": "made/s.jsonl"}).splitlines()
     assert lines[0] == "| set | file | groups | edit types | fell | NLL before | NLL after |"
-    assert lines[2] == "| s | made/s.jsonl | 75 | 1 of 3 better, 1 worse | none | 0.10 | 0.32 |"
+    assert lines[2] == "| s | made/s.jsonl | 75 | 1 better, 1 worse, 1 unchanged | none | 0.10 | 0.32 |"
     *types, mean = accuracies(groups[:50], [loses] * 50)
     assert compare_accuracies("s", [*types, replace(mean, nll=0.1)], [*after[:-1], rows[1]])[0].nll_before is None, "of other groups"
 
@@ -334,7 +336,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
     only_pairs = table({"s": accuracies([group(Edit("colour", None, 1), num_images=1)], [scores([[1.0, 0.0]])])})
     assert only_pairs.startswith("| set | edit type | groups | pair, % | factual, % |\n")
     assert "| s | text, image, group, image_pair, text_pmi, group_pmi, sham | 0 | 0 | all |" in only_pairs
-    assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
+    assert "| iid | sham | 1 | 1 | 1: 0.png (g) |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1
 
@@ -453,7 +455,7 @@ def test_ranks_share_the_groups_and_agree(
             assert found["losses"][name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
-# Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
+# Budget and memory ----------------------------------------------------------------------------------------------------------------------
 
 
 def counting(scorer: Scorer, tokens: list[int]) -> Any:
@@ -476,7 +478,7 @@ def test_a_budget_divides_batches_and_changes_no_score(budget, collator, scorer,
 
 
 def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain, monkeypatch):
-    """Two ranks whose batches divide into unequally many parts, shuffled images too; a damaged picture on one ends both with its name."""
+    """Two ranks whose batches divide into unequally many parts; a damaged picture on one ends both with its name."""
     scorers = [scorer, copy.deepcopy(scorer)]
 
     def scored(shown: list[CounterfactualGroup]) -> tuple[list[list[int]], list[Any]]:
@@ -484,7 +486,7 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
 
         def work(world: World) -> Any:
             forward = counting(scorers[world.rank], calls[world.rank])
-            return score_groups(forward, collator, shown, world, 2, max_tokens=45, shuffled=True)
+            return score_groups(forward, collator, shown, world, 2, max_tokens=45)
 
         return calls, on_ranks(2, monkeypatch, work)[0]
 
@@ -494,28 +496,6 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
         assert_equal(each, plain)
     _, found = scored([*groups[:3], replace(groups[3], images=((Path("gone.png"),),), match=(groups[3].match[0],), edits=())])
     assert [str(each) for each in found] == [str(found[0])] * 2 and isinstance(found[0], DataError) and "gone.png" in str(found[0])
-
-
-def test_another_image_is_one_that_the_group_does_not_show():
-    """Each image serves once, drawn by a seed; groups that share pictures take the next that fits, or none; as many pictures a prompt."""
-
-    def on(*names: str, together: bool = False) -> CounterfactualGroup:
-        shown = (tuple(map(Path, names)),) if together else tuple((Path(name),) for name in names)
-        match = tuple((1,) if i == 0 else (0,) for i in range(len(shown)))
-        return CounterfactualGroup("-".join(names), shown, (Candidate("", "a"),), match)
-
-    apart = [on(f"{k}.png") for k in range(50)]
-    donors = scoring.other_images(apart)
-    assert len(set(donors)) == 50 and all(donor != one.images[0] for one, donor in zip(apart, donors, strict=True))
-    assert scoring.other_images(apart) == donors
-    shared = [on("a.png", "b.png"), on("b.png", "a.png"), on("b.png"), on("a.png")] + [on("c.png")] * 3
-    for one, donor in zip(shared, scoring.other_images(shared), strict=True):
-        assert donor is not None and donor not in one.images
-    assert scoring.other_images([on("a.png")] * 3) == [None] * 3
-    mixed = [on("a.png"), on("b.png", "c.png", together=True), on("d.png"), on("e.png", "f.png", together=True)]
-    assert [None if donor is None else len(donor) for donor in scoring.other_images(mixed)] == [1, 2, 1, 2]
-    alone = CounterfactualGroup("t", ((),), (Candidate("", "a"),), ((1,),))
-    assert scoring.other_images([alone, replace(alone, id="u")]) == [None, None]
 
 
 def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
@@ -536,7 +516,7 @@ def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
 
 
 def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
-    """Where images have as many tokens as they are large: a blank image is larger than small ones, and another group's than one's own."""
+    """Where images have as many tokens as they are large: a blank image is larger than small ones."""
     collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2), "full")
     sides = {"small": 28, "wide": 28, "large": 448}
     for name, side in sides.items():
@@ -551,15 +531,14 @@ def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
         return torch.zeros(len(inputs["targets"]))
 
     for split in (["small", "wide"], ["small", "large"]):
-        for shuffled in (False, True):
-            ran: list[int] = []
-            tried: list[int] = []
-            chosen = [groups[name] for name in split]
-            score_groups(partial(forward, ran), collator, chosen, ALONE, 1, shuffled=shuffled)
-            rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "", shuffled=shuffled)
-            assert tried == [max(ran)]
-            largest += tried
-    assert largest[0] == largest[1] < largest[2] < largest[3]
+        ran: list[int] = []
+        tried: list[int] = []
+        chosen = [groups[name] for name in split]
+        score_groups(partial(forward, ran), collator, chosen, ALONE, 1)
+        rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "")
+        assert tried == [max(ran)]
+        largest += tried
+    assert largest[0] < largest[1]
 
 
 def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator, scorer, tmp_path):
@@ -584,9 +563,6 @@ def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, grou
     assert f"evaluating test: scores of {len(named)} of {len(groups)} groups are not finite" in said and ", ".join(named[:5]) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out
-    broken = replace(scores([[-1.0, -2.0], [-2.0, -1.0]]), shuffled=torch.tensor([torch.nan, torch.nan]))
-    assert not broken.finite, "not taken for a group without a donor"
-    assert accuracies([group()], [broken])[-1].comparisons["shuffled_pair"] == 2
     for infinite in ([[-5.0, -torch.inf], [-torch.inf, -5.0]], [[torch.inf, -5.0], [-5.0, torch.inf]]):
         of = accuracies([group()], [scores(infinite)])[-1]
         assert set(of.metrics.values()) == {0.0}, "the warning says that they count as wrong"
@@ -710,7 +686,7 @@ def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
     ]
     readers = (markdown_it.MarkdownIt("commonmark").enable("table").render, partial(markdown.markdown, extensions=["tables"]))
     rows = accuracies([group(Edit(name, 1, 1)) for name in names], [scores([[1.0, 0.0], [0.0, 1.0]])] * len(names))
-    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [])
+    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [], {name: name for name in names})
     for read in readers:
         shown = read("| name | again |\n|---|---|\n" + "".join(f"| {in_cell(name)} | {in_cell(name)} |\n" for name in names))
         cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]

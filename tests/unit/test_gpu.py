@@ -28,6 +28,7 @@ BACKENDS = [
         "varlen",
         marks=pytest.mark.skipif(not has_varlen(), reason="needs torch 2.11 or newer"),
     ),
+    "flex",
     pytest.param(
         "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn and a GPU")
     ),

@@ -33,11 +33,14 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups)."""
+    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups), and ``names`` maps ids to
+    the names to show.
+    """
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
     shortcuts: list[Shortcut] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
         """Add a sentence about an exceeded limit, and the ids of the affected groups."""
@@ -52,7 +55,8 @@ class Audit:
             lines.append(f"| {cue.name} | {measured} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
         lines += ["", "## Exceeded limits", ""]
         for sentence, ids in self.faults:
-            lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
+            named = f": {few([self.names[name] for name in ids])}" * bool(ids)
+            lines.append(f"- {in_cell(sentence + named, 600)}")
         return "\n".join([*lines, *(["None."] if not self.faults else [])]) + "\n"
 
 
@@ -75,6 +79,7 @@ def audit(
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
+    report.names.update((group.id, group.shown_name) for split in sets for group in split.groups)
     listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
     report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:
