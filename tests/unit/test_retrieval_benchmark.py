@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import retrieval as bench
-from conftest import read_rows, write_manifest, write_rows
 
 from cfvlm_ds.data.cfgroup import from_row
 
@@ -38,18 +36,3 @@ def test_recall_by_hand():
     asked = bench.takes_part([row("a", "x", "y"), row("b", "y"), row("c", "z", "y", "z")])
     assert asked == [[True, False, True], [True, True, True], [True, False, True]]
     assert bench.recalls(logp, blank, asked) == pytest.approx((2 / 3, 2 / 3, 1))
-
-
-def test_the_command(model_dir, tmp_path, monkeypatch, capsys):
-    """On the spot: every number of its line is that of the scores which it leaves."""
-    manifest = write_manifest(tmp_path / "m.jsonl", 8)
-    rows = read_rows(manifest)
-    for number, each in enumerate(rows):
-        each["texts"][0] |= {"text": f"a thing, number {number}", "key": f"k{number}"}
-    write_rows(manifest, rows)
-    given = ["retrieval.py", str(model_dir), "--manifest", str(manifest), "--pictures", "5", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", given)
-    bench.main()
-    scores = read_rows(tmp_path / "out" / "model0.scores.jsonl")[1:]
-    best = [max(range(5), key=each["logp"][0].__getitem__) == 0 for each in scores]
-    assert f"| {model_dir} | {100 * sum(best) / 5:.1f} | " in capsys.readouterr().out and len(scores) == 5

@@ -27,18 +27,3 @@ def test_our_side_computes_dpo_of_the_librarys_own_forwards(tmp_path):
     # A margin is a difference of four such sums of 440 nats, and beta / 2 is about the loss's derivative.
     assert found["loss"] == pytest.approx(plain["loss"], abs=settings.beta / 2 * 4 * 1e-6 * abs(plain["rejected"]))
     assert abs(plain["loss"] - math.log(2)) > 1e-3, "the reference is another model"
-
-
-def test_sides_that_differ_are_named_and_medians_leave_the_warm_up_out():
-    plain = {"loss": 0.7, "chosen": -40.0, "rejected": -50.0}
-    steps = []
-    for seconds in (90.0, 9.0, 1.0, 3.0, 2.0):
-        mine = {**plain, "seconds": seconds, "wall": 2 * seconds, "grad_norm": 3.0}
-        steps.append({"ours": mine, "trl": {**mine, "seconds": 4 * seconds, "wall": 4 * seconds, "reference_seconds": seconds}})
-    found = trl_dpo.summary(steps, scoring=10.0)
-    assert (found["ours_seconds"], found["trl_seconds"], found["trl_reference_seconds"]) == (2.0, 8.0, 2.0)
-    assert [found[f"ratio{name}"] for name in ("", "_without_reference", "_with_scoring", "_of_wall_clock")] == [4.0, 3.0, 2.0, 2.0]
-    assert trl_dpo.disagreements(steps, plain) == []
-    steps[0]["trl"]["grad_norm"], steps[3]["trl"]["loss"] = 3.01, float("nan")
-    off = trl_dpo.disagreements(steps, {**plain, "loss": 0.7002})
-    assert [line.split(":")[:2] for line in off] == [["step 1", " loss"], ["step 1", " grad_norm"], ["step 4", " loss"]]
