@@ -288,6 +288,10 @@ BAD_ROWS = {
     "match swaps image and text": (changed("match", 1, to=["t1", "i0", 0]), "'t1'.* i0, i1, i2"),
     "match contradicts itself": (changed("match", 2, to=["i0", "t0", 0]), r"both 0 and 1 for \(i0, t0\)"),
     "factual pair false": (changed("match", 0, 2, to=0), "the first image and the first text"),
+    "image id a number": (changed("images", 1, "id", to=1), "images: 'id'.* 1"),
+    "path not a string": (changed("images", 0, "path", to=7), "images: 'path' .* 7"),
+    "weight infinite": (changed("weight", to=math.inf), "weight .* inf"),
+    "same text": (changed("texts", 1, "text", to=" two  dogs"), "text 1 equals text 0"),
     "weight zero": (changed("weight", to=0), "weight .* 0.0"),
     "weight a string": (changed("weight", to="1"), "weight .*'1'"),
 }

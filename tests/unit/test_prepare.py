@@ -165,6 +165,9 @@ def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
     assert len(problems) == len(showing) + 2 == StoredRows(tmp_path / "store").found["left_out"]
     named = sorted(int(problem.partition("m.jsonl:")[2].partition(":")[0]) for problem in problems)
     assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
+    path.write_text("{\n")
+    with pytest.raises(DataError, match=r"m.jsonl:1: .*none of the 1 groups"):
+        preparing(path, tmp_path / "none", on_error="skip")
 
 
 def test_pictures_are_members_of_tars(source, store):
@@ -465,12 +468,15 @@ def swapped(store: Path) -> None:
 DAMAGE = {
     "rows cut": lambda store: os.truncate(store / "groups-00001.jsonl", 100),
     "tar cut": lambda store: os.truncate(store / "images-00000.tar", 1000),
+    "no tar": lambda store: (store / "images-00002.tar").unlink(),
     "no index": lambda store: (store / "groups-00002.jsonl.idx").unlink(),
+    "another index": lambda store: (store / "groups-00002.jsonl.idx").write_bytes((store / "groups-00001.jsonl.idx").read_bytes()),
     "swapped": swapped,
     "no JSON": lambda store: (store / "store.json").write_text("{"),
     "a later kind": lambda store: edited(store, lambda record: record.update(schema="cfstore/9")),
     "out of the store": lambda store: edited(store, lambda record: record["rows"][0].update(file="../m.jsonl")),
     "table cut": lambda store: os.truncate(store / "pictures.table", 48),
+    "a table elsewhere": lambda store: edited(store, lambda record: record["tables"][2].update(file="../pictures.table")),
     "another table": lambda store: np.save(store / "row_keys.npy", np.load(store / "row_keys.npy")[::-1]),
     "another number of groups": lambda store: edited(store, lambda record: record["identity"].update(rows=3)),
 }

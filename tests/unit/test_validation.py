@@ -48,6 +48,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "'frobnicate'; DeepSpeed has no such key": ("z3", {"frobnicate": 1}),
     "'zero_optimization.offload_param.devise'; did you mean 'device'?": ("z3", {"zero_optimization": {"offload_param": {"devise": 0}}}),
     "'bf16.enabeld'; did you mean 'enabled'?": ("z3", {"bf16": {"enabeld": True}}),
+    "'optimizer.typ'; did you mean 'type'?": ("z3", {"optimizer": {"typ": "AdamW"}}),
+    "optimizer.type is missing": ("z3", {"optimizer": {"params": {}}}),
     "bf16.enabled must": ("z3", {"bf16": {"enabled": "false"}}),
     'zero_optimization.stage must be 0, 1, 2 or 3, not "3"': ("z3", {"zero_optimization": {"stage": "3"}}),
     "offload_param.device: ": ("z3", {"zero_optimization": {"offload_param": {"device": "gpu"}}}),
@@ -106,6 +108,8 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--model", "{name_or_path: ''}"], "model.name_or_path"),
+        (["--data.train", "[]"], "data.train"),
         (["--objective.batch_align.pmi", "0", "--train.hard_negatives", "1"], "batch_align "),
         (
             ["--train.hard_negatives", "1", *(part for term in ("csd", "fcd") for part in (f"--objective.{term}.weight", "0"))],
