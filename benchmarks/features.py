@@ -28,11 +28,11 @@ from scoring import SIZES
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.collator import Collator, load_collator
 from cfvlm_ds.batching.precompute_features import precompute_features
-from cfvlm_ds.core.config import ModelConfig, ModuleConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import ModelConfig, ModuleConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data.features import FeatureCache
-from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, llava_config, llava_processor, write_checkpoint
 from cfvlm_ds.models import ModelFlops, Scorer, family_of, load_model
 
 TOWERS = {

@@ -235,7 +235,6 @@ def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any]
         "train.learning_rate": job.rate,
         "train.bf16": str("_bf16" in cpuinfo()).lower(),
         "train.eval_on_start": str(before).lower(),
-        "train.eval_shuffled": "false",
         "train.eval_steps": 0,
         "train.save_steps": 0,
         "train.samples": 0,

@@ -180,14 +180,13 @@ def beside(folder: Path, number: int) -> dict[str, float]:
     import torch
 
     from cfvlm_ds.cli.making import _scoring
-    from cfvlm_ds.core.config import TinyLlavaConfig
     from cfvlm_ds.counterfactuals.edit.step import edit
     from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, VerifyOptions
     from cfvlm_ds.counterfactuals.propose.step import propose
     from cfvlm_ds.counterfactuals.verify import candidates, group_of, verify
     from cfvlm_ds.counterfactuals.work_folder import WorkFolder
     from cfvlm_ds.data import open_groups
-    from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+    from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 
     torch.set_num_threads(1)
     config = TinyLlavaConfig(str(folder / "model"), image_size=224, patch_size=16, hidden_size=512, vision_hidden_size=256)

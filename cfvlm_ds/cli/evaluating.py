@@ -74,7 +74,6 @@ def _evaluate(
     *,
     out: str | None = None,
     scoring: Scoring,
-    no_shuffled: bool = False,
     benchmark_options: BenchmarkOptions,
     reading: Reading,
     limits: ImageLimits,
@@ -88,14 +87,11 @@ def _evaluate(
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: groups to evaluate, unless --benchmarks is given.
         out: JSON file to write; with --benchmarks, a folder.
-        no_shuffled: leave out the control row in which each group's texts are scored on another group's image. This row costs one more
-            image per group.
     """
     if benchmark_options.benchmarks is not None and manifest:
         raise ConfigError(f"evaluate takes manifests or --benchmarks, not both; leave out {manifest[0]} or --benchmarks")
     if benchmark_options.benchmarks is not None:
-        shuffled, max_pixels = not no_shuffled, reading.max_pixels
-        _evaluate_benchmarks(model, benchmark_options, out, shuffled=shuffled, scoring=scoring, limits=limits, max_pixels=max_pixels)
+        _evaluate_benchmarks(model, benchmark_options, out, scoring=scoring, limits=limits, max_pixels=reading.max_pixels)
         return
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} applies only to --benchmarks; leave it out")
@@ -115,7 +111,6 @@ def _evaluate(
         world,
         scoring.batch_size,
         max_tokens=scoring.max_tokens_per_forward,
-        shuffled=not no_shuffled,
         remedy=scoring.remedy,
     )
     if world.is_main:
@@ -132,7 +127,7 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 
 
 def _evaluate_benchmarks(
-    name: str, options: BenchmarkOptions, out: str | None, *, shuffled: bool, scoring: Scoring, limits: ImageLimits, max_pixels: int
+    name: str, options: BenchmarkOptions, out: str | None, *, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
     """Evaluate a model on benchmarks. All ranks must call this. The model is loaded after the benchmarks' files have been read."""
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
@@ -171,7 +166,6 @@ def _evaluate_benchmarks(
             batch_size=scoring.batch_size,
             max_tokens=scoring.max_tokens_per_forward or MAX_TOKENS,
             num_workers=default_workers() if options.num_workers is None else options.num_workers,
-            shuffled=shuffled,
             skip=skip,
             draws=options.draws,
             remedy=scoring.remedy.replace("set --max_tokens", "lower --max_tokens"),

@@ -1,18 +1,17 @@
-"""``cfvlm-ds data view`` and ``data stats``: inspection of data and of a run's results."""
+"""``cfvlm-ds data view``: inspection of data and of a run's results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named, say
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.cli.options import Positive, Reading, add_function, say
+from cfvlm_ds.core.errors import ConfigError
 
 
 def add(data: Any) -> None:
-    """Register ``view`` and ``stats`` as subcommands of ``data``."""
+    """Register ``view`` as a subcommand of ``data``."""
     add_function(data, _view)
-    add_function(data, _stats)
 
 
 def _view(
@@ -31,7 +30,7 @@ def _view(
     Example: cfvlm-ds data view groups.jsonl --out page
 
     Args:
-        source: manifest, run folder (to show the groups with the worst stored scores), or work folder of `data propose`.
+        source: manifest, or work folder of `data propose`.
         scores: file that `cfvlm-ds score` wrote for the manifest, or a file in a run's scores folder.
         sample: number of groups to show; by default 200.
         ids: file with the ids of the groups to show, one per line. The groups are shown in this order.
@@ -58,25 +57,3 @@ def _view(
     if written.problems:
         first = next(iter(written.problems.values()))
         print(f"{len(written.problems)} pictures could not be shown; the page gives the reason for each. The first: {first}")
-
-
-def _stats(manifest: str, *, reading: Reading, model: str | None = None, limits: ImageLimits) -> None:
-    """Print statistics of a manifest: groups, lengths, edit types, unknown cells, duplicates.
-
-    Example: cfvlm-ds data stats groups.jsonl
-
-    Args:
-        manifest: data in any known format.
-        model: model folder or hub name; if given, lengths are counted in its tokens.
-    """
-    from cfvlm_ds.data.stats import statistics
-
-    lengths = None
-    if model:
-        from cfvlm_ds.batching.collator import load_collator
-
-        lengths = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
-    result = statistics(manifest, reading.root, reading.format, lengths=lengths, max_pixels=reading.max_pixels, progress=say)
-    if not result.report.num_groups and result.report.problems:
-        raise DataError(result.report.problems[0])
-    print(result)

@@ -124,6 +124,10 @@ def _verify(
     done = folder.finished("verify", number, of, options)
     score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
     _print_done("verify", step.verify(folder.path, options, number, say, score, of, identity))
+    if not options.scorer:
+        print(
+            f"no --scorer was given, so only pixels were compared: review the texts with `cfvlm-ds data view {printable(work)} --out PAGE`"
+        )
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:
@@ -150,7 +154,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
     Args:
         manifest: manifests of groups; several manifests are treated as splits of one data set.
-        out: folder for an HTML page, report.md and report.json.
+        out: folder for an HTML page and report.md.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
@@ -167,7 +171,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(findings, sets, folder, say)
     print(findings.markdown())
-    print(f"wrote {folder}: index.html, report.md and report.json")
+    print(f"wrote {folder}: index.html and report.md")
     if options.strict and findings.faults:
         sys.stdout.flush()
         sys.exit(1)

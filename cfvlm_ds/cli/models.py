@@ -118,7 +118,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
     if not all_gaps:
         raise ConfigError(
             f"{manifest}: no group has both a true and a false text or image, so there is nothing to compare; "
-            "`cfvlm-ds data stats` lists its contents"
+            "`cfvlm-ds data check` lists its contents"
         )
     if not world.is_main:
         return

@@ -88,11 +88,10 @@ def _with_model(config: RunConfig, folder: str) -> RunConfig:
     """If the options request that the model be built before training, build it in ``folder`` and return the configuration with its new
     path. Otherwise, return the configuration unchanged.
     """
-    name, base, tiny = config.model.name_or_path, config.build.base, config.build.tiny_llava
-    if os.path.exists(name) or name not in (base, tiny and tiny.out_dir):
+    name = config.model.name_or_path
+    if os.path.exists(name) or name != config.build.base:
         return config
-    copied = replace(tiny, out_dir=folder) if tiny is not None and name != base else None
-    _build_model(replace(config.build, base=folder if name == base else None, tiny_llava=copied))
+    build(BuildConfig(base=folder))
     return replace(config, model=replace(config.model, name_or_path=folder))
 
 
@@ -105,22 +104,11 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 
 def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
-    """Write the requested parts of the world with habits and the requested small models, unless they already exist. ``alive`` is called
-    repeatedly to signal progress.
-    """
+    """Write the requested world with habits and base model unless they exist. ``alive`` is called repeatedly to signal progress."""
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits
 
         build_habits(config.habits, alive=alive)
-    _build_model(config)
-
-
-def _build_model(config: BuildConfig) -> None:
-    if config.tiny_llava is not None:
-        from cfvlm_ds.demo.habits import all_texts
-        from cfvlm_ds.demo.tiny_llava import build_tiny_llava
-
-        build_tiny_llava(config.tiny_llava, all_texts(seed=0, number=3000))
     if config.base is not None:
         from cfvlm_ds.demo.base import write_base
 

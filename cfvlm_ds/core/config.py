@@ -173,8 +173,6 @@ class TrainConfig:
             of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
             skips this evaluation.
         samples: number of evaluation pictures for which the model generates a text at each evaluation; results.md shows the texts.
-        eval_shuffled: in the final evaluation, also score every group's texts on another group's image, to show how far language alone
-            gets. This costs as much as one more image per group.
         save_steps: steps between checkpoints; 0 saves only at the end.
         save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
@@ -197,11 +195,8 @@ class TrainConfig:
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
             (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
             check.
-        displacement_warning: warn when the log-likelihood of the factual texts, or of the true texts in a ``retention`` set, falls this
-            many nats per token below its initial value.
-        retention: names of the sets in ``data.evaluation`` that measure forgetting, such as plain captions or other edit types. They are
-            also evaluated before the first step, and later changes in their results are logged.
-        figures: draw the learning curves and the score matrices of a few groups at the end.
+        displacement_warning: warn when the log-likelihood of the factual texts falls this many nats per token below its initial value.
+        figures: draw the learning curves at the end, and write a page of the groups with the smallest margins.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
         rounds: alternate sampling and training; by default, the run trains once.
@@ -230,7 +225,6 @@ class TrainConfig:
     eval_steps: int | None = option(None, within=COUNT, on_resume="ignored")
     eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")
     samples: int = option(0, within=COUNT, on_resume="ignored")
-    eval_shuffled: bool = option(True, on_resume="ignored")
     save_steps: int = option(500, within=COUNT, on_resume="ignored")
     save_minutes: float = option(0.0, within=(0, 1e8), on_resume="ignored")
     save_total_limit: int = option(2, within=COUNT, on_resume="ignored")
@@ -244,7 +238,6 @@ class TrainConfig:
     hang_timeout_s: float = option(600.0, within=(0, 1e8), on_resume="ignored")
     self_check: Literal["error", "warn", "off"] = option("error", on_resume="ignored")
     displacement_warning: float = option(0.1, on_resume="ignored")
-    retention: list[str] | None = option(None, on_resume="ignored")
     figures: bool = option(True, on_resume="ignored")
     export: bool = option(True, on_resume="ignored")
     rounds: RoundsConfig | None = option(None, on_resume="ignored")
@@ -288,7 +281,6 @@ class HabitsConfig:
         strength: probability with which a thing in a training picture follows each of its habits.
         text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
             num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
-        edit_weights: relative frequency of each edit type in training; by default, all are equally frequent.
     """
 
     out_dir: str
@@ -299,32 +291,6 @@ class HabitsConfig:
     seed: int = 0
     strength: float = 0.96
     text_bias: float = 0.0
-    edit_weights: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class TinyLlavaConfig:
-    """A small, randomly initialised LLaVA (1.04 M parameters) with a tokenizer trained on the captions of the built-in world.
-
-    Args:
-        out_dir: folder to write; left unchanged if it exists.
-        image_size: side of the square input in pixels.
-        patch_size: side of a patch in pixels.
-        hidden_size: width of the language model.
-        vision_hidden_size: width of the vision tower.
-        num_layers: layers of the language model.
-        vision_num_layers: layers of the vision tower.
-        seed: seed of the initial weights.
-    """
-
-    out_dir: str
-    image_size: int = option(48, within=(1, 1e4), on_resume="ignored")
-    patch_size: int = option(12, within=(1, 1e4), on_resume="ignored")
-    hidden_size: int = option(128, within=(1, 1e4), on_resume="ignored")
-    vision_hidden_size: int = option(64, within=(1, 1e4), on_resume="ignored")
-    num_layers: int = option(3, within=(1, 100), on_resume="ignored")
-    vision_num_layers: int = option(2, within=(1, 100), on_resume="ignored")
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -333,12 +299,10 @@ class BuildConfig:
 
     Args:
         habits: the built-in world with habits.
-        tiny_llava: a small model with random weights and a tokenizer trained on the texts of that world.
         base: folder for a copy of the package's small model, pretrained on that world.
     """
 
     habits: HabitsConfig | None = option(None, on_resume="ignored")
-    tiny_llava: TinyLlavaConfig | None = option(None, on_resume="ignored")
     base: str | None = option(None, on_resume="ignored")
 
 

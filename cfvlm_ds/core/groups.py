@@ -194,6 +194,11 @@ class CounterfactualGroup:
         return len(self.images[0])
 
     @property
+    def shown_name(self) -> str:
+        """The id, preceded by the file name of the first picture, because ids made by a tool mean nothing to a reader."""
+        return f"{self.images[0][0].name} ({self.id})" if self.images[0] else self.id
+
+    @property
     def prompt_ids(self) -> tuple[int, ...]:
         """Index of each text's prompt among the group's distinct prompts. Only texts with the same prompt can be compared."""
         numbers: dict[Prompt, int] = {}

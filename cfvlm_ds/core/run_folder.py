@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
-from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.reading import counted_from, read_json, read_yaml
 from cfvlm_ds.core.strict import build
@@ -23,7 +22,7 @@ FILES = (
     "metrics.jsonl", ".mlflow_delivery.json",
     "mlflow.db*", "finished.json", "resume_changes.jsonl", "skipped.json", "nonfinite.jsonl",
     "results.md", "results.html", "results.json", "before_after.json", "samples.jsonl",
-    "scores-*.png", "learning_curves.png", "run.lock*", "zero_to_*.py",
+    "learning_curves.png", "run.lock*", "zero_to_*.py",
     "*.tmp",
 )  # fmt: skip
 FOLDERS = (
@@ -136,27 +135,16 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 def recorded_model(run_dir: Path) -> ModelConfig:
     """Read the model options of a run. Raises ConfigError if its folder holds no valid configuration."""
-    model: ModelConfig = _recorded(run_dir, "model", ModelConfig)
-    if not model.name_or_path:
-        raise ConfigError(f"{run_dir / 'config.yaml'} is not a run's configuration (model.name_or_path is empty); restore it")
-    return model
-
-
-def recorded_evaluation(run_dir: Path) -> dict[str, EvaluationSet]:
-    """Read the evaluation manifests of a run. Raises ConfigError if its folder holds no valid configuration."""
-    data: DataConfig = _recorded(run_dir, "data", DataConfig)
-    return data.evaluation_sets
-
-
-def _recorded(run_dir: Path, section: str, kind: type) -> Any:
-    path = run_dir / "config.yaml"
-    options = recorded_options(run_dir).get(section)
+    path, options = run_dir / "config.yaml", recorded_options(run_dir).get("model")
     if not isinstance(options, dict):
-        raise ConfigError(f"{path} is not a run's configuration (it has no section {section}); restore it")
+        raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
     try:
-        return build(kind, options, section)
+        model: ModelConfig = build(ModelConfig, options, "model")
     except ConfigError as error:
         raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
+    if not model.name_or_path:
+        raise ConfigError(f"{path} is not a run's configuration (model.name_or_path is empty); restore it")
+    return model
 
 
 def base_of(folder: Path) -> str:

@@ -17,33 +17,6 @@ from cfvlm_ds.core.options import ENDLESS, Range
 from cfvlm_ds.core.reading import parse_yaml
 from cfvlm_ds.core.text import one_line, quoted
 
-_OTHER_NAMES = {
-    **dict.fromkeys(("bs", "batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
-    **dict.fromkeys(("grad_accum", "accumulation_steps"), "train.gradient_accumulation_steps"),
-    **dict.fromkeys(("model", "model.path"), "model.name_or_path"),
-    **dict.fromkeys(("manifest", "data.path", "dataset", "train_file", "train_dataset", "max_samples"), "data.train"),
-    **dict.fromkeys(("image_folder", "media_dir", "dataset_dir"), "data.root"),
-    **dict.fromkeys(("validation", "eval_dataset", "val_dataset"), "data.evaluation"),
-    **dict.fromkeys(("freeze_vision_tower", "freeze_vit"), "model.vision_tower.tuning"),
-    **dict.fromkeys(("freeze_multi_modal_projector", "freeze_aligner"), "model.projector.tuning"),
-    **dict.fromkeys(("freeze_llm", "finetuning_type", "train_type", "use_peft", "target_modules"), "model.language_model.tuning"),
-    **dict.fromkeys(("lora_r", "lora_rank", "model.lora.r"), "model.lora.rank"),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
-    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), "train.save_best"),
-    **dict.fromkeys(("early_stopping_patience", "early_stop_interval"), "train.early_stopping"),
-    **dict.fromkeys(("fp16", "torch_dtype"), "train.bf16"),
-    "deepspeed": "deepspeed",
-    "epochs": "train.num_train_epochs",
-    "flash_attn": "model.attn_implementation",
-    "lora_alpha": "model.lora.alpha",
-    "lr": "train.learning_rate",
-    "packing": "data.max_tokens_per_micro_batch",
-    "quantization_bit": "model.lora.load_in_4bit",
-    "report_to": "tracking.enabled",
-    "resume_from_checkpoint": "train.resume",
-    "warmup_steps": "train.warmup_ratio",
-}
-"""Name of an option in other programs (or its last part) -> its name in this package."""
 _MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
     ("vision_tower", "projector", "language_model"), "tuning"
 )
@@ -173,15 +146,15 @@ def _called(hint: Any) -> list[str]:
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:
-    """Return the dotted option among ``names`` that a misspelled ``option`` most likely means, or None.
+    """Return the dotted option among ``names`` that an unknown ``option`` most likely means, or None.
 
-    If other programs call one of the options ``option``, that one is returned; otherwise, the one with the most similar name. The last
+    It is the shortest name with all words of ``option`` and the same last word, as for batch_size, or else the most similar name. The last
     parts of the names must be similar too, because all options of a section begin with the same letters.
     """
     section, _, last = option.rpartition(".")
-    called = _OTHER_NAMES.get(option) or (None if section.startswith(("objective", "build")) else _OTHER_NAMES.get(last))
-    if called in names:
-        return called
+    words = {name: re.split(r"[._]", name) for name in (option, *names)}
+    if containing := [name for name in names if {*words[option]} <= {*words[name]} and words[option][-1] == words[name][-1]]:
+        return min(containing, key=lambda name: len(words[name]))
     by_form = {name if section else name.rpartition(".")[2]: name for name in sorted(reversed(names), key=lambda name: -name.count("."))}
     like = _LIKE_IN_SECTION if section else _LIKE
     forms = difflib.get_close_matches(option, by_form, n=3, cutoff=like)

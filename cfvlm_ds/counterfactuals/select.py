@@ -6,11 +6,13 @@ Groups are ordinary ``cfgroup`` rows with their provenance in ``meta``. A pictur
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +37,8 @@ KEPT, NO_ROOM, QUOTA = "kept", "good, but over the quota of its source", "good, 
 TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real picture belongs to another split"
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
-_UNEVEN = 0.05
-"""Difference from the requested share of a split above which a note is printed."""
+_MANY = 1000
+"""Number of pictures from which a picture's split depends only on its contents and the seed. The shares of fewer pictures are exact."""
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
@@ -83,7 +85,7 @@ class Survival:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Format one line about captions without a group and one per file, with a note if the shares of the splits are not as requested."""
+        """Format one line about captions without a group and one per file."""
         groups = sum(self.files.values())
         captions, proposed = self.sources["captions"], self.sources["with a proposal"]
         rest = f"{captions - proposed} have no proposal, {proposed - groups} have no edit that was kept"
@@ -91,11 +93,6 @@ class Survival:
         for name, count in self.files.items():
             shares = f" ({count / groups:.0%} of the groups; --splits requests {self.shares[name]:.0%})" if self.shares else ""
             lines.append(f"wrote {name}: {count} groups{shares}")
-        if any(abs(self.files[name] / groups - share) > _UNEVEN for name, share in self.shares.items()):
-            lines.append(
-                "note: the split of a picture depends only on its contents and --seed, so that all its edits stay together; with few "
-                "pictures, shares are uneven, and another --seed may be closer"
-            )
         return "\n".join(lines)
 
 
@@ -117,6 +114,7 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
         thresholds = thresholds_of(work, options.thresholds, options.rule, options.margin)
         cuts = _cuts(work, thresholds, options) if options.per_type else {}
+        ends = _ends(work, thresholds, shares, options.seed)
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
         settings = {step: work.settings(step) for step in STEPS}
@@ -125,13 +123,13 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         written, seen = Counter[str](), set[int]()
         for shard in progress.over(range(work.shards)):
             for history in histories(work, shard, thresholds):
-                name = _split(history, shares, options.seed)
+                name = _split(_place(history, options.seed), ends)
                 if (number := seed_of(history.id)) in seen:  # the id occurs in another shard
                     for edited in history.edits:
                         survival.add(str(edited.proposal["type"]), REPEATED)
                     continue
                 seen.add(number)
-                if kept := _kept(history, options, cuts, survival, name, shares):
+                if kept := _kept(history, options, cuts, survival, name, ends):
                     row = _row(history, kept, options, folder, steps, thresholds)
                     handles[name].write(row_line(row))
                     written[name] += 1
@@ -213,7 +211,7 @@ def _kept(
     cuts: Mapping[str, int],
     survival: Survival,
     home: str,
-    shares: Mapping[str, float],
+    ends: dict[str, float],
 ) -> list[Edited]:
     """Return the edits of a source that are kept, in the order of proposal, and count every edit's outcome in ``survival``.
 
@@ -232,7 +230,7 @@ def _kept(
             outcome = NO_ROOM
         elif kind in cuts and _draw(edited) > cuts[kind]:
             outcome = QUOTA
-        elif "path" in picture and _drawn(str(picture["sha256"]), shares, options.seed) != home:  # a mined picture
+        elif "path" in picture and _split(seed_of(options.seed, picture["sha256"]), ends) != home:  # a mined picture
             outcome = ELSEWHERE
         elif text in texts:
             outcome = TWICE
@@ -297,23 +295,29 @@ def parse_splits(text: str) -> dict[str, float]:
     return shares
 
 
-def _split(history: History, shares: Mapping[str, float], seed: int) -> str:
-    """Derive a source's split from the contents of its picture, so that all rows with this picture are in the same split."""
+def _place(history: History, seed: int) -> int:
+    """Hash the contents of a source's picture, so that all rows with this picture are in the same split."""
     made = next((attempt.made for edited in history.edits for attempt in edited.attempts if "parent_sha256" in attempt.made), {})
-    name = str(made.get("parent_sha256") or history.picture or history.id)
-    return _drawn(name, shares, seed)
+    return seed_of(seed, made.get("parent_sha256") or history.picture or history.id)
 
 
-def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
-    """Derive a split from ``seed`` and a picture's sha256."""
-    if not shares:
-        return ""
-    place = seed_of(seed, name) / 2**63
-    for split, share in shares.items():
-        place -= share
-        if place < 0:
-            return split
-    return next(reversed(list(shares)))
+def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int) -> dict[str, float]:
+    """Map each split to the place (see ``_place``) at which it ends: if fewer than ``_MANY`` pictures have a good edit, so that the splits
+    have their exact shares of these pictures.
+    """
+    good = (history for shard in range(work.shards if shares else 0) for history in histories(work, shard, thresholds) if _ranked(history))
+    places = set[int]()
+    while len(places) < _MANY and (history := next(good, None)) is not None:
+        places.add(_place(history, seed))
+    sums = dict(zip(shares, accumulate(shares.values()), strict=True))
+    if len(places) == _MANY:
+        return {name: total * 2**63 for name, total in sums.items()}
+    order = [*sorted(places), math.inf]
+    return {name: order[round(total * len(places))] for name, total in sums.items()}
+
+
+def _split(place: int, ends: dict[str, float]) -> str:
+    return next((name for name, end in ends.items() if place < end), next(reversed(ends), ""))
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -196,9 +196,11 @@ def _rounded(value: float) -> float | None:
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     """Add a record to the counts, with its verdict under the default thresholds."""
     counts["candidates"] += 1
-    counts["scored"] += "scores" in record
-    reason = verdict(record, Thresholds(rule="match" if "scores" in record else "checks")).reason
-    counts["good by default thresholds" if reason == GOOD else f"not: {reason[:80]}"] += 1
+    if scored := "scores" in record:
+        counts["scored"] += 1
+    good = "good by default thresholds" if scored else "not scored, nothing wrong with pixels"
+    reason = verdict(record, Thresholds(rule="match" if scored else "checks")).reason
+    counts[good if reason == GOOD else f"not: {reason[:80]}"] += 1
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:

@@ -7,6 +7,7 @@ bytes for each group and for each picture in a group.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
+from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Done, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
@@ -251,4 +253,21 @@ def check_manifest(
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     report.add(check_texts(store, lengths, pictures, progress, scan))
+    work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
+    keys = joined_keys([*scan.over(range(len(store)), work, counted)])
+    report.add(
+        CheckReport(
+            report.manifest,
+            sides=Counter(pictures.sides()),
+            num_repeated_rows=report.num_groups - len(keys.rows),
+            num_repeated_pictures=report.num_images - len(keys.pictures),
+        )
+    )
     return report
+
+
+def _keys(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> Keys:
+    keys = keys_of((group for _, group in store.entries(places) if not isinstance(group, DataError)), pictures)
+    for _ in places:
+        done()
+    return keys

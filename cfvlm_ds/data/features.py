@@ -44,7 +44,7 @@ class FeatureCache:
 
     Args:
         folder: folder for the files; several runs can share it at the same time.
-        origin: everything besides the picture that determines its features (tower, processor, dtype, versions); each origin has its own
+        origin: everything besides the picture that determines its features (weights, processor, dtype, versions); each origin has its own
             subfolder.
         known: digest of each picture, or an error message if it cannot be read.
     """
@@ -96,19 +96,6 @@ def read_features(file: Path) -> Features:
         ) from error
     width, height = tensors.pop("size").tolist()
     return Features((width, height), tensors.pop("placeholder_ids").tolist(), dict(_named(tensors, _TOWER)), dict(_named(tensors, _INPUT)))
-
-
-def stored_bytes(file: Path) -> int | None:
-    """Return the size of a feature file in bytes, or None if the file does not exist. Raises DataError if the file is truncated or its
-    header is damaged.
-    """
-    try:
-        with safe_open(file, "pt"):
-            return file.stat().st_size
-    except FileNotFoundError:
-        return None
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file}: features cannot be read ({error})") from error
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:

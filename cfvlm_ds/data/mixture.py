@@ -1,16 +1,15 @@
 """Mixtures of sources. The source at each position in the stream of groups is computed from the position alone.
 
-The stream is divided into windows of 1,000 draws. Each source gets its share of the 1,000 draws, rounded down or up. The set of sources
-whose share is rounded up varies from window to window, so every source has its exact share in the long run (systematic sampling with a
-start that advances by the golden ratio). Within a window, the draws of a source are evenly spaced. The result does not depend on the number
-of ranks, and any position can be computed directly, because the number of draws before a window has a closed form.
+The stream repeats a pattern of at most 2**20 draws, in which each source has its share and its draws are evenly spread. The result does not
+depend on the number of ranks.
 
-Shapes: S sources, W windows.
+Shapes: S sources, L draws in the pattern.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -24,11 +23,12 @@ from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
-WINDOW = 1000
-"""Number of draws in a window. In every window, each source gets its share to within one draw."""
-_TURN = 0x9E3779B97F4A7C15  # fraction of the golden ratio times 2**64; its multiples are evenly spaced on the circle
-_CIRCLE = 1 << 64
-_KEPT = 1 << 10  # cached windows
+LONGEST = 1 << 20
+"""Maximum length of the pattern. If the shares need a longer one, they are rounded up to multiples of about one millionth."""
+PATTERN = "pattern-1"
+"""Name of a mixture's order in a sampler's state. A changed order needs a new name."""
+
+Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,77 +41,32 @@ class Draws:
 
     shares: tuple[Fraction, ...]
 
-    def at(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    @functools.cached_property
+    def counts(self) -> Array:
+        """Number of draws from each source in the pattern, [S]."""
+        length = min(math.lcm(*(share.denominator for share in self.shares)), LONGEST)
+        return np.array([math.ceil(share * length) for share in self.shares])
+
+    @functools.cached_property
+    def pattern(self) -> tuple[Array, Array]:
+        """Source of each draw in the pattern, [L], and the number of earlier draws from this source, [L]. Draw k of n from a source is at
+        the fraction (k + 1/2) / n of the pattern.
+        """
+        source = np.repeat(np.arange(len(self.counts)), self.counts)
+        earlier = np.concatenate([np.arange(count) for count in self.counts])
+        order = np.argsort((earlier + 0.5) / self.counts[source], kind="stable")
+        return source[order], earlier[order]
+
+    def at(self, start: int, count: int) -> tuple[Array, Array]:
         """For each of ``count`` stream positions from ``start``, return the source and the number of earlier draws from this source."""
-        sources, earlier = [], []
-        stop = start + count
-        for window in range(start // WINDOW, -(-stop // WINDOW)):
-            low, high = max(start - window * WINDOW, 0), min(stop - window * WINDOW, WINDOW)
-            source, place = _window(tuple(self.counts(window).tolist()))
-            sources.append(source[low:high])
-            earlier.append((self.before(window)[source] + place)[low:high])
-        return np.concatenate([np.empty(0, np.int64), *sources]), np.concatenate([np.empty(0, np.int64), *earlier])
-
-    def counts(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the number of draws from each source in a window, [S]; their sum is WINDOW."""
-        return self.before(window + 1) - self.before(window)
-
-    def before(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the number of draws from each source in all windows before ``window``, [S]."""
-        return _before(self.shares, window)
+        turns, places = np.divmod(np.arange(start, start + count), len(self.pattern[0]))
+        source, earlier = (part[places] for part in self.pattern)
+        return source, turns * self.counts[source] + earlier
 
     def place_of(self, source: int, number: int) -> int:
         """Return the stream position of draw ``number`` (counted from 0) of a source. The source must have a positive share."""
-        low, high = 0, 1
-        while int(self.before(high)[source]) <= number:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if int(self.before(middle)[source]) <= number else (low, middle)
-        drawn, place = _window(tuple(self.counts(low).tolist()))
-        return low * WINDOW + int(np.flatnonzero((drawn == source) & (place == number - int(self.before(low)[source])))[0])
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _before(shares: tuple[Fraction, ...], windows: int) -> npt.NDArray[np.int64]:
-    """Return the number of draws from each source in the first ``windows`` windows, [S].
-
-    In each window, the sources are adjacent intervals on the number line. An interval's length is the fractional part of share * WINDOW.
-    The share is rounded up if the interval contains a whole number. From window to window, all intervals move by the golden ratio.
-    """
-    whole_draws = [int(share * WINDOW) for share in shares]
-    offset = _floors(windows, _TURN, 0)
-    passed, end, draws = 0, Fraction(0), list[int]()
-    for share, count in zip(shares, whole_draws, strict=True):
-        end += share * WINDOW - count
-        turns, rest = divmod(int(end * _CIRCLE), _CIRCLE)
-        reached = turns * windows + _floors(windows, _TURN, rest) - offset
-        draws.append(count * windows + reached - passed)
-        passed = reached
-    return np.array(draws, np.int64)
-
-
-def _floors(count: int, step: int, first: int) -> int:
-    """Sum floor((step k + first) / _CIRCLE) over k from 0 to ``count`` - 1. The time is proportional to the number of bits in the
-    arguments.
-    """
-    total, modulus = 0, _CIRCLE
-    while count > 0:
-        total += (count - 1) * count // 2 * (step // modulus) + count * (first // modulus)
-        step, first = step % modulus, first % modulus
-        count, first, step, modulus = *divmod(step * count + first, modulus), modulus, step
-    return total
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _window(counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each position in a window, return the source, and the draw's index among the source's draws in this window. Draw k of n is placed
-    at the fraction (k + 1/2) / n of the window.
-    """
-    source = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    place = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
-    order = np.argsort((place + 0.5) / np.repeat(np.array(counts), counts), kind="stable")
-    return source[order], place[order]
+        turns, rest = divmod(number, int(self.counts[source]))
+        return turns * len(self.pattern[0]) + int(np.flatnonzero(self.pattern[0] == source)[rest])
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
@@ -148,7 +103,7 @@ class Order:
     stop: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     rows: tuple[RowsTogether | None, ...] = ()
 
-    @property
+    @functools.cached_property
     def draws(self) -> Draws:
         """Order of the draws from the sources."""
         return Draws(self.shares or (Fraction(1),))
@@ -180,20 +135,24 @@ class Order:
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
         """Compute the mean of a per-group value over the stream."""
-        parts = np.split(values, np.cumsum(self.sizes)[:-1])
-        means = (Fraction(int(part.sum(dtype=np.int64)), len(part)) for part in parts)
-        return sum((share * mean for share, mean in zip(self.draws.shares, means, strict=True)), Fraction(0))
+        counts, sums = self.draws.counts.tolist(), np.add.reduceat(values, np.cumsum([0, *self.sizes[:-1]]), dtype=np.int64).tolist()
+        of_sources = (Fraction(count * total, size) for count, total, size in zip(counts, sums, self.sizes, strict=True))
+        return sum(of_sources, Fraction(0)) / sum(counts)
 
     def epochs(self, seen: int) -> list[float]:
         """Return the number of passes over each source of a mixture in the first ``seen`` positions; [] for a single data set."""
-        window, rest = divmod(seen, WINDOW)
-        drawn = self.draws.before(window) + np.bincount(self.draws.at(window * WINDOW, rest)[0], minlength=len(self.sizes))
+        turns, rest = divmod(seen, len(self.draws.pattern[0]))
+        drawn = turns * self.draws.counts + np.bincount(self.draws.pattern[0][:rest], minlength=len(self.sizes))
         return (drawn / np.array(self.sizes)).tolist() if self.shares else []
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the group at each position, as JSON values."""
         mixed = {"sizes": list(self.sizes), "shares": [str(share) for share in self.shares]} if self.shares else {}
-        kinds = [*[COMPUTED] * (max(self.sizes) > permutation.STORED), *[TOGETHER] * any(rows is not None for rows in self.rows)]
+        kinds = [
+            *[PATTERN] * bool(self.shares),
+            *[COMPUTED] * (max(self.sizes) > permutation.STORED),
+            *[TOGETHER] * any(rows is not None for rows in self.rows),
+        ]
         return {"num_groups": sum(self.sizes), "seed": self.seed, **mixed, **({"order": "+".join(kinds)} if kinds else {})}
 
 

@@ -51,6 +51,12 @@ class CheckReport:
     longest_text_unit: str = "characters"
     """"tokens" (of prompt, image and text) or "characters" (of the text)."""
     longest_text_where: str = ""
+    sides: Counter[int] = field(default_factory=Counter)
+    """Longer side of a picture in pixels -> number of files; empty unless the pictures were opened."""
+    num_repeated_rows: int = 0
+    """Number of rows with the same prompts, texts and pictures as an earlier row."""
+    num_repeated_pictures: int = 0
+    """Number of files with the same contents as another."""
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
@@ -110,10 +116,7 @@ class CheckReport:
     @property
     def visual_range(self) -> str:
         """Minimum, median and maximum number of visual tokens per image; "" if unknown."""
-        if not self.visual_tokens:
-            return ""
-        low, middle, most = quantiles(self.visual_tokens, 0, 50, 100)
-        return f"min {low}, median {middle}, max {most} per image"
+        return _spread(self.visual_tokens, "per image")
 
     @property
     def unused(self) -> str:
@@ -134,24 +137,25 @@ class CheckReport:
         return "\n".join(table)
 
     def _counts(self) -> list[tuple[str, str]]:
-        lines = [
-            ("groups", str(self.num_groups)),
-            ("images", f"{self.num_images} distinct files"),
-            ("texts", str(self.num_texts)),
-            ("prompts", counted(self.prompts) or "none"),
-            ("unknown cells", f"{self.num_unknown_cells} of {self.num_cells}"),
-            ("edit types", counted(self.edit_types) or "none"),
-            ("counterfactuals", ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none"),
-            (
-                "longest text",
-                f"{self.longest_text} {self.longest_text_unit}" + f" ({self.longest_text_where})" * bool(self.longest_text_where),
+        true = self.num_cells - self.num_false_cells - self.num_unknown_cells
+        lines = {
+            "groups": str(self.num_groups),
+            "sources": counted(self.sources),
+            "images x texts": counted(self.shapes),
+            "images": ", ".join(filter(None, (f"{self.num_images} distinct files", _spread(self.sides, "pixels on the longer side")))),
+            "texts": str(self.num_texts),
+            "prompts": counted(self.prompts) or "none",
+            "cells": f"{true} true, {self.num_false_cells} false, {self.num_unknown_cells} unknown",
+            "edit types": counted(self.edit_types) or "none",
+            "counterfactuals": ", ".join(f"K={k}: {count} groups" for k, count in sorted(self.num_counterfactuals.items())) or "none",
+            "text lengths": _spread(self.text_lengths, f"{self.longest_text_unit} ({self.longest_text_where})"),
+            "visual tokens": self.visual_range,
+            "repeated": ", ".join(
+                f"{n} {of}" for n, of in ((self.num_repeated_rows, "rows"), (self.num_repeated_pictures, "picture files")) if n
             ),
-        ]
-        if self.visual_tokens:
-            lines.append(("visual tokens", self.visual_range))
-        if self.metadata:
-            lines.append(("metadata", self.unused))
-        return lines
+            "metadata": self.unused if self.metadata else "",
+        }
+        return [(name, line) for name, line in lines.items() if line]
 
 
 def without_place(problem: str) -> str:
@@ -163,9 +167,12 @@ def without_place(problem: str) -> str:
 _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
-def quantiles(counts: Counter[int], *percent: float) -> list[int]:
-    """Compute percentiles of a distribution. ``counts`` maps each value to its count."""
-    return np.percentile(np.repeat(list(counts), list(counts.values())), percent, method="lower").tolist()
+def _spread(counts: Counter[int], unit: str) -> str:
+    """Format the minimum, median and maximum of a distribution, given as a mapping from values to counts; "" if it is empty."""
+    if not counts:
+        return ""
+    low, middle, most = np.percentile(np.repeat(list(counts), list(counts.values())), (0, 50, 100), method="lower").tolist()
+    return f"min {low}, median {middle}, max {most} {unit}"
 
 
 def counted(counts: Counter[str]) -> str:

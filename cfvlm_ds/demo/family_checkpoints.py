@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import refuse_filled
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.tiny_llava import llava_config, llava_processor, write_checkpoint
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, llava_config, llava_processor, write_checkpoint
 
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
 _NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for runs of newlines, as in Gemma's tokenizer

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.untrusted import refuse_filled
 
@@ -22,6 +22,22 @@ CHAT_TEMPLATE = (
     "{% else %}ASSISTANT: {% for item in message['content'] %}{{ item['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class TinyLlavaConfig:
+    """A small, randomly initialised LLaVA (1.04 M parameters by default). ``image_size`` and ``patch_size`` are sides in pixels, and
+    ``hidden_size`` and ``num_layers`` are those of the language model.
+    """
+
+    out_dir: str
+    image_size: int = 48
+    patch_size: int = 12
+    hidden_size: int = 128
+    vision_hidden_size: int = 64
+    num_layers: int = 3
+    vision_num_layers: int = 2
+    seed: int = 0
 
 
 def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:

@@ -8,17 +8,15 @@ from dataclasses import replace
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation.comparisons import UNLABELLED
 from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
-from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, headline_metric, metric_names
+from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import headline, table
 from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
 __all__ = [
-    "UNLABELLED",
     "Accuracy",
     "GroupScores",
     "accuracies",
@@ -26,7 +24,6 @@ __all__ = [
     "flat_metrics",
     "guarded",
     "headline",
-    "headline_metric",
     "metric_names",
     "rehearse",
     "score_groups",
@@ -44,7 +41,6 @@ def evaluate(
     num_workers: int = 0,
     *,
     max_tokens: int | None = None,
-    shuffled: bool = False,
     remedy: str = "lower the batch size",
     objectives: Objectives | None = None,
     reference: Reference | None = None,
@@ -66,7 +62,6 @@ def evaluate(
             num_workers,
             f"evaluating {name}",
             max_tokens=max_tokens,
-            shuffled=shuffled,
             remedy=remedy,
             loss=loss,
         )

@@ -67,16 +67,14 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. ``alone`` does the same for
-    an item's texts that are scored without question and picture (None if there are none). If the probe generates text, the groups only list
-    the prompts, and nothing is scored.
+    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. If the probe
+    generates text, the groups only list the prompts, and nothing is scored.
     """
 
     items: tuple[Item, ...]
     probe: Probe | Generate
     groups: tuple[CounterfactualGroup, ...]
     places: tuple[Place, ...]
-    alone: tuple[Place | None, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
         """Return the outcome of each item. ``scores`` has the scores of ``groups``, in the same order."""
@@ -84,12 +82,11 @@ class Plan:
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:
         assert isinstance(self.probe, Probe)
-        probe, item, (place, columns), alone = self.probe, self.items[number], self.places[number], self.alone[number]
+        probe, item, (place, columns) = self.probe, self.items[number], self.places[number]
         scored, candidates = scores[place], self.groups[place].candidates
         counts = Lazy(lambda place: lengths(candidates[columns[place]]), len(columns)) if lengths else ()
         blank = _taken(scored.blank.tolist(), columns)
         seen = [_taken(row_values, columns) for row_values in scored.logp.tolist()]
-        shuffled = None if scored.shuffled is None or not len(scored.shuffled) else _taken(scored.shuffled.tolist(), columns)
 
         def row(values: Row) -> Row:
             return probe.row(item, values, blank, counts)
@@ -99,9 +96,7 @@ class Plan:
             item,
             tuple(map(row, seen)),
             row(blank),
-            None if shuffled is None else row(shuffled),
             sum(consistent) / len(consistent) if consistent else None,
-            None if alone is None else probe.row(item, _taken(scores[alone[0]].logp[0].tolist(), alone[1]), (), ()),
         )
 
 
@@ -116,12 +111,11 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
     """
     packing = Packing()
     places = [packing.add(item.id, item.images, probe.cells(item)) for item in items]
-    alone = [packing.add(f"{item.id}, options alone", ((),), cells) if (cells := probe.alone(item)) else None for item in items]
-    return Plan(tuple(items), probe, packing.groups(), tuple(places), tuple(alone))
+    return Plan(tuple(items), probe, packing.groups(), tuple(places))
 
 
-def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None, read: Parser | Mentions) -> Outcome:
-    """Return an item's outcome, computed from texts generated for its images, a blank image and, optionally, another item's image.
+def written(item: Item, answers: Sequence[str], blank: str, read: Parser | Mentions) -> Outcome:
+    """Return an item's outcome, computed from texts generated for its images and for a blank image.
 
     The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
     writes a description, a text's score is its number of mentions.
@@ -132,4 +126,4 @@ def written(item: Item, answers: Sequence[str], blank: str, shuffled: str | None
         return meant if isinstance(meant, tuple) else tuple(float(place == meant) for place in range(len(item.texts)))
 
     plain = tuple(text.strip() for text in answers)
-    return Outcome(item, tuple(map(row, plain)), row(blank), None if shuffled is None else row(shuffled), said=plain)
+    return Outcome(item, tuple(map(row, plain)), row(blank), said=plain)

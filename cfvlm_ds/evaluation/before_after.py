@@ -30,6 +30,7 @@ FEWEST_GROUPS = 20
 than a third of the groups, which among fewer than 20 are not ``FEWEST_CHANGED``.
 """
 _TOO_FEW = "too few groups to tell"
+_VERDICTS = ("better", "worse", "unchanged", "not resolved", _TOO_FEW)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the interval excludes 0, else ``not resolved`` or, if the row has few groups, ``_TOO_FEW``."""
+        """``better`` or ``worse`` if the interval excludes 0, ``unchanged`` if no group changed, else ``not resolved`` or, if the row has
+        few groups, ``_TOO_FEW``.
+        """
+        if not self.better + self.worse:
+            return "unchanged"
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return _TOO_FEW if self.groups < FEWEST_GROUPS else "not resolved"
         return "better" if self.low > 0 else "worse"
@@ -188,24 +193,23 @@ def changes_table(
     for name, of_set in groupby(shown, lambda each: each.set):
         each, *others = of_set
         verdicts = Counter(row.verdict for row in types if row.set == name)
-        counts = f"{verdicts['better']} of {verdicts.total()} better, {verdicts['worse']} worse"
-        unknown = verdicts[_TOO_FEW]
-        verdict = f"{counts}, {unknown} with {_TOO_FEW}" if unknown else counts
-        verdict = (verdict if unknown < verdicts.total() else _TOO_FEW) if verdicts else each.verdict
+        counts = [f"{verdicts[kind]} {'with ' * (kind == _TOO_FEW)}{kind}" for kind in _VERDICTS if verdicts[kind]]
         fell = [f"{row.metric} {row.before:.1f} -> {row.after:.1f}" for row in (each, *others) if round(row.difference, 1) < 0]
         nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
-        cells = [name, *([plain(files[name])] if files else []), _counted(each), verdict, ", ".join(fell) or "none", *nll]
+        cells = [name, *([plain(files[name])] if files else []), _counted(each)]
+        cells += [", ".join(counts) or each.verdict, ", ".join(fell) or "none", *nll]
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     notes.append(
-        f"edit types: better or worse if the interval of the type's metric excludes 0; too few to tell if it does not, and the type has "
-        f"fewer than {FEWEST_GROUPS} groups"
+        "edit types: unchanged if no group changed; better or worse if the interval of the type's metric excludes 0; otherwise not "
+        f"resolved or, if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
     )
-    notes.append("fell: metrics whose mean is lower than before")
+    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type can be missing")
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({last}) if a blank image replaces the pictures; above 50 %, the texts alone "
-            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing"
+            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If a result is lower than this, "
+            "the pictures mislead the model more often than they help, or the groups are few"
         )
     if any(each.nll_after is not None for each in changes):
         notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
@@ -231,7 +235,7 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
     ]
     for each in changes:
         difference = f"{each.difference:+.1f}" + ("" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]")
-        difference += f", {_TOO_FEW}" if each.verdict == _TOO_FEW else ""
+        difference = each.verdict if each.verdict == "unchanged" else difference + f", {_TOO_FEW}" * (each.verdict == _TOO_FEW)
         lines.append(
             f"| {each.set} | {plain(each.edit)} | {_counted(each)} | {each.metric} | {each.before:.1f} | {each.after:.1f} "
             f"| {'' if each.blank is None else f'{each.blank:.1f}'} | {difference} | +{each.better} -{each.worse} |"

@@ -5,7 +5,6 @@ A gap is the score difference S[true] - S[false] of two texts on one image (for 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ _NATS = (0.5, 5.0)  # smallest and largest useful margin
 _MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
 _LEAST_WEIGHT = 0.1
 _KNOWN = 10  # minimum number of comparisons for an edit type to count
-_LONGER = 1.5  # minimum ratio of text lengths that shows whether gaps grow with length
 _LOST = 4  # in units of the margin; equal to MarginTerm.hinge_cap
 _MANY_LOST = 0.1
 _GUESSED = 75  # percentile of the gaps on a blank image that a margin must cover
@@ -82,12 +80,10 @@ def gaps(
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, length norm, margin and weight of csd and fcd, from the gaps alone."""
+    """Recommend the link, margin and weight of csd and fcd, from the gaps alone. All are for total nats (``len_norm: none``)."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
-    anchored, why = _length_norm(all_gaps)
-    reasons.append(why)
-    priors = [abs(gap.prior) / (gap.tokens if anchored else 1) for gap in all_gaps if gap.prior is not None]
+    priors = [abs(gap.prior) for gap in all_gaps if gap.prior is not None]
     guessed = quantile(priors, _GUESSED) if priors else 0.0  # the picture must change the scores by more than this
     for side, term in TERMS.items():
         of_side = [gap for gap in all_gaps if gap.side == side]
@@ -95,10 +91,7 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
             reasons.append(f"{term} is left out: no group has a comparison for it")
             continue
         size = quantile([gap.tokens for gap in of_side], 50)
-        per = size if anchored else 1.0  # so that a text of median length has the same link as in nats
-        values = [gap.nats / (gap.tokens if anchored else 1) for gap in of_side]
-        low, high = (_round(nats / per) for nats in _NATS)
-        unit = "nats per token" if anchored else "nats"
+        values, (low, high) = [gap.nats for gap in of_side], _NATS
         sizes: dict[str, list[float]] = {}
         for gap, value in zip(of_side, values, strict=True):
             for label in gap.labels:
@@ -111,15 +104,16 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
             why = f"language alone prefers one of two texts by at most {guessed:.2g} {of_pairs}"
         margin = _round(min(max(scale, low), high))
         bounded = "" if low <= scale <= high else f"; useful margins are between {low:g} and {high:g}"
-        reasons.append(f"{term}.margin {margin:g} {unit}: {why}{bounded}")
-        beta = _round(MarginTerm.beta * per)
-        pull = torch.sigmoid(beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
-        weight = _round(per * min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
+        reasons.append(f"{term}.margin {margin:g} nats: {why}{bounded}")
+        pull = torch.sigmoid(MarginTerm.beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
+        weight = _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
+        compared = f"no more than the {_MEASURED_TOKENS} for which the weight 1 was measured"
+        if (times := size / _MEASURED_TOKENS) > 1:
+            compared = f"over which align averages, so a comparison would weigh {times:.1f} times as much as with {_MEASURED_TOKENS}"
         reasons.append(
-            f"{term}.weight {weight:g}: {_why_weight(anchored, size)}; at the start, its comparisons have {100 * pull:.0f} % of their "
-            "largest gradient"
+            f"{term}.weight {weight:g}: texts have {size:.0f} tokens, {compared}; at the start, its comparisons have {100 * pull:.0f} % of "
+            "their largest gradient"
         )
-        slope = f"; beta {beta:g} corresponds to {MarginTerm.beta:g} per nat for a text of {size:.0f} tokens" if anchored else ""
         lost = sum(value < -_LOST * margin for value in values) / len(values)
         hinge = side == "image" and lost > _MANY_LOST
         observed = (
@@ -128,55 +122,10 @@ def advise(all_gaps: Sequence[Gap]) -> Advice:
         reasons.append(
             f"{observed}; between images, neither length nor prior explains this: inspect these edits; a hinge bounds their loss"
             if hinge
-            else f"{observed}, so a smooth link is used, whose gradient fades as a comparison is won{slope}"
+            else f"{observed}, so a smooth link is used, whose gradient fades as a comparison is won"
         )
-        norm = "anchor" if anchored else "none"
-        link: dict[str, Any] = {"link": "hinge"} if hinge else {"link": "logsigmoid", "beta": beta}
-        options[term] = {"weight": weight, "margin": margin, **link, "len_norm": norm}
+        options[term] = {"weight": weight, "margin": margin, "link": "hinge" if hinge else "logsigmoid"}
     return Advice(options, reasons)
-
-
-def _why_weight(anchored: bool, size: float) -> str:
-    divided = f"; multiplied by the {size:.0f} tokens by which a score is divided" if anchored else ""
-    if size <= _MEASURED_TOKENS:
-        return f"texts have {size:.0f} tokens, no more than the {_MEASURED_TOKENS} for which the weight 1 was measured{divided}"
-    heavier = f"a comparison in total nats would weigh {size / _MEASURED_TOKENS:.1f} times as much as with {_MEASURED_TOKENS} tokens"
-    return f"texts have {size:.0f} tokens; align averages over them, so {heavier}{divided}"
-
-
-def _length_norm(all_gaps: Sequence[Gap]) -> tuple[bool, str]:
-    """Return whether score differences grow with text length, and a sentence that explains the result."""
-    middle = quantile([gap.tokens for gap in all_gaps], 50)
-    parted = [part for with_longer in (False, True) if (part := _parted(all_gaps, middle, with_longer)) is not None]
-    if not parted:
-        return False, f"len_norm none: fewer than {_KNOWN} comparisons have texts of a length other than the median, {middle:.0f} tokens"
-    ratio, short, long = max(parted, key=lambda part: part[0])
-    if ratio < _LONGER:
-        return False, f"len_norm none: texts have similar lengths (median {middle:.0f} tokens), so total nats are comparable"
-    spread = [quantile([abs(gap.nats) for gap in half], 50) for half in (short, long)]
-    if not all(spread):
-        return (
-            False,
-            f"len_norm none: half of the gaps of {'longer' if spread[0] else 'shorter'} texts are 0, which says nothing about length",
-        )
-    grown = spread[1] / spread[0]
-    growth = f"texts with {ratio:.1f} times as many tokens have gaps that are {grown:.1f} times as large"
-    if grown > math.sqrt(ratio):
-        return True, f"len_norm anchor: {growth}, so a margin per token fits both"
-    return False, f"len_norm none: {growth}: an edit changes a few words of a text of any length, so a margin in total nats fits both"
-
-
-def _parted(all_gaps: Sequence[Gap], middle: float, with_longer: bool) -> tuple[float, list[Gap], list[Gap]] | None:
-    """Split the gaps at the median text length. Return the ratio of the parts' mean lengths (longer to shorter), the gaps of shorter texts
-    and the gaps of longer texts. Return None if a part has too few gaps.
-
-    Texts of exactly the median length, which can be the majority, count as longer if ``with_longer``, else as shorter.
-    """
-    is_long = [gap.tokens > middle or (with_longer and gap.tokens == middle) for gap in all_gaps]
-    short, long = ([gap for gap, longer in zip(all_gaps, is_long, strict=True) if longer == side] for side in (False, True))
-    if min(len(short), len(long)) < _KNOWN:
-        return None
-    return fmean([gap.tokens for gap in long]) / fmean([gap.tokens for gap in short]), short, long
 
 
 def table(all_gaps: Sequence[Gap]) -> str:

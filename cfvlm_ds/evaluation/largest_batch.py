@@ -13,14 +13,14 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_index import sizes_of
-from cfvlm_ds.evaluation.scoring import Forward, guarded, other_images, score_batches, seen_as
+from cfvlm_ds.evaluation.scoring import Forward, guarded, score_batches, seen_as
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images, a
-    blank image or another group's image).
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images or
+    a blank image).
     """
 
     largest: int
@@ -37,14 +37,11 @@ def rehearse(
     batch_size: int,
     max_tokens: int | None,
     remedy: str,
-    *,
-    shuffled: bool = False,
 ) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
     A forward pass exceeds ``max_tokens`` only if a single text with its prompt and image is longer than that. All batches that
-    ``score_groups`` will run are considered. ``shuffled`` has the same meaning as in ``score_groups``. Raises the same errors as
-    ``score_groups``, on all ranks.
+    ``score_groups`` will run are considered. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator = collator.scoring_everything()
@@ -52,7 +49,7 @@ def rehearse(
     def batches() -> Iterator[_Tried]:
         with ThreadPoolExecutor(cores_per_rank()) as pool:
             for split, groups in splits.items():
-                for view in seen_as(groups, other_images(groups) if shuffled else None):
+                for view in seen_as(groups):
                     for start in range(0, len(groups), batch_size):
                         shown = list(view[start : start + batch_size])
                         pictures = (picture for group in shown for image in group.images for picture in image)

@@ -67,8 +67,6 @@ MEANINGS = {
 """Explanations of the metrics that tables show."""
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
-SHUFFLED = ("shuffled_pair", "shuffled_factual")
-"""Names of the counts for the shuffled control, which omits groups for which no other group's image is suitable."""
 NAMED = 5
 """Maximum number of unused groups named for a metric; the others are only counted."""
 Matrix = list[list[float]]
@@ -82,8 +80,7 @@ class Accuracy:
     which it is computed. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
     absent from ``metrics``.
 
-    ``blind`` holds ``pair`` and ``factual`` on a blank image, and ``shuffled`` holds the same metrics on another group's image. Both
-    measure the language prior and count a tie as one half.
+    ``blind`` holds ``pair`` and ``factual`` on a blank image. They measure the language prior and count a tie as one half.
 
     Four fields are used only in the mean row. ``unused`` names, for each metric, a few groups that have no comparison for it. ``losses``
     holds the training loss terms on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative log-likelihood of the split's true texts
@@ -96,7 +93,6 @@ class Accuracy:
     num: int
     metrics: dict[str, float]
     blind: dict[str, float] = field(default_factory=dict)
-    shuffled: dict[str, float] = field(default_factory=dict)
     comparisons: dict[str, int] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
@@ -112,8 +108,7 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
     """
     sums, counts, used = (defaultdict[str, Counter[str]](Counter) for _ in range(3))  # label -> metric -> points, comparisons, groups
     num = Counter[str]()
-    covered = METRICS + SHUFFLED * any(score.shuffled is not None for score in scores)
-    unused: dict[str, list[str]] = {metric: [] for metric in covered}
+    unused: dict[str, list[str]] = {metric: [] for metric in METRICS}
     by_group: list[list[Any]] = []
     for group, score in zip(groups, scores, strict=True):
         measured = defaultdict[str, set[str]](set)
@@ -130,29 +125,28 @@ def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScor
         by_group.append([group.id, content_hash(group), dict(of_group)])
         for label, metrics in measured.items():
             used[label].update(metrics)
-        for metric in set(covered) - measured[_ALL]:
+        for metric in set(METRICS) - measured[_ALL]:
             if len(unused[metric]) < NAMED:
-                unused[metric].append(group.id)
+                unused[metric].append(group.shown_name)
 
     def row(label: str) -> Accuracy:
         percent = {metric: 100 * points / counts[label][metric] for metric, points in sums[label].items()}
-        seen, blind, other = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in _PREFIXES)
+        seen, blind = ({metric: percent[each] for metric in METRICS if (each := prefix + metric) in percent} for prefix in ("", "blind_"))
         comparisons_by_metric, of_groups = (
-            {metric: of[label][metric] for metric in METRICS + SHUFFLED if metric in of[label]} for of in (counts, used)
+            {metric: of[label][metric] for metric in METRICS if metric in of[label]} for of in (counts, used)
         )
-        return Accuracy(label, num[label], seen, blind, other, comparisons_by_metric, of_groups)
+        return Accuracy(label, num[label], seen, blind, comparisons_by_metric, of_groups)
 
     rows = [row(label) for label in sorted(num) if label != _ALL]
     if groups:
-        seen, blind, other = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind", "shuffled"))
-        comparisons_by_metric, of_groups = ({metric: of[_ALL][metric] for metric in covered} for of in (counts, used))
+        seen, blind = (_means([getattr(row, name) for row in rows]) for name in ("metrics", "blind"))
+        comparisons_by_metric, of_groups = ({metric: of[_ALL][metric] for metric in METRICS} for of in (counts, used))
         rows.append(
             Accuracy(
                 "all",
                 len(groups),
                 seen,
                 blind,
-                other,
                 comparisons_by_metric,
                 of_groups,
                 {name: some for name, some in unused.items() if some},
@@ -182,15 +176,14 @@ def content_hash(group: CounterfactualGroup) -> int:
 _BY_GROUP = {*COMPARED, "blind_pair", "blind_factual"}
 _ALL = ""
 """Label that covers all comparisons, used like an edit type."""
-_PREFIXES = ("", "blind_", "shuffled_")
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie gives 1/2 in
-    the blind and shuffled controls.
+    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie gives 1/2 on
+    a blank image.
     """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
-    without = {"blind_": score.blank.tolist()} | ({} if score.shuffled is None else {"shuffled_": score.shuffled.tolist()})
+    blank = score.blank.tolist()
     for comparison in comparisons(group):
         if comparison.kind == "quad":
             yield (
@@ -203,8 +196,7 @@ def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[
         if comparison.kind == "text":
             if i == 0:
                 points["factual"] = points["pair"]
-            guesses = {prefix: (row[c] > row[d]) + (row[c] == row[d]) / 2 for prefix, row in without.items() if row}
-            points |= {prefix + name: guess for prefix, guess in guesses.items() for name in points}
+            points |= {f"blind_{name}": (blank[c] > blank[d]) + (blank[c] == blank[d]) / 2 for name in points}
         yield comparison.labels, points
 
 
@@ -230,7 +222,6 @@ def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
             flat.update({f"{prefix}/{metric}": value for metric, value in row.metrics.items()})
             if row.mean:
                 more: dict[str, float | None] = {f"blind_{metric}": value for metric, value in row.blind.items()}
-                more |= {f"shuffled_{metric}": value for metric, value in row.shuffled.items()}
                 more |= {f"loss_{name}": term["value"] for name, term in row.losses.items()}
                 more |= {"loss": total_loss(row.losses), "nll": row.nll}
                 flat.update({f"{prefix}/{name}": value for name, value in more.items() if value is not None})

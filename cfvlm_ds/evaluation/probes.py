@@ -1,8 +1,8 @@
 """Probes: ways to query a model about a benchmark item. A probe converts the item into prompts and texts, and converts the texts'
 log-likelihoods into item scores.
 
-Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures, on a blank
-picture and on another item's picture (cfvlm_ds.evaluation.asking).
+Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures and on a
+blank picture (cfvlm_ds.evaluation.asking).
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ ALL_ORDERS = 4
 
 
 class Probe(ABC):
-    """Base class of probes.
-
-    ``cells`` returns the texts to score with the item's pictures. ``alone`` returns the texts to score without pictures.
-    """
+    """Base class of probes. ``cells`` returns the texts to score with the item's pictures."""
 
     name: ClassVar[str]
 
@@ -43,9 +40,6 @@ class Probe(ABC):
         ``blank`` has the log-likelihoods of the same texts on a blank picture. ``lengths`` has each text's number of tokens, or is empty if
         tokens were not counted.
         """
-
-    def alone(self, item: Item) -> tuple[Candidate, ...]:
-        return ()
 
     def consistency(self, item: Item, values: Row) -> float | None:
         """Return the share of option orders in which the model chooses the option with the highest mean probability; None for a fixed
@@ -131,8 +125,7 @@ class Letters(Probe):
     letters. The option's score is the log of the mean of these probabilities over the orders.
 
     Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
-    a preference for a position or a letter gives no option an advantage. ``alone`` omits the question and the picture to measure the
-    options' prior.
+    a preference for a position or a letter gives no option an advantage.
 
     Args:
         question: question for items that have none, such as captions.
@@ -146,26 +139,18 @@ class Letters(Probe):
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         if item.listed:
             return tuple(Candidate(item.prompt, text) for text in item.texts)
-        return self._cells(item, item.prompt or self.question)
-
-    def alone(self, item: Item) -> tuple[Candidate, ...]:
-        return self._cells(item, "") if not item.listed else ()
-
-    def _cells(self, item: Item, question: str) -> tuple[Candidate, ...]:
         if len(item.texts) > len(LETTERS):
             raise ConfigError(
                 f"item {item.id!r} has {len(item.texts)} options, but there are only {len(LETTERS)} letters; choose another probe"
             )
         return tuple(
-            Candidate(self.asked(item, order, question), LETTERS[place])
-            for order in orders(len(item.texts))
-            for place in range(len(item.texts))
+            Candidate(self.asked(item, order), LETTERS[place]) for order in orders(len(item.texts)) for place in range(len(item.texts))
         )
 
-    def asked(self, item: Item, order: Sequence[int], question: str) -> str:
+    def asked(self, item: Item, order: Sequence[int]) -> str:
         """Return the prompt: the question, the options in the given order, and the instruction."""
         listed = [f"{LETTERS[place]}. {item.texts[number]}" for place, number in enumerate(order)]
-        return "\n".join([*filter(None, [question]), *listed, self.instruction])
+        return "\n".join([item.prompt or self.question, *listed, self.instruction])
 
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         if item.listed:
@@ -211,15 +196,11 @@ class Generate:
         """
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
-        letters = Letters()
-        return letters.asked(item, range(len(item.texts)), item.prompt or letters.question)
+        return Letters().asked(item, range(len(item.texts)))
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
         """Return a single cell: the prompt with an arbitrary answer. The item check and the scoring plan need one."""
         return (Candidate(self.asked(item), item.texts[0]),)
-
-    def alone(self, item: Item) -> tuple[Candidate, ...]:
-        return ()
 
 
 @dataclass(frozen=True)

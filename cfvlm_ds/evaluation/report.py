@@ -30,8 +30,6 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             lines.append(f"| {split} | {plain(MEAN if row.mean else row.name)} | {row.num} | {cells(row.metrics)} |")
         for row in rows[-1:]:
             lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {cells(row.blind)} |")
-            if row.shuffled:
-                lines.append(f"| {split} | {MEAN}, another group's image | {row.num} | {cells(row.shuffled)} |")
     lines.append(f"| random scores | | | {cells(RANDOM)} |")
     lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
     notes = [f"- {metric}: {MEANINGS[metric]}" for metric in shown]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,14 +17,13 @@ from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.distributed import World, gather_objects, isolated_rng
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import few
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.loss import EvaluationLoss
 
 Forward = Callable[..., Tensor]
@@ -35,23 +33,20 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """Scores of one group in nats: the full score matrix ``logp`` [I, C], and ``blank`` [C], the scores of the texts on a blank image.
 
-    ``shuffled`` [C] has the scores of the texts on another group's image. It is empty if no other image is suitable, and None if it was not
-    requested. A score that is not finite becomes NaN, which wins no comparison.
+    A score that is not finite becomes NaN, which wins no comparison.
     """
 
     logp: Tensor
     blank: Tensor
-    shuffled: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, scores in vars(self).items():
-            if scores is not None:
-                object.__setattr__(self, name, scores.where(scores.isfinite(), torch.nan))
+            object.__setattr__(self, name, scores.where(scores.isfinite(), torch.nan))
 
     @property
     def finite(self) -> bool:
         """True if all scores are finite."""
-        return all(bool(part.isfinite().all()) for part in (self.logp, self.blank, self.shuffled) if part is not None)
+        return bool(self.logp.isfinite().all() and self.blank.isfinite().all())
 
     def stored(self) -> StoredScores:
         """Return the scores as plain numbers for a scores file."""
@@ -88,38 +83,32 @@ def score_groups(
     label: str = "scoring",
     *,
     max_tokens: int | None = None,
-    shuffled: bool = False,
     remedy: str = "lower the batch size",
     loss: EvaluationLoss | None = None,
 ) -> Sequence[GroupScores]:
     """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
     ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. If ``shuffled`` is True, the texts
-    of each group are also scored on another group's image. The scores on the groups' own images are added to ``loss``.
+    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. The scores on the
+    groups' own images are added to ``loss``.
 
     Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
     """
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
-    donors = other_images(groups) if shuffled else None
     local: dict[int, list[Any]] = {}  # arrays are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
-    views, reference = seen_as(groups, donors), None if loss is None else loss.reference
+    views, reference = seen_as(groups), None if loss is None else loss.reference
     turns = scored_batches(
         forward, collator, groups, views, batches, world, num_workers, label, max_tokens=max_tokens, remedy=remedy, reference=reference
     )
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add([groups[index] for index in indices], scored[0])
-        for index, scores in matrices(groups, indices, scored, donors).items():
-            local[index] = [None if part is None else np.array(part, np.float32) for part in vars(scores).values()]
+        for index, scores in matrices(groups, indices, scored).items():
+            local[index] = [np.array(part, np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
     every = {index: arrays for part in gather_objects(local, world) for index, arrays in part.items()}
-
-    def scores_of(index: int) -> GroupScores:
-        return GroupScores(*(None if array is None else torch.from_numpy(array) for array in every[index]))  # type: ignore[arg-type]
-
-    results = Lazy(scores_of, len(groups))
+    results = Lazy(lambda index: GroupScores(*map(torch.from_numpy, every[index])), len(groups))
     if broken := [group.id for group, scores in zip(groups, results, strict=True) if not scores.finite]:
         world.say(f"warning: {label}: scores of {len(broken)} of {len(groups)} groups are not finite and count as wrong: {few(broken)}")
     return results
@@ -162,37 +151,21 @@ def scored_batches(
         yield (indices if place < len(batches) else ()), scored
 
 
-def matrices(
-    groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores], donors: Sequence[Pictures | None] | None
-) -> dict[int, GroupScores]:
+def matrices(groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
     """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
     was scored, ``GroupScores.blank`` has the scores on the group's own first image.
     """
-    seen, *others = (view.logp for view in scored)
+    seen, blind = scored[0].logp, scored[-1].logp
     by_index = {}
     for j, index in enumerate(indices):
-        size = (len(groups[index].images), len(groups[index].candidates))
-        blank = others[0][j, 0, : size[1]] if others else seen[j, 0, : size[1]]
-        foreign = None
-        if donors is not None:
-            foreign = others[1][j, 0, : size[1]] if donors[index] is not None and others else torch.empty(0)
-        by_index[index] = GroupScores(seen[j, : size[0], : size[1]], blank, foreign)
+        num_images, num_texts = len(groups[index].images), len(groups[index].candidates)
+        by_index[index] = GroupScores(seen[j, :num_images, :num_texts], blind[j, 0, :num_texts])
     return by_index
 
 
-def seen_as(groups: Sequence[CounterfactualGroup], donors: Sequence[Pictures | None] | None) -> list[Sequence[CounterfactualGroup]]:
-    """Return the views in which groups are scored: on their own images, on a blank image and, if ``donors`` is given, on another group's
-    image.
-    """
-    views: list[Sequence[CounterfactualGroup]] = [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
-    if donors is not None:
-
-        def on_another_image(index: int) -> CounterfactualGroup:
-            blind, donor = blinded(groups[index]), donors[index]
-            return blind if donor is None else replace(blind, images=(donor,))
-
-        views.append(Lazy(on_another_image, len(groups)))
-    return views
+def seen_as(groups: Sequence[CounterfactualGroup]) -> list[Sequence[CounterfactualGroup]]:
+    """Return the views in which groups are scored: on their own images, and on a blank image."""
+    return [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
 
 
 def score_batches(
@@ -232,30 +205,3 @@ def score_batches(
         joined = Scores.joined(scored_parts)
         scored.append(replace(joined, reference=torch.stack(references).sum(0)) if references else joined)
     return scored
-
-
-def other_images(groups: Sequence[CounterfactualGroup | Item]) -> list[Pictures | None]:
-    """Assign to each group (or item) the first image of another group, or None if no other image is suitable. A suitable image has as many
-    pictures as the group's first image, and shares no picture with the group.
-
-    In a random but fixed order, each group takes the image of the next group, so that each image is used once. If that image is unsuitable,
-    later groups are tried, up to ``_TRIES``.
-    """
-    images: list[Pictures | None] = [None] * len(groups)
-    by_size: dict[int, list[int]] = {}
-    for index, group in enumerate(groups):
-        by_size.setdefault(len(group.images[0]), []).append(index)
-    draw = random.Random(0)
-    for num_pictures, members in sorted(by_size.items()):
-        draw.shuffle(members)
-        for place, index in enumerate(members if num_pictures else ()):
-            own = {picture for pictures in groups[index].images for picture in pictures}
-            for step in range(1, min(len(members), _TRIES + 1)):
-                donor = groups[members[(place + step) % len(members)]].images[0]
-                if own.isdisjoint(donor):
-                    images[index] = donor
-                    break
-    return images
-
-
-_TRIES = 1000

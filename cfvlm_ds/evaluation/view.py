@@ -12,13 +12,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cfvlm_ds.core.data_config import AUTO
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.reading import read_json
-from cfvlm_ds.core.run_folder import BASELINE, recorded_evaluation
+from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.core.untrusted import bare_name
 from cfvlm_ds.data import MAX_PIXELS, GroupStore, Root, open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, read_scores
@@ -27,10 +26,7 @@ from cfvlm_ds.evaluation.metrics import COMPARED, content_hash
 from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.page import Fact, Item, ScoreTable, Written, group_item, refuse_foreign_folder, write_page
 
-SAMPLE = 200
-
-
-WORST = 30
+SAMPLE, WORST = 200, 50
 
 
 class _Source(NamedTuple):
@@ -61,28 +57,21 @@ def view(
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
-    ``source`` is a manifest or a run folder. For a manifest, the page shows ``sample`` groups, drawn at random with ``seed``, in the
-    manifest's order. If the file ``ids`` is given, the page instead shows the groups whose ids it lists (one per line), in the file's
-    order. For a run, the page shows the ``sample`` evaluated groups with the worst scores. ``scores`` is a file that ``cfvlm-ds score`` or
-    a run wrote.
+    ``source`` is a manifest. The page shows ``sample`` groups, drawn at random with ``seed``, in the manifest's order. If the file ``ids``
+    is given, the page instead shows the groups whose ids it lists (one per line), in the file's order. ``scores`` is a file that
+    ``cfvlm-ds score`` or a run wrote.
 
     Raises DataError if the manifest, scores or ids cannot be read, and ConfigError if ``out`` contains anything other than a page.
     """
     refuse_foreign_folder(Path(out))
     facts: list[Fact] = [("scores", str(scores))] * (scores is not None)
-    if os.path.isdir(source) and (Path(source) / "config.yaml").is_file():
-        if (ids, scores, root) != (None, None, None):
-            raise ConfigError(
-                f"{source} is a run folder, which has its own scores and roots; use --ids, --scores and --root only with a manifest"
-            )
-        return _worst_page(Path(source), "", _of_run(Path(source)), Path(out), sample, max_pixels, say)
     groups = open_groups(source, root, format, progress=say)
-    sources = [_Source(groups, {} if scores is None else _stored(Path(scores), groups))]
+    stored = {} if scores is None else read_scores(Path(scores), groups, data_identity(groups, groups.roots))  # pictures are not compared
     total = len(groups)
     drawn: Sequence[int] = range(total) if sample >= total else sorted(random.Random(seed).sample(range(total), sample))
     chosen, how = (drawn, f"drawn with seed {seed}") if ids is None else (_named(Path(ids), groups, str(source)), "by id")
     title, shown = Path(os.path.normpath(source)).name, [(0, index) for index in chosen]
-    return _page(title, str(source), sources, shown, how, facts, Path(out), max_pixels, say)
+    return _page(title, str(source), [_Source(groups, stored)], shown, how, facts, Path(out), max_pixels, say)
 
 
 def view_worst(
@@ -94,9 +83,9 @@ def view_worst(
     max_pixels: int,
     say: Callable[[str], object],
 ) -> Written:
-    """Write a page of the groups with the worst scores, as ``view`` does for a finished run, and return it.
+    """Write a page of the groups with the smallest margins per word after ``step`` steps, as many of each split, and return it.
 
-    ``scores`` holds the scores of all groups after ``step`` steps, keyed by split. Raises the same errors as ``view``.
+    ``scores`` holds the scores of all groups, keyed by split. Raises the same errors as ``view``.
     """
     sources = [
         _Source(
@@ -104,12 +93,6 @@ def view_worst(
         )
         for name, groups in splits.items()
     ]
-    return _worst_page(run_dir, f" after {step} steps", sources, out, WORST, max_pixels, say)
-
-
-def _worst_page(
-    run_dir: Path, when: str, sources: Sequence[_Source], out: Path, sample: int, max_pixels: int, say: Callable[[str], object]
-) -> Written:
     without, worst = 0, list[tuple[float, int, int]]()
 
     def compared(k: int, source: _Source) -> Iterator[tuple[float, int, int]]:
@@ -121,10 +104,10 @@ def _worst_page(
                 without += 1
 
     for k, source in enumerate(sources):  # margins are not comparable between sets with different kinds of texts
-        worst += heapq.nsmallest(math.ceil(sample / len(sources)), compared(k, source))
-    shown = [(k, index) for _, k, index in sorted(worst)[:sample]]
+        worst += heapq.nsmallest(math.ceil(WORST / len(sources)), compared(k, source))
+    shown = [(k, index) for _, k, index in sorted(worst)[:WORST]]
     facts: list[Fact] = [("left out", f"{without} groups without a comparison")] * bool(without)
-    title = f"{run_dir.absolute().name}{when}: groups with the smallest margins of {', '.join(each.split for each in sources)}"
+    title = f"{run_dir.absolute().name} after {step} steps: groups with the smallest margins of {', '.join(splits)}"
     return _page(title, str(run_dir), sources, shown, "as many of each set, smallest margin per word first", facts, out, max_pixels, say)
 
 
@@ -146,24 +129,6 @@ def _page(
     return write_page(title, items, number, out, facts=facts, max_pixels=max_pixels, say=say)
 
 
-def _of_run(run_dir: Path) -> list[_Source]:
-    """Open a run's evaluation manifests and scores. Raises DataError if they cannot be read, and ConfigError if the run has no evaluation
-    sets.
-    """
-    sources = []
-    for name, split in recorded_evaluation(run_dir).items():
-        file = run_dir / "scores" / f"{bare_name(name, run_dir / 'config.yaml')}.jsonl"
-        if not file.is_file():
-            raise DataError(f"{file}: no such scores; a run writes them when it ends, so let it finish, or give a manifest and --scores")
-        groups = open_groups(split.path, split.root, split.format or AUTO, limit=split.limit)
-        sources.append(_Source(groups, _stored(file, groups), name, _lost_before(run_dir, name)))
-    if not sources:
-        raise ConfigError(
-            f"{run_dir / 'config.yaml'} lists no evaluation sets (data.evaluation), so the run has no scores; give a manifest"
-        )
-    return sources
-
-
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
     """For each group, return whether the model got any comparison wrong before training (see ``_Source``). Return {} if the set was not
     evaluated before training.
@@ -176,11 +141,6 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
         }
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return {}
-
-
-def _stored(file: Path, groups: GroupStore) -> Mapping[str, StoredScores]:
-    """Read the groups' scores. Texts and picture paths must match those in the scores file. Picture contents are not compared."""
-    return read_scores(file, groups, data_identity(groups, groups.roots))
 
 
 def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:

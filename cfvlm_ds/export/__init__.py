@@ -61,7 +61,7 @@ def export_hf(
     check_files(folder)
     saved, metadata = read_saved(folder, model)
     zero = MergedWeights(checkpoint, lora)
-    jobs = fill(find_jobs(model, saved, say), model, zero, checkpoint, source)
+    jobs = fill(find_jobs(model, saved), model, zero, checkpoint, source)
     if copied := [name for job in jobs if not job.weights for name in job.stored]:
         if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
             raise ConfigError(

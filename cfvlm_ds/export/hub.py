@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.export.folder import CARD, UNNAMED_BASE
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, UNNAMED_REPO
 
 
 def push(folder: Path, repo: str, say: Callable[[str], object]) -> str:
@@ -16,16 +17,19 @@ def push(folder: Path, repo: str, say: Callable[[str], object]) -> str:
 
     At another address than the hub's own (HF_ENDPOINT), files are sent by Git LFS unless HF_HUB_DISABLE_XET is set: such servers often lack
     the Xet protocol, for which the client would wait for minutes. Raises ConfigError if the card does not name the base model, and if
-    the hub refuses the upload or cannot be reached. The export is not changed.
+    the hub refuses the upload or cannot be reached. The export is not changed, except that its card's example names the repository.
     """
     from huggingface_hub import HfApi, constants
 
     card = folder / CARD
-    if card.is_file() and UNNAMED_BASE in card.read_text(errors="replace"):
+    text = card.read_bytes() if card.is_file() else b""
+    if UNNAMED_BASE.encode() in text:
         raise ConfigError(
             f"{card} does not name the base model, which is a local folder; replace the paragraph 'The base model is a local folder...', "
             "add `base_model: ORG/NAME` between the --- lines if the base model is on the hub, and push again; your changes are kept"
         )
+    if UNNAMED_REPO.encode() in text:
+        replace(card, text.replace(UNNAMED_REPO.encode(), repo.encode()))
     if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT and "HF_HUB_DISABLE_XET" not in os.environ:
         constants.HF_HUB_DISABLE_XET = True  # there is no option of a single call
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

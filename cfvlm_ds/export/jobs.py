@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Job:
     conversions: list[Any] | None = None
 
 
-def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], object]) -> list[Job]:
+def find_jobs(model: Any, saved: Mapping[str, Saved]) -> list[Job]:
     """Derive an export's jobs from transformers' loading rules. A tensor that the model does not have gets a job without weights.
 
     Each reversed conversion is tried on meta tensors, and used only if it yields the source's names and shapes. Raises ConfigError if no
@@ -61,30 +61,19 @@ def find_jobs(model: Any, saved: Mapping[str, Saved], say: Callable[[str], objec
         if hasattr(operation, "check_dims"):
             operation.check_dims = False
 
-    def reversible(job: Job) -> Job | None:
+    for first, (converter, names) in converted.items():
+        weights, shapes = tuple(converter.convert(first, model=model, config=model.config)), {name: saved[name].shape for name in names}
         for conversions in (used, transposing):
             try:
-                reverted = revert(model, conversions, {name: own[name] for name in job.weights})
+                reverted = revert(model, conversions, {name: own[name] for name in weights})
             except (RuntimeError, ValueError):  # raised when tensors are missing
                 continue
-            if {name: tuple(tensor.shape) for name, tensor in reverted.items()} == {name: saved[name].shape for name in job.stored}:
-                return Job(job.stored, job.weights, conversions)
-        return None
-
-    failed: list[Job] = []
-    for first, (converter, names) in converted.items():
-        job = Job(tuple(names), tuple(converter.convert(first, model=model, config=model.config)))
-        solved = reversible(job)
-        (jobs if solved else failed).append(solved or job)
-    if not failed:
-        return jobs
-    for members in (failed, failed + [job for job in jobs if job.weights]):
-        together = Job(tuple(name for job in members for name in job.stored), tuple({name: 0 for job in members for name in job.weights}))
-        if solved := reversible(together):
-            size = sum(saved[name].nbytes for name in together.stored)
-            say(f"export: {len(together.weights)} weights can only be converted together, which takes {2 * size / 1e9:.1f} GB of memory")
-            return [*(job for job in jobs if job not in members), solved]
-    raise ConfigError(f"transformers cannot convert {failed[0].weights[0]} back to the source's {failed[0].stored[0]}; update transformers")
+            if {name: tuple(tensor.shape) for name, tensor in reverted.items()} == shapes:
+                jobs.append(Job(tuple(names), weights, conversions))
+                break
+        else:
+            raise ConfigError(f"transformers cannot convert {weights[0]} back to the source's {names[0]}; update transformers")
+    return jobs
 
 
 def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from cfvlm_ds.models.adapters import adapted_modules, adapters_off, attach_adapt
 from cfvlm_ds.models.families import FAMILIES, family_of
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.flops import ModelFlops, peak
-from cfvlm_ds.models.identity import adapter_fingerprint, fingerprint, inputs_fingerprint, model_folder, tower_fingerprint
+from cfvlm_ds.models.identity import adapter_fingerprint, fingerprint, inputs_fingerprint, model_folder
 from cfvlm_ds.models.loading import attention, check_model, load_config, load_model, load_processor, meta_model, parameter_counts, trainable
 from cfvlm_ds.models.routers import Routed, check_balanced
 from cfvlm_ds.models.scorer import Scorer
@@ -39,6 +39,5 @@ __all__ = [
     "parameter_counts",
     "peak",
     "peft_config",
-    "tower_fingerprint",
     "trainable",
 ]

@@ -41,11 +41,6 @@ LOGITS = 1 << 26
 """Largest number of logits in memory at a time."""
 
 
-def likeliest(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the likeliest token [P] after each of the states ``hidden`` [P, d], given the output head ``weight`` [V, d]."""
-    return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(max(1, LOGITS // len(weight)))])
-
-
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(

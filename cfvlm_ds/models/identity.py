@@ -1,6 +1,4 @@
-"""Fingerprints of a model: hashes of its weights, its vision tower's weights, and the files that determine how images and texts become
-inputs.
-"""
+"""Fingerprints of a model: hashes of its weights, and of the files that determine how images and texts become inputs."""
 
 from __future__ import annotations
 
@@ -12,15 +10,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.run_folder import ADAPTER, ADAPTER_WEIGHTS
-from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
 _BLOCK = 1 << 22  # bytes read at a time
@@ -105,22 +99,3 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()
-
-
-def tower_fingerprint(config: ModelConfig, family: Family) -> str:
-    """Return the sha256 of the configuration and every byte of the vision tower's weights. If no safetensors file holds tower weights, the
-    hash covers all weights of the model.
-
-    Files can use older weight names than the model. A weight therefore counts as the tower's if any part of its name equals the last part
-    of one of the tower's prefixes.
-    """
-    folder = model_folder(config.name_or_path)
-    any_tensor, weights = False, hashlib.sha256((folder / "config.json").read_bytes())
-    towers = {prefix.rpartition(".")[2] for prefix in family.vision_tower}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as handle:
-            for name in sorted(name for name in handle.keys() if towers & set(name.split("."))):  # noqa: SIM118  (not a dict)
-                any_tensor, tensor = True, handle.get_tensor(name)
-                weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                weights.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return weights.hexdigest() if any_tensor else fingerprint(config)["weights"]

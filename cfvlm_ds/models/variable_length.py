@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cfvlm_ds.core.secrets import print_line
-from cfvlm_ds.core.text import one_line
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
@@ -113,9 +111,7 @@ def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
 
 
 def flash_attention() -> Callable[..., Any] | None:
-    """Return ``flash_attn_varlen_func`` from flash-attn 2, flash-attn 3 or a kernel downloaded from the hub, in this order of preference,
-    or None.
-    """
+    """Return ``flash_attn_varlen_func`` from flash-attn 2, or else from flash-attn 3, or None."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_2_available():
@@ -123,32 +119,9 @@ def flash_attention() -> Callable[..., Any] | None:
     elif is_flash_attn_3_available():
         from flash_attn_interface import flash_attn_varlen_func
     else:
-        return _downloaded_kernel()
+        return None
     function: Callable[..., Any] = flash_attn_varlen_func
     return function
-
-
-@functools.cache
-def _downloaded_kernel() -> Callable[..., Any] | None:
-    """Return the hub's build of flash-attn for this torch and CUDA. Returns None if it has not been downloaded or, with a warning, if it
-    cannot be loaded. It is not downloaded here, because 512 ranks would do so at the same time and compute nodes have no network.
-    """
-    if importlib.util.find_spec("kernels") is None:
-        return None
-    build = None
-    try:
-        from kernels import get_local_kernel, install_kernel
-        from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
-
-        repository = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
-        build = install_kernel(repository, version=FLASH_ATTN_KERNEL_VERSIONS[repository], local_files_only=True)
-        function: Callable[..., Any] = get_local_kernel(build.parent.parent).flash_attn_varlen_func
-        return function
-    except Exception as error:  # such as an incomplete download, a missing library, or an unsupported version of kernels
-        if build is not None or not isinstance(error, (OSError, ValueError)):  # otherwise: not downloaded, or not built for this torch
-            what, why = build or "the package kernels", one_line(f"{type(error).__name__}: {error}", 200)
-            print_line(f"warning: {what} cannot be loaded ({why}), so another attention kernel is used; install it again", error=True)
-        return None
 
 
 def fastest(dtype: torch.dtype, heads: Collection[int], on_gpu: bool) -> str:

@@ -20,16 +20,9 @@ class Fcd(MarginTerm):
         symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to images of which it is
             false. Each half has a weight of 1/2, or of 1 if the group has only that half. Without the second half, a counterfactual image
             is never a positive, and a model that merely detects edits minimises the term. ``false`` is the paper's form.
-        soft: temperature of a soft maximum, soft * (logsumexp_k(v_k / soft) - log K); 0 for the hard maximum.
     """
 
     symmetric: bool = True
-    soft: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.soft < 0:
-            raise ValueError(f"soft must not be negative, but is {self.soft}; use 0 for the hard maximum")
 
     @property
     def cells(self) -> Cells:
@@ -39,9 +32,9 @@ class Fcd(MarginTerm):
         """Return (violation, mask), each [G, 1 or 2]: the factual text's hardest comparison and the other texts' hardest comparison."""
         violation, mask = comparisons(*(each.transpose(1, 2) for each in (similarity, layout.own, layout.negative)))
         violation, mask = violation.flatten(2), mask.flatten(2)
-        per_text, some = masked_max(violation, mask, 2, self.soft), mask.any(2)
+        per_text, some = masked_max(violation, mask, 2), mask.any(2)
         halves, present = [per_text[:, 0]], [some[:, 0]]
         if self.symmetric and per_text.shape[1] > 1:
-            halves.append(masked_max(per_text[:, 1:], some[:, 1:], 1, self.soft))
+            halves.append(masked_max(per_text[:, 1:], some[:, 1:], 1))
             present.append(some[:, 1:].any(1))
         return torch.stack(halves, 1), torch.stack(present, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.groups import Cells
 from cfvlm_ds.core.layout import Divergence, GroupLayout
-from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores, token_counts
+from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores
 from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
 Report = dict[str, tuple[Tensor, Tensor]]
@@ -115,21 +115,11 @@ def no_scores(layout: GroupLayout) -> Tensor:
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
-def masked_max(values: Tensor, mask: Tensor, dim: int, soft: float = 0.0) -> Tensor:
-    """Return the maximum over ``dim`` of the entries in ``mask``, or 0 if there are none.
-
-    If ``soft`` > 0, return soft * (logsumexp(v / soft) - log n) over the n entries v instead. This value tends to the maximum as ``soft``
-    -> 0 and does not change if every entry is duplicated.
-    """
-    hidden = torch.where(mask, values, float("-inf"))
+def masked_max(values: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Return the maximum over ``dim`` of the entries in ``mask``, or 0 if there are none."""
     some = mask.any(dim)
-    if soft > 0:
-        # Rows without entries are all -inf. They need a finite dummy value, or the gradient of the logsumexp is NaN.
-        safe = torch.where(some.unsqueeze(dim), hidden, 0.0)
-        top = soft * (torch.logsumexp(safe / soft, dim) - mask.sum(dim).clamp(min=1).log())
-    else:
-        # max instead of amax, because amax splits the gradient between ties, but exactly two cells should get it.
-        top = torch.where(some.unsqueeze(dim), hidden, 0.0).max(dim).values
+    # max instead of amax, because amax splits the gradient between ties, but exactly two cells should get it.
+    top = torch.where(mask, values, float("-inf")).max(dim).values
     return torch.where(some, top, 0)
 
 
@@ -145,8 +135,7 @@ class MarginTerm(Objective):
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
         warmup: fraction of all steps over which the weight rises linearly from 0.
-        margin: difference by which the true cell must win, in ``margin_unit``.
-        margin_unit: ``per_token`` (nats per token, or total nats if ``len_norm`` is ``none``) or ``nats`` (always total nats).
+        margin: difference by which the true cell must win, in nats or, with ``len_norm``, in nats per token.
         link: ``hinge``, max(0, margin + violation), or ``logsigmoid``, log(1 + exp(beta (margin + violation))) / beta, whose gradient
             shrinks as the true cell's lead grows but never reaches 0. Both are applied after ``len_norm``.
         beta: sharpness of ``logsigmoid``: around the margin, its gradient falls from almost 1 to almost 0 over a score range of about
@@ -164,7 +153,6 @@ class MarginTerm(Objective):
     weight: float = 1.0
     warmup: float = 0.05
     margin: float = 5.0
-    margin_unit: Literal["per_token", "nats"] = "per_token"
     link: Literal["hinge", "logsigmoid"] = "logsigmoid"
     beta: float = 0.3
     hinge_cap: float = 4.0
@@ -197,13 +185,13 @@ class MarginTerm(Objective):
 
     def numerator(self, scores: Scores) -> Tensor:
         violation, mask = self._violations_of(scores)
-        per_group = mean_over(self.penalty(violation, scores.layout), mask)
+        per_group = mean_over(self.penalty(violation), mask)
         return (scores.layout.weight.to(per_group) * per_group).sum()
 
     def report(self, scores: Scores) -> Report:
         with torch.no_grad():
             violation, mask = self._violations_of(scores)
-        active, name = self.penalty(violation, scores.layout) > 0, type(self).__name__.lower()
+        active, name = self.penalty(violation) > 0, type(self).__name__.lower()
         credit = credit_report(scores, name) if self.token_credit else {}
         shares = (("active", active), ("violated", violation >= 0))
         return credit | {f"{kind}/{name}": ((each & mask).sum(), mask.sum()) for kind, each in shares}
@@ -213,14 +201,8 @@ class MarginTerm(Objective):
             scores = replace(scores, logp=scores.logp + token_credit(scores))
         return self.violations(normalised_scores(scores, self.len_norm, self.pmi), scores.layout)
 
-    def penalty(self, violation: Tensor, layout: GroupLayout) -> Tensor:
+    def penalty(self, violation: Tensor) -> Tensor:
         """Return the link's value at margin + ``violation`` [G, ...]."""
-        if self.margin_unit == "per_token":
-            margin = torch.full_like(layout.weight, self.margin)
-        else:
-            margin = self.margin / token_counts(layout, self.len_norm)[:, 0, 0].to(layout.weight)
-        margin = margin.to(violation).view(-1, *[1] * (violation.dim() - 1))
         if self.link == "logsigmoid":
-            return F.softplus(margin + violation, beta=self.beta)
-        raw = (margin + violation).clamp(min=0)
-        return torch.minimum(raw, self.hinge_cap * margin) if self.hinge_cap > 0 else raw
+            return F.softplus(self.margin + violation, beta=self.beta)
+        return (self.margin + violation).clamp(0, self.hinge_cap * self.margin or None)

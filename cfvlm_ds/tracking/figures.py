@@ -1,36 +1,28 @@
-"""Figures of score matrices, learning curves and differences, drawn with matplotlib's Agg backend.
+"""Figures of learning curves and of differences, drawn with matplotlib's Agg backend.
 
-Each function takes plain data and writes one PNG. matplotlib is imported only when a figure is drawn, and its global style is not changed.
+matplotlib is imported only when a figure is drawn, and its global style is not changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.tracking.metrics_log import read_rows
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
-TRUE_COLOUR = "#e8710a"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
-_CELL_W, _CELL_H, _THUMB, _LINE = 1.75, 1.05, 1.05, 0.145  # inches
-_CAPTION_CHARS, _CAPTION_LINES, _TITLE_CHARS = 26, 8, 90
-_DOTS = " \N{HORIZONTAL ELLIPSIS}"
-_MOST_IMAGES, _MOST_CAPTIONS = 6, 8
-_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS = 8, 30, 40
+_MOST_SERIES, _SERIES_CHARS, _MOST_ROWS, _TITLE_CHARS = 8, 30, 40, 90
 
 _STYLE: Any = {
-    "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a caption would enclose a formula
-    "figure.dpi": 160, "figure.facecolor": "white", "figure.titlesize": 10.5, "figure.titleweight": "bold",
+    "text.parse_math": False, "text.usetex": False,  # otherwise, two dollar signs in a name would enclose a formula
+    "figure.dpi": 160, "figure.facecolor": "white",
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.labelsize": 8.5, "axes.labelcolor": MUTED, "axes.edgecolor": RULE, "axes.axisbelow": True,
     "axes.spines.left": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -40,8 +32,8 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
-@contextmanager
-def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Figure]:
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float, layout: Any = "constrained") -> Iterator[Any]:
     """Yield a figure of ``width`` x ``height`` inches, and write it to a PNG file at the end of the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -50,85 +42,6 @@ def _figure(path: Path, width: float, height: float, layout: Any = "constrained"
         figure = Figure(figsize=(width, height), layout=layout)
         yield figure
         figure.savefig(path)
-
-
-def score_matrix_figure(path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the score matrices of sample groups as one PNG, with images beside the rows, captions above the columns and true cells outlined.
-
-    Only the first images and captions of a large group are drawn; its title gives the totals.
-
-    Args:
-        path: PNG file to write.
-        groups: mappings with ``images`` (I lists, each with one image's pictures as PIL images), ``captions`` (C texts), ``scores``
-            ([I][C] in nats; None or NaN for a missing score), ``match`` ([I][C]: 1 true, 0 false, None unknown) and, optionally, ``title``.
-    """
-    from matplotlib.patches import Rectangle
-
-    groups = [_readable(group) for group in groups]
-    columns = max(len(group["captions"]) for group in groups)
-    lines = [max(caption.count("\n") + 1 for caption in group["captions"]) for group in groups]
-    heights = [0.4 + number * _LINE + len(group["images"]) * _CELL_H for number, group in zip(lines, groups, strict=True)]
-    with _figure(path, 0.4 + _THUMB + columns * _CELL_W, 0.4 + sum(heights)) as figure:
-        for part, group in zip(figure.subfigures(len(groups), height_ratios=heights, squeeze=False).flat, groups, strict=True):
-            _draw_group(part, group, columns)
-        text = "true   |   ?: not known   |   log p(caption given image), nats   |   darker: more likely within its group"
-        outlined = Rectangle((0, 0), 1, 1, fill=False, edgecolor=TRUE_COLOUR, linewidth=1.8, label=text)
-        figure.legend(handles=[outlined], loc="outside lower left", labelcolor=MUTED)
-
-
-def _readable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Limit a group to a readable number of images and captions. If some are left out, the title gives the totals."""
-    images, captions = len(group["images"]), len(group["captions"])
-    title = one_line(str(group.get("title", "")), _TITLE_CHARS)
-    if images > _MOST_IMAGES or captions > _MOST_CAPTIONS:
-        shown = f"{min(images, _MOST_IMAGES)} of {images} images, {min(captions, _MOST_CAPTIONS)} of {captions} captions"
-        title = f"{title} ({shown})".strip()
-    rows = {part: [row[:_MOST_CAPTIONS] for row in group[part][:_MOST_IMAGES]] for part in ("scores", "match")}
-    return {
-        "title": title,
-        "images": group["images"][:_MOST_IMAGES],
-        "captions": [
-            # cut first, because wrapping megabytes of text is slow
-            textwrap.fill(caption[: 2 * _CAPTION_CHARS * _CAPTION_LINES], _CAPTION_CHARS, max_lines=_CAPTION_LINES, placeholder=_DOTS)
-            for caption in group["captions"][:_MOST_CAPTIONS]
-        ],
-        **rows,
-    }
-
-
-def _draw_group(figure: SubFigure, group: Mapping[str, Any], columns: int) -> None:
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    num_images, num_captions = len(group["images"]), len(group["captions"])
-    figure.suptitle(group["title"], x=0.01, ha="left", color=INK)
-    axes = figure.add_subplot(frameon=False)
-    for i, pictures in enumerate(group["images"]):  # thumbnails to the left of their row
-        if not pictures:
-            axes.text(-0.06 - _THUMB / 2 / _CELL_W, i + 0.5, "no image", fontsize=8.5, color=MUTED, ha="center", va="center")
-        for k, picture in enumerate(pictures):
-            space = _THUMB / len(pictures)
-            x, scale = -0.06 + ((k + 0.5) * space - _THUMB) / _CELL_W, min(space / picture.width, 0.97 * _CELL_H / picture.height) / 2
-            half_width, half_height = picture.width * scale / _CELL_W, picture.height * scale / _CELL_H
-            axes.imshow(picture, extent=(x - half_width, x + half_width, i + 0.5 + half_height, i + 0.5 - half_height), aspect="auto")
-    axes.set(xlim=(-0.06 - _THUMB / _CELL_W, columns), ylim=(num_images, 0), yticks=[])
-    axes.set_xticks(np.arange(num_captions) + 0.5, group["captions"], fontsize=8.5, color=INK, linespacing=1.2)
-    axes.tick_params(bottom=False, labelbottom=False, labeltop=True)
-    scores = np.ma.masked_invalid(np.array(group["scores"], dtype=float))
-    blues = LinearSegmentedColormap.from_list("scores", colormaps["Blues"]([0.06, 0.3, 0.6, 0.92])).with_extremes(bad="#f4f5f7")
-    cells = axes.pcolormesh(np.arange(num_captions + 1), np.arange(num_images + 1), scores, cmap=blues, edgecolors="white", linewidth=4)
-    for (i, c), score in np.ndenumerate(scores.filled(np.nan)):
-        shade: Any = cells.norm(score)
-        valid = math.isfinite(score)
-        text = f"{score:.1f}".replace("-", "\N{MINUS SIGN}") if valid else "\N{EN DASH}"
-        text += " ?" if group["match"][i][c] is None else ""
-        colour = MUTED if not valid else "white" if shade > 0.55 else INK
-        axes.text(c + 0.5, i + 0.5, text, ha="center", va="center", fontsize=12, color=colour)
-        if group["match"][i][c] == 1:
-            box = Rectangle((c + 0.02, i + 0.03), 0.96, 0.94, fill=False, edgecolor=TRUE_COLOUR, linewidth=2.6, clip_on=False)
-            axes.add_patch(box)
 
 
 def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -184,7 +97,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
                 if dense:
                     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
                 marker = "o" if len(points) <= 30 else ""
-                short = [_LABELS.get(each) or one_line(each.split("/", 1)[1], _SERIES_CHARS) for each in (name, *equal)]
+                short = [_LABELS.get(each) or textwrap.fill(one_line(each.split("/", 1)[1], 200), _SERIES_CHARS) for each in (name, *equal)]
                 if name.startswith("eval_sample/"):
                     sizes = [samples.get(each.split("/")[1]) for each in (name, *equal)]
                     short = [f"{each}, {size}" if size else each for each, size in zip(short, sizes, strict=True)]
@@ -196,7 +109,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
             axes.grid(axis="y")
             if label in ("fraction", "%"):
                 axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, handlelength=1.2)
@@ -241,6 +154,7 @@ _PANELS = (
 )
 """(title, unit, prefix of metric names) of each panel."""
 _LABELS = {
+    "loss/align": "align (sum of NLLs)",
     "logp/lp_00": "true text, its image",
     "logp/lp_kk": "edited text, its edited image",
     "logp/lp_0k": "false text, true image",

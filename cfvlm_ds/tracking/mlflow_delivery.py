@@ -237,9 +237,11 @@ class Delivery:
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
         tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items() if name != NOTE}
-        changed = {name: text for name, text in params.items() if run.data.params.get(name, text) != text}
+        known = run.data.params
+        changed = {name: text for name, text in params.items() if known and known.get(name, "None") != text}
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
-        send(client, run_id, "params", [entities.Param(name, text) for name, text in params.items() if name not in run.data.params])
+        unknown = [entities.Param(name, text) for name, text in params.items() if name not in known and text != "None"]
+        send(client, run_id, "params", unknown)
         send(client, run_id, "tags", [entities.RunTag(name, text) for name, text in tags.items()])
         context = _mlflow("mlflow.utils.mlflow_tags").MLFLOW_DATASET_CONTEXT
         known = {(each.dataset.name, each.dataset.digest, *(tag.value for tag in each.tags)) for each in run.inputs.dataset_inputs}

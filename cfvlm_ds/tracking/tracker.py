@@ -56,9 +56,9 @@ def open_tracker(
     Args:
         run_dir: folder of the run; created if missing.
         experiment, run_name: names in MLflow (``MLFLOW_EXPERIMENT_NAME`` overrides ``experiment``).
-        params: nested mapping. For MLflow, nested names are joined with dots, and values are truncated to MLflow's length limits. Secrets
-            are masked, as in tags and inputs. On resume, a changed value becomes a tag ``param_changed.<name>``, because MLflow's
-            parameters are immutable.
+        params: nested mapping. For MLflow, nested names are joined with dots, values are truncated to MLflow's length limits, and values
+            of None are left out. Secrets are masked, as in tags and inputs. On resume, a changed value becomes a tag
+            ``param_changed.<name>``, because MLflow's parameters are immutable.
         tags: plain strings.
         run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
         resume_step: step from which a run continues. Metrics of later steps are removed from ``metrics.jsonl``, because they will be

@@ -21,6 +21,7 @@ from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.files import cache_folder, replace, write_if_possible
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import BASELINE
+from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.identity import Identity, changes, digest
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
@@ -30,7 +31,7 @@ from cfvlm_ds.training.evaluator import Evaluator, Splits
 
 FEWEST = 100
 """Minimum number of groups to evaluate per set, however short the training is."""
-_FORM = 3
+_FORM = 4
 """Version of the cache format. Files of other versions are ignored."""
 
 
@@ -53,13 +54,12 @@ class Baseline:
     world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate the sets that ``train.eval_on_start`` and ``train.retention`` require, and return their accuracies.
+        """Evaluate the sets unless ``train.eval_on_start`` is False, and return their accuracies.
 
-        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size. Sets in
-        ``train.retention`` are always evaluated in full; their accuracies are never taken from the cache.
+        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size.
         """
         say = self.world.say
-        wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start or name in self._retained}
+        wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start}
         for name, places in wanted.items():
             if len(places) < len(self.splits[name]):
                 say(
@@ -87,15 +87,11 @@ class Baseline:
                 changed += compare_accuracies(name, before, after)
         return changed
 
-    @property
-    def _retained(self) -> Sequence[str]:
-        return self.config.train.retention or ()
-
     def _drawn(self, name: str) -> Sequence[int]:
         """Return the indices of those groups of a set for which the baseline is measured."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
-        if self.config.train.eval_on_start is True or name in self._retained or size <= most:
+        if self.config.train.eval_on_start is True or size <= most:
             return range(size)
         return random_order(size, most)
 
@@ -107,7 +103,7 @@ class Baseline:
             folder.mkdir(parents=True, exist_ok=True)
         found = {}
         for name, places in wanted.items():
-            file = None if name in self._retained else self._cached(name, len(places))
+            file = self._cached(name, len(places))
             if file is None or not (rows := self._read(file)[1]):
                 continue
             now = {(group.id, content_hash(group)) for group in part_of(self.splits[name], places)}
@@ -144,5 +140,8 @@ class Baseline:
         if self.model is None or self.identities[name]["pictures"] is None:
             return None
         model = self.config.model
-        limits = f"{_FORM} {model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype}"
-        return cache_folder() / BASELINE / f"{digest({**self.identities[name], **self.model, 'limits': limits, 'groups': count})}.json"
+        limits = (
+            f"{model.min_pixels} {model.max_pixels} {model.max_tiles} {model.lora.load_in_4bit} {self.dtype} {model.attn_implementation}"
+        )
+        key: dict[str, Any] = {"limits": limits, "groups": count, "versions": f"{_FORM} {torch.__version__} {version('transformers')}"}
+        return cache_folder() / BASELINE / f"{digest({**self.identities[name], **self.model, **key})}.json"

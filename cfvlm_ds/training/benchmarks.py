@@ -140,7 +140,7 @@ def write_benchmarks(
     identity |= {"writing": writing_digest(model)} if identity else {}
     for name, items in outcomes.items() if world.is_main else ():
         benchmark = benchmarks[name]
-        settings = {"shuffled": config.train.eval_shuffled, "limit": config.data.benchmark_sets[name].limit}
+        settings = {"limit": config.data.benchmark_sets[name].limit}
         header = benchmark.chosen.header(identity, benchmark.identity, settings)
         result = result_of(
             name,

@@ -15,6 +15,7 @@ from typing import Any
 
 from cfvlm_ds import checkpoint as checkpoints
 from cfvlm_ds.core.config import SECTIONS
+from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
@@ -26,13 +27,12 @@ from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.evaluation import Accuracy, table
 from cfvlm_ds.evaluation.before_after import changes_table, from_table, of_types, rows_table
 from cfvlm_ds.evaluation.report import overlap_warning
-from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, sealed
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, UNNAMED_REPO, sealed
 from cfvlm_ds.training.option_changes import ON_RESUME
 
 _PAPER = "https://arxiv.org/abs/2506.17267"
 _LONGEST = 200  # maximum number of characters per value
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
-_UNNAMED = "path/of/this/folder"
 _EXAMPLE = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -109,8 +109,8 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
             terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
     load = _USE_ADAPTER.format(base=json.dumps(_line(_last(base) if local else base))) if adapter else _USE
     sections = {
-        "Results": [*_overlaps(data), *_results(results, changes, evaluated)],
-        "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or _UNNAMED), load=load), "```"],
+        "Results": [*_overlaps(data), *_results(results, changes, evaluated), *_samples(run_dir, step)],
+        "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or UNNAMED_REPO), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
         "Training": _training(flat(options), flat(environment), flat(ds_config), step),
@@ -158,7 +158,16 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     types = of_types(compared)
     first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
     first += [*rows_table(types, plain=_cell).splitlines(), ""] if types else []
-    return [*first, *_CONTROLS, "", *table(tables, _cell).splitlines()]
+    sets = ", ".join(f"{_code(split)} ({rows[-1].num} groups)" for split, rows in tables.items() if rows)
+    limits = f"Limits: evaluated only on {sets}; nothing is known about other pictures, prompts, languages and edit types."
+    return [*first, *_CONTROLS, "", *table(tables, _cell).splitlines(), "", limits]
+
+
+def _samples(run_dir: Path, step: int) -> list[str]:
+    """Return the first two texts that the model wrote at this step (``train.samples``), if there are any."""
+    written = [row for row in records(run_dir / "samples.jsonl", "delete it") if row["step"] == step][:2]
+    rows = [[_cell(row["prompt"]), _cell(" / ".join(row["true"])), _cell(row["text"])] for row in written]
+    return ["", "What the model writes about the first pictures:", "", *_table("prompt | true text | written", rows)] if rows else []
 
 
 def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -167,8 +176,8 @@ def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 _CONTROLS = (
-    "Accuracies for each edit type, and their mean. The mean is also given for a blank image and for another group's image, which show",
-    "what language alone achieves. The last row is that of random scores.",
+    "Accuracies for each edit type, and their mean. The mean is also given for a blank image, which shows what language alone achieves.",
+    "The last row is that of random scores.",
 )
 
 

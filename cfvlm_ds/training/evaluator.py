@@ -23,7 +23,6 @@ from cfvlm_ds.evaluation.asking import written
 from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import other_images
 from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
 from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
@@ -44,7 +43,7 @@ class Evaluator:
     stop: Stop
     num_workers: int
 
-    def __call__(self, splits: Splits, shuffled: bool = False) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
+    def __call__(self, splits: Splits) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
         """Evaluate sets of groups, and return the accuracies and scores, each keyed by set.
 
         Raises StopRequested on all ranks if any rank votes to stop, and WorkerLost on the rank that has lost a data worker.
@@ -56,19 +55,18 @@ class Evaluator:
                 splits,
                 self.world,
                 num_workers=self.num_workers,
-                shuffled=shuffled,
                 objectives=self.config.objective,
                 reference=self._reference if only_adapters_train(self.config.model) else None,
                 **self._options(),
             )
 
-    def ask(self, shuffled: bool = False) -> dict[str, list[Outcome]]:
+    def ask(self) -> dict[str, list[Outcome]]:
         """Evaluate the benchmarks, and return their items' outcomes, keyed by benchmark. Raises the same errors as ``__call__``."""
         outcomes = {}
         with self._evaluating():
             for name, benchmark in self.benchmarks.items():
                 if isinstance(benchmark.chosen.way, Generate):
-                    outcomes[name] = self._written(name, benchmark, benchmark.chosen.way, shuffled)
+                    outcomes[name] = self._written(name, benchmark, benchmark.chosen.way)
                     continue
                 scores = score_groups(
                     self.engine,
@@ -77,18 +75,16 @@ class Evaluator:
                     self.world,
                     num_workers=self.num_workers,
                     label=f"evaluating {name}",
-                    shuffled=shuffled,
                     **self._options(),
                 )
                 outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
 
-    def _written(self, name: str, benchmark: RunBenchmark, way: Generate, shuffled: bool) -> list[Outcome]:
+    def _written(self, name: str, benchmark: RunBenchmark, way: Generate) -> list[Outcome]:
         """Return the outcomes of items that the model answers with generated text. Each rank generates a share of the distinct answers."""
         items = benchmark.plan.items
-        donors = other_images(items) if shuffled else [None] * len(items)
-        views = [(item, (*item.images, blank_view(len(item.images[0])), donor)) for item, donor in zip(items, donors, strict=True)]
-        asked = dict.fromkeys((shown, way.asked(item)) for item, seen in views for shown in seen if shown is not None)
+        views = [(item, (*item.images, blank_view(len(item.images[0])))) for item in items]
+        asked = dict.fromkeys((shown, way.asked(item)) for item, seen in views for shown in seen)
         texts, every = list[str](), list(asked)
         progress = Progress(self.world.say, f"evaluating {name}", len(every), "texts")
         for start in range(0, len(every), self.world.size):
@@ -102,8 +98,8 @@ class Evaluator:
         said: dict[Any, Any] = dict(zip(every, texts, strict=False))
         outcomes = []
         for item, seen in views:
-            answers: list[Any] = [said.get((shown, way.asked(item))) for shown in seen]  # None without a donor
-            outcomes.append(written(item, answers[:-2], answers[-2], answers[-1], benchmark.chosen.read))
+            *answers, blank = (said[shown, way.asked(item)] for shown in seen)
+            outcomes.append(written(item, answers, blank, benchmark.chosen.read))
         return outcomes
 
     @contextlib.contextmanager
@@ -125,9 +121,8 @@ class Evaluator:
     def rehearse(self) -> None:
         """Run the largest evaluation batch, so that an out-of-memory error occurs before the first step instead of after training."""
         self.engine.eval()
-        shuffled = self.config.train.eval_shuffled
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
-        rehearse(self.engine, self.collator, splits, self.world, shuffled=shuffled, **self._options())
+        rehearse(self.engine, self.collator, splits, self.world, **self._options())
         self.engine.train()
 
     def _vote(self, *arguments: Any) -> None:

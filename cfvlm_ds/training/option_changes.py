@@ -22,20 +22,25 @@ ON_RESUME: dict[str, OnResume | None] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
 """Option -> the effect of a change on a resume."""
-DEEPSPEED: dict[str, OnResume] = {
-    # compared as values that _effective derives, or as train.* options, which the JSON may not contradict
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "free"),
-    **dict.fromkeys((f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")), "free"),
-    **dict.fromkeys(("bf16.enabled", "fp16.enabled", "optimizer.type", "optimizer.params.torch_adam"), "free"),
-    "scheduler.params.total_num_steps": "free",
-    **dict.fromkeys(("bf16", "fp16", "communication_data_type", "data_types", "optimizer.params", "scheduler.params"), "confirm"),
-    **dict.fromkeys(("scheduler.type", "zero_optimization.stage"), "refuse"),
-    **dict.fromkeys((f"zero_optimization.zero_quantized_{what}" for what in ("weights", "gradients", "nontrainable_weights")), "confirm"),
-    **dict.fromkeys(("zero_optimization", "activation_checkpointing", "aio", "compile", "disable_allgather"), "free"),
-    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "free"),
-    **dict.fromkeys(("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler"), "ignored"),
-    **dict.fromkeys(("comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint"), "ignored"),
-}
+_KINDS: dict[OnResume, tuple[str, ...]] = {
+    "free": (
+        # compared as values that _effective derives, or as train.* options, which the JSON may not contradict
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer.params.lr",
+        "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay", "optimizer.params.torch_adam", "optimizer.type",
+        "bf16.enabled", "fp16.enabled", "scheduler.params.total_num_steps",
+        # without effect on the training
+        "zero_optimization", "activation_checkpointing", "aio", "compile", "disable_allgather", "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler",
+        "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint",
+    ),
+    "confirm": (
+        "bf16", "fp16", "communication_data_type", "data_types", "optimizer.params", "scheduler.params",
+        "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients",
+        "zero_optimization.zero_quantized_nontrainable_weights",
+    ),
+    "refuse": ("scheduler.type", "zero_optimization.stage"),
+}  # fmt: skip
+DEEPSPEED = {name: kind for kind, names in _KINDS.items() for name in names}
 """DeepSpeed setting -> the effect of changing it or any setting below it. To be safe, an unlisted setting counts as ``confirm``."""
 
 _UNSET = {

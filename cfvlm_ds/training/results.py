@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cfvlm_ds.core.config import RunConfig
-from cfvlm_ds.core.conversation import readable
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.core.untrusted import refuse_replacing
-from cfvlm_ds.data import GroupStore, open_image
+from cfvlm_ds.data import GroupStore
 from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.stored_scores import write_scores
-from cfvlm_ds.evaluation import UNLABELLED, Accuracy, GroupScores, table
+from cfvlm_ds.evaluation import Accuracy, GroupScores, table
 from cfvlm_ds.evaluation.before_after import Change, changes_table, of_types, rows_table, to_table
 from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
 from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
-from cfvlm_ds.models import only_adapters_train
+from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
-from cfvlm_ds.tracking.figures import learning_curves_figure, score_matrix_figure
+from cfvlm_ds.tracking.figures import learning_curves_figure
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE
 from cfvlm_ds.training.card import card_of
-from cfvlm_ds.training.evaluator import Splits
 
 CHANGES = "before_after.json"
 """File with the accuracies before and after training."""
@@ -145,8 +142,12 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         if not config.train.eval_on_start:
             reason = "train.eval_on_start is false"
         lines += [f"Not compared with the model before training: {', '.join(missing)} ({reason}).", ""]
+    if not changes:
+        return "\n".join([*lines, table(results)])
     files = {name: each.path for name, each in config.data.evaluation_sets.items()}
-    return "\n".join([*lines, changes_table(changes, files=files) if changes else table(results)])
+    size = load_config(config.model.name_or_path).get_text_config().vocab_size
+    guess = f"- NLL of uniform guessing: {math.log(size):.2f} (ln of the vocabulary's {size:,} tokens)"
+    return "\n".join([*lines, changes_table(changes, files=files), guess])
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
@@ -195,50 +196,12 @@ _NO_SETS = (
 )
 
 
-def draw_figures(
-    run_dir: Path, splits: Splits, scores: Mapping[str, Sequence[GroupScores]], samples: Mapping[str, str], max_pixels: int, say: Say
-) -> list[Path]:
-    """Draw the figures, and return the paths of those that could be drawn. A failure only causes a warning. ``samples`` maps each
-    evaluation set to its sample size, which is shown in the learning curves.
+def draw_curves(run_dir: Path, samples: Mapping[str, str], say: Say) -> list[Path]:
+    """Draw the learning curves and return their path in a list, which is empty if they could not be drawn. A failure only causes a warning.
+    ``samples`` maps each evaluation set to its sample size.
     """
-
-    def draw_scores(path: Path, split: str) -> None:
-        score_matrix_figure(path, shown_groups(splits[split], scores[split], max_pixels))
-
-    drawn = []
-    figures = {"learning_curves.png": partial(learning_curves_figure, metrics_jsonl=run_dir / "metrics.jsonl", samples=samples)}
-    for name, draw in (figures | {f"scores-{split}.png": partial(draw_scores, split=split) for split in splits}).items():
-        path = run_dir / name
-        with harmless(path, say):
-            draw(path)
-            drawn.append(path)
-    return drawn
-
-
-def shown_name(group: CounterfactualGroup) -> str:
-    """Return a group's id, preceded by the file name of its first picture, because ids made by a tool mean nothing to a reader."""
-    return f"{group.images[0][0].name} ({group.id})" if group.images[0] else group.id
-
-
-def shown_groups(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], max_pixels: int) -> list[dict[str, Any]]:
-    """Return one group per type of the first edit, for at most four types, in the format that score_matrix_figure expects. The title names
-    all edit types of the group.
-
-    If a group has several prompts, each caption consists of a prompt and its text.
-    """
-    first: dict[str, int] = {}
-    for index, group in enumerate(groups):
-        first.setdefault(group.edits[0].type if group.edits else UNLABELLED, index)
-    return [
-        {
-            "title": f"{', '.join(dict.fromkeys(edit.type for edit in groups[index].edits)) or UNLABELLED}: {shown_name(groups[index])}",
-            "images": [[open_image(picture, max_pixels) for picture in pictures] for pictures in groups[index].images],
-            "captions": [
-                each.text if len(set(groups[index].prompt_ids)) == 1 else f"{readable(each.prompt)} {each.text}"
-                for each in groups[index].candidates
-            ],
-            "scores": scores[index].logp.tolist(),
-            "match": groups[index].match,
-        }
-        for index in list(first.values())[-4:]
-    ]
+    path = run_dir / "learning_curves.png"
+    with harmless(path, say):
+        learning_curves_figure(path, run_dir / METRICS_FILE, samples)
+        return [path]
+    return []

@@ -64,7 +64,8 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
     run_on_rank0(world, write)
     for warning in config.model.unused:
         world.say(warning)
-    world.say(f"objective: {config.loss}")
+    parts = " (align: NLL of the factual texts + NLL of the other true texts, in nats per token)" * ("align" in config.objective)
+    world.say(f"objective: {config.loss}{parts}")
     world.say("parameters: " + ", ".join(f"{name} {total:,} ({trains:,} trainable)" for name, (total, trains) in counts.items()))
     return list(contents)
 

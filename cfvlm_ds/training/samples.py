@@ -19,7 +19,7 @@ from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.training.evaluator import Evaluator, Splits
-from cfvlm_ds.training.results import harmless, shown_name
+from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
@@ -110,7 +110,7 @@ class Samples:
                 image.thumbnail((_SIDE, _SIDE))
                 image.save(file)
                 files.append(file)
-                shown.append(f"![{in_cell(shown_name(group))}](samples/{file.name})")
+                shown.append(f"![{in_cell(group.shown_name)}](samples/{file.name})")
             texts = [line for line in self._lines if (line["set"], line["group"]) == (name, group.id)]
             prompt = group.candidates[0].prompt
             truths = {each.text: truth for each, truth in zip(group.candidates, group.match[0], strict=True) if each.prompt == prompt}
@@ -121,7 +121,7 @@ class Samples:
                 cells = [in_cell(line["text"], _LONGEST), mark + in_cell(preferred, _LONGEST), "" if margin is None else f"{margin:+.1f}"]
                 rows.append(f"| {line['step']} | {' | '.join(cells)} |")
             true = " / ".join(in_cell(text, _LONGEST) for text, truth in truths.items() if truth == 1) or "none of the texts"
-            asked = f"{in_cell(name)}, {in_cell(shown_name(group))}: {in_cell(readable(prompt), _LONGEST)} True: {true}"
+            asked = f"{in_cell(name)}, {in_cell(group.shown_name)}: {in_cell(readable(prompt), _LONGEST)} True: {true}"
             parts.append(" ".join([*shown, asked]))
             parts.append("\n".join(["| step | writes | prefers | margin, nats |", "|---:|---|---|---:|", *rows]))
         return "\n\n".join(parts), files

@@ -39,6 +39,7 @@ from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
+from cfvlm_ds.training.displacement import Displacement
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Evaluator
 from cfvlm_ds.training.idle import Idle
@@ -49,12 +50,11 @@ from cfvlm_ds.training.results import (
     PAGE,
     complete_card,
     description,
-    draw_figures,
+    draw_curves,
     export_checkpoint,
     write_results,
     write_results_page,
 )
-from cfvlm_ds.training.retention import Retention
 from cfvlm_ds.training.samples import Samples
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep
@@ -89,7 +89,7 @@ class Trainer:
         self._flops = ModelFlops(self.engine.module.model, self.engine.module.family)
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
         self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, say)
-        self._retention = Retention(config, self.state, data.identities, say)
+        self._displacement = Displacement(config, self.state, say)
         self.evaluator = Evaluator(
             config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
         )
@@ -252,7 +252,7 @@ class Trainer:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
         tracker.log(state.step, metrics)
         world.say(_progress(state.step, self.total_steps, metrics, left))
-        self._retention.trained(metrics)
+        self._displacement.recorded(metrics)
         self._idle.recorded(metrics)
 
     def _evaluate(self, tracker: Any) -> bool:
@@ -277,7 +277,7 @@ class Trainer:
         """
         benchmarks, size = self.data.benchmarks, {name: len(groups) for name, groups in self.data.splits.items()}
         whole = {name: rows for name, rows in results.items() if rows and rows[-1].num == size[name]}
-        metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(whole)
+        metrics = flat_metrics(whole) | benchmark_metrics(benchmarks, outcomes)
         if metrics := metrics | self.sample.metrics(results):
             tracker.log(self.state.step, metrics)
         headlines = [
@@ -307,9 +307,9 @@ class Trainer:
                 say(f"warning: the export failed ({error}); the run will end with this error after the evaluation")
         barrier.meet()
         benchmarks = self.data.benchmarks
-        results, scores = self.evaluator(self.data.splits, config.train.eval_shuffled)
-        outcomes = self.evaluator.ask(config.train.eval_shuffled) if benchmarks else {}
-        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes) | self._retention.evaluated(results)
+        results, scores = self.evaluator(self.data.splits)
+        outcomes = self.evaluator.ask() if benchmarks else {}
+        metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
         tracker.log(step, metrics | self.sample.metrics(results))
         model, exported = self.engine.module.model, config.train.export and failed is None
         benchmark_results = write_benchmarks(self._run_dir / FOLDER, config, benchmarks, outcomes, self.world, model, exported=exported)
@@ -319,16 +319,14 @@ class Trainer:
             of_benchmarks = changes_of_benchmarks(self._run_dir, benchmarks, say)
             sections = "\n\n".join(filter(None, [of_benchmarks, samples]))
             changes = self.baseline.compare(results)
-            warnings = [self._retention.displacement(last_values(self._run_dir / METRICS_FILE)[0])]
+            warnings = [self._displacement.warning(last_values(self._run_dir / METRICS_FILE)[0])]
             warnings += [overlap_warning(name, *pair[::-1]) for name, of_set in self.data.overlaps.items() for pair in of_set.items()]
             warning = "\n\n".join(filter(None, warnings))
             identities = self.data.identities
             first, written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
-            figures = list[Path]()
-            if config.train.figures:
-                figures = draw_figures(self._run_dir, self.data.splits, scores, self.sample.counts, config.data.max_pixels, say)
+            figures = draw_curves(self._run_dir, self.sample.counts, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:

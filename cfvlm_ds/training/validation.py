@@ -36,8 +36,7 @@ def validate(config: RunConfig, world: World | None) -> None:
     if not model.name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     _refuse_beside_yaml(config, with_data=world is not None)
-    built = [folder for folder in (config.build.base, config.build.tiny_llava and config.build.tiny_llava.out_dir) if folder]
-    model_exists = os.path.exists(model.name_or_path) or not any(_is_below(model.name_or_path, folder) for folder in built)
+    model_exists = os.path.exists(model.name_or_path) or not (config.build.base and _is_below(model.name_or_path, config.build.base))
     check_model(model, raw.get("zero_optimization", {}).get("stage") == 3, model_exists, weights=world is not None)
     if config.train.router_balance and model_exists:
         check_balanced(load_config(model.name_or_path).model_type)
@@ -113,10 +112,6 @@ def _check_data(config: RunConfig) -> None:
         known_format(each.path, each.format or data.format)  # raises, and suggests similar names
         if not exists:
             open_groups(each.path, each.root, each.format or data.format)  # raises, and suggests similar names
-    for name in config.train.retention or ():
-        if name not in data.evaluation_sets:
-            known = ", ".join(data.evaluation_sets) or "none"
-            raise ConfigError(f"train.retention: {name!r} is not a manifest of data.evaluation ({known}); use one of them, or add it there")
     for name, each in data.benchmark_sets.items():
         if not (root := chosen_of(name, each).root).is_dir() and not any(_is_below(str(root), folder) for folder in built):
             raise ConfigError(

@@ -28,7 +28,7 @@ def test_a_mixture_of_all_formats(model_dir, manifests, tmp_path, monkeypatch):
 
     def arguments(name: str, *extra: str) -> list[str]:
         steps = ["--train.max_steps=6", "--train.save_steps=1", "--train.save_total_limit=0", "--data.train", listed]
-        packed = ["--data.max_tokens_per_micro_batch=1500", "--train.eval_shuffled=false"]
+        packed = ["--data.max_tokens_per_micro_batch=1500"]
         return train_arguments(model_dir, manifests, tmp_path / name, *steps, *packed, *extra)
 
     said = run_trainings(2, arguments("whole", "--data.evaluation", json.dumps(sources)), said=tmp_path / "whole-said", timeout=1500)

@@ -45,7 +45,7 @@ from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cli.options import model_named
 from cfvlm_ds.cli.train import with_quickstart
 from cfvlm_ds.cluster.signals import EXIT_DISK_FULL
-from cfvlm_ds.core.config import BuildConfig, ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import BuildConfig, ModelConfig
 from cfvlm_ds.core.distributed import run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, OutOfMemory, StorageError
 from cfvlm_ds.core.parsing import parse_config
@@ -53,11 +53,11 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
-_DATA = "check view stats formats convert download prepare propose edit verify select audit run status sample"
+_DATA = "check view formats convert download prepare propose edit verify select audit run status sample"
 _OTHERS = "tiny score calibrate describe evaluate compare track export init completion"
 COMMANDS = [
     *(["data", name] for name in _DATA.split(" ")),
@@ -413,7 +413,7 @@ def test_manifests_of_one_name_have_a_row_each(model_dir, manifests, tmp_path, c
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
     named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
-    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json"), "--no_shuffled"]
+    options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json")]
     shown, written = printed(capsys, "evaluate", model_dir, *named, *options), json.loads((tmp_path / "r.json").read_text())
     assert list(written) == ["iid/test", "ood/test"] and all(name in shown for name in written)
     assert named[0] in refused(capsys, "evaluate", model_dir, named[0], named[0])

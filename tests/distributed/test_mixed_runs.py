@@ -32,7 +32,7 @@ def trained(model_dir, manifests, tmp_path_factory):
         {"path": str(plain), "weight": 3, "objectives": ["align"]},
         {"path": str(few), "weight": 1, "root": [str(manifests["test"].parent)]},
     ]
-    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])}), "--train.eval_shuffled=false"]
+    evaluation = ["--data.evaluation", json.dumps({"half": str(manifests["train"])})]
 
     def arguments(name: str, groups: int, *extra: str, changed: dict[int, dict[str, Any]] | None = None) -> list[str]:
         listed = json.dumps([source | (changed or {}).get(place, {}) for place, source in enumerate(sources)])

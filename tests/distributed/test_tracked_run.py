@@ -27,7 +27,7 @@ from cfvlm_ds.tracking import deliver
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
-ARTIFACTS |= {"learning_curves.png", "scores-test.png"}
+ARTIFACTS |= {"learning_curves.png"}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,6 @@ def test_metrics_are_on_the_server_as_on_disk(client, finished):
         *map("eval/test/{}".format, ("text", "image", "group_pmi", "sham", "blind_pair", "loss")),
     ):
         assert [step for step, _ in found[name]] == [2, 4], name
-    assert [step for step, _ in found["eval/test/shuffled_pair"]] == [4], "one more image per group, at the end only"
     for name, separator in (("loss", "/"), ("eval/test/loss", "_")):
         align, csd, fcd, whole = (found[each][-1][1] for each in (*(f"{name}{separator}{term}" for term in ("align", "csd", "fcd")), name))
         assert whole == pytest.approx(align + 0.5 * csd + 0.7 * fcd, rel=1e-5), "weighted, after the warm-up"
@@ -128,7 +127,7 @@ def test_parameters_and_tags_describe_the_run(client, finished, model_dir):
     assert (found.info.status, found.info.run_name) == ("FINISHED", "four steps")
     params = found.data.params
     configured = flat(yaml.safe_load((finished / "config.yaml").read_text()))
-    assert params.keys() == configured.keys() and len(params) > 60
+    assert params.keys() == {name for name, value in configured.items() if value is not None} and 60 < len(params) < len(configured)
     assert (params["model.name_or_path"], params["objective.fcd.weight"]) == (str(model_dir), "0.7")
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     tags = found.data.tags

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -134,13 +135,16 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     tables = printed(capsys, "compare", still, moved, moved / "results.json").split("| set | edit type | groups | metric |")[1:]
     blanks = ["" if row["blank"] is None else f"{row['blank']:.1f}" for row in rows[moved]]
     changed = [
-        f"| {row['before']:.1f} | {row['after']:.1f} | {blank} | {row['difference']:+.1f}"
+        f"| {row['before']:.1f} | {row['after']:.1f} | {blank} | "
+        + (f"{row['difference']:+.1f}" if row["better"] + row["worse"] else "unchanged")
         for row, blank in zip(rows[moved], blanks, strict=True)
     ]
     assert len(tables) == 3 and all(change in table for table in tables for change in changed), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
     card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
     assert any(f"`colour` | {rows[moved][0]['groups']} of {rows[moved][0]['of']} | group " in line and changed[0] in line for line in card)
+    vocabulary = json.loads((model_dir / "config.json").read_text())["text_config"]["vocab_size"]
+    assert f"- NLL of uniform guessing: {math.log(vocabulary):.2f} " in (plain / "results.md").read_text()
 
 
 def test_two_passes_draw_the_same_random_numbers():

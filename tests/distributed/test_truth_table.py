@@ -36,7 +36,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
 from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, metric_names, table
 from cfvlm_ds.evaluation.metrics import METRICS
-from cfvlm_ds.objectives import OBJECTIVES, Align, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.samples import Samples
@@ -128,15 +128,6 @@ def naive_fcd(g: Asked) -> list[float]:
     return mean([link(max(values)) for values in halves.values() if values])
 
 
-def naive_infonce(g: Asked) -> list[float]:
-    e = lambda i, c: math.exp(g.logp[i][c])  # noqa: E731
-    texts = [c for c, truth in enumerate(g.truth[0]) if truth == 0 and g.prompts[c] == g.prompts[0]]
-    images = [i for i, row in enumerate(g.truth) if row[0] == 0]
-    if not texts and not images:
-        return []
-    return [sum(-math.log(e(0, 0) / (e(0, 0) + sum(rest))) for rest in ([e(0, c) for c in texts], [e(i, 0) for i in images])) / 2]
-
-
 def naive_dpo(g: Asked) -> list[float]:
     r, star, found = lambda i, c: g.logp[i][c] - g.reference[i][c], set(g.star), []
     for i, c in star:
@@ -170,7 +161,6 @@ NAIVE = {
     "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
     "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
     "fcd": (Fcd(), 0, naive_fcd),
-    "infonce": (Align(infonce=1.0, counterfactual=0.0, temperature=1.0, len_norm="none"), 2, naive_infonce),
     "dpo": (Dpo(beta=1.0), 0, naive_dpo),
     "symmpo": (SymMPO(beta=1.0, symmetric=1.0, consistency=2.0), 1, naive_symmpo),
     "misp": (Misp(beta=1.0), 1, naive_misp),
@@ -195,7 +185,7 @@ def test_objectives_compare_answers_to_one_prompt(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_prompt_changes_no_bit(name):
     """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
-    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0, **({"infonce": 0.5} if name == "align" else {}))}
+    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0)}
     groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
     found = []
     for scores in (collated(groups), collated(groups, prompt=False)):
@@ -239,10 +229,10 @@ def group(truth: Truth, *edits: Edit, texts: tuple[tuple[str, str], ...] = (), n
     return CounterfactualGroup(name, images, candidates, tuple(map(tuple, truth)), edits)
 
 
-def scores(logp: list[list[float]], blank: list[float] | None = None, shuffled: list[float] | None = None) -> GroupScores:
+def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupScores:
     matrix = torch.tensor(logp, dtype=torch.float64)
     empty = torch.zeros(matrix.shape[1]).double() if blank is None else torch.tensor(blank, dtype=torch.float64)
-    return GroupScores(matrix, empty, None if shuffled is None else torch.tensor(shuffled, dtype=torch.float64))
+    return GroupScores(matrix, empty)
 
 
 YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))
@@ -275,7 +265,7 @@ def test_every_shape_of_group_counts(shape):
     assert mean_row.comparisons == {metric: expected.get(metric, 0) for metric in METRICS}
     assert mean_row.groups == {metric: int(metric in expected) for metric in METRICS}
     assert mean_row.metrics == dict.fromkeys(expected, 100)
-    assert mean_row.unused == {metric: [one.id] for metric in METRICS if metric not in expected}
+    assert mean_row.unused == {metric: [f"{one.images[0][0].name} ({one.id})"] for metric in METRICS if metric not in expected}
     lost = accuracies([one], [scores([[-value for value in row] for row in right])])[-1].metrics
     assert lost == dict.fromkeys(expected, 0)
     kinds = {edit.type for edit in one.edits} or {"unlabelled"}
@@ -330,7 +320,7 @@ def test_metrics_equal_the_naive_twin():
         pooled = [outcome for found in naive for outcome in found[metric]]
         assert everything.comparisons[metric] == len(pooled) and (metric == "sham" or len(pooled) > 30), metric
         assert everything.groups[metric] == sum(bool(found[metric]) for found in naive)
-        without = [g.id for g, found in zip(groups, naive, strict=True) if not found[metric]]
+        without = [f"{g.images[0][0].name} ({g.id})" for g, found in zip(groups, naive, strict=True) if not found[metric]]
         assert everything.unused[metric] == without[:5]
         if pooled:
             assert everything.metrics[metric] == pytest.approx(100 * sum(pooled) / len(pooled)), metric
@@ -372,20 +362,7 @@ def test_the_blind_row_says_what_language_alone_achieves():
     values = [scores(right, [0.0, -1.0]), scores(right, [-1.0, 0.0]), scores(right, [-2.0, -2.0]), scores(right, [0.0, -3.0])]
     row = accuracies(groups, values)[-1]
     assert row.metrics == {"pair": 100, "factual": 100} and row.blind == {"pair": 62.5, "factual": 62.5}
-    assert row.shuffled == {} and "shuffled_pair" not in row.comparisons
-    flat = flat_metrics({"s": [row]})
-    assert flat["eval/s/blind_pair"] == 62.5 and not any("shuffled" in name for name in flat)
-
-
-def test_the_shuffled_row_counts_the_groups_that_have_another_image():
-    nothing = []
-    groups = [group([[1, 0]], name=name) for name in ("a", "b", "c")]
-    rows = accuracies(
-        groups, [scores([[1, 0]], shuffled=[1.0, 0.0]), scores([[1, 0]], shuffled=[0.0, 0.0]), scores([[1, 0]], shuffled=nothing)]
-    )
-    assert rows[-1].shuffled == {"pair": 75, "factual": 75}
-    assert (rows[-1].groups["shuffled_pair"], rows[-1].unused["shuffled_pair"]) == (2, ["c"])
-    assert flat_metrics({"s": rows})["eval/s/shuffled_pair"] == 75
+    assert flat_metrics({"s": [row]})["eval/s/blind_pair"] == 62.5
 
 
 # From a manifest to the table -----------------------------------------------------------------------------------------------------------
@@ -421,11 +398,11 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     assert (
         "shapes: 2 of its 8 pictures also occur in the training set" in warning
     )  # the test split repeats two, and takes its pictures from it
-    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png", "scores-shapes.png"}
+    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png"}
     rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
     assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
     assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
-        "pair": 14, "factual": 11, "image_pair": 7, "sham": 0, "shuffled_pair": 14, "shuffled_factual": 11
+        "pair": 14, "factual": 11, "image_pair": 7, "sham": 0
     }  # fmt: skip
     text = (run_dir / "results.md").read_text()
     assert "| shapes | sham | 0 | 0 | all |" in text and "shapes: 2 of its 8 pictures also occur in the training set" in text
@@ -443,7 +420,7 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
     options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
     check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
-    for name in ("eval/s/group", "eval/s/shuffled_pair", "eval/s/count/pair"):
+    for name in ("eval/s/group", "eval/s/count/pair"):
         with pytest.raises(ConfigError, match=rf"^train.save_best '{name}' .* eval/s/blind_factual, [^\n]*eval/s/pair, "):
             check_best(parse_config([*options, name], OBJECTIVES), splits)
     with pytest.raises(ConfigError, match="comparison"):
@@ -468,7 +445,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended.engine = SimpleNamespace(module=SimpleNamespace(model=None))
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
-    ended._retention = SimpleNamespace(evaluated=lambda *_: {}, displacement=lambda _: "")
+    ended._displacement = SimpleNamespace(warning=lambda _: "")
     ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
     ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}, overlaps={}), run_dir
@@ -501,13 +478,9 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
 
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):
-    """No metrics to draw, and a picture that is gone since it was scored: each is named, and what can be drawn is."""
-    good, gone = group([[1, 0]], name="good"), group([[1, 0]], name="gone")
-    splits, said = {"good": [replace(good, images=((),))], "gone": [gone]}, list[str]()
-    drawn = results.draw_figures(tmp_path, splits, {name: [scores([[-1.0, -2.0]])] for name in splits}, {}, 10**6, said.append)
-    assert drawn == [tmp_path / "scores-good.png"] and drawn[0].exists()
-    names = ("learning_curves", "scores-gone")
-    assert all(line.startswith(f"warning: {tmp_path}/{name}.png ") and "\n" not in line for name, line in zip(names, said, strict=True))
+    said = list[str]()
+    assert results.draw_curves(tmp_path, {}, said.append) == [], "there are no metrics to draw"
+    assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path}/learning_curves.png ") and "\n" not in said[0]
 
 
 def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifests, tmp_path):

@@ -10,14 +10,13 @@ import pytest
 from conftest import write_manifest
 
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.config import TinyLlavaConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import calibration
 from cfvlm_ds.export.folder import refuse_others_model, sealed
 
@@ -65,7 +64,7 @@ def ended(capsys):
         ("evaluate model --benchmarks pope --draws -1", "argument --draws: must be a whole number of at least 0, not '-1'"),
         (
             "score a.jsonl model",
-            "it is a model folder; name the data",
+            "model is a folder without",
         ),
         ("evaluate a.jsonl a.jsonl", "model.name_or_path 'a.jsonl' is a file; give a model folder"),
         ("cluster check images", "SLURM_PROCID is not set"),

@@ -19,7 +19,7 @@ from cfvlm_ds.training.card import card_of, license_of, model_card
 ROWS = [
     {"name": "colour", "num": 3, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "groups": {"group": 3, "pair": 3}}
     | {"comparisons": {"group": 3, "pair": 6}},
-    {"name": "all", "num": 4, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "shuffled": {"pair": 25.0}, "mean": True}
+    {"name": "all", "num": 4, "metrics": {"group": 66.7, "pair": 75.0}, "blind": {"pair": 50.0}, "mean": True}
     | {"groups": {"group": 3, "pair": 3}, "comparisons": {"group": 3, "pair": 6}, "unused": {"group": ["g-4"], "pair": ["g-4"]}}
     | {"losses": {"align": {"weight": 1.0, "value": 2.5, "lacking": ""}}},
 ]
@@ -54,7 +54,13 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
-    front, body = parts(model_card(run_folder(tmp_path / "my-run"), adapter=False, repo="me/tuned"))
+    checkpoint = run_folder(tmp_path / "my-run")
+    sample = {"prompt": "Describe it.", "true": ["a dog", "a hound"]}
+    lines = [
+        json.dumps(sample | {"step": step, "text": f"{text} | cat"}) for step, text in ((150, "x"), (300, "a"), (300, "b"), (300, "c"))
+    ]
+    (tmp_path / "my-run" / "samples.jsonl").write_text("\n".join([*lines, ""]))
+    front, body = parts(model_card(checkpoint, adapter=False, repo="me/tuned"))
     assert front == {
         "base_model": "org/base-7b",
         "base_model_relation": "finetune",
@@ -70,9 +76,11 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         f"| git revision (training) | `{'c' * 40}` |",
         "| deepspeed | not known |",
         "| test | `colour` | 3 | ",
-        "| test | mean of edit types, another group's image | 4 | ",
+        "| test | mean of edit types, blank image | 4 | ",
         "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its",
         'name = "me/tuned"\n',
+        "Limits: evaluated only on `test` (4 groups); ",
+        "| `Describe it.` | `a dog / a hound` | `a ¦ cat` |\n| `Describe it.` | `a dog / a hound` | `b ¦ cat` |\n\n",
     ):
         assert expected in body, expected
     assert "train.num_train_epochs" not in body and "| train.max_steps | `300` |" in body, "which does not count beside it"

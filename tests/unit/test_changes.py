@@ -147,7 +147,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     record = option_changes.record(config, Z3, 1, 5)
-    files = {"finished.json": json.dumps({"schema": 1, "step": 5, "record": record})}
+    files = {"finished.json": json.dumps({"schema": 2, "step": 5, "record": record})}
 
     def start() -> Any:
         for name, content in files.items():
@@ -167,7 +167,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
     (tmp_path / "checkpoint-5").rmdir()
     files["metrics.jsonl"] = '{"step": 5, "time": 1, "loss": 2.0}\n'
     assert start() is None
-    for other in ({"schema": 2}, {}):
+    for other in ({"schema": 1}, {}):
         files["finished.json"] = json.dumps({"step": 5, "record": record, **other})
         with pytest.raises(ConfigError, match=f"^{tmp_path} was written by another version"):
             start()
@@ -177,7 +177,7 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--train.early_stopping=2"]
     options += ["--data.evaluation.a=b", "--train.save_best=eval/a/pair", "--train.eval_steps=1"]
     config = parse_config(options, OBJECTIVES)
-    ended = {"schema": 1, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
+    ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
     (tmp_path / "finished.json").write_text(json.dumps(ended))
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "time": 1, "loss": 2.0}\n')
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)

@@ -308,7 +308,7 @@ def test_state_and_random_numbers_come_back(tmp_path):
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path):
     saved = checkpoint.save(Engine(), TrainState(3, {"samples_seen": 6}), tmp_path, ONE, keep=1)
-    for schema in (None, 2):
+    for schema in (None, 1):
         rewritten(saved, schema=schema)
         for read in (lambda: checkpoint.kept_state(saved), lambda: checkpoint.load(Engine(), saved, TrainState(), ONE, tmp_path)):
             with pytest.raises(ConfigError, match=f"^{saved} was written by another version"):

@@ -115,6 +115,7 @@ def test_pairs(folder):
             candidates=(Candidate("Which?", "a dog bites a man"), Candidate("Which?", "a man bites a dog")),
             match=((1, 0), (0, 1)),
             edits=(Edit("relation", 1, 1),),
+            source="pairs",
         ),
     )
     assert second.edits == () and second.candidates[0].prompt == "Describe the image."
@@ -244,8 +245,8 @@ def test_cfvlm_rows(folder):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (pair(promtp="Which?"), "'promtp'.*'prompt'"),
-        ({"image_0": "a.png"}, "'image_1' is missing"),
+        ({"image_0": "a.png", "caption_0": "a"}, "'caption_1' is missing"),
+        (pair(image_1=None), "'image_1' is missing"),
         (cfvlm_row(orig_input="COCO Yes: a.png"), "one image"),
         (cfvlm_row(cf_samples=None), "'cf_samples'"),
         (cfvlm_row(cf_samples=[{"cf_txt": "x"}]), "'cf_txt'.*'cf_text'"),
@@ -473,6 +474,8 @@ def test_report_counts(folder):
         shapes={"2 x 2": 1, "3 x 2": 1, "1 x 1": 1, "1 x 2": 1},  # type: ignore[arg-type]
         sources={"(none)": 4},  # type: ignore[arg-type]
         text_lengths={8: 3, 10: 3, 1: 1},  # type: ignore[arg-type]
+        sides=report.sides,
+        num_repeated_pictures=1,
         edit_types={"count": 2, SHAM: 1},  # type: ignore[arg-type]
         num_counterfactuals={1: 2, 0: 2},  # type: ignore[arg-type]
         longest_text=len("three dogs"),

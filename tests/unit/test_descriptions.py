@@ -120,7 +120,7 @@ def read(name: str, root: Path, texts: Iterable[str]) -> list[Outcome]:
     assert not loaded.problems, loaded.problems[0]
     read_by = BENCHMARKS[name].mentions
     assert read_by is not None
-    return [written(item, [text], "A dog.", None, read_by) for item, text in zip(loaded.items, texts, strict=True)]
+    return [written(item, [text], "A dog.", read_by) for item, text in zip(loaded.items, texts, strict=True)]
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -183,8 +183,13 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ("relation", "group", 1, 1, 0, 0, None),
     ]
     overall = changes_table(changes).splitlines()
-    assert overall[2] == "| test | 4 of 5 | too few groups to tell | factual 25.0 -> 0.0 |  |  |"
+    assert overall[2] == "| test | 4 of 5 | 4 unchanged | factual 25.0 -> 0.0 |  |  |"
     assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
+    for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
+        many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
+        won = scores([[-1.0, -2.0]], [-2.0, -1.0])
+        before, after = (accuracies(many, [lost] * 25 + [one] + [lost] * (few - 1)) for one in (lost, won))
+        assert changes_table(compare_accuracies("s", before, after)).splitlines()[2] == f"| s | {25 + few} | {of_set} | none |  |  |"
 
 
 def half_width(row: Change) -> float:
@@ -272,8 +277,8 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     after = accuracies(groups, [wins] * 10 + [loses] * 15 + [loses] * 10 + [wins] * 15 + [loses] * 25)
     changes = compare_accuracies("s", before, after)
     assert (changes[0].difference, changes[0].better, changes[0].worse) == (0.0, 10, 10)
-    assert [(each.edit, each.verdict) for each in of_types(changes)] == [("a", "better"), ("b", "worse"), ("c", "not resolved")]
-    assert "| s | 75 | 1 of 3 better, 1 worse | none |" in changes_table(changes)
+    assert [(each.edit, each.verdict) for each in of_types(changes)] == [("a", "better"), ("b", "worse"), ("c", "unchanged")]
+    assert "| s | 75 | 1 better, 1 worse, 1 unchanged | none |" in changes_table(changes)
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():
@@ -288,7 +293,7 @@ def test_table_is_valid_markdown_and_metrics_are_named():
     assert " ".join(found[3]) == "iid count 1 0.0 100.0 0.0 0.0 50.0 100.0 0.0 100.0"
     assert " ".join(found[5]) == "iid mean of edit types, blank image 2     50.0  75.0 ", "a tie, and the factual text"
     assert [line.split(":")[0] for line in notes.splitlines()] == [f"- {cell.removesuffix(', %')}" for cell in found[0][3:]]
-    assert "| iid | sham | 1 | 1 | 1: g |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
+    assert "| iid | sham | 1 | 1 | 1: 0.png (g) |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1
 
@@ -405,7 +410,7 @@ def test_ranks_share_the_groups_and_agree(
             assert found["losses"][name] == {**term, "value": pytest.approx(term["value"], rel=1e-5)}, "every group counts once"
 
 
-# Budget, memory, and another group's image ----------------------------------------------------------------------------------------------
+# Budget and memory ----------------------------------------------------------------------------------------------------------------------
 
 
 def counting(scorer: Scorer, tokens: list[int]) -> Any:
@@ -428,7 +433,7 @@ def test_a_budget_divides_batches_and_changes_no_score(budget, collator, scorer,
 
 
 def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain, monkeypatch):
-    """Two ranks whose batches divide into unequally many parts, shuffled images too; a damaged picture on one ends both with its name."""
+    """Two ranks whose batches divide into unequally many parts; a damaged picture on one ends both with its name."""
     scorers = [scorer, copy.deepcopy(scorer)]
 
     def scored(shown: list[CounterfactualGroup]) -> tuple[list[list[int]], list[Any]]:
@@ -436,7 +441,7 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
 
         def work(world: World) -> Any:
             forward = counting(scorers[world.rank], calls[world.rank])
-            return score_groups(forward, collator, shown, world, 2, max_tokens=45, shuffled=True)
+            return score_groups(forward, collator, shown, world, 2, max_tokens=45)
 
         return calls, on_ranks(2, monkeypatch, work)[0]
 
@@ -446,28 +451,6 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
         assert_equal(each, plain)
     _, found = scored([*groups[:3], replace(groups[3], images=((Path("gone.png"),),), match=(groups[3].match[0],), edits=())])
     assert [str(each) for each in found] == [str(found[0])] * 2 and isinstance(found[0], DataError) and "gone.png" in str(found[0])
-
-
-def test_another_image_is_one_that_the_group_does_not_show():
-    """Each image serves once, drawn by a seed; groups that share pictures take the next that fits, or none; as many pictures a prompt."""
-
-    def on(*names: str, together: bool = False) -> CounterfactualGroup:
-        shown = (tuple(map(Path, names)),) if together else tuple((Path(name),) for name in names)
-        match = tuple((1,) if i == 0 else (0,) for i in range(len(shown)))
-        return CounterfactualGroup("-".join(names), shown, (Candidate("", "a"),), match)
-
-    apart = [on(f"{k}.png") for k in range(50)]
-    donors = scoring.other_images(apart)
-    assert len(set(donors)) == 50 and all(donor != one.images[0] for one, donor in zip(apart, donors, strict=True))
-    assert scoring.other_images(apart) == donors
-    shared = [on("a.png", "b.png"), on("b.png", "a.png"), on("b.png"), on("a.png")] + [on("c.png")] * 3
-    for one, donor in zip(shared, scoring.other_images(shared), strict=True):
-        assert donor is not None and donor not in one.images
-    assert scoring.other_images([on("a.png")] * 3) == [None] * 3
-    mixed = [on("a.png"), on("b.png", "c.png", together=True), on("d.png"), on("e.png", "f.png", together=True)]
-    assert [None if donor is None else len(donor) for donor in scoring.other_images(mixed)] == [1, 2, 1, 2]
-    alone = CounterfactualGroup("t", ((),), (Candidate("", "a"),), ((1,),))
-    assert scoring.other_images([alone, replace(alone, id="u")]) == [None, None]
 
 
 def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
@@ -488,7 +471,7 @@ def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
 
 
 def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
-    """Where images have as many tokens as they are large: a blank image is larger than small ones, and another group's than one's own."""
+    """Where images have as many tokens as they are large: a blank image is larger than small ones."""
     collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2), "full")
     sides = {"small": 28, "wide": 28, "large": 448}
     for name, side in sides.items():
@@ -503,15 +486,14 @@ def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
         return torch.zeros(len(inputs["targets"]))
 
     for split in (["small", "wide"], ["small", "large"]):
-        for shuffled in (False, True):
-            ran: list[int] = []
-            tried: list[int] = []
-            chosen = [groups[name] for name in split]
-            score_groups(partial(forward, ran), collator, chosen, ALONE, 1, shuffled=shuffled)
-            rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "", shuffled=shuffled)
-            assert tried == [max(ran)]
-            largest += tried
-    assert largest[0] == largest[1] < largest[2] < largest[3]
+        ran: list[int] = []
+        tried: list[int] = []
+        chosen = [groups[name] for name in split]
+        score_groups(partial(forward, ran), collator, chosen, ALONE, 1)
+        rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "")
+        assert tried == [max(ran)]
+        largest += tried
+    assert largest[0] < largest[1]
 
 
 def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, groups, capsys):
@@ -525,9 +507,6 @@ def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, grou
     assert f"evaluating test: scores of {len(named)} of {len(groups)} groups are not finite" in said and ", ".join(named[:5]) in said
     score_groups(scorer, collator, groups, ALONE, 1)
     assert "not finite" not in capsys.readouterr().out
-    broken = replace(scores([[-1.0, -2.0], [-2.0, -1.0]]), shuffled=torch.tensor([torch.nan, torch.nan]))
-    assert not broken.finite, "not taken for a group without a donor"
-    assert accuracies([group()], [broken])[-1].comparisons["shuffled_pair"] == 2
     for infinite in ([[-5.0, -torch.inf], [-torch.inf, -5.0]], [[torch.inf, -5.0], [-5.0, torch.inf]]):
         of = accuracies([group()], [scores(infinite)])[-1]
         assert set(of.metrics.values()) == {0.0}, "the warning says that they count as wrong"
@@ -660,7 +639,7 @@ def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
     ]
     readers = (markdown_it.MarkdownIt("commonmark").enable("table").render, partial(markdown.markdown, extensions=["tables"]))
     rows = accuracies([group(Edit(name, 1, 1)) for name in names], [scores([[1.0, 0.0], [0.0, 1.0]])] * len(names))
-    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [])
+    audit = Audit([(name, name) for name in names], [(f"found {name}", [name]) for name in names], [], {name: name for name in names})
     for read in readers:
         shown = read("| name | again |\n|---|---|\n" + "".join(f"| {in_cell(name)} | {in_cell(name)} |\n" for name in names))
         cells = [html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]

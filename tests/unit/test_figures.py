@@ -9,18 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cfvlm_ds.tracking.figures import TRUE_COLOUR, learning_curves_figure, score_matrix_figure
-
-
-def _group(**changes: Any) -> dict[str, Any]:
-    group: dict[str, Any] = {
-        "title": "count",
-        "images": [[Image.new("RGB", (32, 24), "#00ff00")], [Image.new("RGB", (24, 32), "#00ff00")]],
-        "captions": ["two red circles", "three red circles that need several lines of text to be said in full"],
-        "scores": [[-8.0, -12.0], [None, float("nan")]],
-        "match": [[1, 0], [None, 1]],
-    }
-    return group | changes
+from cfvlm_ds.tracking.figures import learning_curves_figure
 
 
 def _share(path: Path, colour: str) -> float:
@@ -35,16 +24,6 @@ def _share(path: Path, colour: str) -> float:
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
     return path
-
-
-def test_score_matrix_shows_images_and_outlines_true_cells(tmp_path):
-    score_matrix_figure(tmp_path / "none.png", [_group(match=[[0, 0], [0, 0]])])
-    score_matrix_figure(tmp_path / "two.png", [_group()])
-    assert _share(tmp_path / "two.png", "#00ff00") > 0.05
-    assert _share(tmp_path / "two.png", TRUE_COLOUR) > 2 * _share(tmp_path / "none.png", TRUE_COLOUR) > 0  # the legend has one
-    score_matrix_figure(tmp_path / "three.png", [_group(), _group(title=""), _group(images=[[], []])])
-    with Image.open(tmp_path / "two.png") as one, Image.open(tmp_path / "three.png") as three:
-        assert three.height > 2.5 * one.height and three.width == one.width
 
 
 def test_learning_curves_have_a_panel_for_what_there_is(tmp_path):
@@ -67,20 +46,10 @@ def test_learning_curves_have_a_panel_for_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("words", ["$\\frac{$", "5 $ and 6 {$", "_a\t$x_$", "\\ {}%s"])
 def test_words_of_the_data_are_drawn_as_written(words, tmp_path):
-    """Captions, titles and names that read as formulas to the library, some of them broken ones."""
-    score_matrix_figure(tmp_path / "scores.png", [_group(title=words, captions=[words, f"a {words} b"])])
+    """Names that read as formulas to the library, some of them broken ones."""
     rows = [{"step": step, f"eval/{words}/group": 50.0, f"loss/{words}": 1.0} for step in (1, 2)]
     learning_curves_figure(tmp_path / "curves.png", _write(tmp_path / "metrics.jsonl", rows))
     assert _share(tmp_path / "curves.png", "#2563a8") > 0
-
-
-def test_a_group_that_cannot_be_read_whole_is_cut_and_counted(tmp_path, drawn):
-    images, captions = [[Image.new("RGB", (8, 8))]] * 40, ["a word " * 100_000, *(f"text {c}" for c in range(999))]
-    large = _group(title="t " * 500, images=images, captions=captions, scores=[[0.0] * 1000] * 40, match=[[1] * 1000] * 40)
-    score_matrix_figure(tmp_path / "x.png", [large])
-    (figure,) = drawn
-    assert max(figure.get_size_inches()) < 20
-    assert any("(6 of 40 images, 8 of 1000 captions)" in part.get_suptitle() for part in figure.subfigs)
 
 
 @pytest.fixture
@@ -110,6 +79,14 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     shown = [f"split_{split}/{metric}" for metric in ("group", "pair") for split in range(4)]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [*shown, f"and {len(names) - 8} more in metrics.jsonl"]
     assert all(line.get_ydata()[-1] == rows[-1][f"eval/{name}"] for line, name in zip(accuracy.lines, shown, strict=False))
+
+
+def test_ticks_are_round_steps_and_a_long_name_is_whole(tmp_path, drawn):
+    rows = [{"step": step, f"eval/{'photographs_' * 5}x/group": 50.0} for step in (10, 20, 30, 40)]
+    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
+    (axes,) = drawn[0].axes
+    assert {10, 20, 30, 40} <= set(axes.get_xticks())
+    assert axes.get_legend().get_texts()[0].get_text().replace("\n", "") == f"{'photographs_' * 5}x/group"
 
 
 def test_learning_curves_without_data_are_named(tmp_path):

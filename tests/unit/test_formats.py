@@ -18,7 +18,6 @@ from cfvlm_ds.data import check_manifest, open_groups, read_manifest, sound_grou
 from cfvlm_ds.data.cfgroup import from_row, to_row
 from cfvlm_ds.data.convert import convert
 from cfvlm_ds.data.formats import FORMATS, format_named
-from cfvlm_ds.data.stats import statistics
 
 ROWS = 80  # more than a batch of rows, and than a part of a Parquet file
 
@@ -500,7 +499,7 @@ def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option,
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
     said = rf"rows.jsonl: no row has the column 'captoin', which the option {option} names; did you mean 'caption'\?"
     for column in ("captoin", "caption+captoin"):
-        for reader in (read_manifest, sound_groups, statistics):
+        for reader in (read_manifest, sound_groups):
             with pytest.raises(DataError, match=said):
                 reader(path, format=f"captions:{option}={column}")
         with pytest.raises(DataError, match=said):

@@ -13,11 +13,11 @@ from test_attention import FORESTS, NARROWED, SEVERAL_BLOCKS, call, dense, input
 
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cluster.node_check import _collective, gpu_fault
-from cfvlm_ds.core.config import ModelConfig, TinyLlavaConfig
+from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.variable_length import has_varlen
 

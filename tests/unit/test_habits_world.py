@@ -468,7 +468,6 @@ def test_content_is_pinned():
         {"strength": 1.5},
         {"text_bias": -0.1, "num_counterfactuals": 0},
         {"text_bias": 0.5},  # with edited pictures
-        {"edit_weights": {"colour": math.nan}},
     ],
 )
 def test_wrong_settings_are_named(wrong):

@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.data import open_groups, read_manifest
 from cfvlm_ds.data.containers import hub
 from cfvlm_ds.data.containers.hub import fetched
-from cfvlm_ds.export.folder import UNNAMED_BASE
+from cfvlm_ds.export.folder import UNNAMED_BASE, UNNAMED_REPO
 from cfvlm_ds.export.hub import push
 
 COMMIT = "a" * 40
@@ -174,7 +174,8 @@ def test_an_export_is_pushed_file_by_file(server, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"README\.md does not name the base model.*push again; your changes are kept"):
         push(folder, "me/tuned", said.append)
     assert not said and not server.pushed
-    (folder / "README.md").write_bytes(files["README.md"])
+    (folder / "README.md").write_bytes(files["README.md"] + f'# mine\nname = "{UNNAMED_REPO}"\n'.encode())
+    files["README.md"] += b'# mine\nname = "me/tuned"\n'
     assert push(folder, "me/tuned", said.append).endswith("/me/tuned") and server.pushed == files
     assert said == [f"pushing 3 files, 0.0 MB, to http://127.0.0.1:{server.server_port}/me/tuned"]
     with pytest.raises(ConfigError, match=r"cannot be pushed to other/tuned .*no rights to this namespace.*log in with `hf auth login`"):

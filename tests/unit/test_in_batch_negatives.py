@@ -302,7 +302,7 @@ def test_other_terms_do_not_see_the_guests():
     """Loss, denominators and gradients are the same bits with and without texts of others beside the group's own."""
     plain = many(6)
     hosting = in_a_step(plain)
-    objectives = {"align": Align(infonce=0.5), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0)}
+    objectives = {"align": Align(), "csd": Csd(warmup=0.0), "fcd": Fcd(warmup=0.0)}
     assert required_cells({**objectives, "b": BatchAlign()}) == "star" and batch_terms({**objectives, "b": BatchAlign(texts=5)}) == {"b": 5}
     table = Table(hosting)
     found = []

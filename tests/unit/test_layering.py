@@ -30,7 +30,6 @@ ONLY_IN = {
     "mlflow": {"tracking"},
     "matplotlib": {"tracking"},
     "diffusers": {"counterfactuals"},
-    "lmms_eval": {"cli"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 

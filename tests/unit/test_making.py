@@ -923,7 +923,7 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
     assert kept == sum(len(group.candidates) - 1 for group in groups)
 
 
-def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
+def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch):
     every, few = (select(whole, tmp_path / f"{most}.jsonl", SelectOptions(per_type=most, per_source=9), quiet) for most in (0, 3))
     assert all(counts["kept"] == min(3, every.by_type[kind]["kept"]) for kind, counts in few.by_type.items())
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
@@ -931,6 +931,13 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path):
     shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
     assert not shown[0] & shown[1]
     assert parts.summary().count("wrote ") == 2
+    assert len(shown[0]) == round(0.7 * (len(shown[0]) + len(shown[1]))), "exact, by pictures"
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.select._MANY", 2)
+    parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3", seed=5), quiet)
+    for name in parts.files:  # of many pictures, each has its split by its own hash
+        for row in map(json.loads, Path(name).read_text().splitlines()):
+            digest = hashlib.sha256(b"5\0" + row["meta"]["edits"][0]["edit"]["parent_sha256"].encode()).digest()
+            assert (digest[0] + digest[1] / 256 < 0.7 * 256) == name.endswith("train.jsonl")
     sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}
     assert (parts.sources["captions"], parts.sources["with a proposal"]) == (len(sources), sum(sources.values()))
     for options, place in (
@@ -989,6 +996,7 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
     done = verified(tmp_path / "W")
     assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
+    assert not any(name == "scored" or name.startswith("good") for name in done["counts"]), "nothing is good without a scorer"
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]
     assert counts["good, but its real picture belongs to another split"] > 1 and counts["kept"] > 15
@@ -1135,7 +1143,9 @@ def test_what_is_not_measured_has_no_number(tmp_path):
     write_report(found, sets, tmp_path / "page", quiet)
     table = (tmp_path / "page" / "report.md").read_text()
     assert "| texts by their words | not measured | | 0 |" in table and "0.500" not in table
-    assert json.loads((tmp_path / "page" / "report.json").read_text())["shortcuts"][1]["auc"] is None
+    measured = [shortcuts.by_length([("a disc", "a red disc")] * number).pairs for number in (9, 10)]
+    halved = [shortcuts.by_words([("a disc", "a red disc")] * (number + 10), [False] * number + [True] * 10).pairs for number in (9, 10)]
+    assert measured == halved == [0, 10], "an AUC of few pairs is no number"
     apart = [{"id": "g", "images": row["images"][:1], "texts": [text | {"prompt": text["id"]} for text in row["texts"]],
               "match": [["i0", "t0", 1], ["i0", "t1", 0]]}]  # fmt: skip
     found, _ = audited(tmp_path, {"train": apart}, lambda groups: [GroupScores(torch.zeros(1, 2), torch.zeros(2)) for _ in groups])
@@ -1157,7 +1167,7 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     with pytest.raises(DataError) as broken:
         open_image(bench / "y.png")
     (bench / "text.jsonl").write_text(json.dumps({"image": "x.jpg", "caption": rows[11]["texts"][1]["text"].upper()}) + "\n")
-    found, _ = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
+    found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
     said = {sentence: ids for sentence, ids in found.faults}
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
         (["g3", "g5"], "train: 1 pairs of originals are identical (1) or near duplicates (0)"),
@@ -1167,6 +1177,8 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
         (["g9"], "train contains 0 pictures of text.jsonl, and 2 near duplicates of its pictures"),
         (["g11"], f"train: 1 groups contain a text of text.jsonl, for example {rows[11]['texts'][1]['text']!r}"),
     ]
+    write_report(found, sets, tmp_path / "page", quiet)
+    assert "near duplicates (0): 3-0.png (g3), 5-0.png (g5)" in (tmp_path / "page" / "report.md").read_text()
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------------

@@ -30,23 +30,20 @@ def model(pictures: Pictures | None, prompt: str, text: str) -> float:
     return -6 * int.from_bytes(digest[:6], "big") / 2**48
 
 
-def ask(
-    items: list[Item], probe: Probe, said: Model = model, donor: Pictures | None = (Path("z.png"),), lengths: bool = False
-) -> list[Outcome]:
+def ask(items: list[Item], probe: Probe, said: Model = model, lengths: bool = False) -> list[Outcome]:
     asked = plan(items, probe)
     scores = []
     for group in asked.groups:
         rows = [[said(pictures, c.prompt, c.text) for c in group.candidates] for pictures in group.images]
         blank = [said(None, c.prompt, c.text) for c in group.candidates]
-        other = [said(donor, c.prompt, c.text) for c in group.candidates] if donor else []
-        scores.append(GroupScores(*(torch.tensor(each, dtype=torch.float64) for each in (rows, blank, other))))
+        scores.append(GroupScores(*(torch.tensor(each, dtype=torch.float64) for each in (rows, blank))))
     return asked.outcomes(scores, (lambda candidate: len(candidate.text.split())) if lengths else None)
 
 
 def close(found: Outcome, naive: Callable[[Pictures | None], list[float]]) -> None:
     """An outcome's tables are what a few lines say of each picture."""
     assert [list(row) for row in found.seen] == [pytest.approx(naive(pictures)) for pictures in found.item.images]
-    assert list(found.blank) == pytest.approx(naive(None)) and list(found.shuffled or ()) == pytest.approx(naive((Path("z.png"),)))
+    assert list(found.blank) == pytest.approx(naive(None))
 
 
 PAIR = Item("pair", (A, B), ("a cat", "a large dog"), ((1, 0), (0, 1)))
@@ -110,23 +107,22 @@ def test_letters_average_over_orders(item):
     asked = list(itertools.permutations(range(size))) if size <= 4 else [tuple((p + s) % size for p in range(size)) for s in range(size)]
     instruction = "Answer with the option's letter from the given choices directly."
 
-    def shares(pictures: Pictures | None, order: tuple[int, ...], question: str | None) -> dict[int, float]:
+    def shares(pictures: Pictures | None, order: tuple[int, ...]) -> dict[int, float]:
         listed = [f"{'ABCDE'[place]}. {item.texts[option]}" for place, option in enumerate(order)]
-        prompt = "\n".join([*([question] if question else []), *listed, instruction])
+        prompt = "\n".join([item.prompt or "Which of these describes the image?", *listed, instruction])
         p = [math.exp(model(pictures, prompt, letter)) for letter in "ABCDE"[:size]]
         return {option: value / sum(p) for option, value in zip(order, p, strict=True)}
 
-    def naive(pictures: Pictures | None, question: str | None = item.prompt or "Which of these describes the image?") -> list[float]:
-        rows = [shares(pictures, order, question) for order in asked]
+    def naive(pictures: Pictures | None) -> list[float]:
+        rows = [shares(pictures, order) for order in asked]
         return [math.log(sum(row[option] for row in rows) / len(rows)) for option in range(size)]
 
     found = ask([item], Letters())[0]
     close(found, naive)
-    assert list(found.prior or ()) == pytest.approx(naive((), None)), "without picture and question"
     agree = []
     for pictures in item.images:
         chosen = max(range(size), key=naive(pictures).__getitem__)
-        rows = [shares(pictures, order, item.prompt or "Which of these describes the image?") for order in asked]
+        rows = [shares(pictures, order) for order in asked]
         agree.append(sum(max(row, key=lambda option: row[option]) == chosen for row in rows) / len(rows))
     assert found.consistency == pytest.approx(sum(agree) / len(agree))
     assert orders(size) == asked
@@ -143,7 +139,7 @@ def test_a_liking_for_a_letter_is_no_advantage():
 def test_letters_that_the_prompt_lists_keep_their_order():
     found = ask([LISTED], Letters())[0]
     close(found, lambda p: [model(p, LISTED.prompt, letter) for letter in "AB"])
-    assert found.prior is None and found.consistency is None
+    assert found.consistency is None
 
 
 def test_questions_on_one_picture_share_a_group_and_equal_texts_a_cell():
@@ -167,8 +163,7 @@ def test_groups_stay_within_bounds():
         plan([huge], Letters())
 
 
-def test_without_another_picture_nothing_is_said_of_it():
-    assert ask([QUESTION], Answers(), donor=None)[0].shuffled is None
+def test_a_question_without_a_picture_has_a_group_of_its_own():
     alone = Item("alone", ((),), YES_NO, ((1, 0),), "Is ice cold?")
     assert plan([alone, QUESTION], Answers()).groups[0].images == ((),)
     assert set(PROBES) == {"caption", "match", "letters", "yes_no", "generate", "write"}
@@ -178,11 +173,11 @@ def test_without_another_picture_nothing_is_said_of_it():
 
 
 def test_generated_answers_are_scores():
-    found = written(QUESTION, ["Yes, it is."], "No.", "I cannot tell", answer)
-    assert (found.seen, found.blank, found.shuffled) == (((1.0, 0.0),), (0.0, 1.0), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
+    found = written(QUESTION, ["Yes, it is."], "I cannot tell", answer)
+    assert (found.seen, found.blank) == (((1.0, 0.0),), (0.0, 0.0)), "what cannot be read is a tie, and wrong"
     asked = Generate().asked
     assert asked(LISTED) == LISTED.prompt and asked(CHOICE).startswith("Which colour?\nA. red\nB. blue\nC. green\n")
-    assert written(CHOICE, ["(B) blue"], "", None, answer).seen == ((0.0, 1.0, 0.0),)
+    assert written(CHOICE, ["(B) blue"], "", answer).seen == ((0.0, 1.0, 0.0),)
 
 
 @pytest.mark.parametrize(

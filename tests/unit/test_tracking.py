@@ -100,7 +100,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named by the environment")
     report = tmp_path / "report.txt"
     report.write_text("hello")
-    params = {"model": {"name": "llava", "layers": [1, 2], "empty": {}}, "text": "x" * 7000}
+    params = {"model": {"name": "llava", "layers": [1, 2], "empty": {}, "unset": None}, "text": "x" * 7000}
     with _open(tmp_path / "run", params) as tracker:
         for step in range(1, 4):
             tracker.log(step, {"loss/lm": 1.0 / step, "odd@name": step, "eval/http://x/../group/": 1.0, "bad": math.nan, "huge": math.inf})
@@ -129,7 +129,7 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
 
 
 def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
-    with pytest.raises(SystemExit), _open(tmp_path, {"lr": 0.1, "seed": 1}) as first:
+    with pytest.raises(SystemExit), _open(tmp_path, {"lr": 0.1, "seed": 1, "end": 5, "new": None}) as first:
         for step in range(1, 6):
             first.log(step, {"loss": float(step)})
         first.log(3, {"eval": 0.25})
@@ -137,7 +137,7 @@ def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
     assert client.get_run(first.run_id).info.status == "KILLED"
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "ti')  # what a kill in the middle of a write leaves
-    second = _open(tmp_path, {"lr": 0.2, "seed": 1, "new": True}, run_id=first.run_id, resume_step=3)
+    second = _open(tmp_path, {"lr": 0.2, "seed": 1, "end": None, "new": True}, run_id=first.run_id, resume_step=3)
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 3]
     second.log(3, {"eval": 0.25})
     for step in range(4, 8):
@@ -149,8 +149,9 @@ def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
     assert _history(client, first.run_id, "eval") == [(3, 0.25)]
     assert [line["step"] for line in _lines(tmp_path) if "loss" in line] == list(range(1, 8))
     run = client.get_run(first.run_id)
-    assert run.data.params == {"lr": "0.1", "seed": "1", "new": "True"}
-    assert run.data.tags["param_changed.lr"] == "0.2" and "param_changed.seed" not in run.data.tags
+    assert run.data.params == {"lr": "0.1", "seed": "1", "end": "5", "new": "True"}
+    changed = {name: value for name, value in run.data.tags.items() if name.startswith("param_changed.")}
+    assert changed == {"param_changed.lr": "0.2", "param_changed.end": "None", "param_changed.new": "True"}
     assert run.info.status == "FINISHED"
 
 

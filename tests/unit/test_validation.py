@@ -116,7 +116,6 @@ LORA = ["--model.language_model.tuning", "lora", "--model.lora.load_in_4bit", "t
             "train.hard_negatives keeps",
         ),
         (["--objective.sham.weight", "1", "--data.max_tokens_per_forward", "100"], "sham compares"),
-        (["--train.retention", "[kept]"], "train.retention: 'kept'"),
         (["--data.train", "absent.jsonl"], "absent.jsonl"),
         (["--data.format", "cfgrop"], "'cfgroup'"),
         (["--objective.dpo.weight", "1"], "stored scores"),

@@ -14,6 +14,7 @@ from typing import Any
 import browser
 import numpy as np
 import pytest
+import torch
 from conftest import write_rows
 from PIL import Image, ImageDraw
 from stores import preparing
@@ -24,13 +25,13 @@ from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.conversation import PICTURE, Turn
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
-from cfvlm_ds.data import open_groups
+from cfvlm_ds.data import MAX_PIXELS, check_manifest, open_groups
 from cfvlm_ds.data.identity import data_identity
-from cfvlm_ds.data.stats import statistics
 from cfvlm_ds.data.stored_scores import StoredScores, write_scores
 from cfvlm_ds.evaluation import view
 from cfvlm_ds.evaluation.metrics import content_hash
-from cfvlm_ds.evaluation.view import score_table
+from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.evaluation.view import score_table, view_worst
 from cfvlm_ds.page import MAX_TEXT, Item, ScoreTable, Text, changed_words, runs, write_page
 from cfvlm_ds.page import Image as Shown
 from cfvlm_ds.page.pictures import difference, reduced
@@ -375,32 +376,33 @@ def test_margins_by_hand():
     assert several.margins == [[[4.0, None], None, None, None, [0.0, None]]] and several.lost == 1
 
 
-def run_folder(folder: Path, rows: dict[str, list[dict[str, Any]]], scores: dict[str, Any], limit: int | None = None) -> Path:
-    (folder / "run" / "scores").mkdir(parents=True)
-    for split, listed in rows.items():
-        groups = open_groups(manifest(folder, *listed, name=f"{split}.jsonl"), limit=limit)
-        stored = {each.id: StoredScores(scores[each.id], (-5.0, -5.0)) for each in groups}
-        write_scores(folder / "run" / "scores" / f"{split}.jsonl", groups, stored, "run", data_identity(groups, groups.roots))
-    return configured(folder / "run", {split: {"path": str(folder / f"{split}.jsonl"), "limit": limit} for split in rows})
-
-
-def configured(run: Path, evaluation: Any) -> Path:
-    (run / "config.yaml").write_text(json.dumps({"data": {"evaluation": evaluation, "format": "cfgroup", "root": None}}))
+def worst(folder: Path, rows: dict[str, list[dict[str, Any]]], scores: dict[str, Any]) -> Path:
+    """The page of a run's worst groups, and its folder."""
+    splits = {split: open_groups(manifest(folder, *listed, name=f"{split}.jsonl")) for split, listed in rows.items()}
+    found = {
+        split: [GroupScores(torch.tensor(scores[each.id]), torch.tensor([-5.0, -5.0])) for each in groups]
+        for split, groups in splits.items()
+    }
+    (run := folder / "run").mkdir(exist_ok=True)
+    view_worst(run, 7, splits, found, folder / "page", MAX_PIXELS, print)
     return run
 
 
-def test_a_run_shows_its_worst_groups(folder):
+def test_a_run_shows_its_worst_groups(folder, monkeypatch):
+    monkeypatch.setitem(view_worst.__globals__, "WORST", 3)
     scores: dict[str, Any] = {name: ((-10.0, -10.0 - margin), (-20.0, -1.0)) for name, margin in {"a": 3, "b": -2, "c": 1, "d": -7}.items()}
     scores["none"] = ((-1.0, -1.0), (-1.0, -1.0))
     rows = {"test": [group("a"), group("b")], "other": [group("c"), group("d"), group("none", match=[["i0", "t0", 1]])]}
-    run = run_folder(folder, rows, scores)
-    view(run, folder / "page", sample=3)
+    worst(folder, rows, scores)
     assert names(folder / "page") == ["d", "b", "c"]
     ranks = [float(Elements(each).all("data-worst")[0]) for each in templates(folder / "page")]
     assert ranks == pytest.approx([margin / 3 for margin in (-7, -2, 1)])
     document = index(folder / "page")
     assert "1 groups without a comparison" in document["dd"]
-    view(folder / "test.jsonl", folder / "page", scores=run / "scores" / "test.jsonl")
+    groups = open_groups(folder / "test.jsonl")
+    stored = {each.id: StoredScores(scores[each.id], (-5.0, -5.0)) for each in groups}
+    write_scores(folder / "scores.jsonl", groups, stored, "run", data_identity(groups, groups.roots))
+    view(folder / "test.jsonl", folder / "page", scores=folder / "scores.jsonl")
     first, second = drawn(folder / "page")
     assert first["b"] == ["\u221210.0", "\u221220.0", "\u22125.0", "\u221213.0", "\u22121.0", "\u22125.0"]
     assert "+3.0" in first["verdict"][0] and "1 of 2" in second["verdict"][0]
@@ -412,42 +414,23 @@ def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_bef
     long = [{"id": "t0", "text": "two red dogs " * 10}, {"id": "t1", "text": "three red dogs " * 10}]
     rows = {"test": [group("long", texts=long), group("short"), group("won"), group("healed"), group("later")]}
     margins = {"long": -4, "short": -2, "won": 3, "healed": 1, "later": -1}
-    run = run_folder(folder, rows, {name: ((-10.0, -10.0 - margin), (-20.0, -1.0)) for name, margin in margins.items()})
+    scores = {name: ((-10.0, -10.0 - margin), (-20.0, -1.0)) for name, margin in margins.items()}
+    run = worst(folder, rows, scores)
     lost = {"long": True, "short": False, "won": False, "healed": True}
     points = {name: {"pair": {"count": [2 - was, 2]}, "image_pair": {"count": [1.0, 1]}} for name, was in lost.items()}
     found = {each.id: content_hash(each) for each in open_groups(folder / "test.jsonl")}
     (run / "baseline").mkdir()
     file = run / "baseline" / "test.json"
     file.write_text(json.dumps({"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]}))
-    view(run, folder / "page")
+    worst(folder, rows, scores)
     assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
     said = {card["h2"][0]: [each for each in card["dd"] if "after training" in each] for card in drawn(folder / "page")}
     assert said["healed"] == ["all won after training, some lost before"] and said["short"] == ["some lost after training, all won before"]
     assert said["later"] == ["some lost after training, not evaluated before"]
     for damage in ("{", "[]", json.dumps({"rows": [{"by_group": [["won"]]}]})):
         file.write_text(damage)
-        view(run, folder / "page")
+        worst(folder, rows, scores)
         assert "some lost (3)" in index(folder / "page")["option"]
-
-
-def test_what_a_run_lacks_is_named(folder):
-    scores = {name: ((-1.0, -2.0), (-3.0, -1.0)) for name in "ab"}
-    run = run_folder(folder, {"test": [group("a"), group("b"), group("c")]}, scores, limit=2)  # which was evaluated on a part
-    assert sorted(names(view(run, folder / "page").folder)) == ["a", "b"]
-    with pytest.raises(ConfigError, match="--ids"):
-        view(run, folder / "other", ids=folder / "ids.txt")
-    whole = {"test": str(folder / "test.jsonl")}
-    for evaluation, error, named in (
-        (whole, DataError, "number of rows"), (whole, DataError, r"test\.jsonl"), ({"x": 3}, ConfigError, "config"),
-        ({"../x": "m.jsonl"}, ConfigError, r"'\.\./x'"), ({}, ConfigError, "no evaluation"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=named):
-            view(configured(run, evaluation), folder / "other")
-        (run / "scores" / "test.jsonl").unlink(missing_ok=True)
-    assert not (folder / "other").exists()
-
-
-# ---- statistics
 
 
 def test_a_report_has_a_list_of_contents(tmp_path):
@@ -457,7 +440,14 @@ def test_a_report_has_a_list_of_contents(tmp_path):
     assert '<h2 id="part-2">two</h2>' in page and "<i>" not in page
 
 
-def test_statistics_by_hand(folder, capsys):
+# ---- what the check counts
+
+
+def counted(report: object) -> dict[str, str]:
+    return {name.strip(): value for name, value in re.findall(r"^(\S.{15}) (.*)$", str(report), re.MULTILINE)}
+
+
+def test_counts_by_hand(folder):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     rows = [
         group("g"),
@@ -466,37 +456,33 @@ def test_statistics_by_hand(folder, capsys):
         group("g"),
         {"id": "broken"},
     ]
-    main(["data", "stats", str(manifest(folder, *rows))])
-    printed = dict(re.findall(r"^(\S.{15}) (.*)$", capsys.readouterr().out, re.MULTILINE))
-    assert {name.strip(): value for name, value in printed.items()} == {
-        "manifest": str(folder / "groups.jsonl"),
+    path = manifest(folder, *rows)
+    assert counted(check_manifest(path, progress=str)) == {
+        "manifest": str(path),
         "groups": "4",
-        "images x texts": "2 x 2: 3, 1 x 1: 1",
-        "pictures": "5 distinct files, min 60, median 120, 95 % up to 120, max 120 pixels on the longer side",
-        "texts": "3 distinct of 7, for 2 distinct prompts",
-        "lengths": "min 1, median 12, 95 % up to 14, max 14 characters",
-        "visual tokens": "none",
-        "cells": "7 true, 3 false, 3 unknown of 13",
-        "edit types": "count: 3",
         "sources": "lawn: 3, (none): 1",
-        "equal rows": "1 of 4 rows repeat another",
-        "equal texts": "4 of 7 texts repeat another",
-        "equal pictures": "1 of 5 files repeat another",
-        "equal ids": "1 of 4 rows repeat another",
-        "problems": "3 (`cfvlm-ds data check` lists all)",
+        "images x texts": "2 x 2: 3, 1 x 1: 1",
+        "images": "5 distinct files, min 60, median 120, max 120 pixels on the longer side",
+        "texts": "7",
+        "prompts": "others: 4",
+        "cells": "7 true, 3 false, 3 unknown",
+        "edit types": "count: 3",
+        "counterfactuals": "K=0: 1 groups, K=1: 3 groups",
+        "text lengths": f"min 1, median 12, max 14 characters ({path}:1, text 1)",
+        "repeated": "1 rows, 1 picture files",
+        "problems": "3",
     }
 
 
-def test_statistics_of_a_store_are_those_of_its_rows(folder):
+def test_counts_of_a_store_are_those_of_its_rows(folder):
     """A row that is there twice under two ids, texts in another order; and the store of the rows."""
     again = group("h", texts=list(reversed(group("g")["texts"])), match=[["i0", "t1", 1], ["i0", "t0", 1], ["i1", "t0", 0]])
     path = manifest(folder, group("g"), again, group("k", prompt="Other."))
-    assert (found := statistics(path)).num_rows == 2
+    found = check_manifest(path, progress=str)
+    assert (found.num_repeated_rows, found.num_repeated_pictures) == (1, 0)
     assert preparing(path, folder / "store")
-    (folder / "a.png").unlink()
-    of_store = statistics(folder / "store")
-    assert vars(of_store) == vars(found) | {"report": of_store.report}, "the store's table knows its pictures"
-    assert of_store.report.ok and of_store.report.shapes == {"2 x 2": 3}
+    of_store = check_manifest(folder / "store", progress=str)
+    assert counted(of_store) == counted(found) | {name: counted(of_store)[name] for name in ("manifest", "text lengths")}
 
 
 # ---- in a browser

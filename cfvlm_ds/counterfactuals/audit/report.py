@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +33,14 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups)."""
+    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups), and ``names`` maps ids to
+    the names to show.
+    """
 
     facts: list[tuple[str, str]] = field(default_factory=list)
     faults: list[tuple[str, list[str]]] = field(default_factory=list)
     shortcuts: list[Shortcut] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
         """Add a sentence about an exceeded limit, and the ids of the affected groups."""
@@ -53,18 +55,9 @@ class Audit:
             lines.append(f"| {cue.name} | {measured} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
         lines += ["", "## Exceeded limits", ""]
         for sentence, ids in self.faults:
-            lines.append(f"- {in_cell(sentence + f' ({few(ids)})' * bool(ids), 600)}")
+            named = f": {few([self.names[name] for name in ids])}" * bool(ids)
+            lines.append(f"- {in_cell(sentence + named, 600)}")
         return "\n".join([*lines, *(["None."] if not self.faults else [])]) + "\n"
-
-    def as_json(self) -> str:
-        shortcuts = [vars(cue) for cue in self.shortcuts]
-        return (
-            json.dumps(
-                {"facts": dict(self.facts), "shortcuts": shortcuts, "faults": [{"fault": s, "groups": ids} for s, ids in self.faults]},
-                indent=1,
-            )
-            + "\n"
-        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +79,7 @@ def audit(
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
+    report.names.update((group.id, group.shown_name) for split in sets for group in split.groups)
     listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
     report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:
@@ -251,7 +245,7 @@ def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
-    """Write report.md, report.json and an HTML page of the affected groups to the folder ``out``."""
+    """Write report.md and an HTML page of the affected groups to the folder ``out``."""
     about: dict[str, list[str]] = {}
     for sentence, ids in report.faults:
         for name in ids:
@@ -260,7 +254,7 @@ def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Wri
     shown = [group for group in every if group.id in about] or every[:_SHOWN]
     faults = ((group, about.get(group.id, ["nothing"])) for group in shown)
     items = (group_item(group, facts=[("found", "; ".join(names))], filters={"found": names}) for group, names in faults)
-    beside = {"report.md": report.markdown(), "report.json": report.as_json()}
+    beside = {"report.md": report.markdown()}
     facts = [*report.facts, *((cue.name, str(cue)) for cue in report.shortcuts)]
     facts += [("exceeded limit", one_line(sentence, 300)) for sentence, _ in report.faults] or [("exceeded limits", "none")]
     return write_page("Audit", items, len(shown), out, facts=facts, beside=beside, say=say)

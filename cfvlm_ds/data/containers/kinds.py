@@ -38,8 +38,6 @@ CONTAINERS: dict[str, Callable[[Path], Rows]] = {
 _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 _SUFFIXES |= {f".{ending}": "pictures" for ending in ENDINGS}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
-_OF_MODELS = ("config.json", "config.yaml")
-"""Files that identify a model folder or a run folder."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
 """Name of a split's numbered shard without its suffix, as the hub and ``datasets`` write it."""
 COMPRESSED = {
@@ -143,15 +141,7 @@ def _in_folder(path: Path) -> list[Path]:
     if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
         return pictures
-    below = sorted({file.parent for pattern in _IN_FOLDERS for file in path.glob(f"*/{pattern}")})
-    hint = f"name {' or '.join(map(str, below[:3]))}, which contains data files" if below else "name the data file"
-    if named := next((name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None):
-        hint = f"name {path / named}"
-    elif pictures:
-        hint = f"put the caption of {pictures[0].name} into {pictures[0].with_suffix('.txt').name} next to it, or name the data file"
-    if any((path / name).is_file() for name in _OF_MODELS):
-        hint = "it is a model folder; name the data, after the model if the command takes both"
-    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} and not a store; {hint}")
+    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} or captions in .txt files, and not a store; name the data file")
 
 
 def _saved(path: Path) -> list[Path]:

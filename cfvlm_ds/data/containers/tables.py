@@ -9,10 +9,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import open_regular
-from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
-
-_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _INDEX = "index"
 """Name given to an unnamed first column, such as the index that pandas writes."""
@@ -27,7 +24,7 @@ def _rows(path: Path, delimiter: str) -> Rows:
         try:
             columns = next((line for line in reader if line), [])
             columns[:1] = [columns[0] or _INDEX] if len(columns) > 1 else columns
-            _check_columns(path, columns, delimiter)
+            _check_columns(path, columns)
             for line in reader:
                 if line:
                     yield f"line {reader.line_num}", _row(columns, line, reader.line_num)
@@ -44,14 +41,9 @@ def _rows(path: Path, delimiter: str) -> Rows:
 csv_rows, tsv_rows = partial(_rows, delimiter=","), partial(_rows, delimiter="\t")
 
 
-def _check_columns(path: Path, columns: list[str], delimiter: str) -> None:
+def _check_columns(path: Path, columns: list[str]) -> None:
     if not columns:
         raise DataError(f"{path}: the table is empty; its first line must have the column names")
-    if len(columns) == 1 and (others := [other for other in _DELIMITERS if other != delimiter and other in columns[0]]):
-        raise DataError(
-            f"{path}: its first line has one column, {quoted(columns[0], 80)}, which contains {_DELIMITERS[others[0]]}; separate the "
-            f"columns with {_DELIMITERS[delimiter]}" + (", or name the file .tsv" if others[0] == "\t" else "")
-        )
     for number, column in enumerate(columns, 1):
         if not column.strip():
             raise DataError(f"{path}: column {number} has no name in the first line; write one")

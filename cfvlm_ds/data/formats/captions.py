@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, normalised, simplest, spelled
 from cfvlm_ds.core.errors import DataError
@@ -95,6 +95,7 @@ class Captions:
 
     usual = True
     source = "captions"
+    needed: ClassVar[tuple[str, ...]] = ("image", "caption")
 
     def __post_init__(self) -> None:
         given = {"negative_caption": self.negative_caption, "negative_image": self.negative_image, "id": self.id}
@@ -108,7 +109,7 @@ class Captions:
         columns, prompt, pictures = read.columns, read.prompt, read.pictures
         texts, repeated = _distinct(read.texts)
         false = self._texts(read.row, columns["negative_caption"])
-        others = [read_pictures(value, "row") for value in _listed(read.row, columns["negative_image"])]
+        others = [read_pictures(value, f"row: {columns['negative_image'][0]!r}") for value in _listed(read.row, columns["negative_image"])]
         if others and not pictures:
             raise DataError("row: it has a negative picture but no picture; map the column of the picture, or drop the row")
         belongs = self.paired and len(false) == len(others)
@@ -160,8 +161,9 @@ class Captions:
         columns = {option: self.columns_of(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
-                names = f"the usual names are {', '.join(DEFAULTS[option])}" if self.usual else f"the row has {_names(row)}"
-                raise DataError(f"row: no column holds the {option} ({names}); map one, as in {self.source}:{option}=COLUMN")
+                raise DataError(
+                    f"row: no column holds the {option} (the row has {_names(row)}); map one, as in {self.source}:{option}=COLUMN"
+                )
         texts = self._texts(row, columns["caption"])
         if not texts:
             raise DataError(f"row: column {columns['caption'][0]!r} has no text; write a caption or drop the row")
@@ -189,12 +191,12 @@ class Captions:
         """Return the row's columns for an option: the columns that the option names or, if it is not set, the first column with a usual
         name.
 
-        Raises DataError if a named picture or caption column is missing.
+        Raises DataError if a named column is missing that the format needs.
         """
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")
             for column in wanted:
-                if not _has(row, column) and option in ("image", "caption"):
+                if not _has(row, column) and option in self.needed:
                     raise DataError(f"row: column {column!r} is missing ({option}={given}); the row has {_names(row)}")
             return [column for column in wanted if _has(row, column)]
         return [column for column in DEFAULTS[option] if column in row][:1] if self.usual or option == "id" else []

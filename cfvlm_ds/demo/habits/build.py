@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -138,19 +137,14 @@ def _check(config: HabitsConfig) -> None:
         raise DataError(f"habits: text_bias must be between 0 and 1, not {config.text_bias}")
     if config.text_bias and config.num_counterfactuals:
         raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
-    weights = config.edit_weights
-    if weights is not None and (
-        set(weights) - set(EDITS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values())
-    ):
-        raise DataError(f"habits: edit_weights must be finite, non-negative and not all 0; the types are {', '.join(EDITS)}")
-    if config.num_counterfactuals > (most := sum(map(bool, (weights or dict.fromkeys(EDITS, 1)).values()))):
-        raise DataError(f"habits: num_counterfactuals must be at most {most}, because the edits of a group differ in type")
+    if config.num_counterfactuals > len(EDITS):
+        raise DataError(f"habits: num_counterfactuals must be at most {len(EDITS)}, because the edits of a group differ in type")
 
 
 def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
     record = out / "habits.json"
     if record.exists():
-        if (found := read_json(record)) != {"settings": settings}:
+        if not settings.items() <= (found := read_json(record)["settings"]).items():
             raise DataError(f"{out} contains a world with other settings ({found}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -166,7 +160,8 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     rng, held_out, mixed = Random(f"{config.seed}/{split}/{index}"), split == "test_combo", not split.endswith(("_agrees", "_contradicts"))
     agrees = split.endswith("_agrees") or (mixed and index % 2 == 0)
     if split == "train":
-        edits = _types(rng, config.edit_weights or dict.fromkeys(EDITS, 1.0), config.num_counterfactuals)
+        drawn_by = {kind: rng.random() for kind in EDITS}
+        edits = sorted(EDITS, key=drawn_by.__getitem__, reverse=True)[: config.num_counterfactuals]
     else:
         turns = QUESTIONS.get(question_of(split), tuple(EDITS))
         edits = [turns[(index // 2 if mixed else index) % len(turns)]]
@@ -184,12 +179,6 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 def question_of(split: str) -> str:
     """Return the kind of question that a split asks. The result is not in ``QUESTIONS`` if the split asks for descriptions."""
     return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
-
-
-def _types(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """Draw distinct edit types one by one, with probabilities proportional to their weights (Efraimidis and Spirakis, 2006)."""
-    keys = {kind: math.log(rng.random()) / weight for kind, weight in weights.items() if weight}
-    return sorted(keys, key=lambda kind: -keys[kind])[:number]
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:

@@ -89,28 +89,25 @@ class Outcome:
     Args:
         seen: scores on the item's own images, indexed [image][text].
         blank: scores of the texts on a blank picture, which measure the language prior.
-        shuffled: scores of the texts on another item's picture; None if there is no such picture or it was not requested.
         consistency: share of option orders in which the model chooses the option with the highest mean probability; None if the order is
             fixed.
-        prior: scores of the options without the picture and the question; None if they were not requested.
         said: generated text for each image; None if the probe does not generate text.
     """
 
     item: Item
     seen: Scores
     blank: tuple[float, ...]
-    shuffled: tuple[float, ...] | None = None
     consistency: float | None = None
-    prior: tuple[float, ...] | None = None
     said: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judged:
     """An item with its scores in one of the tables that ``judged`` returns.
 
     ``blind`` is True in a control table, where all images have the same scores and a tie counts as a random guess. In other tables, a tie
     counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
+    Objects are compared by identity, so caches find them fast.
     """
 
     item: Item
@@ -255,16 +252,13 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and the controls ``blank``,
-    ``shuffled`` and ``prior``.
-
-    Each table lists only the items that have such scores. Empty tables are left out.
+    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and ``blank`` (on a
+    blank picture). Return {} if there are no outcomes.
     """
-    tables = {"seen": [Judged(outcome.item, outcome.seen) for outcome in outcomes]}
-    for name in ("blank", "shuffled", "prior"):
-        rows = [(outcome.item, getattr(outcome, name)) for outcome in outcomes]
-        tables[name] = [Judged(item, (row,) * len(item.images), blind=True) for item, row in rows if row is not None]
-    return {name: table for name, table in tables.items() if table}
+    if not outcomes:
+        return {}
+    blank = [Judged(each.item, (each.blank,) * len(each.item.images), blind=True) for each in outcomes]
+    return {"seen": [Judged(each.item, each.seen) for each in outcomes], "blank": blank}
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:

@@ -7,9 +7,9 @@ that compare images are not computed for blind tables.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from math import comb, nan, prod
 from typing import Any
 
@@ -24,6 +24,9 @@ _KNOWN = 1 << 16
 
 def tag(*names: str) -> Key:
     """Return a function that looks up an item's tag, or joins the values of several tags."""
+    first, *others = names
+    if not others:
+        return lambda judged: judged.item.tags[first]
     return lambda judged: "\0".join(judged.item.tags[name] for name in names)
 
 
@@ -153,11 +156,12 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 
 @lru_cache(_KNOWN)
-def _answer(scores: tuple[float, ...], truth: tuple[int, ...], blind: bool) -> tuple[float, ...]:
+def _answer(judged: Judged) -> tuple[float, ...]:
     """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
-    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not blind) else 1 / tied for score in scores]
-    return *said, *map(bool, truth), _text_right(scores, truth, blind), scores[0] - scores[1]
+    said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
+    return *said, *map(bool, truth), text_right(judged), scores[0] - scores[1]
 
 
 def answers(table: Sequence[Judged]) -> Any:
@@ -166,7 +170,7 @@ def answers(table: Sequence[Judged]) -> Any:
     The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
     correct, answer is correct. The last column has the log-odds of yes over no in nats.
     """
-    return np.array([_answer(judged.scores[0], judged.item.match[0], judged.blind) for judged in table], float).reshape(-1, 6)
+    return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 6)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
@@ -175,51 +179,16 @@ def auc(margins: Any, truth: Any) -> float | None:
 
     Return None if yes or no is never correct, or if a score is NaN.
     """
-    yes, no = _by_answer(margins, truth)
+    yes, no = margins[truth == 1], np.sort(margins[truth != 1])
     if not len(yes) or not len(no) or np.isnan(margins).any():
         return None
     won = np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")
     return float(100 * (won.sum() / 2) / (len(yes) * len(no)))
 
 
-def _by_answer(margins: Any, truth: Any) -> tuple[Any, Any]:
-    """Return the sorted margins of the items for which yes is correct, and the sorted margins of the other items."""
-    return np.sort(margins[truth == 1]), np.sort(margins[truth != 1])
-
-
-def threshold(margins: Any, truth: Any) -> float:
-    """Return the margin threshold for answering yes that classifies the most items correctly. Among equally good thresholds, return the one
-    nearest to 0; if two are equally near, return the smaller one.
-    """
-    yes, no = _by_answer(margins, truth)
-    values = np.unique(margins)
-    cuts = np.concatenate([[0.0, values[0] - 1, values[-1] + 1], (values[1:] + values[:-1]) / 2])
-    right = len(yes) - np.searchsorted(yes, cuts, "right") + np.searchsorted(no, cuts, "right")
-    return float(cuts[np.lexsort((cuts, np.abs(cuts), -right))[0]])
-
-
-def calibrated(table: Sequence[Judged], found: Any) -> float | None:
-    """Return the accuracy in % if each half of the clusters uses a threshold fitted on the other half. A hash of a cluster's name
-    determines its half. ``found`` is the result of ``answers`` for the table.
-
-    Return None if a half is empty or a margin is not finite. Even a model that always answers yes scores high if its margins separate the
-    classes.
-    """
-    half, (truth, margins) = np.array([_half(judged.item.cluster) for judged in table], bool), found[:, (2, 5)].T
-    if half.all() or not half.any() or not np.isfinite(margins).all():
-        return None
-    cuts = np.where(half, threshold(margins[~half], truth[~half]), threshold(margins[half], truth[half]))
-    return 100 * float(((margins > cuts) == truth).sum()) / len(table)
-
-
-@lru_cache(_KNOWN)
-def _half(cluster: str) -> int:
-    return hashlib.sha256(cluster.encode("utf-8", "surrogatepass")).digest()[0] % 2
-
-
 def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
-    """Return accuracy, the share of yes answers, the area under the ROC curve, ``calibrated`` accuracy (except for a blind table), and
-    precision, recall and F1 for the answer ``positive`` (0: yes, 1: no).
+    """Return accuracy, the share of yes answers, the area under the ROC curve, and precision, recall and F1 for the answer ``positive`` (0:
+    yes, 1: no).
 
     Items have the texts yes and no, in this order. An item without an answer (a tie) counts as wrong but not as a prediction. If
     ``positive`` is never correct, precision, recall and F1 are left out. If the model never gives this answer, precision and F1 are NaN.
@@ -235,6 +204,4 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
         values |= {"precision": 100 * precision, "recall": 100 * hit / positives, "f1": 100 * f1}
     if (area := auc(found[:, 5], found[:, 2])) is not None:
         values["auc"] = area
-    if not any(judged.blind for judged in table) and (value := calibrated(table, found)) is not None:
-        values["calibrated"] = value
     return values

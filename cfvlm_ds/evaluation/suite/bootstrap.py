@@ -12,6 +12,8 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,7 +50,12 @@ def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
 
 def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Sequence[int]], k: int) -> Values:
     """Compute the metrics of the table on draw ``k``."""
-    return metrics([Judged(table[n].item, table[n].scores, draw=copy) if copy else table[n] for n, copy in draw_of(members, k)])
+    return metrics([_copy(table[n], copy) if copy else table[n] for n, copy in draw_of(members, k)])
+
+
+@lru_cache(1 << 16)
+def _copy(judged: Judged, copy: int) -> Judged:
+    return replace(judged, draw=copy)
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:

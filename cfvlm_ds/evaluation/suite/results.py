@@ -199,9 +199,7 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
         Item(row["id"], ((),) * len(match), *content),
         tuple(map(scores, row["seen"])),
         scores(row["blank"]),
-        scores(row["shuffled"]) if "shuffled" in row else None,
         row.get("consistency"),
-        scores(row["prior"]) if "prior" in row else None,
         tuple(row["said"]) if row.get("said") is not None else None,
     )
 
@@ -255,7 +253,7 @@ def _exact(value: Any) -> bytes:
 
 def kept(scores: GroupScores) -> dict[str, Any]:
     """Return a group's scores as lists of numbers, keyed by field name."""
-    return {name: part.tolist() for name, part in vars(scores).items() if part is not None}
+    return {name: part.tolist() for name, part in vars(scores).items()}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:

@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import Forward, matrices, other_images, scored_batches, seen_as
+from cfvlm_ds.evaluation.scoring import Forward, matrices, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, prompt_of, token_lengths
 from cfvlm_ds.evaluation.suite.results import (
@@ -79,7 +79,6 @@ class Settings:
         batch_size: number of groups in a batch.
         max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
         num_workers: number of processes per rank that prepare batches.
-        shuffled: also score each item with another item's picture.
         skip: leave out and report items that the model cannot process. Otherwise, the first such item raises an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
         remedy: advice for an out-of-memory error.
@@ -88,7 +87,6 @@ class Settings:
     batch_size: int = 16
     max_tokens: int | None = MAX_TOKENS
     num_workers: int = 0
-    shuffled: bool = True
     skip: bool = False
     draws: int | None = None
     remedy: str = "lower the batch size"
@@ -151,7 +149,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     world, label, folder, barrier = model.world, f"{chosen.name} ({chosen.label})", out / chosen.place, ProgressBarrier(model.world)
     checked = checked_items(loaded.items, chosen.way, model.collator, world, label)
     refuse_problems(f"benchmark {chosen.name}", [why for _, why in checked.left_out], len(checked.items), settings.skip)
-    limits = {"batch_size": settings.batch_size, "max_tokens_per_forward": settings.max_tokens, "shuffled": settings.shuffled}
+    limits = {"batch_size": settings.batch_size, "max_tokens_per_forward": settings.max_tokens}
     header = chosen.header(model.identity, checked.identity(), {**limits, "limit": loaded.limit, **model.precision})
 
     def finished() -> Result | None:
@@ -207,7 +205,7 @@ def _outcomes(
         progress.advance(sum(items_of[k] for k in gathered))
     if isinstance(way, Generate):
         answered = [(item, rows[k]) for k, item in enumerate(items)]
-        return [written(item, row["said"], row["blank"], row.get("shuffled"), chosen.read) for item, row in answered]
+        return [written(item, row["said"], row["blank"], chosen.read) for item, row in answered]
     scores = [taken(rows[k]) for k in range(len(scoring_plan.groups))]
     return scoring_plan.outcomes(scores, token_lengths(model.collator))
 
@@ -215,12 +213,12 @@ def _outcomes(
 def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
     """Yield the scores of this rank's groups, batch by batch. A batch is skipped if ``known`` has scores for all its groups."""
     groups, size = scoring_plan.groups, settings.batch_size
-    collator, donors = model.collator.of_run("full", None, pictures), other_images(groups) if settings.shuffled else None
+    collator = model.collator.of_run("full", None, pictures)
     for pictured in (True, False):  # groups without pictures have no blank view
         every = [k for k, group in enumerate(groups) if bool(group.num_pictures) == pictured]
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         unscored = [batch for batch in batches if not all(k in known for k in batch)]
-        views = seen_as(groups, donors) if pictured else [groups]
+        views = seen_as(groups) if pictured else [groups]
         turns = scored_batches(
             model.forward,
             collator,
@@ -234,7 +232,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
             remedy=settings.remedy,
         )
         for indices, scored in turns:
-            yield {k: kept(scores) for k, scores in matrices(groups, indices, scored, donors).items()}
+            yield {k: kept(scores) for k, scores in matrices(groups, indices, scored).items()}
 
 
 def _written(
@@ -247,15 +245,13 @@ def _written(
         )
     say, world, most = model.say, model.world, way.max_new_tokens
     say_blank = cache(say)  # all description items share a prompt
-    donors = other_images(items) if settings.shuffled else [None] * len(items)
     unwritten, together = [k for k in range(len(items)) if k not in known], settings.batch_size * world.size
     for start in range(0, len(unwritten), together):
         texts: _Rows = {}
         for k in unwritten[start : start + together][world.rank :: world.size]:
-            item, donor, prompt = items[k], donors[k], way.asked(items[k])
+            item, prompt = items[k], way.asked(items[k])
             blank = blank_view(len(item.images[0]))
             texts[k] = {"said": [say(image, prompt, most) for image in item.images], "blank": say_blank(blank, prompt, most)}
-            texts[k] |= {} if donor is None else {"shuffled": say(donor, prompt, most)}
             barrier.alive()
         yield texts
 

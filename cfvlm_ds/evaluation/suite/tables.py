@@ -10,7 +10,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Values, clusters_of
 from cfvlm_ds.evaluation.suite.bootstrap import FEWEST_DRAWN
 from cfvlm_ds.evaluation.suite.results import Result
 
-TABLES = {"blank": "blank image", "shuffled": "another item's image", "prior": "options alone", "random": "random scores"}
+TABLES = {"blank": "blank image", "random": "random scores"}
 """Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
 """Metrics to use for a blank image if the headline metric compares images and is therefore undefined."""
@@ -102,10 +102,10 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics keyed by logged name: eval/NAME/METRIC and, for the language prior, eval/NAME/blind_METRIC and
-    eval/NAME/shuffled_METRIC. Undefined metrics are left out.
+    """Return the metrics keyed by logged name: eval/NAME/METRIC and, for the language prior, eval/NAME/blind_METRIC.
+    Undefined metrics are left out.
     """
-    prefixes = {"seen": "", "blank": "blind_", "shuffled": "shuffled_"}
+    prefixes = {"seen": "", "blank": "blind_"}
     return {
         f"eval/{name}/{prefix}{metric}": value
         for table, prefix in prefixes.items()
