@@ -347,6 +347,7 @@ COCO = {"images": [{"id": 1, "file_name": "images/000.png"}], "annotations": [{"
 BAD = {
     "table in UTF-16": (table((HEAD + "images/000.png,é\n").encode("utf-16")), "UTF-16"),
     "table in Latin-1": (table((HEAD + "images/000.png,é\n").encode("latin-1")), "0xe9"),
+    "columns of one name": (table("image,caption,image\na,b,c\n"), "'image'"),
     "tabs in a CSV": (table("image\tcaption\na\tb\n"), r"the row has 'image.tcaption'"),
     "empty table": (table(""), "empty"),
     "header alone": (table(HEAD), "no rows"),
