@@ -144,7 +144,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
     assert any(f"`colour` | {rows[moved][0]['groups']} of {rows[moved][0]['of']} | group " in line and changed[0] in line for line in card)
     vocabulary = json.loads((model_dir / "config.json").read_text())["text_config"]["vocab_size"]
-    assert f"- NLL of uniform guessing: {math.log(vocabulary):.2f} " in (plain / "results.md").read_text()
+    assert f"- NLL of uniform guessing: {math.log(vocabulary):.2f} " in (still / "results.md").read_text()
 
 
 def test_two_passes_draw_the_same_random_numbers():
