@@ -116,7 +116,7 @@ def test_what_was_checked_is_checked_again_under_other_options_only(config, data
     with pytest.raises(DataError, match=r"48x48 .*11 more"):
         read(max_pixels=2000)
     assert read().identity == first.identity and len(opened) == 12
-    with pytest.raises(DataError, match="row: unknown key"):
+    with pytest.raises(DataError, match="no row has the column 'caption_0'"):
         read(format="pairs")
     assert read(root=str(other)).groups[0].images[0][0].is_relative_to(other) and len(opened) == 12
     data.write_text(data.read_text())
