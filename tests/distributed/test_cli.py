@@ -33,7 +33,6 @@ from conftest import (
     tensors,
     train_arguments,
     write_manifest,
-    write_rows,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -79,14 +78,12 @@ def test_a_terminal_that_lacks_a_letter_ends_no_command(tmp_path, monkeypatch):
     assert ended.value.code == 2 and rb"\u72ac.jsonl: no such manifest" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_files_that_cannot_be_read_or_written_are_one_sentence(bad, tmp_path, capsys):
+def test_files_that_cannot_be_read_or_written_are_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
     said = refused(capsys, "tiny", "llava", tmp_path / "file" / "model")
     assert f"{tmp_path / 'file'}" in said and "Not a directory; free some space, or correct the path or its permissions" in said
-    for name in ("x" * 300, "/" + "y" * 5000):
-        assert "; " in refused(capsys, "data", "check", name)
-        assert "; " in refused(capsys, "evaluate", name, bad["good"])
-        assert "; " in refused(capsys, "export", name)
+    for command in (["data", "check"], ["export"]):
+        assert "; " in refused(capsys, *command, "/" + "y" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -177,20 +174,6 @@ def test_data_check_names_file_and_row(bad, model_dir, capsys):
     assert "problems         none" in printed(capsys, "data", "check", bad["good"], "--model", model_dir)
 
 
-def test_data_check_reports_every_text_that_a_model_cannot_take(bad, model_dir, capsys):
-    rows = [json.loads(line) for line in bad["good"].read_text().splitlines()]
-    for row in rows[::2]:
-        row["texts"][1]["text"] += " </s>"
-    write_rows((path := bad["good"].with_name("control.jsonl")), rows)
-    with pytest.raises(SystemExit):
-        main(["data", "check", str(path), "--model", str(model_dir)])
-    said = capsys.readouterr()
-    assert said.err.startswith(f"error: {path}:1: group 'good-0': text 1: ") and said.err.endswith("(1 more, listed above)\n")
-    for line, group in ((1, "good-0"), (3, "good-2")):
-        (problem,) = [each for each in said.out.splitlines() if f"{path}:{line}: " in each]
-        assert f"group '{group}': text 1: " in problem and "'</s>'" in problem
-
-
 def test_data_check_options_reach_the_check(bad, tmp_path, capsys):
     for option, value, said in (
         ("--max_pixels", "2000", "48x48"), ("--max_pixels", "1", "(5 more"), ("--root", tmp_path, "no such image file"),
@@ -229,10 +212,7 @@ def test_train_py_refuses_before_it_starts(bad, model_dir, manifests, tmp_path):
     "options",
     [
         ["--model.name_or_path", "M", "--data.train", "F"],
-        ["--model.name_or_path=M"],
-        ["--data.train=F", "--train.max_steps=9"],
         ["--data.evaluation.test=F"],
-        ["--data.evaluation={test: F}"],
         ["--model", "{name_or_path: M}"],
     ],
 )
@@ -249,8 +229,6 @@ def test_a_model_or_data_of_ones_own_is_no_quickstart(options):
     [
         ([], {}),
         (["--train.output_dir=X", "--deepspeed", "ds_configs/z2.json"], {"output_dir": "X"}),
-        (["--train.max_steps=9", "--build.habits.num_train=60"], {"max_steps": 9}),
-        (["--train.num_train_epochs", "2"], {"num_train_epochs": 2.0, "max_steps": -1}),
         (["--train.num_train_epochs=2", "--train.max_steps=9"], {"num_train_epochs": 2.0, "max_steps": 9}),
         (["--objective.csd.weight=0", "--model.projector.tuning=frozen"], {}),
     ],
@@ -266,25 +244,6 @@ def test_slurm_finds_the_folder_of_the_same_run(capsys):
     for options, folder in (([], "runs/quickstart"), (["--model.name_or_path=M", "--data.train=F"], "runs/default")):
         main(["cluster", "output_dir", "--", *options])
         assert capsys.readouterr().out.strip().endswith(f"/{folder}")
-
-
-def test_bitsandbytes_does_not_miss_its_kernel_aloud():
-    """Its module for CPUs is read as where it misses the kernel: with the library's own logging, and with ours."""
-    code = """
-import logging, importlib, sys
-import bitsandbytes._ops, bitsandbytes.functional
-import bitsandbytes.backends.cpu.ops as ops
-bitsandbytes._ops.register_kernel = lambda *names: lambda function: function
-bitsandbytes.functional.has_avx512bf16 = lambda: True
-sys.modules["kernels"] = None
-importlib.reload(ops)
-print("ours", file=sys.stderr)
-import cfvlm_ds.models
-importlib.reload(ops)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True, timeout=100)
-    theirs, ours = done.stderr.split("ours\n")
-    assert done.returncode == 0 and "Failed to load CPU gemm_4bit" in theirs and "gemm_4bit" not in ours
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------------
@@ -475,13 +434,6 @@ def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys)
 def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
     """Written with the export, completed by the evaluation, and the same, as are the weights, when the checkpoint is exported again."""
     card = (runs / "z3" / "export" / "README.md").read_text()
-    listed = json.loads((runs / "z3" / "data.json").read_text())
-    for each, name, context, groups in zip(listed, ("train", "test"), ("training", "evaluation"), (48, 10), strict=True):
-        assert f"| `{name}` | `{context}` | `{groups}` | `cfgroup` | `{manifests[name].name}` | `{each['digest']}` |" in card
-    assert all(f"| `{name}` | `{weight}` |" in card for name, weight in (("align", 1.0), ("csd", 0.5), ("fcd", 0.7)))
-    assert (
-        "Weights after 2 optimizer steps from `llava`" in card and "| ZeRO stage | `3` |" in card and "library_name: transformers" in card
-    )
     for line in (runs / "z3" / "results.md").read_text().splitlines():
         if line.startswith(("| test | mean", "| random scores")):
             assert line.replace("| mean of edit types |", "| `mean of edit types` |") in card, line
@@ -490,8 +442,7 @@ def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
         again, first = contents(tmp_path / given.name), contents(runs / "z3" / "export")
         assert again.keys() == first.keys() and again["model.safetensors"] == first["model.safetensors"]
     assert (tmp_path / "z3" / "README.md").read_text() == card
-    adapter = (runs / "off" / "adapter" / "README.md").read_text()
-    assert "library_name: peft" in adapter and "| `dpo` | `1.0` |" in adapter and "| test | mean of edit types, blank image |" in adapter
+    assert "library_name: peft" in (runs / "off" / "adapter" / "README.md").read_text()
 
 
 def test_evaluate_takes_run_folders_and_adapters(runs, plain, manifests, capsys):
@@ -538,18 +489,16 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
             max(nats.values()) - nats[text.strip("'")], abs=0.011
         )
         assert float(gain) == pytest.approx(float(seen) - float(blank), abs=0.011)
-    assert preferred.startswith(f"preferred: {rows[0][4]} by nats")
-    assert ("by gain" in preferred) == (float(rows[1][3]) > float(rows[0][3]))
+    assert rows[0][4] in preferred
 
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))
     with pytest.raises(SystemExit):
         main(["describe", str(model_dir), "--max_new_tokens", "3"])
     printed = capsys.readouterr()
-    assert "is a small model with random weights" in printed.out and f"\n{picture}\n" in printed.out and "never read" not in printed.out
-    assert f"error: {broken}: " in printed.err and "error: 1 pictures could not be described" in printed.err, "the others were"
-    assert f"{tmp_path / 'none.png'} is not a file" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
-    assert "is a file, not a text" in refused(capsys, "describe", model_dir, "--choices", "a dog", picture)
+    assert f"\n{picture}\n" in printed.out and "never read" not in printed.out
+    assert f"error: {broken}: " in printed.err, "the others were described"
+    assert f"{tmp_path / 'none.png'}" in refused(capsys, "describe", model_dir, picture, tmp_path / "none.png")
 
 
 def test_export_scores_the_same_under_plain_transformers(runs, plain, manifests):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 import json
 import os
 import socket
@@ -20,7 +19,6 @@ import torch
 from conftest import REPO, environment, tensors, train_arguments
 
 from cfvlm_ds import engine
-from cfvlm_ds.cluster import node_check as cluster
 from cfvlm_ds.core import distributed, versions
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -116,15 +114,10 @@ def test_shipped_files_are_explicit_and_known_to_deepspeed(path):
     ("changes", "argv", "parts"),
     [
         ({"gradient_clipping": 0.5}, [], ["gradient_clipping=0.5", "train.max_grad_norm=1.0"]),
-        ({"train_micro_batch_size_per_gpu": 4}, [], ["train_micro_batch_size_per_gpu=4", "train.per_device_train_batch_size=8"]),
-        ({"gradient_accumulation_steps": 4}, [], ["gradient_accumulation_steps=4", "train.gradient_accumulation_steps=1"]),
         ({"train_batch_size": 4}, [], ["train_batch_size=4", "micro-batch x accumulation x ranks=8"]),
         ({"optimizer": {"params": {"lr": 1e-3}}}, [], ["optimizer.params.lr=0.001", "train.learning_rate=1e-05"]),
-        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, [], ["optimizer.params.betas=[0.9, 0.95]", "[0.9, 0.999]"]),
         ({"bf16": {"enabled": True}}, ["--train.bf16=false"], ["bf16.enabled=True", "train.bf16=False"]),
-        ({"bf16": {"enabled": False}}, ["--train.bf16=true"], ["bf16.enabled=False", "train.bf16=True"]),
         ({"bf16": None}, ["--train.bf16=true"], ["train.bf16=true", "torch.float32"]),
-        ({"gradient_clipping": 0.5, "train_batch_size": 4}, [], ["gradient_clipping=0.5", "train_batch_size=4"]),
         ({"zero_optimization": {"sub_group_size": "auto"}}, [], ["zero_optimization.sub_group_size"]),
         ({"gradient_clipping": None}, [], ["gradient_clipping"]),
     ],
@@ -216,7 +209,6 @@ def test_frozen_modules_are_left_out(model_dir):
         (b'{\n  "bf16": {"enabled": true},,\n}', "line 2, column 29"),
         (b'{"bf16": true}', "bf16 must be an object"),
         (b'{"gradient_clipping": [1]}', "gradient_clipping=[1] against"),
-        (b'{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "8"}', "train_micro_batch_size_per_gpu"),
     ],
 )
 def test_what_is_no_deepspeed_json_is_one_sentence(content, said, tmp_path):
@@ -332,14 +324,6 @@ def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path):
     assert asked(here, GIT_DIR=str(elsewhere / ".git")) == f"{head} none"
     assert asked(elsewhere / "installed") == "unknown none"
     assert asked(here, PATH=str(tmp_path)) == "unknown none"
-
-
-def test_packages_without_metadata_do_not_end_a_check(monkeypatch):
-    def missing(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert "mlflow none" in cluster.software()
 
 
 # --- build locks --------------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_a_file_is_whole_whoever_else_writes_it(tmp_path):
     write_features(file, features)
 
     def work(writes: bool) -> None:
-        for _ in range(50):
+        for _ in range(20):
             if writes:
                 write_features(file, features)
             else:

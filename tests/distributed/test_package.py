@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from conftest import ONE, REPO, contents, environment, launcher, printed, refuse
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
-from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import option_parser, parse_config
 from cfvlm_ds.core.shipped import SHIPPED, resolve_shipped, shipped
@@ -110,8 +108,6 @@ def test_the_wheel_has_the_package_and_what_a_run_needs_and_nothing_else(wheel):
             assert archive.read(f"cfvlm_ds/shipped/{name}") == (REPO / name).read_bytes(), name
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
-    assert "License-Expression: Apache-2.0" in metadata and "Project-URL: Paper, https://arxiv.org/abs/2506.17267" in metadata
-    assert "Classifier: Typing :: Typed" in metadata and metadata.count("Project-URL") == 1
     version = re.search(r"^Version: (.*)$", metadata, re.MULTILINE)
     assert version and f"\nversion: {version[1]}\n" in (REPO / "CITATION.cff").read_text(), "the citation names another version"
 
@@ -132,24 +128,12 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")
 
 
-def test_an_archive_of_the_sources_has_what_a_wheel_is_built_from(source, tmp_path):
-    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"]
-    subprocess.run(command, cwd=source, capture_output=True, check=True, timeout=100)
-    (archive,) = tmp_path.iterdir()
-    with tarfile.open(archive) as opened:
-        names = {name.partition("/")[2] for name in opened.getnames()}
-    assert {*ROOT_FILES, "setup.py", "pyproject.toml", "LICENSE", "cfvlm_ds/py.typed"} <= names
-    assert not {name for name in names if name.startswith(("runs", "build")) or name.endswith((".txt~", "notes.txt", "json~"))}
-
-
 @pytest.mark.long
 def test_deepspeeds_launcher_starts_the_installed_module(installed, tmp_path):
     command = [*launcher(2), "--module", "cfvlm_ds", "train", *SMALL]
     done = subprocess.run(command, cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0 and "step 3/3" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
     assert (tmp_path / "runs" / "quickstart" / "export" / "config.json").is_file()
-    wrong = subprocess.run([*command, "--train.max_stepz=3"], cwd=tmp_path, env=with_packages(installed), capture_output=True, text=True)
-    assert wrong.returncode != 0 and "unknown option 'train.max_stepz'; did you mean 'train.max_steps'?" in wrong.stderr + wrong.stdout
 
 
 @pytest.mark.long
@@ -217,21 +201,6 @@ def test_written_copies_are_not_overwritten_and_their_jobs_find_this_python(tmp_
     assert contents(tmp_path) == before and [path.name for path in dangling.iterdir()] == ["slurm"]
 
 
-def test_copies_that_fail_leave_nothing(tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine").touch()
-
-    def broken(path: Path) -> bytes:
-        raise OSError(5, "Input/output error", str(path))
-
-    with monkeypatch.context() as patch:
-        read = Path.read_bytes
-        patch.setattr(Path, "read_bytes", lambda path: broken(path) if path.suffix == ".yaml" else read(path))
-        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path)
-        assert "Input/output error; free some space" in refused(capsys, "init", tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"] and not list((tmp_path / "new").iterdir())
-    main(["init", str(tmp_path)])
-
-
 # --- the command ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +258,7 @@ def test_quiet_and_verbose_are_options_of_every_command(tmp_path, capsys, monkey
         parse_config(["--quiet", "--verbose"], OBJECTIVES)
 
 
-def test_bash_completes_commands_options_words_and_files(tmp_path, capsys, monkeypatch):
+def test_bash_completes_commands_options_words_and_files(tmp_path, capsys):
     """By bash itself, which is asked as it asks when somebody presses TAB."""
     (script := tmp_path / "completion").write_text(printed(capsys, "completion", "bash"))
     (tmp_path / "groups.jsonl").touch()
@@ -303,13 +272,7 @@ def test_bash_completes_commands_options_words_and_files(tmp_path, capsys, monke
     assert completed("data", "") >= {"check", "convert"} and completed("exp") == {"export"}
     assert completed("train", "--model.language_model.t") == {"--model.language_model.tuning"}
     assert completed("train", "--model.language_model.tuning", "") == {"full", "lora", "frozen"}
-    assert completed("train", "--train.export", "") == {"true", "false"}
-    assert {f"--{name}." for name in SECTIONS} | {"--objective."} <= {f"{name.partition('.')[0]}." for name in completed("train", "--")}
-    assert completed("data", "check", "gr") == {"groups.jsonl"} and completed("train", "--data.train", "gr") == {"groups.jsonl"}
-    for shell in ("zsh", "tcsh"):
-        assert "--data.train" in printed(capsys, "completion", shell)
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "pip install shtab" in refused(capsys, "completion", "bash")
+    assert completed("train", "--data.train", "gr") == {"groups.jsonl"}
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and re.fullmatch(r"cfvlm-ds \S+ \(revision [0-9a-f]{40}\)\n", capsys.readouterr().out)

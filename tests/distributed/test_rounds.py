@@ -125,20 +125,16 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
 
 
 def test_what_rounds_cannot_do_is_said_before_anything_is_sampled(trained, world, tmp_path):
-    named = json.dumps([{"path": str(world / "train.jsonl"), "name": "sampled", "weight": 1}])
-    refused = [
-        ["--train.export", "false", "--train.dry_run", "true"],
-        ["--train.export", "false"],
-        ["--objective.dpo.weight", "1"],
-        ["--data.train", named],
-        ["--train.resume", str(tmp_path)],
-    ]
-    for number, more in enumerate(refused):
-        out = tmp_path / str(number)
-        (said,) = run_train(1, [*rounds(trained / "base", world, out), *more], said=tmp_path / f"said-{number}", code=2)
+    named, out = json.dumps([{"path": str(world / "train.jsonl"), "name": "sampled", "weight": 1}]), tmp_path / "out"
+    given = [*rounds(trained / "base", world, out), "--train.export", "false"]
+    for number, more in enumerate(([], ["--train.dry_run", "true"])):
+        (said,) = run_train(1, [*given, *more], said=tmp_path / f"said-{number}", code=2)
         assert "error: " in said and not out.exists()
-    with pytest.raises(ConfigError, match="load_in_4bit"):
-        mixable(parse_config([*rounds(trained / "base", world, out), "--model.lora.load_in_4bit", "true"], OBJECTIVES))
+    for option, value in (
+        ("objective.dpo.weight", "1"), ("data.train", named), ("train.resume", str(tmp_path)), ("model.lora.load_in_4bit", "true"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            mixable(parse_config([*given, "--train.export", "true", f"--{option}", value], OBJECTIVES))
 
 
 @pytest.mark.parametrize("entry", ["config.yaml", "run.lock"])

@@ -53,9 +53,7 @@ def options(model_dir, manifests):
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "lost"), [(2, False), pytest.param(2, True, marks=pytest.mark.long), pytest.param(8, True, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("nodes", "lost"), [(2, False), pytest.param(2, True, marks=pytest.mark.long)])
 def test_a_signal_and_a_lost_node_change_nothing(nodes, lost, cluster, options, tmp_path):
     """USR1 as before a time limit, later a power cut of one node: a requeue each, one MLflow run, and the losses and weights of as many
     ranks that nothing happens to. An option with spaces and a dollar sign comes along, a run folder that would be a pattern to srun, and an
@@ -144,19 +142,6 @@ def copies(tmp_path_factory):
 
 
 BARE = "/usr/bin:/bin:/usr/sbin:/sbin"
-
-
-@pytest.mark.long  # test_starts_are_bounded has the same of launch.sh alone
-def test_a_crash_without_progress_ends_after_the_bound(cluster, copies, options, tmp_path):
-    """Weights overflow at step 3 of every start, on one node: the job gives up with the run's exit code and says why."""
-    broken = [*options, "--train.learning_rate", "1e30", "--train.per_device_train_batch_size", "16"]
-    job = submit(cluster, tmp_path / "run", broken, script="train_1node.sh", root=copies, PATH=BARE, CFVLM_MAX_STARTS="2")
-    state = job.end()
-    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "1", "1:0"), job.log
-    assert "FloatingPointError: the loss is not finite at step 3" in job.log
-    assert (
-        "giving up: a rank failed" in job.log and "2 starts in a row have made no progress beyond step -1 (CFVLM_MAX_STARTS=2)" in job.log
-    )
 
 
 @pytest.mark.long

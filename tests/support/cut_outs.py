@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
 SHOWN = {
@@ -29,37 +28,4 @@ def write_cut_outs(folder: Path) -> Path:
         (pen.ellipse if at % 2 else pen.rectangle)((4, 10 + at % 5, 76, 70), fill=(*colour, 255), outline=(*rim, 255), width=5)
         pen.rectangle((34, 34, 44, 44), fill=(128, 128, 128, 255))
         picture.save(folder / f"{name}.png")
-    return folder
-
-
-def write_language_model(folder: Path) -> Path:
-    """Write a LlamaForCausalLM with random weights, and a byte-level tokenizer with ChatML's tokens like SmolLM2's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters, show_progress=False)
-    )
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0]
-    )
-    fast.save_pretrained(folder)
     return folder

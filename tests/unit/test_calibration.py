@@ -24,7 +24,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.evaluation.calibration import Gap, advise, block, gaps, quantile, table
+from cfvlm_ds.evaluation.calibration import Gap, advise, gaps, quantile, table
 from cfvlm_ds.evaluation.scoring import GroupScores, score_groups
 from cfvlm_ds.objectives import OBJECTIVES, Csd
 
@@ -123,17 +123,6 @@ def test_a_hinge_where_images_contradict_their_labels():
     assert advise([*of("text", good), *of("text", normal(-20.0, 1.0, 100))]).options["csd"]["link"] == "logsigmoid", "texts have a prior"
 
 
-def test_the_block_is_an_objective(tmp_path):
-    chosen = advise([*of("text", normal(1.0, 2.0)), *of("image", normal(0.5, 2.0))])
-    (tmp_path / "objective.yaml").write_text(block(chosen))
-    objective = parse_config(["--config", str(tmp_path / "objective.yaml")], OBJECTIVES).objective
-    assert list(objective) == ["align", "csd", "fcd"]
-    for term, options in chosen.options.items():
-        assert {name: getattr(objective[term], name) for name in options} == options
-    one_sided = advise(of("text", normal(1.0, 2.0)))
-    assert "fcd" not in one_sided.options and "fcd is left out: no group has a comparison for it" in one_sided.reasons
-
-
 def test_the_command(model_dir, tmp_path, capsys):
     manifest = write_manifest(tmp_path / "m.jsonl", 10)
     main(["calibrate", str(model_dir), str(manifest), "--limit", "8", "--out", str(tmp_path / "out" / "objective.yaml")])
@@ -142,7 +131,10 @@ def test_the_command(model_dir, tmp_path, capsys):
     plain = [group.id for group in read_manifest(manifest)[:8] if len(group.candidates) == 1]
     assert f"{len(plain)} of 8 groups have nothing to compare, for example {plain[0]!r}" in said
     written = (tmp_path / "out" / "objective.yaml").read_text()
-    assert said.endswith(written) and set(yaml.safe_load(written)["objective"]) == {"align", "csd", "fcd"}
+    assert said.endswith(written)
+    objective = parse_config(["--config", str(tmp_path / "out" / "objective.yaml")], OBJECTIVES).objective
+    for term, options in yaml.safe_load(written)["objective"].items():
+        assert {name: getattr(objective[term], name) for name in options} == options
     rows: list[dict[str, Any]] = [to_row(group, tmp_path) for group in read_manifest(manifest)]
     plain = [row | {"images": row["images"][:1], "texts": row["texts"][:1], "match": [["i0", "t0", 1]], "edits": []} for row in rows]
     (tmp_path / "plain.json").write_text(json.dumps(plain))

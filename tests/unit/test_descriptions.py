@@ -174,7 +174,6 @@ def test_objects_of_captions_count_where_there_are_captions(tmp_path):
     [
         ("captions", "annotations", 7, {"caption": "a"}, "column 'image_id' is missing"),
         ("instances", "annotations", 5, {"image_id": 100, "category_id": 5000}, "category_id 5000"),
-        ("instances", "images", 3, {"id": 103, "name": "x.jpg"}, "column 'file_name' is missing"),
     ],
 )
 def test_an_error_in_coco_names_the_file_and_the_entry(file, part, number, change, problem, tmp_path):
@@ -260,7 +259,7 @@ def test_amber_is_the_authors_without_similar_words(number, tmp_path):
     put(tmp_path / "data/relation.json", {name: words for name, words in RELATION.items() if name != "dog"})
     problems = load(BENCHMARKS["amber_generative"], tmp_path).problems
     assert problems and all("'dog'" in str(problem) and "relation.json" in str(problem) for problem in problems)
-    for wrong in ({}, [RELATION, {"cat": []}], {"dog": {"puppy": 1}}, {**RELATION, "dog": "puppy"}, {**RELATION, "dog": [1]}):
+    for wrong in ({}, [RELATION, {"cat": []}], {**RELATION, "dog": "puppy"}):
         put(tmp_path / "data/relation.json", wrong)
         assert all("relation.json: " in str(problem) for problem in load(BENCHMARKS["amber_generative"], tmp_path).problems)
         assert not load(BENCHMARKS["amber_generative"], tmp_path).items

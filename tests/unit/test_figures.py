@@ -79,28 +79,6 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     shown = [f"split_{split}/{metric}" for metric in ("group", "pair") for split in range(4)]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [*shown, f"and {len(names) - 8} more in metrics.jsonl"]
     assert all(line.get_ydata()[-1] == rows[-1][f"eval/{name}"] for line, name in zip(accuracy.lines, shown, strict=False))
-    figure.draw_without_rendering()
-    whole, legend = figure.bbox, accuracy.get_legend().get_window_extent()
-    assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1, "on the page"
-
-
-def test_equal_curves_are_one_line_with_all_names(tmp_path, drawn):
-    equal = {"eval/t/group": 0.0, "eval/t/text": 0.0, "logp/lp_00": -1.0}
-    rows = [{"step": step, **equal, "eval/t/pair": 5.0 * step, "logp/lp_kk": -2.0 * step} for step in (1, 2)]
-    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
-    (curves,) = drawn
-    logp, accuracy = curves.axes
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["t/group\n= t/text", "t/pair"]
-    assert logp.get_xlabel() == "optimizer step; each line averages only the groups with such a pair"
-
-
-def test_a_curve_of_a_sample_says_how_large_it_is(tmp_path, drawn):
-    rows = [{"step": step, "eval_sample/test/group": 50.0, "eval/test/group": 51.0, "eval/few/group": 40.0} for step in (0, 10)]
-    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows), {"test": "120 of 450 groups"})
-    (figure,) = drawn
-    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert legends == [["test/group, 120 of 450 groups"], ["few/group"]]
-    assert all(line.get_xdata()[0] == 0 for axes in figure.axes for line in axes.lines), "before the training"
 
 
 def test_ticks_are_round_steps_and_a_long_name_is_whole(tmp_path, drawn):

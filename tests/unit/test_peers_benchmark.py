@@ -70,19 +70,6 @@ def result(peer: str, seconds: list[float], losses: list[float], **more: Any) ->
     return {**found, **more}
 
 
-def test_the_table_leaves_the_warm_up_out_and_names_what_does_not_run():
-    results = [
-        result("trl", [90.0, 8.0, 4.0, 6.0], [0.70001, 0.6, 0.5, 0.4]),
-        {"peer": "ms-swift", "texts": 2, "error": "OSError: no a|b", "versions": {"ms-swift": "4.6.0"}},
-        result("ours", [9.0, 2.0, 3.0, 1.0], [0.7, 0.6, 0.503, 0.4]),
-        result("trl", [1.0, 1.0], [0.7, 0.7], texts=4),
-    ]
-    head, _, trl, swift, ours, alone = ([cell.strip() for cell in line.strip("|").split("|")] for line in peers.table(results))
-    assert trl == ["2", "trl 1.2", "6.00", "1.50", "3.00", "2.25", "503", "400", "0.700010", "1.0e-05", "3.0e-03"]
-    assert swift[1] == "ms-swift 4.6.0" and "OSError: no a/b" in swift[2] and len(swift) == len(head)
-    assert ours[1:5] == ["ours 1.2", "2.00", "0.50", "1.00"] and alone[4] == alone[5] == alone[-1] == ""
-
-
 def test_losses_and_tokens_that_differ_are_named():
     ours, failed = result("ours", [1.0, 1.0], [0.70009, 0.6]), {"peer": "trl", "texts": 2, "error": "E", "versions": {}}
     assert peers.disagreements([ours, failed]) == []

@@ -304,8 +304,7 @@ def test_a_thought_that_cannot_be_left_out_is_named(tmp_path):
 # ---- pictures that a processor cannot take
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
-@pytest.mark.parametrize("max_tokens", [None, 4096])
+@pytest.mark.parametrize(("model_type", "max_tokens"), [("qwen2_5_vl", None), ("llava_onevision", 4096)])
 def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tmp_path, monkeypatch):
     """The processor's own limit, here one that is lower than that of the data; under ``skip`` the rest of the batch is used."""
     collator = make(model_type, tmp_path)

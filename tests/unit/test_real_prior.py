@@ -10,23 +10,17 @@ from typing import Any
 
 import numpy as np
 import prior_groups
-import prior_model
-import prior_projector
 import pytest
 import real_prior
 import torch
 from conftest import read_rows
-from cut_outs import SHOWN, write_cut_outs, write_language_model
+from cut_outs import SHOWN, write_cut_outs
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import read_manifest
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
 from cfvlm_ds.evaluation.metrics import accuracies
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.objectives import OBJECTIVES
 
 SIZES = {"natural": 60, "train": 80, "validation": 8, "test": 48, "yes_no": 40, "names": 6}
 ROUNDED = {"red": 0, "orange": 28, "yellow": 50, "green": 115, "blue": 215, "purple": 275, "pink": 335, "brown": 22}
@@ -126,30 +120,6 @@ def test_natural_pictures_show_what_is_usual(data):
         assert set(questions) <= {"yes", "no"}
 
 
-def test_visual_tokens_are_near_the_words_of_what_a_picture_shows(data, tmp_path):
-    """By transformers' own forward of the model that is written: the mean of a picture's tokens, against the mean vector of each name."""
-    language = write_language_model(tmp_path / "language")
-    small = build_tiny_llava(prior_model.small_llava(tmp_path / "small"), ["a banana"])
-    manifest = data / "natural.jsonl"
-    found = prior_projector.translated(small, language, manifest, tmp_path / "projector.pt", epochs=300)
-    again = prior_projector.translated(small, language, manifest, tmp_path / "projector.pt", epochs=0)
-    assert again.keys() == found.keys() and again["top5"] == found["top5"] >= found["top1"], "kept"
-    written = prior_model.write_llava(language, small, tmp_path / "llava", found["weights"])
-    model: Any = AutoModelForImageTextToText.from_pretrained(written, dtype=torch.float32)
-    processor: Any = AutoProcessor.from_pretrained(written)
-    shown = [row for row in rows(data, "natural")[:54] if len(row["meta"]["things"]) == 1]  # learned from: 60, of which 6 are held back
-    names = sorted({name for row in rows(data, "natural") for name in row["meta"]["things"]})
-    vectors = model.get_input_embeddings().weight.detach()
-    words = torch.stack([vectors[processor.tokenizer(f" {name}")["input_ids"]].mean(0) for name in names])
-    pictures = [Image.open(data / row["images"][0]["path"]) for row in shown]
-    with torch.no_grad():
-        tokens = model.model.get_image_features(pixel_values=processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
-    means = torch.stack([each.mean(0) for each in getattr(tokens, "pooler_output", tokens)])
-    near = torch.nn.functional.cosine_similarity(means[:, None] - words.mean(0), words - words.mean(0), dim=-1).argmax(1)
-    right = [names[place] in row["meta"]["things"] for place, row in zip(near.tolist(), shown, strict=True)]
-    assert len(right) > 20 and sum(right) > 0.8 * len(right)
-
-
 def test_the_pages_say_what_the_records_say(tmp_path):
     """Each table is the one that its command prints, of the runs that the command makes."""
     names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in real_prior.SHOWN.items() for seed in range(seeds)}
@@ -161,20 +131,6 @@ def test_the_pages_say_what_the_records_say(tmp_path):
         assert copy.read_text() != text
     real_prior.renew_pages(copies, zip(real_prior.COMMANDS, real_prior.tables(real_prior.RECORDS), strict=False))
     assert [copy.read_text() for copy in copies] == originals, "run --report"
-
-
-def test_every_arm_has_the_terms_of_its_title():
-    contrasts = {"align", "csd", "fcd"}
-    for name, arm in real_prior.ARMS.items():
-        config = parse_config(["--config", "benchmarks/real_prior.yaml", *arm.options], OBJECTIVES)
-        terms = {"nll": {"align"}, "dpo": {"dpo"}}.get(name.split("-")[0], contrasts | {"retain"} if "retain" in name else contrasts)
-        assert set(config.objective) == terms and config.model.language_model.tuning == "lora"
-        assert bool(arm.scores) == any(term.needs_reference for term in config.objective.values())
-        assert arm.natural == name.endswith(("-mixed", "-retain"))
-        if name.startswith("margins"):
-            assert [config.objective[term].margin for term in ("csd", "fcd")] == [int(margin) for margin in name.split("-")[1:3]]
-        if name.startswith("nll"):
-            assert config.objective["align"].counterfactual == (name != "nll-natural")
 
 
 def test_agree_and_conflict_are_the_two_comparisons_of_each_group_and_choose_a_rate(tmp_path):

@@ -58,14 +58,6 @@ def test_options_that_do_nothing_are_named_once():
     assert "requests 8 texts per image, but a step has only 3.9" in said[3] and "train.hard_negatives 2 left nothing out" in said[6]
 
 
-def test_a_fall_is_said_once_and_again_when_it_has_doubled():
-    said: list[str] = []
-    displacement = Displacement(config(Align()), TrainState(), said.append)
-    for logp in (-1.0, -1.05, -1.12, -1.15, -1.1, -1.12, -1.23, -1.25, -1.26):
-        displacement.recorded({"logp/lp_00": logp})
-    assert ["fell 0.12 nats" in said[0], "fell 0.25 nats" in said[1], len(said)] == [True, True, 2], said
-
-
 def test_ten_steps_in_a_row_may_be_skipped(tmp_path):
     train: Any = SimpleNamespace(on_nonfinite="skip")
     nonfinite = NonfiniteSteps(train, tmp_path, ONE)

@@ -222,18 +222,6 @@ def test_a_new_run_in_a_used_folder_starts_over(remote, client, tmp_path):
     assert len(_lines(tmp_path)) == 1
 
 
-def test_a_crash_shows_failed(remote, client, tmp_path):
-    script = (
-        "import pathlib, sys\nfrom cfvlm_ds.tracking import open_tracker\n"
-        "with open_tracker(True, pathlib.Path(sys.argv[1]), 'tests', 'crash', {}, {}) as tracker:\n"
-        "    tracker.log(1, {'loss': 1.0})\n    raise RuntimeError('out of luck')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "out of luck" in done.stderr
-    run = client.get_run(_delivered(tmp_path))
-    assert (run.info.status, run.data.metrics["detail/loss"]) == ("FAILED", 1.0)
-
-
 def test_close_is_bounded_and_the_rest_is_delivered_later(remote, client, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as away, socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -331,10 +319,6 @@ def test_a_moved_run_knows_its_files(tmp_path, monkeypatch):
 
 
 def test_disabled_does_nothing(tmp_path):
-    with open_tracker(True, tmp_path / "local", "tests", "a run", {}, {}, mlflow=False) as tracker:
-        tracker.log(1, {"loss": 2.0})
-    assert tracker.run_id is None and not (tmp_path / "local" / "mlflow.db").exists()
-    assert json.loads((tmp_path / "local" / "metrics.jsonl").read_text())["loss"] == 2.0
     with open_tracker(False, tmp_path / "run", "tests", "a run", {}, {}) as tracker:
         assert isinstance(tracker, NullTracker)
         tracker.log(1, {"loss": 1.0})
@@ -386,8 +370,7 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "raising_tracker.py").write_text("raise RuntimeError('no\\nkey')")
     (tmp_path / "broken_tracker.py").write_text("def (")
-    names = ["nothing:Diary", "test_tracking:Dairy", "Diary", ".beside:Diary", "raising_tracker:A", "broken_tracker:A", "test_tracking:"]
-    names += ["test_tracking:ALSO", "test_tracking:Path"]
+    names = ["nothing:Diary", "test_tracking:Dairy", "Diary", "raising_tracker:A", "broken_tracker:A", "test_tracking:ALSO"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in [*names, "tensorboard"]:
         with pytest.raises(ConfigError, match="tracking") as raised:

@@ -143,4 +143,3 @@ def test_tables_for_a_terminal_have_columns_of_fixed_width():
     text = f"# head\n\n| set | value |\n|---|---:|\n| {in_cell(name)} | 1.5 |\n| b | 10 |\n\n- a | b"
     rows = [f"set{' ' * 7}value", f"{name}    1.5", f"b{' ' * 12}10"]
     assert plain_tables(text) == "\n".join(["# head", "", *rows, "", "- a | b"])
-    assert plain_tables("no table") == "no table" and plain_tables("| a | b |\n|---|---|\n| c |") == "a  b\nc"
