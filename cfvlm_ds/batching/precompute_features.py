@@ -22,7 +22,7 @@ from cfvlm_ds.batching.batch import on_device
 from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects, isolated_rng
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, isolated_rng, run_on_rank0
 from cfvlm_ds.core.errors import DataError, StorageError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress
@@ -42,11 +42,10 @@ def precompute_features(
     ``engine`` wraps a Scorer. If a picture is unreadable, the error is recorded, and raised when the picture is used. Every rank must call
     this. Raises StorageError on all ranks if features cannot be written.
     """
-    scorer = engine.module
-    origin = None
-    if world.is_main:
-        origin = {"form": _FORM, **fingerprint(model), "dtype": str(scorer.model.dtype), "transformers": transformers.__version__}
-    cache = FeatureCache(folder, broadcast_object(origin) if world.size > 1 else origin or {})
+    scorer, barrier = engine.module, ProgressBarrier(world)
+    hashes = run_on_rank0(world, lambda: fingerprint(model, barrier.alive, world.say), barrier)
+    dtype = str(scorer.model.dtype)
+    cache = FeatureCache(folder, {"form": _FORM, **hashes, "dtype": dtype, "transformers": transformers.__version__})
     keys = files.all_keys(groups)
     sizes = _existing_sizes(cache, files, keys, world)
     first = {digest: key for key, digest in reversed(cache.known.items()) if isinstance(digest, bytes)}

@@ -237,8 +237,8 @@ class Delivery:
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
         tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items() if name != NOTE}
-        known = run.data.params
-        changed = {name: text for name, text in params.items() if known and known.get(name, "None") != text}
+        known, complete = run.data.params, self.record.run_id is not None  # otherwise, only a part of the parameters may have arrived
+        changed = {name: text for name, text in params.items() if known.get(name, "None" if complete else text) != text}
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         unknown = [entities.Param(name, text) for name, text in params.items() if name not in known and text != "None"]
         send(client, run_id, "params", unknown)

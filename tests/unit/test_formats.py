@@ -337,6 +337,8 @@ BAD = {
     "sample without a text": ("webdataset", {"__key__": "a", "jpg": IMAGE}, "'a' .*text"),
     "sample with two pictures": ("webdataset", {"__key__": "a", "jpg": IMAGE, "png": IMAGE, "txt": "x"}, "'jpg' and 'png'"),
     "winoground": ("pairs", {"image_0": "ex_1_img_0", "image_1": 7, "caption_0": "a", "caption_1": "b"}, "'image_1'"),
+    "pair with one caption": ("pairs", {"image_0": IMAGE, "image_1": "b.png", "caption_0": "a", "caption_1": ""}, "1 captions"),
+    "pair with one picture": ("pairs", {"image_0": IMAGE, "image_1": "", "caption_0": "a", "caption_1": "b"}, "1 images"),
 }  # fmt: skip
 GOOD = {
     "llava": talk("<image>good?", "b"), "messages": CHAT, "preference": CHOICE, "captions": CAPTION | {"id": "good"},

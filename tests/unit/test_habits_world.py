@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -442,6 +443,11 @@ def test_a_seed_determines_the_world(built, tmp_path):
     assert build("again") == again and (again / "habits.json").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="other settings"):
         build("again", seed=3)
+    record = json.loads((again / "habits.json").read_text())
+    for weights in (None, {"colour": 2.0}):  # as an earlier version recorded it
+        (again / "habits.json").write_text(json.dumps({"settings": record["settings"] | {"edit_weights": weights}}))
+        with pytest.raises(DataError, match="other settings") if weights else contextlib.nullcontext():
+            build("again")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="not made by"):

@@ -1179,6 +1179,8 @@ def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     ]
     write_report(found, sets, tmp_path / "page", quiet)
     assert "near duplicates (0): 3-0.png (g3), 5-0.png (g5)" in (tmp_path / "page" / "report.md").read_text()
+    found, _ = audited(tmp_path, {"train": rows[:2], "test": [rows[2] | {"id": "g0"}]})
+    assert found.names == {"g0": "g0", "g1": "1-0.png (g1)"}, "the picture of an id in two splits is not known"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------------

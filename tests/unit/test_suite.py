@@ -262,6 +262,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(probe, scorer, collator, 
     partial = next((tmp_path / "killed").rglob(SCORES))
     scored = len(partial.read_text().splitlines()) - 1
     assert scored > 0 and not list((tmp_path / "killed").rglob(RESULTS))
+    partial.write_text((kept := partial.read_text()).replace("cfpartial/2", "cfpartial/1"))
+    with pytest.raises(ConfigError, match="results of another evaluation: schema was 'cfpartial/1'"):
+        ask(model, root, tmp_path / "killed", "pope", probe, settings=settings)
+    partial.write_text(kept)
     with partial.open("a") as file:
         file.write('{"group": 17, "logp": [[0.')  # what a kill leaves of a line
     calls[0], most[0] = 0, 10**9

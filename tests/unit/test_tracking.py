@@ -155,6 +155,25 @@ def test_resume_continues_the_run_and_doubles_no_step(remote, client, tmp_path):
     assert run.info.status == "FINISHED"
 
 
+def test_parameters_that_arrive_late_have_not_changed(remote, client, tmp_path, monkeypatch):
+    """The connection breaks after the first of two requests with parameters."""
+    log_batch, parts = mlflow.MlflowClient.log_batch, list[Any]()
+
+    def broken_once(self: Any, *where: Any, **what: Any) -> Any:
+        parts.extend(what.keys() & {"params"})
+        if len(parts) == 2:
+            parts.append("broken")
+            raise ConnectionError
+        return log_batch(self, *where, **what)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", broken_once)
+    with _open(tmp_path, {f"option_{number}": number for number in range(150)}, close_timeout=60) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    run = client.get_run(tracker.run_id)
+    assert len(run.data.params) == 150 and "broken" in parts
+    assert not [name for name in run.data.tags if name.startswith("param_changed.")]
+
+
 TRAIN = {"name": "train", "digest": "a" * 32, "source": "/data/train.jsonl", "context": "training", "groups": 48}
 
 

@@ -79,7 +79,10 @@ def audit(
     report, broken = Audit(), dict[str, str]()
     stores = {name: open_groups(path, root, format, progress=say) for name, path in named_apart(manifests).items()}
     sets = [_read_set(name, store, broken, say) for name, store in stores.items()]
-    report.names.update((group.id, group.shown_name) for split in sets for group in split.groups)
+    for group in (group for split in sets for group in split.groups):
+        name = report.names.setdefault(group.id, group.shown_name)
+        if name != group.shown_name:  # another split has a group with this id
+            report.names[group.id] = group.id
     listed = ", ".join(f"{split.name} ({len(split.groups)})" for split in sets)
     report.facts.append(("groups", f"{sum(len(split.groups) for split in sets)} in {listed}"))
     if broken:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.formats.captions import Captions
 
@@ -33,6 +34,13 @@ class Pairs(Captions):
     needed = ("image", "caption", "negative_caption", "negative_image")
 
     def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
-        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix."""
+        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Raises DataError for a row with more or
+        fewer, such as one with an empty caption.
+        """
         bare = {key: f"{name}.png" for key, name in row.items() if isinstance(name, str) and _WINOGROUND.fullmatch(name)}
-        return super().__call__({**row, **bare})
+        group = super().__call__({**row, **bare})
+        if (shape := (len(group.images), len(group.candidates))) != (2, 2):
+            raise DataError(
+                f"row: it has {shape[0]} images and {shape[1]} captions instead of 2 and 2; correct it, or use the format captions"
+            )
+        return group

@@ -144,7 +144,8 @@ def _check(config: HabitsConfig) -> None:
 def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
     record = out / "habits.json"
     if record.exists():
-        if not settings.items() <= (found := read_json(record)["settings"]).items():
+        found = read_json(record)["settings"]
+        if {name: value for name, value in found.items() if value is not None} != settings:  # an earlier version wrote unset options
             raise DataError(f"{out} contains a world with other settings ({found}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -31,7 +31,7 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 from cfvlm_ds.evaluation.suite.bootstrap import SEED, intervals
 from cfvlm_ds.evaluation.suite.selection import Chosen
 
-SCHEMA, JOURNAL = "cfresults/1", "cfpartial/1"
+SCHEMA, JOURNAL = "cfresults/1", "cfpartial/2"
 RESULTS, ITEMS, SCORES = "results.json", "items.jsonl", "scores.jsonl"
 
 
