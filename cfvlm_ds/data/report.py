@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
@@ -171,8 +170,10 @@ def _spread(counts: Counter[int], unit: str) -> str:
     """Format the minimum, median and maximum of a distribution, given as a mapping from values to counts; "" if it is empty."""
     if not counts:
         return ""
-    low, middle, most = np.percentile(np.repeat(list(counts), list(counts.values())), (0, 50, 100), method="lower").tolist()
-    return f"min {low}, median {middle}, max {most} {unit}"
+    values = sorted(counts)
+    ends = list(itertools.accumulate(counts[value] for value in values))
+    median = values[bisect.bisect_right(ends, (ends[-1] - 1) // 2)]
+    return f"min {values[0]}, median {median}, max {values[-1]} {unit}"
 
 
 def counted(counts: Counter[str]) -> str:

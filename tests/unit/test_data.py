@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -482,6 +483,12 @@ def test_report_counts(folder):
         longest_text_where=f"{path}:1, text 1",
     )
     assert report.ok and "count: 2, sham: 1" in str(report)
+
+
+@pytest.mark.parametrize(("lengths", "shown"), [({7: 1, 3: 1}, (3, 3, 7)), ({9: 2, 4: 2, 6: 1}, (4, 6, 9)), ({5: 10**13, 2: 1}, (2, 5, 5))])
+def test_the_spread_of_lengths_takes_no_memory_for_each_text(lengths, shown):
+    report = CheckReport("m", num_groups=1, text_lengths=Counter(lengths), longest_text_where="m:1")
+    assert "min {}, median {}, max {} characters".format(*shown) in str(report)
 
 
 def test_all_problems_are_collected(folder):
