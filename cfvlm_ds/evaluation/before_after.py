@@ -95,11 +95,13 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one row per edit type.
+    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per
+    edit type.
 
-    The first row has the metric with the most groups, and the row of an edit type has the metric with the most groups of this type. Of
-    metrics with equally many groups, the first of ``COMPARED`` is taken. ``factual`` is left out if it is the same as ``pair``, because
-    every group has one image.
+    The first row has the metric with the most groups, and the first row of an edit type has the metric with the most groups of this type.
+    Of metrics with equally many groups, the first of ``COMPARED`` is taken. If it did not fall, a second row
+    has the metric that fell most in this type, if any did. ``factual`` is left out if it is the same as ``pair``, because every group has
+    one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
@@ -120,8 +122,10 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     overall = [rows[metric][None] for metric in (first, *(each for each in rows if each != first))]
     changes = [replace(row, edit=whole, of=len(total), nll_before=nll_before, nll_after=nll_after) for row in overall]
     for edit in types if len(types) > 1 else ():
-        row = max((of_metric[edit] for of_metric in rows.values() if edit in of_metric), key=lambda each: each.groups)
-        changes.append(replace(row, of=sum(edit in edits for edits in total.values())))
+        of_edit = [found[edit] for found in rows.values() if edit in found]
+        row, lowest = max(of_edit, key=lambda each: each.groups), min(of_edit, key=lambda each: each.difference)
+        shown = [row, lowest] if round(lowest.difference, 1) < 0 <= round(row.difference, 1) else [row]
+        changes += [replace(each, of=sum(edit in edits for edits in total.values())) for each in shown]
     return changes
 
 
@@ -194,7 +198,10 @@ def changes_table(
     sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---|---:|---:|"]
     for name, of_set in groupby(shown, lambda each: each.set):
         each, *others = of_set
-        verdicts = Counter(row.verdict for row in types if row.set == name)
+        of_type = dict[str, str]()
+        for row in (row for row in types if row.set == name):
+            of_type[row.edit] = row.verdict if of_type.get(row.edit, "unchanged") == "unchanged" else of_type[row.edit]
+        verdicts = Counter(of_type.values())
         counts = [f"{verdicts[kind]} {'with ' * (kind == _TOO_FEW)}{kind}" for kind in _VERDICTS if verdicts[kind]]
         fell = [f"{row.metric} {row.before:.1f} -> {row.after:.1f}" for row in (each, *others) if round(row.difference, 1) < 0]
         nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
@@ -203,10 +210,10 @@ def changes_table(
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     notes.append(
-        "edit types, by the metric of the type's row: unchanged if no group changed in it; better or worse if its interval excludes 0; "
-        f"otherwise not resolved or, if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
+        "edit types, by the type's first row that is not unchanged: better or worse if the interval excludes 0, otherwise not resolved or, "
+        f"if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
     )
-    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type can be missing")
+    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; above 50 %, the "

@@ -185,10 +185,11 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
         ("count", "pair", 1, 1, 0, 0, 100, 0),
         ("object", "pair", 1, 1, 0, 0, 0, 0),
         ("relation", "group", 1, 1, 0, 0, None, None),
+        ("relation", "factual", 1, 1, 100, 0, 100, 100),
     ]
     overall = changes_table(changes).splitlines()
     assert "| 37.5 -> 12.5 |" in overall[6]
-    assert overall[2] == "| test | 4 of 5 | 4 unchanged | factual 25.0 -> 0.0 |  |  |"
+    assert overall[2] == "| test | 4 of 5 | 3 unchanged, 1 with too few groups to tell | factual 25.0 -> 0.0 |  |  |"
     assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
     for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
         many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
