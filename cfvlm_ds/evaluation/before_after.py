@@ -43,9 +43,9 @@ class Change:
     that got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
     ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the edit type has only one group.
 
-    ``blank`` is the same metric of the same groups on a blank image after training; None for metrics that compare images. ``nll_before``
-    and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before and after. If a
-    set has several edit types, they are also None in the rows for individual edit types.
+    ``blank_before`` and ``blank`` are the same metric of the same groups on a blank image; None for metrics that compare images.
+    ``nll_before`` and ``nll_after`` are the NLL of the whole set in nats per token. They are None if different groups were measured before
+    and after. If a set has several edit types, they are also None in the rows for individual edit types.
     """
 
     set: str
@@ -61,6 +61,7 @@ class Change:
     better: int
     worse: int
     blank: float | None = None
+    blank_before: float | None = None
     nll_before: float | None = None
     nll_after: float | None = None
 
@@ -94,11 +95,13 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one row per edit type.
+    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per
+    edit type.
 
-    The first row has the metric with the most groups, and the row of an edit type has the metric with the most groups of this type. Of
-    metrics with equally many groups, the first of ``COMPARED`` is taken. ``factual`` is left out if it is the same as ``pair``, because
-    every group has one image.
+    The first row has the metric with the most groups, and the first row of an edit type has the metric with the most groups of this type.
+    Of metrics with equally many groups, the first of ``COMPARED`` is taken. If it did not fall, a second row
+    has the metric that fell most in this type, if any did. ``factual`` is left out if it is the same as ``pair``, because every group has
+    one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
@@ -119,8 +122,10 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     overall = [rows[metric][None] for metric in (first, *(each for each in rows if each != first))]
     changes = [replace(row, edit=whole, of=len(total), nll_before=nll_before, nll_after=nll_after) for row in overall]
     for edit in types if len(types) > 1 else ():
-        row = max((of_metric[edit] for of_metric in rows.values() if edit in of_metric), key=lambda each: each.groups)
-        changes.append(replace(row, of=sum(edit in edits for edits in total.values())))
+        of_edit = [found[edit] for found in rows.values() if edit in found]
+        row, lowest = max(of_edit, key=lambda each: each.groups), min(of_edit, key=lambda each: each.difference)
+        shown = [row, lowest] if round(lowest.difference, 1) < 0 <= round(row.difference, 1) else [row]
+        changes += [replace(each, of=sum(edit in edits for edits in total.values())) for each in shown]
     return changes
 
 
@@ -138,18 +143,19 @@ def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | N
     comparisons, have a positive sum.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
-    blind = defaultdict[str, list[float]](list)  # edit -> comparisons that each group wins on a blank image
+    blinds = [defaultdict[str, list[float]](list) for _ in range(2)]  # before, after: edit -> comparisons won on a blank image by group
     for key in (key for key in now if metric in was.get(key, ())):
         for edit, (won, made) in now[key].get(metric, {}).items():
             pairs[edit][key] = was[key][metric][edit][0], won, made
-            blind[edit] += now[key].get(f"blind_{metric}", {}).get(edit, [])[:1]
+            for blind, table in zip(blinds, (was, now), strict=True):
+                blind[edit] += table[key].get(f"blind_{metric}", {}).get(edit, [])[:1]
 
-    def change(edit: str, gains: _Values, errors: _Values, first: float, last: float, blank: float | None) -> Change:
+    def change(edit: str, gains: _Values, errors: _Values, first: float, last: float, blanks: Sequence[float | None]) -> Change:
         better, worse = (sum(sign * gain > 0 for gain in gains.values()) for sign in (1, -1))
         width = 1.96 * math.sqrt(sum(value**2 for value in errors.values()))
         known, moved = is_tested(better, worse) and width > 0, last - first
         ends: tuple[float | None, float | None] = (max(-100.0, moved - width), min(100.0, moved + width)) if known else (None, None)
-        return Change(name, edit, len(errors), len(errors), metric, first, last, moved, *ends, better, worse, blank)
+        return Change(name, edit, len(errors), len(errors), metric, first, last, moved, *ends, better, worse, blanks[1], blanks[0])
 
     changes, mean, mean_gains = dict[str | None, Change](), defaultdict[_Key, float](float), defaultdict[_Key, float](float)
     for edit, of_group in sorted(pairs.items()):
@@ -161,13 +167,13 @@ def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | N
         for key, value in errors.items():
             mean[key] += value / len(pairs)
             mean_gains[key] += gains[key] / made
-        blank = 100 * sum(blind[edit]) / made if len(blind[edit]) == n else None
-        changes[edit] = change(edit, gains, errors, 100 * first / made, 100 * last / made, blank)
+        blanks = [100 * sum(blind[edit]) / made if len(blind[edit]) == n else None for blind in blinds]
+        changes[edit] = change(edit, gains, errors, 100 * first / made, 100 * last / made, blanks)
     if changes:
         first, last = (sum(getattr(each, side) for each in changes.values()) / len(changes) for side in ("before", "after"))
-        blanks = [each.blank for each in changes.values() if each.blank is not None]
-        blank = sum(blanks) / len(blanks) if len(blanks) == len(changes) else None
-        changes[None] = change(MEAN, mean_gains, mean, first, last, blank)
+        both = [[each.blank_before for each in changes.values()], [each.blank for each in changes.values()]]
+        blanks = [None if None in values else sum(map(float, values)) / len(values) for values in both]  # type: ignore[arg-type]
+        changes[None] = change(MEAN, mean_gains, mean, first, last, blanks)
     return changes
 
 
@@ -192,7 +198,10 @@ def changes_table(
     sets = [f"| {' | '.join(heads)} |", f"|{'---|' * (2 if files else 1)}---:|---|---|---:|---:|"]
     for name, of_set in groupby(shown, lambda each: each.set):
         each, *others = of_set
-        verdicts = Counter(row.verdict for row in types if row.set == name)
+        of_type = dict[str, str]()
+        for row in (row for row in types if row.set == name):
+            of_type[row.edit] = row.verdict if of_type.get(row.edit, "unchanged") == "unchanged" else of_type[row.edit]
+        verdicts = Counter(of_type.values())
         counts = [f"{verdicts[kind]} {'with ' * (kind == _TOO_FEW)}{kind}" for kind in _VERDICTS if verdicts[kind]]
         fell = [f"{row.metric} {row.before:.1f} -> {row.after:.1f}" for row in (each, *others) if round(row.difference, 1) < 0]
         nll = ["" if value is None else f"{value:.2f}" for value in (each.nll_before, each.nll_after)]
@@ -201,15 +210,16 @@ def changes_table(
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     notes.append(
-        "edit types: unchanged if no group changed; better or worse if the interval of the type's metric excludes 0; otherwise not "
-        f"resolved or, if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
+        "edit types, by the type's first row that is not unchanged: better or worse if the interval excludes 0, otherwise not resolved or, "
+        f"if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
     )
-    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type can be missing")
+    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
     if any(each.blank is not None for each in changes):
         notes.append(
-            f"blank image: the same metric of the same groups ({last}) if a blank image replaces the pictures; above 50 %, the texts alone "
-            "reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If a result is lower than this, "
-            "the pictures mislead the model more often than they help, or the groups are few"
+            f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; above 50 %, the "
+            "texts alone reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If this rises as much as "
+            "the result, the model has learned from the texts, not from the pictures. If a result is lower than this, the pictures mislead "
+            "the model more often than they help, or the groups are few"
         )
     if any(each.nll_after is not None for each in changes):
         notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
@@ -235,10 +245,11 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
     ]
     for each in changes:
         difference = f"{each.difference:+.1f}" + ("" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]")
+        blanks = [f"{value:.1f}" for value in (each.blank_before, each.blank) if value is not None]
         difference = each.verdict if each.verdict == "unchanged" else difference + f", {_TOO_FEW}" * (each.verdict == _TOO_FEW)
         lines.append(
             f"| {each.set} | {plain(each.edit)} | {_counted(each)} | {each.metric} | {each.before:.1f} | {each.after:.1f} "
-            f"| {'' if each.blank is None else f'{each.blank:.1f}'} | {difference} | +{each.better} -{each.worse} |"
+            f"| {' -> '.join(blanks)} | {difference} | +{each.better} -{each.worse} |"
         )
     return "\n".join(lines)
 

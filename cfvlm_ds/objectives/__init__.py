@@ -108,7 +108,7 @@ def ramp(objective: Objective, progress: float) -> float:
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (loss, shares): this micro-batch's share of the step's loss, and each term's share before weighting.
+    """Return (loss, shares): this micro-batch's share of the step's loss, and the share [P] of each term's parts before weighting.
 
     Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
     up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed
@@ -120,9 +120,9 @@ def weighted_loss(
     for name, objective in objectives.items():
         denominator = global_denominators[name].to(scores.logp)
         numerators = torch.atleast_1d(objective.numerator(scores_of(name, objective, scores)))
-        share = torch.where(denominator > 0, numerators / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0).sum()
+        share = torch.where(denominator > 0, numerators / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0)
         shares[name] = share.detach()
-        loss = loss + objective.weight * ramp(objective, progress) * share
+        loss = loss + objective.weight * ramp(objective, progress) * share.sum()
     return loss * world_size, shares
 
 

@@ -33,10 +33,10 @@ class Idle:
 
     def _findings(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         for term, (metric, lack, remedy) in _LACKS.items():
-            if f"loss/{term}" in metrics and metric not in metrics:
+            if term in self.config.objective and metric not in metrics:
                 yield f"objective.{term}", f"found {lack} in the steps of this record; {remedy}"
         for term in ("contrast_distill", "sham"):
-            if metrics.get(f"loss/{term}") == 0:
+            if term in self.config.objective and f"loss/{term}" not in metrics:
                 yield f"objective.{term}", "found no text to compare on two images in the steps of this record; see docs/objectives.md"
         for term, requested in batch_terms(self.config.objective).items():
             if (available := metrics.get(f"{term}/texts")) is not None and 2 * available < requested:

@@ -36,14 +36,16 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 class Measured:
     """A micro-batch after its forward pass.
 
-    ``loss`` and ``shares`` are its contributions to the step's loss and to each loss term. ``routed`` holds the expert routing of each
-    forward pass in a mixture of experts. ``hardest`` is the selection made by train.hard_negatives.
+    ``loss`` and ``shares`` are its contributions to the step's loss and to the parts of each loss term. ``compared`` holds the parts for
+    which the step has comparisons. ``routed`` holds the expert routing of each forward pass in a mixture of experts. ``hardest`` is the
+    selection made by train.hard_negatives.
     """
 
     micro_batch: MicroBatch
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
+    compared: Mapping[str, Tensor]
     routed: Sequence[Routed] = ()
     hardest: Hardest | None = None
 
@@ -170,9 +172,11 @@ class OptimizerStep:
                 # DeepSpeed skips a step with a non-finite global gradient norm, so the last loss must be finite on all ranks or on none.
                 backward(loss * torch.where(finite > 0, 1.0, torch.nan) if last else loss)
                 loss, (share, routed) = loss.detach() / world.size, balance.taken()
+                compared = {name: denominator > 0 for name, denominator in denominators.items()}
                 if share is not None:
-                    loss, shares = loss + self.config.train.router_balance * share, {**shares, "router_balance": share}
-                measured.append(Measured(micro_batch, scores, loss, shares, routed))
+                    loss, shares = loss + self.config.train.router_balance * share, {**shares, "router_balance": share.view(1)}
+                    compared["router_balance"] = torch.ones(1)
+                measured.append(Measured(micro_batch, scores, loss, shares, compared, routed))
             engine.step()
         return measured, bool(finite)
 

@@ -99,7 +99,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(trajectories, model_di
     objective = {"batch_align": BatchAlign(texts=4)}
     below = denominators(objective, batch.layout)
     shares = [
-        weighted_loss(objective, each, below)[1]["batch_align"].item()
+        weighted_loss(objective, each, below)[1]["batch_align"].sum().item()
         for each in (scores, CrossRankScores.gathered([scores], ONE).added_to(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
@@ -133,7 +133,9 @@ def test_the_first_step_is_that_of_the_hardest(trajectories, model_dir, manifest
     def shares(chosen: list[CounterfactualGroup]) -> dict[str, float]:
         batch = collator(chosen)
         scores = batch.scores(scorer(**batch.model_inputs))
-        return {name: float(share) for name, share in weighted_loss(objective, scores, denominators(objective, batch.layout))[1].items()}
+        return {
+            name: float(share.sum()) for name, share in weighted_loss(objective, scores, denominators(objective, batch.layout))[1].items()
+        }
 
     with torch.no_grad():
         found = shares([hardest(group, collator, scorer) for group in step])

@@ -154,7 +154,7 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
 
     The group of two images: the false text (colour) is preferred both times. On image 0, the true text is preferred to that of image 1
     (relation) only before; on image 1, only after. Of the two texts, only text 0 prefers its own image, both times. On a blank image, text
-    0 is preferred to that of image 1. Every other group prefers its false text always.
+    0 is preferred to that of image 1. Every other group prefers its false text always, except `count` on the blank image before.
     """
     one = CounterfactualGroup(
         "cat", ((Path("0.png"),), (Path("1.png"),)), tuple(Candidate("", text) for text in "abc"), ((1, 0, 0), (0, None, 1)),
@@ -166,24 +166,30 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
     plain.append(replace(plain[0], id="object", edits=(Edit("object", None, 1),)))
     lost, blank = scores([[-2.0, -1.0]], [-2.0, -1.0]), [-5.0, -4.0, -6.0]
     before, after = (
-        accuracies([one, *plain], [scores(matrix, blank), lost, lost, lost])
-        for matrix in ([[-5.0, -4.0, -6.0], [-7.0, -9.0, -8.0]], [[-5.0, -4.0, -4.5], [-9.0, -9.0, -8.0]])
+        accuracies([one, *plain], [scores(matrix, blank), lost, count, lost])
+        for matrix, count in (
+            ([[-5.0, -4.0, -6.0], [-7.0, -9.0, -8.0]], scores([[-2.0, -1.0]], [-1.0, -2.0])),
+            ([[-5.0, -4.0, -4.5], [-9.0, -9.0, -8.0]], lost),
+        )
     )
     caption = replace(plain[0], id="caption", candidates=one.candidates[:1], match=((1,),), edits=())
     after[-1].by_group.extend(accuracies([caption], [scores([[-1.0]])])[-1].by_group)  # it has no comparison, but counts as a group
     changes = compare_accuracies("test", before, after)
-    assert [(each.edit, each.metric, each.groups, each.of, each.before, each.after, each.blank) for each in changes] == [
-        (MEAN, "pair", 4, 5, 12.5, 12.5, 12.5),
-        (MEAN, "group", 1, 5, 0, 0, None),
-        (MEAN, "image_pair", 1, 5, 50, 50, None),
-        (MEAN, "factual", 4, 5, 25, 0, 25),
-        ("colour", "pair", 2, 2, 0, 0, 0),
-        ("count", "pair", 1, 1, 0, 0, 0),
-        ("object", "pair", 1, 1, 0, 0, 0),
-        ("relation", "group", 1, 1, 0, 0, None),
+    found = [(each.edit, each.metric, each.groups, each.of, each.before, each.after, each.blank_before, each.blank) for each in changes]
+    assert found == [
+        (MEAN, "pair", 4, 5, 12.5, 12.5, 37.5, 12.5),
+        (MEAN, "group", 1, 5, 0, 0, None, None),
+        (MEAN, "image_pair", 1, 5, 50, 50, None, None),
+        (MEAN, "factual", 4, 5, 25, 0, 50, 25),
+        ("colour", "pair", 2, 2, 0, 0, 0, 0),
+        ("count", "pair", 1, 1, 0, 0, 100, 0),
+        ("object", "pair", 1, 1, 0, 0, 0, 0),
+        ("relation", "group", 1, 1, 0, 0, None, None),
+        ("relation", "factual", 1, 1, 100, 0, 100, 100),
     ]
     overall = changes_table(changes).splitlines()
-    assert overall[2] == "| test | 4 of 5 | 4 unchanged | factual 25.0 -> 0.0 |  |  |"
+    assert "| 37.5 -> 12.5 |" in overall[6]
+    assert overall[2] == "| test | 4 of 5 | 3 unchanged, 1 with too few groups to tell | factual 25.0 -> 0.0 |  |  |"
     assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
     for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
         many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
@@ -582,7 +588,7 @@ def test_the_loss_is_that_of_a_training_step_over_the_whole_split(terms, batch_s
     rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, batch_size, max_tokens=max_tokens, objectives=terms)
     flat = flat_metrics(rows)
     assert flat["eval/s/loss"] == pytest.approx(float(whole), rel=1e-5)
-    assert {name: flat[f"eval/s/loss_{name}"] for name in terms} == pytest.approx({k: float(v) for k, v in shares.items()}, rel=1e-5)
+    assert {name: flat[f"eval/s/loss_{name}"] for name in terms} == pytest.approx({k: float(v.sum()) for k, v in shares.items()}, rel=1e-5)
 
 
 def test_the_nll_is_that_of_every_true_text_on_its_image(collator, scorer, model_dir, groups):

@@ -62,8 +62,10 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
 
     for last in (False, True):
         scores, backward = forward(engine, MicroBatch((batch,)), 1, device, lambda _: None, last)
-        loss, shares = weighted_loss(objective, scores, denominators(objective, batch.layout), 2, 0.5)
-        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares), objective, 0.25, flops)
+        counts = denominators(objective, batch.layout)
+        loss, shares = weighted_loss(objective, scores, counts, 2, 0.5)
+        compared = {name: count > 0 for name, count in counts.items()}
+        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares, compared), objective, 0.25, flops)
         backward(loss)
     with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
         float(batch.layout.weight.sum())
@@ -91,6 +93,20 @@ def test_sums_are_those_of_float64(alone):
     assert not len(meter)
 
 
+def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, manifests):
+    """A loss of 0 without a comparison would be averaged in: three steps by hand, for a term of one part and one of two."""
+    batch = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None)(read_manifest(manifests["train"])[:1])
+    logp = -torch.ones(batch.layout.valid.shape)
+    scores, meter = Scores(batch.layout, logp, logp), Meter(None)
+    flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
+    for one, two, some in (([0.0], [1.0, 0.0], False), ([2.0], [3.0, 4.0], True), ([0.0], [2.0, 2.0], True)):
+        shares = {"one": torch.tensor(one), "two": torch.tensor(two), "none": torch.zeros(1)}
+        compared = {"one": torch.tensor([some]), "two": torch.tensor([True, some]), "none": torch.tensor([False])}
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, flops)
+    found = meter.reduce(alone)
+    assert (found["loss/one"], found["loss/two"]) == (1.0, 2.0 + 3.0) and "loss/none" not in found
+
+
 def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manifests):
     """Against the loss of the same groups without the others, each term with its own global denominators; two micro-batches."""
     groups = [replace(group, source="ab"[n % 3 == 0]) for n, group in enumerate(read_manifest(manifests["train"])[:8])]
@@ -111,7 +127,7 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
 
     for half in (groups[:4], groups[4:]):
         batch, scores = scored(half)
-        measure(meter, Measured(MicroBatch((batch,)), scores, torch.zeros(()), {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.zeros(()), {}, {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
     found = meter.reduce(alone)
     for source in "ab":
         _, scores = scored([replace(group, objectives=None) for group in groups if group.source == source])
@@ -120,5 +136,5 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
             if (source == "b" and name != "align") or name == "sham":  # these groups have no sham
                 assert f"loss/{name}/{source}" not in found
             else:
-                assert found[f"loss/{name}/{source}"] == pytest.approx(float(share), rel=1e-5)
+                assert found[f"loss/{name}/{source}"] == pytest.approx(float(share.sum()), rel=1e-5)
     assert not any(name.endswith("/c") for name in found)
