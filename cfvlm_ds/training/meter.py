@@ -107,7 +107,7 @@ def measure(
     weights = sum(objective.weight * ramp(objective, progress) for objective in objectives.values())
     meter.add("loss_mean", measured.loss / (weights or 1.0), part_of_step)
     for name, shares in measured.shares.items():
-        for part, (share, some) in enumerate(zip(shares, measured.compared[name], strict=True)):
+        for part, (share, some) in enumerate(zip(shares, measured.has_comparisons[name], strict=True)):
             meter.add(f"loss/{name}", share, some * part_of_step, part)
     for name, objective in objectives.items():
         for key, (total, count) in objective.report(scores_of(name, objective, scores)).items():

@@ -36,8 +36,8 @@ from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 class Measured:
     """A micro-batch after its forward pass.
 
-    ``loss`` and ``shares`` are its contributions to the step's loss and to the parts of each loss term. ``compared`` holds the parts for
-    which the step has comparisons. ``routed`` holds the expert routing of each forward pass in a mixture of experts. ``hardest`` is the
+    ``loss`` and ``shares`` are its contributions to the step's loss and to the parts of each loss term. ``has_comparisons`` marks the parts
+    for which the step has comparisons. ``routed`` holds the expert routing of each forward pass in a mixture of experts. ``hardest`` is the
     selection made by train.hard_negatives.
     """
 
@@ -45,7 +45,7 @@ class Measured:
     scores: Scores
     loss: Tensor
     shares: Mapping[str, Tensor]
-    compared: Mapping[str, Tensor]
+    has_comparisons: Mapping[str, Tensor]
     routed: Sequence[Routed] = ()
     hardest: Hardest | None = None
 

@@ -133,7 +133,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     assert rows[plain] == [] and not (plain / "baseline").exists()
     assert "Not compared with the model before training: test (train.eval_on_start is false)" in (plain / "results.md").read_text()
     tables = printed(capsys, "compare", still, moved, moved / "results.json").split("| set | edit type | groups | metric |")[1:]
-    blanks = ["" if row["blank"] is None else f"{row['blank']:.1f}" for row in rows[moved]]
+    blanks = ["" if row["blank"] is None else f"{row['blank_before']:.1f} -> {row['blank']:.1f}" for row in rows[moved]]
     changed = [
         f"| {row['before']:.1f} | {row['after']:.1f} | {blank} | "
         + (f"{row['difference']:+.1f}" if row["better"] + row["worse"] else "unchanged")
