@@ -99,9 +99,9 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     edit type.
 
     The first row has the metric with the most groups, and the first row of an edit type has the metric with the most groups of this type.
-    Of metrics with equally many groups, the first of ``COMPARED`` is taken. If it did not fall, a second row
-    has the metric that fell most in this type, if any did. ``factual`` is left out if it is the same as ``pair``, because every group has
-    one image.
+    Of metrics with equally many groups, the first of ``COMPARED`` is taken. If this metric did not fall in an edit type but others did, the
+    type's second row has the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group has one
+    image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
@@ -171,8 +171,9 @@ def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | N
         changes[edit] = change(edit, gains, errors, 100 * first / made, 100 * last / made, blanks)
     if changes:
         first, last = (sum(getattr(each, side) for each in changes.values()) / len(changes) for side in ("before", "after"))
-        both = [[each.blank_before for each in changes.values()], [each.blank for each in changes.values()]]
-        blanks = [None if None in values else sum(map(float, values)) / len(values) for values in both]  # type: ignore[arg-type]
+        both = [[row.blank_before for row in changes.values()], [row.blank for row in changes.values()]]
+        known = [[value for value in values if value is not None] for values in both]
+        blanks = [sum(values) / len(values) if len(values) == len(changes) else None for values in known]
         changes[None] = change(MEAN, mean_gains, mean, first, last, blanks)
     return changes
 

@@ -89,8 +89,8 @@ def score_groups(
     """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
     ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. The scores on the
-    groups' own images are added to ``loss``.
+    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. The scores on the groups' own
+    images are added to ``loss``.
 
     Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
     """

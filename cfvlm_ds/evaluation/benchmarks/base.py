@@ -252,8 +252,8 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and ``blank`` (on a
-    blank picture). Return {} if there are no outcomes.
+    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and ``blank`` (on a blank
+    picture). Return {} if there are no outcomes.
     """
     if not outcomes:
         return {}
