@@ -63,15 +63,14 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 def launch_environment() -> None:
     """Set the environment variables that a launcher would set. In an ``srun`` task, they are derived from Slurm's variables; a process
-    started by hand becomes the only rank.
+    started by hand becomes the only rank, and torch gives it a free port (MASTER_PORT 0).
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[value] for name, value in slurm.items()})
         os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"])))
     elif "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", CROSS_SIZE="1")
-        os.environ.pop("MASTER_PORT", None)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 @contextlib.contextmanager
@@ -79,7 +78,7 @@ def meeting_point() -> Iterator[None]:
     """Set MASTER_PORT to a port on which the ranks can connect to each other. They must connect within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
-    and MASTER_PORT is 29500 or not set, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
+    and MASTER_PORT is 29500, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
     process). Any other port was set by the user or torchrun's agent and is kept.
     """
     port_is_chosen = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1"

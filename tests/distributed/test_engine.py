@@ -276,6 +276,31 @@ def test_two_trainings_on_one_machine_meet_where_their_launcher_gives_both_the_s
     assert not list(tmp_path.iterdir()), "nothing is left of how they met"
 
 
+ALONE = """
+import os, sys
+import torch.distributed as dist
+from cfvlm_ds.core.distributed import launch_environment, meeting_point
+
+def run():
+    os.read(start, 1)
+    launch_environment()
+    with meeting_point():
+        dist.init_process_group("gloo")
+    dist.barrier()
+    os._exit(0)
+
+start, begin = os.pipe()
+for _ in range(16):
+    os.fork() or run()
+os.write(begin, bytes(16))
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(16)))
+"""
+
+
+def test_sixteen_runs_that_one_script_starts_at_once_all_start():
+    assert subprocess.run([sys.executable, "-c", ALONE], cwd=REPO, env=environment(), timeout=100, check=False).returncode == 0
+
+
 def test_a_port_that_rank_0_does_not_publish_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_PORT_TIMEOUT_S", 0.2)
     with pytest.raises(ConfigError, match="rank 0 did not publish a port"):
