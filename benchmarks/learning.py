@@ -259,14 +259,14 @@ def processor() -> str:
 def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
     """Run a command unless ``folder`` records that it has finished. Returns the CPU time of all its starts in seconds.
 
-    The output goes to FOLDER.log. If the command exits without having written the file ``leaves``, it counts as interrupted and can be
-    resumed.
+    The output goes to FOLDER.log, and times to files beside the folder. If the command exits without having written the file ``leaves``, it
+    counts as interrupted and can be resumed.
     """
-    whole, part, log = folder / "processor_seconds", folder / "processor_seconds_so_far", folder.with_name(f"{folder.name}.log")
+    whole, part, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("seconds", "seconds_so_far", "log"))
     if whole.exists():
         refuse_other_objective(command, folder)
         return float(whole.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=REPO, env=os.environ | (variables or {}), stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
