@@ -189,7 +189,7 @@ def steps_of(out: Path, arm: str, budget: int) -> int:
         short, long = (train(out, out / f"steps-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
-    scored = score(out) if ARMS[arm].scores else 0.0
+    scored = score(out) * 2 / 3 if ARMS[arm].scores else 0.0  # the blank picture, a third of a group's pictures, is scored for PMI only
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
     return affordable(own, default, scored, budget)
@@ -208,7 +208,8 @@ def score(out: Path) -> float:
     """Write the base's scores unless they exist. Returns the CPU time of scoring in seconds."""
     rows = out / "world" / "train.jsonl"
     command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(scores_of(out))]
-    return run_process(command, out / "score")
+    command += ["--dtype", "bfloat16"] if "_bf16" in cpuinfo() else []
+    return run_process(command, out / "score", {"OMP_NUM_THREADS": "1"})
 
 
 def scores_of(out: Path) -> Path:

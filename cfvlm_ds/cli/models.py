@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cfvlm_ds.cli.options import ImageLimits, Reading, Scoring, add_function, model_named, say
 from cfvlm_ds.core.config import ModelConfig
@@ -34,7 +34,16 @@ def add(commands: Any) -> None:
         add_function(commands, function)
 
 
-def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
+def _score(
+    model: str,
+    manifest: str,
+    *,
+    out: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    scoring: Scoring,
+    reading: Reading,
+    limits: ImageLimits,
+) -> None:
     """Write a manifest's reference scores (for DPO) and blind scores (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
@@ -43,6 +52,7 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
         model: model folder or hub name, or run folder.
         manifest: training groups to score.
         out: file to write; by default MANIFEST.scores.jsonl.
+        dtype: dtype of the weights, as in the training run; by default bfloat16 on a GPU and float32 on a CPU.
     """
     from cfvlm_ds.core.data_config import is_hub
     from cfvlm_ds.data import sound_groups
@@ -64,7 +74,9 @@ def _score(model: str, manifest: str, *, out: str | None = None, scoring: Scorin
         world = joined(scoring.zero3)
         listed = Progress(say, "listing pictures", len(groups), "groups")
         checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
-        scorer, collator, world = load_scorer(loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3)
+        scorer, collator, world = load_scorer(
+            loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3, dtype=dtype
+        )
         identity = data_identity(Progress(say, "computing the identity", len(groups), "groups").over(groups), groups.roots, checked)
         scores = _scores(model, groups, scorer, collator, world, scoring)
         if world.is_main:
@@ -207,19 +219,22 @@ def load_scorer(
     checked: PictureTable | None = None,
     world: World | None = None,
     zero3: bool = False,
+    dtype: str | None = None,
 ) -> tuple[Any, Collator, World]:
     """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
-    ``adapter`` is a folder of adapters for the model. With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
+    ``adapter`` is a folder of adapters for the model; ``dtype`` names the weights' dtype (see ``usual_dtype``). With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
     ranks are first connected to each other.
     """
     from cfvlm_ds.batching.collator import load_collator
+    import torch
+
     from cfvlm_ds.core.distributed import usual_dtype
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
     from cfvlm_ds.training.self_check import refuse_unusable
 
     world = world or joined(zero3)
-    dtype = usual_dtype(world.device)
+    precision = getattr(torch, dtype) if dtype else usual_dtype(world.device)
     if zero3:
         from cfvlm_ds import engine
 
@@ -227,9 +242,9 @@ def load_scorer(
             raise ConfigError(
                 f"{adapter} contains only adapters, but --zero3 needs a whole model; merge them with `cfvlm-ds export` and name the result"
             )
-        scorer: Any = engine.in_parts(model, dtype, world)
+        scorer: Any = engine.in_parts(model, precision, world)
     else:
-        loaded = load_model(model, dtype)
+        loaded = load_model(model, precision)
         if adapter is not None:
             loaded = attach_adapters(loaded, adapter)
         scorer = Scorer(loaded, family_of(loaded.config)).to(world.device).eval()
