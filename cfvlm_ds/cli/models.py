@@ -223,12 +223,12 @@ def load_scorer(
 ) -> tuple[Any, Collator, World]:
     """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
-    ``adapter`` is a folder of adapters for the model; ``dtype`` names the weights' dtype (see ``usual_dtype``). With ``zero3``, the model is partitioned over all ranks. If ``world`` is None, the
-    ranks are first connected to each other.
+    ``adapter`` is a folder of adapters for the model; ``dtype`` names the weights' dtype (see ``usual_dtype``). With ``zero3``, the model
+    is partitioned over all ranks. If ``world`` is None, the ranks are first connected to each other.
     """
-    from cfvlm_ds.batching.collator import load_collator
     import torch
 
+    from cfvlm_ds.batching.collator import load_collator
     from cfvlm_ds.core.distributed import usual_dtype
     from cfvlm_ds.models import Scorer, attach_adapters, family_of, load_model
     from cfvlm_ds.training.self_check import refuse_unusable

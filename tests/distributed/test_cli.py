@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import (
     ONE,
@@ -27,6 +28,7 @@ from conftest import (
     plain_logp,
     plain_scores,
     printed,
+    read_rows,
     refused,
     run_train,
     run_trainings,
@@ -254,6 +256,16 @@ def scores_file(model_dir, manifests, tmp_path_factory):
     out = tmp_path_factory.mktemp("scores") / "new" / "train.jsonl"
     main(["score", str(model_dir), str(manifests["train"]), "--out", str(out), "--batch_size", "7"])
     return out
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("float32", (0, 0)), ("bfloat16", (1e-5, 0.02))])
+def test_reference_scores_in_a_training_runs_dtype(model_dir, manifests, scores_file, tmp_path, dtype, off):
+    """On a CPU the default is float32; bfloat16 changes every score, by its rounding of 2^-8."""
+    main(["score", str(model_dir), str(manifests["train"]), "--out", str(tmp_path / "o.jsonl"), "--batch_size", "7", "--dtype", dtype])
+    every = [[row["logp"] for row in read_rows(file)[1:]] for file in (scores_file, tmp_path / "o.jsonl")]
+    usual, found = (np.concatenate([np.ravel(matrix) for matrix in one]) for one in every)
+    difference = np.abs(found / usual - 1)
+    assert off[0] <= difference.mean() <= off[1], difference.mean()
 
 
 def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
