@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scoring import SIZES, VOCABULARY, build, case, clear, now
+from scoring import SIZES, VOCABULARY, add_common_options, build, case, clear, now
 from torch import Tensor
 
 from cfvlm_ds.batching.packing import Material, Tree, pack
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.models.forest_attention import BACKENDS, registered
+from cfvlm_ds.models.forest_attention import registered
 
 PICTURE = (Path("picture"), False)
 BEFORE = 6  # template tokens before the image
@@ -37,12 +37,8 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
     parser.add_argument("--visual", nargs="+", type=int, default=[576], help="visual tokens of the image; squares of even numbers")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="(default sdpa)")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
-    parser.add_argument("--repeats", type=int, default=3)
+    add_common_options(parser)
     parser.add_argument("--forward", action="store_true", help="time only the forward pass")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| family | visual tokens | case | layout | tokens | ratio | forward, s | ratio | with backward, s | ratio |")

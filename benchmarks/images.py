@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scoring import SIZES, TEXT, VOCABULARY, build, case, clear, now, packed_inputs, peak, reset_peak
+from scoring import SIZES, TEXT, VOCABULARY, add_common_options, build, case, clear, now, packed_inputs, peak, reset_peak
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
 from cfvlm_ds.models.forest import Forest
-from cfvlm_ds.models.forest_attention import BACKENDS, registered
+from cfvlm_ds.models.forest_attention import registered
 from cfvlm_ds.training.gradient_cache import forward
 
 
@@ -39,11 +39,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--per-forward", type=int, default=1, help="images per forward of the cache")
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    add_common_options(parser)
     arguments = parser.parse_args()
     print(f"{'images':>6} {'one row: s':>11} {'MB':>6} {'cache: s':>9} {'MB':>6}")
     with ProcessPoolExecutor(

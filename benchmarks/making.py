@@ -1,14 +1,13 @@
-"""Benchmark of making data: proposals per second and core, the memory of every step, and the cost of verification compared with scoring.
+"""Benchmark of making data: proposals per second and core, and the CPU time and memory of every step.
 
     python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions; takes hours
     python benchmarks/making.py FOLDER --rows 2000 20000        # fewer captions
-    python benchmarks/making.py FOLDER --parts rules verify     # only some parts
+    python benchmarks/making.py FOLDER --parts rules            # only some parts
     python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
 
 The captions describe a thousand pictures. Each caption has a colour, two nouns and a side ("left") that `flip` exchanges. Twenty captions
 name the same street, and `mine` finds pairs among them. Each step runs in its own process. Times are CPU seconds. Memory is the peak
-private memory, without mapped files, which all processes share. Verification and scoring take turns on the same candidate groups with the
-same probes, so their forward passes have the same tokens. The script prints the tables of RESULTS.md.
+private memory, without mapped files, which all processes share. The script prints the tables of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from cfvlm_ds.core.files import remove
 
 SIZES = (10_000, 100_000, 1_000_000)
 PICTURES, SIDE = 1000, 64
-PARTS = ("rules", "steps", "verify")
+PARTS = ("rules", "steps")
 STEPS = ("propose", "edit", "verify", "select")
 COLOURS, NOUNS = ("red", "blue", "green", "white"), ("car", "bus", "bicycle", "truck", "tractor", "bench", "table", "chair", "dog", "cat")
 
@@ -40,7 +39,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which steps, in their order (default all)")
-    parser.add_argument("--candidates", type=int, default=96, help="candidates that are verified and scored")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -56,12 +54,6 @@ def main() -> None:
         )
     if "steps" in arguments.parts:
         of_steps(folder, sorted(arguments.rows), [step for step in STEPS if step in arguments.steps])
-    if "verify" in arguments.parts:
-        found = fresh(folder, "beside", arguments.candidates)
-        print(
-            f"{found['candidates']:.0f} candidates verified in {found['verify']:.2f} s and scored in {found['score']:.2f} s of processor "
-            f"time: verifying reaches {found['score'] / found['verify']:.3f} of the rate of scoring (target 0.9)"
-        )
 
 
 def of_steps(folder: Path, sizes: list[int], steps: list[str]) -> None:
@@ -175,51 +167,7 @@ def step_of(step: str) -> Callable[[Path, int], dict[str, float]]:
     return run
 
 
-def beside(folder: Path, number: int) -> dict[str, float]:
-    """Return the CPU seconds to verify candidates and to score the same groups, each the minimum of three turns."""
-    import torch
-
-    from cfvlm_ds.cli.making import _scoring
-    from cfvlm_ds.counterfactuals.edit.step import edit
-    from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, VerifyOptions
-    from cfvlm_ds.counterfactuals.propose.step import propose
-    from cfvlm_ds.counterfactuals.verify import candidates, group_of, verify
-    from cfvlm_ds.counterfactuals.work_folder import WorkFolder
-    from cfvlm_ds.data import open_groups
-    from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
-
-    torch.set_num_threads(1)
-    config = TinyLlavaConfig(str(folder / "model"), image_size=224, patch_size=16, hidden_size=512, vision_hidden_size=256)
-    model = build_tiny_llava(config, [caption(k) for k in range(400)])
-    photos, out = folder / "photos", folder / "Wbeside"
-    photos.mkdir(exist_ok=True)
-    for k in range(number):
-        if not (photos / f"{k}.jpg").exists():
-            Image.effect_noise((640, 480), 60).convert("RGB").save(photos / f"{k}.jpg", quality=85)
-    rows = [{"id": f"r{k}", "image": f"photos/{k}.jpg", "caption": caption(20 * k)} for k in range(number)]
-    (folder / "beside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    remove(out)
-    propose(open_groups(folder / "beside.jsonl", None, "captions"), out, ProposeOptions(types="relation"), 0, str)
-    edit(out, EditOptions(back_ends="flip"), 0, str)
-    score, identity = _scoring(str(model), 8)
-    options, work = VerifyOptions(scorer=str(model), batch_size=8), WorkFolder.open(out)
-    found: dict[str, list[float]] = {"verify": [], "score": []}
-    count = 0
-    for _ in range(3):
-        groups = [group_of(candidate, options) for candidate in candidates(work, 0)]
-        count = len(groups)
-        began = time.process_time()
-        score(groups)
-        found["score"].append(time.process_time() - began)
-        for file in (*(out / "verify").glob("*"), out / "verify.json"):
-            file.unlink(missing_ok=True)
-        began = time.process_time()
-        verify(out, options, 0, str, score, None, identity)
-        found["verify"].append(time.process_time() - began)
-    return {"candidates": count} | {name: min(each) for name, each in found.items()}
-
-
-ONE: dict[str, Callable[[Path, int], dict[str, float]]] = {"rules": rules, "beside": beside} | {step: step_of(step) for step in STEPS}
+ONE: dict[str, Callable[[Path, int], dict[str, float]]] = {"rules": rules} | {step: step_of(step) for step in STEPS}
 
 if __name__ == "__main__":
     main()

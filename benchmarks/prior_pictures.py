@@ -256,11 +256,6 @@ def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
     return [character for character in characters if font.getlength(character) > 100 and font.getmask(character).getbbox()]
 
 
-def num_pictures(source: Path) -> int:
-    """Count the pictures in a source, including those without a suitable name."""
-    return len(list(source.glob("*.png"))) if source.is_dir() else len(_drawn_by(ImageFont.truetype(str(source), GLYPH)))
-
-
 def cropped(picture: Image.Image) -> Image.Image:
     """Crop a picture's empty margins."""
     return picture.crop(picture.getchannel("A").point(lambda value: 255 * (value > 127)).getbbox())

@@ -24,7 +24,7 @@ HELD_BACK = 0.1
 """Share of the pictures that are held back to evaluate the projector."""
 
 
-def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int = EPOCHS) -> dict[str, Any]:
+def translated(tower: Path, language: Path, rows: Path, out: Path) -> dict[str, Any]:
     """Train a projector between a small LLaVA's tower and a language model on a manifest's pictures. Returns its ``weights``, ``top1`` and
     ``top5``.
 
@@ -50,8 +50,8 @@ def translated(tower: Path, language: Path, rows: Path, out: Path, epochs: int =
     learned = len(listed) - held
     steps = max(1, learned // BATCH)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=epochs * steps + 1)
-    for _ in range(epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=EPOCHS * steps + 1)
+    for _ in range(EPOCHS):
         for batch in torch.randperm(learned).split(BATCH)[:steps]:
             tokens = projector((seen[batch] - mean) / deviation)
             choice = -(wanted[batch] * log_softmax(_likeness(tokens, words) / TEMPERATURE, -1)).sum(-1).mean()

@@ -61,11 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="back end of the shared prefix (default sdpa)")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    add_common_options(parser)
     parser.add_argument("--json", type=Path, help="file to which all results are also written, or from which --figure reads them")
     parser.add_argument("--figure", type=Path, help="only draw a figure of cost against texts, from --json, to this file")
     arguments = parser.parse_args()
@@ -81,6 +77,15 @@ def main() -> None:
             show(row, first=len(rows) == 1)
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that evaluation.py and images.py share."""
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="back end of the shared prefix (default sdpa)")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
 
 
 def measured(family: str, visual: int, texts: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvlm_ds.cli import looking, making
+from cfvlm_ds.cli import making
 from cfvlm_ds.cli.making import Part
-from cfvlm_ds.cli.options import ImageLimits, OnError, Positive, Reading, add_function, model_named
+from cfvlm_ds.cli.options import ImageLimits, OnError, Positive, Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
 from cfvlm_ds.core.secrets import print_line
 
@@ -21,9 +21,8 @@ def add(commands: Any) -> None:
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
-    for function in (_check, _formats, _convert, _download, _prepare):
+    for function in (_check, _formats, _convert, _download, _prepare, _view):
         add_function(data, function)
-    looking.add(data)
     making.add(data)
     add_function(commands, _tiny)
 
@@ -201,3 +200,48 @@ def _check(manifest: str, *, reading: Reading, model: str | None = None, limits:
     if report.num_groups or len(report.problems) > 1:
         print(report)
     _refuse(report)
+
+
+def _view(
+    source: str,
+    *,
+    scores: str | None = None,
+    sample: Positive | None = None,
+    ids: str | None = None,
+    seed: int = 0,
+    rejected: bool = False,
+    out: str = "page",
+    reading: Reading,
+) -> None:
+    """Write an HTML page that shows groups: pictures, texts, truth tables, scores.
+
+    Example: cfvlm-ds data view groups.jsonl --out page
+
+    Args:
+        source: manifest, or work folder of `data propose`.
+        scores: file that `cfvlm-ds score` wrote for the manifest, or a file in a run's scores folder.
+        sample: number of groups to show; by default 200.
+        ids: file with the ids of the groups to show, one per line. The groups are shown in this order.
+        seed: seed for sampling a manifest.
+        rejected: show only the rejected candidates of a work folder, with the reasons for rejection.
+        out: folder to write or replace.
+    """
+    if sample and ids:
+        raise ConfigError("--sample and --ids cannot be combined; give only one")
+    number, folder = sample or 200, Path(out)
+    if (Path(source) / "run.json").is_file():
+        from cfvlm_ds.counterfactuals.looking import view_work
+
+        if useless := [f"--{name}" for name, value in {"root": reading.root, "scores": scores, "ids": ids}.items() if value]:
+            raise ConfigError(f"{source} is a work folder, which records its own pictures; leave out {', '.join(useless)}")
+        written = view_work(Path(source), folder, rejected=rejected, sample=number, seed=seed, say=say)
+    elif rejected:
+        raise ConfigError(f"{source} is not a work folder and has no rejected candidates; leave out --rejected")
+    else:
+        from cfvlm_ds.evaluation import view
+
+        written = view(source, folder, scores=scores, sample=number, seed=seed, ids=ids, say=say, **vars(reading))
+    print(f"wrote {folder / 'index.html'}: {written.num_items} groups, {written.num_pictures} pictures")
+    if written.problems:
+        first = next(iter(written.problems.values()))
+        print(f"{len(written.problems)} pictures could not be shown; the page gives the reason for each. The first: {first}")

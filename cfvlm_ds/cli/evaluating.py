@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,6 @@ class BenchmarkOptions:
         draws: number of bootstrap resamples for the intervals; 0 for no intervals. The default is 1000, or fewer for benchmarks with more
             than 10,000 items.
         num_workers: number of processes per rank that prepare batches; by default, one per spare core.
-        experiment: MLflow experiment to which metrics are also sent, on the server that MLFLOW_TRACKING_URI points to or, if that variable
-            is not set, in OUT/mlflow.db.
     """
 
     benchmarks: Names | None = None
@@ -65,7 +63,6 @@ class BenchmarkOptions:
     on_error: OnError = "error"
     draws: Count | None = None
     num_workers: Count | None = None
-    experiment: str | None = None
 
 
 def _evaluate(
@@ -172,46 +169,9 @@ def _evaluate_benchmarks(
         )
         evaluated = _evaluated_model(name, scoring.zero3, scorer, collator, world, weights)
         results = evaluate_benchmarks(evaluated, [(each, loaded[each.name]) for each in chosen], folder, settings)
-        if options.experiment and world.is_main:
-            track(options.experiment, results, folder)
     if world.is_main:
         print("\n".join([overview(results), "", *map(summary, results), *(line for each in results for line in omissions(each))]))
         print(f"wrote {folder / 'results.md'}")
-
-
-_DELIVERED_WITHIN_S = 300.0  # includes the import of MLflow and the creation of its database
-
-
-def track(experiment: str, new_results: Sequence[Any], out: Path) -> None:
-    """Send the results in a folder to MLflow, under the same metric names as in training. ``new_results`` holds the current
-    evaluation's results.
-
-    Each folder corresponds to one MLflow run, however often results are added to the folder. Only new or changed values are sent. Data that
-    MLflow has not received stay in the folder.
-    """
-    from cfvlm_ds.core.secrets import without_secrets
-    from cfvlm_ds.evaluation.benchmarks import BENCHMARKS
-    from cfvlm_ds.evaluation.suite.results import RESULTS, read_results
-    from cfvlm_ds.evaluation.suite.tables import logged
-    from cfvlm_ds.tracking import open_tracker, previous_run
-
-    results, metrics = read_results(out), dict[str, float]()
-    for each in results:
-        usual = each.name not in BENCHMARKS or each.label == BENCHMARKS[each.name].probes[0]  # other probes must not rename metrics
-        metrics |= logged(each.called if usual else each.place, each.metrics)
-    before, step = previous_run(out, experiment) or ({}, None)
-    changed = {name: value for name, value in metrics.items() if before.get(name) != value}
-    record = new_results[0].record
-    params = {"model": record["model"], "settings": record["settings"]}
-    tags = {"benchmarks": ", ".join(each.place for each in results), "cfvlm_ds": record["versions"]["cfvlm-ds"]}
-    tags |= {"mlflow.source.name": "cfvlm-ds evaluate", "mlflow.source.type": "LOCAL"}
-    options: dict[str, Any] = {"close_timeout": _DELIVERED_WITHIN_S, "resume_step": None if step is None else max(step, 0)}
-    with open_tracker(True, out, experiment, without_secrets(out.resolve().name), params, tags, **options) as tracker:
-        if changed:
-            tracker.log(max(step or 0, 0) + bool(before.keys() & changed.keys()), changed)
-        for each in results:
-            tracker.artifact(out / each.place / RESULTS, each.place)
-        tracker.artifact(out / "results.md")
 
 
 def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: Any, identity: Mapping[str, str]) -> Any:

@@ -1,6 +1,6 @@
 """``cfvlm-ds``: the parser of all commands. Bad input is reported in one sentence, with exit code 2.
 
-Heavy packages are imported only once the command is known. This keeps help and completion fast, and lets a training run block signals
+Heavy packages are imported only once the command is known. This keeps help fast, and lets a training run block signals
 from the launcher before the slow imports start.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 from cfvlm_ds.cli import cluster, data, describe, evaluating, models, package
 from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly, explain_os_errors, leave_at_once
@@ -58,20 +57,8 @@ def parser() -> Parser:
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
     for group in (data, models, evaluating, describe, cluster):
         group.add(commands)
-    for function in (package.init, _completion):
-        add_function(commands, function)
+    add_function(commands, package.init)
     return top
-
-
-def _completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
-    """Print a shell script that completes commands, options and files. Evaluate it, or save it in the shell's completion folder.
-
-    Example: cfvlm-ds completion bash
-
-    Args:
-        shell: shell for which the script is written.
-    """
-    print(package.completion(parser(), shell))
 
 
 def _train(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""``cfvlm-ds init`` and ``completion``: files that the installed package provides to users."""
+"""``cfvlm-ds init`` and ``--version``: files and version of the installed package."""
 
 from __future__ import annotations
 
@@ -70,38 +70,3 @@ def _with_python(environment: str) -> str:
 
 
 _OWN_VENV = "if [ -d .venv ]; then"
-
-
-def completion(top: argparse.ArgumentParser, shell: str) -> str:
-    """Return a shell's completion script for a parser's commands."""
-    try:
-        import shtab
-    except ImportError as error:
-        raise ConfigError("completion needs shtab, which is not installed; run `pip install shtab`") from error
-    _add_train_options(_subparsers(top)["train"])
-    _complete_files(top, shtab.FILE)
-    written: str = shtab.complete(top, shell)
-    return written
-
-
-def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    return next((dict(action.choices) for action in parser._actions if isinstance(action, argparse._SubParsersAction)), {})
-
-
-def _add_train_options(train: argparse.ArgumentParser) -> None:
-    from cfvlm_ds.core.parsing import option_parser
-    from cfvlm_ds.objectives import OBJECTIVES
-
-    for action in option_parser(OBJECTIVES)._actions:
-        if action.option_strings:
-            added = train.add_argument(*action.option_strings, help=action.help)
-            added.nargs, added.choices = 0 if action.nargs == 0 else None, action.choices
-
-
-def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Complete file names for every argument that takes a value and has no fixed choices."""
-    for action in parser._actions:
-        if action.nargs != 0 and not action.choices:
-            vars(action)["complete"] = files
-    for command in _subparsers(parser).values():
-        _complete_files(command, files)

@@ -65,7 +65,7 @@ def _options(objectives: Mapping[str, type]) -> type:
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """Build an argparse parser with the options of a run, for help and shell completion."""
+    """Build an argparse parser with the options of a run, for its help."""
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
     parser = argparse.ArgumentParser(
         prog=prog,

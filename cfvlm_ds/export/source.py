@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,21 +55,17 @@ def skeleton(source: str) -> Any:
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
     """Return the tensors to export, keyed by name in the order of their files, and the index's metadata.
 
-    The tensors and their files are those of the source. If the source has no index, the tensors are split into files of at most 5 GB. If it
-    has no safetensors files, only its configuration is used, and the tensors are those that transformers would save.
+    The tensors and their files are those of the source. If it has no safetensors files, only its configuration is used, and the tensors are
+    those that transformers would save, in one file.
     """
-    files = weight_files(folder)
-    if files == [SINGLE]:
-        stored = read_headers(folder, files)
-    elif files:
-        return read_headers(folder, files), read_index(folder / INDEX, ".safetensors")[1]
-    else:
-        from transformers.core_model_loading import revert_weight_conversion
-        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    if files := weight_files(folder):
+        return read_headers(folder, files), {} if files == [SINGLE] else read_index(folder / INDEX, ".safetensors")[1]
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-        state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
-        stored = {name: Saved(SINGLE, tuple(t.shape), t.dtype) for name, t in state.items()}
-    return _in_shards(stored), {}
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+    largest_first = sorted(state.items(), key=lambda entry: -entry[1].dtype.itemsize)  # keeps every tensor aligned
+    return {name: Saved(SINGLE, tuple(tensor.shape), tensor.dtype) for name, tensor in largest_first}, {}
 
 
 def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
@@ -82,15 +78,3 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Saved]:
                 raise ConfigError(f"{folder / file} and {stored[name].file} both store {name}; download the model again")
             stored[name] = Saved(file, shape, DTYPES[dtype])
     return stored
-
-
-def _in_shards(stored: Mapping[str, Saved]) -> dict[str, Saved]:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()}
-    files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB")
-    return {
-        name: Saved(file, stored[name].shape, stored[name].dtype)
-        for file, names in files.filename_to_tensors.items()
-        for name in sorted(names, key=lambda name: -stored[name].dtype.itemsize)  # keeps every tensor aligned
-    }

@@ -33,7 +33,7 @@ from cfvlm_ds.core.journal import Waiting
 from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.hooks import Hooks
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values, now_ms, parse_line, say, truncate_metrics
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, parse_line, say, truncate_metrics
 from cfvlm_ds.tracking.mlflow_delivery import Delivery
 
 
@@ -82,7 +82,7 @@ def open_tracker(
     kept_names, offset = truncate_metrics(run_dir / METRICS_FILE, resume_step, record.offset)
     record = replace(
         record,
-        experiment=_experiment(experiment),
+        experiment=without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment),
         run_name=without_secrets(run_name),
         params=masked(params),
         tags=masked(tags),
@@ -96,18 +96,6 @@ def open_tracker(
         say(f"{problem}: the run continues, and every delivery tries again")
     hooks = Hooks(also, run_dir, masked(params), resume_step or 0)
     return Tracker(Waiting(run_dir / METRICS_FILE, say), Delivery(run_dir, record, enabled=mlflow), hooks, kept_names, close_timeout)
-
-
-def _experiment(name: str) -> str:
-    return without_secrets(os.environ.get("MLFLOW_EXPERIMENT_NAME") or name)
-
-
-def previous_run(run_dir: Path, experiment: str) -> tuple[dict[str, float], int] | None:
-    """Return each metric's last value and the last step of the run in a folder, or None if the folder has no run in this experiment."""
-    record = DeliveryRecord.load(Path(run_dir).absolute())
-    if record is None or record.experiment != _experiment(experiment):
-        return None
-    return last_values(Path(run_dir) / METRICS_FILE)
 
 
 class NullTracker:

@@ -60,7 +60,7 @@ from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 
 _DATA = "check view formats convert download prepare propose edit verify select audit run status sample"
-_OTHERS = "tiny score calibrate describe evaluate compare track export init completion"
+_OTHERS = "tiny score calibrate describe evaluate compare track export init"
 COMMANDS = [
     *(["data", name] for name in _DATA.split(" ")),
     *([name] for name in _OTHERS.split(" ")),

@@ -274,24 +274,6 @@ def test_a_source_without_safetensors_gets_the_library_s_own_names(export, sourc
     assert_trained(out)
 
 
-def test_large_files_are_split(export, sources, monkeypatch):
-    import huggingface_hub
-
-    whole = huggingface_hub.split_torch_state_dict_into_shards
-    limits = []
-
-    def split(tensors, *, filename_pattern, max_shard_size):
-        limits.append(max_shard_size)
-        return whole(tensors, filename_pattern=filename_pattern, max_shard_size="300KB")
-
-    monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", split)
-    out = export("z3", "llava")
-    assert limits == ["5GB"] and len(list(out.glob("*.safetensors"))) > 1
-    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert {name: file for name, (file, *_) in headers(out).items()} == index and set(index) == set(headers(sources["llava"]))
-    assert_trained(out)
-
-
 def edited(checkpoint: Path, folder: Path, pattern: str, change: Any) -> Path:
     """A copy of a checkpoint whose files of this pattern are changed, and which is complete again."""
     shutil.copytree(checkpoint, folder / checkpoint.name)

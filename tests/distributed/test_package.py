@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPO, contents, environment, launcher, printed, refused
+from conftest import ONE, REPO, contents, environment, launcher, refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
@@ -258,21 +258,7 @@ def test_quiet_and_verbose_are_options_of_every_command(tmp_path, capsys, monkey
         parse_config(["--quiet", "--verbose"], OBJECTIVES)
 
 
-def test_bash_completes_commands_options_words_and_files(tmp_path, capsys):
-    """By bash itself, which is asked as it asks when somebody presses TAB."""
-    (script := tmp_path / "completion").write_text(printed(capsys, "completion", "bash"))
-    (tmp_path / "groups.jsonl").touch()
-
-    def completed(*words: str) -> set[str]:
-        ask = 'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_cfvlm_ds "$1" "${@: -1}" "${@: -2:1}"; '
-        ask += 'printf "%s\\n" "${COMPREPLY[@]}"'
-        return set(subprocess.check_output(["bash", "-c", ask, "bash", "cfvlm-ds", *words], cwd=script.parent, text=True).split())
-
-    assert {"train", "data", "export", "init", "completion"} <= completed("")
-    assert completed("data", "") >= {"check", "convert"} and completed("exp") == {"export"}
-    assert completed("train", "--model.language_model.t") == {"--model.language_model.tuning"}
-    assert completed("train", "--model.language_model.tuning", "") == {"full", "lora", "frozen"}
-    assert completed("train", "--data.train", "gr") == {"groups.jsonl"}
+def test_the_version_has_the_revision(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and re.fullmatch(r"cfvlm-ds \S+ \(revision [0-9a-f]{40}\)\n", capsys.readouterr().out)

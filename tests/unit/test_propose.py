@@ -22,12 +22,12 @@ from conftest import REPO, draw, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
-from cfvlm_ds.counterfactuals.http import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose import PROPOSERS, balance, english, mine, slots, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Proposal, Rejected
 from cfvlm_ds.counterfactuals.propose.english import Caption
+from cfvlm_ds.counterfactuals.propose.llm import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.propose.rules import Edit, edits_of
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect

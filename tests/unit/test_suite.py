@@ -27,7 +27,6 @@ from pyarrow import parquet
 from test_benchmarks import put
 
 from cfvlm_ds.batching.collator import Collator, load_collator
-from cfvlm_ds.cli import evaluating as tracked
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import ProgressBarrier
@@ -54,7 +53,7 @@ from cfvlm_ds.evaluation.suite.bootstrap import (
     values_of,
 )
 from cfvlm_ds.evaluation.suite.comparing import compare_results, comparison_table
-from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, result_folder, result_of, write_result
+from cfvlm_ds.evaluation.suite.results import ITEMS, RESULTS, SCORES, Result, read_results, result_of, write_result
 from cfvlm_ds.evaluation.suite.runner import Asked, Settings, evaluate_benchmarks
 from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, way_named
 from cfvlm_ds.evaluation.suite.tables import logged, markdown, omissions, overview, summary
@@ -700,37 +699,3 @@ def test_what_is_in_use_or_not_of_an_evaluation_is_not_written_over(tmp_path, ca
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_mlflow_shows_the_headlines_of_a_benchmark_first(name):
     assert all(mlflow_name(f"eval/{name}/{metric}").startswith("Main/") for metric in BENCHMARKS[name].headlines)
-
-
-def test_a_folder_is_one_run_of_an_experiment(tmp_path, monkeypatch):
-    """In MLflow's own store: evaluated again, with one benchmark more, with another value, and for another experiment."""
-    mlflow = pytest.importorskip("mlflow")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    out = tmp_path / "base"
-    put(out / "results.md", "# Results\n")
-
-    def evaluated(*results: Result, experiment: str = "mine") -> Any:
-        for each in results:
-            record = {**each.record, "settings": {"limit": None}, "versions": {"cfvlm-ds": "1"}}
-            write_result(result_folder(out / each.place), replace(each, record=record))
-        tracked.track(experiment, read_results(out), out)
-        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{(out / 'mlflow.db').as_posix()}")
-        (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-        return client, run
-
-    def history(name: str) -> list[tuple[int, float]]:
-        return sorted(
-            (each.step, each.value) for each in client.get_metric_history(run.info.run_id, mlflow_name(f"eval/sugarcrepe/{name}"))
-        )
-
-    first = result(rows([True, False]))
-    client, run = evaluated(first)
-    assert run.data.metrics["Main/eval_sugarcrepe_macro"] == 50 and run.info.run_name == "base" and run.info.status == "FINISHED"
-    same = [evaluated(first)[1], evaluated(replace(result(rows([True, True])), label="caption"))[1]]
-    assert history("macro") == [(0, 50)] and history("caption/macro")[0][1] == 100
-    assert same[1].data.tags["benchmarks"] == "sugarcrepe/caption, sugarcrepe/match"
-    same.append(evaluated(result(rows([True, True])))[1])
-    assert {each.info.run_id for each in same} == {run.info.run_id}
-    assert history("macro") == [(0, 50), (1, 100)] and len(history("caption/macro")) == 1 and len(history("accuracy")) == 2
-    assert evaluated(first, experiment="another")[1].info.run_id != run.info.run_id

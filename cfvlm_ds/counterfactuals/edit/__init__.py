@@ -7,8 +7,7 @@ from collections.abc import Callable
 from cfvlm_ds.counterfactuals.edit.base import Editor
 from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers
 from cfvlm_ds.counterfactuals.edit.flip import Flip
-from cfvlm_ds.counterfactuals.edit.given import Folder, TextAlone
-from cfvlm_ds.counterfactuals.edit.outside import Command
+from cfvlm_ds.counterfactuals.edit.outside import Command, Folder, TextAlone
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 EDITORS: dict[str, Callable[[EditOptions], Editor]] = {

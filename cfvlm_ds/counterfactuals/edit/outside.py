@@ -1,4 +1,6 @@
-"""External editor: a command that runs once per picture. Its output is checked like any untrusted file."""
+"""Editors whose pictures come from outside: from a folder or from a command that runs once per picture. Pictures are checked like any
+untrusted file. The editor ``none`` edits only the text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, opened
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task, opened, picture_by_id
 from cfvlm_ds.counterfactuals.options import EditOptions
 
 
@@ -26,6 +28,31 @@ def png(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "PNG", compress_level=3)
     return content.getvalue()
+
+
+class Folder(Editor):
+    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png for the edit with the id SOURCE/NUMBER. It accepts an edit only if the file
+    exists.
+    """
+
+    def __init__(self, options: EditOptions) -> None:
+        self._folder = Path(options.folder)
+        if not options.folder or not self._folder.is_dir():
+            raise ConfigError(f"--with folder needs --folder, the folder of edited pictures; {options.folder!r} is not a folder")
+
+    def takes(self, task: Task) -> bool:
+        return picture_by_id(self._folder, task.id) is not None
+
+    def edit(self, task: Task) -> Picture | Refused | None:
+        path = picture_by_id(self._folder, task.id)
+        return Refused("no such file") if path is None else opened(path, str(path))
+
+
+class TextAlone(Editor):
+    """Editor ``none``: only the text is edited."""
+
+    def settings(self) -> Mapping[str, Any]:
+        return {}
 
 
 class Command(Editor):

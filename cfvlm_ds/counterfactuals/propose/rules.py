@@ -15,10 +15,9 @@ from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.balance import Prices, drawn, prices_of
-from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
+from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, made_once, sources
 from cfvlm_ds.counterfactuals.propose.edit_rules import MAKERS
 from cfvlm_ds.counterfactuals.propose.english import Caption, versions
-from cfvlm_ds.counterfactuals.propose.once import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
 
 VERSION = 8

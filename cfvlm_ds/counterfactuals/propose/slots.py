@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.counterfactuals.propose.once import made_once
+from cfvlm_ds.counterfactuals.propose.base import made_once
 from cfvlm_ds.counterfactuals.propose.word_difference import words
 
 _SHORTEST, _LONGEST = 3, 24  # words per caption; shorter captions match by chance, longer ones hardly ever

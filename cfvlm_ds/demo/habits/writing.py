@@ -21,7 +21,7 @@ from cfvlm_ds.evaluation.benchmarks.descriptions import share
 from cfvlm_ds.evaluation.benchmarks.metrics import by
 
 NAME = "habits"
-SCENES = File("scenes.jsonl", ("image", "scene", "habit"))
+SCENES = File("scenes.jsonl")
 _COUNTED = (
     "a true statement", "a false statement", "a thing that is there", "an absent thing", "a sentence", "a sentence outside the grammar",
 )  # fmt: skip

@@ -17,8 +17,8 @@ from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, J
 from cfvlm_ds.evaluation.benchmarks.descriptions import counted, named, names_of, share, tally
 from cfvlm_ds.evaluation.benchmarks.metrics import by, yes_no
 
-QUERIES = File("data/query/query_discriminative.json", ("id", "image", "query"), 14_216)
-TRUTH = File("data/annotations.json", ("id", "type", "truth"))
+QUERIES = File("data/query/query_discriminative.json", rows=14_216)
+TRUTH = File("data/annotations.json")
 ASK = " Please answer Yes or No."
 
 
@@ -46,12 +46,13 @@ def _annotation(row: Row) -> Row:
 @lru_cache(1)
 def _truth(source: Source) -> tuple[dict[str, Row], DataError | None]:
     rows = list(source.rows(TRUTH))
-    return {str(row["id"]): row for row in rows if isinstance(row, Row)}, next((row for row in rows if isinstance(row, DataError)), None)
+    truth = {str(row.values.get("id")): row for row in rows if isinstance(row, Row)}
+    return truth, next((row for row in rows if isinstance(row, DataError)), None)
 
 
 AMBER = Benchmark(
     title="AMBER (discriminative)",
-    files=(QUERIES, File(TRUTH.name)),
+    files=(QUERIES,),
     item=item,
     metrics=by("type", partial(yes_no, positive=1)),  # F1 is for the answer no, so it measures detection of absent things
     headline="f1",
@@ -61,8 +62,8 @@ AMBER = Benchmark(
 )
 
 
-DESCRIBE = File("data/query/query_generative.json", ("id", "image", "query"), 1004)
-RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "word"), unnamed=True)
+DESCRIBE = File("data/query/query_generative.json", rows=1004)
+RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "word"))
 _CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
 """Words of relation.json that are rarely nouns: "hot", and "can" unless it follows an article or a word such as "trash"."""
 _OTHERS = 2
@@ -131,7 +132,7 @@ def generative(table: Sequence[Judged]) -> Values:
 
 AMBER_GENERATIVE = Benchmark(
     title="AMBER (generative)",
-    files=(DESCRIBE, *(File(file.name) for file in (TRUTH, RELATION, SAFE))),
+    files=(DESCRIBE,),
     item=description,
     metrics=generative,
     headline="chair",

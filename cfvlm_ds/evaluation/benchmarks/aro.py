@@ -16,7 +16,6 @@ from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, macro_by, ta
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-COLUMNS = ("image_path", *BOX, "true_caption", "false_caption")
 CUTS = "cut"
 LEAST = 25
 """Minimum number of items for a pair of attributes to count in the mean, as in the authors' code."""
@@ -42,8 +41,8 @@ SYMMETRIC = frozenset(_SYMMETRIC.split("|"))
 """Relations that the authors' notebook excludes from the mean."""
 
 
-RELATION = File("visual_genome_relation.json", (*COLUMNS, "relation_name"), 23_937)
-ATTRIBUTION = File("visual_genome_attribution.json", (*COLUMNS, "attributes"), 28_748)
+RELATION = File("visual_genome_relation.json", rows=23_937)
+ATTRIBUTION = File("visual_genome_attribution.json", rows=28_748)
 
 
 def relation_item(row: Row) -> Item:

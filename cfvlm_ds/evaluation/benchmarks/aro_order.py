@@ -106,7 +106,7 @@ _UNOFFICIAL = "the shuffles: drawn once with a hash; a word list, not a tagger, 
 def _benchmark(title: str, name: str, rows: int, folder: str) -> Benchmark:
     return Benchmark(
         title=title,
-        files=(File(name, ("image", "caption"), rows),),
+        files=(File(name, rows=rows),),
         item=_items("", "images", folder),
         metrics=by("options", accuracy),
         headline="accuracy",

@@ -131,7 +131,7 @@ class Benchmark:
 
     Args:
         title: name that the authors gave the benchmark.
-        files: official files; a file without ``columns`` provides no items.
+        files: official files that contain the items.
         item: function that converts a row to one or more items, or to None for a row that does not count. An exception that it raises is
             reported as an error in the row.
         metrics: pure function of items and their scores.
@@ -215,7 +215,7 @@ def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda
 
 def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
     for file in benchmark.files:
-        for row in source.rows(file) if file.columns else ():
+        for row in source.rows(file):
             if isinstance(row, DataError):
                 yield row
                 continue

@@ -5,8 +5,6 @@ from __future__ import annotations
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
-COLUMNS = ("image", "caption", "negative_caption", "negative_image", "type", "subtype")
-
 
 def item(row: Row) -> Item:
     pictures = [row.picture(row[key], "", "images") for key in ("image", "negative_image")]
@@ -16,7 +14,7 @@ def item(row: Row) -> Item:
 
 BIVLC = Benchmark(
     title="BiVLC",
-    files=(File("data/test-*.parquet", COLUMNS, 2933, lines="test.jsonl"),),
+    files=(File("data/test-*.parquet", rows=2933, lines="test.jsonl"),),
     item=item,
     metrics=by("type", quads),
     headline="group",

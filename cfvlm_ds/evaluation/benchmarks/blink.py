@@ -10,12 +10,11 @@ TASKS = (
     "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
     "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
-COLUMNS = ("idx", "prompt", "choices", "answer", "image_1")
 
 
 def item(row: Row) -> Item:
-    names = [name for number in range(1, 5) if (name := row.values.get(f"image_{number}")) is not None]
-    pictures = tuple(row.picture(name, row.part, f"{row.part}/images", "images", "") for name in names)
+    names = [row["image_1"], *(row.values.get(f"image_{number}") for number in range(2, 5))]
+    pictures = tuple(row.picture(name, row.part, f"{row.part}/images", "images", "") for name in names if name is not None)
     letters = tuple(chr(65 + place) for place in range(len(row["choices"])))
     gold = row.truth("answer", [f"({letter})" for letter in letters])
     number = str(row["idx"])
@@ -24,7 +23,7 @@ def item(row: Row) -> Item:
 
 BLINK = Benchmark(
     title="BLINK (validation)",
-    files=tuple(File(f"{task}/val-*.parquet", COLUMNS, lines=f"{task}/val.jsonl", part=task) for task in TASKS),
+    files=tuple(File(f"{task}/val-*.parquet", lines=f"{task}/val.jsonl", part=task) for task in TASKS),
     item=item,
     metrics=macro_by("task"),
     headline="macro",

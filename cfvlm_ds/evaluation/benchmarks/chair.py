@@ -15,9 +15,9 @@ from typing import Any
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, Source, single
 from cfvlm_ds.evaluation.benchmarks.descriptions import described, named, names_of, tally
 
-INSTANCES = File("annotations/instances_*.json", ("images", "annotations", "categories"))
-CAPTIONS = File("annotations/captions_*.json", ("annotations",))
-SYNONYMS = File("synonyms.txt", ("", "names"), unnamed=True)
+INSTANCES = File("annotations/instances_*.json")
+CAPTIONS = File("annotations/captions_*.json")
+SYNONYMS = File("synonyms.txt", ("", "names"))
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _PHRASES = {
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
@@ -30,18 +30,18 @@ def items(row: Row) -> list[Item]:
     """Return an item for each picture in a COCO instance file."""
     texts, names = _objects(row.source)
     objects = {}
-    for category in row.rows("categories", "id", "name"):
+    for category in row.rows("categories"):
         if (number := names.get(category.text("name").lower())) is None:
             raise category.error(f"category {category['name']!r} is in no line of {SYNONYMS.name}", "add a line that begins with it")
         objects[category["id"]] = number
     shown: defaultdict[Any, set[int]] = defaultdict(set)
-    for instance in row.rows("annotations", "image_id", "category_id"):
+    for instance in row.rows("annotations"):
         if (category_id := instance["category_id"]) not in objects:
             raise instance.error(f"category_id {category_id!r} is in no entry of 'categories'")
         shown[instance["image_id"]].add(objects[category_id])
     captions, part = _captions(row.source), PurePosixPath(row.file).stem.removeprefix("instances_")
     found = []
-    for image in row.rows("images", "id", "file_name"):
+    for image in row.rows("images"):
         name, present = str(image["file_name"]), shown[image["id"]].union(captions.get(image["id"], ()))
         picture = image.picture(name, part, f"images/{part}", f"../coco/{part}")
         found.append(single(f"{part}/{image['id']}", picture, texts, name, tuple(int(k in present) for k in range(len(texts)))))
@@ -80,7 +80,7 @@ def _captions(source: Source) -> dict[Any, set[int]]:
         source.say(f"{source.root}: no {CAPTIONS.name}, so the objects are those of the instances alone; the authors add those of captions")
         return found
     for row in source.sound_rows(CAPTIONS):
-        for caption in row.rows("annotations", "image_id", "caption"):
+        for caption in row.rows("annotations"):
             counts = mentions(str(caption["caption"]), reader)
             found[caption["image_id"]].update(number for number, count in enumerate(counts) if count)
     return found
@@ -88,7 +88,7 @@ def _captions(source: Source) -> dict[Any, set[int]]:
 
 CHAIR = Benchmark(
     title="CHAIR (COCO)",
-    files=(INSTANCES, File(CAPTIONS.name), File(SYNONYMS.name)),
+    files=(INSTANCES,),
     item=items,
     metrics=described,
     headline="hallucinated",

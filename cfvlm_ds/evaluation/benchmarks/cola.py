@@ -19,7 +19,7 @@ def item(row: Row) -> Item:
 
 COLA = Benchmark(
     title="Cola (multi-object)",
-    files=(File("data/COLA_multiobjects_matching_benchmark.json", COLUMNS, 210, unnamed=True),),
+    files=(File("data/COLA_multiobjects_matching_benchmark.json", COLUMNS, 210),),
     item=item,
     metrics=quads,
     headline="image",

@@ -6,7 +6,6 @@ from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, sing
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
 
 PARTS = ("replace-att", "replace-obj", "replace-rel")
-COLUMNS = ("image", "base_question", "correct_option", "incorrect_option")
 
 
 def item(row: Row) -> Item:
@@ -20,7 +19,7 @@ def item(row: Row) -> Item:
 
 CONME = Benchmark(
     title="ConMe",
-    files=tuple(File(f"{part}.csv", COLUMNS, part=part) for part in PARTS),
+    files=tuple(File(f"{part}.csv", part=part) for part in PARTS),
     item=item,
     metrics=macro_by("part"),
     headline="macro",

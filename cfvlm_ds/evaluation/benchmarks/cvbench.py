@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, grouped, tag
 
-COLUMNS = ("task", "question", "choices", "answer", "filename", "source")
-
 
 def item(row: Row) -> Item:
     options = tuple(str(option) for option in row["choices"])
@@ -37,7 +35,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 CVBENCH = Benchmark(
     title="CV-Bench",
-    files=tuple(File(f"test_{part}.jsonl", COLUMNS, part=part) for part in ("2d", "3d")),
+    files=tuple(File(f"test_{part}.jsonl", part=part) for part in ("2d", "3d")),
     item=item,
     metrics=metrics,
     headline="cv_bench",

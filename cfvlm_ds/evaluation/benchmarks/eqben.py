@@ -52,7 +52,7 @@ def _frame(path: Path) -> Image.Image:
 
 EQBEN = Benchmark(
     title="EqBen (mini)",
-    files=(File("all_select.json", ("image0", "image1", "caption0", "caption1")),),
+    files=(File("all_select.json"),),
     item=item,
     metrics=by("subset", quads),
     headline="group",

@@ -53,7 +53,7 @@ def _three(table: Sequence[Judged], ending: str) -> Values:
 
 HALLUSIONBENCH = Benchmark(
     title="HallusionBench",
-    files=(File("HallusionBench.json", (*KEY, "visual_input", "question", "gt_answer"), 1129),),
+    files=(File("HallusionBench.json", rows=1129),),
     item=item,
     metrics=metrics,
     headline="mean_pictures",

@@ -49,7 +49,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 MME = Benchmark(
     title="MME",
-    files=tuple(File(f"{task}/**/*.txt", ("question", "answer"), part=task, unnamed=True) for task in (*PERCEPTION, *COGNITION)),
+    files=tuple(File(f"{task}/**/*.txt", ("question", "answer"), part=task) for task in (*PERCEPTION, *COGNITION)),
     item=item,
     metrics=metrics,
     headline="perception",

@@ -9,7 +9,6 @@ import re
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro_by
 
-COLUMNS = ("index", "question", "image", "answer", "category")
 ASK = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCD"
 
@@ -26,7 +25,7 @@ def item(row: Row) -> Item:
 
 MMSTAR = Benchmark(
     title="MMStar",
-    files=(File("mmstar.parquet", COLUMNS, 1500, lines="mmstar.jsonl"),),
+    files=(File("mmstar.parquet", rows=1500, lines="mmstar.jsonl"),),
     item=item,
     metrics=macro_by("category"),
     headline="macro",

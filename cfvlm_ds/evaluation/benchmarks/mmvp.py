@@ -35,7 +35,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 MMVP = Benchmark(
     title="MMVP",
-    files=(File("Questions.csv", ("Question", "Options", "Correct Answer"), 300),),
+    files=(File("Questions.csv", rows=300),),
     item=item,
     metrics=metrics,
     headline="pair",

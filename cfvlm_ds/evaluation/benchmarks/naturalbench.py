@@ -14,10 +14,6 @@ KINDS = {
     "yes_no": (YES_NO, " Please answer Yes or No."),
     "multiple_choice": (("A", "B"), " Please output the letter corresponding to the correct option."),
 }
-COLUMNS = (
-    "Index", "Image_0", "Image_1", "Question_0", "Question_1", "Image_0_Question_0", "Image_1_Question_0", "Image_0_Question_1",
-    "Image_1_Question_1", "Question_Type",
-)  # fmt: skip
 
 
 def items(row: Row) -> list[Item]:
@@ -56,7 +52,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 NATURALBENCH = Benchmark(
     title="NaturalBench",
-    files=(File("data/train-*.parquet", COLUMNS, 1900, lines="train.jsonl"),),
+    files=(File("data/train-*.parquet", rows=1900, lines="train.jsonl"),),
     item=items,
     metrics=metrics,
     headline="g_acc",

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import by, means, yes_no
 
-COLUMNS = ("question_id", "image", "text", "label")
 SPLITS = ("random", "popular", "adversarial")
 ASK = "\nAnswer the question using a single word or phrase."
 
@@ -29,7 +28,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 POPE = Benchmark(
     title="POPE (COCO)",
-    files=tuple(File(f"output/coco/coco_pope_{split}.json", COLUMNS, 3000, part=split) for split in SPLITS),
+    files=tuple(File(f"output/coco/coco_pope_{split}.json", rows=3000, part=split) for split in SPLITS),
     item=item,
     metrics=metrics,
     headline="f1_macro",

@@ -39,11 +39,10 @@ class File:
 
     Args:
         name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any number of folders.
-        columns: required columns. Other columns are metadata, but a likely misspelling of a missing column is an error.
+        columns: names of the columns, for rows that are lists of values. In other files, each row names its columns.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
         part: part of the benchmark to which the rows belong, such as a split.
-        unnamed: True if rows are lists of column values without names.
     """
 
     name: str
@@ -51,7 +50,6 @@ class File:
     rows: int | None = None
     lines: str = ""
     part: str = ""
-    unnamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Row:
     """A row of an official file.
 
     Args:
-        values: column -> value, including optional columns.
+        values: column -> value.
         where: location of the row, with which every error message begins.
         number: number of the row in its file, from 1, or its key if the file is a JSON object.
         part: part of the benchmark to which the file belongs.
@@ -75,23 +73,25 @@ class Row:
     source: Source
 
     def __getitem__(self, column: str) -> Any:
+        """Return the value in a column. Raises DataError if the row lacks the column."""
+        if column not in self.values:
+            further_keys(self.values, (column,), self.where)  # raises for a likely misspelling
+            present = ", ".join(map(str, list(self.values)[:20]))
+            raise self.error(f"column {column!r} is missing (columns: {present})")
         return self.values[column]
 
     def error(self, problem: str, remedy: str = _AGAIN) -> DataError:
         """Return a DataError that begins with the row's location."""
         return DataError(f"{self.where}: {problem}; {remedy}")
 
-    def rows(self, column: str, *columns: str) -> Iterator[Row]:
-        """Yield the objects in a list-valued column as rows. Each object must have all ``columns``. Raises DataError if the value is not a
-        list.
-        """
+    def rows(self, column: str) -> Iterator[Row]:
+        """Yield the objects in a list-valued column as rows. Raises DataError if the value is not a list."""
         values = self[column]
         if not isinstance(values, list):
             raise self.error(f"{column!r} must be a list, not {quoted(values)}")
-        file = File(self.file, columns)
         for number, value in enumerate(values, 1):
             where = f"{self.where}: {column} {number}"
-            yield Row(_checked(where, value, file), where, str(number), self.part, self.file, self.source)
+            yield Row(_checked(where, value), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
         """Return the text in a column with surrounding white space removed. Raises DataError if the value is empty or not a text."""
@@ -185,7 +185,7 @@ class Source:
                 kind, _, number = place.partition(" ")
                 where = f"{path}:{number}" if kind == "line" else f"{path}: {place}"
                 try:
-                    yield Row(_checked(where, value, file), where, number, file.part, name, self)
+                    yield Row(_checked(where, value, file.columns), where, number, file.part, name, self)
                 except DataError as error:
                     yield error
         except DataError as error:  # its message names the file and the remedy
@@ -243,19 +243,14 @@ def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
     return path
 
 
-def _checked(where: str, value: Any, file: File) -> dict[str, Any]:
+def _checked(where: str, value: Any, columns: Sequence[str] = ()) -> dict[str, Any]:
     if isinstance(value, DataError):
         raise DataError(f"{where}: {value}")
-    if file.unnamed and (not isinstance(value, list) or len(value) != len(file.columns)):
-        raise DataError(f"{where}: the row must be [{', '.join(file.columns)}], not {quoted(value)}; {_AGAIN}")
-    if file.unnamed:
-        return dict(zip(file.columns, value, strict=True))
+    if columns and isinstance(value, list) and len(value) == len(columns):
+        return dict(zip(columns, value, strict=True))
     if not isinstance(value, dict):
-        raise DataError(f"{where}: the row is a {type(value).__name__}, not an object; {_AGAIN}")
-    further_keys(value, file.columns, where)
-    if missing := [name for name in file.columns if name not in value]:
-        present = ", ".join(map(str, list(value)[:20]))
-        raise DataError(f"{where}: column {missing[0]!r} is missing (columns: {present}); {_AGAIN}")
+        form = f"[{', '.join(columns)}]" if columns else "an object"
+        raise DataError(f"{where}: the row must be {form}, not {quoted(value)}; {_AGAIN}")
     return value
 
 

@@ -10,7 +10,6 @@ from cfvlm_ds.evaluation.benchmarks.metrics import accuracy, macro, means, tag
 ROWS = {
     "add_att": 692, "add_obj": 2062, "replace_att": 788, "replace_obj": 1652, "replace_rel": 1406, "swap_att": 666, "swap_obj": 245,
 }  # fmt: skip
-COLUMNS = ("filename", "caption", "negative_caption")
 COCO = ("val2017", "images/val2017", "../coco/val2017")
 
 
@@ -28,7 +27,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 SUGARCREPE = Benchmark(
     title="SugarCrepe",
-    files=tuple(File(f"data/{subset}.json", COLUMNS, rows, part=subset) for subset, rows in ROWS.items()),
+    files=tuple(File(f"data/{subset}.json", rows=rows, part=subset) for subset, rows in ROWS.items()),
     item=item,
     metrics=metrics,
     headline="macro",

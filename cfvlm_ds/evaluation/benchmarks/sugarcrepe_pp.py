@@ -17,7 +17,7 @@ def item(row: Row) -> Item:
 
 SUGARCREPE_PP = Benchmark(
     title="SugarCrepe++",
-    files=tuple(File(f"data/{subset}.json", ("id", "filename", *CAPTIONS), part=subset) for subset in SUBSETS),
+    files=tuple(File(f"data/{subset}.json", part=subset) for subset in SUBSETS),
     item=item,
     metrics=macro_by("subset"),
     headline="macro",

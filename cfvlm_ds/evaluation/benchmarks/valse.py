@@ -11,7 +11,6 @@ VALID = {
 }  # fmt: skip
 """File -> number of valid rows, in which at least two of three annotators preferred the caption to the foil."""
 VOTES = 2
-COLUMNS = ("dataset", "image_file", "caption", "foil", "mturk")
 
 
 def item(row: Row) -> Item | None:
@@ -28,7 +27,7 @@ def item(row: Row) -> Item | None:
 
 VALSE = Benchmark(
     title="VALSE",
-    files=tuple(File(f"data/{part}.json", COLUMNS, valid, part=part) for part, valid in VALID.items()),
+    files=tuple(File(f"data/{part}.json", rows=valid, part=part) for part, valid in VALID.items()),
     item=item,
     metrics=macro_by("part"),
     headline="macro",

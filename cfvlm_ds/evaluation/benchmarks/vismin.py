@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Judged, Row, Values, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, means, quads
 
-COLUMNS = ("image_0", "text_0", "image_1", "text_1", "category")
-
 
 def item(row: Row) -> Item:
     pictures = [row.picture(row[key], "", "images") for key in ("image_0", "image_1")]
@@ -25,7 +23,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 VISMIN = Benchmark(
     title="VisMin",
-    files=(File("data/test-*.parquet", COLUMNS, 2084, lines="test.jsonl"),),
+    files=(File("data/test-*.parquet", rows=2084, lines="test.jsonl"),),
     item=item,
     metrics=metrics,
     headline="group_macro",

@@ -8,8 +8,6 @@ from cfvlm_ds.data.fields import as_list
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
-COLUMNS = ("object", "correct_answer", "incorrect_answer", "original_image", "counterfact_image")
-
 
 def item(row: Row) -> Item:
     usual, changed = _answers(row, "correct_answer"), _answers(row, "incorrect_answer")
@@ -36,8 +34,8 @@ def _answers(row: Row, column: str) -> list[str]:
 VISUAL_COUNTERFACT = Benchmark(
     title="Visual CounterFact",
     files=(
-        File("data/color-*.parquet", COLUMNS, 493, "color.jsonl", part="color"),
-        File("data/size-*.parquet", COLUMNS, 727, "size.jsonl", part="size"),
+        File("data/color-*.parquet", rows=493, lines="color.jsonl", part="color"),
+        File("data/size-*.parquet", rows=727, lines="size.jsonl", part="size"),
     ),
     item=item,
     metrics=by("part", quads),

@@ -31,7 +31,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 VL_CHECKLIST = Benchmark(
     title="VL-CheckList",
-    files=tuple(File(f"data/{branch}/**/*.json", ("picture", "texts"), part=branch, unnamed=True) for branch in BRANCHES),
+    files=tuple(File(f"data/{branch}/**/*.json", ("picture", "texts"), part=branch) for branch in BRANCHES),
     item=item,
     metrics=metrics,
     headline="macro",

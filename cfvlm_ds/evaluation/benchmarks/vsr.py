@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from cfvlm_ds.evaluation.benchmarks.base import YES_NO, Benchmark, File, Item, Judged, Row, Values, single
 from cfvlm_ds.evaluation.benchmarks.metrics import macro, tag, yes_no
 
-COLUMNS = ("image", "caption", "label", "relation")
 ASK = 'Is this sentence true of the picture: "{}" Please answer Yes or No.'
 
 
@@ -25,7 +24,7 @@ def metrics(table: Sequence[Judged]) -> Values:
 
 VSR = Benchmark(
     title="VSR (zero-shot)",
-    files=(File("data/splits/zeroshot/test.jsonl", COLUMNS, 1222),),
+    files=(File("data/splits/zeroshot/test.jsonl", rows=1222),),
     item=item,
     metrics=metrics,
     headline="accuracy",

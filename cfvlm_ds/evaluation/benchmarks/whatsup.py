@@ -78,8 +78,8 @@ def metrics(table: Sequence[Judged]) -> Values:
 WHATSUP = Benchmark(
     title="What'sUp",
     files=(
-        *(File(f"controlled_{part}_dataset.json", ("image_path", "caption_options"), part=part) for part in CONTROLLED),
-        *(File(part.replace("_", "_qa_") + "_obj.json", ("image_id", "true", "false"), part=part, unnamed=True) for part in QUESTIONS),
+        *(File(f"controlled_{part}_dataset.json", part=part) for part in CONTROLLED),
+        *(File(part.replace("_", "_qa_") + "_obj.json", ("image_id", "true", "false"), part=part) for part in QUESTIONS),
     ),
     item=item,
     metrics=metrics,

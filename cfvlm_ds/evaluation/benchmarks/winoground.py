@@ -7,8 +7,6 @@ from pathlib import Path
 from cfvlm_ds.evaluation.benchmarks.base import Benchmark, File, Item, Row, quad
 from cfvlm_ds.evaluation.benchmarks.metrics import QUAD_RANDOM, by, quads
 
-COLUMNS = ("id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag")
-
 
 def item(row: Row) -> Item:
     names = [row[column] for column in ("image_0", "image_1")]  # without a suffix
@@ -19,7 +17,7 @@ def item(row: Row) -> Item:
 
 WINOGROUND = Benchmark(
     title="Winoground",
-    files=(File("data/examples.jsonl", COLUMNS, 400),),
+    files=(File("data/examples.jsonl", rows=400),),
     item=item,
     metrics=by("tag", quads),
     headline="group",
