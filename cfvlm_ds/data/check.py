@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
@@ -54,7 +54,7 @@ _MERGED = 1 << 20
 """Number of picture keys above which the keys of all rows so far are reduced to distinct ones."""
 
 
-def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
+def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:
     """Check the rows of a data set and count their contents, without opening any pictures."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
@@ -83,7 +83,7 @@ class _Rows(NamedTuple):
     pictures: tuple[Array, Array]
 
 
-def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Say, scan: Scan) -> SeenRows:
     """Check all rows, add their counts and problems to ``report``, and return the distinct pictures and the groups with repeated ids."""
     ids, pictures, pending = [_arrays({})], [_arrays({})], 0
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
@@ -139,9 +139,7 @@ def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan)
 # Texts -------------------------------------------------------------------------------------------------------------------------------
 
 
-def check_texts(
-    store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
-) -> CheckReport:
+def check_texts(store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Say, scan: Scan) -> CheckReport:
     """Compare the images within each group, measure the group's texts, and return a report.
 
     If ``lengths`` is given, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
@@ -220,7 +218,7 @@ def sound_groups(
     root: Root = None,
     format: str = AUTO,
     limit: int | None = None,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Say = no_op,
 ) -> GroupStore:
     """Open a manifest with ``open_groups`` and check its rows. Raises DataError for the first problem, such as a repeated id."""
     store = open_groups(path, root, format, limit=limit, progress=progress)
@@ -236,7 +234,7 @@ def check_manifest(
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[str], object] = print_line,
+    progress: Say = print_line,
 ) -> CheckReport:
     """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
     decoded once.

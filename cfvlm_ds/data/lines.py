@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import zlib
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.core.reading import MIB, HeldFile
 
 MAX_LINE = 4 * MIB
@@ -45,9 +44,7 @@ class IndexedLines:
         self._held = held
 
     @classmethod
-    def scanned(
-        cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
-    ) -> IndexedLines:
+    def scanned(cls, path: Path, *, alive: Alive = no_op, progress: Say = no_op) -> IndexedLines:
         """Read a regular file once and index its lines. Raises OSError, ValueError (the message does not name the file), and DataError for
         a line of more than MAX_LINE bytes.
         """

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Scan:
         shield: function called at the start of each worker process.
     """
 
-    alive: Callable[[], object] = lambda: None
+    alive: Alive = no_op
     shield: Callable[[int], None] = lambda worker: None
 
     def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:

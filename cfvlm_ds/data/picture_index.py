@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache, partial
 from itertools import islice
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import hashed
@@ -98,7 +98,7 @@ class PictureTable:
         return cls(keys, records["facts"][positions])
 
     @classmethod
-    def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
+    def of_files(cls, paths: Iterable[Path], say: Say = no_op) -> PictureTable:
         """Build a table by hashing the contents of files. Unreadable files are left out; opening them later reports the error."""
 
         def look(path: Path) -> Picture | None:

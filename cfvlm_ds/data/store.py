@@ -20,6 +20,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
+from cfvlm_ds.data.passes import Done
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
@@ -135,7 +136,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
     if parts is None:
         return None
 
-    def work(places: Sequence[int], done: Callable[[], object]) -> npt.NDArray[Any]:
+    def work(places: Sequence[int], done: Done) -> npt.NDArray[Any]:
         counts = np.zeros(len(places), np.int64)
         for k, row in enumerate(places):
             counts[k] = _parts_of(rows.value(row), parts)

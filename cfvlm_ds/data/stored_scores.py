@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.identity import Identity, changes
@@ -139,7 +139,7 @@ def read_scores(
     data: Identity,
     *,
     made_by: Mapping[str, str] | None = None,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = no_op,
 ) -> Mapping[str, StoredScores]:
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+from cfvlm_ds.core.progress import Say
 
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
 _STALE_AFTER_S = 300.0
 
 
-def clear_stale_locks(folder: Path | None = None, say: Callable[[str], object] = print) -> list[Path]:
+def clear_stale_locks(folder: Path | None = None, say: Say = print) -> list[Path]:
     """Remove the build locks that killed processes left behind in torch's extension cache, and return their paths. Otherwise, every later
     start would wait for these locks forever.
 

@@ -4,7 +4,7 @@ written at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.progress import Say
+from cfvlm_ds.core.progress import Alive, Say
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Outcome, results
@@ -170,7 +170,7 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark],
     return f"## Benchmarks before and after training\n\n{comparison_table(compared, 'before', 'after')}"
 
 
-def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
+def _identity(config: RunConfig, world: World, alive: Alive) -> dict[str, str]:
     """Return the exported model's fingerprint. `cfvlm-ds evaluate` on the run folder computes the same fingerprint."""
     run_dir = Path(config.train.output_dir)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cfvlm_ds import checkpoint as checkpoints
 from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.options import flat
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -57,9 +58,7 @@ _ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.max_steps", 
 _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
-def card_of(
-    checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None, repo: str | None = None
-) -> str | None:
+def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None = None, repo: str | None = None) -> str | None:
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 

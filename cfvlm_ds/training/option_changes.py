@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.options import OnResume, declared, flat
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
@@ -70,8 +71,8 @@ def record(
     deepspeed: Mapping[str, Any],
     ranks: int,
     steps: int,
-    alive: Callable[[], object] = lambda: None,
-    say: Callable[[str], object] = lambda line: None,
+    alive: Alive = no_op,
+    say: Say = no_op,
 ) -> dict[str, Any]:
     """Return the record of a run as plain JSON with secrets removed: options, resolved DeepSpeed settings, number of ranks, total steps and
     the model's hashes.
@@ -82,9 +83,7 @@ def record(
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
 
 
-def model_hashes(
-    name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
-) -> dict[str, str] | None:
+def model_hashes(name_or_path: str, alive: Alive = no_op, say: Say = no_op) -> dict[str, str] | None:
     """Return the fingerprint (hashes) of the model's files, or None if a hub model has not been downloaded yet."""
     folder = name_or_path
     if not os.path.isdir(folder):

@@ -12,7 +12,7 @@ import numpy as np
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.named import near
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
@@ -32,7 +32,7 @@ def open_data(
     format: str,
     limit: int | None = None,
     scan: Scan | None = None,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Say = no_op,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
     """Open a data set that is not a store. The arguments are as in cfvlm_ds.data.open_groups."""
@@ -80,7 +80,7 @@ _LOOKED_AT = 100  # number of rows from which the format is detected
 _LOOKED_FOR_MARKS = 2048  # number of groups, spread over the file, whose metadata is searched for labels
 
 
-def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
+def _refuse_absent_columns(rows: Rows, convert: Any, alive: Alive, progress: Say) -> None:
     """Raise DataError if an option of the format names a column that no row has."""
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
@@ -115,7 +115,7 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
     return dict.fromkeys(form for name in (*names, *sorted(inner)) for form in (name, name.lower(), f"sample.{name}"))
 
 
-def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
+def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
     """Raise one DataError for all metadata columns that might hold labels, false texts or picture names but are named by no option."""
 
     def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:

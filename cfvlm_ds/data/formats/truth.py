@@ -20,6 +20,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.fields import as_list, as_meta, json_object, row_id
+from cfvlm_ds.data.passes import Done
 from cfvlm_ds.data.rows import Rows
 from cfvlm_ds.data.store import apply
 
@@ -343,7 +344,7 @@ class JoinedRows:
         except DataError as error:
             return DataError(f"{where}: {error}")
 
-    def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
+    def _keys(self, places: Sequence[int], done: Done) -> Any:
         """Return a number for each row. Rows about the same image and prompt have the same number; an invalid row's number is unique."""
         keys = []
         for row in places:
