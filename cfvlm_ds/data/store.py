@@ -8,7 +8,7 @@ paths to a data root and confines them to the roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +20,13 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
+from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.passes import Done
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
 
-Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
+Format = Callable[[Row], CounterfactualGroup | Sequence[CounterfactualGroup]]
 """Function from a row to one or several groups, with unchanged image paths. Its DataErrors do not name the file and line."""
 
 
@@ -160,7 +161,7 @@ def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[Counterfactua
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 
-def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
+def apply(function: Callable[[Row], T], row: Any) -> T:
     """Apply a format's function to a row. Any exception is converted to a DataError, which does not name the row's location."""
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")
