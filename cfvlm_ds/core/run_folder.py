@@ -11,7 +11,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import counted_from, read_json, read_yaml
+from cfvlm_ds.core.reading import MALFORMED, counted_from, read_json, read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -155,7 +155,7 @@ def base_of(folder: Path) -> str:
     try:
         settings: Any = read_json(folder / ADAPTER)
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{folder / ADAPTER} does not describe adapters ({type(error).__name__}: {error}); {remedy}") from error
     if kind != "LORA" or not isinstance(base, str) or not base:
         raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not supported; {remedy}")

@@ -29,7 +29,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress, Say
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
@@ -464,7 +464,7 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
 
 
 def _read(file: Path, key: str) -> str | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+    with contextlib.suppress(*MALFORMED):
         return str(read_json(file)[key])
     return None
 

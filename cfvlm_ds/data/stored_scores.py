@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress, Say, no_op
-from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.reading import MALFORMED, lines, parse_json
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
@@ -165,7 +165,7 @@ def read_scores(
                 raise DataError(f"{path}: no scores for group {group.id!r} (the file is incomplete, or contains a group twice); {_REMEDY}")
             _check_matrix(rows, place, group, _scores_of(_parsed(rows, place)))
         return scores
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error

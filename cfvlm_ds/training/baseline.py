@@ -19,7 +19,7 @@ import torch
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.files import cache_folder, replace, write_if_possible
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.identity import Identity, changes, digest
@@ -129,7 +129,7 @@ class Baseline:
         try:
             kept = read_json(file) if file.is_file() else {"data": None, "rows": []}
             return kept["data"], [Accuracy(**row) for row in kept["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             self.world.say(f"warning: {file} cannot be read ({type(error).__name__}) and is ignored")
             return None, []
 

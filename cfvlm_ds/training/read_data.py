@@ -26,7 +26,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, data_roots, open_groups
 from cfvlm_ds.data.check import check_texts
@@ -303,5 +303,5 @@ def _folder(config: RunConfig, each: DataSet) -> Path:
 def _recorded(file: Path) -> dict[str, Any]:
     try:
         return dict(read_json(file))
-    except (OSError, ValueError, TypeError, RecursionError):
+    except MALFORMED:
         return {}

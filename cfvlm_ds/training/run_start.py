@@ -16,7 +16,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.journal import append
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
@@ -141,7 +141,7 @@ def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] |
     continue. Raises ConfigError if no checkpoint or record reaches the step stated in finished.json.
     """
     finished: Any = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent
+    with contextlib.suppress(*MALFORMED):  # a file that was truncated by a power loss counts as absent
         finished = read_json(run_dir / FINISHED)
     if not isinstance(finished, dict) or type(step := finished.get("step")) is not int:
         return None

@@ -22,7 +22,7 @@ from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, replace
 from cfvlm_ds.core.progress import Alive, Say, no_op
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.text import few, one_line
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
@@ -95,7 +95,7 @@ def _cached_folder(record: Path) -> Path | None:
         folder, files = record.parent / cached["folder"], cached["files"]
         complete = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
         return folder if complete else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except MALFORMED:
         return None
 
 

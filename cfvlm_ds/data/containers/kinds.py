@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.text import few
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
@@ -149,7 +149,7 @@ def _saved(path: Path) -> list[Path]:
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise DataError(
             f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"
         ) from error

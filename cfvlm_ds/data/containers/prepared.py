@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, file_lock, whole_folder
 from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
@@ -77,7 +77,7 @@ def prepare(
 
 def _prepared(path: Path, folder: Path) -> Prepared:
     sources: tuple[tuple[str, int], ...] = ()
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+    with contextlib.suppress(*MALFORMED):
         sources = tuple((str(name), int(rows)) for name, rows in read_json(folder / _SOURCES))
     copied = [folder] if (folder / _PICTURES).is_file() else []
     return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, *copied), sources)
