@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
@@ -26,13 +25,11 @@ from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
-from cfvlm_ds.data.passes import Done, Scan, contains, distinct
+from cfvlm_ds.data.passes import Array, Done, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-
-Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):

@@ -9,23 +9,20 @@ import os
 import zlib
 from array import array
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.core.reading import MIB, HeldFile
+from cfvlm_ds.data.passes import Array
 
 MAX_LINE = 4 * MIB
 """Maximum size of a row in a JSON lines file, in bytes: four times the size of a group with a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
-
-Array = npt.NDArray[Any]
 
 
 class IndexedLines:

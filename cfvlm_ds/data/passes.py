@@ -15,6 +15,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
+"""A numpy array of any dtype."""
 Done = Callable[[], object]
 """Function to be called after every item of a chunk."""
 

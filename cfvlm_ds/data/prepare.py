@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
@@ -39,7 +38,7 @@ from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity, joined_part
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
-from cfvlm_ds.data.passes import Done, Scan
+from cfvlm_ds.data.passes import Array, Done, Scan
 from cfvlm_ds.data.picture_check import equal_images, opened_pictures
 from cfvlm_ds.data.picture_file import part_name, tar_member
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, find, picture_key
@@ -60,8 +59,6 @@ _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build an encoder for each row
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

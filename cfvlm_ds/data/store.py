@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.fields import Row
-from cfvlm_ds.data.passes import Done
+from cfvlm_ds.data.passes import Array, Done
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
@@ -48,7 +47,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         rows: Rows,
         roots: Sequence[Path],
         convert: Callable[[Any], CounterfactualGroup | Sequence[CounterfactualGroup]],
-        firsts: npt.NDArray[Any] | None = None,
+        firsts: Array | None = None,
         format: str = "",
         limit: int | None = None,
     ) -> None:
@@ -64,11 +63,11 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return self.rows.path
 
     @property
-    def together(self) -> npt.NDArray[Any] | None:
+    def together(self) -> Array | None:
         """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a
         store, "row" means a row of the data set that it was prepared from.
         """
-        stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
+        stored: Array | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
 
     def where(self, index: int) -> str:
@@ -128,7 +127,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
         return error
 
 
-def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
+def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> Array | None:
     """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
     ``over`` is a callable that maps a function over chunks of the rows.
@@ -137,7 +136,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
     if parts is None:
         return None
 
-    def work(places: Sequence[int], done: Done) -> npt.NDArray[Any]:
+    def work(places: Sequence[int], done: Done) -> Array:
         counts = np.zeros(len(places), np.int64)
         for k, row in enumerate(places):
             counts[k] = _parts_of(rows.value(row), parts)
