@@ -1,13 +1,12 @@
 """Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes four passes over the groups: one for rows, one for pictures, one for texts and one for repeated contents. It keeps no groups
-in memory, but needs 24 bytes for each group and 48 bytes for each picture.
+The check makes three passes over the groups: one for rows, one for pictures, and one for texts and repeated contents. It keeps no groups in
+memory, but needs 24 bytes for each group and 48 bytes for each picture.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +91,7 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Say, scan: Sc
     repeats = dict(_repeated(store, ids, scan))
     report.problems.extend(repeats.values())
     seen = SeenRows(distinct(pictures), list(repeats))
-    report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
+    report.num_images = len(seen.pictures[0])
     return seen
 
 
@@ -136,41 +135,46 @@ def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan)
 # Texts -------------------------------------------------------------------------------------------------------------------------------
 
 
-def check_texts(store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Say, scan: Scan) -> CheckReport:
-    """Compare the images within each group, measure the group's texts, and return a report.
+def check_texts(
+    store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Say, scan: Scan
+) -> tuple[CheckReport, Keys]:
+    """Compare the images within each group, and measure the group's texts. Return a report and the keys of all rows and pictures.
 
     If ``lengths`` is given, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
     ``pictures`` contains the readable pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
     """
-    report, shown = CheckReport(str(store.path)), [_arrays({})]
+    report, shown, keys = CheckReport(str(store.path)), [_arrays({})], list[Keys]()
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
-    for part, images in scan.over(range(len(store)), texts, Progress(progress, "checking texts", len(store), "groups")):
+    for part, images, own_keys in scan.over(range(len(store)), texts, Progress(progress, "checking texts", len(store), "groups")):
         report.add(part)
         shown.append(images)
+        keys.append(own_keys)
     report.visual_tokens.update(distinct(shown)[1].tolist())
-    return report
+    return report, joined_keys(keys)
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Text pass over a chunk of groups, as a callable. It returns a report, and the hash and visual token count of each distinct image."""
+    """Text pass over a chunk of groups, as a callable. It returns a report, the hash and visual token count of each distinct image, and the
+    keys of the rows and pictures.
+    """
 
     store: GroupStore
     lengths: Lengths | None
     pictures: PictureTable
 
-    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, tuple[Array, Array]]:
-        report = CheckReport(str(self.store.path))
-        images: dict[int, int] = {}
+    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, tuple[Array, Array], Keys]:
+        report, images, groups = CheckReport(str(self.store.path)), dict[int, int](), list[CounterfactualGroup]()
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):
+                groups.append(group)
                 report.problems.extend(f"{self.store.where(index)}: {problem}" for problem in equal_images(group, self.pictures))
                 if self.lengths is None:
                     note_characters(report, group, partial(self.store.where, index))
                 else:
                     self._measure(report, index, group, self.lengths, images)
             done()
-        return report, _arrays(images)
+        return report, _arrays(images), keys_of(groups, self.pictures)
 
     def _measure(self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, images: dict[int, int]) -> None:
         sizes: set[tuple[Size, ...]] = set()
@@ -247,22 +251,8 @@ def check_manifest(
     scan, report = Scan(), CheckReport(str(store.path))
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
-    report.add(check_texts(store, lengths, pictures, progress, scan))
-    work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
-    keys = joined_keys([*scan.over(range(len(store)), work, counted)])
-    report.add(
-        CheckReport(
-            report.manifest,
-            sides=Counter(pictures.sides()),
-            num_repeated_rows=report.num_groups - len(keys.rows),
-            num_repeated_pictures=report.num_images - len(keys.pictures),
-        )
-    )
+    texts, keys = check_texts(store, lengths, pictures, progress, scan)
+    report.add(texts)
+    report.sides.update(pictures.sides())
+    report.num_repeated_rows, report.num_repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
     return report
-
-
-def _keys(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> Keys:
-    keys = keys_of((group for _, group in store.entries(places) if not isinstance(group, DataError)), pictures)
-    for _ in places:
-        done()
-    return keys

@@ -169,7 +169,7 @@ class _Job:
             for number in units.missing(self.shard, self.of):
                 self._open_unit(units, number, keys[unit_of == number], places[unit_of == number], progress)
             if strict and self.report.problems:
-                self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
+                self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan)[0])
                 return False
             if missing := units.missing():
                 self.say(

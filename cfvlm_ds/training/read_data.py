@@ -271,7 +271,7 @@ class _Stores:
         file = Path(config.train.output_dir) / _FOLDER / f"{_named(each)}.json"
         key, known = self._measured_by(store), _recorded(file)
         if known.get("key") != key:
-            report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
+            report, _ = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}
             file.parent.mkdir(parents=True, exist_ok=True)
