@@ -130,13 +130,13 @@ def _in_folder(path: Path) -> list[Path]:
         return _saved(path)
     if len(kinds := [pattern for pattern in _IN_FOLDERS if any(path.glob(pattern))]) > 1:
         raise DataError(f"{path}: contains files of several kinds ({', '.join(kinds)}); name those of one kind, such as {path / kinds[0]}")
-    for pattern in kinds:
-        if files := sorted(path.glob(pattern)):
-            names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
-            if len(names) > 1:
-                one = path / f"{names[0]}-*{files[0].suffix}"
-                raise DataError(f"{path}: contains several splits ({', '.join(names[:10])}); name the files of one split, such as {one}")
-            return files
+    if kinds:
+        files = sorted(path.glob(kinds[0]))
+        names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
+        if len(names) > 1:
+            one = path / f"{names[0]}-*{files[0].suffix}"
+            raise DataError(f"{path}: contains several splits ({', '.join(names[:10])}); name the files of one split, such as {one}")
+        return files
     pictures = sorted(filter(_is_picture, path.iterdir()))
     if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
