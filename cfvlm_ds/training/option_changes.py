@@ -19,7 +19,7 @@ from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
-ON_RESUME: dict[str, OnResume | None] = {
+ON_RESUME: dict[str, OnResume] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
 """Option -> the effect of a change on a resume."""
