@@ -135,16 +135,15 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 def recorded_model(run_dir: Path) -> ModelConfig:
     """Read the model options of a run. Raises ConfigError if its folder holds no valid configuration."""
-    path, options = run_dir / "config.yaml", recorded_options(run_dir).get("model")
-    if not isinstance(options, dict):
-        raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
+    options = recorded_options(run_dir)
     try:
-        model: ModelConfig = build(ModelConfig, options, "model")
-    except ConfigError as error:
-        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
-    if not model.name_or_path:
-        raise ConfigError(f"{path} is not a run's configuration (model.name_or_path is empty); restore it")
-    return model
+        model: ModelConfig = build(ModelConfig, options["model"], "model")
+        if not model.name_or_path:
+            raise ValueError("model.name_or_path is empty")
+        return model
+    except MALFORMED as error:
+        problem = f"{run_dir / 'config.yaml'} is not a run's configuration ({type(error).__name__}: {error}); restore it"
+        raise ConfigError(problem) from error
 
 
 def base_of(folder: Path) -> str:
