@@ -32,7 +32,7 @@ from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, di
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups, Prompt
 from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
@@ -136,7 +136,7 @@ class Collator:
         vars(other).update(changes)
         return other
 
-    def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
+    def __call__(self, groups: Groups) -> Batch:
         """Collate groups into one batch.
 
         Raises DataError naming the file if a picture cannot be opened, and DataError naming the group if a text does not fit the context
@@ -144,7 +144,7 @@ class Collator:
         """
         return self.parts(groups)[0]
 
-    def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+    def parts(self, groups: Groups, max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
         A tree that exceeds the limit is split between its texts. A single text that exceeds it gets a separate batch. Every batch has the
@@ -210,7 +210,7 @@ class Collator:
                 forwards.append(packed.to(batch.cell.device))
         return replace(micro_batch, forwards=tuple(forwards))
 
-    def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
+    def readable(self, groups: Groups) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
         """Return the groups that can be collated, and (id, reason) for every other group."""
         kept, dropped = [], []
         for group in groups:
@@ -288,14 +288,14 @@ class Collator:
         """Count the tokens of a text's prompt, with placeholders expanded for pictures of these sizes."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
-    def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+    def _layout(self, groups: Groups) -> GroupLayout:
         texts = [[self._text(group, c) for c in range(len(group.candidates))] for group in groups]
         layout = group_layout(groups, texts, self.cells)
         layout = with_in_batch_negatives(layout, groups, [in_batch_texts(group, self.prompts) for group in groups])
         layout = with_blank_picture(layout, groups) if self.blank else layout
         return with_changed_tokens(layout, groups, texts) if self.tokens else layout
 
-    def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
+    def _trees(self, groups: Groups, layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
         trees: dict[tuple[Any, ...], Tree] = {}
         in_batch, own = [in_batch_texts(group, self.prompts) for group in groups], layout.num_own
@@ -334,9 +334,7 @@ def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_lengt
     return [tree for tree in kept if tree.branches]
 
 
-def _check_window(
-    groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int
-) -> None:
+def _check_window(groups: Groups, trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int) -> None:
     for tree in trees:
         for cell, text in tree.branches:
             if (length := prompt_length(tree, text) + text.length) > window:

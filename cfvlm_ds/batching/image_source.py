@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
 from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
 from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.picture_file import picture_bytes
@@ -41,7 +41,7 @@ class Unprocessable(DataError):
         )
 
 
-def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
+def with_names(error: Unprocessable, groups: Groups, sizes: Mapping[Path, Size]) -> str:
     """Return the error message, preceded by the group and file name of the first picture of the size that caused the error."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):

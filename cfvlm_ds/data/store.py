@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
 from cfvlm_ds.data.fields import Row
@@ -25,7 +25,7 @@ from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
 
-Format = Callable[[Row], CounterfactualGroup | Sequence[CounterfactualGroup]]
+Format = Callable[[Row], CounterfactualGroup | Groups]
 """Function from a row to one or several groups, with unchanged image paths. Its DataErrors do not name the file and line."""
 
 
@@ -46,14 +46,14 @@ class GroupStore(Lazy[CounterfactualGroup]):
         self,
         rows: Rows,
         roots: Sequence[Path],
-        convert: Callable[[Any], CounterfactualGroup | Sequence[CounterfactualGroup]],
+        convert: Callable[[Any], CounterfactualGroup | Groups],
         firsts: Array | None = None,
         format: str = "",
         limit: int | None = None,
     ) -> None:
         self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
         self._convert, self._confine = convert, Confinement(roots)
-        self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
+        self._last: tuple[int, Groups | DataError] = (-1, ())
         number = len(rows) if firsts is None else int(firsts[-1])
         super().__init__(self._group, number if limit is None else min(number, limit))
 
@@ -98,7 +98,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         row = int(self.firsts.searchsorted(index, "right")) - 1
         return row, index - int(self.firsts[row])
 
-    def _groups(self, row: int) -> Sequence[CounterfactualGroup]:
+    def _groups(self, row: int) -> Groups:
         if isinstance(value := self.rows.value(row), DataError):
             raise value
         expected = 1 if self.firsts is None else int(self.firsts[row + 1] - self.firsts[row])
@@ -116,7 +116,7 @@ class Unraised(Lazy[CounterfactualGroup | DataError]):
     a worker process.
     """
 
-    def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
+    def __init__(self, groups: Groups) -> None:
         super().__init__(partial(_unraised, groups.__getitem__), len(groups))
 
 
@@ -154,7 +154,7 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
         return 1
 
 
-def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
+def converted(row: Any, convert: Callable[[Any], Any]) -> Groups:
     """Convert a row to groups, without changing the picture paths. Raises DataErrors that do not name the row's location."""
     groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple holds the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups

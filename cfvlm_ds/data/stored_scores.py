@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.reading import MALFORMED, lines, parse_json
 from cfvlm_ds.core.text import hashed, quoted
@@ -44,7 +44,7 @@ class StoredScores:
 
 def write_scores(
     path: Path,
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     scores: Mapping[str, StoredScores],
     model: str,
     data: Identity,
@@ -62,7 +62,7 @@ def write_scores(
 
 
 def score_lines(
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     scores: Mapping[str, StoredScores],
     model: str,
     data: Identity,
@@ -135,7 +135,7 @@ class ScoresOfSources(Mapping[str, StoredScores]):
 
 def read_scores(
     path: Path,
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     data: Identity,
     *,
     made_by: Mapping[str, str] | None = None,

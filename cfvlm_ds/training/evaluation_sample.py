@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.metrics import HEADLINES, content_hash
@@ -38,9 +38,9 @@ class EvaluationSample:
     total_steps: int
 
     @cached_property
-    def groups(self) -> dict[str, Sequence[CounterfactualGroup]]:
+    def groups(self) -> dict[str, Groups]:
         """The sampled groups, keyed by set."""
-        sampled: dict[str, Sequence[CounterfactualGroup]] = {}
+        sampled: dict[str, Groups] = {}
         budget = SHARE * self.trained / (_PARTS - 1) / max(1, sum(map(len, self.splits.values())))
         for name, groups in self.splits.items():
             size = min(MOST, len(groups), int(budget * len(groups)))
@@ -89,7 +89,7 @@ def random_order(size: int, count: int) -> list[int]:
     return random.Random(0).sample(range(size), size)[:count]
 
 
-def part_of(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
+def part_of(groups: Groups, places: Sequence[int]) -> Groups:
     """Return the groups at the indices in ``places``, in the order of ``groups``."""
     ordered = sorted(places)
     return groups if len(places) == len(groups) else Lazy(lambda place: groups[ordered[place]], len(ordered))

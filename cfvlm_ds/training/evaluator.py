@@ -16,7 +16,7 @@ from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, work
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.asking import written
@@ -27,7 +27,7 @@ from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
 from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
 
-Splits = Mapping[str, Sequence[CounterfactualGroup]]
+Splits = Mapping[str, Groups]
 
 
 @dataclass(frozen=True)

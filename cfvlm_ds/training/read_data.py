@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.secrets import without_secrets
@@ -57,7 +57,7 @@ class RunData:
     name of an evaluation set or benchmark to the path of a training set and the number of rows and pictures that both have.
     """
 
-    groups: Sequence[CounterfactualGroup]
+    groups: Groups
     splits: dict[str, GroupStore]
     identity: Identity
     pictures: PictureTable | None
@@ -94,7 +94,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
     if data.is_mixture:
         objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in train_sets.items()}
-        groups: Sequence[CounterfactualGroup] = MixedGroups(list(train.values()), list(train), list(objectives.values()))
+        groups: Groups = MixedGroups(list(train.values()), list(train), list(objectives.values()))
         identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
     else:
         ((groups, identity),) = sources.values()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, pictures_of, simplest, spelled
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.fields import Row, as_meta, row_id, string, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
@@ -248,7 +248,7 @@ class Instruct:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
-    def __call__(self, row: Row) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+    def __call__(self, row: Row) -> CounterfactualGroup | Groups:
         """Convert a row to one or several groups. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])

@@ -10,13 +10,13 @@ sample's picture is used. Labels are read as in ``captions``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats.captions import Captions
@@ -66,7 +66,7 @@ class WebDataset:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false)
 
-    def __call__(self, row: Row) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+    def __call__(self, row: Row) -> CounterfactualGroup | Groups:
         """Convert a sample to a group. The caller adds the file and line to any DataError."""
         read, columns = self._read(row)
         return read(columns)
