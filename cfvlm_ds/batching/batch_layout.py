@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
-from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.data.stored_scores import ScoresById
 
 
 def group_layout(groups: Groups, texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
@@ -153,7 +153,7 @@ def wanted_cells(groups: Groups, match: Tensor, prompt: Tensor, cells: Cells) ->
     return wanted
 
 
-def stored_scores(stored: Mapping[str, StoredScores], groups: Groups, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+def stored_scores(stored: ScoresById, groups: Groups, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     """Return the groups' stored reference scores [G, I, C] and prior scores [G, C] in nats. Cells without a stored score are 0. In-batch
     negatives have a prior score, but no reference score.
     """

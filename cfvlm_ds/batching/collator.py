@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch, shown
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, Inputs, MicroBatch, shown
 from cfvlm_ds.batching.batch_layout import (
     group_layout,
     in_batch_texts,
@@ -37,7 +37,7 @@ from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.data.stored_scores import ScoresById
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.model_files import explained
 
@@ -72,7 +72,7 @@ class Collator:
         cells: Cells,
         max_length: int,
         max_pixels: int = MAX_PIXELS,
-        stored: Mapping[str, StoredScores] | None = None,
+        stored: ScoresById | None = None,
         share_prefix: bool = True,
         checked: PictureTable | None = None,
     ) -> None:
@@ -104,14 +104,14 @@ class Collator:
         """Return a copy of the collator for evaluation. It scores all cells and has no stored scores."""
         return self._changed(cells="full", stored=None, blank=False, divergences=())
 
-    def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
+    def building(self, cells: Cells, stored: ScoresById | None) -> Collator:
         """Return a copy of the collator that scores ``cells`` and uses the ``stored`` scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
         self,
         cells: Cells,
-        stored: Mapping[str, StoredScores] | None,
+        stored: ScoresById | None,
         checked: PictureTable | None,
         packs_again: bool = False,
         tokens: bool = False,
@@ -177,7 +177,7 @@ class Collator:
         return batches
 
     def _packed(
-        self, material: Material, image_inputs: dict[str, Any], layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
+        self, material: Material, image_inputs: Inputs, layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
     ) -> Batch:
         row = pack(material, image_inputs, self.family, self.model_config, placeholder_id(self.processor))
         if self.divergences:
@@ -349,7 +349,7 @@ def load_collator(
     model: ModelConfig,
     cells: Cells,
     max_pixels: int = MAX_PIXELS,
-    stored: Mapping[str, StoredScores] | None = None,
+    stored: ScoresById | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
     """Load a model's processor and configuration, and build its collator. Raises ConfigError if the chat template or tokenizer cannot be

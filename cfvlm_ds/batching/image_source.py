@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, Inputs
 from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
@@ -111,7 +111,7 @@ class ImageFiles:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
         """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt with others must
         come last in ``opened`` and ``keys``.
 
@@ -131,7 +131,7 @@ class ImageFiles:
             self._counted[size, together] = len(ids), ids.count(self.config.image_token_id)
         return self._counted[size, together]
 
-    def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
+    def tower_inputs(self, key: PictureKey) -> tuple[Inputs, Features]:
         """Return the inputs to ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
 
         A picture that shares its prompt with others is passed to the processor twice, so that it is processed as one of several. Raises
@@ -144,7 +144,7 @@ class ImageFiles:
             raise DataError(f"{key[0]}: {error}") from error
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
-    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Any], list[list[int]]]:
+    def _processed(self, opened: list[Image.Image], together: int) -> tuple[Inputs, list[list[int]]]:
         """Process pictures. The last ``together`` pictures share one prompt."""
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
@@ -169,7 +169,7 @@ class ImageFiles:
             kept = kept[: len(kept) - after]
             length = len(kept) // len(pictures)  # pictures shown together are not tiled, so their lengths are equal
             placeholders += [kept[k * length : (k + 1) * length] for k in range(len(pictures))]
-        image_inputs: dict[str, Any] = {name: inputs[name] for name in self.family.image_inputs}
+        image_inputs: Inputs = {name: inputs[name] for name in self.family.image_inputs}
         if self.family.grid and self.family.from_grids:
             image_inputs |= self.family.from_grids(self.config, image_inputs[self.family.grid])
         return image_inputs, placeholders
@@ -185,7 +185,7 @@ class CachedFeatures:
         """Read a picture's features. Raises DataError naming the picture if the cache has none."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
         """Return the same as ``ImageFiles.model_inputs``, but with cached features in place of the tower's inputs."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}

@@ -129,8 +129,8 @@ class RoundsConfig:
     """
 
     number: int = option(within=AT_LEAST_ONE)
-    pictures: DataSet
-    judge: str
+    pictures: DataSet = option()
+    judge: str = option()
     n: int = option(8, within=AT_LEAST_ONE)
     temperature: float = option(1.0, within=(0.01, 1e3))
     max_new_tokens: int = option(128, within=AT_LEAST_ONE)

@@ -24,7 +24,7 @@ from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
-from cfvlm_ds.data.passes import Array, Done, Scan, contains, distinct
+from cfvlm_ds.data.passes import Done, Keyed, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
@@ -65,7 +65,7 @@ class SeenRows(NamedTuple):
     ``repeats`` holds the indices of groups whose id an earlier group already has.
     """
 
-    pictures: tuple[Array, Array]
+    pictures: Keyed
     repeats: list[int]
 
 
@@ -75,8 +75,8 @@ class _Rows(NamedTuple):
     """
 
     report: CheckReport
-    ids: tuple[Array, Array]
-    pictures: tuple[Array, Array]
+    ids: Keyed
+    pictures: Keyed
 
 
 def look_at_rows(report: CheckReport, store: GroupStore, progress: Say, scan: Scan) -> SeenRows:
@@ -112,11 +112,11 @@ def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
     return _Rows(report, _arrays(ids)[::-1], _arrays(pictures))
 
 
-def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
+def _arrays(values: dict[int, int]) -> Keyed:
     return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.uint64, len(values))
 
 
-def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan) -> Iterator[tuple[int, str]]:
+def _repeated(store: GroupStore, ids: Sequence[Keyed], scan: Scan) -> Iterator[tuple[int, str]]:
     """Yield (index, error message) for each group whose id an earlier group already has. Only groups with equal id hashes are read, to
     compare the ids themselves.
     """
@@ -163,7 +163,7 @@ class _Texts:
     lengths: Lengths | None
     pictures: PictureTable
 
-    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, tuple[Array, Array], Keys]:
+    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, Keyed, Keys]:
         report, images, groups = CheckReport(str(self.store.path)), dict[int, int](), list[CounterfactualGroup]()
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):

@@ -16,6 +16,8 @@ from cfvlm_ds.core.ranks import cores_per_rank
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 """A numpy array of any dtype."""
+Keyed = tuple[Array, Array]
+"""64-bit keys, and a value for each key."""
 Done = Callable[[], object]
 """Function to be called after every item of a chunk."""
 
@@ -69,7 +71,7 @@ class Scan:
             progress.advance(len(chunk))
 
 
-def distinct(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+def distinct(parts: Sequence[Keyed]) -> Keyed:
     """Return the sorted distinct 64-bit keys of all parts, and the first value for each key."""
     keys, values = map(np.concatenate, zip(*parts, strict=True))
     keys, first = np.unique(keys, return_index=True)

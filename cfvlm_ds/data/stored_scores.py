@@ -42,10 +42,14 @@ class StoredScores:
     blank: tuple[float, ...]
 
 
+ScoresById = Mapping[str, StoredScores]
+"""Group id -> scores."""
+
+
 def write_scores(
     path: Path,
     groups: Groups,
-    scores: Mapping[str, StoredScores],
+    scores: ScoresById,
     model: str,
     data: Identity,
     *,
@@ -63,7 +67,7 @@ def write_scores(
 
 def score_lines(
     groups: Groups,
-    scores: Mapping[str, StoredScores],
+    scores: ScoresById,
     model: str,
     data: Identity,
     *,
@@ -119,7 +123,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 class ScoresOfSources(Mapping[str, StoredScores]):
     """Scores of a mixture's groups, whose ids are SOURCE/ID. Some sources can lack scores."""
 
-    def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
+    def __init__(self, sources: Mapping[str, ScoresById]) -> None:
         self._sources = sources
 
     def __getitem__(self, group_id: str) -> StoredScores:
@@ -140,7 +144,7 @@ def read_scores(
     *,
     made_by: Mapping[str, str] | None = None,
     say: Say = no_op,
-) -> Mapping[str, StoredScores]:
+) -> ScoresById:
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
     Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with other ids, texts,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.metrics import HEADLINES, content_hash
-from cfvlm_ds.training.evaluator import Splits
+from cfvlm_ds.training.evaluator import Accuracies, Splits
 
 FEWEST, MOST = 30, 300
 """Minimum and maximum number of sampled groups per set. If the budget does not allow the minimum, the set has no sample."""
@@ -57,7 +56,7 @@ class EvaluationSample:
         """Return True if the sample is to be scored after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
-    def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
+    def metrics(self, results: Accuracies) -> dict[str, float]:
         """Return the headline accuracy, in %, on each set's sample, named eval_sample/SET/METRIC.
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.

@@ -49,6 +49,8 @@ _UNSET = {
     "zero_optimization.stage": 0,
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
+_Effects = dict[str, tuple[Any, OnResume]]
+"""Option or setting -> its value, and the effect of a change on a resume."""
 _STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "total steps (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
@@ -125,14 +127,14 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
     return None
 
 
-def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
+def _effective(record: Mapping[str, Any]) -> _Effects:
     """Return the options and settings that affect the training. Options that act together are replaced by one joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in ON_RESUME if name.endswith(".tuning")]
     adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
-    values: dict[str, tuple[Any, OnResume]] = {}
+    values: _Effects = {}
     for name, value in options.items():
         section, part, *_ = [*name.split("."), ""]
         if section == "objective":
@@ -156,14 +158,12 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     return values | _settings(record["deepspeed"])
 
 
-def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
+def _settings(deepspeed: Mapping[str, Any]) -> _Effects:
     """Return the DeepSpeed settings that affect the training."""
     settings = {**_UNSET, **flat(deepspeed)}
     settings.setdefault("scheduler.type", "train.lr_scheduler_type")
     all_kinds = ((name, value, on_resume_of(name)) for name, value in settings.items())
-    compared: dict[str, tuple[Any, OnResume]] = {
-        f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")
-    }
+    compared: _Effects = {f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")}
     half = [name for name in ("bf16", "fp16") if settings.get(f"{name}.enabled")]
     optimizer = f"{settings.get('optimizer.type', 'AdamW')}"  # three implementations share this name but store different states
     if "optimizer.type" not in settings or settings.get("optimizer.params.torch_adam"):

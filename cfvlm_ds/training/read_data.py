@@ -40,7 +40,7 @@ from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store, open_store
 from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.models import inputs_fingerprint
-from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
+from cfvlm_ds.training.benchmarks import Benchmarks, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
@@ -64,7 +64,7 @@ class RunData:
     collator: Collator
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
-    benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
+    benchmarks: Benchmarks = field(default_factory=dict)
     overlaps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
