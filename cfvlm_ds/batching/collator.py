@@ -127,7 +127,7 @@ class Collator:
             blank: also score texts on the blank image.
             divergences: divergences to compute; if there are any, micro-batches must not be divided.
         """
-        files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
+        files = replace(self.files, checked=checked)
         changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
         return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
 

@@ -6,6 +6,7 @@ Both return the model's inputs for a picture and the placeholder ids that repres
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def with_names(error: Unprocessable, groups: Groups, sizes: Mapping[Path, Size])
     return str(error)
 
 
+@dataclass
 class ImageFiles:
     """Source of picture inputs that opens the files and runs the processor.
 
@@ -60,20 +62,12 @@ class ImageFiles:
         checked: picture table from the data check, or None; a picture that has changed since the check raises DataError.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        family: Family,
-        config: PreTrainedConfig,
-        max_pixels: int = MAX_PIXELS,
-        checked: PictureTable | None = None,
-    ) -> None:
-        self.processor = processor
-        self.family = family
-        self.config = config
-        self.max_pixels = max_pixels
-        self.checked = checked
-        self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
+    processor: Any
+    family: Family
+    config: PreTrainedConfig
+    max_pixels: int = MAX_PIXELS
+    checked: PictureTable | None = None
+    _counted: dict[tuple[Size, bool], tuple[int, int]] = field(default_factory=dict, init=False)
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
         """Return the keys of an image's pictures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
@@ -80,11 +80,8 @@ def convert(
 
 def list_of_skipped(out: Path) -> Path:
     """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if this path holds another program's file."""
-    return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
-
-
-def _is_list(file: IO[bytes]) -> bool:
-    return set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}
+    listed = out.with_name(f"{out.name}.skipped.jsonl")
+    return own_output(listed, lambda file: set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}, "this package")
 
 
 def list_skipped(listed: Path, problems: Sequence[str], say: Say, what: str = "rows") -> None:
