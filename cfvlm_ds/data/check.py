@@ -91,7 +91,7 @@ def look_at_rows(report: CheckReport, store: GroupStore, progress: Say, scan: Sc
     repeats = dict(_repeated(store, ids, scan))
     report.problems.extend(repeats.values())
     seen = SeenRows(distinct(pictures), list(repeats))
-    report.num_images = len(seen.pictures[0])
+    report.add(CheckReport(report.manifest, num_images=len(seen.pictures[0])))
     return seen
 
 
@@ -253,6 +253,6 @@ def check_manifest(
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     texts, keys = check_texts(store, lengths, pictures, progress, scan)
     report.add(texts)
-    report.sides.update(pictures.sides())
-    report.num_repeated_rows, report.num_repeated_pictures = report.num_groups - len(keys.rows), report.num_images - len(keys.pictures)
+    repeated = {"num_repeated_rows": report.num_groups - len(keys.rows), "num_repeated_pictures": report.num_images - len(keys.pictures)}
+    report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), **repeated))
     return report
