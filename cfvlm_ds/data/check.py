@@ -7,6 +7,7 @@ memory, but needs 24 bytes for each group and 48 bytes for each picture.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
