@@ -27,11 +27,11 @@ def options() -> str:
     from cfvlm_ds.core.config import SECTIONS
     from cfvlm_ds.objectives import OBJECTIVES
 
-    tables = [_section(f"{name}.", section, None) for name, section in SECTIONS.items()]
+    tables = [_section(f"{name}.", section, "confirm") for name, section in SECTIONS.items()]
     return "\n".join(tables + [_section(f"objective.{name}.", term, "confirm") for name, term in OBJECTIVES.items()])
 
 
-def _section(prefix: str, section: Any, kind: str | None) -> str:
+def _section(prefix: str, section: Any, kind: str) -> str:
     """Return a section's heading, description, table and nested sections. Options without their own ``on_resume`` get ``kind``."""
     said: dict[str, str] = {}
     for each in reversed(section.__mro__):
@@ -47,7 +47,7 @@ def _section(prefix: str, section: Any, kind: str | None) -> str:
         if nested:
             inside.append(_section(f"{prefix}{option.name}.{several}", nested, own))
         if not nested or several:
-            rows.append(_row(prefix, option, hint, said[option.name], own or "ignored"))
+            rows.append(_row(prefix, option, hint, said[option.name], own))
     table = "| option | type | default | range | on resume | |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
     return f"### {prefix.rstrip('.')}\n\n{_plain(inspect.getdoc(section).split('Args:')[0])}\n\n{table}\n" + "\n".join(inside)
 

@@ -17,6 +17,8 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
 
+Inputs = dict[str, Any]
+"""Keyword arguments of the model, or of its vision tower."""
 BLANK = Path("\0/<blank image>")
 """Path of the blind control's mid-grey picture, which no file can have. If an image has several blank pictures, their suffixes differ."""
 BLANK_SIZE = (336, 336)
@@ -41,10 +43,10 @@ def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
-def on_device(image_inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(image_inputs: Inputs, device: torch.device) -> Inputs:
     """Move the picture inputs to ``device``. Picture sizes stay on the host, where models read them."""
     sizes = {name: image_inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in image_inputs}
-    moved: dict[str, Any] = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+    moved: Inputs = _mapped(image_inputs, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
     return moved | sizes
 
 
@@ -58,7 +60,7 @@ class Batch:
     positions that predict scored tokens.
     """
 
-    model_inputs: dict[str, Any]
+    model_inputs: Inputs
     cell: Tensor
     is_end: Tensor
     layout: GroupLayout

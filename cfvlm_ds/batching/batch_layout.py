@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from cfvlm_ds.batching.packing import common
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
-from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.data.stored_scores import ScoresById
 
 
-def group_layout(groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
+def group_layout(groups: Groups, texts: Sequence[Sequence[Encoded]], cells: Cells) -> GroupLayout:
     """Build the layout of a batch. ``texts`` holds each group's encoded candidates, and ``cells`` is the set of cells to score."""
     shape = (len(groups), max(len(g.images) for g in groups), max(len(g.candidates) for g in groups))
     match = torch.full(shape, -1, dtype=torch.int8)
@@ -67,7 +67,7 @@ def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> Co
     return group.in_the_step(group.in_step.place, tuple(kept))
 
 
-def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
+def with_in_batch_negatives(layout: GroupLayout, groups: Groups, texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
     """Append the in-batch negatives to the layout's texts. ``texts`` holds each group's encoded negatives.
 
     The negatives are scored on every image that has a scored answer to the factual text's prompt. If no group belongs to a training step,
@@ -109,7 +109,7 @@ def with_in_batch_negatives(layout: GroupLayout, groups: Sequence[Counterfactual
     )
 
 
-def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+def with_blank_picture(layout: GroupLayout, groups: Groups) -> GroupLayout:
     """Append the blank image to the layout's images. If a group has pictures, its own texts are scored on the blank image, but its
     in-batch negatives are not.
     """
@@ -121,7 +121,7 @@ def with_blank_picture(layout: GroupLayout, groups: Sequence[CounterfactualGroup
     return replace(layout, blank=True, **rows)
 
 
-def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGroup], texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
+def with_changed_tokens(layout: GroupLayout, groups: Groups, texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
     """Add the mask ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt, and in both
     texts the span from the first to the last differing token is marked.
     """
@@ -136,7 +136,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Sequence[CounterfactualGrou
     return replace(layout, changed=changed)
 
 
-def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
+def wanted_cells(groups: Groups, match: Tensor, prompt: Tensor, cells: Cells) -> Tensor:
     """Return a mask [G, I, C] of the cells in the set ``cells``. Only ``full`` includes unknown cells; no objective uses them."""
     wanted = torch.full_like(match, cells == "full", dtype=torch.bool)
     wanted[:, 0, 0] = True
@@ -153,7 +153,7 @@ def wanted_cells(groups: Sequence[CounterfactualGroup], match: Tensor, prompt: T
     return wanted
 
 
-def stored_scores(stored: Mapping[str, StoredScores], groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> tuple[Tensor, Tensor]:
+def stored_scores(stored: ScoresById, groups: Groups, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     """Return the groups' stored reference scores [G, I, C] and prior scores [G, C] in nats. Cells without a stored score are 0. In-batch
     negatives have a prior score, but no reference score.
     """

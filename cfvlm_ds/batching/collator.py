@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, MicroBatch, shown
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, STAND_IN, Batch, Inputs, MicroBatch, shown
 from cfvlm_ds.batching.batch_layout import (
     group_layout,
     in_batch_texts,
@@ -32,12 +32,12 @@ from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, di
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Prompt
+from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups, Prompt
 from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.data.stored_scores import StoredScores
+from cfvlm_ds.data.stored_scores import ScoresById
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.model_files import explained
 
@@ -72,7 +72,7 @@ class Collator:
         cells: Cells,
         max_length: int,
         max_pixels: int = MAX_PIXELS,
-        stored: Mapping[str, StoredScores] | None = None,
+        stored: ScoresById | None = None,
         share_prefix: bool = True,
         checked: PictureTable | None = None,
     ) -> None:
@@ -104,14 +104,14 @@ class Collator:
         """Return a copy of the collator for evaluation. It scores all cells and has no stored scores."""
         return self._changed(cells="full", stored=None, blank=False, divergences=())
 
-    def building(self, cells: Cells, stored: Mapping[str, StoredScores] | None) -> Collator:
+    def building(self, cells: Cells, stored: ScoresById | None) -> Collator:
         """Return a copy of the collator that scores ``cells`` and uses the ``stored`` scores."""
         return self._changed(cells=cells, stored=stored)
 
     def of_run(
         self,
         cells: Cells,
-        stored: Mapping[str, StoredScores] | None,
+        stored: ScoresById | None,
         checked: PictureTable | None,
         packs_again: bool = False,
         tokens: bool = False,
@@ -127,7 +127,7 @@ class Collator:
             blank: also score texts on the blank image.
             divergences: divergences to compute; if there are any, micro-batches must not be divided.
         """
-        files = ImageFiles(self.processor, self.family, self.model_config, self.files.max_pixels, checked)
+        files = replace(self.files, checked=checked)
         changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
         return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
 
@@ -136,7 +136,7 @@ class Collator:
         vars(other).update(changes)
         return other
 
-    def __call__(self, groups: Sequence[CounterfactualGroup]) -> Batch:
+    def __call__(self, groups: Groups) -> Batch:
         """Collate groups into one batch.
 
         Raises DataError naming the file if a picture cannot be opened, and DataError naming the group if a text does not fit the context
@@ -144,7 +144,7 @@ class Collator:
         """
         return self.parts(groups)[0]
 
-    def parts(self, groups: Sequence[CounterfactualGroup], max_tokens: int | None = None) -> list[Batch]:
+    def parts(self, groups: Groups, max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
         A tree that exceeds the limit is split between its texts. A single text that exceeds it gets a separate batch. Every batch has the
@@ -177,7 +177,7 @@ class Collator:
         return batches
 
     def _packed(
-        self, material: Material, image_inputs: dict[str, Any], layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
+        self, material: Material, image_inputs: Inputs, layout: GroupLayout, reference: Tensor | None, prior: Tensor | None
     ) -> Batch:
         row = pack(material, image_inputs, self.family, self.model_config, placeholder_id(self.processor))
         if self.divergences:
@@ -210,7 +210,7 @@ class Collator:
                 forwards.append(packed.to(batch.cell.device))
         return replace(micro_batch, forwards=tuple(forwards))
 
-    def readable(self, groups: Sequence[CounterfactualGroup]) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
+    def readable(self, groups: Groups) -> tuple[list[CounterfactualGroup], tuple[tuple[str, str], ...]]:
         """Return the groups that can be collated, and (id, reason) for every other group."""
         kept, dropped = [], []
         for group in groups:
@@ -288,14 +288,14 @@ class Collator:
         """Count the tokens of a text's prompt, with placeholders expanded for pictures of these sizes."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
-    def _layout(self, groups: Sequence[CounterfactualGroup]) -> GroupLayout:
+    def _layout(self, groups: Groups) -> GroupLayout:
         texts = [[self._text(group, c) for c in range(len(group.candidates))] for group in groups]
         layout = group_layout(groups, texts, self.cells)
         layout = with_in_batch_negatives(layout, groups, [in_batch_texts(group, self.prompts) for group in groups])
         layout = with_blank_picture(layout, groups) if self.blank else layout
         return with_changed_tokens(layout, groups, texts) if self.tokens else layout
 
-    def _trees(self, groups: Sequence[CounterfactualGroup], layout: GroupLayout) -> list[Tree]:
+    def _trees(self, groups: Groups, layout: GroupLayout) -> list[Tree]:
         num_images, num_texts = layout.valid.shape[1:]
         trees: dict[tuple[Any, ...], Tree] = {}
         in_batch, own = [in_batch_texts(group, self.prompts) for group in groups], layout.num_own
@@ -334,9 +334,7 @@ def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_lengt
     return [tree for tree in kept if tree.branches]
 
 
-def _check_window(
-    groups: Sequence[CounterfactualGroup], trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int
-) -> None:
+def _check_window(groups: Groups, trees: Sequence[Tree], prompt_length: PromptLength, shape: Sequence[int], window: int) -> None:
     for tree in trees:
         for cell, text in tree.branches:
             if (length := prompt_length(tree, text) + text.length) > window:
@@ -351,7 +349,7 @@ def load_collator(
     model: ModelConfig,
     cells: Cells,
     max_pixels: int = MAX_PIXELS,
-    stored: Mapping[str, StoredScores] | None = None,
+    stored: ScoresById | None = None,
     checked: PictureTable | None = None,
 ) -> Collator:
     """Load a model's processor and configuration, and build its collator. Raises ConfigError if the chat template or tokenizer cannot be

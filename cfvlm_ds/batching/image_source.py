@@ -6,6 +6,7 @@ Both return the model's inputs for a picture and the placeholder ids that repres
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE
+from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, Inputs
 from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
 from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.picture_file import picture_bytes
@@ -41,7 +42,7 @@ class Unprocessable(DataError):
         )
 
 
-def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], sizes: Mapping[Path, Size]) -> str:
+def with_names(error: Unprocessable, groups: Groups, sizes: Mapping[Path, Size]) -> str:
     """Return the error message, preceded by the group and file name of the first picture of the size that caused the error."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
@@ -50,6 +51,7 @@ def with_names(error: Unprocessable, groups: Sequence[CounterfactualGroup], size
     return str(error)
 
 
+@dataclass
 class ImageFiles:
     """Source of picture inputs that opens the files and runs the processor.
 
@@ -60,20 +62,12 @@ class ImageFiles:
         checked: picture table from the data check, or None; a picture that has changed since the check raises DataError.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        family: Family,
-        config: PreTrainedConfig,
-        max_pixels: int = MAX_PIXELS,
-        checked: PictureTable | None = None,
-    ) -> None:
-        self.processor = processor
-        self.family = family
-        self.config = config
-        self.max_pixels = max_pixels
-        self.checked = checked
-        self._counted: dict[tuple[Size, bool], tuple[int, int]] = {}
+    processor: Any
+    family: Family
+    config: PreTrainedConfig
+    max_pixels: int = MAX_PIXELS
+    checked: PictureTable | None = None
+    _counted: dict[tuple[Size, bool], tuple[int, int]] = field(default_factory=dict, init=False)
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
         """Return the keys of an image's pictures."""
@@ -111,7 +105,7 @@ class ImageFiles:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
         """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt with others must
         come last in ``opened`` and ``keys``.
 
@@ -131,7 +125,7 @@ class ImageFiles:
             self._counted[size, together] = len(ids), ids.count(self.config.image_token_id)
         return self._counted[size, together]
 
-    def tower_inputs(self, key: PictureKey) -> tuple[dict[str, Any], Features]:
+    def tower_inputs(self, key: PictureKey) -> tuple[Inputs, Features]:
         """Return the inputs to ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
 
         A picture that shares its prompt with others is passed to the processor twice, so that it is processed as one of several. Raises
@@ -144,7 +138,7 @@ class ImageFiles:
             raise DataError(f"{key[0]}: {error}") from error
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
-    def _processed(self, opened: list[Image.Image], together: int) -> tuple[dict[str, Any], list[list[int]]]:
+    def _processed(self, opened: list[Image.Image], together: int) -> tuple[Inputs, list[list[int]]]:
         """Process pictures. The last ``together`` pictures share one prompt."""
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
@@ -169,7 +163,7 @@ class ImageFiles:
             kept = kept[: len(kept) - after]
             length = len(kept) // len(pictures)  # pictures shown together are not tiled, so their lengths are equal
             placeholders += [kept[k * length : (k + 1) * length] for k in range(len(pictures))]
-        image_inputs: dict[str, Any] = {name: inputs[name] for name in self.family.image_inputs}
+        image_inputs: Inputs = {name: inputs[name] for name in self.family.image_inputs}
         if self.family.grid and self.family.from_grids:
             image_inputs |= self.family.from_grids(self.config, image_inputs[self.family.grid])
         return image_inputs, placeholders
@@ -185,7 +179,7 @@ class CachedFeatures:
         """Read a picture's features. Raises DataError naming the picture if the cache has none."""
         return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
 
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[dict[str, Any], list[list[int]]]:
+    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
         """Return the same as ``ImageFiles.model_inputs``, but with cached features in place of the tower's inputs."""
         tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
         inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from cfvlm_ds.batching.batch import Inputs
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.layout import GroupLayout
@@ -66,7 +66,7 @@ class Row:
     The fields have the same meaning as in Batch: ``cell`` [N], ``is_end`` [N], ``num_tokens`` and ``num_scored``.
     """
 
-    model_inputs: dict[str, Any]
+    model_inputs: Inputs
     cell: Tensor
     is_end: Tensor
     num_tokens: int
@@ -147,7 +147,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
-def pack(material: Material, image_inputs: dict[str, Any], family: Family, config: PreTrainedConfig, image_token: int) -> Row:
+def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTrainedConfig, image_token: int) -> Row:
     """Pack trees into a row.
 
     Args:

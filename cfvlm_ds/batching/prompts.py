@@ -181,7 +181,9 @@ class Prompts:
                 raise
             roles = ", ".join(turn.role for turn in prompt[:_ROLES_SHOWN]) + ", ..." * (len(prompt) > _ROLES_SHOWN)
             raise _ModelFails(f"{error} for the turns {roles}; remove or reorder turns as the template requires") from error
-        without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False) if self._may_think else question
+        without_thought = question
+        if "enable_thinking" in str(self.processor.chat_template):  # otherwise, the option would reach the image processor
+            without_thought = self._render(_conversation(prompt, num_pictures), True, enable_thinking=False)
         rendered = self._render(_conversation(prompt, num_pictures, _MARK), False)
         before, mark, after = rendered.rpartition(_MARK)
         text, stem, follows, problem = question, before, bool(mark), ""
@@ -207,13 +209,6 @@ class Prompts:
         except Exception as error:  # a template can raise anything that Python raises
             raise _ModelFails(f"{_TEMPLATE} raises {type(error).__name__} ({error})") from error
         return written
-
-    @property
-    def _may_think(self) -> bool:
-        """True if the template has the option ``enable_thinking``. Otherwise the option must not be passed, because it would reach the
-        image processor.
-        """
-        return "enable_thinking" in str(self.processor.chat_template)
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:

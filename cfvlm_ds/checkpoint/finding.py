@@ -16,7 +16,7 @@ from typing import Any
 from cfvlm_ds.core.distributed import World, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import crc32_of
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.untrusted import own_file
 
 COMPLETE = "complete.json"
@@ -72,7 +72,7 @@ def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
             continue
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(*MALFORMED):
             renamed.append((complete.parent, int(description(complete.parent)["step"])))
     return renamed
 
@@ -97,7 +97,7 @@ def incomplete(path: Path) -> str | None:
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}
         is_intact = described["crc32"] == own_sum(described)
         step = described["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except MALFORMED:
         return f"{COMPLETE} is missing or broken, so the checkpoint is incomplete"
     if not is_intact:
         return f"{COMPLETE} is damaged"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cfvlm_ds.checkpoint.finding import description
-from cfvlm_ds.checkpoint.saving import RANDOM_STATE, collect_failure, write_error
+from cfvlm_ds.checkpoint.saving import RANDOM_STATE, collect_failure
 from cfvlm_ds.checkpoint.state import TrainState, refuse_other_version
 from cfvlm_ds.core.distributed import World, gather_objects, set_random_state
 from cfvlm_ds.core.errors import ConfigError, StorageError
@@ -40,7 +40,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
     try:
         with explained(f"{path} cannot be resharded", "use another checkpoint with train.resume"), collect_failure(failures):
             reshard(path, resharded, world.rank, world.size, *flat_tensors(engine))
-        reasons = gather_objects(write_error(failures[0], resharded) if failures else None, world)
+        reasons = gather_objects(failures[0] if failures else None, world)
         if reason := next(filter(None, reasons), None):
             raise StorageError(f"{path} cannot be resharded in {output_dir} ({reason}); free some space, or start {ranks} ranks")
         _load(engine, resharded, path, state, world)

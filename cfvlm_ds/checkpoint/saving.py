@@ -72,7 +72,7 @@ def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: i
         gc.collect()  # in newer torch versions, the error's frames form a reference cycle, which keeps the broken file open
     with collect_failure(failures):  # on every rank, because ZeRO-1 and 2 save only the first rank's client state
         write(random_state(world.device), partial / RANDOM_STATE.format(world.rank))
-    reports = gather_objects((write_error(failures[0], partial) if failures else None, files), world)
+    reports = gather_objects((failures[0] if failures else None, files), world)
     problem = next((f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(reports) if failure), None)
     if world.is_main and problem is None:
         description = {"schema": SCHEMA, "step": state.step, "world_size": world.size, "run_id": state.run_id, "loop": vars(state)}
@@ -101,24 +101,16 @@ def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: in
 
 @contextlib.contextmanager
 def collect_failure(failures: list[str]) -> Iterator[None]:
+    """Add the error of a failed write in the block to ``failures``. Storing the error itself would keep the broken file open and its disk
+    space in use.
+    """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
-        failures.append(str(error).partition("\n")[0])  # storing the error itself would keep the broken file open and its disk space in use
-
-
-def write_error(failure: str, folder: Path) -> str:
-    """Return the operating system's error message for a failed write, because torch's writer does not report it. To obtain the message, a
-    test file is written to ``folder``. If this write succeeds, return ``failure``.
-    """
-    if not folder.is_dir():
-        return failure
-    try:
-        (probe := folder / f"probe-{os.getpid()}").write_bytes(bytes(1 << 20))
-        probe.unlink()
-    except OSError as error:
-        return str(error)
-    return failure
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # if the disk is full, torch's writer raises a RuntimeError as well
+            cause = cause.__context__
+        failures.append(str(cause or error).partition("\n")[0])
 
 
 def _written(states: Any, file: Path) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class ModuleConfig:
     """
 
     tuning: Literal["full", "lora", "frozen"] = option("full", on_resume="refuse")
-    learning_rate: float | None = option(None, within=FINITE, on_resume="confirm")
+    learning_rate: float | None = option(None, within=FINITE)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class LoraConfig:
     """
 
     rank: int = option(16, within=(1, 1e6), on_resume="refuse")
-    alpha: float = option(32.0, on_resume="confirm")
-    dropout: float = option(0.0, within=SHARE, on_resume="confirm")
+    alpha: float = 32.0
+    dropout: float = option(0.0, within=SHARE)
     dora: bool = option(False, on_resume="refuse")
-    rslora: bool = option(False, on_resume="confirm")
+    rslora: bool = False
     load_in_4bit: bool = option(False, on_resume="refuse")
 
     @property
@@ -83,9 +83,9 @@ class ModelConfig:
     name_or_path: str = option("", on_resume="ignored")
     attn_implementation: str = option("auto", on_resume="free")
     gradient_checkpointing: bool = option(False, on_resume="free")
-    min_pixels: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
-    max_pixels: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
-    max_tiles: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    min_pixels: int | None = option(None, within=AT_LEAST_ONE)
+    max_pixels: int | None = option(None, within=AT_LEAST_ONE)
+    max_tiles: int | None = option(None, within=AT_LEAST_ONE)
     vision_tower: ModuleConfig = field(default_factory=ModuleConfig)
     projector: ModuleConfig = field(default_factory=ModuleConfig)
     language_model: ModuleConfig = field(default_factory=ModuleConfig)
@@ -128,14 +128,14 @@ class RoundsConfig:
         weight: weight of the sampled groups in the training mixture. A single training set without a weight has weight 1.
     """
 
-    number: int = option(within=AT_LEAST_ONE, on_resume="ignored")
-    pictures: DataSet = option(on_resume="ignored")
-    judge: str = option(on_resume="ignored")
-    n: int = option(8, within=AT_LEAST_ONE, on_resume="ignored")
-    temperature: float = option(1.0, within=(0.01, 1e3), on_resume="ignored")
-    max_new_tokens: int = option(128, within=AT_LEAST_ONE, on_resume="ignored")
-    prompt: str = option("", on_resume="ignored")
-    weight: float = option(1.0, within=(1e-9, 1e9), on_resume="ignored")
+    number: int = option(within=AT_LEAST_ONE)
+    pictures: DataSet = option()
+    judge: str = option()
+    n: int = option(8, within=AT_LEAST_ONE)
+    temperature: float = option(1.0, within=(0.01, 1e3))
+    max_new_tokens: int = option(128, within=AT_LEAST_ONE)
+    prompt: str = ""
+    weight: float = option(1.0, within=(1e-9, 1e9))
 
 
 @dataclass(frozen=True)
@@ -207,20 +207,20 @@ class TrainConfig:
     per_device_train_batch_size: int | None = option(None, within=(1, 1e6), on_resume="free")
     gradient_accumulation_steps: int = option(1, within=(1, 1e6), on_resume="free")
     per_device_eval_batch_size: int = option(16, within=(1, 1e6), on_resume="free")
-    learning_rate: float = option(1e-5, within=FINITE, on_resume="confirm")
-    weight_decay: float = option(0.0, within=FINITE, on_resume="confirm")
-    adam_beta1: float = option(0.9, within=(0, math.nextafter(1, 0)), on_resume="confirm")
-    adam_beta2: float = option(0.999, within=(0, math.nextafter(1, 0)), on_resume="confirm")
-    adam_epsilon: float = option(1e-8, within=SHARE, on_resume="confirm")
-    max_grad_norm: float = option(1.0, within=FINITE, on_resume="confirm")
-    router_balance: float = option(0.0, within=FINITE, on_resume="confirm")
-    hard_negatives: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
-    lr_scheduler_type: Schedule = option("cosine", on_resume="confirm")
-    warmup_ratio: float = option(0.03, within=SHARE, on_resume="confirm")
-    num_train_epochs: float = option(1.0, within=(1e-6, 1e6), on_resume="confirm")
-    max_steps: int = option(-1, within=(-1, 1e9), on_resume="confirm")
+    learning_rate: float = option(1e-5, within=FINITE)
+    weight_decay: float = option(0.0, within=FINITE)
+    adam_beta1: float = option(0.9, within=(0, math.nextafter(1, 0)))
+    adam_beta2: float = option(0.999, within=(0, math.nextafter(1, 0)))
+    adam_epsilon: float = option(1e-8, within=SHARE)
+    max_grad_norm: float = option(1.0, within=FINITE)
+    router_balance: float = option(0.0, within=FINITE)
+    hard_negatives: int | None = option(None, within=AT_LEAST_ONE)
+    lr_scheduler_type: Schedule = "cosine"
+    warmup_ratio: float = option(0.03, within=SHARE)
+    num_train_epochs: float = option(1.0, within=(1e-6, 1e6))
+    max_steps: int = option(-1, within=(-1, 1e9))
     seed: int = option(0, within=(0, 2**32 - 1), on_resume="refuse")
-    bf16: Literal["auto", True, False] = option("auto", on_resume="confirm")
+    bf16: Literal["auto", True, False] = "auto"
     logging_steps: int = option(10, within=AT_LEAST_ONE, on_resume="ignored")
     eval_steps: int | None = option(None, within=COUNT, on_resume="ignored")
     eval_on_start: Literal["auto", True, False] = option("auto", on_resume="ignored")

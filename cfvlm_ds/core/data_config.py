@@ -123,7 +123,7 @@ class DataConfig:
     """
 
     train: list[Source] | str = option("", on_resume="ignored")
-    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = option("all_exhausted", on_resume="confirm")
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"] = "all_exhausted"
     evaluation: dict[str, str | EvaluationSet] = option(default_factory=dict, on_resume="ignored")
     format: str = option(AUTO, on_resume="ignored")
     root: list[str] | str | None = option(None, on_resume="ignored")
@@ -133,7 +133,7 @@ class DataConfig:
     on_error: Literal["error", "skip"] = option("error", on_resume="ignored")
     max_skipped: int = option(10, within=COUNT, on_resume="ignored")
     num_workers: int | None = option(None, within=(0, 1024), on_resume="free")
-    max_tokens_per_micro_batch: int | None = option(None, within=AT_LEAST_ONE, on_resume="confirm")
+    max_tokens_per_micro_batch: int | None = option(None, within=AT_LEAST_ONE)
     max_tokens_per_forward: int | None = option(None, within=AT_LEAST_ONE, on_resume="free")
     feature_cache: str | None = option(None, on_resume="free")
 

@@ -12,13 +12,13 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 from cfvlm_ds.core.errors import ConfigError, unwritten
-from cfvlm_ds.core.progress import Say
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import print_line
 
 
@@ -125,7 +125,7 @@ def create_locked(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, waiting: Callable[[], object] = lambda: None, alive: Callable[[], object] = lambda: None) -> Iterator[None]:
+def file_lock(path: Path, waiting: Alive = no_op, alive: Alive = no_op) -> Iterator[None]:
     """Hold the lock file ``path`` for the duration of the block.
 
     If another process holds it, ``waiting`` is called once, and ``alive`` is called repeatedly until the lock is free.

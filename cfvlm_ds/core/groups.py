@@ -8,6 +8,7 @@ candidates.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -215,6 +216,10 @@ class CounterfactualGroup:
                 if truth == 1:
                     anchors.setdefault(prompts[c], (i, c))
         return anchors
+
+
+Groups: TypeAlias = Sequence[CounterfactualGroup]
+"""Groups in memory, or groups that are read when they are accessed."""
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:

@@ -8,9 +8,10 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
-"""What happens to an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it.
-"refuse" always refuses it, because the run cannot continue from a checkpoint with another value. "free" accepts it, because only speed or
-memory use changes. "ignored" is for names, records and checks, and for files, whose contents are compared instead.
+"""What happens to an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it; an
+option that declares nothing has this value. "refuse" always refuses the change, because the run cannot continue from a checkpoint with
+another value. "free" accepts it, because only speed or memory use changes. "ignored" is for names, records and checks, and for files, whose
+contents are compared instead.
 """
 
 Range = tuple[float, float]
@@ -20,20 +21,22 @@ ENDLESS = 2**53
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 
-def option(default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume) -> Any:
+def option(
+    default: Any = MISSING, default_factory: Any = MISSING, within: Range | None = None, *, on_resume: OnResume | None = None
+) -> Any:
     """Declare a configuration option: its default, its range, and the action if its value has changed when a run resumes."""
     arguments = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return field(**arguments, metadata={"on_resume": on_resume, "within": within})
 
 
-def declared(section: type, prefix: str) -> dict[str, OnResume | None]:
-    """Return the ``on_resume`` value (None if there is none) of each option in a section, keyed by ``prefix`` plus the field's name."""
-    reactions: dict[str, OnResume | None] = {}
+def declared(section: type, prefix: str) -> dict[str, OnResume]:
+    """Return the ``on_resume`` value of each option in a section, keyed by ``prefix`` plus the field's name."""
+    reactions: dict[str, OnResume] = {}
     for option in fields(section):
         if is_dataclass(option.default_factory):
             reactions |= declared(option.default_factory, f"{prefix}{option.name}.")
         else:
-            reactions[prefix + option.name] = option.metadata.get("on_resume")
+            reactions[prefix + option.name] = option.metadata.get("on_resume") or "confirm"
     return reactions
 
 

@@ -12,6 +12,13 @@ from typing import TypeVar
 T = TypeVar("T")
 Say = Callable[[str], object]
 """A function that prints a line."""
+Alive = Callable[[], object]
+"""A function that is called repeatedly during a long task, as a sign of life. It can raise an exception to abort the task."""
+
+
+def no_op(*given: object) -> None:
+    """Do nothing: the default of a ``Say`` or an ``Alive``."""
+
 
 FIRST_S, EVERY_S = 2.0, 5.0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import counted_from, read_json, read_yaml
+from cfvlm_ds.core.reading import MALFORMED, counted_from, read_json, read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.core.untrusted import refuse_link
 
@@ -135,16 +135,15 @@ def recorded_options(run_dir: Path) -> dict[str, Any]:
 
 def recorded_model(run_dir: Path) -> ModelConfig:
     """Read the model options of a run. Raises ConfigError if its folder holds no valid configuration."""
-    path, options = run_dir / "config.yaml", recorded_options(run_dir).get("model")
-    if not isinstance(options, dict):
-        raise ConfigError(f"{path} is not a run's configuration (it has no section model); restore it")
+    options = recorded_options(run_dir)
     try:
-        model: ModelConfig = build(ModelConfig, options, "model")
-    except ConfigError as error:
-        raise ConfigError(f"{path} is not a run's configuration ({error}); restore it") from error
-    if not model.name_or_path:
-        raise ConfigError(f"{path} is not a run's configuration (model.name_or_path is empty); restore it")
-    return model
+        model: ModelConfig = build(ModelConfig, options["model"], "model")
+        if not model.name_or_path:
+            raise ValueError("model.name_or_path is empty")
+        return model
+    except MALFORMED as error:
+        problem = f"{run_dir / 'config.yaml'} is not a run's configuration ({type(error).__name__}: {error}); restore it"
+        raise ConfigError(problem) from error
 
 
 def base_of(folder: Path) -> str:
@@ -155,7 +154,7 @@ def base_of(folder: Path) -> str:
     try:
         settings: Any = read_json(folder / ADAPTER)
         kind, base = settings["peft_type"], settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{folder / ADAPTER} does not describe adapters ({type(error).__name__}: {error}); {remedy}") from error
     if kind != "LORA" or not isinstance(base, str) or not base:
         raise ConfigError(f"{folder / ADAPTER}: adapters of kind {kind!r} on {base!r} are not supported; {remedy}")

@@ -12,11 +12,13 @@ from typing import Any
 
 MASK = "***"
 
-_URL = re.compile(r":(/+)((?:(?!:/)\S)+)")  # pathlib joins double slashes; a URL within a URL matches separately
-_USERINFO = re.compile(r"[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S)")  # second form: a password with a slash
-_PARAMETER = re.compile(r"([?&#])([^=&#\s\"<>]*)(=?)([^&#\s\"<>]*)")
+_URL = re.compile(r":/+(?:(?!:/)\S)+")  # a URL within a URL matches separately
+_USERINFO = re.compile(r"^(://?)(?!/)(?:[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S))")
+"""User name and password. pathlib joins the two slashes of a URL, but three begin a path. In the second form, the password has a slash."""
+_PARAMETER = re.compile(r"([?&#][^=&#\s\"<>]*=|[?&](?![^=&#\s\"<>]*=))[^&#\s\"<>]*[^&#\s\"<>)\]}',.:;!]")
+"""A parameter or a value without a name, but neither an anchor nor punctuation after the URL."""
 _CLOSING = ")]}',.:;!"
-"""Punctuation after a URL, which belongs to the sentence."""
+"""Punctuation after a value, which belongs to the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
 """A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
@@ -38,42 +40,20 @@ def without_secrets(text: str) -> str:
     Secrets are: the user name and password in a URL; the values in a URL's query and fragment, which contain the signature of a signed URL;
     and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
     """
-    text = _URL.sub(_masked_url, text)
+    text = _URL.sub(lambda url: _PARAMETER.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", url[0])), text)
     kept, done = [], 0
     for name in _NAME.finditer(text):
-        certain, likely = _is_credential(name[1] or name[3], name[2] or "=")
+        words = _words(name[1] or name[3])
+        certain = bool(_ALWAYS.search("_".join(words)))
+        likely = "=" in (name[2] or "=") and not _UNLESS_NUMBER.isdisjoint(words[-1:])  # "token: x" may be English
         if name.start() < done or not (certain or likely) or not (value := _VALUE.match(text, name.end())):
             continue
-        if not value[0].startswith(MASK) and (certain or not _is_number(value[0])):
+        if not value[0].startswith(MASK) and (certain or not re.fullmatch(r"[\"']?[-+.\d]+[\"']?", value[0])):
             quote = value[0][-1] if value[0][-1] in "\"'" else ""
             closing = "" if quote else value[0][len(value[0].rstrip(_CLOSING)) :]
             kept.append(f"{text[done : name.end()]}{quote}{MASK}{quote}{closing}")
             done = value.end()
     return "".join((*kept, text[done:]))
-
-
-def _masked_url(match: re.Match[str]) -> str:
-    slashes, rest = match[1], match[2]
-    if len(slashes) < 3 and (user := _USERINFO.match(rest)):  # three slashes begin a path
-        rest = f"{MASK}@{rest[user.end() :]}"
-    address = re.split(r"[?#]", rest, maxsplit=1)[0]
-    return f":{slashes}{address}{_PARAMETER.sub(_masked_parameter, rest[len(address) :])}"
-
-
-def _masked_parameter(match: re.Match[str]) -> str:
-    mark, name, equals, value = match.groups()
-    if not equals:  # a value without a name, or an anchor
-        name, value = (name, "") if mark == "#" else ("", name)
-    closing = value[len(value.rstrip(_CLOSING)) :]
-    return f"{mark}{name}{equals}{MASK if len(value) > len(closing) else ''}{closing}"
-
-
-def _is_credential(name: str, binding: str) -> tuple[bool, bool]:
-    """Return two flags: whether values with this name are always secrets, and whether they are secrets unless they are numbers."""
-    words = _words(name)
-    if not words:
-        return False, False
-    return bool(_ALWAYS.search("_".join(words))), "=" in binding and words[-1] in _UNLESS_NUMBER  # "token: x" may be English
 
 
 def is_secret(name: str, value: Any) -> bool:
@@ -86,14 +66,6 @@ def is_secret(name: str, value: Any) -> bool:
 
 def _words(name: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(name)]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.strip("\"'"))
-    except ValueError:
-        return False
-    return True
 
 
 def masked(value: Any, name: str = "") -> Any:

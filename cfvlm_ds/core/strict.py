@@ -25,7 +25,7 @@ _KINDS = {
     float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list of texts", dict: "NAME: VALUE",
     NoneType: "null",
 }  # fmt: skip
-_LIKE, _LIKE_IN_SECTION = 0.75, 0.65
+_LIKE = 0.65
 TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
 """Ranges of the options that all objective terms share. Each term checks its own options."""
 
@@ -151,12 +151,9 @@ def nearest(option: str, names: Sequence[str]) -> str | None:
     It is the shortest name with all words of ``option`` and the same last word, as for batch_size, or else the most similar name. The last
     parts of the names must be similar too, because all options of a section begin with the same letters.
     """
-    section, _, last = option.rpartition(".")
+    last = option.rpartition(".")[2]
     words = {name: re.split(r"[._]", name) for name in (option, *names)}
     if containing := [name for name in names if {*words[option]} <= {*words[name]} and words[option][-1] == words[name][-1]]:
         return min(containing, key=lambda name: len(words[name]))
-    by_form = {name if section else name.rpartition(".")[2]: name for name in sorted(reversed(names), key=lambda name: -name.count("."))}
-    like = _LIKE_IN_SECTION if section else _LIKE
-    forms = difflib.get_close_matches(option, by_form, n=3, cutoff=like)
-    likely = [form for form in forms if difflib.SequenceMatcher(None, last, form.rpartition(".")[2]).ratio() >= like]
-    return by_form[likely[0]] if likely else None
+    likely = difflib.get_close_matches(option, names, n=3, cutoff=_LIKE)
+    return next((name for name in likely if difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio() >= _LIKE), None)

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
 from cfvlm_ds.core.files import aside_of, whole_folder
-from cfvlm_ds.core.reading import open_regular
+from cfvlm_ds.core.reading import MALFORMED, open_regular
 
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 
@@ -150,7 +150,7 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
         try:
             with open_regular(path) as handle:
                 known = ours(handle)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
+        except (StopIteration, *MALFORMED):
             known = False
         if not known:
             raise ConfigError(f"{path} already exists and was not written by {writer}; name another file with {option}")

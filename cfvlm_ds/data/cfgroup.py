@@ -28,7 +28,7 @@ from typing import Any
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures, check_side
-from cfvlm_ds.data.fields import all_objects, as_meta, check_keys, index, items, lookup, name, number, required, string
+from cfvlm_ds.data.fields import Row, all_objects, as_meta, check_keys, index, items, lookup, name, number, required, string
 
 NATIVE = "cfgroup"
 SCHEMA = f"{NATIVE}/1"
@@ -40,7 +40,7 @@ _TEXT_KEYS = frozenset(("id", "text", "prompt", "key", "role", "meta"))
 _EDIT_KEYS = frozenset(("type", "image", "text", "from", "to", "meta"))
 
 
-def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> CounterfactualGroup:
+def from_row(row: Row, root: Path = _AS_WRITTEN) -> CounterfactualGroup:
     """Parse a ``cfgroup/1`` row into a group. If ``root`` is given, image paths are joined to it. No image is opened.
 
     Raises DataError for a missing or unknown key, a duplicate or unknown id, a truth value other than 0 or 1, or a group that
@@ -102,14 +102,14 @@ def from_row(row: Mapping[str, Any], root: Path = _AS_WRITTEN) -> Counterfactual
     )
 
 
-def _excluded(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _excluded(row: Row, where: str) -> tuple[str, ...]:
     listed = row.get("exclude", [])
     if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
         raise DataError(f"{where}: 'exclude' must be a list of strings, not {listed!r}; list keys of texts, or texts")
     return tuple(listed)
 
 
-def _unused(row: Mapping[str, Any], *parts: Sequence[Mapping[str, Any]]) -> Any:
+def _unused(row: Row, *parts: Sequence[Row]) -> Any:
     """Collect the metadata: the row's ``meta``, ``split`` and ``license``, and the metadata of its images, texts and edits under names such
     as ``images.sha256``.
     """
@@ -188,7 +188,7 @@ def _part(part: Any, where: str) -> Part:
     )
 
 
-def _pictures(image: Mapping[str, Any], root: Path, where: str) -> Pictures:
+def _pictures(image: Row, root: Path, where: str) -> Pictures:
     path = required(image, "path", where)
     if isinstance(path, str):
         return (root / path,)

@@ -1,7 +1,7 @@
 """Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes four passes over the groups: one for rows, one for pictures, one for texts and one for repeated contents. It keeps no groups
-in memory, but needs 24 bytes for each group and 48 bytes for each picture.
+The check makes three passes over the groups: one for rows, one for pictures, and one for texts and repeated contents. It keeps no groups in
+memory, but needs 24 bytes for each group and 48 bytes for each picture.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures, Prompt
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.manifest import Root, open_groups, repeated
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
-from cfvlm_ds.data.passes import Done, Scan, contains, distinct
+from cfvlm_ds.data.passes import Done, Keyed, Scan, contains, distinct
 from cfvlm_ds.data.picture_check import equal_images, open_pictures
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.store import GroupStore
-
-Array = npt.NDArray[Any]
 
 
 class Lengths(Protocol):
@@ -54,7 +51,7 @@ _MERGED = 1 << 20
 """Number of picture keys above which the keys of all rows so far are reduced to distinct ones."""
 
 
-def check_rows(store: GroupStore, *, progress: Callable[[str], object]) -> CheckReport:
+def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:
     """Check the rows of a data set and count their contents, without opening any pictures."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
@@ -69,7 +66,7 @@ class SeenRows(NamedTuple):
     ``repeats`` holds the indices of groups whose id an earlier group already has.
     """
 
-    pictures: tuple[Array, Array]
+    pictures: Keyed
     repeats: list[int]
 
 
@@ -79,11 +76,11 @@ class _Rows(NamedTuple):
     """
 
     report: CheckReport
-    ids: tuple[Array, Array]
-    pictures: tuple[Array, Array]
+    ids: Keyed
+    pictures: Keyed
 
 
-def look_at_rows(report: CheckReport, store: GroupStore, progress: Callable[[str], object], scan: Scan) -> SeenRows:
+def look_at_rows(report: CheckReport, store: GroupStore, progress: Say, scan: Scan) -> SeenRows:
     """Check all rows, add their counts and problems to ``report``, and return the distinct pictures and the groups with repeated ids."""
     ids, pictures, pending = [_arrays({})], [_arrays({})], 0
     for part in scan.over(range(len(store)), partial(_rows, store), Progress(progress, "checking rows", len(store), "groups")):
@@ -116,11 +113,11 @@ def _rows(store: GroupStore, places: Sequence[int], done: Done) -> _Rows:
     return _Rows(report, _arrays(ids)[::-1], _arrays(pictures))
 
 
-def _arrays(values: dict[int, int]) -> tuple[Array, Array]:
+def _arrays(values: dict[int, int]) -> Keyed:
     return np.fromiter(values.keys(), np.uint64, len(values)), np.fromiter(values.values(), np.uint64, len(values))
 
 
-def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan) -> Iterator[tuple[int, str]]:
+def _repeated(store: GroupStore, ids: Sequence[Keyed], scan: Scan) -> Iterator[tuple[int, str]]:
     """Yield (index, error message) for each group whose id an earlier group already has. Only groups with equal id hashes are read, to
     compare the ids themselves.
     """
@@ -140,42 +137,45 @@ def _repeated(store: GroupStore, ids: Sequence[tuple[Array, Array]], scan: Scan)
 
 
 def check_texts(
-    store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Callable[[str], object], scan: Scan
-) -> CheckReport:
-    """Compare the images within each group, measure the group's texts, and return a report.
+    store: GroupStore, lengths: Lengths | None, pictures: PictureTable | None, progress: Say, scan: Scan
+) -> tuple[CheckReport, Keys]:
+    """Compare the images within each group, and measure the group's texts. Return a report and the keys of all rows and pictures.
 
     If ``lengths`` is given, texts are measured in tokens and images in visual tokens. Otherwise only texts are measured, in characters.
     ``pictures`` contains the readable pictures. Invalid rows and broken pictures are skipped, because earlier passes report them.
     """
-    report, shown = CheckReport(str(store.path)), [_arrays({})]
+    report, shown, keys = CheckReport(str(store.path)), [_arrays({})], list[Keys]()
     texts = _Texts(store, lengths, pictures or PictureTable.of(()))
-    for part, images in scan.over(range(len(store)), texts, Progress(progress, "checking texts", len(store), "groups")):
+    for part, images, own_keys in scan.over(range(len(store)), texts, Progress(progress, "checking texts", len(store), "groups")):
         report.add(part)
         shown.append(images)
+        keys.append(own_keys)
     report.visual_tokens.update(distinct(shown)[1].tolist())
-    return report
+    return report, joined_keys(keys)
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Text pass over a chunk of groups, as a callable. It returns a report, and the hash and visual token count of each distinct image."""
+    """Text pass over a chunk of groups, as a callable. It returns a report, the hash and visual token count of each distinct image, and the
+    keys of the rows and pictures.
+    """
 
     store: GroupStore
     lengths: Lengths | None
     pictures: PictureTable
 
-    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, tuple[Array, Array]]:
-        report = CheckReport(str(self.store.path))
-        images: dict[int, int] = {}
+    def __call__(self, places: Sequence[int], done: Done) -> tuple[CheckReport, Keyed, Keys]:
+        report, images, groups = CheckReport(str(self.store.path)), dict[int, int](), list[CounterfactualGroup]()
         for index, group in self.store.entries(places):
             if not isinstance(group, DataError):
+                groups.append(group)
                 report.problems.extend(f"{self.store.where(index)}: {problem}" for problem in equal_images(group, self.pictures))
                 if self.lengths is None:
                     note_characters(report, group, partial(self.store.where, index))
                 else:
                     self._measure(report, index, group, self.lengths, images)
             done()
-        return report, _arrays(images)
+        return report, _arrays(images), keys_of(groups, self.pictures)
 
     def _measure(self, report: CheckReport, index: int, group: CounterfactualGroup, lengths: Lengths, images: dict[int, int]) -> None:
         sizes: set[tuple[Size, ...]] = set()
@@ -220,7 +220,7 @@ def sound_groups(
     root: Root = None,
     format: str = AUTO,
     limit: int | None = None,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Say = no_op,
 ) -> GroupStore:
     """Open a manifest with ``open_groups`` and check its rows. Raises DataError for the first problem, such as a repeated id."""
     store = open_groups(path, root, format, limit=limit, progress=progress)
@@ -236,7 +236,7 @@ def check_manifest(
     *,
     lengths: Lengths | None = None,
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[str], object] = print_line,
+    progress: Say = print_line,
 ) -> CheckReport:
     """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
     decoded once.
@@ -252,22 +252,8 @@ def check_manifest(
     scan, report = Scan(), CheckReport(str(store.path))
     seen = look_at_rows(report, store, progress, scan)
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
-    report.add(check_texts(store, lengths, pictures, progress, scan))
-    work, counted = partial(_keys, store, pictures), Progress(progress, "checking repeats", len(store), "groups")
-    keys = joined_keys([*scan.over(range(len(store)), work, counted)])
-    report.add(
-        CheckReport(
-            report.manifest,
-            sides=Counter(pictures.sides()),
-            num_repeated_rows=report.num_groups - len(keys.rows),
-            num_repeated_pictures=report.num_images - len(keys.pictures),
-        )
-    )
+    texts, keys = check_texts(store, lengths, pictures, progress, scan)
+    report.add(texts)
+    repeated = {"num_repeated_rows": report.num_groups - len(keys.rows), "num_repeated_pictures": report.num_images - len(keys.pictures)}
+    report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), **repeated))
     return report
-
-
-def _keys(store: GroupStore, pictures: PictureTable, places: Sequence[int], done: Done) -> Keys:
-    keys = keys_of((group for _, group in store.entries(places) if not isinstance(group, DataError)), pictures)
-    for _ in places:
-        done()
-    return keys

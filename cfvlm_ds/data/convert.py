@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
 from cfvlm_ds.data.check import look_at_rows
@@ -37,7 +37,7 @@ def convert(
     format: str,
     out: Path,
     on_error: Literal["error", "skip"] = "error",
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = no_op,
     max_pixels: int = MAX_PIXELS,
 ) -> Converted:
     """Write the groups of a manifest to ``out``. The file is written under a temporary name and renamed when it is complete. Pictures that
@@ -80,14 +80,11 @@ def convert(
 
 def list_of_skipped(out: Path) -> Path:
     """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if this path holds another program's file."""
-    return own_output(out.with_name(f"{out.name}.skipped.jsonl"), _is_list, "this package")
+    listed = out.with_name(f"{out.name}.skipped.jsonl")
+    return own_output(listed, lambda file: set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}, "this package")
 
 
-def _is_list(file: IO[bytes]) -> bool:
-    return set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}
-
-
-def list_skipped(listed: Path, problems: Sequence[str], say: Callable[[str], object], what: str = "rows") -> None:
+def list_skipped(listed: Path, problems: Sequence[str], say: Say, what: str = "rows") -> None:
     """Write the list of skipped rows or groups. If there are none, remove the list that an earlier call wrote."""
     if not problems:
         listed.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.http import call
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.core.untrusted import new_output, refuse_link
 from cfvlm_ds.data.containers.open import open_rows
@@ -52,7 +52,7 @@ def download(
     out: Path,
     on_error: Literal["error", "skip"] = "error",
     threads: int = 16,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = no_op,
 ) -> Downloaded:
     """Write the rows of ``path`` to ``out``, and their pictures to the folder ``OUT.pictures`` next to it. In the rows, each picture
     address is replaced with the path of the picture's file.

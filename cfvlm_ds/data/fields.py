@@ -11,20 +11,23 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.named import near
 
+Row: TypeAlias = Mapping[str, Any]
+"""A row of a data file, or an object within it, as JSON values."""
 
-def check_keys(row: Mapping[str, Any], allowed: Collection[str], where: str) -> None:
+
+def check_keys(row: Row, allowed: Collection[str], where: str) -> None:
     """Raise DataError for a key that is not allowed. The message names a similar allowed key if there is one."""
     for key in row:
         if key not in allowed:
             raise DataError(f"{where}: unknown key {key!r}; {near(key, sorted(allowed), 'allowed: ')}")
 
 
-def further_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+def further_keys(row: Row, known: Iterable[str], where: str) -> dict[str, Any]:
     """Return the fields of a row whose keys are not in ``known``. Rows in published formats can have such fields.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
@@ -77,7 +80,7 @@ _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
 """Pattern of a list in Python notation, which occurs in published tables."""
 
 
-def value_of(row: Mapping[str, Any], column: str) -> Any:
+def value_of(row: Row, column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
     ``a.b`` refers to the field ``b`` of column ``a``, which can be an object or the JSON text of an object. If ``a`` is a list of objects,
@@ -93,7 +96,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
     return value_of(inner if isinstance(inner, Mapping) else json_object(inner), rest)
 
 
-def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+def without(row: Row, columns: Iterable[str]) -> dict[str, Any]:
     """Copy a row, leaving out the given columns. If ``a.b`` is left out, the other fields of ``a`` are kept."""
     kept = dict(row)
     for column in columns:
@@ -110,19 +113,19 @@ def without(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def required(row: Mapping[str, Any], key: str, where: str) -> Any:
+def required(row: Row, key: str, where: str) -> Any:
     if key not in row:
         raise DataError(f"{where}: key {key!r} is missing; add it")
     return row[key]
 
 
-def string(row: Mapping[str, Any], key: str, where: str) -> str:
+def string(row: Row, key: str, where: str) -> str:
     if isinstance(value := row.get(key), str):
         return value
     raise DataError(f"{where}: {key!r} must be a string, not {required(row, key, where)!r}; quote it")
 
 
-def name(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+def name(row: Row, key: str, where: str, default: str | None = None) -> str:
     """Return a field as a string. A number is converted, because ids in published files may be numbers. If no ``default`` is given, the key
     is required.
     """
@@ -134,7 +137,7 @@ def name(row: Mapping[str, Any], key: str, where: str, default: str | None = Non
     return str(value)
 
 
-def row_id(row: Mapping[str, Any], *contents: Any) -> str:
+def row_id(row: Row, *contents: Any) -> str:
     """Build a group's id from its row's id, if there is one, and a hash of the row's contents.
 
     The hash is needed because several rows of a public data set can have the same id. The group's id does not depend on the row's position.
@@ -151,7 +154,7 @@ def number(value: Any, where: str) -> float:
     return float(value)
 
 
-def items(row: Mapping[str, Any], key: str, allowed: Collection[str], where: str) -> list[Mapping[str, Any]]:
+def items(row: Row, key: str, allowed: Collection[str], where: str) -> list[Row]:
     items = required(row, key, where)
     if not isinstance(items, list) or not items or not all_objects(items):
         raise DataError(f"{where}: {key!r} must be a non-empty list of objects")
@@ -169,7 +172,7 @@ def all_objects(items: list[Any]) -> bool:
 _OBJECT = {dict}
 
 
-def index(items: list[Mapping[str, Any]], where: str) -> dict[str, int]:
+def index(items: list[Row], where: str) -> dict[str, int]:
     index: dict[str, int] = {}
     for position, item in enumerate(items):
         name = string(item, "id", where)

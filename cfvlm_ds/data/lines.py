@@ -8,25 +8,21 @@ from __future__ import annotations
 import os
 import zlib
 from array import array
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.core.reading import MIB, HeldFile
+from cfvlm_ds.data.passes import Array
 
 MAX_LINE = 4 * MIB
 """Maximum size of a row in a JSON lines file, in bytes: four times the size of a group with a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
-
-Array = npt.NDArray[Any]
 
 
 class IndexedLines:
@@ -45,9 +41,7 @@ class IndexedLines:
         self._held = held
 
     @classmethod
-    def scanned(
-        cls, path: Path, *, alive: Callable[[], object] = lambda: None, progress: Callable[[str], object] = lambda line: None
-    ) -> IndexedLines:
+    def scanned(cls, path: Path, *, alive: Alive = no_op, progress: Say = no_op) -> IndexedLines:
         """Read a regular file once and index its lines. Raises OSError, ValueError (the message does not name the file), and DataError for
         a line of more than MAX_LINE bytes.
         """

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.progress import Say, no_op
 from cfvlm_ds.data.passes import Scan
 from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import is_store, open_store
@@ -27,7 +28,7 @@ def open_groups(
     *,
     limit: int | None = None,
     scan: Scan | None = None,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Say = no_op,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
     """Open the groups of a manifest in file order. Each group is read when it is accessed.
@@ -61,7 +62,7 @@ def open_groups(
     return open_data(path, roots, format, limit, scan, progress, cache)
 
 
-def local_path(path: str | Path, scan: Scan | None = None, progress: Callable[[str], object] = lambda line: None) -> Path:
+def local_path(path: str | Path, scan: Scan | None = None, progress: Say = no_op) -> Path:
     """Return the local path of a data set. A data set on the Hugging Face hub is fetched on first use. Raises DataError if that fails."""
     if ":/" not in str(path):
         return Path(path)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
@@ -167,7 +167,7 @@ class MixedGroups(Lazy[CounterfactualGroup]):
 
     def __init__(
         self,
-        sources: Sequence[Sequence[CounterfactualGroup]],
+        sources: Sequence[Groups],
         names: Sequence[str],
         objectives: Sequence[tuple[str, ...] | None],
     ) -> None:

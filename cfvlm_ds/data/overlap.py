@@ -7,15 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.conversation import normalised, normalised_prompt
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.text import hashed
-from cfvlm_ds.data.passes import contains
+from cfvlm_ds.data.passes import Array, contains
 from cfvlm_ds.data.picture_index import PictureTable, picture_key
-
-Array = npt.NDArray[Any]
 
 
 class Shared(NamedTuple):

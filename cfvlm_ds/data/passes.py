@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 
 T = TypeVar("T")
 Array = npt.NDArray[Any]
+"""A numpy array of any dtype."""
+Keyed = tuple[Array, Array]
+"""64-bit keys, and a value for each key."""
 Done = Callable[[], object]
 """Function to be called after every item of a chunk."""
 
@@ -31,7 +34,7 @@ class Scan:
         shield: function called at the start of each worker process.
     """
 
-    alive: Callable[[], object] = lambda: None
+    alive: Alive = no_op
     shield: Callable[[int], None] = lambda worker: None
 
     def over(self, places: Sequence[int], work: Callable[[Sequence[int], Done], T], progress: Progress) -> Iterator[T]:
@@ -68,7 +71,7 @@ class Scan:
             progress.advance(len(chunk))
 
 
-def distinct(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+def distinct(parts: Sequence[Keyed]) -> Keyed:
     """Return the sorted distinct 64-bit keys of all parts, and the first value for each key."""
     keys, values = map(np.concatenate, zip(*parts, strict=True))
     keys, first = np.unique(keys, return_index=True)

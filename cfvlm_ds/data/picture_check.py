@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
-from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data.passes import Array, Scan
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
 from cfvlm_ds.data.picture_index import Picture, PictureTable, find, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
@@ -24,11 +23,9 @@ from cfvlm_ds.data.stored import StoredRows
 
 _AHEAD = 64  # number of pictures opened ahead of their use
 
-Array = npt.NDArray[Any]
-
 
 def open_pictures(
-    report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Callable[[str], object], scan: Scan
+    report: CheckReport, store: GroupStore, keys: Array, places: Array, max_pixels: int, progress: Say, scan: Scan
 ) -> tuple[PictureTable, dict[int, str]]:
     """Open each picture once. Return a table of the readable pictures, and a mapping from each broken picture's key to its problem.
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.data.decoding import MAX_BYTES, Size, image_size
+from cfvlm_ds.data.passes import Array
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
 
 FACTS = np.dtype([("size", "<i8"), ("ctime", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -52,7 +52,7 @@ def picture_key(path: Path, root: Path | None = None) -> int:
     return hashed(os.fsencode(name.removeprefix(folder)))
 
 
-def find(keys: npt.NDArray[Any], key: int) -> int | None:
+def find(keys: Array, key: int) -> int | None:
     """Return the index of ``key`` in the sorted ``keys``, or None if it is absent."""
     place = int(keys.searchsorted(np.uint64(key)))
     return place if place < len(keys) and int(keys[place]) == key else None
@@ -74,7 +74,7 @@ class PictureTable:
     ``roots`` are the folders to which a store's picture paths are relative; None means that paths are absolute.
     """
 
-    def __init__(self, keys: npt.NDArray[Any], facts: npt.NDArray[Any], roots: Sequence[Path | None] = (None,)) -> None:
+    def __init__(self, keys: Array, facts: Array, roots: Sequence[Path | None] = (None,)) -> None:
         self._keys, self._facts, self._roots = keys, facts, roots
         self._recent = lru_cache(_AT_ONCE)(self._find)
 
@@ -98,7 +98,7 @@ class PictureTable:
         return cls(keys, records["facts"][positions])
 
     @classmethod
-    def of_files(cls, paths: Iterable[Path], say: Callable[[str], object] = lambda line: None) -> PictureTable:
+    def of_files(cls, paths: Iterable[Path], say: Say = no_op) -> PictureTable:
         """Build a table by hashing the contents of files. Unreadable files are left out; opening them later reports the error."""
 
         def look(path: Path) -> Picture | None:

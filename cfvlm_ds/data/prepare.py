@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, remove, replace, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.progress import Progress, Say
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
@@ -39,7 +38,7 @@ from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity, joined_part
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
-from cfvlm_ds.data.passes import Done, Scan
+from cfvlm_ds.data.passes import Array, Done, Scan
 from cfvlm_ds.data.picture_check import equal_images, opened_pictures
 from cfvlm_ds.data.picture_file import part_name, tar_member
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, find, picture_key
@@ -60,8 +59,6 @@ _PLACE = np.dtype([("key", "<u8"), ("name", "<u8"), ("tar", "<u4"), ("start", "<
 _SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build an encoder for each row
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class _Job:
             for number in units.missing(self.shard, self.of):
                 self._open_unit(units, number, keys[unit_of == number], places[unit_of == number], progress)
             if strict and self.report.problems:
-                self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan))
+                self.report.add(check_texts(source, None, PictureTables(_opened_before(self.work)), self.say, self.scan)[0])
                 return False
             if missing := units.missing():
                 self.say(
@@ -464,7 +461,7 @@ def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool)
 
 
 def _read(file: Path, key: str) -> str | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
+    with contextlib.suppress(*MALFORMED):
         return str(read_json(file)[key])
     return None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.data.mixture import Order
 
 
@@ -83,7 +83,7 @@ class GroupSampler:
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
-    def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
+    def num_steps(self, num_epochs: float, say: Say = no_op) -> int:
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times."""
         return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
@@ -170,7 +170,7 @@ class PackedSampler(GroupSampler):
             bins, position = self._pack(position)
             yield self._balance(bins)
 
-    def num_steps(self, num_epochs: float, say: Callable[[str], object] = lambda line: None) -> int:
+    def num_steps(self, num_epochs: float, say: Say = no_op) -> int:
         """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,

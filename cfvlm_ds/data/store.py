@@ -8,23 +8,24 @@ paths to a data root and confines them to the roots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.data.confinement import Confinement
+from cfvlm_ds.data.fields import Row
+from cfvlm_ds.data.passes import Array, Done
 from cfvlm_ds.data.rows import Rows
 
 T = TypeVar("T")
 
-Format = Callable[[Mapping[str, Any]], CounterfactualGroup | Sequence[CounterfactualGroup]]
+Format = Callable[[Row], CounterfactualGroup | Groups]
 """Function from a row to one or several groups, with unchanged image paths. Its DataErrors do not name the file and line."""
 
 
@@ -45,14 +46,14 @@ class GroupStore(Lazy[CounterfactualGroup]):
         self,
         rows: Rows,
         roots: Sequence[Path],
-        convert: Callable[[Any], CounterfactualGroup | Sequence[CounterfactualGroup]],
-        firsts: npt.NDArray[Any] | None = None,
+        convert: Callable[[Any], CounterfactualGroup | Groups],
+        firsts: Array | None = None,
         format: str = "",
         limit: int | None = None,
     ) -> None:
         self.rows, self.roots, self.firsts, self.format, self._limit = rows, roots, firsts, format, limit
         self._convert, self._confine = convert, Confinement(roots)
-        self._last: tuple[int, Sequence[CounterfactualGroup] | DataError] = (-1, ())
+        self._last: tuple[int, Groups | DataError] = (-1, ())
         number = len(rows) if firsts is None else int(firsts[-1])
         super().__init__(self._group, number if limit is None else min(number, limit))
 
@@ -62,11 +63,11 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return self.rows.path
 
     @property
-    def together(self) -> npt.NDArray[Any] | None:
+    def together(self) -> Array | None:
         """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a
         store, "row" means a row of the data set that it was prepared from.
         """
-        stored: npt.NDArray[Any] | None = getattr(self.rows, "together", None)
+        stored: Array | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
 
     def where(self, index: int) -> str:
@@ -97,7 +98,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         row = int(self.firsts.searchsorted(index, "right")) - 1
         return row, index - int(self.firsts[row])
 
-    def _groups(self, row: int) -> Sequence[CounterfactualGroup]:
+    def _groups(self, row: int) -> Groups:
         if isinstance(value := self.rows.value(row), DataError):
             raise value
         expected = 1 if self.firsts is None else int(self.firsts[row + 1] - self.firsts[row])
@@ -115,7 +116,7 @@ class Unraised(Lazy[CounterfactualGroup | DataError]):
     a worker process.
     """
 
-    def __init__(self, groups: Sequence[CounterfactualGroup]) -> None:
+    def __init__(self, groups: Groups) -> None:
         super().__init__(partial(_unraised, groups.__getitem__), len(groups))
 
 
@@ -126,7 +127,7 @@ def _unraised(function: Callable[..., T], *given: Any) -> T | DataError:
         return error
 
 
-def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> npt.NDArray[Any] | None:
+def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]]) -> Array | None:
     """Return the index of each row's first group, followed by the total number of groups; None for a format with one group per row.
 
     ``over`` is a callable that maps a function over chunks of the rows.
@@ -135,7 +136,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
     if parts is None:
         return None
 
-    def work(places: Sequence[int], done: Callable[[], object]) -> npt.NDArray[Any]:
+    def work(places: Sequence[int], done: Done) -> Array:
         counts = np.zeros(len(places), np.int64)
         for k, row in enumerate(places):
             counts[k] = _parts_of(rows.value(row), parts)
@@ -153,13 +154,13 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
         return 1
 
 
-def converted(row: Any, convert: Callable[[Any], Any]) -> Sequence[CounterfactualGroup]:
+def converted(row: Any, convert: Callable[[Any], Any]) -> Groups:
     """Convert a row to groups, without changing the picture paths. Raises DataErrors that do not name the row's location."""
     groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple holds the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
 
-def apply(function: Callable[[Mapping[str, Any]], T], row: Any) -> T:
+def apply(function: Callable[[Row], T], row: Any) -> T:
     """Apply a format's function to a row. Any exception is converted to a DataError, which does not name the row's location."""
     if not isinstance(row, dict):
         raise DataError(f"the row is a {type(row).__name__}, not an object; write it as {{...}}")

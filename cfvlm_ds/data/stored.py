@@ -19,7 +19,7 @@ import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import crc32_of
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.cfgroup import NATIVE, from_row
 from cfvlm_ds.data.lines import IndexedLines, index_file
@@ -83,7 +83,7 @@ class StoredRows:
             self._firsts = list(accumulate((groups for *_, groups in shards), initial=0))
             if not 0 < self._firsts[-1] == record["groups"] == self.identity["rows"]:
                 raise ValueError("its files have a different number of groups")
-        except (OSError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        except MALFORMED as error:
             if isinstance(error, DataError):
                 raise
             reason = error.strerror if isinstance(error, OSError) else f"key {error}" if isinstance(error, KeyError) else error

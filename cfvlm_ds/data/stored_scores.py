@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
+from cfvlm_ds.core.progress import Progress, Say, no_op
+from cfvlm_ds.core.reading import MALFORMED, lines, parse_json
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
@@ -42,10 +42,14 @@ class StoredScores:
     blank: tuple[float, ...]
 
 
+ScoresById = Mapping[str, StoredScores]
+"""Group id -> scores."""
+
+
 def write_scores(
     path: Path,
-    groups: Sequence[CounterfactualGroup],
-    scores: Mapping[str, StoredScores],
+    groups: Groups,
+    scores: ScoresById,
     model: str,
     data: Identity,
     *,
@@ -62,8 +66,8 @@ def write_scores(
 
 
 def score_lines(
-    groups: Sequence[CounterfactualGroup],
-    scores: Mapping[str, StoredScores],
+    groups: Groups,
+    scores: ScoresById,
     model: str,
     data: Identity,
     *,
@@ -119,7 +123,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 class ScoresOfSources(Mapping[str, StoredScores]):
     """Scores of a mixture's groups, whose ids are SOURCE/ID. Some sources can lack scores."""
 
-    def __init__(self, sources: Mapping[str, Mapping[str, StoredScores]]) -> None:
+    def __init__(self, sources: Mapping[str, ScoresById]) -> None:
         self._sources = sources
 
     def __getitem__(self, group_id: str) -> StoredScores:
@@ -135,12 +139,12 @@ class ScoresOfSources(Mapping[str, StoredScores]):
 
 def read_scores(
     path: Path,
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     data: Identity,
     *,
     made_by: Mapping[str, str] | None = None,
-    say: Callable[[str], object] = lambda line: None,
-) -> Mapping[str, StoredScores]:
+    say: Say = no_op,
+) -> ScoresById:
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
     Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with other ids, texts,
@@ -165,7 +169,7 @@ def read_scores(
                 raise DataError(f"{path}: no scores for group {group.id!r} (the file is incomplete, or contains a group twice); {_REMEDY}")
             _check_matrix(rows, place, group, _scores_of(_parsed(rows, place)))
         return scores
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error

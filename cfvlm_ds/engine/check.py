@@ -15,6 +15,7 @@ import torch
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.options import flat
 from cfvlm_ds.deepspeed_compat import settings as settings
 from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
 from cfvlm_ds.engine.configuration import unusable
@@ -49,8 +50,8 @@ _INSIDE = {
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, or that would fail after the model is
-    loaded.
+    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, that this training does not support, or
+    that would fail after the model is loaded.
 
     ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
     """
@@ -64,7 +65,7 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
             if subkey not in _INSIDE[key] and not _is_comment(subkey):
                 _refuse_key(path, f"{key}.", subkey, _INSIDE[key])
     parsed = _parse(path, options)
-    for problem in _unsupported_by_deepspeed(parsed, options, world_size, device):
+    for problem in _unsupported(parsed, options, world_size, device):
         raise ConfigError(f"{path}: {problem}")
 
 
@@ -99,10 +100,16 @@ def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoRe
     raise ConfigError(f"{path}: unknown key {section + key!r}; {remedy}")
 
 
-def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """Yield one sentence for each setting that would make DeepSpeed fail after the model is loaded."""
-    yield from _unsupported_here(parsed, options)
+def _unsupported(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
+    """Yield one sentence for each setting that this training does not support, or that would make DeepSpeed fail after the model is
+    loaded.
+    """
+    for setting, value in flat(options).items():
+        if value != _ONLY.get(setting, value):
+            yield f"{setting}={str(value).lower()} is not supported, only {str(_ONLY[setting]).lower()} is; leave it out"
     zero = parsed.zero_config
+    if zero.stage == 0:
+        yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
     offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
     on_cpu = device is not None and device.type == "cpu"
     if on_cpu and parsed.float16_config.enabled:
@@ -125,28 +132,15 @@ def _unsupported_by_deepspeed(parsed: Any, options: Mapping[str, Any], world_siz
         yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
 
 
-def _unsupported_here(parsed: Any, options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each setting that DeepSpeed supports but this trainer does not, or that would change the results."""
-    zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
-    if stage == 0:
-        yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
-    if parsed.gradient_allreduce_op != "mean":
-        yield "gradient_allreduce_op=sum multiplies gradients by the number of ranks; leave it out"
-    if not zero.compute_grad_norm:
-        yield "zero_optimization.compute_grad_norm=false omits the norm with which gradients are clipped and recorded; leave it out"
-    if zero.parameter_alignment:
-        yield "zero_optimization.parameter_alignment=true writes checkpoints that cannot be exported; leave it out"
-    if not parsed.managed_gradient_accumulation:
-        yield "managed_gradient_accumulation=false does not fit the way in which this training accumulates gradients; leave it out"
-    if stage == 3 and (parsed.prescale_gradients or parsed.gradient_predivide_factor != 1.0):
-        yield "prescale_gradients and gradient_predivide_factor are not supported with stage 3; leave them out"
-    enabled = [name for name in ("hybrid_engine", "data_efficiency", "expert_parallel") if (options.get(name) or {}).get("enabled")]
-    parallel = [name for name in ("sequence_parallel_size", "data_parallel_size") if options.get(name, 1) != 1]
-    tensor = ["tensor_parallel"] if (options.get("tensor_parallel") or {}).get("autotp_size", 0) > 1 else []
-    if unused := [*enabled, *parallel, *tensor, *(["checkpoint.load_universal"] if parsed.load_universal_checkpoint else [])]:
-        yield f"{unused[0]} is not used here: the run makes its own batches, and only ZeRO partitions weights; leave it out"
-
-
+_ONLY = {
+    "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "prescale_gradients": False, "managed_gradient_accumulation": True,
+    "sequence_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel.autotp_size": 0, "expert_parallel.enabled": False,
+    "hybrid_engine.enabled": False, "data_efficiency.enabled": False, "checkpoint.load_universal": False,
+    "zero_optimization.compute_grad_norm": True, "zero_optimization.parameter_alignment": False,
+}  # fmt: skip
+"""Setting -> its only supported value. With another value, gradients would be wrong, a checkpoint could not be exported, or the setting
+would have no effect, because the run makes its own batches and only ZeRO partitions weights.
+"""
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 
 

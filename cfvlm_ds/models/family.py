@@ -66,7 +66,7 @@ class Family:
     Args:
         model_types: values of ``config.model_type`` that select the family; folder names are never used.
         vision_tower, projector, language_model: prefixes of parameter names, without prefixes added by wrappers. The longest match decides,
-            so a projector can lie inside the tower. The output head belongs to the language model.
+            so a projector can lie inside the tower. The output head belongs to the language model. The defaults are LLaVA's names.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
         image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
         per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
@@ -90,9 +90,9 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    vision_tower: tuple[str, ...]
-    projector: tuple[str, ...]
-    language_model: tuple[str, ...]
+    vision_tower: tuple[str, ...] = ("model.vision_tower",)
+    projector: tuple[str, ...] = ("model.multi_modal_projector",)
+    language_model: tuple[str, ...] = ("model.language_model", "lm_head")
     output_head: str = "lm_head"
     image_inputs: tuple[str, ...] = ("pixel_values",)
     per_image: tuple[str, ...] = ()

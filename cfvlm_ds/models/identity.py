@@ -13,7 +13,7 @@ from pathlib import Path
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import cache_folder, replace
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.core.run_folder import ADAPTER, ADAPTER_WEIGHTS
 from cfvlm_ds.models.model_files import hashed_files, weight_patterns
 
@@ -41,9 +41,7 @@ def model_folder(name_or_path: str) -> Path:
         ) from error
 
 
-def fingerprint(
-    config: ModelConfig, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
-) -> dict[str, str]:
+def fingerprint(config: ModelConfig, alive: Alive = no_op, say: Say = no_op) -> dict[str, str]:
     """Return {"weights": sha256, "inputs": sha256}.
 
     "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is the
@@ -63,7 +61,7 @@ def fingerprint(
     return {"weights": weights.hexdigest(), "inputs": inputs_fingerprint(config)}
 
 
-def adapter_fingerprint(folder: Path, alive: Callable[[], object] = lambda: None) -> str:
+def adapter_fingerprint(folder: Path, alive: Alive = no_op) -> str:
     """Return the sha256 of adapters in peft's format: their configuration and weights."""
     digests = "".join(file_digest(folder / name, lambda size: alive()) for name in (ADAPTER, ADAPTER_WEIGHTS))
     return hashlib.sha256(digests.encode()).hexdigest()

@@ -242,7 +242,8 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
 
     Raises ConfigError if this machine or the model does not support the requested back end.
     """
-    heads = set[int]() if model_config is None else _heads(model_config.get_text_config())
+    layers: Any = () if model_config is None else model_config.get_text_config().per_layer_config
+    heads = {getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers}
     if requested == "auto":
         return fastest(dtype, heads, torch.cuda.is_available())
     if requested not in BACKENDS:
@@ -262,10 +263,6 @@ def attention(requested: str, model_config: PreTrainedConfig | None = None, dtyp
     if requested == "varlen" and not has_varlen():
         raise ConfigError(f"model.attn_implementation varlen needs a torch newer than {torch.__version__}; use auto")
     return requested
-
-
-def _heads(text: Any) -> set[int]:
-    return {getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in text.per_layer_config}
 
 
 def parameter_counts(model: PreTrainedModel, family: Family) -> Mapping[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from cfvlm_ds.core.errors import ConfigError, OutOfMemory, StorageError, is_failure
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.untrusted import bare_name, refuse_foreign
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
     try:
         index = read_json(path)
         weight_map = index["weight_map"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{path} is not a valid index of weights ({type(error).__name__}: {error}); {remedy}") from error
     metadata = index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):

@@ -13,25 +13,18 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError
 
 
-def pixels(processor: Any, config: Any, model: ModelConfig) -> None:
+def pixels(processor: Any, config: Any, model: ModelConfig, counts_frames: bool = False) -> None:
     """Scale images to a number of pixels between ``min_pixels`` and ``max_pixels`` (Qwen-VL, where a token covers a square whose side is
-    patch size x merge size).
+    patch size x merge size). ``counts_frames`` is True for a processor that repeats a picture as several frames and counts all their pixels
+    (GLM-4V).
     """
     if processor is not None:
-        _between(processor.image_processor, model, 1)
-
-
-def pixels_of_frames(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Scale images like ``pixels``, for a processor that repeats a picture as several frames and counts all their pixels (GLM-4V)."""
-    if processor is not None:
-        _between(processor.image_processor, model, processor.image_processor.temporal_patch_size)
-
-
-def _between(images: Any, model: ModelConfig, frames: int) -> None:
-    low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
-    if low > high:
-        raise ConfigError(f"model.min_pixels ({low}) exceeds model.max_pixels ({high}); lower it")
-    images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
+        images = processor.image_processor
+        frames = images.temporal_patch_size if counts_frames else 1
+        low, high = model.min_pixels or images.size["shortest_edge"] // frames, model.max_pixels or images.size["longest_edge"] // frames
+        if low > high:
+            raise ConfigError(f"model.min_pixels ({low}) exceeds model.max_pixels ({high}); lower it")
+        images.size = {"shortest_edge": frames * low, "longest_edge": frames * high}
 
 
 def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:

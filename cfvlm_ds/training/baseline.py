@@ -19,7 +19,7 @@ import torch
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, run_on_rank0
 from cfvlm_ds.core.files import cache_folder, replace, write_if_possible
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.data.identity import Identity, changes, digest
@@ -27,7 +27,7 @@ from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.before_after import Change, compare_accuracies
 from cfvlm_ds.evaluation.metrics import content_hash
 from cfvlm_ds.training.evaluation_sample import SHARE, part_of, random_order
-from cfvlm_ds.training.evaluator import Evaluator, Splits
+from cfvlm_ds.training.evaluator import Accuracies, Evaluator, Splits
 
 FEWEST = 100
 """Minimum number of groups to evaluate per set, however short the training is."""
@@ -76,7 +76,7 @@ class Baseline:
                     self._keep(name, results[name], len(places))
         return results
 
-    def compare(self, results: Mapping[str, Sequence[Accuracy]]) -> list[Change]:
+    def compare(self, results: Accuracies) -> list[Change]:
         """Compare accuracies with the baseline and return the changes. Call this on rank 0 only. A set is skipped if it has no baseline or
         has changed since its baseline was measured.
         """
@@ -129,7 +129,7 @@ class Baseline:
         try:
             kept = read_json(file) if file.is_file() else {"data": None, "rows": []}
             return kept["data"], [Accuracy(**row) for row in kept["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             self.world.say(f"warning: {file} cannot be read ({type(error).__name__}) and is ignored")
             return None, []
 

@@ -4,7 +4,7 @@ written at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.progress import Say
+from cfvlm_ds.core.progress import Alive, Say
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan
 from cfvlm_ds.evaluation.benchmarks import Outcome, results
@@ -51,6 +51,8 @@ class RunBenchmark:
     pictures: PictureTable
 
 
+Benchmarks = Mapping[str, RunBenchmark]
+"""Name of an evaluation set -> its benchmark."""
 _REMEDY = "remove that evaluation set, or correct its files"
 Outcomes = Mapping[str, Sequence[Outcome]]
 """Name of an evaluation set -> outcomes of its items."""
@@ -89,7 +91,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict
     return benchmarks
 
 
-def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes) -> dict[str, float]:
+def benchmark_metrics(benchmarks: Benchmarks, outcomes: Outcomes) -> dict[str, float]:
     """Return the benchmarks' metrics under their logged names."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
@@ -97,7 +99,7 @@ def benchmark_metrics(benchmarks: Mapping[str, RunBenchmark], outcomes: Outcomes
     return flat
 
 
-def benchmark_names(benchmarks: Mapping[str, RunBenchmark]) -> set[str]:
+def benchmark_names(benchmarks: Benchmarks) -> set[str]:
     """Return the names of the metrics that ``benchmark_metrics`` returns after an evaluation, except metrics on control images."""
     names = set()
     for name, benchmark in benchmarks.items():
@@ -119,7 +121,7 @@ def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
 def write_benchmarks(
     folder: Path,
     config: RunConfig,
-    benchmarks: Mapping[str, RunBenchmark],
+    benchmarks: Benchmarks,
     outcomes: Outcomes,
     world: World,
     model: Any,
@@ -158,7 +160,7 @@ def write_benchmarks(
     return written
 
 
-def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark], say: Say) -> str:
+def changes_of_benchmarks(run_dir: Path, benchmarks: Benchmarks, say: Say) -> str:
     """Return the section of results.md that compares the benchmarks before and after training, or "" if there are no earlier results."""
     if not benchmarks or not (run_dir / BEFORE).is_dir():
         return ""
@@ -170,7 +172,7 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Mapping[str, RunBenchmark],
     return f"## Benchmarks before and after training\n\n{comparison_table(compared, 'before', 'after')}"
 
 
-def _identity(config: RunConfig, world: World, alive: Callable[[], object]) -> dict[str, str]:
+def _identity(config: RunConfig, world: World, alive: Alive) -> dict[str, str]:
     """Return the exported model's fingerprint. `cfvlm-ds evaluate` on the run folder computes the same fingerprint."""
     run_dir = Path(config.train.output_dir)
     try:

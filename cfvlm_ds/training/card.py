@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cfvlm_ds import checkpoint as checkpoints
 from cfvlm_ds.core.config import SECTIONS
 from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.options import flat
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import recorded_options
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -53,13 +54,12 @@ base = {base}
 processor = AutoProcessor.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), name)"""
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-_ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.max_steps", "train.num_train_epochs", "train.seed", *_STEP)
+_ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.seed", *_STEP)
+"""Options that are listed even if they have their defaults, as are the tuning of modules and the options of adapters."""
 _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
-def card_of(
-    checkpoint: Path, say: Callable[[str], object], *, adapter: bool, evaluated: bool | None = None, repo: str | None = None
-) -> str | None:
+def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None = None, repo: str | None = None) -> str | None:
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
@@ -126,18 +126,19 @@ _IDENTITY = "The identity is a digest of texts, labels, weights and pictures. It
 
 def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
     adapted = any(options.get(f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
-    recorded = (name for name, kind in ON_RESUME.items() if kind in ("confirm", "refuse") or name in _STEP)
-    unused = "train.num_train_epochs" if (options.get("train.max_steps") or 0) > 0 else "train.max_steps"
-    relevant = [name for name in recorded if name != unused and (adapted or not name.startswith("model.lora."))]
-    listed = [name for name in relevant if name in _ALWAYS or name.endswith(".tuning") or name.startswith("model.lora.")]
-    listed += [name for name in relevant if name not in listed and options.get(name) != _DEFAULTS[name]]
+    listed = {}
+    for name, kind in ON_RESUME.items():
+        always = name in _ALWAYS or ".tuning" in name or (adapted and ".lora." in name)
+        changed = kind in ("confirm", "refuse") and ".lora." not in name and options.get(name) != _DEFAULTS[name]
+        if (always or changed) and options.get(name) is not None:
+            listed[name] = options[name]
     known = {
         "optimizer steps": step,
         "ranks": environment.get("world_size"),
         "device": environment.get("device"),
         "ZeRO stage": ds_config.get("zero_optimization.stage"),
         "bfloat16": ds_config.get("bf16.enabled"),
-        **{name: value for name in listed if (value := options.get(name)) is not None},
+        **listed,
         **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds (training)": environment.get("packages.cfvlm-ds"),
         "git revision (training)": environment.get("git_revision"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.progress import Say
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Displacement:
 
     config: RunConfig
     state: TrainState
-    say: Callable[[str], object]
+    say: Say
     warned: float = 0.0
 
     def recorded(self, metrics: Mapping[str, float]) -> None:

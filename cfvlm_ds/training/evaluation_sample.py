@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.sequences import Lazy
-from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.evaluation.metrics import HEADLINES, content_hash
-from cfvlm_ds.training.evaluator import Splits
+from cfvlm_ds.training.evaluator import Accuracies, Splits
 
 FEWEST, MOST = 30, 300
 """Minimum and maximum number of sampled groups per set. If the budget does not allow the minimum, the set has no sample."""
@@ -38,9 +37,9 @@ class EvaluationSample:
     total_steps: int
 
     @cached_property
-    def groups(self) -> dict[str, Sequence[CounterfactualGroup]]:
+    def groups(self) -> dict[str, Groups]:
         """The sampled groups, keyed by set."""
-        sampled: dict[str, Sequence[CounterfactualGroup]] = {}
+        sampled: dict[str, Groups] = {}
         budget = SHARE * self.trained / (_PARTS - 1) / max(1, sum(map(len, self.splits.values())))
         for name, groups in self.splits.items():
             size = min(MOST, len(groups), int(budget * len(groups)))
@@ -57,7 +56,7 @@ class EvaluationSample:
         """Return True if the sample is to be scored after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
-    def metrics(self, results: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
+    def metrics(self, results: Accuracies) -> dict[str, float]:
         """Return the headline accuracy, in %, on each set's sample, named eval_sample/SET/METRIC.
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
@@ -89,7 +88,7 @@ def random_order(size: int, count: int) -> list[int]:
     return random.Random(0).sample(range(size), size)[:count]
 
 
-def part_of(groups: Sequence[CounterfactualGroup], places: Sequence[int]) -> Sequence[CounterfactualGroup]:
+def part_of(groups: Groups, places: Sequence[int]) -> Groups:
     """Return the groups at the indices in ``places``, in the order of ``groups``."""
     ordered = sorted(places)
     return groups if len(places) == len(groups) else Lazy(lambda place: groups[ordered[place]], len(ordered))

@@ -16,7 +16,7 @@ from cfvlm_ds.cluster.signals import Stop, StopRequested, reason, together, work
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.asking import written
@@ -25,9 +25,11 @@ from cfvlm_ds.evaluation.generation import write
 from cfvlm_ds.evaluation.probes import Generate
 from cfvlm_ds.evaluation.suite.item_check import token_lengths
 from cfvlm_ds.models import adapters_off, only_adapters_train
-from cfvlm_ds.training.benchmarks import RunBenchmark, benchmark_names
+from cfvlm_ds.training.benchmarks import Benchmarks, RunBenchmark, benchmark_names
 
-Splits = Mapping[str, Sequence[CounterfactualGroup]]
+Splits = Mapping[str, Groups]
+Accuracies = Mapping[str, Sequence[Accuracy]]
+"""Name of an evaluation set -> its rows of results."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Evaluator:
     engine: Any
     collator: Collator
     splits: Splits
-    benchmarks: Mapping[str, RunBenchmark]
+    benchmarks: Benchmarks
     stop: Stop
     num_workers: int
 
@@ -142,7 +144,7 @@ class Evaluator:
         return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
 
 
-def check_best(config: RunConfig, splits: Splits, benchmarks: Mapping[str, RunBenchmark] | None = None) -> None:
+def check_best(config: RunConfig, splits: Splits, benchmarks: Benchmarks | None = None) -> None:
     """Raise ConfigError if train.save_best names a metric that an evaluation on these data cannot produce."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cfvlm_ds.core.config import RunConfig
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.objectives import batch_terms
 
 _LACKS = {
@@ -21,7 +22,7 @@ class Idle:
     """Detects options that have no effect. It passes one warning per option to ``say``."""
 
     config: RunConfig
-    say: Callable[[str], object]
+    say: Say
     warned: set[str] = field(default_factory=set)
 
     def recorded(self, metrics: Mapping[str, float]) -> None:

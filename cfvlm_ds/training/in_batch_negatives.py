@@ -22,7 +22,7 @@ import torch
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.distributed import World, gather_objects, random_state, set_random_state
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup, InBatchNegative, Pictures, Prompt, normalised
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups, InBatchNegative, Pictures, Prompt, normalised
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
@@ -65,7 +65,7 @@ class WithNegatives:
         seed: seed for drawing the texts.
     """
 
-    def __init__(self, groups: Sequence[CounterfactualGroup], terms: dict[str, int], seed: int) -> None:
+    def __init__(self, groups: Groups, terms: dict[str, int], seed: int) -> None:
         self._groups, self._terms, self._seed = Unraised(groups), terms, seed
         self._last: tuple[tuple[int, ...], _Step] | None = None
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.config import MICRO_BATCH_SIZE, SECTIONS, ModelConfig, RunConfig
 from cfvlm_ds.core.options import OnResume, declared, flat
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.models import fingerprint
 
-ON_RESUME: dict[str, OnResume | None] = {
+ON_RESUME: dict[str, OnResume] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
 """Option -> the effect of a change on a resume."""
@@ -48,6 +49,8 @@ _UNSET = {
     "zero_optimization.stage": 0,
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
+_Effects = dict[str, tuple[Any, OnResume]]
+"""Option or setting -> its value, and the effect of a change on a resume."""
 _STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "total steps (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
@@ -70,8 +73,8 @@ def record(
     deepspeed: Mapping[str, Any],
     ranks: int,
     steps: int,
-    alive: Callable[[], object] = lambda: None,
-    say: Callable[[str], object] = lambda line: None,
+    alive: Alive = no_op,
+    say: Say = no_op,
 ) -> dict[str, Any]:
     """Return the record of a run as plain JSON with secrets removed: options, resolved DeepSpeed settings, number of ranks, total steps and
     the model's hashes.
@@ -82,9 +85,7 @@ def record(
     return json.loads(json.dumps({**record, "model": model_hashes(config.model.name_or_path, alive, say)}, default=str))
 
 
-def model_hashes(
-    name_or_path: str, alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
-) -> dict[str, str] | None:
+def model_hashes(name_or_path: str, alive: Alive = no_op, say: Say = no_op) -> dict[str, str] | None:
     """Return the fingerprint (hashes) of the model's files, or None if a hub model has not been downloaded yet."""
     folder = name_or_path
     if not os.path.isdir(folder):
@@ -126,14 +127,14 @@ def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> s
     return None
 
 
-def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
+def _effective(record: Mapping[str, Any]) -> _Effects:
     """Return the options and settings that affect the training. Options that act together are replaced by one joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}
     modules = [name.split(".")[1] for name in ON_RESUME if name.endswith(".tuning")]
     adapted = any(options[f"model.{module}.tuning"] == "lora" for module in modules)
-    values: dict[str, tuple[Any, OnResume]] = {}
+    values: _Effects = {}
     for name, value in options.items():
         section, part, *_ = [*name.split("."), ""]
         if section == "objective":
@@ -157,14 +158,12 @@ def _effective(record: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
     return values | _settings(record["deepspeed"])
 
 
-def _settings(deepspeed: Mapping[str, Any]) -> dict[str, tuple[Any, OnResume]]:
+def _settings(deepspeed: Mapping[str, Any]) -> _Effects:
     """Return the DeepSpeed settings that affect the training."""
     settings = {**_UNSET, **flat(deepspeed)}
     settings.setdefault("scheduler.type", "train.lr_scheduler_type")
     all_kinds = ((name, value, on_resume_of(name)) for name, value in settings.items())
-    compared: dict[str, tuple[Any, OnResume]] = {
-        f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")
-    }
+    compared: _Effects = {f"--deepspeed {n}": (value, kind) for n, value, kind in all_kinds if kind in ("confirm", "refuse")}
     half = [name for name in ("bf16", "fp16") if settings.get(f"{name}.enabled")]
     optimizer = f"{settings.get('optimizer.type', 'AdamW')}"  # three implementations share this name but store different states
     if "optimizer.type" not in settings or settings.get("optimizer.params.torch_adam"):

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
 from cfvlm_ds.core.files import replace, write_if_possible
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.layout import GroupLayout
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.data import CheckReport, GroupStore, data_roots, open_groups
 from cfvlm_ds.data.check import check_texts
@@ -40,7 +40,7 @@ from cfvlm_ds.data.stored import FILE as STORE
 from cfvlm_ds.data.stored import SCHEMA, StoredRows, is_store, open_store
 from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.models import inputs_fingerprint
-from cfvlm_ds.training.benchmarks import RunBenchmark, read_benchmarks
+from cfvlm_ds.training.benchmarks import Benchmarks, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
@@ -57,14 +57,14 @@ class RunData:
     name of an evaluation set or benchmark to the path of a training set and the number of rows and pictures that both have.
     """
 
-    groups: Sequence[CounterfactualGroup]
+    groups: Groups
     splits: dict[str, GroupStore]
     identity: Identity
     pictures: PictureTable | None
     collator: Collator
     identities: Mapping[str, Identity] = field(default_factory=dict)
     sources: Mapping[str, SourceData] = field(default_factory=dict)
-    benchmarks: Mapping[str, RunBenchmark] = field(default_factory=dict)
+    benchmarks: Benchmarks = field(default_factory=dict)
     overlaps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
@@ -94,7 +94,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     identities = {name: stored_rows(groups).identity for name, groups in splits.items()}
     if data.is_mixture:
         objectives = {name: None if each.objectives is None else tuple(each.objectives) for name, each in train_sets.items()}
-        groups: Sequence[CounterfactualGroup] = MixedGroups(list(train.values()), list(train), list(objectives.values()))
+        groups: Groups = MixedGroups(list(train.values()), list(train), list(objectives.values()))
         identity = mixed_identity({name: each.identity for name, each in sources.items()}, objectives)
     else:
         ((groups, identity),) = sources.values()
@@ -271,7 +271,7 @@ class _Stores:
         file = Path(config.train.output_dir) / _FOLDER / f"{_named(each)}.json"
         key, known = self._measured_by(store), _recorded(file)
         if known.get("key") != key:
-            report = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
+            report, _ = check_texts(self._source(each) if prepared else groups, self.collator, store.pictures, self.world.say, self.scan)
             self._refuse(each, report)
             known = {"key": key, "visual_tokens": report.visual_range}
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -303,5 +303,5 @@ def _folder(config: RunConfig, each: DataSet) -> Path:
 def _recorded(file: Path) -> dict[str, Any]:
     try:
         return dict(read_json(file))
-    except (OSError, ValueError, TypeError, RecursionError):
+    except MALFORMED:
         return {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import StorageError, unwritten
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.progress import Say
+from cfvlm_ds.core.progress import Alive, Say
 from cfvlm_ds.core.text import in_cell, one_line
 from cfvlm_ds.core.untrusted import refuse_replacing
 from cfvlm_ds.data import GroupStore
@@ -39,7 +39,7 @@ WORST = "worst"
 """Folder with an HTML page that shows the groups with the worst margins."""
 
 
-def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Callable[[], object]) -> None:
+def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Alive) -> None:
     """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained.
 
     ``alive`` is called repeatedly during the export.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
-from cfvlm_ds.data.stored_scores import ScoresOfSources, StoredScores, read_scores
+from cfvlm_ds.data.stored_scores import ScoresById, ScoresOfSources, read_scores
 from cfvlm_ds.models import attention, fingerprint, inputs_fingerprint
 from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells, scored_besides
@@ -181,7 +181,7 @@ def _run(config: RunConfig, world: World) -> None:
     world.wait()
 
 
-def _stored_scores(config: RunConfig, data: RunData, world: World) -> Mapping[str, StoredScores] | None:
+def _stored_scores(config: RunConfig, data: RunData, world: World) -> ScoresById | None:
     """Return the training groups' stored scores. Return None if no objective needs them, or if the run computes them itself."""
     if not scores_needed(config):
         return None

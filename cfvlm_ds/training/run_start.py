@@ -16,10 +16,9 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, run_on_rank0
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.journal import append
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.identity import changes as changed_data
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
 from cfvlm_ds.training import option_changes
 from cfvlm_ds.training.option_changes import Change
 
@@ -138,23 +137,11 @@ def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] |
     """Return the last step and the planned number of steps of the finished run in the folder, or None if the run has not finished.
 
     If ``early_stopping`` has changed since, the last step is returned as the planned number too, so that a run that stopped early can
-    continue. Raises ConfigError if no checkpoint or record reaches the step stated in finished.json.
+    continue.
     """
-    finished: Any = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that was truncated by a power loss counts as absent
+    with contextlib.suppress(*MALFORMED):  # a file that was truncated by a power loss counts as absent
         finished = read_json(run_dir / FINISHED)
-    if not isinstance(finished, dict) or type(step := finished.get("step")) is not int:
-        return None
-    try:
-        done = (run_dir / f"checkpoint-{step}").is_dir() or last_values(run_dir / METRICS_FILE)[1] >= step
-    except (OSError, ValueError):
-        done = False
-    if not done:
-        raise ConfigError(
-            f"{run_dir / FINISHED} says that the run ended at step {step}, but no checkpoint and no record in {METRICS_FILE} reaches "
-            "that step; remove that file to continue from the last checkpoint"
-        )
-    with contextlib.suppress(KeyError, TypeError):
-        if finished["record"]["options"]["train"]["early_stopping"] == early_stopping:
-            return step, int(finished["total_steps"])
-    return step, step
+        step = int(finished["step"])
+        unchanged = finished["record"]["options"]["train"]["early_stopping"] == early_stopping
+        return step, int(finished.get("total_steps", step)) if unchanged else step
+    return None

@@ -15,6 +15,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.groups import CounterfactualGroup, Pictures
 from cfvlm_ds.core.journal import records
+from cfvlm_ds.core.reading import MALFORMED
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.data import open_image
 from cfvlm_ds.evaluation.generation import write
@@ -58,7 +59,7 @@ class Samples:
         if self.number and self.world.is_main:
             try:
                 self._lines = [line for line in records(self._file, "its texts are dropped") if line["step"] <= step]
-            except (OSError, DataError, LookupError, TypeError) as error:
+            except MALFORMED as error:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:

@@ -23,7 +23,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.deepspeed_compat.parameters import own_part
 from cfvlm_ds.models import attention
@@ -91,7 +91,7 @@ class Cell:
         return abs(self.packed - self.alone)
 
 
-def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Sequence[CounterfactualGroup], world: World) -> None:
+def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Groups, world: World) -> None:
     """Compare the scores of two cells of the first packed row of ``groups`` (the first cell, and one that follows other texts) with their
     scores from single-row forward passes.
 
@@ -131,9 +131,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Se
     world.say(f"self-check: packing changes scores by at most {worst:.1e} nats per token ({backend}){explained}")
 
 
-def _compared(
-    forward: Any, model: Any, collator: Collator, groups: Sequence[CounterfactualGroup], scores: Scores, place: list[int]
-) -> Cell:
+def _compared(forward: Any, model: Any, collator: Collator, groups: Groups, scores: Scores, place: list[int]) -> Cell:
     """Score one cell (group, image, text) of a packed row in a separate row."""
     g, i, c = place
     images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]

@@ -20,7 +20,7 @@ from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, broadcast_object, gather_objects
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.passes import Done, Scan
@@ -33,7 +33,7 @@ _FORM = 2  # version of the counts; stored counts of another version are ignored
 
 
 def group_tokens(
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     collator: Collator,
     data: DataConfig,
     world: World,

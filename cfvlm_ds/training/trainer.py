@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import plain_tables
 from cfvlm_ds.data import GroupSampler
 from cfvlm_ds.data.store import Unraised
-from cfvlm_ds.evaluation import Accuracy, flat_metrics, headline
+from cfvlm_ds.evaluation import flat_metrics, headline
 from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.report import overlap_warning
 from cfvlm_ds.evaluation.suite.results import RESULTS
@@ -41,7 +41,7 @@ from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
 from cfvlm_ds.training.displacement import Displacement
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
-from cfvlm_ds.training.evaluator import Evaluator
+from cfvlm_ds.training.evaluator import Accuracies, Evaluator
 from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
@@ -269,9 +269,7 @@ class Trainer:
             self.world.say(f"warning: this evaluation has no {best} (train.save_best), which counts as no improvement")
         return self.state.evaluated(metrics.get(best, math.nan))
 
-    def _log_evaluation(
-        self, tracker: Any, results: Mapping[str, Sequence[Accuracy]], outcomes: Mapping[str, list[Outcome]], when: str
-    ) -> dict[str, float]:
+    def _log_evaluation(self, tracker: Any, results: Accuracies, outcomes: Mapping[str, list[Outcome]], when: str) -> dict[str, float]:
         """Log an evaluation, print its headlines, and return all metrics. If only a sample of a set was evaluated, only the sample's
         accuracy is included.
         """

@@ -21,8 +21,6 @@ Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled
 
 def test_every_option_says_what_its_change_means():
     declared = option_changes.ON_RESUME
-    undeclared = [name for name, kind in declared.items() if kind is None]
-    assert not undeclared, f"{undeclared}: declare on_resume in cfvlm_ds/core/config.py, as cfvlm_ds/core/options.py explains"
     assert declared["model.vision_tower.tuning"] == "refuse" and declared["train.learning_rate"] == "confirm" and len(declared) > 60
 
 
@@ -143,7 +141,7 @@ def test_secrets_neither_leave_nor_count(told):
 
 
 def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
-    """Of this revision, and with something left of its last step: else it is not taken for one, and nothing is touched."""
+    """Of this revision: else it is refused, and nothing is touched."""
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     record = option_changes.record(config, Z3, 1, 5)
@@ -158,14 +156,6 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
         finally:
             assert sorted(tmp_path.iterdir()) == before
 
-    for found in ("", '{"step": 4, "time": 1.0}\n{"step": 5, "ti', "not json\n"):
-        files["metrics.jsonl"] = found
-        with pytest.raises(ConfigError, match=r"finished\.json .*step 5"):
-            start()
-    (tmp_path / "checkpoint-5").mkdir()
-    assert start() is None
-    (tmp_path / "checkpoint-5").rmdir()
-    files["metrics.jsonl"] = '{"step": 5, "time": 1, "loss": 2.0}\n'
     assert start() is None
     for other in ({"schema": 1}, {}):
         files["finished.json"] = json.dumps({"step": 5, "record": record, **other})
@@ -179,7 +169,6 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     config = parse_config(options, OBJECTIVES)
     ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
     (tmp_path / "finished.json").write_text(json.dumps(ended))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "time": 1, "loss": 2.0}\n')
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
     assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]

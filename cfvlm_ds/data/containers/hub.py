@@ -13,7 +13,6 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from urllib.parse import unquote
 from cfvlm_ds.core.data_config import is_hub
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, replace
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.progress import Alive, Say, no_op
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.text import few, one_line
 
 _ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?(?:/(.+))?", re.ASCII)
@@ -39,9 +39,7 @@ class _Address(NamedTuple):
     files: str
 
 
-def fetched(
-    path: str | os.PathLike[str], alive: Callable[[], object] = lambda: None, say: Callable[[str], object] = lambda line: None
-) -> Path:
+def fetched(path: str | os.PathLike[str], alive: Alive = no_op, say: Say = no_op) -> Path:
     """Return the local path of the files at a hub address, fetching them on first use. Any other path is returned unchanged.
 
     ``alive`` is called every second during the download. Raises DataError for a malformed address or an address on another site, and for
@@ -97,7 +95,7 @@ def _cached_folder(record: Path) -> Path | None:
         folder, files = record.parent / cached["folder"], cached["files"]
         complete = bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
         return folder if complete else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except MALFORMED:
         return None
 
 

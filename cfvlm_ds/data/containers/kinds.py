@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.core.text import few
 from cfvlm_ds.core.untrusted import own_file
 from cfvlm_ds.data.containers.arrow import arrow_rows, parquet_rows
@@ -130,13 +130,13 @@ def _in_folder(path: Path) -> list[Path]:
         return _saved(path)
     if len(kinds := [pattern for pattern in _IN_FOLDERS if any(path.glob(pattern))]) > 1:
         raise DataError(f"{path}: contains files of several kinds ({', '.join(kinds)}); name those of one kind, such as {path / kinds[0]}")
-    for pattern in kinds:
-        if files := sorted(path.glob(pattern)):
-            names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
-            if len(names) > 1:
-                one = path / f"{names[0]}-*{files[0].suffix}"
-                raise DataError(f"{path}: contains several splits ({', '.join(names[:10])}); name the files of one split, such as {one}")
-            return files
+    if kinds:
+        files = sorted(path.glob(kinds[0]))
+        names = sorted({split[1] for file in files if (split := _NUMBERED.fullmatch(file.stem))})
+        if len(names) > 1:
+            one = path / f"{names[0]}-*{files[0].suffix}"
+            raise DataError(f"{path}: contains several splits ({', '.join(names[:10])}); name the files of one split, such as {one}")
+        return files
     pictures = sorted(filter(_is_picture, path.iterdir()))
     if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
@@ -149,7 +149,7 @@ def _saved(path: Path) -> list[Path]:
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise DataError(
             f"{path}: state.json does not list the files of a saved data set ({error}); save it again with save_to_disk"
         ) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.reading import counted_from, is_there
 from cfvlm_ds.data.containers.kinds import LINES, container_of
 from cfvlm_ds.data.containers.prepared import Prepared, prepare
@@ -41,8 +42,8 @@ def open_rows(
     path: Path,
     *,
     cache: Sequence[Path] | None = None,
-    alive: Callable[[], object] = lambda: None,
-    progress: Callable[[str], object] = lambda line: None,
+    alive: Alive = no_op,
+    progress: Say = no_op,
 ) -> Rows:
     """Open the rows of a JSON lines file or a container.
 

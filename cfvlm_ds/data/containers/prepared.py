@@ -12,14 +12,14 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import cache_folder, file_lock, whole_folder
-from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
+from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.data.containers.kinds import CONTAINERS, sources_of, sources_state
 from cfvlm_ds.data.containers.rows import MAX_ROW, rows_of
 from cfvlm_ds.data.picture_file import part_name, tar_member
@@ -45,8 +45,8 @@ def prepare(
     path: Path,
     container: str,
     cache: Sequence[Path] | None = None,
-    say: Callable[[str], object] = lambda line: None,
-    alive: Callable[[], object] = lambda: None,
+    say: Say = no_op,
+    alive: Alive = no_op,
 ) -> Prepared:
     """Convert the rows of ``path`` to JSON lines in the first writable folder of ``cache`` (default: the folder of the data, then the
     user's cache). If a folder of ``cache`` already contains the converted rows, they are reused.
@@ -77,7 +77,7 @@ def prepare(
 
 def _prepared(path: Path, folder: Path) -> Prepared:
     sources: tuple[tuple[str, int], ...] = ()
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+    with contextlib.suppress(*MALFORMED):
         sources = tuple((str(name), int(rows)) for name, rows in read_json(folder / _SOURCES))
     copied = [folder] if (folder / _PICTURES).is_file() else []
     return Prepared(folder / _LINES, (path.parent if not path.is_dir() else path, *copied), sources)
@@ -89,9 +89,7 @@ def _name(path: Path, container: str) -> str:
     return f"{path.name[:80].replace('*', '_')}.{digest.hexdigest()}{ENDING}"
 
 
-def _write(
-    path: Path, container: str, sources: Sequence[Path], folder: Path, say: Callable[[str], object], alive: Callable[[], object]
-) -> None:
+def _write(path: Path, container: str, sources: Sequence[Path], folder: Path, say: Say, alive: Alive) -> None:
     progress = Progress(say, f"preparing {path}", None, "rows")
     pictures, counted = _Pictures(folder / _PICTURES), dict.fromkeys(sources, 0)
     try:

@@ -18,7 +18,6 @@ from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.rows import parsed
 
 TEXTS = ("txt", "text", "caption", "cls", "json", "id")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _PLAIN = "write the tar with the files themselves (tar --dereference --hard-dereference)"
 _HEADER = MIB
 """Maximum size in bytes of a member's header, including a long name; real headers take a few kB."""
@@ -84,13 +83,8 @@ def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: st
     """
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"
-    if last in ENDINGS:
-        return place
-    handle.seek(member.offset_data)
-    if last not in TEXTS and handle.read(min(member.size, 4)).startswith(_MAGIC):
-        return place
-    if last not in TEXTS and not extension.endswith(("caption", "text")):
-        return place  # other data, such as features; their names become metadata
+    if last in ENDINGS or (last not in TEXTS and not extension.endswith(("caption", "text"))):
+        return place  # a picture, or other data, such as features, whose names become metadata
     if member.size > MAX_ROW:
         raise DataError(f"{member.name!r} has {member.size} bytes, over the limit of {MAX_ROW} for a text; shorten it")
     handle.seek(member.offset_data)

@@ -19,7 +19,7 @@ that looks like a label is rejected unless ``label`` or ``ignore`` names it. A c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +27,7 @@ from cfvlm_ds.core.conversation import DESCRIBE, Prompt, check_conversation, nor
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.fields import as_list, as_meta, name, row_id, value_of, without
+from cfvlm_ds.data.fields import Row, as_list, as_meta, name, row_id, value_of, without
 from cfvlm_ds.data.formats.chat import PATHS, placed, read_pictures, row_pictures, without_nulls
 from cfvlm_ds.data.formats.messages import spoken_as
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
@@ -50,7 +50,7 @@ _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
 class _Read(NamedTuple):
     """Parsed row: the columns that each option selects, the true captions, their prompt, and the pictures."""
 
-    row: Mapping[str, Any]
+    row: Row
     columns: dict[str, list[str]]
     texts: list[str]
     prompt: Prompt
@@ -101,7 +101,7 @@ class Captions:
         given = {"negative_caption": self.negative_caption, "negative_image": self.negative_image, "id": self.id}
         check_label(self.label, self.true, self.false, **given, paired=not self.paired)
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Row) -> CounterfactualGroup:
         """Convert a row to a group. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])
@@ -130,7 +130,7 @@ class Captions:
             meta=as_meta(kept),
         )
 
-    def claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Row) -> Claim:
         """Read a row's labelled texts. The option ``label`` must be set."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
@@ -155,7 +155,7 @@ class Captions:
         kept = self._kept(read, ("image", "caption", "prompt", "edit"))
         return Claim(read.pictures, read.prompt, tuple(statements), self.source, kept)
 
-    def _read(self, row: Mapping[str, Any]) -> _Read:
+    def _read(self, row: Row) -> _Read:
         row = without_nulls(row, self.ignore)
         row_pictures(row, ())  # refuses videos
         columns = {option: self.columns_of(row, option) for option in DEFAULTS}
@@ -177,7 +177,7 @@ class Captions:
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
-    def _texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    def _texts(self, row: Row, columns: Sequence[str]) -> list[str]:
         texts = _listed(row, columns)
         for text in texts:
             if not isinstance(text, str):
@@ -187,7 +187,7 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} holds {quoted(text, 40)}, which looks like a list or an object; {remedy}")
         return [text.strip() for text in texts]
 
-    def columns_of(self, row: Mapping[str, Any], option: str) -> list[str]:
+    def columns_of(self, row: Row, option: str) -> list[str]:
         """Return the row's columns for an option: the columns that the option names or, if it is not set, the first column with a usual
         name.
 
@@ -201,7 +201,7 @@ class Captions:
             return [column for column in wanted if _has(row, column)]
         return [column for column in DEFAULTS[option] if column in row][:1] if self.usual or option == "id" else []
 
-    def _prompt(self, row: Mapping[str, Any], columns: list[str], pictures: Pictures) -> tuple[Prompt, Pictures]:
+    def _prompt(self, row: Row, columns: list[str], pictures: Pictures) -> tuple[Prompt, Pictures]:
         if columns and self.ask != DESCRIBE:
             raise DataError(f"row: both the column {columns[0]!r} and ask={self.ask!r} set the prompt; keep one")
         ask = self.ask if pictures or self.ask != DESCRIBE else ""
@@ -212,7 +212,7 @@ class Captions:
         check_conversation(turns, "row")
         return simplest(turns), pictures
 
-    def _edits(self, row: Mapping[str, Any], columns: list[str], texts: int, false: int, others: int, belongs: bool) -> tuple[Edit, ...]:
+    def _edits(self, row: Row, columns: list[str], texts: int, false: int, others: int, belongs: bool) -> tuple[Edit, ...]:
         if not columns or not (false or others):
             return ()
         kind = name({"edit": value_of(row, columns[0])}, "edit", "row")
@@ -221,15 +221,15 @@ class Captions:
         return tuple(Edit(kind, text=texts + k) for k in range(false)) + tuple(Edit(kind, image=1 + k) for k in range(others))
 
 
-def _has(row: Mapping[str, Any], column: str) -> bool:
+def _has(row: Row, column: str) -> bool:
     return value_of(row, column) is not None
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def _names(row: Row) -> str:
     return ", ".join(map(repr, list(row)[:20])) or "none"
 
 
-def _listed(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+def _listed(row: Row, columns: Sequence[str]) -> list[Any]:
     """Collect the values of the given columns in one list. Lists are flattened, and empty fields are skipped."""
     values: list[Any] = []
     for column in columns:

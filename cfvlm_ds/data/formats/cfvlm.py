@@ -12,12 +12,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
-from cfvlm_ds.data.fields import as_meta, further_keys, string
+from cfvlm_ds.data.fields import Row, as_meta, further_keys, string
 from cfvlm_ds.data.formats.chat import without_nulls
 
 _KEYS = ("orig_input", "orig_output", "cf_samples")
@@ -37,7 +36,7 @@ class Cfvlm:
     ask: str = DESCRIBE
     ignore: str = ""
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Row) -> CounterfactualGroup:
         """Convert a row to a group. Image 0 and text 0 are the original; image k and text k are the k-th sample.
 
         A sample's text is false of the original image, and the original text is false of a sample's image. It is unknown whether a sample's

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from cfvlm_ds.core.conversation import PICTURE, Part, Prompt, Turn, check_conversation, pictures_of, simplest, spelled
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
+from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.core.text import quoted
-from cfvlm_ds.data.fields import as_meta, row_id, string, value_of, without
+from cfvlm_ds.data.fields import Row, as_meta, row_id, string, value_of, without
 from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
@@ -43,7 +43,7 @@ class Spoken(NamedTuple):
     further: list[dict[str, Any]]
 
 
-def without_nulls(row: Mapping[str, Any], ignore: str = "") -> dict[str, Any]:
+def without_nulls(row: Row, ignore: str = "") -> dict[str, Any]:
     """Copy a row, leaving out ignored columns, null columns, and empty video or audio columns."""
     return {
         key: value
@@ -139,7 +139,7 @@ def read_pictures(value: Any, where: str) -> Pictures:
     return tuple(read_picture(picture, where) for picture in (value if isinstance(value, list) else [value]))
 
 
-def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
+def row_pictures(row: Row, keys: Sequence[str]) -> Pictures:
     """Find a row's picture column among ``keys`` and return its pictures, or () if there is no such column. Raises DataError for several
     such columns, and for video or audio.
     """
@@ -150,7 +150,7 @@ def row_pictures(row: Mapping[str, Any], keys: Sequence[str]) -> Pictures:
     return read_pictures(row[key], f"row: {key!r}") if key else ()
 
 
-def only(row: Mapping[str, Any], columns: Sequence[str], what: str) -> str:
+def only(row: Row, columns: Sequence[str], what: str) -> str:
     """Return the name of the one column in ``columns`` that is present in the row, or "" if none is. Raises DataError if more than one is
     present.
     """
@@ -186,7 +186,7 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
     return spoken.turns, given
 
 
-def shown_in(row: Mapping[str, Any], spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
+def shown_in(row: Row, spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
     """Return the turns of a row and their pictures (see ``placed``), and the columns that can name pictures."""
     columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
     return *placed(spoken, row_pictures(row, columns), "row"), columns
@@ -201,7 +201,7 @@ def answer_of(turn: Turn) -> str:
     return " ".join(part for part in turn.parts if isinstance(part, str))
 
 
-def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
+def with_system(spoken: Spoken, row: Row) -> Spoken:
     """Return the conversation, preceded by the system prompt if the row has a column ``system``."""
     system = string(row, "system", "row") if "system" in row else ""
     if not system.strip():
@@ -214,7 +214,7 @@ def with_system(spoken: Spoken, row: Mapping[str, Any]) -> Spoken:
 class _Read(NamedTuple):
     """Parsed conversation row. ``beside`` holds the name of the message column and, for each message, the extra keys."""
 
-    row: Mapping[str, Any]
+    row: Row
     turns: tuple[Turn, ...]
     pictures: Pictures
     beside: tuple[str, list[dict[str, Any]]]
@@ -248,7 +248,7 @@ class Instruct:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false, per_turn=self.per_turn)
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+    def __call__(self, row: Row) -> CounterfactualGroup | Groups:
         """Convert a row to one or several groups. The caller adds the file and line to any DataError."""
         if self.label:
             return joined([self.claim(row)])
@@ -271,11 +271,11 @@ class Instruct:
         return groups if self.per_turn else groups[0]
 
     @property
-    def parts(self) -> Callable[[Mapping[str, Any]], int] | None:
+    def parts(self) -> Callable[[Row], int] | None:
         """Function that counts a row's groups; None if every row is one group."""
         return self._answers if self.per_turn else None
 
-    def claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Row) -> Claim:
         """Read a row's labelled answer. The option ``label`` must be set."""
         read = self._read(row)
         label = value_of(read.row, self.label)
@@ -283,10 +283,10 @@ class Instruct:
         prompt, shown, answer = self._asked(read, last := len(read.turns) - 1)
         return Claim(shown, prompt, (Said(answer, truth),), self.source, self._meta(read, last))
 
-    def _answers(self, row: Mapping[str, Any]) -> int:
+    def _answers(self, row: Row) -> int:
         return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row, self.ignore))[0].turns)
 
-    def _read(self, row: Mapping[str, Any]) -> _Read:
+    def _read(self, row: Row) -> _Read:
         row = without_nulls(row, self.ignore)
         spoken, used = self._spoken(row)
         spoken = with_system(spoken, row)
@@ -309,7 +309,7 @@ class Instruct:
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)
 
-    def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
+    def _spoken(self, row: Row) -> tuple[Spoken, tuple[str, ...]]:
         for key in self.keys:
             if key in row:
                 return read_messages(row[key], f"row: {key!r}"), (key,)

@@ -16,13 +16,14 @@ marks the answer as good or bad; rows with the same picture and the same convers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.conversation import Turn
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.text import quoted
+from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
@@ -39,7 +40,7 @@ class Messages(Instruct):
     keys = ("messages",)
     source = "messages"
 
-    def _spoken(self, row: Mapping[str, Any]) -> tuple[Spoken, tuple[str, ...]]:
+    def _spoken(self, row: Row) -> tuple[Spoken, tuple[str, ...]]:
         if "messages" in row or not (answer := only(row, ANSWERS, "are answers")):
             return super()._spoken(row)
         used, question = asked_in(row, ASKED)
@@ -52,7 +53,7 @@ class Messages(Instruct):
         return spoken, (*used, answer)
 
 
-def asked_in(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
+def asked_in(row: Row, columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
     """Return the columns that hold a row's question, and the question itself; () and None if the row has none of ``columns``."""
     if not (key := only(row, columns, "hold the question")):
         return (), None

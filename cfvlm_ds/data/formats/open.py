@@ -12,10 +12,11 @@ import numpy as np
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.named import near
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.data.cfgroup import NATIVE
 from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
+from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats import format_named
 from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
 from cfvlm_ds.data.formats.chat import without_nulls
@@ -32,7 +33,7 @@ def open_data(
     format: str,
     limit: int | None = None,
     scan: Scan | None = None,
-    progress: Callable[[str], object] = lambda line: None,
+    progress: Say = no_op,
     cache: Sequence[Path] | None = None,
 ) -> GroupStore:
     """Open a data set that is not a store. The arguments are as in cfvlm_ds.data.open_groups."""
@@ -80,7 +81,7 @@ _LOOKED_AT = 100  # number of rows from which the format is detected
 _LOOKED_FOR_MARKS = 2048  # number of groups, spread over the file, whose metadata is searched for labels
 
 
-def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object], progress: Callable[[str], object]) -> None:
+def _refuse_absent_columns(rows: Rows, convert: Any, alive: Alive, progress: Say) -> None:
     """Raise DataError if an option of the format names a column that no row has."""
     given = {option: getattr(convert, option, "") for option in (*DEFAULTS, "label", "ignore")}
     absent = {(column, option) for option, columns in given.items() for column in columns.split("+") if column}
@@ -101,7 +102,7 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Callable[[], object]
         raise DataError(f"{rows.path}: no row has the column {column!r}, which the option {option} names; {hint}")
 
 
-def _columns(row: Mapping[str, Any]) -> dict[str, None]:
+def _columns(row: Row) -> dict[str, None]:
     """Return the names by which options can refer to a row's columns: top-level and nested names and, for a WebDataset sample, names within
     its ``json``.
     """
@@ -115,10 +116,10 @@ def _columns(row: Mapping[str, Any]) -> dict[str, None]:
     return dict.fromkeys(form for name in (*names, *sorted(inner)) for form in (name, name.lower(), f"sample.{name}"))
 
 
-def _refuse_marks(store: GroupStore, convert: Any, alive: Callable[[], object]) -> None:
+def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
     """Raise one DataError for all metadata columns that might hold labels, false texts or picture names but are named by no option."""
 
-    def metadata() -> Iterator[tuple[int, Mapping[str, Any], bool]]:
+    def metadata() -> Iterator[tuple[int, Row, bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():
             alive()
             group = store.entry(index)
@@ -174,7 +175,7 @@ _KTO = ("label", "kto_tag")
 """Columns that mark a KTO row's answer as good or bad: the first in TRL and ms-swift, the second in LLaMA-Factory."""
 
 
-def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
+def kto_label(rows: Iterable[Row]) -> str | None:
     """Return the label column of KTO conversations, or None if there is none. Its values must all be true, false, 1, 0 or null."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -183,7 +184,7 @@ def kto_label(rows: Iterable[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def recognised(row: Mapping[str, Any]) -> str:
+def recognised(row: Row) -> str:
     """Return the name of a row's format, or "" if it is not recognised."""
     row = unpacked(without_nulls(row))
     for named, keys in _KEYS:

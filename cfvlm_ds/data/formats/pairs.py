@@ -10,12 +10,11 @@ stands for the file ex_7_img_0.png in images.zip.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats.captions import Captions
 
 _WINOGROUND = re.compile(r"ex_[0-9]+_img_[01]", re.ASCII)
@@ -33,7 +32,7 @@ class Pairs(Captions):
     source = "pairs"
     needed = ("image", "caption", "negative_caption", "negative_image")
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Row) -> CounterfactualGroup:
         """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Raises DataError for a row with more or
         fewer, such as one with an empty caption.
         """

@@ -25,7 +25,7 @@ from cfvlm_ds.core.conversation import check_conversation, simplest, spelled
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.sequences import shared_start
-from cfvlm_ds.data.fields import as_meta, json_object, row_id
+from cfvlm_ds.data.fields import Row, as_meta, json_object, row_id
 from cfvlm_ds.data.formats.chat import (
     Spoken,
     answer_of,
@@ -55,7 +55,7 @@ class Preference:
 
     ignore: str = ""
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup:
+    def __call__(self, row: Row) -> CounterfactualGroup:
         """Convert a row to a group. The caller adds the file and line to any DataError."""
         row = unpacked(without_nulls(row, self.ignore))
         used, question, chosen, rejected, further = _said(row)
@@ -87,7 +87,7 @@ class Preference:
         )
 
 
-def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def unpacked(row: Row) -> Row:
     """Replace the column ``text`` of an RLHF-V row with the question and answers in its JSON. Return any other row unchanged."""
     if (
         "text" not in row
@@ -98,7 +98,7 @@ def unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value for key, value in row.items() if key != "text"} | answers
 
 
-def _said(row: Mapping[str, Any]) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
+def _said(row: Row) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
     """Read the question and answers of a row. Return, in this order: the columns that hold the question and the chosen answer; the
     question; the chosen answer; the rejected answer or None; the other keys of the messages in each column.
     """

@@ -19,7 +19,8 @@ from cfvlm_ds.core.conversation import Prompt, normalised, normalised_prompt, sp
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, Pictures
 from cfvlm_ds.core.text import hashed, quoted
-from cfvlm_ds.data.fields import as_list, as_meta, json_object, row_id
+from cfvlm_ds.data.fields import Row, as_list, as_meta, json_object, row_id
+from cfvlm_ds.data.passes import Done
 from cfvlm_ds.data.rows import Rows
 from cfvlm_ds.data.store import apply
 
@@ -137,7 +138,7 @@ class Column:
         return f"{self.name!r} ({', '.join(quoted(value, 80) for value in shown)})"
 
 
-def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> list[Column]:
+def marks(rows: Iterable[tuple[int, Row, bool]], ignore: str) -> list[Column]:
     """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
@@ -155,7 +156,7 @@ def marks(rows: Iterable[tuple[int, Mapping[str, Any], bool]], ignore: str) -> l
     return sorted(marked, key=lambda column: (not column.is_label, not column.false_text, "label" not in column.name))
 
 
-def leaves(row: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def leaves(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield the name and value of each leaf in a row. ``a.b`` is the field ``b`` of ``a``, which can be an object, the JSON text of an
     object, or a list.
 
@@ -306,7 +307,7 @@ class JoinedRows:
         over: callable that maps a function over chunks of the rows.
     """
 
-    def __init__(self, rows: Rows, claim: Callable[[Mapping[str, Any]], Claim], over: Callable[..., Iterator[Any]]) -> None:
+    def __init__(self, rows: Rows, claim: Callable[[Row], Claim], over: Callable[..., Iterator[Any]]) -> None:
         self.path, self.roots = rows.path, rows.roots
         self._rows, self._claim = rows, claim
         keys = np.concatenate([*over(self._keys)])
@@ -343,7 +344,7 @@ class JoinedRows:
         except DataError as error:
             return DataError(f"{where}: {error}")
 
-    def _keys(self, places: Sequence[int], done: Callable[[], object]) -> Any:
+    def _keys(self, places: Sequence[int], done: Done) -> Any:
         """Return a number for each row. Rows about the same image and prompt have the same number; an invalid row's number is unique."""
         keys = []
         for row in places:

@@ -10,14 +10,15 @@ sample's picture is used. Labels are read as in ``captions``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.data.decoding import ENDINGS
+from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats.captions import Captions
 from cfvlm_ds.data.formats.chat import IMAGES, only, without_nulls
 from cfvlm_ds.data.formats.llava import Llava
@@ -65,19 +66,19 @@ class WebDataset:
     def __post_init__(self) -> None:
         check_label(self.label, self.true, self.false)
 
-    def __call__(self, row: Mapping[str, Any]) -> CounterfactualGroup | Sequence[CounterfactualGroup]:
+    def __call__(self, row: Row) -> CounterfactualGroup | Groups:
         """Convert a sample to a group. The caller adds the file and line to any DataError."""
         read, columns = self._read(row)
         return read(columns)
 
-    def claim(self, row: Mapping[str, Any]) -> Claim:
+    def claim(self, row: Row) -> Claim:
         """Read a sample's labelled texts. The option ``label`` must be set."""
         read, columns = self._read(row)
         if isinstance(read, Preference):
             raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
         return read.claim(columns)
 
-    def _read(self, row: Mapping[str, Any]) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
+    def _read(self, row: Row) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
         """Return the format that reads a sample, and the sample's columns."""
         given = without_nulls(row, self.ignore)
         row = {key.lower(): value for key, value in given.items()}
@@ -122,11 +123,11 @@ class WebDataset:
         return _Members(**columns, json=self.json, ask=self.ask, **labels), {**json_row, **row}
 
 
-def _named(row: Mapping[str, Any]) -> str:
+def _named(row: Row) -> str:
     return f"sample {row.get('__key__')!r}"
 
 
-def _about_sample(json_row: Mapping[str, Any], row: Mapping[str, Any], picture: str) -> dict[str, Any]:
+def _about_sample(json_row: Row, row: Row, picture: str) -> dict[str, Any]:
     """Return the row in the member ``json``, with the sample's picture as its image. The row's own image path and the sample's other
     members are kept as metadata.
     """

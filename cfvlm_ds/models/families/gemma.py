@@ -58,9 +58,6 @@ def _generates(config: Any) -> None:
 
 GEMMA_3 = Family(
     model_types=("gemma3",),
-    vision_tower=("model.vision_tower",),
-    projector=("model.multi_modal_projector",),
-    language_model=("model.language_model", "lm_head"),
     unused=pooled_output,
     around=("\n\n", "\n\n"),
     whole_pictures=lambda config: "everywhere",
@@ -72,7 +69,6 @@ GEMMA_4 = Family(
     model_types=("gemma4",),
     vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for audio and unused
     projector=("model.embed_vision",),
-    language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_position_ids"),
     unused=sound,
     whole_pictures=in_windows,

@@ -7,9 +7,6 @@ from cfvlm_ds.models.visual_token_limits import patches
 
 INTERNVL = Family(
     model_types=("internvl",),
-    vision_tower=("model.vision_tower",),
-    projector=("model.multi_modal_projector",),
-    language_model=("model.language_model", "lm_head"),
     limit=patches,
     limited_by=("max_tiles",),
 )

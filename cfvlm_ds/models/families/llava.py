@@ -43,16 +43,11 @@ def tiles_packed(option: str) -> Arrange:
 
 LLAVA = Family(
     model_types=("llava",),
-    vision_tower=("model.vision_tower",),
-    projector=("model.multi_modal_projector",),
-    language_model=("model.language_model", "lm_head"),
     unused=after_selected_layer,
 )
 NEXT = Family(
     model_types=("llava_next",),
-    vision_tower=("model.vision_tower",),
     projector=("model.multi_modal_projector", "model.image_newline"),
-    language_model=("model.language_model", "lm_head"),
     unused=after_selected_layer,
     image_inputs=("pixel_values", "image_sizes"),
     per_image=("image_sizes",),

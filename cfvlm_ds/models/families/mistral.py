@@ -10,9 +10,6 @@ from cfvlm_ds.models.visual_token_limits import longest_edge
 
 MISTRAL_3 = Family(
     model_types=("mistral3",),
-    vision_tower=("model.vision_tower",),
-    projector=("model.multi_modal_projector",),
-    language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_sizes"),
     per_image=("image_sizes",),
     projector_inputs=("image_sizes",),

@@ -86,7 +86,6 @@ QWEN_VL = Family(
     model_types=("qwen2_vl", "qwen2_5_vl"),
     vision_tower=("model.visual",),
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
-    language_model=("model.language_model", "lm_head"),
     image_inputs=("pixel_values", "image_grid_thw"),
     per_image=("image_grid_thw",),
     grid="image_grid_thw",
