@@ -209,6 +209,6 @@ def draw_curves(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], sample
         f"eval/{name}/{metric}": f"{n} groups" for name, rows in results.items() for row in rows[-1:] for metric, n in row.groups.items()
     }
     with harmless(path, say):
-        learning_curves_figure(path, run_dir / METRICS_FILE, counts | samples)
+        learning_curves_figure(path, run_dir / METRICS_FILE, {**counts, **samples})
         return [path]
     return []
