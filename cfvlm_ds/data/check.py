@@ -195,7 +195,7 @@ class _Texts:
             except DataError as error:
                 report.problems.append(f"{self.store.where(index)}: group {group.id!r}: text {number}: {error}")
                 continue
-            report.note_length(length, "tokens", partial(self.store.where, index), number)
+            report.note_length(length, "tokens of prompt, pictures and text", partial(self.store.where, index), number)
             if length > lengths.max_length:
                 report.problems.append(
                     f"{self.store.where(index)}: group {group.id!r}: text {number} is {length} tokens long with its prompt and image, over "

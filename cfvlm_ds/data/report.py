@@ -48,7 +48,7 @@ class CheckReport:
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0
     longest_text_unit: str = "characters"
-    """"tokens" (of prompt, image and text) or "characters" (of the text)."""
+    """"characters" of the text or, if the model is known, "tokens of prompt, pictures and text"."""
     longest_text_where: str = ""
     sides: Counter[int] = field(default_factory=Counter)
     """Longer side of a picture in pixels -> number of files; empty unless the pictures were opened."""

@@ -187,10 +187,12 @@ def changes_table(
     names: tuple[str, str] = ("before", "after"),
     plain: Callable[[str], str] = in_cell,
     files: Mapping[str, str] | None = None,
+    vocabulary: int | None = None,
 ) -> str:
     """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
     types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
-    its manifest; None if the manifests are unknown.
+    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, from which the NLL of uniform guessing
+    is computed.
     """
     first, last = map(in_cell, names)
     types = of_types(changes)
@@ -210,6 +212,10 @@ def changes_table(
         cells += [", ".join(counts) or each.verdict, ", ".join(fell) or "none", *nll]
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
+    if any(each.metric == "group" for each in changes):
+        notes.append("text and image, the two parts of group: not compared; for one model, `cfvlm-ds evaluate` and All metrics give them")
+    if any(each.edit == MEAN for each in changes):
+        notes.append(f"{MEAN}: unweighted, so a type with few groups counts as much as one with many")
     notes.append(
         "edit types, by the type's first row that is not unchanged: better or worse if the interval excludes 0, otherwise not resolved or, "
         f"if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
@@ -224,6 +230,8 @@ def changes_table(
         )
     if any(each.nll_after is not None for each in changes):
         notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
+        if vocabulary:
+            notes.append(f"NLL of uniform guessing: {math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)")
     notes.append(
         "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, and if an edit type has one group"

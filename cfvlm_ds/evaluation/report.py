@@ -16,8 +16,9 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     """Return a Markdown table of the accuracies, split by split, with rows for the language prior and for random scores. Metrics that no
     split has are left out.
 
-    A second table counts the groups and comparisons behind each metric, and names a few groups without such a comparison. A list explains
-    the metrics, and gives the reason for each loss term that could not be computed. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons behind each metric, and names a few groups without such a comparison. ``text_pmi`` is
+    left out, because its counts are those of ``group_pmi``. A list explains the metrics, and gives the reason for each loss term that could
+    not be computed. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
@@ -32,10 +33,10 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             lines.append(f"| {split} | {MEAN}, blank image | {row.num} | {cells(row.blind)} |")
     lines.append(f"| random scores | | | {cells(RANDOM)} |")
     lines += ["", "| set | metric | groups used | comparisons | unused groups |", "|---|---|---:|---:|---|"]
-    notes = [f"- {metric}: {MEANINGS[metric]}" for metric in shown]
+    notes = [f"- {metric}: {meaning}" for metric, meaning in MEANINGS.items()]
     for split, row in {split: rows[-1] for split, rows in splits.items() if rows}.items():
         metrics_by_counts: dict[tuple[int, int, tuple[str, ...]], list[str]] = {}  # metrics with equal counts share a line
-        for metric in row.groups:
+        for metric in (each for each in MEANINGS if each in row.groups):
             key = row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))
             metrics_by_counts.setdefault(key, []).append(metric)
         for (groups, comparisons, unused), metrics in metrics_by_counts.items():

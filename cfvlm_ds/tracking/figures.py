@@ -44,7 +44,7 @@ def _figure(path: Path, width: float, height: float, layout: Any = "constrained"
         figure.savefig(path)
 
 
-def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str, str] = MappingProxyType({})) -> None:
+def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str, str] = MappingProxyType({})) -> None:
     """Plot a run's ``metrics.jsonl`` against optimizer steps, as one PNG with several panels.
 
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
@@ -56,7 +56,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
     Args:
         path: PNG file to write.
         metrics_jsonl: path of the run's metrics.
-        samples: maps an evaluation set to the size of its sample, such as "120 of 450 groups", for the legend.
+        counts: maps a metric to its number of groups, such as "120 of 450 groups", for the legend.
 
     Raises:
         FileNotFoundError: the metrics file does not exist.
@@ -98,9 +98,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, samples: Mapping[str
                     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
                 marker = "o" if len(points) <= 30 else ""
                 short = [_LABELS.get(each) or textwrap.fill(one_line(each.split("/", 1)[1], 200), _SERIES_CHARS) for each in (name, *equal)]
-                if name.startswith("eval_sample/"):
-                    sizes = [samples.get(each.split("/")[1]) for each in (name, *equal)]
-                    short = [f"{each}, {size}" if size else each for each, size in zip(short, sizes, strict=True)]
+                short = [f"{text}, {counts[each]}" if each in counts else text for each, text in zip((name, *equal), short, strict=True)]
                 # matplotlib's legend omits labels that begin with an underscore
                 text = "\n= ".join(short).lstrip("_") or "series"
                 axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=text)

@@ -109,7 +109,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
             terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
     load = _USE_ADAPTER.format(base=json.dumps(_line(_last(base) if local else base))) if adapter else _USE
     sections = {
-        "Results": [*_overlaps(data), *_results(results, changes, evaluated), *_samples(run_dir, step)],
+        "Results": [*_overlaps(data), *_results(results, changes, evaluated, environment.get("vocabulary")), *_samples(run_dir, step)],
         "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or UNNAMED_REPO), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
@@ -149,7 +149,7 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
     return ["All other options have their defaults.", "", *_table("setting | value", rows)]
 
 
-def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated: bool) -> list[str]:
+def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated: bool, vocabulary: int | None) -> list[str]:
     if not evaluated:
         return ["Not known: these weights had not been evaluated when they were exported."]
     if not recorded:
@@ -157,7 +157,7 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
     tables = {split: [Accuracy(**row) for row in rows] for split, rows in recorded.items()}
     compared = from_table(changes) if changes else []
     types = of_types(compared)
-    first = [*changes_table(compared, plain=_cell).splitlines(), ""] if compared else []
+    first = [*changes_table(compared, plain=_cell, vocabulary=vocabulary).splitlines(), ""] if compared else []
     first += [*rows_table(types, plain=_cell).splitlines(), ""] if types else []
     sets = ", ".join(f"{_code(split)} ({rows[-1].num} groups)" for split, rows in tables.items() if rows)
     limits = f"Limits: evaluated only on {sets}; nothing is known about other pictures, prompts, languages and edit types."
@@ -177,8 +177,8 @@ def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 _CONTROLS = (
-    "Accuracies for each edit type, and their mean. The mean is also given for a blank image, which shows what language alone achieves.",
-    "The last row is that of random scores.",
+    "Accuracies for each edit type, and their unweighted mean, also for a blank image, which shows what language alone achieves. The last",
+    "row is that of random scores.",
 )
 
 

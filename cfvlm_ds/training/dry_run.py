@@ -34,7 +34,8 @@ def dry_run(config: RunConfig) -> str:
     for module in MODULES:
         options = getattr(config.model, module)
         rate = config.train.learning_rate if options.learning_rate is None else options.learning_rate
-        lines.append(f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {rate:>14.2g}")
+        shown = "" if options.tuning == "frozen" else f"{rate:.2g}"
+        lines.append(f"{module:<16} {counts[module][0]:>16,} {counts[module][1]:>16,} {options.tuning:>8} {shown:>14}".rstrip())
     total_parameters, trainable = (sum(count[k] for count in counts.values()) for k in (0, 1))
     lines += [f"{'all':<16} {total_parameters:>16,} {trainable:>16,}", ""]
     ds_config, recompute = resolved.config, config.model.gradient_checkpointing

@@ -49,8 +49,9 @@ class EvaluationSample:
 
     @property
     def counts(self) -> dict[str, str]:
-        """Each set's sample size as shown in the learning curves, for example "300 of 5000 groups"."""
-        return {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
+        """Sample size of each metric as shown in the learning curves, for example "300 of 5000 groups"."""
+        sizes = {name: f"{len(groups)} of {len(self.splits[name])} groups" for name, groups in self.groups.items()}
+        return {f"eval_sample/{name}/{metric}": size for name, size in sizes.items() for metric in HEADLINES}
 
     def is_due(self, step: int) -> bool:
         """Return True if the sample is to be scored after this step."""

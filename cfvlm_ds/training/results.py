@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import StorageError, unwritten
@@ -39,10 +40,11 @@ WORST = "worst"
 """Folder with an HTML page that shows the groups with the worst margins."""
 
 
-def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Alive) -> None:
+def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Alive, dtype: torch.dtype) -> None:
     """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained.
 
-    ``alive`` is called repeatedly during the export.
+    ``alive`` is called repeatedly during the export. ``dtype`` is the dtype of the run's evaluation; a different dtype of the export is
+    reported.
     """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)
@@ -50,7 +52,10 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Aliv
         exported = export_adapter(checkpoint, model.name_or_path, folder, model.lora, say, alive, card)
     else:
         exported = export_hf(checkpoint, model.name_or_path, folder, say, model.lora, alive, card)
-    say(f"exported to {exported}")
+    stored, note = load_config(model.name_or_path).dtype, ""
+    if not adapter and stored not in (None, dtype):
+        note = f" as {stored}; this run evaluates in {dtype}, so the export's NLL differs slightly".replace("torch.", "")
+    say(f"exported to {exported}{note}")
 
 
 def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
@@ -146,8 +151,7 @@ def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accu
         return "\n".join([*lines, table(results)])
     files = {name: each.path for name, each in config.data.evaluation_sets.items()}
     size = load_config(config.model.name_or_path).get_text_config().vocab_size
-    guess = f"- NLL of uniform guessing: {math.log(size):.2f} (ln of the vocabulary's {size:,} tokens)"
-    return "\n".join([*lines, changes_table(changes, files=files), guess])
+    return "\n".join([*lines, changes_table(changes, files=files, vocabulary=size)])
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
@@ -196,12 +200,15 @@ _NO_SETS = (
 )
 
 
-def draw_curves(run_dir: Path, samples: Mapping[str, str], say: Say) -> list[Path]:
+def draw_curves(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], samples: Mapping[str, str], say: Say) -> list[Path]:
     """Draw the learning curves and return their path in a list, which is empty if they could not be drawn. A failure only causes a warning.
-    ``samples`` maps each evaluation set to its sample size.
+    ``samples`` maps the metrics of ``EvaluationSample`` to their numbers of groups.
     """
     path = run_dir / "learning_curves.png"
+    counts = {
+        f"eval/{name}/{metric}": f"{n} groups" for name, rows in results.items() for row in rows[-1:] for metric, n in row.groups.items()
+    }
     with harmless(path, say):
-        learning_curves_figure(path, run_dir / METRICS_FILE, samples)
+        learning_curves_figure(path, run_dir / METRICS_FILE, {**counts, **samples})
         return [path]
     return []

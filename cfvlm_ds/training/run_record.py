@@ -45,6 +45,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
         "packages": {name: version(name) for name in ("torch", "transformers", "deepspeed", "mlflow", "cfvlm-ds")},
         "world_size": world.size,
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else _processor(),
+        "vocabulary": scorer.model.config.get_text_config().vocab_size,
         "parameters": {name: {"total": total, "trainable": trains} for name, (total, trains) in counts.items()},
     }
     contents = {
@@ -106,12 +107,15 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
     run_dir, revision = Path(config.train.output_dir), git_revision()
+    train = dict(config.resolved["train"])
+    if config.train.max_steps > 0:
+        del train["num_train_epochs"]  # not used
     return open_tracker(
         enabled=world.is_main,
         run_dir=run_dir,
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name or run_dir.name,
-        params=config.resolved,
+        params={**config.resolved, "train": train},
         tags={
             "git_revision": revision,
             "world_size": str(world.size),

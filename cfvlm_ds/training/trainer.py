@@ -296,10 +296,11 @@ class Trainer:
         config, step, say = self.config, self.state.step, self.world.say
         self.pulse.mark("evaluation and export", step)
         failed: Exception | None = None
+        model = self.engine.module.model
         barrier = ProgressBarrier(self.world)  # a long export would exceed the timeout of the evaluation's first collective
         if self.world.is_main and config.train.export:
             try:
-                export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive)
+                export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive, model.dtype)
             except Exception as error:
                 failed = error
                 say(f"warning: the export failed ({error}); the run will end with this error after the evaluation")
@@ -309,7 +310,7 @@ class Trainer:
         outcomes = self.evaluator.ask() if benchmarks else {}
         metrics = flat_metrics(results) | benchmark_metrics(benchmarks, outcomes)
         tracker.log(step, metrics | self.sample.metrics(results))
-        model, exported = self.engine.module.model, config.train.export and failed is None
+        exported = config.train.export and failed is None
         benchmark_results = write_benchmarks(self._run_dir / FOLDER, config, benchmarks, outcomes, self.world, model, exported=exported)
         self.samples.write(step)
         if self.world.is_main:
@@ -324,7 +325,7 @@ class Trainer:
             first, written = write_results(
                 config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
-            figures = draw_curves(self._run_dir, self.sample.counts, say) if config.train.figures else []
+            figures = draw_curves(self._run_dir, results, self.sample.counts, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
             if config.train.export and failed is None:

@@ -141,7 +141,7 @@ def test_the_table_before_and_after_a_training(model_dir, manifests, tmp_path, m
     ]
     assert len(tables) == 3 and all(change in table for table in tables for change in changed), "their mean is what both are"
     assert "said-still" in refused(capsys, "compare", still, tmp_path / "said-still")
-    card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True)
+    card = _results(json.loads((moved / "results.json").read_text()), stored[moved], True, None)
     assert any(f"`colour` | {rows[moved][0]['groups']} of {rows[moved][0]['of']} | group " in line and changed[0] in line for line in card)
     vocabulary = json.loads((model_dir / "config.json").read_text())["text_config"]["vocab_size"]
     assert f"- NLL of uniform guessing: {math.log(vocabulary):.2f} " in (still / "results.md").read_text()

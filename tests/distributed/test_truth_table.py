@@ -442,7 +442,7 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     said = []
     ended = object.__new__(trainer.Trainer)
     ended.state, ended.evaluator = SimpleNamespace(step=3), lambda *_: ({}, {})
-    ended.engine = SimpleNamespace(module=SimpleNamespace(model=None))
+    ended.engine = SimpleNamespace(module=SimpleNamespace(model=SimpleNamespace(dtype=None)))
     ended.world, ended.pulse = SimpleNamespace(is_main=True, size=1, say=said.append), SimpleNamespace(mark=lambda *_: None)
     ended.config = parse_config([f"--train.output_dir={run_dir}", "--train.figures=false"], OBJECTIVES)
     ended._displacement = SimpleNamespace(warning=lambda _: "")
@@ -479,7 +479,7 @@ def test_a_trained_model_is_exported_whatever_follows(tmp_path, monkeypatch):
 
 def test_a_figure_that_fails_is_a_warning(tmp_path):
     said = list[str]()
-    assert results.draw_curves(tmp_path, {}, said.append) == [], "there are no metrics to draw"
+    assert results.draw_curves(tmp_path, {}, {}, said.append) == [], "there are no metrics to draw"
     assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path}/learning_curves.png ") and "\n" not in said[0]
 
 

@@ -270,12 +270,12 @@ def slow_export(limit: float) -> Iterator[None]:
         finish(ending, tracker)
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30), dist.group.WORLD)
 
-    def exported(config, checkpoint, say, alive):  # type: ignore[no-untyped-def]
+    def exported(config, checkpoint, say, alive, dtype):  # type: ignore[no-untyped-def]
         end = time.monotonic() + 3 * limit
         while time.monotonic() < end:
             alive()
             time.sleep(0.1)
-        export(config, checkpoint, say, alive)
+        export(config, checkpoint, say, alive, dtype)
 
     with patch.object(Trainer, "_finish", finished), patch.object(trainer, "export_checkpoint", exported):
         yield

@@ -120,4 +120,6 @@ def test_the_sample_is_the_same_groups_before_during_and_after_the_training(tmp_
     assert chosen <= {group.id for group in drawn} and sample.metrics({"test": rows(drawn, right)}) == expected, "the baseline contains it"
     assert not EvaluationSample({"test": data}, trained=500, total_steps=10).groups, "25 groups would be drawn"
     whole = EvaluationSample({"test": data[:30]}, trained=1200, total_steps=10)
-    assert whole.counts == {"test": "30 of 30 groups"} and whole.metrics({"test": rows(data[:30], right)}) == {}, "eval/test/group has it"
+    assert whole.counts["eval_sample/test/group"] == "30 of 30 groups" and whole.metrics({"test": rows(data[:30], right)}) == {}, (
+        "eval/test/group has it"
+    )

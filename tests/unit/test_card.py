@@ -13,6 +13,7 @@ import yaml
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
+from cfvlm_ds.evaluation.before_after import Change, to_table
 from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, is_own_card, place_card, sealed, write_card
 from cfvlm_ds.training.card import card_of, license_of, model_card
 
@@ -89,6 +90,15 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     assert body.index("## Results") < body.index("## Use") < body.index("## Training")
     assert "local folder" not in body
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
+
+
+def test_a_card_compares_the_nll_with_that_of_uniform_guessing(tmp_path):
+    table = to_table([Change("test", "colour", 1, 1, "pair", 0.0, 0.0, 0.0, None, None, 0, 0, nll_before=2.5, nll_after=2.0)])
+    checkpoint = run_folder(tmp_path / "run", environment=ENVIRONMENT | {"vocabulary": 50}, before_after=table)
+    (line,) = (line for line in model_card(checkpoint, adapter=False).splitlines() if "uniform" in line)
+    assert " 3.91 " in line, "e to this power is 50"
+    earlier = run_folder(tmp_path / "earlier", before_after=table)
+    assert "uniform" not in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
 
 
 def test_a_card_of_adapters(tmp_path):

@@ -521,7 +521,9 @@ def test_all_problems_are_collected(folder):
     for line, said in expected.items():
         (problem,) = [problem for problem in report.problems if problem.startswith(f"{path}:{line}: ")]
         assert re.search(said, problem) and problem in str(report), problem
-    assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens"), "one of an id that is taken is a group"
+    assert (report.num_groups, report.longest_text, report.longest_text_unit) == (9, 11, "tokens of prompt, pictures and text"), (
+        "one of an id that is taken is a group"
+    )
     assert report.longest_text_where == f"{path}:10, text 1"
 
 

@@ -198,6 +198,8 @@ def test_what_is_reported_for_one_model(tmp_path):
         (line,) = re.findall(rf"^ +{gpus} +([\d.]+) ", report, re.MULTILINE)
         expected = (18 * trains + 2 * frozen) / gpus + 4 * layer
         assert float(line) == pytest.approx(expected / 2**30, abs=0.06)
+    rates = {line.split()[0]: line.split()[4:] for line in report.splitlines() if re.match(r"vision_tower|projector|language_model", line)}
+    assert rates == {"vision_tower": [], "projector": ["1e-05"], "language_model": ["1e-05"]}, "a frozen module has no learning rate"
     # A block keeps at least its input of each token in bfloat16 (32 blocks of width 4096), and with recomputation one block the rest.
     kept, whole = (float(number) for number in re.findall(r"(?:activations|checkpointing:) ([\d.]+)", report))
     assert 16_384 * 4096 * 2 * 32 / 2**30 < kept < 2 * 16_384 * 4096 * 2 * 32 / 2**30 and whole > 10 * kept

@@ -298,7 +298,10 @@ def test_table_is_valid_markdown_and_metrics_are_named():
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert " ".join(found[3]) == "iid count 1 0.0 100.0 0.0 0.0 50.0 100.0 0.0 100.0"
     assert " ".join(found[5]) == "iid mean of edit types, blank image 2     50.0  75.0 ", "a tie, and the factual text"
-    assert [line.split(":")[0] for line in notes.splitlines()] == [f"- {cell.removesuffix(', %')}" for cell in found[0][3:]]
+    counted = {name for line in coverage.splitlines()[2:] for name in line.split("|")[2].strip().split(", ")}
+    shown = {cell.removesuffix(", %") for cell in found[0][3:]}
+    assert {line[2:].split(":")[0] for line in notes.splitlines()} == counted == shown
+    assert len(shown) == 8 and "- sham: " in table({"ood": splits["ood"]}), "a metric that no group allows is counted, so explained"
     assert "| iid | sham | 1 | 1 | 1: 0.png (g) |" in coverage and "| iid | pair, image_pair | 2 | 4 |  |" in coverage
     for part in (printed, coverage):
         assert len({line.count("|") for line in part.splitlines()}) == 1

@@ -52,7 +52,7 @@ UNLIKE = (
     "idefics3",
     "gemma3",
 )  # every kind of positions, tiles and features
-ONE = REPO / "docs" / "scores.png"
+ONE = REPO / "docs" / "images" / "view.png"
 SIZES = [(60, 40), (90, 30), (40, 100), (28, 28)]
 TEXTS = (Candidate("describe", "a red circle"), Candidate("describe", "two blue dogs on a lawn"), Candidate("is it red?", "Yes"))
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cfvlm_ds.evaluation import Accuracy
 from cfvlm_ds.tracking.figures import learning_curves_figure
+from cfvlm_ds.training.results import draw_curves
 
 
 def _share(path: Path, colour: str) -> float:
@@ -79,6 +81,18 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     shown = [f"split_{split}/{metric}" for metric in ("group", "pair") for split in range(4)]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [*shown, f"and {len(names) - 8} more in metrics.jsonl"]
     assert all(line.get_ydata()[-1] == rows[-1][f"eval/{name}"] for line, name in zip(accuracy.lines, shown, strict=False))
+
+
+def test_a_line_has_the_number_of_groups_behind_it(tmp_path, drawn):
+    """Of 9 groups, 5 allow ``group``; ``pair`` and ``factual`` are equal, but not of equally many groups. A sample has its size."""
+    points = {"val/group": 20.0, "val/pair": 40.0, "val/factual": 40.0}
+    rows = [{"step": step, **{f"eval/{name}": value + step for name, value in points.items()}} for step in (1, 2)]
+    _write(tmp_path / "metrics.jsonl", [*rows, {"step": 2, "eval_sample/many/pair": 1.0}])
+    results = {"val": [Accuracy("all", 9, {}, groups={"group": 5, "pair": 9, "factual": 8}, mean=True)], "none": []}
+    assert draw_curves(tmp_path, results, {"eval_sample/many/pair": "30 of 99 groups"}, list[str]().append)
+    sample, accuracy = ([text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[0].axes)
+    assert sample == ["many/pair, 30 of 99 groups"]
+    assert accuracy == ["val/group, 5 groups", "val/pair, 9 groups\n= val/factual, 8 groups"]
 
 
 def test_ticks_are_round_steps_and_a_long_name_is_whole(tmp_path, drawn):

@@ -1019,6 +1019,16 @@ def test_area_under_the_curve_is_that_of_all_pairs():
         assert area == pytest.approx(won / (17 * 23)) and low <= area <= high
 
 
+def test_an_area_over_the_limit_is_a_fault_only_if_its_interval_excludes_chance():
+    """Areas over the limit of 0.6 by hand: 30 of 45 and 480 of 720 pairs won, one of few texts, one of many."""
+    few, many = ([2.0] * 6 * k + [0.0] * 3 * k for k in (1, 16))
+    rows = [shortcuts.Shortcut("w", *shortcuts.auc(texts, [1.0] * 5 * k), 5 * k) for texts, k in ((few, 1), (many, 16))]
+    assert [row.auc for row in rows] == pytest.approx([30 / 45, 30 / 45]) and rows[0].low < 0.5 < rows[1].low
+    assert [row.exceeds for row in rows] == [False, True] and ["above the limit" in str(row) for row in rows] == [True, False]
+    below = shortcuts.Shortcut("w", 0.55, 0.52, 0.58, 999)
+    assert not below.exceeds and "limit" not in str(below)
+
+
 def test_refine_thins_planted_cues_by_the_command_line(tmp_path, capsys):
     """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
     rows = []
@@ -1142,7 +1152,7 @@ def test_what_is_not_measured_has_no_number(tmp_path):
     found, sets = audited(tmp_path, {"train": alone})
     write_report(found, sets, tmp_path / "page", quiet)
     table = (tmp_path / "page" / "report.md").read_text()
-    assert "| texts by their words | not measured | | 0 |" in table and "0.500" not in table
+    assert "| texts by their words | not measured | 0 |" in table and "0.500" not in table
     measured = [shortcuts.by_length([("a disc", "a red disc")] * number).pairs for number in (9, 10)]
     halved = [shortcuts.by_words([("a disc", "a red disc")] * (number + 10), [False] * number + [True] * 10).pairs for number in (9, 10)]
     assert measured == halved == [0, 10], "an AUC of few pairs is no number"

@@ -16,7 +16,7 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
 from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
-from cfvlm_ds.counterfactuals.audit.shortcuts import Array, Shortcut, by_grain, by_length, by_words, grain
+from cfvlm_ds.counterfactuals.audit.shortcuts import LIMIT_AUC, Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.verify import Score
 from cfvlm_ds.counterfactuals.work_folder import seed_of
@@ -25,7 +25,6 @@ from cfvlm_ds.data.manifest import Root, named_apart, open_groups
 from cfvlm_ds.evaluation.comparisons import factual_texts
 from cfvlm_ds.page import Written, group_item, write_page
 
-LIMIT_AUC = 0.6
 LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
@@ -49,10 +48,9 @@ class Audit:
     def markdown(self) -> str:
         """Format the report as Markdown."""
         lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
-        lines += ["| shortcut | AUC | 95 % interval | pairs | strongest features |", "|---|---:|---|---:|---|"]
+        lines += [f"| shortcut | result with 95 % interval (limit {LIMIT_AUC}) | pairs | strongest features |", "|---|---|---:|---|"]
         for cue in self.shortcuts:
-            measured = "not measured |" if cue.auc is None else f"{cue.auc:.3f} | {cue.low:.3f} to {cue.high:.3f}"
-            lines.append(f"| {cue.name} | {measured} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
+            lines.append(f"| {cue.name} | {cue} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
         lines += ["", "## Exceeded limits", ""]
         for sentence, ids in self.faults:
             named = f": {few([self.names[name] for name in ids])}" * bool(ids)
@@ -152,7 +150,7 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
     if grains[0]:
         report.shortcuts.append(by_grain(*grains))
     for cue in report.shortcuts:
-        if cue.auc is not None and cue.low is not None and cue.low > 0.5 and cue.auc > LIMIT_AUC:
+        if cue.exceeds:
             report.fault(
                 f"{cue.name}: AUC {cue.auc:.2f} (limit {LIMIT_AUC}) without the picture; strongest features: {', '.join(cue.telling[:4])}"
             )

@@ -22,6 +22,7 @@ from cfvlm_ds.counterfactuals.propose.word_difference import words
 Array = npt.NDArray[Any]
 _TELLING = 12
 _RIDGE = 1.0
+LIMIT_AUC = 0.6
 _FEWEST = 10
 """Minimum number of pairs for fitting, and for evaluation. The interval of an AUC from 10 pairs is about 0.5 wide."""
 
@@ -39,8 +40,16 @@ class Shortcut:
     pairs: int
     telling: tuple[str, ...] = ()
 
+    @property
+    def exceeds(self) -> bool:
+        """True if the AUC is above ``LIMIT_AUC`` and its interval excludes 0.5."""
+        return self.auc is not None and self.low is not None and self.low > 0.5 and self.auc > LIMIT_AUC
+
     def __str__(self) -> str:
-        return "not measured" if self.auc is None else f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f})"
+        if self.auc is None:
+            return "not measured"
+        doubt = ", above the limit, but the interval includes 0.5: too few pairs to tell" * (self.auc > LIMIT_AUC and not self.exceeds)
+        return f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f}){doubt}"
 
 
 def _not_measured(name: str) -> Shortcut:
