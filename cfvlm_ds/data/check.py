@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -254,6 +254,9 @@ def check_manifest(
     pictures, _ = open_pictures(report, store, *seen.pictures, max_pixels, progress, scan)
     texts, keys = check_texts(store, lengths, pictures, progress, scan)
     report.add(texts)
-    repeated = {"num_repeated_rows": report.num_groups - len(keys.rows), "num_repeated_pictures": report.num_images - len(keys.pictures)}
+    repeated: dict[str, Any] = {
+        "num_repeated_rows": report.num_groups - len(keys.rows),
+        "num_repeated_pictures": report.num_images - len(keys.pictures),
+    }
     report.add(CheckReport(report.manifest, sides=Counter(pictures.sides()), **repeated))
     return report
