@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.progress import Say
 
+_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
 _STALE_AFTER_S = 300.0
 
 
@@ -17,8 +18,8 @@ def clear_stale_locks(folder: Path | None = None, say: Say = print) -> list[Path
     """Remove the build locks that killed processes left behind in torch's extension cache, and return their paths. Otherwise, every later
     start would wait for these locks forever.
 
-    A lock is stale if no file in its folder has changed for five minutes. Until then, the process that holds it may still be building, on
-    this machine or on another one.
+    A lock's holder keeps the file open, so a lock that no process on this machine has open is stale. On a network file system, the holder
+    can be on another machine, so a lock there is removed only if its folder has not changed for five minutes.
     """
     if folder is None:
         from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
@@ -29,14 +30,33 @@ def clear_stale_locks(folder: Path | None = None, say: Say = print) -> list[Path
             probe.rmdir()
     removed = []
     for lock in sorted(folder.glob("*/lock")):
-        with contextlib.suppress(FileNotFoundError):  # the build has ended
-            while time.time() - max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir())) < _STALE_AFTER_S:
-                say(f"waiting for the extension build lock {lock}: another process may be building")
-                time.sleep(5)
-            lock.unlink()
+        while (reason := _held(lock)) and reason != "process":
+            say(f"waiting for the extension build lock {lock}: {reason}")
+            time.sleep(5)
+        if reason is None and lock.exists():
+            lock.unlink(missing_ok=True)
             removed.append(lock)
             say(f"removed the stale extension build lock {lock}, left by a process that was killed")
     return removed
+
+
+def _held(lock: Path) -> str | None:
+    """Return why a lock might be in use, or None if it is stale or gone. The reason is ``process`` if a process on this machine has the
+    lock open, otherwise a message about another machine.
+    """
+    import psutil
+
+    with contextlib.suppress(OSError):
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if any(Path(file.path) == lock.resolve() for file in process.open_files()):
+                    return "process"
+        mounts = [p for p in psutil.disk_partitions(all=True) if lock.resolve().is_relative_to(p.mountpoint)]
+        mount = max(mounts, key=lambda p: len(p.mountpoint))
+        newest = max(path.stat().st_mtime for path in [lock, *lock.parent.iterdir()])
+        if mount.fstype in _NETWORK_FILE_SYSTEMS and time.time() - newest < _STALE_AFTER_S:
+            return f"{mount.fstype} is shared and another machine may be building"
+    return None
 
 
 def import_deepspeed() -> None:

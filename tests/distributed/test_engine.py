@@ -354,30 +354,43 @@ def test_the_revision_is_the_package_s_wherever_a_run_is_started(tmp_path):
 # --- build locks --------------------------------------------------------------------------------------------------------------------
 
 
-def plant(folder: Path, name: str, age_s: float = 301) -> Path:
+def plant(folder: Path, name: str) -> Path:
     (folder / name).mkdir(parents=True)
-    (lock := folder / name / "lock").touch()
-    os.utime(lock, (time.time() - age_s,) * 2)
-    return lock
+    (folder / name / "lock").touch()
+    return folder / name / "lock"
 
 
-def test_a_stale_lock_is_removed_and_named_and_a_fresh_one_waited_for(tmp_path, monkeypatch):
-    """Untouched for five minutes, it is stale; one whose build ends is left alone."""
-    stale, held, ended, said = plant(tmp_path, "a"), plant(tmp_path, "b", 200), plant(tmp_path, "c", 0), list[str]()
-    (tmp_path / "a" / "a.so").touch()
-    os.utime(tmp_path / "a" / "a.so", (0, 0))
+def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_left_alone(tmp_path):
+    held, stale, said = plant(tmp_path, "a"), plant(tmp_path, "b"), []
+    (tmp_path / "b" / "b.so").touch()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; handle = open({str(held)!r}); print('open', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+    assert starting.clear_stale_locks(tmp_path, said.append) == [stale]
+    assert held.exists() and (tmp_path / "b" / "b.so").exists() and len(said) == 1 and str(stale) in said[0]
+    holder.communicate("")
+    assert starting.clear_stale_locks(tmp_path, said.append) == [held]
+
+
+def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path, monkeypatch):
+    """Another machine may hold it; untouched for five minutes it is stale."""
+    import psutil
+
+    lock, said = plant(tmp_path, "a"), []
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="nfs4")])
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
-        if len(naps) == 3:
-            os.utime(held, (time.time() - 301,) * 2)
-        if len(naps) == 5:
-            ended.unlink()
+        assert len(naps) < 9 and lock.exists()
+        age = time.time() - (301 if len(naps) == 3 else 200)
+        os.utime(lock, (age, age))
 
     monkeypatch.setattr(starting, "time", SimpleNamespace(sleep=nap, time=time.time))  # and not that of other threads
-    assert starting.clear_stale_locks(tmp_path, said.append) == [stale, held]
-    assert (tmp_path / "a" / "a.so").exists() and len(naps) == 5 and len(said) == 7 and str(stale) in said[0]
+    assert starting.clear_stale_locks(tmp_path, said.append) == [lock]
+    assert len(naps) == 3 and "nfs4" in said[0]
 
 
 # --- a real process -----------------------------------------------------------------------------------------------------------------
