@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -198,6 +199,15 @@ def read_rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -283,43 +293,42 @@ def run(command: list[str], timeout: float = 300) -> str:
     return output
 
 
-def run_ranks(number: int, function: str, *arguments: object, said: Path, timeout: float = 600) -> list[tuple[int, str]]:
+def run_ranks(number: int, function: str, *arguments: object, timeout: float = 600) -> list[tuple[int, str]]:
     """Run ``MODULE:FUNCTION`` as so many ranks (support/forkserver_ranks.py): exit codes and output; what still runs is killed."""
     import forkserver_ranks
 
-    ranks = forkserver_ranks.start(number, function, *arguments, said=said)
-    deadline = time.monotonic() + timeout
-    for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-    late = [rank for rank in ranks if rank.is_alive()]
-    for rank in late:
-        os.killpg(rank.pid or 0, signal.SIGKILL)
-        rank.join()
-    ended = [(rank.exitcode or 0, (said / f"rank-{index}.log").read_text()) for index, rank in enumerate(ranks)]
+    with tempfile.TemporaryDirectory() as said:
+        ranks = forkserver_ranks.start(number, function, *arguments, said=Path(said))
+        deadline = time.monotonic() + timeout
+        for rank in ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            os.killpg(rank.pid or 0, signal.SIGKILL)
+            rank.join()
+        ended = [(rank.exitcode or 0, Path(said, f"rank-{index}.log").read_text()) for index, rank in enumerate(ranks)]
     assert not late, f"still running after {timeout} s:\n" + "\n".join(output[-2000:] for _, output in ended)
     return ended
 
 
-def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
+def run_trainings(number: int, *trainings: list[str], timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
     """The trainings, one after the other, by one family of ranks; what they said."""
-    listed = write_rows(said.with_suffix(".jsonl"), trainings)
-    ended = run_ranks(number, by, listed, said=said, timeout=timeout)
+    ended = run_ranks(number, by, trainings, timeout=timeout)
     output = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output
 
 
-def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], said: Path, code: int = 0) -> list[str]:
+def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], code: int = 0) -> list[str]:
     """train.py by so many ranks, which all end with this exit code; what each said."""
-    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables, said=said)
+    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables)
     assert {each for each, _ in ended} == {code}, ended
     return [output for _, output in ended]
 
 
-def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], said: Path, timeout: float = 900, code: int = 0) -> list[str]:
+def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], timeout: float = 900, code: int = 0) -> list[str]:
     """Trainings one after the other by one family of ranks, each with a fault of support/fault_injection.py; what was said in each."""
-    listed = write_rows(said.with_suffix(".jsonl"), ({"fault": fault, "arguments": arguments} for fault, arguments in plans))
-    ended = run_ranks(ranks, "fault_injection:train_listed", listed, said=said, timeout=timeout)
+    ended = run_ranks(ranks, "fault_injection:train_listed", list(plans), timeout=timeout)
     assert all(bool(each) == bool(code) for each, _ in ended), ended
     return ["".join(parts) for parts in zip(*(output.split("=== next training\n") for _, output in ended), strict=True)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import forkserver_ranks
 import pytest
-from conftest import losses, metrics, run_trainings, train_arguments, wait_for
+from conftest import losses, metrics, read_json, run_trainings, train_arguments, wait_for
 from public_data import PUBLIC
 
 pytestmark = pytest.mark.long
@@ -31,8 +31,8 @@ def test_a_mixture_of_all_formats(model_dir, manifests, tmp_path, monkeypatch):
         packed = ["--data.max_tokens_per_micro_batch=1500"]
         return train_arguments(model_dir, manifests, tmp_path / name, *steps, *packed, *extra)
 
-    said = run_trainings(2, arguments("whole", "--data.evaluation", json.dumps(sources)), said=tmp_path / "whole-said", timeout=1500)
-    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    said = run_trainings(2, arguments("whole", "--data.evaluation", json.dumps(sources)), timeout=1500)
+    results = read_json(tmp_path / "whole" / "results.json")
     assert results.keys() == sources.keys()
     for name, rows in results.items():
         assert rows[-1]["num"] == ROWS and math.isfinite(rows[-1]["losses"]["align"]["value"]), name
@@ -46,14 +46,12 @@ def test_a_mixture_of_all_formats(model_dir, manifests, tmp_path, monkeypatch):
         begin = f"warning: data.evaluation.{name}: {ROWS} of its {ROWS} rows and "
         assert any(line.startswith(begin) and f" {source['path']}" in line for line in said.splitlines()), name
 
-    plan = tmp_path / "broken.jsonl"
-    plan.write_text(json.dumps(arguments("broken")) + "\n")
-    ranks = forkserver_ranks.start(2, "forkserver_ranks:train_all", plan, said=tmp_path / "killed-said")
+    ranks = forkserver_ranks.start(2, "forkserver_ranks:train_all", [arguments("broken")], said=tmp_path / "killed-said")
     wait_for((tmp_path / "broken" / "checkpoint-3" / "complete.json").exists, 600)
     for rank in ranks:
         os.killpg(rank.pid or 0, signal.SIGKILL)
     for rank in ranks:
         rank.join()
     assert all(rank.exitcode == -signal.SIGKILL for rank in ranks)
-    again = run_trainings(2, arguments("broken"), said=tmp_path / "again-said", timeout=900)
+    again = run_trainings(2, arguments("broken"), timeout=900)
     assert "resumed from" in again and losses(tmp_path / "broken") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6

@@ -143,7 +143,7 @@ def test_the_displacement_warning(model_dir, manifest, tmp_path):
         options += ["--train.max_steps=12", "--objective.fcd.weight=0", "--objective.retain.weight=0.1"]
         options += [f"--data.scores={scores}"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
-    output = run_trainings(1, *arguments, said=tmp_path / "said")
+    output = run_trainings(1, *arguments)
     without, held = output.split("parameters: ")[1:]
     lp = {name: [row["logp/lp_00"] for row in metrics(tmp_path / name) if "logp/lp_00" in row] for name in ("without", "with")}
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp

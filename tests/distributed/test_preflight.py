@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ONE, losses, read_rows, run_ranks, run_train, train_arguments, write_manifest, write_rows
+from conftest import ONE, losses, read_json, read_rows, run_ranks, run_train, train_arguments, write_json, write_manifest, write_rows
 from PIL import Image
 
 from cfvlm_ds import engine
@@ -176,7 +176,7 @@ def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, ope
 def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, opened, monkeypatch):
     """By its configuration alone: the start opens, measures and counts nothing."""
     named = {"model": {"name_or_path": str(model_dir)}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
-    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
+    write_json(tmp_path / "run.yaml", {**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}})
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert len(opened) == 12
     for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
@@ -190,7 +190,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
 def test_a_model_that_a_run_would_build_is_there_when_its_data_are_prepared(data, tmp_path):
     base = str(tmp_path / "base")
     named = {"build": {"base": base}, "model": {"name_or_path": base}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
-    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run")}}))
+    write_json(tmp_path / "run.yaml", {**named, "train": {"output_dir": str(tmp_path / "run")}})
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert (tmp_path / "base" / "config.json").is_file() and (tmp_path / "run" / "prepared").is_dir()
 
@@ -218,10 +218,10 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(own, co
     model = shutil.copytree(model_dir, tmp_path / "model")
     run = replace(own, model=replace(config.model, name_or_path=str(model)))
     preflight.read_data(run, ONE)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer = read_json(model / "tokenizer.json")
     red = next(token for token in tokenizer["added_tokens"] if token["content"] == "</s>")
     tokenizer["added_tokens"].append({**red, "id": len(tokenizer["model"]["vocab"]), "content": "red"})
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_json(model / "tokenizer.json", tokenizer)
     with pytest.raises(DataError, match="contains the control token 'red'"):
         preflight.read_data(run, ONE)
 
@@ -266,7 +266,7 @@ def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
             assert found == (stat.st_size, stat.st_ctime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
 
 
-def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config, tmp_path):
+def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config):
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
     read = preflight.read_data(own, ONE)
     collator = load_collator(config.model, "full", checked=read.pictures)
@@ -372,8 +372,7 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
         row["images"][1]["path"] = f"images/{name}.png"
     write_rows(tmp_path / "data" / "bad.jsonl", rows)
     ended = run_ranks(
-        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"),
-        said=tmp_path / "said", timeout=120,
+        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"), timeout=120,
     )  # fmt: skip
     assert [code for code, _ in ended] == [0, 0], ended
     said = [json.loads(next(line for line in output.splitlines() if line.startswith("{"))) for _, output in ended]
@@ -431,7 +430,7 @@ def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
     arguments = train_arguments(
         model_dir, {"train": data}, run, "--train.max_steps=2", "--train.per_device_train_batch_size=2", "--data.num_workers=0"
     )  # fmt: skip
-    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
+    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed))
     assert code == 0, output[-4000:]
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
@@ -467,14 +466,14 @@ def errors_of(said: list[str]) -> list[list[str]]:
 def test_a_refusal_is_said_by_one_of_several_ranks(model_dir, tmp_path):
     """Before ranks meet, where none hears of another, and after it; by rank 0, whose log is the one that is looked at."""
     missing = train_arguments(model_dir, {"train": tmp_path / "none.jsonl"}, tmp_path / "run")
-    for name, options, sentence in (
-        ("option", ["--train.learning_rat=1"], "did you mean"),
-        ("manifest", missing, "none.jsonl: no such manifest; correct the path"),
+    for options, sentence in (
+        (["--train.learning_rat=1"], "did you mean"),
+        (missing, "none.jsonl: no such manifest; correct the path"),
     ):
-        ((first,), others) = errors_of(run_train(2, options, said=tmp_path / name, code=2))
+        ((first,), others) = errors_of(run_train(2, options, code=2))
         assert sentence in first and not others
 
 
-def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path):
-    ended = run_ranks(2, "test_preflight:found_by_one", said=tmp_path / "said", timeout=120)
+def test_a_failure_that_one_rank_alone_knows_is_said():
+    ended = run_ranks(2, "test_preflight:found_by_one", timeout=120)
     assert ended[1][0] == 2 and errors_of([output for _, output in ended]) == [[], ["error: only rank 1 sees this; look"]], ended

@@ -16,7 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, metrics, run_train, run_trainings, train_arguments
+from conftest import REPO, losses, metrics, read_json, run_train, run_trainings, train_arguments
 from safetensors.torch import load_file
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
@@ -83,7 +83,7 @@ def finished(client, model_dir, manifests, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "finished"
     extra = ["--train.max_steps=4", "--train.eval_steps=2", "--train.per_device_train_batch_size=8"]
     extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate=1e-4"]
-    run_train(2, tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
+    run_train(2, tracked(model_dir, manifests, folder, *extra))
     return folder
 
 
@@ -138,7 +138,7 @@ def test_parameters_and_tags_describe_the_run(client, finished, model_dir):
 
 def test_the_runs_data_sets_are_there_by_digest_size_and_place(client, finished, manifests):
     inputs = {each.dataset.name: each for each in the_run(client, "finished").inputs.dataset_inputs}
-    listed = {each["name"]: each for each in json.loads((finished / "data.json").read_text())}
+    listed = {each["name"]: each for each in read_json(finished / "data.json")}
     assert inputs.keys() == listed.keys() == {"train", "test"}
     for name, context in (("train", "training"), ("test", "evaluation")):
         groups = read_manifest(manifests[name])
@@ -173,9 +173,9 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
     for name in sorted(ARTIFACTS):
         assert Path(client.download_artifacts(run_id, name, str(tmp_path))).read_bytes() == (finished / name).read_bytes(), name
     assert "| test | mean of edit types |" in (tmp_path / "results.md").read_text()
-    described = json.loads((tmp_path / "environment.json").read_text())
+    described = read_json(tmp_path / "environment.json")
     assert described["world_size"] == 2 and described["packages"]["deepspeed"]
-    assert json.loads((tmp_path / "ds_config.json").read_text())["zero_optimization"]["stage"] == 3
+    assert read_json(tmp_path / "ds_config.json")["zero_optimization"]["stage"] == 3
 
 
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(client, model_dir
     proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
-    run_train(1, arguments, said=tmp_path / "said")
+    run_train(1, arguments)
     ended = time.time()
     assert proxy.answers >= 3, "it did talk to the slow server"
     times = [row["time"] for row in metrics(folder) if "loss" in row]
@@ -249,7 +249,7 @@ def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests
     }
     always = ["--train.export=true", "--train.per_device_train_batch_size=8"]
     arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
-    output = run_trainings(1, *arguments, said=tmp_path / "said", by="rank_functions:counted")
+    output = run_trainings(1, *arguments, by="rank_functions:counted")
 
     source = load_file(model_dir / "model.safetensors")
     exported = {name: load_file(tmp_path / name / "export" / "model.safetensors") for name in runs}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import math
 import random
 import re
@@ -18,7 +17,19 @@ from typing import Any
 import markdown_it
 import pytest
 import torch
-from conftest import COLOURS, PROMPT, metrics, read_rows, run_ranks, run_train, save_groups, train_arguments, write_rows
+from conftest import (
+    COLOURS,
+    PROMPT,
+    metrics,
+    read_json,
+    read_rows,
+    run_ranks,
+    run_train,
+    save_groups,
+    train_arguments,
+    write_json,
+    write_rows,
+)
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -393,24 +404,24 @@ def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests
     options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.max_steps=2", "--train.figures=true"]
     options += ["--train.save_best=eval/shapes/pair", "--data.max_tokens_per_forward=60", "--train.export=true"]
     options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
-    said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options))
     (warning,) = {line for line in said.splitlines() if "warning" in line}  # at the start, and with the results
     assert (
         "shapes: 2 of its 8 pictures also occur in the training set" in warning
     )  # the test split repeats two, and takes its pictures from it
     assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png"}
-    rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
+    rows = [row for row in read_json(run_dir / "results.json")["shapes"]]
     assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
     assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
         "pair": 14, "factual": 11, "image_pair": 7, "sham": 0
     }  # fmt: skip
     text = (run_dir / "results.md").read_text()
     assert "| shapes | sham | 0 | 0 | all |" in text and "shapes: 2 of its 8 pictures also occur in the training set" in text
-    assert json.loads((run_dir / "data.json").read_text())[-1]["overlaps"] == {str(manifests["train"]): "2 of its 8 pictures"}
+    assert read_json(run_dir / "data.json")[-1]["overlaps"] == {str(manifests["train"]): "2 of its 8 pictures"}
     assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
 
     main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
-    found = json.loads((tmp_path / "found.json").read_text())["shapes"]
+    found = read_json(tmp_path / "found.json")["shapes"]
     assert rows[-1]["losses"].keys() == {"align", "csd", "fcd"} and not any(row["losses"] for row in found), "it knows no objective"
     assert found[-1].pop("nll") == pytest.approx(rows[-1].pop("nll"), rel=1e-6)
     assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
@@ -429,7 +440,7 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, shapes, tmp_path):
     options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.save_best=eval/shapes/sham"]
-    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
+    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), code=2)
     assert "error: train.save_best 'eval/shapes/sham'" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
@@ -489,12 +500,12 @@ def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifes
     options = ["--train.eval_steps=1", "--train.max_steps=9", "--train.save_best=eval/test/pair", "--train.early_stopping=2"]
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=0", "--train.save_steps=1"]
     for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
-        (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said")
+        (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more))
         assert "early stopping after step 3: the best eval/test/pair was " in said and "step 4/9" not in said
-        assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
-    assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
+        assert read_json(run_dir / "finished.json")["step"] == 3 and (run_dir / "results.md").is_file()
+    assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options))[0]
     options[3] = "--train.early_stopping=3"
-    (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options))
     assert "early stopping after step 4: " in said and "at step 1\n" in said
 
 
@@ -516,13 +527,13 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     """The model's generation_config ends its texts early, since each token of two ranks gathers every weight."""
     model_dir = shutil.copytree(model_dir, tmp_path / "model")
     file = model_dir / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"exponential_decay_length_penalty": [4, 10.0]}))
+    write_json(file, read_json(file) | {"exponential_decay_length_penalty": [4, 10.0]})
     options = ["--train.samples=3", "--train.eval_steps=1", "--train.max_steps=2", "--train.export=true"]
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=1e-3"]
     written = {}
     for ranks in (1, 2):
         run_dir = tmp_path / str(ranks)
-        run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / f"said-{ranks}")
+        run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options))
         written[ranks] = read_rows(run_dir / "samples.jsonl")
         assert [row["step"] for row in written[ranks]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert all(len(row["text"]) > 4 for row in written[ranks])
@@ -546,7 +557,7 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     (run_dir / "finished.json").unlink()
     with (run_dir / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "te')  # a kill while it was written
-    run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *options))
     again = read_rows(run_dir / "samples.jsonl")
     assert [row.pop("margin") for row in again] == pytest.approx(margins[1], abs=1e-4) and again == written[2]
     assert "\n## Samples\n" in (tmp_path / "2" / "results.md").read_text()
@@ -556,7 +567,7 @@ def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, mani
     """Under ZeRO-3 the others would wait for its forwards for ever."""
     options = ["--train.samples=2", "--train.max_steps=1", f"--data.evaluation.test={manifests['test']}", "--train.export=false"]
     arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
-    ended = run_ranks(2, "rank_functions:losing_pictures", arguments, said=tmp_path / "said", timeout=200)
+    ended = run_ranks(2, "rank_functions:losing_pictures", arguments, timeout=200)
     assert [code for code, _ in ended] == [0, 0]
     assert all(row["text"].endswith("lost on rank 1") for row in read_rows(tmp_path / "run" / "samples.jsonl"))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, read_json
 from PIL import Image
 
 from cfvlm_ds.core.errors import ConfigError, DataError, InputError
@@ -771,7 +771,7 @@ def test_hallusionbench_has_the_authors_numbers_and_the_leaderboards(tmp_path):
 
 def test_a_pair_and_a_scene_without_their_fourth_picture(tmp_path):
     path = write("whatsup", tmp_path) / "controlled_images_dataset.json"
-    put(path, json.loads(path.read_text())[:3])
+    put(path, read_json(path)[:3])
     found = BENCHMARKS["whatsup"].metrics(answered(read("whatsup", tmp_path), lambda item, i, c: item.match[i][c]))
     assert (found["pair/images"], found["set/images"]) == (pytest.approx(100 / 1.5), 0)
 

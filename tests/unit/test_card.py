@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import write_json
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
@@ -39,11 +40,11 @@ ENVIRONMENT = {"git_revision": "c" * 40, "world_size": 16, "device": "H100", "pa
 def run_folder(folder: Path, step: int = 300, **files: Any) -> Path:
     """A run folder with as much as a card reads of it; the checkpoint."""
     (checkpoint := folder / f"checkpoint-{step}").mkdir(parents=True)
-    (checkpoint / "complete.json").write_text(json.dumps({"step": step}))
+    write_json(checkpoint / "complete.json", {"step": step})
     given = {"config": OPTIONS, "data": DATA, "environment": ENVIRONMENT, "results": {"test": ROWS}, "finished": {"step": step}} | files
     for name, content in given.items():
         if content is not None:
-            (folder / f"{name}.{'yaml' if name == 'config' else 'json'}").write_text(json.dumps(content))
+            write_json(folder / f"{name}.{'yaml' if name == 'config' else 'json'}", content)
     return checkpoint
 
 

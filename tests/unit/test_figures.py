@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_rows
 from PIL import Image
 
 from cfvlm_ds.tracking.figures import learning_curves_figure
@@ -22,7 +22,7 @@ def _share(path: Path, colour: str) -> float:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
+    write_rows(path, ({"time": 0.0, **row} for row in rows))
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_json
 from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
 from cfvlm_ds.core.errors import DataError
@@ -222,7 +223,7 @@ def test_marks_of_coco_files_and_of_samples(tmp_path):
     write_pictures(tmp_path)
     notes = [{"image_id": 7, "id": k, "caption": f"c{k}", "foil": k == 1, "foil_word": "ORIG"} for k in range(3)]
     coco = {"info": {}, "images": [{"id": 7, "file_name": IMAGE}], "annotations": notes}
-    (tmp_path / "foil.json").write_text(json.dumps(coco))
+    write_json(tmp_path / "foil.json", coco)
     with pytest.raises(DataError, match="'foil'"):
         read_manifest(tmp_path / "foil.json", format="auto")
     (group,) = read_manifest(tmp_path / "foil.json", format="captions:label=foil,true=false,false=true,ignore=foil_word")

@@ -15,6 +15,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from conftest import read_json, read_rows, write_json
 from PIL import Image
 
 from cfvlm_ds.core.config import HabitsConfig
@@ -397,7 +398,7 @@ def described(built: Path) -> list[dict]:
 
 def test_files_are_ordinary_ones(built):
     for path in built.glob("*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_rows(path)
         assert len(rows) == (12 if path.stem == "train" else 16)
         with tarfile.open(built / "images" / f"{path.stem}.tar") as tar:
             names = tar.getnames()
@@ -419,7 +420,7 @@ def test_pope_files_have_the_official_form(built):
     tests = described(built)
     for split in ("random", "popular", "adversarial"):
         file = built / "pope" / "output" / "coco" / f"coco_pope_{split}.json"
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = read_rows(file)
         assert [row["question_id"] for row in rows] == list(range(1, 4 * len(tests) + 1))
         for index, row in enumerate(rows):
             scene = scenes_in(tests[index // 4]["meta"])[0]
@@ -443,10 +444,10 @@ def test_a_seed_determines_the_world(built, tmp_path):
     assert build("again") == again and (again / "habits.json").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="other settings"):
         build("again", seed=3)
-    settings = json.loads((again / "habits.json").read_text())["settings"]
+    settings = read_json(again / "habits.json")["settings"]
     weighted = {"settings": settings | {"edit_weights": {"colour": 2.0}}}
     for record in (weighted, {}, {"settings": settings | {"edit_weights": None}}):  # of an earlier version, the last without weights
-        (again / "habits.json").write_text(json.dumps(record))
+        write_json(again / "habits.json", record)
         with pytest.raises(DataError, match="other settings") if record in (weighted, {}) else contextlib.nullcontext():
             build("again")
     (tmp_path / "mine").mkdir()

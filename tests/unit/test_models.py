@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COLOURS, contents
+from conftest import COLOURS, contents, read_json, write_json
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -240,8 +239,8 @@ def test_code_in_a_models_folder_is_not_run(model_dir, tmp_path):
         "tokenizer_config.json": ("AutoProcessor",),
         "processor_config.json": ("AutoProcessor",),
     }.items():
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | {"auto_map": {each: f"own.{each}" for each in classes}}))
+        content = read_json(folder / name)
+        write_json(folder / name, content | {"auto_map": {each: f"own.{each}" for each in classes}})
     model = load_model(ModelConfig(str(folder)), torch.float32)
     load_collator(ModelConfig(str(folder)), "full")
     assert type(model).__module__.startswith("transformers.") and not (tmp_path / "ran").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tarfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_rows
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError
@@ -79,7 +79,7 @@ def rows(tmp_path):
             for k in range(3)
         ]  # fmt: skip
         written.append(tmp_path / f"{name}.jsonl")
-        written[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(written[-1], lines)
     return written[0], written[1]
 
 

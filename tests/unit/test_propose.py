@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, draw, read_rows, write_rows
+from conftest import REPO, draw, read_json, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
@@ -179,7 +179,7 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     """Source -> edits of the step, of captions in a file, in so many shards."""
     folder.mkdir(exist_ok=True)
     path = folder / "captions.jsonl"
-    path.write_text("".join(json.dumps({"id": f"r{k}", "caption": said, "image": f"{k}.png"}) + "\n" for k, said in enumerate(captions)))
+    write_rows(path, ({"id": f"r{k}", "caption": said, "image": f"{k}.png"} for k, said in enumerate(captions)))
     for shard in range(shards):
         proposing(path, folder / "W", shard=shard, shards=shards, **options)
     records = [json.loads(line) for file in sorted((folder / "W" / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path):
     """Worked by hand: 10 rights become lefts; of 30 lefts so many become rights, m, that m - 10 is the root of m + 10: 15, one half."""
     captions = [f"a cup to the {side} of a plate" for side in 30 * ["left"] + 10 * ["right"]]
     edits = proposed(tmp_path, captions, types="relation")
-    prices = json.loads((tmp_path / "W" / "prices.json").read_text())["prices"]["relation"]
+    prices = read_json(tmp_path / "W" / "prices.json")["prices"]["relation"]
     assert prices["to the right of"] / prices["to the left of"] == pytest.approx(0.5, abs=0.01)
     assert sum(len(edits[f"r{k}"]) for k in range(30)) < 30 and all(len(edits[f"r{k}"]) == 1 for k in range(30, 40))
 
@@ -558,7 +558,7 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
     ]  # fmt: skip
     tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "caption": c, "image": p}) + "\n" for i, c, p in rows))
+    write_rows(path, ({"id": i, "caption": c, "image": p} for i, c, p in rows))
     found = set()
     for shard in range(shards):
         out = tmp_path / f"M{shards}"

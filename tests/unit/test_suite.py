@@ -21,7 +21,7 @@ import pytest
 import test_benchmarks
 import torch
 from conftest import ONE as ALONE
-from conftest import caption, contents, draw, plain_logp, printed, refused
+from conftest import caption, contents, draw, plain_logp, printed, read_json, refused
 from PIL import Image
 from pyarrow import parquet
 from test_benchmarks import put
@@ -301,7 +301,7 @@ def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer, collato
     (result,) = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe", "match")
     (read,) = read_results(tmp_path / "out")
     assert BENCHMARKS["sugarcrepe"].metrics([Judged(each.item, each.seen) for each in read.outcomes]) == result.metrics["seen"]
-    record = json.loads((tmp_path / "out/sugarcrepe/match" / RESULTS).read_text())
+    record = read_json(tmp_path / "out/sugarcrepe/match" / RESULTS)
     text = json.dumps(record) + (tmp_path / "out/sugarcrepe/match" / ITEMS).read_text()
     assert str(tmp_path) not in text and str(root) not in text and os.uname().nodename not in text
     assert record["probe"]["template"] == Match().template and "<image>" in record["prompt"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import mlflow
 import pytest
-from conftest import free_port, read_rows, wait_for
+from conftest import free_port, read_json, read_rows, wait_for
 from mlflow_server import Server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,7 +42,7 @@ def client(server):
 
 def _delivered(run_dir: Path) -> str:
     """The id of the run that the folder was delivered to."""
-    run_id = json.loads((run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    run_id = read_json(run_dir / ".mlflow_delivery.json")["run_id"]
     assert isinstance(run_id, str)
     return run_id
 
@@ -282,7 +282,7 @@ def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "HOME"}
     ended = subprocess.run([*stranger, sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
     assert ended.returncode == 0 and "home directory" in ended.stderr and "Traceback" not in ended.stderr
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+    assert read_json(tmp_path / "metrics.jsonl")["loss"] == 1.0
 
 
 def test_the_callers_own_mlflow_state_is_untouched(remote, tmp_path):

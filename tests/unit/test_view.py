@@ -15,7 +15,7 @@ import browser
 import numpy as np
 import pytest
 import torch
-from conftest import write_rows
+from conftest import write_json, write_rows
 from PIL import Image, ImageDraw
 from stores import preparing
 from test_data import row
@@ -421,7 +421,7 @@ def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_bef
     found = {each.id: content_hash(each) for each in open_groups(folder / "test.jsonl")}
     (run / "baseline").mkdir()
     file = run / "baseline" / "test.json"
-    file.write_text(json.dumps({"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]}))
+    write_json(file, {"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]})
     worst(folder, rows, scores)
     assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
     said = {card["h2"][0]: [each for each in card["dd"] if "after training" in each] for card in drawn(folder / "page")}
