@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -376,21 +376,21 @@ def losses(output_dir: Path) -> list[float]:
 
 
 def varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, q_max: int, k_max: int, scale: float,
-    window: tuple[int, int],
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequence[int], of: Sequence[int], scale: float, window: tuple[int, int]
+) -> torch.Tensor:
     """What the kernels promise (flash-attn's README, since 2.1): in each segment the last query is at the last key, and a query sees the
     keys from ``window[0]`` before its own to ``window[1]`` after it, without a bound where that is -1."""
-    outputs = []
-    assert q_max == q_at.diff().max() and k_max == k_at.diff().max() and q_at.dtype == k_at.dtype == torch.int32
-    for s in range(len(q_at) - 1):
-        queries = q[q_at[s] : q_at[s + 1]]
-        keys, values = (t[k_at[s] : k_at[s + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        ahead = torch.arange(len(keys)) - torch.arange(len(keys) - len(queries), len(keys)).unsqueeze(1)
-        seen = (ahead >= -window[0] if window[0] >= 0 else True) & (ahead <= window[1] if window[1] >= 0 else torch.ones_like(ahead) > 0)
-        logits = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-        outputs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values))
-    return torch.cat(outputs)
+    found = []
+    for (begin, end), (first, last) in zip(itertools.pairwise(at), itertools.pairwise(of), strict=True):
+        keys, values = (each[first:last].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+        ahead = (
+            torch.arange(last - first, device=q.device) - torch.arange(last - first - end + begin, last - first, device=q.device)[:, None]
+        )
+        logits = torch.einsum("qhd,khd->hqk", q[begin:end].double(), keys) * scale
+        for side, bound in ((-ahead, window[0]), (ahead, window[1])):
+            logits = logits if bound < 0 else logits.masked_fill(side > bound, -torch.inf)
+        found.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
+    return torch.cat(found)
 
 
 @pytest.fixture
@@ -398,8 +398,12 @@ def kernels(monkeypatch):
     """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
 
+    def called(q: Any, k: Any, v: Any, at: Any, of: Any, longest: int, longest_of: int, *options: Any) -> torch.Tensor:
+        assert longest == at.diff().max() and longest_of == of.diff().max() and at.dtype == of.dtype == torch.int32
+        return varlen(q, k, v, at.tolist(), of.tolist(), *options)
+
     def flash_attn_varlen_func(*arguments: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int]) -> torch.Tensor:
-        return varlen(*arguments, softmax_scale, (window_size[0], 0) if causal else window_size)
+        return called(*arguments, softmax_scale, (window_size[0], 0) if causal else window_size)
 
     flash.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
@@ -407,6 +411,6 @@ def kernels(monkeypatch):
 
     def varlen_attn(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
         assert enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])
-        return varlen(*arguments, scale, window_size)
+        return called(*arguments, scale, window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
