@@ -184,13 +184,6 @@ def test_data_check_options_reach_the_check(bad, tmp_path, capsys):
         assert said in refused(capsys, "data", "check", bad["good"], option, value)
 
 
-def test_scoring_names_a_bad_image_and_writes_nothing(bad, model_dir, tmp_path, capsys):
-    out = tmp_path / "scores.jsonl"
-    assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
-    assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
-    assert not list(tmp_path.iterdir())
-
-
 # --- train.py refuses before it trains ------------------------------------------------------------------------------------------------
 def test_train_py_refuses_before_it_starts(bad, model_dir, manifests, tmp_path):
     """What reading alone shows of an evaluation set and of a model whose index names another's weights; test_validation has the options."""

@@ -195,11 +195,6 @@ def test_groups_have_rates_by_module_and_decay_by_kind(model_dir):
     assert len(names) == len(set(names)) == number, "every weight that is used is in exactly one group"
 
 
-def test_frozen_modules_are_left_out(model_dir):
-    groups = grouped(model_dir, "--model.vision_tower.tuning=frozen", "--model.language_model.tuning=frozen")
-    assert {expected_module(name) for group in groups for name in group["params"]} == {"projector"}
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [

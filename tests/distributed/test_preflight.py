@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ONE, losses, read_json, read_rows, run_ranks, run_train, train_arguments, write_json, write_manifest, write_rows
+from conftest import ONE, read_json, read_rows, run_ranks, run_train, train_arguments, write_json, write_manifest, write_rows
 from PIL import Image
 
 from cfvlm_ds import engine
@@ -29,7 +29,6 @@ from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.exits import exit_cleanly, leave_at_once
 from cfvlm_ds.cli.main import main as cli_main
-from cfvlm_ds.cli.train import train_main
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
@@ -303,6 +302,8 @@ CHANGES = {
     "text": (lambda groups: [replace(groups[0], candidates=groups[1].candidates), *groups[1:]], "prompts or texts"),
     "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
     "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (different ids)"),
+    "order": (lambda groups: groups[::-1], "the order of the rows"),
+    "a row less": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
     "two": (lambda groups: [relabelled(replace(groups[0], weight=2.0)), *groups[1:]], "labels (match) and weights"),
 }
 
@@ -386,57 +387,6 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
     for _, output in ended:
         refused = [line for line in output.splitlines() if line.startswith("refused")]
         assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output
-
-
-def exchange(one: Path, other: Path) -> None:
-    one.rename(one.with_name("aside"))
-    other.rename(one)
-    one.with_name("aside").rename(other)
-
-
-def train_again(arguments: list[str], changed: str) -> None:
-    """A training, and the same one with each of the changed manifests in its place, in one process; what ends with 2 is said on stderr."""
-    listed = json.loads(changed)
-    (name := Path(listed[0]["train"])).write_text(listed[0]["text"])
-    train_main(arguments)
-    for each in listed[1:]:
-        Path(each["train"]).parent.mkdir(exist_ok=True)
-        if "exchange" in each:
-            exchange(*map(Path, each["exchange"]))
-        else:
-            Path(each["train"]).write_text(each["text"])
-        try:
-            options = [option if option != str(name) else each["train"] for option in arguments]
-            train_main([*options, "--train.max_steps", str(each.get("steps", 3)), "--train.resume_changes=allow"])
-            print("trained", flush=True)
-        except SystemExit as ended:
-            print("ended", ended.code, flush=True)
-
-
-def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
-    """Rows in another order, a row less, other pictures: one sentence each, and nothing is touched. A copy in another folder goes on, and
-    so does what was exchanged and is restored."""
-    text = data.read_text()
-    lines = text.splitlines()
-    shutil.copytree(data.parent, moved := tmp_path / "moved")
-    shutil.copytree(data.parent, swapped := tmp_path / "swapped")
-    one, other = (swapped / image["path"] for image in json.loads(lines[0])["images"])
-    exchange(one, other)
-    changed = [{"train": str(data), "text": each} for each in (text, "\n".join(lines[::-1]), "\n".join(lines[1:]))]
-    changed += [{"train": str(swapped / data.name), "text": text}]
-    changed += [{"train": str(swapped / data.name), "exchange": [str(one), str(other)]}]  # restored, with their old times
-    changed += [{"train": str(moved / data.name), "text": text, "steps": 4}]
-    run = tmp_path / "run"
-    arguments = train_arguments(
-        model_dir, {"train": data}, run, "--train.max_steps=2", "--train.per_device_train_batch_size=2", "--data.num_workers=0"
-    )  # fmt: skip
-    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed))
-    assert code == 0, output[-4000:]
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
-    assert len(errors) == output.count("ended 2"), output[-4000:]
-    assert all(f"before these changed: {reason}" in error for error, reason in zip(errors, reasons, strict=True))
-    assert output.count("trained\n") == 2 and len(losses(run)) == 4
 
 
 # --- what all ranks know is said by one of them ---------------------------------------------------------------------------------------

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import select
-import socket
 import subprocess
-import threading
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,14 +12,13 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, metrics, read_json, run_train, run_trainings, train_arguments
+from conftest import REPO, losses, read_json, run_train, run_trainings, train_arguments
 from safetensors.torch import load_file
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.tracking import deliver
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
@@ -179,54 +174,6 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
 
 
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
-
-
-DELAY_S = 5.0
-
-
-class SlowProxy:
-    """A TCP proxy that holds back each answer of a server for ``DELAY_S``; ``answers`` are those it has passed on."""
-
-    def __init__(self, port: int) -> None:
-        self.to, self.answers = port, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            client, _ = self.listener.accept()
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self.to)) as server:
-            asked = False
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    if not (data := source.recv(1 << 16)):
-                        return
-                    if source is server and asked:
-                        time.sleep(DELAY_S)
-                        self.answers += 1
-                    asked = source is client
-                    (server if source is client else client).sendall(data)
-
-
-@pytest.mark.long
-def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(client, model_dir, manifests, tmp_path, monkeypatch):
-    proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-    arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
-    run_train(1, arguments)
-    ended = time.time()
-    assert proxy.answers >= 3, "it did talk to the slow server"
-    times = [row["time"] for row in metrics(folder) if "loss" in row]
-    assert len(times) == 60 and times[-1] - times[0] < 60 * DELAY_S / 4, "steps waited for calls"
-    assert ended - times[-1] < 30 + 60, "the end waits for MLflow 30 s at most; the rest is the last checkpoint and the evaluation"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
-    assert deliver(folder, timeout=60)
-    run = the_run(client, folder.name)
-    assert run.info.status == "FINISHED" and on_server(client, run) == on_disk(folder), "every point once, in order"
 
 
 # Modules, through real runs -------------------------------------------------------------------------------------------------------------

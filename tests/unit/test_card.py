@@ -92,15 +92,6 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
-def test_a_card_of_adapters(tmp_path):
-    model = OPTIONS["model"] | {"language_model": {"tuning": "lora"}}
-    front, body = parts(model_card(run_folder(tmp_path / "run", config=OPTIONS | {"model": model}), adapter=True))
-    assert (front["library_name"], front["base_model_relation"], front["tags"][-1]) == ("peft", "adapter", "lora")
-    assert "Adapters after 300 optimizer steps" in body and "| model.lora.rank | `8` |" in body and "PeftModel.from_pretrained" in body
-    assert 'base = "org/base-7b"\n' in body
-    compile(body.partition("```python\n")[2].partition("```")[0], "Use", "exec")
-
-
 def test_a_card_says_what_it_does_not_know(tmp_path):
     nothing = dict.fromkeys(("data", "environment", "results", "finished"))
     body = parts(model_card(run_folder(tmp_path / "bare", **nothing), adapter=False))[1]

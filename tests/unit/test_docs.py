@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,10 +134,6 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 
 
-def test_pages_show_commands():
-    assert len(COMMANDS) > 20 and {"README.md", "tutorial.md", "slurm.md"} <= {name for name, _ in COMMANDS}
-
-
 @pytest.mark.parametrize("name, words", COMMANDS, ids=[f"{name}: {' '.join(words)}" for name, words in COMMANDS])
 def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     """Commands and options that a page shows are there; nothing is run."""
@@ -230,49 +227,46 @@ def test_the_format_of_the_page_reads_rows(tmp_path, monkeypatch):
     assert [each.text for each in group.candidates] == ["a dog", "no dog"]
 
 
-@pytest.mark.long
-def test_the_tutorial_runs(tmp_path):
-    """Its files and commands as they stand, in order, on pictures drawn for its table, which has more lines of the same kind."""
+def followed(page: str, folder: Path, draw: Callable[[str, str], object]) -> str:
+    """Writes the page's files and runs its commands as they stand, in order, without a network; what they print."""
     for name in ("train.py", "cfvlm_ds", "ds_configs"):
-        (tmp_path / name).symlink_to(REPO / name)
-    said = ""
-    for language, title, block in FENCE.findall((REPO / "docs" / "tutorial.md").read_text()):
+        (folder / name).symlink_to(REPO / name)
+    said, variables = "", environment() | {"HF_HUB_OFFLINE": "1"}
+    for language, title, block in FENCE.findall(page):
         if title:
-            (tmp_path / title).write_text(block)
-        if title == "captions.csv":
-            draw_pictures(tmp_path)
+            (folder / title).write_text(block)
+            draw(title, block)
         for command in block.splitlines() if language == "bash" else ():
-            done = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run(command, shell=True, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
             said += done.stdout
+    return said
+
+
+@pytest.mark.long
+def test_the_tutorial_runs(tmp_path):
+    """On pictures drawn for its table, which has more lines of the same kind."""
+    page = (REPO / "docs" / "tutorial.md").read_text()
+    said = followed(page, tmp_path, lambda title, _: title == "captions.csv" and draw_pictures(tmp_path))
     assert "step 20/20" in said and "| test | mean of edit types, blank image |" in said
     assert {"results.md", "learning_curves.png", "export"} <= set(os.listdir(tmp_path / "runs" / "mine"))
 
 
 @pytest.mark.long
 def test_data_are_made_as_the_page_says(tmp_path):
-    """From drawn pictures and a table of captions to adapters, without a network: the page's first section as it stands."""
-    for name in ("train.py", "cfvlm_ds", "ds_configs"):
-        (tmp_path / name).symlink_to(REPO / name)
+    """From drawn pictures and a table of captions to adapters: the page's first section."""
     (tmp_path / "pictures").mkdir()
-    said = ""
-    page = (REPO / "docs" / "making_data.md").read_text().split("\n## Quick start\n")[1].split("\n## Propose\n")[0]
-    for language, title, block in FENCE.findall(page):
-        if title:
-            (tmp_path / title).write_text(block)
+
+    def draw(title: str, block: str) -> None:
         for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "plain.csv" else ()):
             picture = Image.new("RGB", (64, 48), (200, 200, 200))
             ImageDraw.Draw(picture).ellipse((4, 10, 28, 34), fill=("red", "blue", "yellow")[number])
             ImageDraw.Draw(picture).rectangle((38, 10, 60, 34), fill="green")
             picture.save(tmp_path / "pictures" / row["image"])
-        for command in block.splitlines() if language == "bash" else ():
-            done = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-            said += done.stdout
+
+    said = followed(
+        (REPO / "docs" / "making_data.md").read_text().split("\n## Quick start\n")[1].split("\n## Propose\n")[0], tmp_path, draw
+    )
     groups = read_manifest(tmp_path / "made.jsonl", [tmp_path, tmp_path / "pictures", tmp_path / "W"])
     assert len(groups) == 3 and "back end: mine" in said and "editor: flip" in said and "step 4/4" in said
     assert any(len(group.images) > 1 and "shard-" in str(group.images[1][0]) for group in groups)

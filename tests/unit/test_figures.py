@@ -81,14 +81,6 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     assert all(line.get_ydata()[-1] == rows[-1][f"eval/{name}"] for line, name in zip(accuracy.lines, shown, strict=False))
 
 
-def test_ticks_are_round_steps_and_a_long_name_is_whole(tmp_path, drawn):
-    rows = [{"step": step, f"eval/{'photographs_' * 5}x/group": 50.0} for step in (10, 20, 30, 40)]
-    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
-    (axes,) = drawn[0].axes
-    assert {10, 20, 30, 40} <= set(axes.get_xticks())
-    assert axes.get_legend().get_texts()[0].get_text().replace("\n", "") == f"{'photographs_' * 5}x/group"
-
-
 def test_learning_curves_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))

@@ -51,21 +51,6 @@ def test_public_data_are_groups(name, tmp_path, monkeypatch):
     assert again == groups, "as cfgroup they are the same groups"
 
 
-def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path):
-    kept = {
-        "OpenAI messages": {"messages": [{}, {"weight": 1}]},
-        "RLHF-V": {"idx": 3, "ds_name": "RLHF-V"},
-        "Winoground": {"tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"},
-        "CSV": {"note": "3"},
-        "WebDataset": {"key": "000000003", "status": "success"},
-        "LLaVA": {"id": "000000000001"},
-    }
-    for name, expected in kept.items():
-        (folder := tmp_path / name).mkdir()
-        path, format = PUBLIC[name][0](folder, 4)
-        assert json.loads(read_manifest(path, format=format)[3].meta) == expected, name
-
-
 @pytest.mark.parametrize("format", ["llava", "messages"])
 def test_a_group_for_every_answer(format, tmp_path):
     """Behind what was said before, with the pictures that were shown by then."""

@@ -28,7 +28,7 @@ from cfvlm_ds.demo.habits.build import SPLITS, TESTS, Drawn, as_group, draw_grou
 from cfvlm_ds.demo.habits.edits import EDITS
 from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.pope import absent_kinds, popular_kinds
-from cfvlm_ds.demo.habits.questions import QUESTIONS, all_texts
+from cfvlm_ds.demo.habits.questions import QUESTIONS
 from cfvlm_ds.demo.habits.render import CELL, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, HABITS, HELD_OUT, MOST, STRENGTH, Scene, Thing, draw_scene, spelled
 from cfvlm_ds.demo.habits.writing import NAME, WRITING, counts
@@ -481,12 +481,3 @@ def test_content_is_pinned():
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         build_habits(HabitsConfig("unused", **wrong))
-
-
-def test_a_tokenizer_sees_what_is_asked():
-    words = {word for text in all_texts(0, 1500) for word in re.findall(r"\w+", text)}
-    used = {
-        word for drawn in drawn_groups("train", 300, num_counterfactuals=0, num_questions=4) for each in drawn.candidates
-        for word in re.findall(r"\w+", f"{each.prompt} {each.text}")
-    }  # fmt: skip
-    assert used <= words

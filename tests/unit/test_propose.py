@@ -605,26 +605,6 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
 
 
-def test_shards_that_start_side_by_side_make_one_index(tmp_path):
-    built, path = [], tmp_path / "mine" / "slots.bin"
-
-    def captions():
-        built.append(threading.get_ident())
-        time.sleep(0.2)
-        yield from ((row, f"a {'blue' if row < 4 else 'red'} car in street {row % 2}") for row in range(6))
-
-    threads = [threading.Thread(target=slots.opened, args=(path, captions())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1 and slots.opened(path, iter([])).rows(key_of("a red car in street 1", 1), "red", 9, 0) == [1, 3]
-
-
-def key_of(caption: str, place: int) -> bytes:
-    return next(key for key, where, _ in slots.slots(caption) if where == place)
-
-
 def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     """Of every key the rows with another word in its place, from any start; where more are there than are asked for, of all words."""
     draw_word = random.Random(3)

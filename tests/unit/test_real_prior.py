@@ -106,19 +106,6 @@ def test_nothing_but_the_pictures_tells(data):
     assert min(usual["left"], usual["right"]) > 8, "no side is usual"
 
 
-def test_natural_pictures_show_what_is_usual(data):
-    things, above = read_json(data / "things.json"), {"bird", "bat", "cloud", "rocket", "kite", "swan"}
-    for row in rows(data, "natural"):
-        caption, *questions = (text["text"] for text in row["texts"])
-        named = [name for name in row["meta"]["things"] if things[name]["colour"]]
-        for colour in ROUNDED:
-            assert f"{colour} " not in caption or [things[name]["colour"] for name in named] == [colour], caption
-        if " above " in caption or " below " in caption:
-            upper = caption.split(" above ")[0] if " above " in caption else caption.split(" below ")[1]
-            assert upper.split()[-1] in above
-        assert set(questions) <= {"yes", "no"}
-
-
 def test_the_pages_say_what_the_records_say(tmp_path):
     """Each table is the one that its command prints, of the runs that the command makes."""
     names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in real_prior.SHOWN.items() for seed in range(seeds)}

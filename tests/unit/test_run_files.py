@@ -165,17 +165,6 @@ def test_other_files_are_whole_or_as_before(tmp_path, write):
     assert path.read_text().removeprefix("old\n").strip() == "new" * 100 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_errors_name_the_file(tmp_path):
-    def limited(path: Path) -> None:
-        largest_file(2)
-        with pytest.raises(OSError, match=r"File too large: '.*a\.json'"):
-            replace(path, b"other")
-
-    (path := tmp_path / "a.json").write_text("content")
-    forked(limited, path)
-    assert path.read_text() == "content"
-
-
 # Folders that somebody else has prepared ------------------------------------------------------------------------------------------------
 
 WRITERS: dict[str, tuple[str, Callable[[Path, Any], object]]] = {

@@ -22,13 +22,10 @@ from conftest import (
     contents,
     draw,
     environment,
-    losses,
     printed,
     read_json,
     read_rows,
     refused,
-    run_train,
-    train_arguments,
     wait_for,
     write_json,
     write_rows,
@@ -361,14 +358,3 @@ def test_the_grammar_of_the_demo_judges_its_training_rows(tmp_path):
             seen[verdict] += 1
     assert min(seen[True], seen[False], seen[None]) > 5
     assert is_true("It flies.", row) is None and is_true("", row) is None
-
-
-def test_training_takes_the_groups_as_they_are(whole, speaker, source, tmp_path, capsys):
-    """Contrasts and DPO, with scores of the model that wrote the texts."""
-    groups, roots = whole / "groups.jsonl", f"--data.root=[{whole},{source.parent}]"
-    scores = tmp_path / "scores.jsonl"
-    printed(capsys, "score", speaker, groups, "--root", whole, "--root", source.parent, "--out", scores)
-    extra = ["--objective.csd.weight=1", "--objective.dpo.weight=1", f"--data.scores={scores}"]
-    arguments = train_arguments(speaker, {"train": groups}, tmp_path / "run", roots, "--train.max_steps=2", *extra)
-    run_train(1, [*arguments, "--train.per_device_train_batch_size=2"])
-    assert len(losses(tmp_path / "run")) == 2 and all(map(torch.isfinite, map(torch.tensor, losses(tmp_path / "run"))))

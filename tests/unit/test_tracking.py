@@ -7,7 +7,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -270,19 +269,6 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name,
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["detail/loss"] == 1.0
-
-
-def test_without_a_home_metrics_are_kept_and_the_reason_is_said(tmp_path):
-    """As in a container whose user has no entry among the users."""
-    stranger = ["unshare", "--user", "--map-user=54321"]
-    if subprocess.run([*stranger, "true"], capture_output=True).returncode:
-        pytest.skip("no user namespaces here")
-    program = "import sys; from pathlib import Path; from cfvlm_ds.tracking import import_mlflow, open_tracker; import_mlflow().join()\n"
-    program += "with open_tracker(True, Path(sys.argv[1]), 'tests', 'a', {}, {}, close_timeout=2) as tracker: tracker.log(1, {'loss': 1.0})"
-    env = {name: value for name, value in os.environ.items() if name != "HOME"}
-    ended = subprocess.run([*stranger, sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert ended.returncode == 0 and "home directory" in ended.stderr and "Traceback" not in ended.stderr
-    assert read_json(tmp_path / "metrics.jsonl")["loss"] == 1.0
 
 
 def test_the_callers_own_mlflow_state_is_untouched(remote, tmp_path):
