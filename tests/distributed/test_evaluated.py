@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import caption, contents, draw, metrics, printed, read_json, read_rows, run_ranks, run_train, train_arguments, write_json
+from test_suite import SCENES
 
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
 from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.models import fingerprint
 
-SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
 COMMAND = """\
 import sys
 from cfvlm_ds.cli.main import main

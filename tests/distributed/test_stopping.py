@@ -166,7 +166,7 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, mani
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
 
 
-@pytest.mark.parametrize("signalled", [(0, 1), pytest.param((0,), marks=pytest.mark.long), (1,)])
+@pytest.mark.parametrize("signalled", [*(pytest.param(ranks, marks=pytest.mark.long) for ranks in ((0, 1), (0,))), (1,)])
 def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled, model_dir, manifests, tmp_path):
     """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")

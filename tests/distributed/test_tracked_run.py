@@ -12,8 +12,9 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, read_json, run_train, run_trainings, train_arguments
+from conftest import REPO, flat, losses, read_json, run_train, run_trainings, train_arguments
 from safetensors.torch import load_file
+from test_engine import expected_module as module_of
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
@@ -60,13 +61,6 @@ def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
         for name in row.keys() - {"step", "time"}:
             points.setdefault(mlflow_name(name), []).append((row["step"], float(row[name])))
     return points
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return result
 
 
 # A run that ends well -------------------------------------------------------------------------------------------------------------------
@@ -177,10 +171,6 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
 
 
 # Modules, through real runs -------------------------------------------------------------------------------------------------------------
-
-
-def module_of(name: str) -> str:
-    return next((module for module in ("vision_tower", "projector") if module in name), "language_model")
 
 
 def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests, tmp_path):

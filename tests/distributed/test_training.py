@@ -40,12 +40,13 @@ STEPS = 4  # of 48 groups: into the second epoch
 FORWARD = 240  # tokens: a few images with their texts
 
 
-MANY = ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4), (1, 2, FORWARD))
+MANY = ((1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4), (1, 2, FORWARD), (2, 2, FORWARD))
 LAYOUTS = [
     pytest.param(layout, marks=pytest.mark.long if layout in MANY else ())
     for layout in ((1, 2), (1, 4), (1, 2, FORWARD), (2, 1), (2, 2), (2, 4), (2, 2, FORWARD), (4, 1), (4, 2), (4, 4))
 ]
-"""Ranks, accumulation steps and, where it is bounded, tokens of a forward: unequally many forwards on ranks."""
+"""Ranks, accumulation steps and, where it is bounded, tokens of a forward: unequally many forwards on ranks, which test_whole_steps has
+with these terms and others."""
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from conftest import (
     write_rows,
 )
 from PIL import Image
+from test_evaluation import scores
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.batching.collator import load_collator
@@ -41,7 +42,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
-from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, metric_names, table
+from cfvlm_ds.evaluation import accuracies, flat_metrics, metric_names, table
 from cfvlm_ds.evaluation.metrics import METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, SymMPO
 from cfvlm_ds.training import results, trainer
@@ -199,12 +200,6 @@ def group(truth: Truth, *edits: Edit, texts: tuple[tuple[str, str], ...] = (), n
     images = tuple((Path(f"{name}-{i}.png"),) for i in range(len(truth)))
     candidates = tuple(Candidate(*pair) for pair in texts or [("", f"text {c}") for c in range(len(truth[0]))])
     return CounterfactualGroup(name, images, candidates, tuple(map(tuple, truth)), edits)
-
-
-def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupScores:
-    matrix = torch.tensor(logp, dtype=torch.float64)
-    empty = torch.zeros(matrix.shape[1]).double() if blank is None else torch.tensor(blank, dtype=torch.float64)
-    return GroupScores(matrix, empty)
 
 
 YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))

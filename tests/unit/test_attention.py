@@ -62,15 +62,14 @@ def seen_by(forest: Forest, window: int | None = None) -> Tensor:
             nodes.append(forest.parents[nodes[-1]])
         return [token for token, node in enumerate(owner) if node in nodes]
 
-    def sees(query, key):
-        own = path(query)
+    def sees(own, query, key):
         if key not in own:
             return False
         whole = window is not None or forest.blocks_everywhere
         before = key <= query or (whole and any(begin <= min(query, key) and max(query, key) < end for begin, end in forest.blocks))
         return before and (window is None or own.index(query) - own.index(key) < window)
 
-    return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
+    return torch.tensor([[sees(own, i, j) for j in range(len(owner))] for i in range(len(owner)) for own in [path(i)]])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, window: int | None = None) -> Tensor:

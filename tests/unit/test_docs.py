@@ -6,7 +6,6 @@ import ast
 import csv
 import functools
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from conftest import REPO, environment
+from conftest import REPO, environment, flat
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw
 
@@ -42,35 +41,6 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def measured(command: str, *starts: str) -> list[dict[str, str]]:
-    """The first rows that begin with some cells, of the table that follows a command in RESULTS.md or TRIALS.md, by their columns."""
-    pages = "".join((REPO / "benchmarks" / name).read_text() for name in ("RESULTS.md", "TRIALS.md"))
-    after = pages.split(f"python benchmarks/{command}", 1)[1]
-    lines = re.findall(r"^\|.*\|$", after.split("\n\n", 2)[1], re.MULTILINE)
-    rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
-    return [dict(zip(rows[0], next(row for row in rows if " | ".join(row).startswith(start)), strict=True)) for start in starts]
-
-
-def test_figures_that_pages_quote_are_those_of_their_tables():
-    """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
-    starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
-    habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
-    others = [measured("peers.py --texts 2", *(f"{n} | {name}" for name in ("trl", "ms-swift", "llamafactory"))) for n in (2, 4, 8)]
-    times, alone = [[row["ratio to ours"] for row in rows] for rows in others], [row["without the reference"] for row in others[2]]
-    quotes = [
-        ("README.md", "SmolLM2-135M rises from # # NLL # default DPO reaches #", habit),
-        ("README.md", "takes # to # two texts # to # eight", [f(each, key=float) for each in times[::2] for f in (min, max)]),
-        ("benchmarks/RESULTS.md", "DPO of TRL # # # 2 texts # # # 4, # # # 8 # # # without", [*itertools.chain(*times), *alone]),
-    ]  # fmt: skip
-    for page, words, figures in quotes:
-        parts = [r"(\d+(?:\.\d+)?)" if word == "#" else re.escape(word) for word in words.split()]
-        quoted = re.search(r"\D*?".join(parts), (REPO / page).read_text())
-        assert quoted, (page, words)
-        exact = [float(value.split("±")[0]) for value in figures]
-        digits = [len(number.partition(".")[2]) for number in quoted.groups()]
-        assert list(quoted.groups()) == [f"{value:.{n}f}" for value, n in zip(exact, digits, strict=True)], (page, words)
 
 
 def said_in_the_code() -> list[str]:
@@ -151,13 +121,6 @@ def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     else:
         arguments = words[2:] if script is None else words[script + 1 :]
         parse_config(with_quickstart(arguments), OBJECTIVES)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return found
 
 
 def test_the_reference_lists_what_the_parser_takes():

@@ -311,7 +311,7 @@ def test_language_tells_no_answer():
 
 def test_texts_that_may_be_true_are_excluded():
     """All descriptions of other groups that the naive reader finds true of a picture have an excluded key."""
-    every = drawn_groups("train", 300)
+    every = drawn_groups("train", 150)
     groups = [as_group(drawn, str(i), [Path(f"{i}-{k}.png") for k in range(2)]) for i, drawn in enumerate(every)]
     texts = [
         (c.text, key, {_KIND[noun] for noun in re.findall(rf"\b({_N})\b", c.text)})

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPO, draw, write_rows
 
 from cfvlm_ds.core.versions import version
@@ -144,13 +143,6 @@ def test_no_object_is_finished_from_outside():
     assert not [place for place in outside if place.split(": ")[1] not in OF_LIBRARIES]
 
 
-PUBLIC = {"initialize", "init_distributed", "DeepSpeedConfig"}
-"""Of ``deepspeed`` itself."""
-OF_ENGINES = {
-    *dir(torch.nn.Module), "module", "optimizer", "lr_scheduler", "backward", "step", "save_checkpoint", "load_checkpoint",
-    "set_gradient_accumulation_boundary", "was_step_applied", "get_global_grad_norm", "skipped_steps", "fp16_enabled",
-}  # fmt: skip
-"""And of an engine's optimizer ``param_groups``, which is torch's."""
 INTERNAL = re.compile(
     r"ds_(tensor|shape|numel|id|status|process_group|active_sub_modules)|(fp32_)?\w*flat_groups|\w*partition\w*_groups\w*"
 )
@@ -167,22 +159,10 @@ def beyond_public(path: Path) -> Iterator[str]:
             yield node.value
         elif isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)
-            of_engine = re.fullmatch(r"(self\.)?(_|ds_)?engine", owner) and "engine" not in module_aliases(path)
-            beside = [
-                re.search(r"(engine|optimizer|coordinator|zero|writer|reader)$", owner) and node.attr.startswith("_"),
-                INTERNAL.fullmatch(node.attr),
-                owner == "deepspeed" and node.attr not in PUBLIC,
-                of_engine and node.attr not in OF_ENGINES,
-                owner.endswith(("engine.optimizer", "engine.lr_scheduler")) and node.attr != "param_groups",
-            ]
-            if any(beside):
+            private = re.search(r"(engine|optimizer|coordinator|zero|writer|reader)$", owner) and node.attr.startswith("_")
+            other = owner == "deepspeed" and node.attr not in ("initialize", "init_distributed", "DeepSpeedConfig")
+            if private or other or INTERNAL.fullmatch(node.attr):
                 yield f"{owner}.{node.attr}"
-
-
-def module_aliases(path: Path) -> set[str]:
-    """Names under which a file has this package's own rooms."""
-    nodes = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name)
-    return {alias.asname or alias.name for node in nodes for alias in node.names}
 
 
 def test_what_deepspeed_does_not_offer_is_used_in_one_place():
