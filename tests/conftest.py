@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from xdist.scheduler import LoadFileScheduling
@@ -80,6 +82,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield ONE
+    dist.destroy_process_group()
 
 
 def build_test_model(out_dir: Path) -> Path:
@@ -198,9 +208,26 @@ def read_rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options of sections by their whole names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return found
 
 
 def many_rows(manifest: Path, number: int) -> Path:
@@ -283,43 +310,42 @@ def run(command: list[str], timeout: float = 300) -> str:
     return output
 
 
-def run_ranks(number: int, function: str, *arguments: object, said: Path, timeout: float = 600) -> list[tuple[int, str]]:
+def run_ranks(number: int, function: str, *arguments: object, timeout: float = 600) -> list[tuple[int, str]]:
     """Run ``MODULE:FUNCTION`` as so many ranks (support/forkserver_ranks.py): exit codes and output; what still runs is killed."""
     import forkserver_ranks
 
-    ranks = forkserver_ranks.start(number, function, *arguments, said=said)
-    deadline = time.monotonic() + timeout
-    for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-    late = [rank for rank in ranks if rank.is_alive()]
-    for rank in late:
-        os.killpg(rank.pid or 0, signal.SIGKILL)
-        rank.join()
-    ended = [(rank.exitcode or 0, (said / f"rank-{index}.log").read_text()) for index, rank in enumerate(ranks)]
+    with tempfile.TemporaryDirectory() as said:
+        ranks = forkserver_ranks.start(number, function, *arguments, said=Path(said))
+        deadline = time.monotonic() + timeout
+        for rank in ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            os.killpg(rank.pid or 0, signal.SIGKILL)
+            rank.join()
+        ended = [(rank.exitcode or 0, Path(said, f"rank-{index}.log").read_text()) for index, rank in enumerate(ranks)]
     assert not late, f"still running after {timeout} s:\n" + "\n".join(output[-2000:] for _, output in ended)
     return ended
 
 
-def run_trainings(number: int, *trainings: list[str], said: Path, timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
+def run_trainings(number: int, *trainings: list[str], timeout: float = 600, by: str = "forkserver_ranks:train_all") -> str:
     """The trainings, one after the other, by one family of ranks; what they said."""
-    listed = write_rows(said.with_suffix(".jsonl"), trainings)
-    ended = run_ranks(number, by, listed, said=said, timeout=timeout)
+    ended = run_ranks(number, by, trainings, timeout=timeout)
     output = "".join(text for _, text in ended)
     assert not any(code for code, _ in ended), output[-6000:]
     return output
 
 
-def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], said: Path, code: int = 0) -> list[str]:
+def run_train(ranks: int, arguments: list[str], *variables: dict[str, str], code: int = 0) -> list[str]:
     """train.py by so many ranks, which all end with this exit code; what each said."""
-    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables, said=said)
+    ended = run_ranks(ranks, "forkserver_ranks:train_script", arguments, *variables)
     assert {each for each, _ in ended} == {code}, ended
     return [output for _, output in ended]
 
 
-def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], said: Path, timeout: float = 900, code: int = 0) -> list[str]:
+def run_plans(ranks: int, plans: Iterable[tuple[list[Any], list[str]]], timeout: float = 900, code: int = 0) -> list[str]:
     """Trainings one after the other by one family of ranks, each with a fault of support/fault_injection.py; what was said in each."""
-    listed = write_rows(said.with_suffix(".jsonl"), ({"fault": fault, "arguments": arguments} for fault, arguments in plans))
-    ended = run_ranks(ranks, "fault_injection:train_listed", listed, said=said, timeout=timeout)
+    ended = run_ranks(ranks, "fault_injection:train_listed", list(plans), timeout=timeout)
     assert all(bool(each) == bool(code) for each, _ in ended), ended
     return ["".join(parts) for parts in zip(*(output.split("=== next training\n") for _, output in ended), strict=True)]
 
@@ -367,21 +393,21 @@ def losses(output_dir: Path) -> list[float]:
 
 
 def varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, q_max: int, k_max: int, scale: float,
-    window: tuple[int, int],
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequence[int], of: Sequence[int], scale: float, window: tuple[int, int]
+) -> torch.Tensor:
     """What the kernels promise (flash-attn's README, since 2.1): in each segment the last query is at the last key, and a query sees the
     keys from ``window[0]`` before its own to ``window[1]`` after it, without a bound where that is -1."""
-    outputs = []
-    assert q_max == q_at.diff().max() and k_max == k_at.diff().max() and q_at.dtype == k_at.dtype == torch.int32
-    for s in range(len(q_at) - 1):
-        queries = q[q_at[s] : q_at[s + 1]]
-        keys, values = (t[k_at[s] : k_at[s + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        ahead = torch.arange(len(keys)) - torch.arange(len(keys) - len(queries), len(keys)).unsqueeze(1)
-        seen = (ahead >= -window[0] if window[0] >= 0 else True) & (ahead <= window[1] if window[1] >= 0 else torch.ones_like(ahead) > 0)
-        logits = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-        outputs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values))
-    return torch.cat(outputs)
+    found = []
+    for (begin, end), (first, last) in zip(itertools.pairwise(at), itertools.pairwise(of), strict=True):
+        keys, values = (each[first:last].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
+        ahead = (
+            torch.arange(last - first, device=q.device) - torch.arange(last - first - end + begin, last - first, device=q.device)[:, None]
+        )
+        logits = torch.einsum("qhd,khd->hqk", q[begin:end].double(), keys) * scale
+        for side, bound in ((-ahead, window[0]), (ahead, window[1])):
+            logits = logits if bound < 0 else logits.masked_fill(side > bound, -torch.inf)
+        found.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
+    return torch.cat(found)
 
 
 @pytest.fixture
@@ -389,8 +415,12 @@ def kernels(monkeypatch):
     """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
 
+    def called(q: Any, k: Any, v: Any, at: Any, of: Any, longest: int, longest_of: int, *options: Any) -> torch.Tensor:
+        assert longest == at.diff().max() and longest_of == of.diff().max() and at.dtype == of.dtype == torch.int32
+        return varlen(q, k, v, at.tolist(), of.tolist(), *options)
+
     def flash_attn_varlen_func(*arguments: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int]) -> torch.Tensor:
-        return varlen(*arguments, softmax_scale, (window_size[0], 0) if causal else window_size)
+        return called(*arguments, softmax_scale, (window_size[0], 0) if causal else window_size)
 
     flash.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
@@ -398,6 +428,6 @@ def kernels(monkeypatch):
 
     def varlen_attn(*arguments: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:
         assert enable_gqa == (arguments[0].shape[1] != arguments[1].shape[1])
-        return varlen(*arguments, scale, window_size)
+        return called(*arguments, scale, window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

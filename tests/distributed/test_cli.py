@@ -28,12 +28,14 @@ from conftest import (
     plain_logp,
     plain_scores,
     printed,
+    read_json,
     read_rows,
     refused,
     run_train,
     run_trainings,
     tensors,
     train_arguments,
+    write_json,
     write_manifest,
 )
 from PIL import Image
@@ -184,25 +186,18 @@ def test_data_check_options_reach_the_check(bad, tmp_path, capsys):
         assert said in refused(capsys, "data", "check", bad["good"], option, value)
 
 
-def test_scoring_names_a_bad_image_and_writes_nothing(bad, model_dir, tmp_path, capsys):
-    out = tmp_path / "scores.jsonl"
-    assert "images/corrupt.png" in refused(capsys, "score", model_dir, bad["corrupt_image"], "--out", out)
-    assert "no such manifest" not in refused(capsys, "evaluate", model_dir, bad["missing_image"], "--out", out)
-    assert not list(tmp_path.iterdir())
-
-
 # --- train.py refuses before it trains ------------------------------------------------------------------------------------------------
 def test_train_py_refuses_before_it_starts(bad, model_dir, manifests, tmp_path):
     """What reading alone shows of an evaluation set and of a model whose index names another's weights; test_validation has the options."""
     hostile = shutil.copytree(model_dir, tmp_path / "hostile", ignore=shutil.ignore_patterns("*.safetensors"))
     index = {"weight_map": dict.fromkeys(tensors(model_dir), str(model_dir / "model.safetensors"))}
-    (hostile / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(hostile / "model.safetensors.index.json", index)
     for options, place in (
         ([f"--data.evaluation.test={bad['corrupt_image']}"], f"{bad['corrupt_image']}:2: "),
         ([f"--model.name_or_path={hostile}"], f"{hostile}/model.safetensors.index.json: "),
     ):
         arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
-        (said,) = run_train(1, arguments, said=tmp_path / options[0].partition("=")[0], code=2)
+        (said,) = run_train(1, arguments, code=2)
         assert said.count(f"error: {place}") == said.count("error: ") == 1 and "Traceback" not in said and "step 1" not in said
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -270,9 +265,9 @@ def test_reference_scores_in_a_training_runs_dtype(model_dir, manifests, scores_
 
 def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
     broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
-    described = json.loads(broken.read_text())
+    described = read_json(broken)
     described["image_processor"]["image_mean"] = [math.nan] * 3
-    broken.write_text(json.dumps(described))
+    write_json(broken, described)
     said = refused(capsys, "score", broken.parent, manifests["test"], "--out", tmp_path / "out.jsonl")
     assert said.startswith(f"error: {broken.parent}: scores of 10 of 10 groups") and not (tmp_path / "out.jsonl").exists()
 
@@ -295,9 +290,9 @@ def runs(model_dir, manifests, scores_file, tmp_path_factory):
         name: train_arguments(model_dir, manifests, folder / name, "--train.max_steps=2", "--train.warmup_ratio=0", *more)
         for name, more in extra.items()
     }
-    output = run_trainings(1, *options.values(), said=folder / "said", by="rank_functions:traced")
+    output = run_trainings(1, *options.values(), by="rank_functions:traced")
     traces = re.findall(r"^invalidated (\[.*\])$", output, re.MULTILINE)
-    (folder / "traces.json").write_text(json.dumps(dict(zip(options, map(json.loads, traces), strict=True))))
+    write_json(folder / "traces.json", dict(zip(options, map(json.loads, traces), strict=True)))
     return folder
 
 
@@ -310,7 +305,7 @@ def plain(runs, model_dir, manifests):
 def test_stage_2_and_stage_3_take_the_same_steps(runs):
     assert len(losses(runs / "z3")) == 2
     assert losses(runs / "z2") == pytest.approx(losses(runs / "z3"), rel=1e-5)
-    assert json.loads((runs / "z2" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    assert read_json(runs / "z2" / "ds_config.json")["zero_optimization"]["stage"] == 2
 
 
 def test_dpo_starts_at_log_2(runs):
@@ -323,7 +318,7 @@ def test_dpo_starts_at_log_2(runs):
 
 def test_a_reference_without_adapters_leaves_the_prefetch_of_weights_alone(runs):
     """Once a step is recorded, ZeRO-3 fetches weights before they are used, in that forward and in the trained one."""
-    traces = json.loads((runs / "traces.json").read_text())
+    traces = read_json(runs / "traces.json")
     assert traces["off"][2] == traces["stored"][2] == 0 < traces["off"][0]
 
 
@@ -363,7 +358,7 @@ def test_export_of_adapters(runs, model_dir, tmp_path, capsys):
     written = tensors(tmp_path / "adapter")
     assert written.keys() == tensors(runs / "off" / "adapter").keys() and not (runs / "off" / "export").exists()
     assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1  # as the umask has it
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == str(model_dir)
     main(["export", str(runs / "off"), "--out", str(tmp_path / "merged")])
     merged, source = tensors(tmp_path / "merged"), tensors(model_dir)
     changed = {name for name in source if not merged[name].equal(source[name])}
@@ -392,7 +387,7 @@ def test_adapters_on_a_base_of_4_bits(manifests, tmp_path):
         train_arguments(model, manifests, tmp_path / name, *options, "--model.lora.load_in_4bit", wanted)
         for name, wanted in (("whole", "false"), ("quarter", "true"))
     ]
-    run_trainings(1, *trainings, said=tmp_path / "said")
+    run_trainings(1, *trainings)
     whole, quarter = losses(tmp_path / "whole"), losses(tmp_path / "quarter")
     assert quarter[0] == pytest.approx(whole[0], rel=0.05) and quarter[0] != pytest.approx(whole[0], rel=1e-4)
     assert quarter[-1] < quarter[0] - 0.3
@@ -415,7 +410,7 @@ def test_a_checkpoint_that_is_not_this_model_is_named_under_zero_3(edit, message
     name = next(name for name in weights if "linear_1.weight" in name)
     edit(weights, name)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    (output,) = run_train(1, train_arguments(broken, manifests, tmp_path / "run"), said=tmp_path / "said", code=2)
+    (output,) = run_train(1, train_arguments(broken, manifests, tmp_path / "run"), code=2)
     assert f"{message}model.{name}" in output
 
 
@@ -426,7 +421,7 @@ def test_manifests_of_one_name_have_a_row_each(model_dir, manifests, tmp_path, c
         (tmp_path / folder / "test.jsonl").write_text("\n".join(rows))
     named = [str(tmp_path / folder / "test.jsonl") for folder in ("iid", "ood")]
     options = ["--root", str(manifests["test"].parent), "--out", str(tmp_path / "r.json")]
-    shown, written = printed(capsys, "evaluate", model_dir, *named, *options), json.loads((tmp_path / "r.json").read_text())
+    shown, written = printed(capsys, "evaluate", model_dir, *named, *options), read_json(tmp_path / "r.json")
     assert list(written) == ["iid/test", "ood/test"] and all(name in shown for name in written)
     assert named[0] in refused(capsys, "evaluate", model_dir, named[0], named[0])
 
@@ -438,12 +433,12 @@ def test_evaluate_prints_the_table_of_the_run(runs, manifests, tmp_path, capsys)
     shown = "\n".join(line for line in said.splitlines() if not line.startswith("evaluating "))  # of a slow machine
     of_run = (runs / "z3" / "results.md").read_text().partition("(train.eval_on_start is false).\n\n")[2]
     assert of_run.startswith(shown) and "| random scores |" in shown and "| test | mean of edit types, blank image |" in shown
-    found, of_run = (json.loads(path.read_text())["test"] for path in (out, runs / "z3" / "results.json"))
+    found, of_run = (read_json(path)["test"] for path in (out, runs / "z3" / "results.json"))
     assert found[-1].pop("nll") == pytest.approx(of_run[-1].pop("nll"), rel=1e-6), "sums of other batches"
     assert [row | {"losses": {}} for row in of_run] == found and of_run[-1]["losses"].keys() == {"align", "csd", "fcd"}
 
 
-def test_exports_have_cards_with_what_the_run_knows(runs, manifests, tmp_path):
+def test_exports_have_cards_with_what_the_run_knows(runs, tmp_path):
     """Written with the export, completed by the evaluation, and the same, as are the weights, when the checkpoint is exported again."""
     card = (runs / "z3" / "export" / "README.md").read_text()
     for line in (runs / "z3" / "results.md").read_text().splitlines():

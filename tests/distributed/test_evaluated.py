@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import caption, contents, draw, metrics, printed, read_rows, run_ranks, run_train, train_arguments
+from conftest import caption, contents, draw, metrics, printed, read_json, read_rows, run_ranks, run_train, train_arguments, write_json
+from test_suite import SCENES
 
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
 from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.models import fingerprint
 
-SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red", "square")], [("yellow", "square"), ("blue", "circle")]]
 COMMAND = """\
 import sys
 from cfvlm_ds.cli.main import main
@@ -73,7 +73,7 @@ def root(tmp_path_factory):
             }
             for n, scene in ((3 * k + place % 3, SCENES[place % 3]) for k in range(3))
         ]
-        (folder / "sugarcrepe" / "data" / f"{subset}.json").write_text(json.dumps(dict(enumerate(rows))))
+        write_json(folder / "sugarcrepe" / "data" / f"{subset}.json", dict(enumerate(rows)))
     (folder / "mine" / "photos").mkdir(parents=True)
     draw(folder / "mine" / "photos" / "a.png", SCENES[0])
     (folder / "mine" / "mine.tsv").write_text(
@@ -84,7 +84,7 @@ def root(tmp_path_factory):
 
 def started(ranks: int, script: str, arguments: list[str], folder: Path, name: str) -> list[tuple[int, str]]:
     (path := folder / f"{name}.py").write_text(script)
-    return run_ranks(ranks, "forkserver_ranks:script", str(path), arguments, said=folder / f"said-{name}", timeout=200)
+    return run_ranks(ranks, "forkserver_ranks:script", str(path), arguments, timeout=200)
 
 
 def options(model_dir: Path, root: Path, out: Path, *more: str) -> list[str]:
@@ -114,10 +114,7 @@ def test_a_model_in_parts_says_the_same(model_dir, root, tmp_path):
     ended = started(2, COMMAND, options(model_dir, root, tmp_path / "parts", "--zero3"), tmp_path, "parts")
     ended += started(1, COMMAND, options(model_dir, root, tmp_path / "whole"), tmp_path, "whole")
     assert [code for code, _ in ended] == [0, 0, 0], ended
-    one, other = (
-        [json.loads(line)["seen"] for line in (tmp_path / name / "sugarcrepe/caption/items.jsonl").read_text().splitlines()]
-        for name in ("parts", "whole")
-    )
+    one, other = ([row["seen"] for row in read_rows(tmp_path / name / "sugarcrepe/caption/items.jsonl")] for name in ("parts", "whole"))
     assert len(one) == len(other) == 21 and all(a[0] == pytest.approx(b[0], rel=1e-5) for a, b in zip(one, other, strict=True))
 
 
@@ -140,7 +137,7 @@ def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests
     run_dir, probe = tmp_path / "run", "write:max_new_tokens=5"
     evaluated = {"wrote": {"benchmark": "habits", "root": str(world), "probe": probe}}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
-    run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said")
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *more))
     assert sum("eval/wrote/hallucinated" in row and "eval/wrote/covered" in row for row in metrics(run_dir)) == 2
     arguments = ["--benchmarks", "habits", "--benchmark_root", world, "--probes", probe]
     printed(capsys, "evaluate", run_dir, *arguments, "--out", tmp_path / "alone")
@@ -151,7 +148,7 @@ def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests
     assert "| wrote | write.5 | hallucinated |" in (run_dir / "results.md").read_text()
     (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
     assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 6
-    found = [json.loads((path.parent / "results.json").read_text()) for path in (of_run, alone)]
+    found = [read_json(path.parent / "results.json") for path in (of_run, alone)]
     assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
     assert "| habits | write.5 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
 
@@ -166,7 +163,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     evaluated = {"crepe": {"benchmark": "sugarcrepe", "root": str(root), "probe": "caption"}, "test": str(manifests["test"])}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_steps=1", "--train.export=true"]
     more += ["--train.save_best=eval/crepe/macro/swap_obj"]
-    (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more), said=tmp_path / "said"), metrics(run_dir)
+    (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more)), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures also occur in the training set" in said
     assert "21 items of SugarCrepe, probe caption, in" in said and "after step 1, crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
@@ -174,7 +171,7 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     assert re.search(r"\| crepe \(own files\) \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
     assert "| crepe (own files) | caption | macro |" in compared and "different prompts" not in compared
-    record = json.loads((run_dir / "benchmarks/crepe/caption/results.json").read_text())
+    record = read_json(run_dir / "benchmarks/crepe/caption/results.json")
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"limit": None}
     identity = fingerprint(ModelConfig(str(run_dir / "export")))
     assert {part: record["model"][part] for part in identity} == identity, "of the exported model"
@@ -184,4 +181,4 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
         (["--data.evaluation.crepe.benchmark=sugarcreep"], "data.evaluation.crepe: "),
     ):
         arguments = train_arguments(model_dir, manifests, tmp_path / "no", *more, *change)
-        assert sentence in run_train(1, arguments, said=tmp_path / "said-no", code=2)[0]
+        assert sentence in run_train(1, arguments, code=2)[0]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_same_trajectory, losses, metrics, read_rows, run_plans, train_arguments
+from conftest import assert_same_trajectory, losses, metrics, read_json, read_rows, run_plans, train_arguments
 
 from cfvlm_ds.data import GroupSampler
 
@@ -52,7 +51,7 @@ def trainings(model_dir, manifests, tmp_path_factory, request):
     plans = {name: plan for name, plan in planned(manifests, folder).items() if name not in LONG or LONG[name] in tests}
     micro = ["--train.per_device_train_batch_size=8"]
     listed = [(fault, train_arguments(model_dir, manifests, folder / name, *micro, *extra)) for name, (fault, extra) in plans.items()]
-    said = run_plans(2, listed, folder / "plans", timeout=1500, code=1)  # the last of them
+    said = run_plans(2, listed, timeout=1500, code=1)  # the last of them
     return folder, {name: text.splitlines() for name, text in zip(plans, said, strict=True)}
 
 
@@ -205,7 +204,7 @@ def test_an_unreadable_group_is_left_out_with_the_same_counts_everywhere(trainin
     run_dir = folder / "unreadable skip"
     assert not raised(said[run_dir.name])
     assert losses(run_dir) == losses(folder / "without") and len(losses(run_dir)) == 3
-    reasons = json.loads((run_dir / "skipped.json").read_text())
+    reasons = read_json(run_dir / "skipped.json")
     assert set(reasons) == {f"train-{BROKEN}"} and f"train-{BROKEN}-0.png: image cannot be read" in reasons[f"train-{BROKEN}"]
     assert [row["skipped_groups"] for row in metrics(run_dir) if "loss" in row] == [BROKEN in seen for seen in so_far()]
     (warning,) = [line for line in said[run_dir.name] if line.startswith("warning: group")]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, losses, run_plans, run_trainings, selected
+from conftest import ONE, losses, read_json, run_plans, run_trainings, selected, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_families import configured, linear
@@ -181,7 +181,7 @@ def trained(models, manifest, tmp_path_factory, request):
                 few += ["--data.evaluation", json.dumps({"test": str(manifest["test"])} if family in EVALUATED else {})]
                 few += [f"--data.num_workers={int(family in EVALUATED)}"]
                 runs.append([*arguments(models[family], manifest, folder, "full", ranks), *few, *cache])
-        run_trainings(ranks, *runs, said=out / f"said-{ranks}", timeout=900, by="gather_counter:train_all")
+        run_trainings(ranks, *runs, timeout=900, by="gather_counter:train_all")
     return found
 
 
@@ -192,17 +192,17 @@ def test_a_training_has_the_losses_of_the_tower(on, trained):
     tower, cache = trained[family, "tower", ranks], trained[family, "cache", ranks]
     assert losses(cache) == pytest.approx(losses(tower), rel=1e-6)
     assert len(set(losses(cache))) == 3
-    for split, rows in json.loads((tower / "results.json").read_text()).items():
-        own = json.loads((cache / "results.json").read_text())[split]
+    for split, rows in read_json(tower / "results.json").items():
+        own = read_json(cache / "results.json")[split]
         assert [row["metrics"] for row in own] == [pytest.approx(row["metrics"], rel=1e-5) for row in rows]
 
 
 @pytest.mark.parametrize("on", TRAINED, ids="{0[1]}-{0[0]}".format)
 def test_no_step_runs_or_gathers_the_tower(on, trained):
     ranks, family = on
-    before, after = json.loads((trained[family, "cache", ranks] / "watched.json").read_text()).values()
+    before, after = read_json(trained[family, "cache", ranks] / "watched.json").values()
     assert before["runs"] > 0 and len(before) > 3 and after == {}
-    without = json.loads((trained[family, "tower", ranks] / "watched.json").read_text())["before"]
+    without = read_json(trained[family, "tower", ranks] / "watched.json")["before"]
     assert without["runs"] > 0 and without.keys() == before.keys(), "the same weights, seen by the same means"
 
 
@@ -215,9 +215,9 @@ def edited(folder: Path, source: Path, file: str, change: Any) -> Path:
     """A copy of the model with one file changed."""
     shutil.copytree(source, folder)
     if file.endswith(".json"):
-        values = json.loads((folder / file).read_text())
+        values = read_json(folder / file)
         change(values)
-        (folder / file).write_text(json.dumps(values))
+        write_json(folder / file, values)
     else:
         tensors = load_file(folder / file)
         change(tensors)
@@ -324,5 +324,5 @@ def test_a_picture_that_cannot_be_read_is_an_error_where_it_is_used(next_dir, gr
 def test_a_rank_without_room_ends_all_in_one_sentence(models, manifest, tmp_path):
     options = [*arguments(models["llava"], manifest, tmp_path / "run", "full", 2), "--model.vision_tower.tuning=frozen"]
     options += ["--data.feature_cache", str(tmp_path / "features")]
-    (said,) = run_plans(2, [(["no room"], options)], tmp_path / "said")
+    (said,) = run_plans(2, [(["no room"], options)])
     assert len(re.findall(r"rank \d raised \w+: data\.feature_cache: .*File too large", said)) == 2

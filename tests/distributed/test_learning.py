@@ -91,15 +91,6 @@ def group_accuracy(scorer: Scorer, collator: Collator, groups: list[Counterfactu
 
 
 @pytest.mark.long
-def test_eight_groups_are_learned_and_the_truth_stays_up(model_dir, collator, groups, batch):
-    before = group_accuracy(load(model_dir).eval(), collator, groups)
-    scorer, history = fit(model_dir, batch, weighted(CF_VLM, batch), 60)
-    assert before < 50 and group_accuracy(scorer, collator, groups) == 100
-    assert min(history["lp_00"]) == history["lp_00"][0] and min(history["lp_kk"]) == history["lp_kk"][0]
-    assert history["lp_00"][-1] > -0.5, "the texts are learned too"
-
-
-@pytest.mark.long
 def test_the_factual_text_becomes_less_likely_on_the_other_image(model_dir, collator, groups, batch):
     """The published code adds NLL(T_0 | I_k) to NLL(T_0 | I_0), which raises both: no gap, and no pair that is told apart."""
 
@@ -143,7 +134,7 @@ def test_the_displacement_warning(model_dir, manifest, tmp_path):
         options += ["--train.max_steps=12", "--objective.fcd.weight=0", "--objective.retain.weight=0.1"]
         options += [f"--data.scores={scores}"]
         arguments.append(train_arguments(model_dir, {"train": manifest}, tmp_path / name, *options))
-    output = run_trainings(1, *arguments, said=tmp_path / "said")
+    output = run_trainings(1, *arguments)
     without, held = output.split("parameters: ")[1:]
     lp = {name: [row["logp/lp_00"] for row in metrics(tmp_path / name) if "logp/lp_00" in row] for name in ("without", "with")}
     assert min(lp["without"]) < lp["without"][0] - 0.01 and min(lp["with"]) > lp["with"][0] - 0.01, lp

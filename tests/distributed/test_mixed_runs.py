@@ -43,7 +43,7 @@ def trained(model_dir, manifests, tmp_path_factory):
     said: dict[str, str] = {}
 
     def run(ranks: int, plans: dict[str, tuple[list[Any], list[str]]]) -> None:
-        said.update(zip(plans, run_plans(ranks, plans.values(), folder / f"said{ranks}"), strict=True))
+        said.update(zip(plans, run_plans(ranks, plans.values()), strict=True))
 
     run(2, {"two": (["nothing"], arguments("two", 4, *evaluation)), "broken": (["stopped", 2], arguments("broken", 4))})
     without = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPO, contents, environment, launcher, refused
+from conftest import ONE, REPO, contents, environment, launcher, read_json, refused
 
 from cfvlm_ds.cli.main import main
 from cfvlm_ds.core import verbosity
@@ -119,10 +118,10 @@ def test_the_installed_copy_trains_in_an_empty_folder(source, installed, tmp_pat
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert f"imported from {installed / 'cfvlm_ds'}/" in done.stdout and "step 3/3" in done.stdout
     run_dir = tmp_path / "runs" / "quickstart"
-    assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "export" / "config.json").is_file()
+    assert read_json(run_dir / "finished.json")["step"] == 3 and (run_dir / "export" / "config.json").is_file()
     assert "| combo | mean of edit types, blank image |" in (run_dir / "export" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "copies"}
-    assert json.loads((run_dir / "environment.json").read_text())["git_revision"] == git(source, "rev-parse", "HEAD").strip()
+    assert read_json(run_dir / "environment.json")["git_revision"] == git(source, "rev-parse", "HEAD").strip()
     written = contents(tmp_path / "copies")
     assert written.keys() == set(ROOT_FILES)
     assert all(written[name] == (REPO / name).read_bytes() for name in ROOT_FILES if name != "slurm/env.sh")

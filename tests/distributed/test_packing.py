@@ -116,11 +116,11 @@ def packed(model_dir, manifests, tmp_path_factory):
         return train_arguments(model_dir, manifests, out / name, *options, *extra)
 
     accumulated = ["--train.gradient_accumulation_steps=2"]
-    one = run_trainings(1, arguments("one", *accumulated, "--train.save_steps=2", "--train.save_total_limit=9"), said=out / "said-one")
+    one = run_trainings(1, arguments("one", *accumulated, "--train.save_steps=2", "--train.save_total_limit=9"))
     assert preparing(manifests["train"], out / "store", pack=True)
     resumed = [*options, *accumulated, "--train.resume", str(out / "one" / "checkpoint-2")]
-    again = run_trainings(1, train_arguments(model_dir, {"train": out / "store"}, out / "again", *resumed), said=out / "said-again")
-    two = run_trainings(2, arguments("two"), said=out / "said-two")
+    again = run_trainings(1, train_arguments(model_dir, {"train": out / "store"}, out / "again", *resumed))
+    two = run_trainings(2, arguments("two"))
     return {"one": (out / "one", one), "two": (out / "two", two), "again": (out / "again", again)}
 
 
@@ -142,7 +142,7 @@ def test_the_first_row_is_compared_with_ordinary_forwards(packed):
 def test_wrong_scores_stop_a_run_before_it_trains(model_dir, manifests, tmp_path):
     """Siblings that see each other, in a real run: an error that names the attention, and no step."""
     arguments = train_arguments(model_dir, manifests, tmp_path / "run", "--train.self_check=error")
-    ((code, said),) = run_ranks(1, "rank_functions:seeing_siblings", arguments, said=tmp_path / "said")
+    ((code, said),) = run_ranks(1, "rank_functions:seeing_siblings", arguments)
     assert code == 1
     assert "model.attn_implementation sdpa gives scores that differ by" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

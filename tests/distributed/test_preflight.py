@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ONE, losses, read_rows, run_ranks, run_train, train_arguments, write_manifest, write_rows
+from conftest import ONE, read_json, read_rows, run_ranks, run_train, train_arguments, write_json, write_manifest, write_rows
 from PIL import Image
 
 from cfvlm_ds import engine
@@ -29,7 +29,6 @@ from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli import train as commands
 from cfvlm_ds.cli.exits import exit_cleanly, leave_at_once
 from cfvlm_ds.cli.main import main as cli_main
-from cfvlm_ds.cli.train import train_main
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import EvaluationSet
@@ -176,7 +175,7 @@ def test_a_large_manifest_is_prepared_before_the_run(config, data, tmp_path, ope
 def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, opened, monkeypatch):
     """By its configuration alone: the start opens, measures and counts nothing."""
     named = {"model": {"name_or_path": str(model_dir)}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
-    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}}))
+    write_json(tmp_path / "run.yaml", {**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}})
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert len(opened) == 12
     for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
@@ -190,7 +189,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
 def test_a_model_that_a_run_would_build_is_there_when_its_data_are_prepared(data, tmp_path):
     base = str(tmp_path / "base")
     named = {"build": {"base": base}, "model": {"name_or_path": base}, "data": {"train": str(data), "max_tokens_per_micro_batch": 4000}}
-    (tmp_path / "run.yaml").write_text(json.dumps({**named, "train": {"output_dir": str(tmp_path / "run")}}))
+    write_json(tmp_path / "run.yaml", {**named, "train": {"output_dir": str(tmp_path / "run")}})
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert (tmp_path / "base" / "config.json").is_file() and (tmp_path / "run" / "prepared").is_dir()
 
@@ -218,10 +217,10 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(own, co
     model = shutil.copytree(model_dir, tmp_path / "model")
     run = replace(own, model=replace(config.model, name_or_path=str(model)))
     preflight.read_data(run, ONE)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer = read_json(model / "tokenizer.json")
     red = next(token for token in tokenizer["added_tokens"] if token["content"] == "</s>")
     tokenizer["added_tokens"].append({**red, "id": len(tokenizer["model"]["vocab"]), "content": "red"})
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_json(model / "tokenizer.json", tokenizer)
     with pytest.raises(DataError, match="contains the control token 'red'"):
         preflight.read_data(run, ONE)
 
@@ -266,7 +265,7 @@ def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
             assert found == (stat.st_size, stat.st_ctime_ns, hashlib.blake2b(picture.read_bytes(), digest_size=16).digest(), 48, 48)
 
 
-def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config, tmp_path):
+def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config):
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
     read = preflight.read_data(own, ONE)
     collator = load_collator(config.model, "full", checked=read.pictures)
@@ -303,6 +302,8 @@ CHANGES = {
     "text": (lambda groups: [replace(groups[0], candidates=groups[1].candidates), *groups[1:]], "prompts or texts"),
     "images exchanged": (lambda groups: [replace(groups[0], images=groups[0].images[::-1]), *groups[1:]], "PICTURES"),
     "other row": (lambda groups: [replace(groups[0], id="new"), *groups[1:]], "the groups (different ids)"),
+    "order": (lambda groups: groups[::-1], "the order of the rows"),
+    "a row less": (lambda groups: groups[1:], "the number of rows (5, was 6)"),
     "two": (lambda groups: [relabelled(replace(groups[0], weight=2.0)), *groups[1:]], "labels (match) and weights"),
 }
 
@@ -372,8 +373,7 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
         row["images"][1]["path"] = f"images/{name}.png"
     write_rows(tmp_path / "data" / "bad.jsonl", rows)
     ended = run_ranks(
-        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"),
-        said=tmp_path / "said", timeout=120,
+        2, "test_preflight:read_late", str(train), str(model_dir), str(tmp_path / "run"), str(tmp_path / "data" / "bad.jsonl"), timeout=120,
     )  # fmt: skip
     assert [code for code, _ in ended] == [0, 0], ended
     said = [json.loads(next(line for line in output.splitlines() if line.startswith("{"))) for _, output in ended]
@@ -387,57 +387,6 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
     for _, output in ended:
         refused = [line for line in output.splitlines() if line.startswith("refused")]
         assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output
-
-
-def exchange(one: Path, other: Path) -> None:
-    one.rename(one.with_name("aside"))
-    other.rename(one)
-    one.with_name("aside").rename(other)
-
-
-def train_again(arguments: list[str], changed: str) -> None:
-    """A training, and the same one with each of the changed manifests in its place, in one process; what ends with 2 is said on stderr."""
-    listed = json.loads(changed)
-    (name := Path(listed[0]["train"])).write_text(listed[0]["text"])
-    train_main(arguments)
-    for each in listed[1:]:
-        Path(each["train"]).parent.mkdir(exist_ok=True)
-        if "exchange" in each:
-            exchange(*map(Path, each["exchange"]))
-        else:
-            Path(each["train"]).write_text(each["text"])
-        try:
-            options = [option if option != str(name) else each["train"] for option in arguments]
-            train_main([*options, "--train.max_steps", str(each.get("steps", 3)), "--train.resume_changes=allow"])
-            print("trained", flush=True)
-        except SystemExit as ended:
-            print("ended", ended.code, flush=True)
-
-
-def test_a_run_goes_on_with_its_own_data_only(model_dir, data, tmp_path):
-    """Rows in another order, a row less, other pictures: one sentence each, and nothing is touched. A copy in another folder goes on, and
-    so does what was exchanged and is restored."""
-    text = data.read_text()
-    lines = text.splitlines()
-    shutil.copytree(data.parent, moved := tmp_path / "moved")
-    shutil.copytree(data.parent, swapped := tmp_path / "swapped")
-    one, other = (swapped / image["path"] for image in json.loads(lines[0])["images"])
-    exchange(one, other)
-    changed = [{"train": str(data), "text": each} for each in (text, "\n".join(lines[::-1]), "\n".join(lines[1:]))]
-    changed += [{"train": str(swapped / data.name), "text": text}]
-    changed += [{"train": str(swapped / data.name), "exchange": [str(one), str(other)]}]  # restored, with their old times
-    changed += [{"train": str(moved / data.name), "text": text, "steps": 4}]
-    run = tmp_path / "run"
-    arguments = train_arguments(
-        model_dir, {"train": data}, run, "--train.max_steps=2", "--train.per_device_train_batch_size=2", "--data.num_workers=0"
-    )  # fmt: skip
-    ((code, output),) = run_ranks(1, "test_preflight:train_again", arguments, json.dumps(changed), said=tmp_path / "said")
-    assert code == 0, output[-4000:]
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    reasons = ["the order of the rows", "the number of rows (5, was 6)", "contents of pictures"]
-    assert len(errors) == output.count("ended 2"), output[-4000:]
-    assert all(f"before these changed: {reason}" in error for error, reason in zip(errors, reasons, strict=True))
-    assert output.count("trained\n") == 2 and len(losses(run)) == 4
 
 
 # --- what all ranks know is said by one of them ---------------------------------------------------------------------------------------
@@ -467,14 +416,14 @@ def errors_of(said: list[str]) -> list[list[str]]:
 def test_a_refusal_is_said_by_one_of_several_ranks(model_dir, tmp_path):
     """Before ranks meet, where none hears of another, and after it; by rank 0, whose log is the one that is looked at."""
     missing = train_arguments(model_dir, {"train": tmp_path / "none.jsonl"}, tmp_path / "run")
-    for name, options, sentence in (
-        ("option", ["--train.learning_rat=1"], "did you mean"),
-        ("manifest", missing, "none.jsonl: no such manifest; correct the path"),
+    for options, sentence in (
+        (["--train.learning_rat=1"], "did you mean"),
+        (missing, "none.jsonl: no such manifest; correct the path"),
     ):
-        ((first,), others) = errors_of(run_train(2, options, said=tmp_path / name, code=2))
+        ((first,), others) = errors_of(run_train(2, options, code=2))
         assert sentence in first and not others
 
 
-def test_a_failure_that_one_rank_alone_knows_is_said(tmp_path):
-    ended = run_ranks(2, "test_preflight:found_by_one", said=tmp_path / "said", timeout=120)
+def test_a_failure_that_one_rank_alone_knows_is_said():
+    ended = run_ranks(2, "test_preflight:found_by_one", timeout=120)
     assert ended[1][0] == 2 and errors_of([output for _, output in ended]) == [[], ["error: only rank 1 sees this; look"]], ended

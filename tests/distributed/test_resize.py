@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, losses, metrics, run_plans, selected, train_arguments
+from conftest import REPO, losses, metrics, read_json, run_plans, selected, train_arguments, write_json
 
 from cfvlm_ds.checkpoint.loading import reshard
 from cfvlm_ds.export.zero import ZeroWeights
@@ -23,9 +22,9 @@ def runs(model_dir, manifests, tmp_path_factory, request):
     """Runs of one global batch size under ZeRO-3 (frozen tower, so many elements a sub-group that their number changes with the ranks) and
     ZeRO-2 (whose round robin orders weights by the number of ranks); and all that was said."""
     folder = tmp_path_factory.mktemp("resize")
-    config = json.loads((REPO / "tests/support/z3_partitioned.json").read_text())
+    config = read_json(REPO / "tests/support/z3_partitioned.json")
     config["zero_optimization"]["sub_group_size"] = 20_000
-    (folder / "z3.json").write_text(json.dumps(config))
+    write_json(folder / "z3.json", config)
 
     wanted = {"z3 whole", "z3 down", *selected(request, "name")}
     wanted |= {"z2 whole"} if "z2 down" in wanted else set()
@@ -39,7 +38,7 @@ def runs(model_dir, manifests, tmp_path_factory, request):
             options += [f"--train.per_device_train_batch_size={GROUPS // ranks}"]
             fault = ["stopped", stop] if stop < STEPS else ["nothing"]
             rows.append((fault, train_arguments(model_dir, manifests, folder / name, *options)))
-        return "".join(run_plans(ranks, rows, folder / f"said-{family}")) if rows else ""
+        return "".join(run_plans(ranks, rows)) if rows else ""
 
     families = [
         plan(0, 1, {"z3 up": 2}),

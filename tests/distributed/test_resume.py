@@ -58,7 +58,7 @@ def trained(model_dir, manifests, tmp_path_factory, request):
     }
     for name, extra in refusals.items():
         plan(name, "tracked", ["unchanged", str(folder / "tracked"), name == "late"], *tracked, *extra)
-    said = run_plans(2, plans.values(), folder / "said")
+    said = run_plans(2, plans.values())
     return folder, {start: text.splitlines() for start, text in zip(plans, said, strict=True)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import forkserver_ranks
 import pytest
-from conftest import contents, losses, printed, run_ranks, run_train, wait_for, write_rows
+from conftest import contents, losses, printed, read_json, read_rows, run_ranks, run_train, wait_for, write_json, write_rows
 
 from cfvlm_ds.cli.rounds import mixable
 from cfvlm_ds.cli.train import run
@@ -49,7 +49,7 @@ def rounds(base: Path, world: Path, out: Path) -> list[str]:
 def trained(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rounds")
     base = write_base(folder / "base")
-    run_train(2, rounds(base, world, folder / "out"), said=folder / "said")
+    run_train(2, rounds(base, world, folder / "out"))
     return folder
 
 
@@ -64,7 +64,7 @@ def test_two_rounds_are_the_same_steps_by_hand(trained, world, capsys):
         assert (trained / "out" / f"sampled-{number}" / "groups.jsonl").read_bytes() == groups and groups
         sampled = {"path": str(work / "groups.jsonl"), "name": "sampled", "weight": 0.5, "root": str(world)}
         sources = [{"path": train, "name": "train", "weight": 1.0}, sampled]
-        run_train(2, options(model, world, run, "--data.train", json.dumps(sources)), said=trained / f"said-{number}")
+        run_train(2, options(model, world, run, "--data.train", json.dumps(sources)))
         assert losses(trained / "out" / f"round-{number}") == losses(run)
         weights = [folder / "export" / "model.safetensors" for folder in (trained / "out" / f"round-{number}", run)]
         assert weights[0].read_bytes() == weights[1].read_bytes() != (model / "model.safetensors").read_bytes()
@@ -83,7 +83,7 @@ def test_rounds_go_on_after_a_kill_with_another_number_of_ranks(trained, world, 
     assert not (out / "round-2").exists()
     before = contents(out / "round-1")
     same_batch = ["--train.gradient_accumulation_steps", "2"]
-    run_train(1, [*rounds(trained / "base", world, out), *same_batch], said=tmp_path / "again")
+    run_train(1, [*rounds(trained / "base", world, out), *same_batch])
     assert (out / "sampled-2" / "groups.jsonl").read_bytes() == (trained / "out" / "sampled-2" / "groups.jsonl").read_bytes()
     assert contents(out / "round-1") == before and len(losses(out / "round-2")) == 2
 
@@ -102,7 +102,7 @@ def decides_only_on_known(text, row):
 def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     """The adapters are merged. The data's format and root are not those of the groups. An options file that is edited meanwhile is not
     read again."""
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows = read_rows(world / "train.jsonl")
     captions = write_rows(
         tmp_path / "my captions.jsonl", ({"file": row["images"][0]["path"], "said": row["texts"][0]["text"]} for row in rows)
     )
@@ -110,9 +110,7 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     tuning = {"vision_tower": "frozen", "projector": "frozen", "language_model": "lora"}
     document = {"train": {"rounds": told}, "model": {name: {"tuning": how} for name, how in tuning.items()}}
     file, out = tmp_path / "mine.yaml", tmp_path / "an out"
-    file.write_text(
-        json.dumps(document | {"data": {"train": str(captions), "root": str(world), "format": "captions:image=file,caption=said"}})
-    )
+    write_json(file, document | {"data": {"train": str(captions), "root": str(world), "format": "captions:image=file,caption=said"}})
     given = [*options(trained / "base", world, out), "--config", str(file), "--objective.csd.weight", "0"]
     (rank,) = forkserver_ranks.start(1, "forkserver_ranks:train_script", given, said=tmp_path / "said")
     wait_for((out / "sampled-1").exists)
@@ -120,15 +118,15 @@ def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     rank.join()
     assert rank.exitcode == 0, (tmp_path / "said" / "rank-0.log").read_text()
     first, second = (out / f"round-{number}" for number in (1, 2))
-    assert json.loads((out / "sampled-2" / "sample.json").read_text())["model"] == str(first / "export")
+    assert read_json(out / "sampled-2" / "sample.json")["model"] == str(first / "export")
     assert (first / "adapter" / "adapter_model.safetensors").is_file() and (second / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_what_rounds_cannot_do_is_said_before_anything_is_sampled(trained, world, tmp_path):
     named, out = json.dumps([{"path": str(world / "train.jsonl"), "name": "sampled", "weight": 1}]), tmp_path / "out"
     given = [*rounds(trained / "base", world, out), "--train.export", "false"]
-    for number, more in enumerate(([], ["--train.dry_run", "true"])):
-        (said,) = run_train(1, [*given, *more], said=tmp_path / f"said-{number}", code=2)
+    for more in ([], ["--train.dry_run", "true"]):
+        (said,) = run_train(1, [*given, *more], code=2)
         assert "error: " in said and not out.exists()
     for option, value in (
         ("objective.dpo.weight", "1"), ("data.train", named), ("train.resume", str(tmp_path)), ("model.lora.load_in_4bit", "true"),
@@ -145,14 +143,14 @@ def test_rounds_do_not_mix_with_a_run_or_with_other_rounds(entry, trained, world
         lock.release()
         shutil.copy(trained / "out" / "round-1" / entry, out)
     before = contents(out)
-    (said,) = run_train(1, rounds(trained / "base", world, out), said=tmp_path / "said", code=2)
+    (said,) = run_train(1, rounds(trained / "base", world, out), code=2)
     assert f"error: {out} " in said and contents(out) == before
 
 
 def test_all_ranks_end_with_the_error_of_one(trained, world, tmp_path):
     """The judge fails when all texts are written, on the rank that finishes last."""
     given = [*rounds(trained / "base", world, tmp_path / "out"), "--train.rounds.judge", "test_rounds:decides_only_on_known"]
-    run_train(2, given, said=tmp_path / "said", code=2)
+    run_train(2, given, code=2)
     assert not (tmp_path / "out" / "round-1").exists()
 
 
@@ -165,5 +163,5 @@ def train_and_count_engines(arguments):
 def test_a_run_leaves_no_engine_in_memory(trained, world, tmp_path):
     given = options(trained / "base", world, tmp_path / "out", "--data.train", str(world / "train.jsonl"), "--train.export", "false")
     given += ["--objective.csd.weight", "0", "--objective.fcd.weight", "0"]
-    ((code, said),) = run_ranks(1, "test_rounds:train_and_count_engines", given, said=tmp_path / "said")
+    ((code, said),) = run_ranks(1, "test_rounds:train_and_count_engines", given)
     assert code == 0 and "engines: 0" in said, said

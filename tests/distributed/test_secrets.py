@@ -54,7 +54,7 @@ TRACKED = ["--tracking.enabled=true", "--train.max_steps=2"]
 
 def trained(variables: dict[str, str], arguments: list[str], folder: Path, code: int = 0) -> str:
     """What a forked rank of train.py prints, which gets this environment after its imports and ends with this exit code."""
-    return run_train(1, [*arguments, *TRACKED], variables, said=folder / "said", code=code)[0]
+    return run_train(1, [*arguments, *TRACKED], variables, code=code)[0]
 
 
 def test_a_tracked_run_tells_no_secret(server, model_dir, manifests, tmp_path):

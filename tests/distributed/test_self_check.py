@@ -137,7 +137,7 @@ def test_ranks_name_what_is_not_finite_in_their_parts(model_dir, manifests, tmp_
     weights["language_model.lm_head.weight"][-1, -1] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     arguments = train_arguments(broken, manifests, tmp_path / "run", "--train.self_check=error")
-    first, second = run_train(2, arguments, said=tmp_path / "said", code=2)
+    first, second = run_train(2, arguments, code=2)
     said = f"{broken} has weights that are not finite: lm_head.weight"
     assert said in first.splitlines()[-1] and said not in second
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()

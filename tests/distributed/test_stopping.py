@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ import forkserver_ranks
 import psutil
 import pytest
 import torch
-from conftest import REPO, environment, losses, many_rows, train_arguments, wait_for
+from conftest import REPO, environment, losses, many_rows, read_json, train_arguments, wait_for
 from torch.utils.data import DataLoader
 
 from cfvlm_ds.checkpoint import incomplete
@@ -162,12 +161,12 @@ def test_signals_are_obeyed_at_once_where_nothing_is_to_be_saved(model_dir, mani
         assert not (folder / "run.lock").exists() and (folder / "checkpoint-2").exists() == (where == "export_checkpoint")
     said = (tmp_path / "rank-0.log").read_text()
     assert said.count("stopped by a signal; the same command continues\n") == 2 and "Traceback" not in said
-    assert json.loads((folder / ".mlflow_delivery.json").read_text())["status"] == "SCHEDULED"
+    assert read_json(folder / ".mlflow_delivery.json")["status"] == "SCHEDULED"
     assert end(start(arguments, tmp_path, size=1)) == [0]
     assert the_run(folder)[1] == "FINISHED" and (folder / "export").is_dir() and len(losses(folder)) == 2
 
 
-@pytest.mark.parametrize("signalled", [(0, 1), pytest.param((0,), marks=pytest.mark.long), (1,)])
+@pytest.mark.parametrize("signalled", [*(pytest.param(ranks, marks=pytest.mark.long) for ranks in ((0, 1), (0,))), (1,)])
 def test_a_signal_to_a_data_check_in_several_processes_ends_all_ranks(signalled, model_dir, manifests, tmp_path):
     """Two ranks look at the rows in processes of their own. All processes of both get a signal, as from srun, or those of one rank."""
     arguments = train_arguments(model_dir, {"train": many_rows(manifests["train"], 1 << 15)}, tmp_path / "run")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import select
-import socket
 import subprocess
-import threading
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,14 +12,14 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import REPO, losses, metrics, run_train, run_trainings, train_arguments
+from conftest import REPO, flat, losses, read_json, run_train, run_trainings, train_arguments
 from safetensors.torch import load_file
+from test_engine import expected_module as module_of
 
 from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.tracking import deliver
 from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
@@ -67,13 +63,6 @@ def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return points
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return result
-
-
 # A run that ends well -------------------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +72,7 @@ def finished(client, model_dir, manifests, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "finished"
     extra = ["--train.max_steps=4", "--train.eval_steps=2", "--train.per_device_train_batch_size=8"]
     extra += [f"--data.evaluation.test={manifests['test']}", "--tracking.run_name", "four steps", "--model.projector.learning_rate=1e-4"]
-    run_train(2, tracked(model_dir, manifests, folder, *extra), said=folder.with_name("said"))
+    run_train(2, tracked(model_dir, manifests, folder, *extra))
     return folder
 
 
@@ -139,7 +128,7 @@ def test_parameters_and_tags_describe_the_run(client, finished, model_dir):
 
 def test_the_runs_data_sets_are_there_by_digest_size_and_place(client, finished, manifests):
     inputs = {each.dataset.name: each for each in the_run(client, "finished").inputs.dataset_inputs}
-    listed = {each["name"]: each for each in json.loads((finished / "data.json").read_text())}
+    listed = {each["name"]: each for each in read_json(finished / "data.json")}
     assert inputs.keys() == listed.keys() == {"train", "test"}
     for name, context in (("train", "training"), ("test", "evaluation")):
         groups = read_manifest(manifests[name])
@@ -174,67 +163,15 @@ def test_artifacts_are_the_files_of_the_run_folder(client, finished, tmp_path):
     for name in sorted(ARTIFACTS):
         assert Path(client.download_artifacts(run_id, name, str(tmp_path))).read_bytes() == (finished / name).read_bytes(), name
     assert "| test | mean of edit types |" in (tmp_path / "results.md").read_text()
-    described = json.loads((tmp_path / "environment.json").read_text())
+    described = read_json(tmp_path / "environment.json")
     assert described["world_size"] == 2 and described["packages"]["deepspeed"]
-    assert json.loads((tmp_path / "ds_config.json").read_text())["zero_optimization"]["stage"] == 3
+    assert read_json(tmp_path / "ds_config.json")["zero_optimization"]["stage"] == 3
 
 
 # A run that does not ---------------------------------------------------------------------------------------------------------------------
 
 
-DELAY_S = 5.0
-
-
-class SlowProxy:
-    """A TCP proxy that holds back each answer of a server for ``DELAY_S``; ``answers`` are those it has passed on."""
-
-    def __init__(self, port: int) -> None:
-        self.to, self.answers = port, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            client, _ = self.listener.accept()
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self.to)) as server:
-            asked = False
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    if not (data := source.recv(1 << 16)):
-                        return
-                    if source is server and asked:
-                        time.sleep(DELAY_S)
-                        self.answers += 1
-                    asked = source is client
-                    (server if source is client else client).sendall(data)
-
-
-@pytest.mark.long
-def test_a_server_that_takes_5_s_a_call_costs_no_step_anything(client, model_dir, manifests, tmp_path, monkeypatch):
-    proxy, folder = SlowProxy(int(client.tracking_uri.rpartition(":")[2])), tmp_path / "slow"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-    arguments = tracked(model_dir, manifests, folder, "--train.max_steps=60")
-    run_train(1, arguments, said=tmp_path / "said")
-    ended = time.time()
-    assert proxy.answers >= 3, "it did talk to the slow server"
-    times = [row["time"] for row in metrics(folder) if "loss" in row]
-    assert len(times) == 60 and times[-1] - times[0] < 60 * DELAY_S / 4, "steps waited for calls"
-    assert ended - times[-1] < 30 + 60, "the end waits for MLflow 30 s at most; the rest is the last checkpoint and the evaluation"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
-    assert deliver(folder, timeout=60)
-    run = the_run(client, folder.name)
-    assert run.info.status == "FINISHED" and on_server(client, run) == on_disk(folder), "every point once, in order"
-
-
 # Modules, through real runs -------------------------------------------------------------------------------------------------------------
-
-
-def module_of(name: str) -> str:
-    return next((module for module in ("vision_tower", "projector") if module in name), "language_model")
 
 
 def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests, tmp_path):
@@ -250,7 +187,7 @@ def test_freezing_learning_rates_and_gradient_checkpointing(model_dir, manifests
     }
     always = ["--train.export=true", "--train.per_device_train_batch_size=8"]
     arguments = [train_arguments(model_dir, manifests, tmp_path / name, *always, *extra) for name, extra in runs.items()]
-    output = run_trainings(1, *arguments, said=tmp_path / "said", by="rank_functions:counted")
+    output = run_trainings(1, *arguments, by="rank_functions:counted")
 
     source = load_file(model_dir / "model.safetensors")
     exported = {name: load_file(tmp_path / name / "export" / "model.safetensors") for name in runs}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import math
 import random
 import re
@@ -18,13 +17,22 @@ from typing import Any
 import markdown_it
 import pytest
 import torch
-from conftest import COLOURS, PROMPT, metrics, read_rows, run_ranks, run_train, save_groups, train_arguments, write_rows
+from conftest import (
+    PROMPT,
+    read_json,
+    read_rows,
+    run_ranks,
+    run_train,
+    train_arguments,
+    write_json,
+    write_rows,
+)
 from PIL import Image
+from test_evaluation import scores
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.checkpoint import TrainState
-from cfvlm_ds.cli.main import main
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.errors import ConfigError
@@ -34,9 +42,9 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.formats.pairs import Pairs
-from cfvlm_ds.evaluation import GroupScores, accuracies, flat_metrics, metric_names, table
+from cfvlm_ds.evaluation import accuracies, flat_metrics, metric_names, table
 from cfvlm_ds.evaluation.metrics import METRICS
-from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, Misp, SymMPO, denominators, scored_besides, weighted_loss
+from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, SymMPO
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
 from cfvlm_ds.training.samples import Samples
@@ -148,22 +156,12 @@ def naive_symmpo(g: Asked) -> list[float]:
     return mean(found)
 
 
-def naive_misp(g: Asked) -> list[float]:
-    r, star, found = lambda i, c: g.logp[i][c] - g.reference[i][c], set(g.star), []
-    for c in range(len(g.prompts)):
-        own = next((i for i in range(len(g.truth)) if g.truth[i][c] == 1 and (i, c) in star), None)
-        odds = [math.exp(r(i, c) - r(own, c)) for i in range(len(g.truth)) if own is not None and g.truth[i][c] == 0 and (i, c) in star]
-        found += [math.log1p(sum(odds))] if odds else []
-    return mean(found)
-
-
 NAIVE = {
     "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
     "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
     "fcd": (Fcd(), 0, naive_fcd),
     "dpo": (Dpo(beta=1.0), 0, naive_dpo),
     "symmpo": (SymMPO(beta=1.0, symmetric=1.0, consistency=2.0), 1, naive_symmpo),
-    "misp": (Misp(beta=1.0), 1, naive_misp),
 }
 GROUPS = [asked(seed, 1 + seed % 4, 2 + seed % 5, 1 + seed % 3) for seed in range(60)]
 
@@ -180,31 +178,6 @@ def test_objectives_compare_answers_to_one_prompt(name):
     for kept in GROUPS:  # each alone as well: sums could hide what one group has too much and another too little
         alone = torch.atleast_1d(objective.numerator(collated([kept])))[part].item()
         assert alone == pytest.approx(sum(naive(kept)), rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_prompt_changes_no_bit(name):
-    """Prompt numbers of groups that have one prompt, or none given: loss, units, gradient and report are the same bits."""
-    objective = {name: OBJECTIVES[name](weight=0.7, warmup=0.0)}
-    groups = [replace(g, prompts=[0] * len(g.prompts)) for g in GROUPS]
-    found = []
-    for scores in (collated(groups), collated(groups, prompt=False)):
-        scores = replace(scores, divergences=dict.fromkeys(scored_besides(objective)["divergences"], scores.logp / 3))
-        units = denominators(objective, scores.layout)
-        loss, _ = weighted_loss(objective, scores, units)
-        report = [value for pair in objective[name].report(scores).values() for value in pair]
-        found.append([loss, *units.values(), torch.autograd.grad(loss, scores.logp)[0], *report])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_the_collator_numbers_the_prompts(model_dir, tmp_path):
-    texts = (("Is it red?", "yes"), ("Is it big?", "yes"), ("Is it red?", "no"))
-    one = group([[1, 1, 0]], texts=texts)
-    assert one.prompt_ids == (0, 1, 0)
-    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one, group([[1, 0]])])
-    assert layout.prompt is not None and layout.prompt.tolist() == [[0, 1, 0], [0, 0, -1]]
-    same = layout.same_prompt[0].tolist()
-    assert same == [[True, False, True], [False, True, False], [True, False, True]]
 
 
 def test_a_second_question_is_trained_on_every_image(model_dir):
@@ -229,15 +202,8 @@ def group(truth: Truth, *edits: Edit, texts: tuple[tuple[str, str], ...] = (), n
     return CounterfactualGroup(name, images, candidates, tuple(map(tuple, truth)), edits)
 
 
-def scores(logp: list[list[float]], blank: list[float] | None = None) -> GroupScores:
-    matrix = torch.tensor(logp, dtype=torch.float64)
-    empty = torch.zeros(matrix.shape[1]).double() if blank is None else torch.tensor(blank, dtype=torch.float64)
-    return GroupScores(matrix, empty)
-
-
 YES_NO = (("Is it red?", "yes"), ("Is it red?", "no"))
 SHAPES = {
-    "SugarCrepe: an image, a true and a false text": (group([[1, 0]]), {"pair": 1, "factual": 1}),
     "SugarCrepe++: a second true text": (group([[1, 1, 0]]), {"pair": 2, "factual": 2}),
     "NaturalBench: two images, two questions": (
         group([[1, 0, 0, 1], [0, 1, 1, 0]], texts=(*YES_NO, ("Is it big?", "yes"), ("Is it big?", "no"))),
@@ -248,8 +214,6 @@ SHAPES = {
         {"text": 1, "image": 1, "group": 1, "text_pmi": 1, "group_pmi": 1, "pair": 2, "factual": 1, "image_pair": 2},
     ),
     "an edited image without a text": (group([[1], [0]], Edit("count", image=1)), {"image_pair": 1}),
-    "multiple choice": (group([[1, 0, 0, 0]]), {"pair": 3, "factual": 3}),
-    "a true pair alone": (group([[1]]), {}),
     "nothing known beside the factual pair": (group([[1, None], [None, 1]], Edit("count", 1, 1)), {}),
 }
 
@@ -365,57 +329,6 @@ def test_the_blind_row_says_what_language_alone_achieves():
     assert flat_metrics({"s": [row]})["eval/s/blind_pair"] == 62.5
 
 
-# From a manifest to the table -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shapes(manifests):
-    """Groups without edits on real pictures: captions, two questions on two images, an edited image without a text, eight choices."""
-    picture = [(path,) for path in sorted((manifests["test"].parent / "images").glob("test-*.png"))]
-    identity = ((1, 0), (0, 1))
-    questions = tuple(Candidate(f"Is it {word}?", answer) for word in ("red", "blue") for answer in ("yes", "no"))
-    colours = tuple(Candidate(PROMPT, f"a {c} {s} costs $x_{{$") for c in COLOURS for s in ("circle", "square"))
-    groups = [
-        CounterfactualGroup("captions", (picture[0],), colours[:2], ((1, 0),)),
-        CounterfactualGroup("questions", tuple(picture[1:3]), questions, ((1, 0, 0, 1), (0, 1, 1, 0))),
-        CounterfactualGroup("edited", tuple(picture[3:5]), colours[:1], ((1,), (0,)), (Edit("count", image=1),)),
-        CounterfactualGroup("pairs", tuple(picture[5:7]), colours[1:3], identity),
-        CounterfactualGroup("choices", (picture[7],), colours, ((1, *[0] * 7),)),
-    ]
-    return save_groups(manifests["test"].parent / "shapes.jsonl", groups)
-
-
-@pytest.mark.long
-def test_a_training_evaluates_every_shape_within_its_budget(model_dir, manifests, shapes, tmp_path):
-    """Two ranks of ZeRO-3, forwards of at most 60 tokens: the largest evaluation batch before step 1, the best by a metric of single
-    comparisons, the export before the tables, and a figure of captions that read as broken formulas."""
-    run_dir = tmp_path / "run"
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.max_steps=2", "--train.figures=true"]
-    options += ["--train.save_best=eval/shapes/pair", "--data.max_tokens_per_forward=60", "--train.export=true"]
-    options += ["--train.per_device_train_batch_size=2", "--data.num_workers=1"]
-    said, _ = run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
-    (warning,) = {line for line in said.splitlines() if "warning" in line}  # at the start, and with the results
-    assert (
-        "shapes: 2 of its 8 pictures also occur in the training set" in warning
-    )  # the test split repeats two, and takes its pictures from it
-    assert {path.name for path in run_dir.glob("*.png")} == {"learning_curves.png"}
-    rows = [row for row in json.loads((run_dir / "results.json").read_text())["shapes"]]
-    assert [row["name"] for row in rows] == ["count", "unlabelled", "all"] and rows[-1]["num"] == 5
-    assert rows[-1]["comparisons"] == dict.fromkeys(("text", "image", "group", "text_pmi", "group_pmi"), 3) | {
-        "pair": 14, "factual": 11, "image_pair": 7, "sham": 0
-    }  # fmt: skip
-    text = (run_dir / "results.md").read_text()
-    assert "| shapes | sham | 0 | 0 | all |" in text and "shapes: 2 of its 8 pictures also occur in the training set" in text
-    assert json.loads((run_dir / "data.json").read_text())[-1]["overlaps"] == {str(manifests["train"]): "2 of its 8 pictures"}
-    assert {"eval/shapes/pair", "eval/shapes/blind_pair"} <= {name for row in metrics(run_dir) for name in row}
-
-    main(["evaluate", str(run_dir / "export"), str(shapes), "--out", str(tmp_path / "found.json"), "--batch_size", "2"])
-    found = json.loads((tmp_path / "found.json").read_text())["shapes"]
-    assert rows[-1]["losses"].keys() == {"align", "csd", "fcd"} and not any(row["losses"] for row in found), "it knows no objective"
-    assert found[-1].pop("nll") == pytest.approx(rows[-1].pop("nll"), rel=1e-6)
-    assert [row | {"losses": {}} for row in rows] == found, "one forward per batch, on one rank"
-
-
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
     options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
@@ -427,10 +340,10 @@ def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
         check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
 
 
-def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, shapes, tmp_path):
-    options = [f"--data.evaluation.shapes={shapes}", "--train.eval_steps=1", "--train.save_best=eval/shapes/sham"]
-    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), said=tmp_path / "said", code=2)
-    assert "error: train.save_best 'eval/shapes/sham'" in said
+def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, tmp_path):
+    options = [f"--data.evaluation.test={manifests['test']}", "--train.eval_steps=1", "--train.save_best=eval/test/size/pair"]
+    (said,) = run_train(1, train_arguments(model_dir, manifests, tmp_path / "run", *options), code=2)
+    assert "error: train.save_best 'eval/test/size/pair'" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "step 1" not in said
 
 
@@ -489,12 +402,12 @@ def test_training_ends_early_where_evaluations_do_not_improve(model_dir, manifes
     options = ["--train.eval_steps=1", "--train.max_steps=9", "--train.save_best=eval/test/pair", "--train.early_stopping=2"]
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=0", "--train.save_steps=1"]
     for more in ((), ("--train.resume", str(run_dir / "checkpoint-2"))):
-        (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more), said=tmp_path / "said")
+        (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options, *more))
         assert "early stopping after step 3: the best eval/test/pair was " in said and "step 4/9" not in said
-        assert json.loads((run_dir / "finished.json").read_text())["step"] == 3 and (run_dir / "results.md").is_file()
-    assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")[0]
+        assert read_json(run_dir / "finished.json")["step"] == 3 and (run_dir / "results.md").is_file()
+    assert "3 of 9" in run_train(1, train_arguments(model_dir, manifests, run_dir, *options))[0]
     options[3] = "--train.early_stopping=3"
-    (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said")
+    (said,) = run_train(1, train_arguments(model_dir, manifests, run_dir, *options))
     assert "early stopping after step 4: " in said and "at step 1\n" in said
 
 
@@ -516,13 +429,13 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     """The model's generation_config ends its texts early, since each token of two ranks gathers every weight."""
     model_dir = shutil.copytree(model_dir, tmp_path / "model")
     file = model_dir / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"exponential_decay_length_penalty": [4, 10.0]}))
+    write_json(file, read_json(file) | {"exponential_decay_length_penalty": [4, 10.0]})
     options = ["--train.samples=3", "--train.eval_steps=1", "--train.max_steps=2", "--train.export=true"]
     options += [f"--data.evaluation.test={manifests['test']}", "--train.learning_rate=1e-3"]
     written = {}
     for ranks in (1, 2):
         run_dir = tmp_path / str(ranks)
-        run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / f"said-{ranks}")
+        run_train(ranks, train_arguments(model_dir, manifests, run_dir, *options))
         written[ranks] = read_rows(run_dir / "samples.jsonl")
         assert [row["step"] for row in written[ranks]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert all(len(row["text"]) > 4 for row in written[ranks])
@@ -546,7 +459,7 @@ def test_samples_are_what_transformers_writes_on_any_number_of_ranks(model_dir, 
     (run_dir / "finished.json").unlink()
     with (run_dir / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "te')  # a kill while it was written
-    run_train(2, train_arguments(model_dir, manifests, run_dir, *options), said=tmp_path / "said-again")
+    run_train(2, train_arguments(model_dir, manifests, run_dir, *options))
     again = read_rows(run_dir / "samples.jsonl")
     assert [row.pop("margin") for row in again] == pytest.approx(margins[1], abs=1e-4) and again == written[2]
     assert "\n## Samples\n" in (tmp_path / "2" / "results.md").read_text()
@@ -556,7 +469,7 @@ def test_a_picture_that_one_rank_has_lost_is_a_sample_of_no_rank(model_dir, mani
     """Under ZeRO-3 the others would wait for its forwards for ever."""
     options = ["--train.samples=2", "--train.max_steps=1", f"--data.evaluation.test={manifests['test']}", "--train.export=false"]
     arguments = train_arguments(model_dir, manifests, tmp_path / "run", *options)
-    ended = run_ranks(2, "rank_functions:losing_pictures", arguments, said=tmp_path / "said", timeout=200)
+    ended = run_ranks(2, "rank_functions:losing_pictures", arguments, timeout=200)
     assert [code for code, _ in ended] == [0, 0]
     assert all(row["text"].endswith("lost on rank 1") for row in read_rows(tmp_path / "run" / "samples.jsonl"))
 

@@ -71,7 +71,7 @@ def trajectories(model_dir, manifests, tmp_path_factory, request):
         if ranks < 4:
             trainings.append(train_arguments(model_dir, manifests, folder / f"hard-{ranks}", *HARD, *spread))
             trainings.append(train_arguments(model_dir, manifests, folder / f"distilled-{ranks}", *DISTILLED, *spread[:2]))
-        run_trainings(ranks, *trainings, said=folder / f"said-{ranks}")
+        run_trainings(ranks, *trainings)
     return folders
 
 

@@ -5,7 +5,6 @@ DeepSpeed partitions, allocates and steps as it would there. What the other rank
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO, run_ranks
+from conftest import REPO, read_json, run_ranks, write_json
 from test_dry_run import PUBLISHED, RECIPES, model_of
 
 FILES = sorted((REPO / "ds_configs").glob("*.json"))
@@ -38,13 +37,13 @@ def named(part: Any) -> str:
 
 def shrunk(file: Path, kernels: bool, folder: Path) -> Path:
     """The JSON with sizes for a model of 100,000 parameters, without ``kernels`` that have to be compiled, and those of GPUs."""
-    made = json.loads(file.read_text())
+    made = read_json(file)
     zero = made["zero_optimization"]
     zero |= {name: max(value // 10_000, 100) for name, value in zero.items() if isinstance(value, int) and value >= 10_000}
     zero |= {name: False for name in zero if name.startswith("zero_quantized")}
     if "optimizer" in made and not kernels:
         made["optimizer"]["params"]["torch_adam"], made["zero_force_ds_cpu_optimizer"] = True, False
-    (folder / file.name).write_text(json.dumps(made))
+    write_json(folder / file.name, made)
     return folder / file.name
 
 
@@ -89,7 +88,7 @@ def rank_0(recipe: Path, file: Path, ranks: int, model: Path, folder: Path) -> N
         "planned buckets": engine.working_memory(plan, resolved.config, 64, True)["gradient buckets"],
         "gathered": 4 * max(sum(each.numel() for each in module.parameters(recurse=False)) for module in plan.modules()),
     }
-    (folder / "held.json").write_text(json.dumps(found))
+    write_json(folder / "held.json", found)
 
 
 def held(running: Any) -> dict[str, Any]:
@@ -133,9 +132,9 @@ def test_a_rank_trains_and_holds_its_part(recipe, file, ranks, models, tmp_path,
     what is held, without the rounding."""
     made = shrunk(file, request.node.get_closest_marker("long") is not None, tmp_path)
     model = models / PUBLISHED[model_of(recipe)][0]["model_type"]
-    ((code, output),) = run_ranks(1, "test_world_sizes:rank_0", recipe, made, ranks, model, tmp_path, said=tmp_path / "said")
+    ((code, output),) = run_ranks(1, "test_world_sizes:rank_0", recipe, made, ranks, model, tmp_path)
     assert not code, output[-6000:]
-    found, zero = json.loads((tmp_path / "held.json").read_text()), json.loads(made.read_text())["zero_optimization"]
+    found, zero = read_json(tmp_path / "held.json"), read_json(made)["zero_optimization"]
     assert found["steps"] == 1 and found["losses"] and all(map(math.isfinite, found["losses"]))
 
     parameters, node = found["parameters"], zero.get("zero_hpz_partition_size", 1)

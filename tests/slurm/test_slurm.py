@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, draw, free_port, losses, many_rows, run_ranks
+from conftest import REPO, draw, free_port, losses, many_rows, read_json, run_ranks, write_rows
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, wait_until
 from slurm.jobs import ENVIRONMENT, sbatch, submit
@@ -88,16 +87,14 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes, lost, cluster, options, 
         cluster.unmount("node2", other)
     stopped = len(job.losses)
     assert f"stopped after step {stopped} of {STEPS}: a signal was received" in job.log and (job.run_dir / f"checkpoint-{stopped}").exists()
-    first = json.loads((job.run_dir / ".mlflow_delivery.json").read_text())["run_id"]
+    first = read_json(job.run_dir / ".mlflow_delivery.json")["run_id"]
     if lost:
         job.reach(stopped + 2)
         cluster.power_off(f"node{nodes}")
         time.sleep(1)
         cluster.power_on(f"node{nodes}")
     # Slurm waits a minute for a lost node's part of the step: time to see what nothing happens to.
-    ended = run_ranks(
-        nodes, "forkserver_ranks:train_script", [*options, "--train.output_dir", str(tmp_path / "whole")], said=tmp_path / "said"
-    )
+    ended = run_ranks(nodes, "forkserver_ranks:train_script", [*options, "--train.output_dir", str(tmp_path / "whole")])
     assert [code for code, _ in ended] == [0] * nodes, ended[0]
     state = job.end()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log
@@ -182,7 +179,7 @@ def test_benchmarks_go_on_after_a_requeue(cluster, copies, model_dir, tmp_path):
     pictures = [draw(pope / "val2014" / f"{n}.png", [("red", "circle"), ("blue", "square")]).name for n in range(500)]
     for split in ("random", "popular", "adversarial"):
         rows = [{"question_id": n, "image": name, "text": f"Is it red {n}?", "label": "yes"} for n, name in enumerate(pictures)]
-        (pope / "output" / "coco" / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(pope / "output" / "coco" / f"coco_pope_{split}.json", rows)
     options = ["--benchmarks", "pope", "--benchmark_root", str(pope.parent), "--batch_size", "1", "--num_workers", "0", "--draws", "5"]
     out = tmp_path / "two words"
     job = sbatch(cluster, tmp_path / "log", ["-N2"], "evaluate.sh", str(model_dir), *options, "--out", str(out), root=copies, PATH=BARE)
@@ -381,4 +378,4 @@ def test_a_store_is_prepared_by_an_array(cluster, manifests, tmp_path):
         wait_until(ended, 300, "both tasks")
     main(["data", "prepare", str(manifests["test"]), "--out", str(tmp_path / "alone")])
     assert (store / "groups-00000.jsonl").read_bytes() == (tmp_path / "alone" / "groups-00000.jsonl").read_bytes()
-    assert json.loads((store / "store.json").read_text()) == json.loads((tmp_path / "alone" / "store.json").read_text())
+    assert read_json(store / "store.json") == read_json(tmp_path / "alone" / "store.json")

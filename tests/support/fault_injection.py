@@ -1,4 +1,4 @@
-"""Training runs with injected faults: each line of a file is {"fault": [NAME, ...], "arguments": [options]}.
+"""Training runs with injected faults, each a fault (its name and details) and the run's options.
 
 The runs are executed in order. Every rank prints the exception of a run and continues with the next one.
 """
@@ -11,10 +11,11 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -298,16 +299,14 @@ FAULTS = {
 }
 
 
-def train_listed(listed: Path) -> None:
-    for index, line in enumerate(listed.read_text().splitlines()):
+def train_listed(plans: Sequence[tuple[list[Any], list[str]]]) -> None:
+    for index, ((name, *details), arguments) in enumerate(plans):
         if index:
             between()
-        planned = json.loads(line)
-        name, *details = planned["fault"]
         if name == "exit":
-            exit_cleanly(functools.partial(run, planned["arguments"]))
+            exit_cleanly(functools.partial(run, arguments))
         try:
             with FAULTS[name](*details):
-                run(planned["arguments"])
+                run(arguments)
         except Exception as error:
             print(f"rank {rank()} raised {type(error).__name__}: {error}", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import multiprocessing
 import os
 import runpy
@@ -87,9 +86,9 @@ def train_script(arguments: Sequence[str], variables: Mapping[str, str] | None =
     script("train.py", arguments)
 
 
-def train_all(listed: Path) -> None:
-    """Execute training runs in order. Each line of the file holds one run's options as a JSON list."""
+def train_all(trainings: Sequence[list[str]]) -> None:
+    """Execute training runs in order, each with its options."""
     from cfvlm_ds.cli.train import run
 
-    for line in listed.read_text().splitlines():
-        run(json.loads(line))
+    for arguments in trainings:
+        run(arguments)

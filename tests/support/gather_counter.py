@@ -2,10 +2,11 @@
 before and after the feature cache was filled.
 """
 
-import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from conftest import write_json
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from cfvlm_ds import engine
@@ -42,14 +43,14 @@ def gathered(self, params, forward):  # type: ignore[no-untyped-def]
     return gather(self, params, forward)
 
 
-def train_all(listed: Path) -> None:
+def train_all(trainings: Sequence[list[str]]) -> None:
     """Execute training runs like ``forkserver_ranks.train_all``."""
     global phase
     engine.initialize, training.precompute_features = watched, filled
     setattr(PartitionedParameterCoordinator, GATHER, gathered)
-    for line in listed.read_text().splitlines():
-        arguments, phase = json.loads(line), "before"
+    for arguments in trainings:
+        phase = "before"
         seen.update(before=Counter(), after=Counter())
         names.clear()
         run(arguments)
-        (Path(arguments[arguments.index("--train.output_dir") + 1]) / "watched.json").write_text(json.dumps(seen))
+        write_json(Path(arguments[arguments.index("--train.output_dir") + 1]) / "watched.json", seen)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.utils.checkpoint
 import transformers
+from conftest import varlen
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -195,21 +196,4 @@ def flash_attn_varlen_func(
     assert type(max_seqlen_q) is int and type(max_seqlen_k) is int and max_seqlen_q >= max(lengths[0]) and max_seqlen_k >= max(lengths[1])
     assert (at[0], at[-1], of[0], of[-1], len(at)) == (0, len(q), 0, len(k), len(of)) and not dropout_p
     CALLS.append({"segments": len(at) - 1, "longest": (max_seqlen_q, max_seqlen_k), "causal": causal, "window": window_size})
-    return _segments(q, k, v, at, of, softmax_scale or q.shape[-1] ** -0.5, (window_size[0], 0) if causal else window_size)
-
-
-def _segments(q: Tensor, k: Tensor, v: Tensor, at: list[int], of: list[int], scale: float, window: tuple[int, int]) -> Tensor:
-    """Attend within segments. The last query is aligned with the last key. ``window`` is the number of keys before and after a query's own
-    (-1: all).
-    """
-    found = []
-    for s in range(len(at) - 1):
-        queries = q[at[s] : at[s + 1]].float()
-        keys, values = (each[of[s] : of[s + 1]].float().repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (k, v))
-        own = torch.arange(len(keys) - len(queries), len(keys), device=q.device)
-        ahead = torch.arange(len(keys), device=q.device) - own.unsqueeze(1)
-        logits = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-        for side, bound in ((-ahead, window[0]), (ahead, window[1])):
-            logits = logits if bound < 0 else logits.masked_fill(side > bound, -torch.inf)
-        found.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
-    return torch.cat(found)
+    return varlen(q, k, v, at, of, softmax_scale or q.shape[-1] ** -0.5, (window_size[0], 0) if causal else window_size)

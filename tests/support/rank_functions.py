@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ def losing_pictures(options: Sequence[str]) -> None:
     run(options)
 
 
-def counted(listed: Path) -> None:
+def counted(trainings: Sequence[list[str]]) -> None:
     """Execute training runs, and print how often the first blocks of the tower and the language model ran in training mode."""
     initialize, tower, language = engine.initialize, list[int](), list[int]()
 
@@ -73,12 +72,12 @@ def counted(listed: Path) -> None:
         return built
 
     engine.initialize = counting
-    for line in listed.read_text().splitlines():
-        run(json.loads(line))
+    for arguments in trainings:
+        run(arguments)
     print("tower", tower, "language", language)
 
 
-def traced(listed: Path) -> None:
+def traced(trainings: Sequence[list[str]]) -> None:
     """Execute training runs, and print for each step how often the order of modules differed from the one that ZeRO-3 had recorded."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
@@ -96,7 +95,7 @@ def traced(listed: Path) -> None:
 
     Coordinator._invalidate_trace = invalidated
     OptimizerStep.take = counting  # type: ignore[method-assign]
-    for line in listed.read_text().splitlines():
-        run(json.loads(line))
+    for arguments in trainings:
+        run(arguments)
         print("invalidated", invalid[1:])
         invalid[:] = [0]

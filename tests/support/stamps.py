@@ -7,7 +7,7 @@
 
 Draws 200 of the edits that the rules propose, at most three of each type for a caption, and none that has been judged before. A line is
 VERDICT | TYPE | CAPTION | TEXT. Replace the question mark with "right" or "wrong: why". The stored lists have digests instead of captions,
-because the captions may not be copied. test_stamps.py counts the verdicts on edits that the rules still propose.
+because the captions may not be copied.
 """
 
 from __future__ import annotations

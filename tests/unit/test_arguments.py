@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +14,6 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
-from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import calibration
 from cfvlm_ds.export.folder import refuse_others_model, sealed
 
@@ -189,15 +186,3 @@ def test_a_model_of_somebodys_own_is_not_taken_for_an_export(here):
     (here / "model" / "README.md").unlink()
     (here / "config.yaml").touch()
     refuse_others_model(here / "model")  # in a run's folder
-
-
-def test_no_model_is_built_in_place_of_other_files(here):
-    (here / "mine").mkdir()
-    (here / "mine" / "thesis.tex").write_text("mine")
-    for build in (lambda: write_base(here / "mine"), lambda: build_tiny_llava(TinyLlavaConfig(str(here / "mine")), [])):
-        with pytest.raises(ConfigError, match="mine already exists, is not empty and would be replaced"):
-            build()
-    assert [path.name for path in (here / "mine").iterdir()] == ["thesis.tex"]
-    shutil.rmtree(here / "mine")
-    (here / "mine").mkdir()
-    assert (write_base(here / "mine") / "config.json").is_file()

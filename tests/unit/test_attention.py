@@ -62,15 +62,14 @@ def seen_by(forest: Forest, window: int | None = None) -> Tensor:
             nodes.append(forest.parents[nodes[-1]])
         return [token for token, node in enumerate(owner) if node in nodes]
 
-    def sees(query, key):
-        own = path(query)
+    def sees(own, query, key):
         if key not in own:
             return False
         whole = window is not None or forest.blocks_everywhere
         before = key <= query or (whole and any(begin <= min(query, key) and max(query, key) < end for begin, end in forest.blocks))
         return before and (window is None or own.index(query) - own.index(key) < window)
 
-    return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
+    return torch.tensor([[sees(own, i, j) for j in range(len(owner))] for i in range(len(owner)) for own in [path(i)]])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, window: int | None = None) -> Tensor:
@@ -123,41 +122,26 @@ def test_a_block_across_nodes_is_refused():
         Forest.of((9,), ((4,),), blocks=((7, 10),))
 
 
-@pytest.mark.parametrize("name", NARROWED)
-def test_blocks_of_windows_and_pictures_leave_nothing_out(name, monkeypatch):
-    """What torch finds in the mask is at least in part among ours, and what we call full is. Without a window they are the same."""
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_leave_nothing_out(name, monkeypatch):
+    """torch asks the mask of every pair of tokens, we the ends of subtrees. What torch finds is at least in part among ours, and what we
+    call full is full; without a window they are the same, for queries and for keys."""
     monkeypatch.setattr(flex_attention, "BLOCK", 4)
-    forest, window = replace(NARROWED[name][0]), NARROWED[name][1]
-    length, blocks = forest.bounds[-1], Blocks.of(forest, forest.sight(window))
-    ours = blocks.to(torch.device("cpu"))
-    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest, window))
+    forest, window = replace(ROWS[name][0]), ROWS[name][1]  # nothing of it is placed yet
+    length, ours = forest.bounds[-1], forest.on(Blocks.of, torch.device("cpu"), forest.sight(window))
     theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=4)
-    some, full = (torch.zeros_like(blocks.full) for _ in range(2))
-    for marks, counts, places in (
-        (some, theirs.kv_num_blocks, theirs.kv_indices),
-        (full, theirs.full_kv_num_blocks, theirs.full_kv_indices),
-    ):
-        for row, count in enumerate(counts[0, 0].tolist()):
-            marks[row, places[0, 0, row, :count].long()] = True
-    assert not (blocks.full & ~full).any() and not ((some | full) & ~(blocks.partial | blocks.full)).any()
-    assert not (blocks.full & blocks.partial).any() and blocks.full.any() == full.any()
-    assert window is not None or (torch.equal(blocks.full, full) and torch.equal(blocks.partial, some))
-
-
-@pytest.mark.parametrize("name", FORESTS)
-def test_blocks_are_those_that_torch_finds_in_the_mask(name, monkeypatch):
-    """Of 16 tokens, so that these rows have several: torch asks the mask of every pair of tokens, we the ends of subtrees."""
-    monkeypatch.setattr(flex_attention, "BLOCK", 16)
-    forest = Forest(FORESTS[name].lengths, FORESTS[name].parents)  # nothing of it is placed yet
-    length, ours = forest.bounds[-1], forest.on(Blocks.of, torch.device("cpu"), Sight())
-    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=16)
-    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest))
+    assert torch.equal(create_mask(ours.mask_mod, None, None, length, length, device="cpu")[0, 0], seen_by(forest, window))
     assert ours.shape == theirs.shape
-    for kind in ("kv", "full_kv", "q", "full_q"):
-        counts, places = getattr(theirs, f"{kind}_num_blocks")[0, 0], getattr(theirs, f"{kind}_indices")[0, 0]
-        assert torch.equal(getattr(ours, f"{kind}_num_blocks")[0, 0], counts)
-        for found, expected, count in zip(getattr(ours, f"{kind}_indices")[0, 0], places, counts.tolist(), strict=True):
-            assert sorted(found[:count].tolist()) == sorted(expected[:count].tolist())
+
+    def places(mask, kind):
+        counts, listed = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+        return {(row, column) for row, count in enumerate(counts.tolist()) for column in listed[row, :count].tolist()}
+
+    (some, full), (their_some, their_full) = ([places(mask, kind) for kind in ("kv", "full_kv")] for mask in (ours, theirs))
+    assert full <= their_full and their_some | their_full <= some | full and not some & full and bool(full) == bool(their_full)
+    assert window is not None or (some, full) == (their_some, their_full)
+    for kind, found in (("q", some), ("full_q", full)):
+        assert places(ours, kind) == {(column, row) for row, column in found}
 
 
 @pytest.mark.parametrize("name", ["ragged", "deep", "questions of two pictures"])

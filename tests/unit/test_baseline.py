@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from conftest import ONE as ALONE
+from conftest import read_json
 
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.core.parsing import parse_config
@@ -70,7 +71,7 @@ def test_a_second_run_takes_the_first_one_s_baseline(tmp_path, monkeypatch, caps
     second = Run(tmp_path / "second", data, tmp_path)
     assert second.measure()["test"][-1].num == 100 and second.evaluated == [] and second.change == first.change
     (cached,) = (tmp_path / "cache").rglob("*.json")
-    assert json.loads(cached.read_text())["rows"][-1]["losses"] == {} and "earlier run with this model" in capsys.readouterr().out
+    assert read_json(cached)["rows"][-1]["losses"] == {} and "earlier run with this model" in capsys.readouterr().out
     relabelled = Run(tmp_path / "relabelled", groups(tmp_path, "size"), tmp_path)
     relabelled.measure()
     assert relabelled.evaluated == ["test"] and relabelled.change == first.change

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPT
+from conftest import PROMPT, write_json, write_rows
 from PIL import Image
 from test_data import folder, manifest, pair, png, row
 
@@ -89,7 +89,7 @@ def test_lines_of_a_manifest_are_bounded(folder, monkeypatch):
     for spaces, fits in ((300, True), (301, False)):
         path.write_text(json.dumps(pair()).ljust(spaces))
         assert bool(check_manifest(path, format="pairs").problems) is not fits
-    path.write_text(json.dumps([pair(id=k) for k in range(9)]))
+    write_json(path, [pair(id=k) for k in range(9)])
     assert path.rename(folder / "one_line.json").stat().st_size > 300, "a list may be longer than a line"
     assert len(read_manifest(folder / "one_line.json", format="pairs")) == 9
 
@@ -125,7 +125,7 @@ def test_a_group_has_a_bounded_number_of_comparisons(folder):
     one text an image, or many texts of which one is true."""
     half = compared(2, 1024, lambda i, c: (i + c) % 2 == 0)
     bad = folder / "bad.jsonl"
-    bad.write_text("".join(json.dumps(each) + "\n" for each in (row(), half | {"id": "half"})))
+    write_rows(bad, (row(), half | {"id": "half"}))
     number = 2 * 512 * 512 + 1024
     with (
         within(20),

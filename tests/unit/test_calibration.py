@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import write_manifest
+from conftest import write_json, write_manifest
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.cli.main import main
@@ -137,7 +136,7 @@ def test_the_command(model_dir, tmp_path, capsys):
         assert {name: getattr(objective[term], name) for name in options} == options
     rows: list[dict[str, Any]] = [to_row(group, tmp_path) for group in read_manifest(manifest)]
     plain = [row | {"images": row["images"][:1], "texts": row["texts"][:1], "match": [["i0", "t0", 1]], "edits": []} for row in rows]
-    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    write_json(tmp_path / "plain.json", plain)
     with pytest.raises(SystemExit):
         main(["calibrate", str(model_dir), str(tmp_path / "plain.json")])
     assert "no group has both a true and a false text or image" in capsys.readouterr().err

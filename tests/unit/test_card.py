@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import write_json
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
@@ -40,11 +41,11 @@ ENVIRONMENT = {"git_revision": "c" * 40, "world_size": 16, "device": "H100", "pa
 def run_folder(folder: Path, step: int = 300, **files: Any) -> Path:
     """A run folder with as much as a card reads of it; the checkpoint."""
     (checkpoint := folder / f"checkpoint-{step}").mkdir(parents=True)
-    (checkpoint / "complete.json").write_text(json.dumps({"step": step}))
+    write_json(checkpoint / "complete.json", {"step": step})
     given = {"config": OPTIONS, "data": DATA, "environment": ENVIRONMENT, "results": {"test": ROWS}, "finished": {"step": step}} | files
     for name, content in given.items():
         if content is not None:
-            (folder / f"{name}.{'yaml' if name == 'config' else 'json'}").write_text(json.dumps(content))
+            write_json(folder / f"{name}.{'yaml' if name == 'config' else 'json'}", content)
     return checkpoint
 
 
@@ -99,15 +100,6 @@ def test_a_card_compares_the_nll_with_that_of_uniform_guessing(tmp_path):
     assert " 3.91 " in line, "e to this power is 50"
     earlier = run_folder(tmp_path / "earlier", before_after=table)
     assert "uniform" not in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
-
-
-def test_a_card_of_adapters(tmp_path):
-    model = OPTIONS["model"] | {"language_model": {"tuning": "lora"}}
-    front, body = parts(model_card(run_folder(tmp_path / "run", config=OPTIONS | {"model": model}), adapter=True))
-    assert (front["library_name"], front["base_model_relation"], front["tags"][-1]) == ("peft", "adapter", "lora")
-    assert "Adapters after 300 optimizer steps" in body and "| model.lora.rank | `8` |" in body and "PeftModel.from_pretrained" in body
-    assert 'base = "org/base-7b"\n' in body
-    compile(body.partition("```python\n")[2].partition("```")[0], "Use", "exec")
 
 
 def test_a_card_says_what_it_does_not_know(tmp_path):

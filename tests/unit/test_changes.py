@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 import pytest
-from conftest import ONE, REPO
+from conftest import ONE, REPO, read_json, write_json
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
@@ -30,7 +30,7 @@ def test_every_deepspeed_setting_that_is_shipped_says_what_its_change_means():
         return set().union(*below)
 
     files = [*(REPO / "ds_configs").glob("*.json"), REPO / "tests" / "support" / "z3_partitioned.json"]
-    shipped = set().union(*(leaves(json.loads(file.read_text())) for file in files))
+    shipped = set().union(*(leaves(read_json(file)) for file in files))
     parts = {name: {name.rsplit(".", n)[0] for n in range(name.count(".") + 1)} for name in shipped}
     undeclared = sorted(name for name, above in parts.items() if not above & option_changes.DEEPSPEED.keys())
     assert len(files) > 4 and len(shipped) > 20
@@ -168,7 +168,7 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     options += ["--data.evaluation.a=b", "--train.save_best=eval/a/pair", "--train.eval_steps=1"]
     config = parse_config(options, OBJECTIVES)
     ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
-    (tmp_path / "finished.json").write_text(json.dumps(ended))
+    write_json(tmp_path / "finished.json", ended)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
     assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ONE
+from conftest import ONE, read_json, write_json
 
 from cfvlm_ds import checkpoint
 from cfvlm_ds.checkpoint import TrainState, saving
@@ -72,7 +72,7 @@ def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> 
     path = output_dir / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "shard.pt").write_bytes(b"x" * 10)
-    (path / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "files": {"shard.pt": (10, zlib.crc32(b"x" * 10))}}))
+    write_json(path / "complete.json", {"step": step, "world_size": ranks, "files": {"shard.pt": (10, zlib.crc32(b"x" * 10))}})
     rewritten(path)
     if not complete:
         (path / "complete.json").unlink()
@@ -81,10 +81,10 @@ def make(output_dir: Path, step: int, ranks: int = 1, complete: bool = True) -> 
 
 def rewritten(path: Path, **changed: Any) -> None:
     """Other entries in a checkpoint's list, as another revision would have written them."""
-    listed = {**json.loads((path / "complete.json").read_text()), **changed}
+    listed = {**read_json(path / "complete.json"), **changed}
     listed = {name: value for name, value in listed.items() if name != "crc32" and value is not None}
     listed["crc32"] = zlib.crc32(json.dumps(listed, sort_keys=True).encode())
-    (path / "complete.json").write_text(json.dumps(listed))
+    write_json(path / "complete.json", listed)
 
 
 def save(output_dir: Path, step: int, engine: Any = None, **kept: Any) -> Path:
@@ -110,7 +110,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
     },
     **{
         f"{change} changed": (
-            lambda path, change=change: (path / LIST).write_text(json.dumps(json.loads((path / LIST).read_text()) | change)),
+            lambda path, change=change: write_json(path / LIST, read_json(path / LIST) | change),
             f"{LIST} is damaged",
         )
         for change in ({"step": 4}, {"world_size": 2}, {"run_id": "b"}, {"files": {}})
@@ -272,7 +272,7 @@ def test_a_sum_is_taken_while_a_file_is_written(tmp_path, monkeypatch):
     read = list[str]()
     monkeypatch.setattr(saving, "crc32_of", lambda file: read.append(file.name) or crc32_of(file))
     saved = save(tmp_path, 1, Large())
-    files = json.loads((saved / "complete.json").read_text())["files"]
+    files = read_json(saved / "complete.json")["files"]
     assert set(read) == {"script.py", "complete.json"} and {"shards/rank0.pt", "random-state-0.pt"} < set(files)
     for name, (size, crc32) in files.items():
         content = (saved / name).read_bytes()

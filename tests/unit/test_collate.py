@@ -258,14 +258,6 @@ def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, group
     assert encoded == [8]
 
 
-def test_blinded(make, groups):
-    """One image, and no text but the first has a known truth."""
-    blind = [blinded(group) for group in groups]
-    assert blind[0] == replace(groups[0], images=((BLANK.with_suffix(".0"),),), match=((1, None, None),), edits=())
-    batch = make()(blind)
-    assert batch.num_images == 1 and batch.layout.negative.sum() == 0
-
-
 # Stored scores ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -235,11 +235,6 @@ def test_print_config_parses_back_to_the_same(written, capsys):
     assert set(expected.resolved) == {"model", "data", "train", "tracking", "build", "objective", "deepspeed"}
 
 
-def test_the_launcher_s_local_rank_is_accepted():
-    """The deepspeed launcher appends it to every rank's arguments; it must not be part of the run's definition."""
-    assert parse("--local_rank=3").resolved == parse("--local_rank", "1").resolved == parse().resolved
-
-
 def test_a_researcher_s_objective_gets_its_options():
     @dataclass(frozen=True)
     class Mine:

@@ -482,7 +482,7 @@ def test_report_counts(folder):
         longest_text=len("three dogs"),
         longest_text_where=f"{path}:1, text 1",
     )
-    assert report.ok and "count: 2, sham: 1" in str(report)
+    assert report.ok and "count: 2, sham: 1" in str(report) and "4 distinct files, min 8, median 8, max 8 pixels" in str(report)
 
 
 @pytest.mark.parametrize(("lengths", "shown"), [({7: 1, 3: 1}, (3, 3, 7)), ({9: 2, 4: 2, 6: 1}, (4, 6, 9)), ({5: 10**13, 2: 1}, (2, 5, 5))])

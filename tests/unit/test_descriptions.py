@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import read_json
 from test_benchmarks import pictures, put
 
 from cfvlm_ds.core.errors import ConfigError
@@ -162,7 +162,7 @@ def test_objects_of_captions_count_where_there_are_captions(tmp_path):
         sum(map(sum, (item.match[0] for item in alone))) < sum(map(sum, (item.match[0] for item in both))) == sum(map(len, shown.values()))
     )
     path = tmp_path / "annotations/instances_val2014.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     content["categories"][4]["name"] = "omnibus"
     put(path, content)
     (problem,) = load(BENCHMARKS["chair"], tmp_path).problems
@@ -179,7 +179,7 @@ def test_objects_of_captions_count_where_there_are_captions(tmp_path):
 def test_an_error_in_coco_names_the_file_and_the_entry(file, part, number, change, problem, tmp_path):
     coco(tmp_path, 0)
     path = tmp_path / f"annotations/{file}_val2014.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     content[part][number - 1] = change
     put(path, content)
     (error,) = load(BENCHMARKS["chair"], tmp_path).problems

@@ -6,20 +6,20 @@ import ast
 import csv
 import functools
 import importlib.util
-import itertools
 import json
 import logging
 import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nbformat
 import pytest
-from conftest import REPO, environment
+from conftest import REPO, environment, flat
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw
 
@@ -41,35 +41,6 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def measured(command: str, *starts: str) -> list[dict[str, str]]:
-    """The first rows that begin with some cells, of the table that follows a command in RESULTS.md or TRIALS.md, by their columns."""
-    pages = "".join((REPO / "benchmarks" / name).read_text() for name in ("RESULTS.md", "TRIALS.md"))
-    after = pages.split(f"python benchmarks/{command}", 1)[1]
-    lines = re.findall(r"^\|.*\|$", after.split("\n\n", 2)[1], re.MULTILINE)
-    rows = [[cell.strip(" *") for cell in line[1:-1].split("|")] for line in lines]
-    return [dict(zip(rows[0], next(row for row in rows if " | ".join(row).startswith(start)), strict=True)) for start in starts]
-
-
-def test_figures_that_pages_quote_are_those_of_their_tables():
-    """Words of a sentence find its numbers, a # each: they are those of the table, rounded to as many digits as are quoted."""
-    starts = ("base", "NLL, all pairs, 2e-3", "default objective, 2e-3", "DPO, 5e-4")
-    habit = [row["conflict"] for row in measured("real_prior.py --table arms", *starts)]
-    others = [measured("peers.py --texts 2", *(f"{n} | {name}" for name in ("trl", "ms-swift", "llamafactory"))) for n in (2, 4, 8)]
-    times, alone = [[row["ratio to ours"] for row in rows] for rows in others], [row["without the reference"] for row in others[2]]
-    quotes = [
-        ("README.md", "SmolLM2-135M rises from # # NLL # default DPO reaches #", habit),
-        ("README.md", "takes # to # two texts # to # eight", [f(each, key=float) for each in times[::2] for f in (min, max)]),
-        ("benchmarks/RESULTS.md", "DPO of TRL # # # 2 texts # # # 4, # # # 8 # # # without", [*itertools.chain(*times), *alone]),
-    ]  # fmt: skip
-    for page, words, figures in quotes:
-        parts = [r"(\d+(?:\.\d+)?)" if word == "#" else re.escape(word) for word in words.split()]
-        quoted = re.search(r"\D*?".join(parts), (REPO / page).read_text())
-        assert quoted, (page, words)
-        exact = [float(value.split("±")[0]) for value in figures]
-        digits = [len(number.partition(".")[2]) for number in quoted.groups()]
-        assert list(quoted.groups()) == [f"{value:.{n}f}" for value, n in zip(exact, digits, strict=True)], (page, words)
 
 
 def said_in_the_code() -> list[str]:
@@ -133,10 +104,6 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 
 
-def test_pages_show_commands():
-    assert len(COMMANDS) > 20 and {"README.md", "tutorial.md", "slurm.md"} <= {name for name, _ in COMMANDS}
-
-
 @pytest.mark.parametrize("name, words", COMMANDS, ids=[f"{name}: {' '.join(words)}" for name, words in COMMANDS])
 def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     """Commands and options that a page shows are there; nothing is run."""
@@ -154,13 +121,6 @@ def test_every_command_of_the_pages_parses(name, words, tmp_path, monkeypatch):
     else:
         arguments = words[2:] if script is None else words[script + 1 :]
         parse_config(with_quickstart(arguments), OBJECTIVES)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return found
 
 
 def test_the_reference_lists_what_the_parser_takes():
@@ -230,49 +190,46 @@ def test_the_format_of_the_page_reads_rows(tmp_path, monkeypatch):
     assert [each.text for each in group.candidates] == ["a dog", "no dog"]
 
 
-@pytest.mark.long
-def test_the_tutorial_runs(tmp_path):
-    """Its files and commands as they stand, in order, on pictures drawn for its table, which has more lines of the same kind."""
+def followed(page: str, folder: Path, draw: Callable[[str, str], object]) -> str:
+    """Writes the page's files and runs its commands as they stand, in order, without a network; what they print."""
     for name in ("train.py", "cfvlm_ds", "ds_configs"):
-        (tmp_path / name).symlink_to(REPO / name)
-    said = ""
-    for language, title, block in FENCE.findall((REPO / "docs" / "tutorial.md").read_text()):
+        (folder / name).symlink_to(REPO / name)
+    said, variables = "", environment() | {"HF_HUB_OFFLINE": "1"}
+    for language, title, block in FENCE.findall(page):
         if title:
-            (tmp_path / title).write_text(block)
-        if title == "captions.csv":
-            draw_pictures(tmp_path)
+            (folder / title).write_text(block)
+            draw(title, block)
         for command in block.splitlines() if language == "bash" else ():
-            done = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
-            )
+            done = subprocess.run(command, shell=True, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
             said += done.stdout
+    return said
+
+
+@pytest.mark.long
+def test_the_tutorial_runs(tmp_path):
+    """On pictures drawn for its table, which has more lines of the same kind."""
+    page = (REPO / "docs" / "tutorial.md").read_text()
+    said = followed(page, tmp_path, lambda title, _: title == "captions.csv" and draw_pictures(tmp_path))
     assert "step 20/20" in said and "| test | mean of edit types, blank image |" in said
     assert {"results.md", "learning_curves.png", "export"} <= set(os.listdir(tmp_path / "runs" / "mine"))
 
 
 @pytest.mark.long
 def test_data_are_made_as_the_page_says(tmp_path):
-    """From drawn pictures and a table of captions to adapters, without a network: the page's first section as it stands."""
-    for name in ("train.py", "cfvlm_ds", "ds_configs"):
-        (tmp_path / name).symlink_to(REPO / name)
+    """From drawn pictures and a table of captions to adapters: the page's first section."""
     (tmp_path / "pictures").mkdir()
-    said = ""
-    page = (REPO / "docs" / "making_data.md").read_text().split("\n## Quick start\n")[1].split("\n## Propose\n")[0]
-    for language, title, block in FENCE.findall(page):
-        if title:
-            (tmp_path / title).write_text(block)
+
+    def draw(title: str, block: str) -> None:
         for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "plain.csv" else ()):
             picture = Image.new("RGB", (64, 48), (200, 200, 200))
             ImageDraw.Draw(picture).ellipse((4, 10, 28, 34), fill=("red", "blue", "yellow")[number])
             ImageDraw.Draw(picture).rectangle((38, 10, 60, 34), fill="green")
             picture.save(tmp_path / "pictures" / row["image"])
-        for command in block.splitlines() if language == "bash" else ():
-            done = subprocess.run(
-                command, shell=True, cwd=tmp_path, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-            said += done.stdout
+
+    said = followed(
+        (REPO / "docs" / "making_data.md").read_text().split("\n## Quick start\n")[1].split("\n## Propose\n")[0], tmp_path, draw
+    )
     groups = read_manifest(tmp_path / "made.jsonl", [tmp_path, tmp_path / "pictures", tmp_path / "W"])
     assert len(groups) == 3 and "back end: mine" in said and "editor: flip" in said and "step 4/4" in said
     assert any(len(group.images) > 1 and "shard-" in str(group.images[1][0]) for group in groups)

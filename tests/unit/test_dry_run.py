@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, read_json, write_json
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from cfvlm_ds import engine
@@ -145,14 +144,14 @@ def model_of(recipe: Path) -> str:
 def configured(recipe: Path, folder: Path, *extra: str) -> RunConfig:
     name = model_of(recipe)
     (folder / name).mkdir(exist_ok=True)
-    (folder / name / "config.json").write_text(json.dumps(PUBLISHED[name][0]))
+    write_json(folder / name / "config.json", PUBLISHED[name][0])
     return parse_config(["--config", str(recipe), "--model.name_or_path", str(folder / name), *extra], OBJECTIVES)
 
 
 def keep_three_layers(model: Path) -> None:
-    published = json.loads((model / "config.json").read_text())
+    published = read_json(model / "config.json")
     shorter = published["text_config"] | {"num_hidden_layers": 3}
-    (model / "config.json").write_text(json.dumps(published | {"text_config": shorter}))
+    write_json(model / "config.json", published | {"text_config": shorter})
 
 
 def row(report: str, name: str) -> list[int]:

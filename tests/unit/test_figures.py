@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_rows
 from PIL import Image
 
 from cfvlm_ds.evaluation import Accuracy
@@ -24,7 +24,7 @@ def _share(path: Path, colour: str) -> float:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
+    write_rows(path, ({"time": 0.0, **row} for row in rows))
     return path
 
 
@@ -93,14 +93,6 @@ def test_a_line_has_the_number_of_groups_behind_it(tmp_path, drawn):
     sample, accuracy = ([text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[0].axes)
     assert sample == ["many/pair, 30 of 99 groups"]
     assert accuracy == ["val/group, 5 groups", "val/pair, 9 groups\n= val/factual, 8 groups"]
-
-
-def test_ticks_are_round_steps_and_a_long_name_is_whole(tmp_path, drawn):
-    rows = [{"step": step, f"eval/{'photographs_' * 5}x/group": 50.0} for step in (10, 20, 30, 40)]
-    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
-    (axes,) = drawn[0].axes
-    assert {10, 20, 30, 40} <= set(axes.get_xticks())
-    assert axes.get_legend().get_texts()[0].get_text().replace("\n", "") == f"{'photographs_' * 5}x/group"
 
 
 def test_learning_curves_without_data_are_named(tmp_path):

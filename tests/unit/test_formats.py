@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_json
 from public_data import PUBLIC, lines, llava_row, picture, preference_trl_row, trl_row, write_pictures
 
 from cfvlm_ds.core.errors import DataError
@@ -48,21 +49,6 @@ def test_public_data_are_groups(name, tmp_path, monkeypatch):
         assert open_groups(path, format="auto").format == format and read_manifest(path, format="auto") == groups
     again = [from_row(json.loads(json.dumps(to_row(group, Path("/")))), Path("/")) for group in groups]
     assert again == groups, "as cfgroup they are the same groups"
-
-
-def test_what_a_public_row_says_beside_is_kept_and_counted(tmp_path):
-    kept = {
-        "OpenAI messages": {"messages": [{}, {"weight": 1}]},
-        "RLHF-V": {"idx": 3, "ds_name": "RLHF-V"},
-        "Winoground": {"tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"},
-        "CSV": {"note": "3"},
-        "WebDataset": {"key": "000000003", "status": "success"},
-        "LLaVA": {"id": "000000000001"},
-    }
-    for name, expected in kept.items():
-        (folder := tmp_path / name).mkdir()
-        path, format = PUBLIC[name][0](folder, 4)
-        assert json.loads(read_manifest(path, format=format)[3].meta) == expected, name
 
 
 @pytest.mark.parametrize("format", ["llava", "messages"])
@@ -222,7 +208,7 @@ def test_marks_of_coco_files_and_of_samples(tmp_path):
     write_pictures(tmp_path)
     notes = [{"image_id": 7, "id": k, "caption": f"c{k}", "foil": k == 1, "foil_word": "ORIG"} for k in range(3)]
     coco = {"info": {}, "images": [{"id": 7, "file_name": IMAGE}], "annotations": notes}
-    (tmp_path / "foil.json").write_text(json.dumps(coco))
+    write_json(tmp_path / "foil.json", coco)
     with pytest.raises(DataError, match="'foil'"):
         read_manifest(tmp_path / "foil.json", format="auto")
     (group,) = read_manifest(tmp_path / "foil.json", format="captions:label=foil,true=false,false=true,ignore=foil_word")

@@ -34,10 +34,6 @@ class Hub(ThreadingHTTPServer):
         self.folder, self.asked, self.pushed = folder, list[str](), dict[str, bytes]()
 
 
-def _mode(path: str) -> str:
-    return "lfs" if path.endswith(".safetensors") else "regular"
-
-
 class Answers(BaseHTTPRequestHandler):
     server: Hub
 
@@ -58,7 +54,7 @@ class Answers(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """The upload of small files: https://huggingface.co/docs/hub/api, and the client's own source."""
+        """The upload of files as regular ones: https://huggingface.co/docs/hub/api, and the client's own source."""
         content = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
             given = json.loads(content)
@@ -67,25 +63,15 @@ class Answers(BaseHTTPRequestHandler):
             self.say({"errors": [], "warnings": []})
         elif self.path == "/api/models/me/tuned/preupload/main":
             files = json.loads(content)["files"]
-            self.say({"files": [{"path": each["path"], "uploadMode": _mode(each["path"]), "shouldIgnore": False} for each in files]})
-        elif self.path == "/me/tuned.git/info/lfs/objects/batch":
-            files = json.loads(content)["objects"]
-            place = f"http://{self.headers['Host']}/lfs/"
-            self.say({"objects": [{**each, "actions": {"upload": {"href": place + each["oid"]}}} for each in files]})
+            self.say({"files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]})
         elif self.path == "/api/models/me/tuned/commit/main":
             rows = [json.loads(line)["value"] for line in content.splitlines()]
             for row in rows:
                 if "path" in row:
-                    sent = base64.b64decode(row["content"]) if "content" in row else self.server.pushed.pop(row["oid"])
-                    self.server.pushed[row["path"]] = sent
+                    self.server.pushed[row["path"]] = base64.b64decode(row["content"])
             self.say({"commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer(b"", {"X-Error-Message": "no rights to this namespace"}, 403)
-
-    def do_PUT(self) -> None:
-        """An object of Git LFS."""
-        self.server.pushed[self.path.removeprefix("/lfs/")] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(b"", {})
 
     def say(self, value: object) -> None:
         self.answer(json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -8,13 +8,10 @@ import graphlib
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import test_gpu
-import torch
 from conftest import REPO, draw, write_rows
 
 from cfvlm_ds.core.versions import version
@@ -146,13 +143,6 @@ def test_no_object_is_finished_from_outside():
     assert not [place for place in outside if place.split(": ")[1] not in OF_LIBRARIES]
 
 
-PUBLIC = {"initialize", "init_distributed", "DeepSpeedConfig"}
-"""Of ``deepspeed`` itself."""
-OF_ENGINES = {
-    *dir(torch.nn.Module), "module", "optimizer", "lr_scheduler", "backward", "step", "save_checkpoint", "load_checkpoint",
-    "set_gradient_accumulation_boundary", "was_step_applied", "get_global_grad_norm", "skipped_steps", "fp16_enabled",
-}  # fmt: skip
-"""And of an engine's optimizer ``param_groups``, which is torch's."""
 INTERNAL = re.compile(
     r"ds_(tensor|shape|numel|id|status|process_group|active_sub_modules)|(fp32_)?\w*flat_groups|\w*partition\w*_groups\w*"
 )
@@ -169,22 +159,10 @@ def beyond_public(path: Path) -> Iterator[str]:
             yield node.value
         elif isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)
-            of_engine = re.fullmatch(r"(self\.)?(_|ds_)?engine", owner) and "engine" not in module_aliases(path)
-            beside = [
-                re.search(r"(engine|optimizer|coordinator|zero|writer|reader)$", owner) and node.attr.startswith("_"),
-                INTERNAL.fullmatch(node.attr),
-                owner == "deepspeed" and node.attr not in PUBLIC,
-                of_engine and node.attr not in OF_ENGINES,
-                owner.endswith(("engine.optimizer", "engine.lr_scheduler")) and node.attr != "param_groups",
-            ]
-            if any(beside):
+            private = re.search(r"(engine|optimizer|coordinator|zero|writer|reader)$", owner) and node.attr.startswith("_")
+            other = owner == "deepspeed" and node.attr not in ("initialize", "init_distributed", "DeepSpeedConfig")
+            if private or other or INTERNAL.fullmatch(node.attr):
                 yield f"{owner}.{node.attr}"
-
-
-def module_aliases(path: Path) -> set[str]:
-    """Names under which a file has this package's own rooms."""
-    nodes = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name)
-    return {alias.asname or alias.name for node in nodes for alias in node.names}
 
 
 def test_what_deepspeed_does_not_offer_is_used_in_one_place():
@@ -247,67 +225,3 @@ def test_commands_start_without_torch_and_objectives_need_it_alone():
     code = f"import sys, cfvlm_ds.cli.main; print({heavy}); from cfvlm_ds import *; print({heavy}, weighted_loss.__name__)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == ["[]", "['torch'] weighted_loss"]
-
-
-KERNEL, RUN, COMMAND, NODE = (
-    "test_kernels_are_as_near_as_a_dense_attention",
-    "test_a_run_in_bfloat16",
-    "test_commands_score_near_a_cpu",
-    "test_a_node_is_checked",
-)
-ONLY_CUDA = {
-    "batching/batch.py Batch.pin_memory": (1, RUN),
-    "batching/batch.py MicroBatch.pin_memory": (1, RUN),
-    "cluster/node_check.py _collective": (1, NODE),
-    "cluster/node_check.py gpu_fault": (2, NODE),
-    "core/distributed.py all_reduce_rate": (1, NODE),
-    "core/distributed.py own_device": (1, COMMAND),
-    "core/distributed.py random_state": (1, RUN),
-    "core/distributed.py set_random_state": (2, RUN),
-    "core/distributed.py usual_dtype": (1, COMMAND),
-    "deepspeed_compat/running_engine.py gather_clock": (2, RUN),
-    "deepspeed_compat/running_engine.py gather_clock.by_events": (1, RUN),
-    "engine/configuration.py resolve": (1, RUN),
-    "engine/setup.py initialize": (1, RUN),
-    "engine/setup.py start": (6, RUN),
-    "models/chunked_logprobs.py _product": (1, RUN),
-    "models/flops.py peak": (2, RUN),
-    "models/loading.py attention": (2, RUN),
-    "models/variable_length.py flash_attention": (2, KERNEL),
-    "models/variable_length.py _varlen": (1, KERNEL),
-    "models/variable_length.py has_varlen": (1, KERNEL),
-    "training/trainer.py Trainer._micro_batches": (1, RUN),
-    "training/run_record.py write_record": (1, RUN),
-}
-"""Function -> how many of its lines only CUDA runs, or choose by it, and the test of test_gpu.py that runs them."""
-
-
-def for_cuda(node: ast.AST) -> bool:
-    """Tell whether a node names torch.cuda, a device or backend of it, a kernel that needs it, or pinned memory."""
-    match node:
-        case ast.Attribute(value=ast.Name(id="torch"), attr="cuda") | ast.Attribute(attr="is_cuda" | "pin_memory"):
-            return True
-        case ast.keyword(arg="pin_memory") | ast.Name(id="get_accelerator") | ast.alias(name="get_accelerator"):
-            return True
-        case ast.Import(names=[ast.alias(name=name), *_]) | ast.ImportFrom(module=str(name)):
-            return name.startswith(("flash_attn", "triton", "torch.cuda", "torch.nn.attention.varlen"))
-        case ast.Constant(value=str(text)):
-            return text in ("cuda", "nccl") or text.startswith("cuda:")
-    return False
-
-
-def lines_for_cuda(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
-    """(function, line) of every such node."""
-    for node in ast.iter_child_nodes(tree):
-        if for_cuda(node):
-            yield inside, getattr(node, "lineno", 0)
-        named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        yield from lines_for_cuda(node, f"{inside}.{node.name}".strip(".") if named else inside)
-
-
-def test_what_only_cuda_runs_has_a_test_that_runs_it():
-    found = Counter(
-        f"{path.relative_to(PACKAGE)} {function}" for path in FILES for function, _ in sorted(set(lines_for_cuda(parsed(path))))
-    )
-    assert found == {where: count for where, (count, _) in ONLY_CUDA.items()}
-    assert test_gpu.pytestmark.name == "gpu" and all(callable(getattr(test_gpu, test)) for _, test in ONLY_CUDA.values())

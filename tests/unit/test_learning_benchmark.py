@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import learning
 import pytest
-from conftest import write_rows
+from conftest import read_json, write_json, write_rows
 
 from cfvlm_ds.demo import report as demo_report
 
@@ -51,12 +49,12 @@ def test_the_nll_of_a_set_relative_to_the_base():
 
 
 def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch):
-    shipped = json.loads(demo_report.MEASURED.read_text())
+    shipped = read_json(demo_report.MEASURED)
     assert {"nll", "light"} <= {*shipped} <= {*learning.DEMO} and all(
         each["mean"].keys() == demo_report.AXES.keys() for each in shipped.values()
     )
     monkeypatch.setattr(demo_report, "MEASURED", tmp_path / "measured.json")
-    demo_report.MEASURED.write_text(json.dumps({"nll": {"title": "NLL", "seeds": 3, "mean": dict.fromkeys(demo_report.AXES, 61.04)}}))
+    write_json(demo_report.MEASURED, {"nll": {"title": "NLL", "seeds": 3, "mean": dict.fromkeys(demo_report.AXES, 61.04)}})
     lines = [
         {"step": 0, "eval/agrees/group": 50.0},
         {"step": 3, "loss": 1.0},

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, REPO, contents, draw, printed, read_rows, refused, wait_for, write_rows
+from conftest import COLOURS, REPO, contents, draw, printed, read_json, read_rows, refused, wait_for, write_json, write_rows
 from PIL import Image, ImageDraw, ImageOps
 from test_propose import Server, proposing, quiet, reply
 from world_editor import WorldEditor, describes, failed, fault_of, scene_of, shown_by
@@ -42,7 +42,7 @@ from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_
 from cfvlm_ds.counterfactuals.edit.base import Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
-from cfvlm_ds.counterfactuals.edit.step import Unit, edit, make
+from cfvlm_ds.counterfactuals.edit.step import edit
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, calibrated, read_thresholds, verdict
 from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
@@ -68,7 +68,7 @@ def world(tmp_path_factory):
     build_habits(HabitsConfig(str(folder), num_train=1, num_test=36), lambda line: None)
     nouns = {noun(kind, number) for kind in KINDS for number in (1, 2)}
     words = {"colour": list(WORLD_COLOURS), "count": ["one", "two", "three"], "object": sorted(nouns & {*NOUNS})}
-    (folder.parent / "words.yaml").write_text(json.dumps(words))
+    write_json(folder.parent / "words.yaml", words)
     return folder
 
 
@@ -338,7 +338,7 @@ def test_a_shard_of_older_records_is_refused_with_a_remedy_that_gives_the_same_b
     before = contents(out)
     for step, later in (("propose", "edit"), ("edit", "verify")):  # made again with another outcome, as by an editor that draws otherwise
         done = out / step / "shard-00001.done.json"
-        done.write_text(json.dumps(json.loads(done.read_text()) | {"sha256": hashlib.sha256(b"").hexdigest()}))
+        write_json(done, read_json(done) | {"sha256": hashlib.sha256(b"").hexdigest()})
         for refuses in (
             lambda: select(out, tmp_path / "g.jsonl", SelectOptions(), quiet),
             lambda: verified(out, 1),
@@ -403,7 +403,7 @@ def judged(out: Path, thresholds: Thresholds, oracle: Oracle) -> tuple[int, int,
     return len(passed), sum(passed), sum(oracle.truth.values())
 
 
-def test_verdicts_are_precise_where_the_scorer_sees(whole, tmp_path, capsys):
+def test_verdicts_are_precise_where_the_scorer_sees(whole, tmp_path):
     """A noisy scorer is made precise by a margin that labels call for; a perfect one needs none; pixels alone are not enough."""
     noisy = Oracle(whole, noise=2.5)
     assert {False, True} == set(noisy.truth.values())
@@ -526,7 +526,7 @@ def test_no_threshold_accepts_a_candidate_of_which_a_cell_is_wrong(tmp_path):
         *(({"changed": {"*": bounds}}, "changed") for bounds in ([0.5, 0.1], [0.0, math.nan], [0.1])),
         ([1], ""), ({"margn": 1}, "'margin'"),
     ):  # fmt: skip
-        (tmp_path / "t.json").write_text(json.dumps(wrong))
+        write_json(tmp_path / "t.json", wrong)
         with pytest.raises(ConfigError, match=rf"--thresholds .*t\.json: .*{place}"):
             read_thresholds(tmp_path / "t.json")
     (tmp_path / "t.yaml").write_text("changed: {colour: [0.1, 0.2]}\nmargin: 1")
@@ -860,7 +860,7 @@ def test_code_that_a_pipeline_names_is_not_run(tmp_path, monkeypatch):
     editor = EditOptions(model=str(tmp_path / "pipe"))
     for part, library in (("unet", "own"), ("unet", "planted"), ("_class_name", "own"), ("unet", "diffusers"), ("unet", "os")):
         index = {"_class_name": "DDPMPipeline", part: [library, "UNet2DConditionModel"]}
-        (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+        write_json(tmp_path / "pipe" / "model_index.json", index)
         with pytest.raises(ConfigError, match="diffusers pipeline"):
             Diffusers(editor)
     assert not (tmp_path / "ran").exists()
@@ -888,11 +888,6 @@ def test_real_pipelines_give_the_same_bytes_for_a_seed_and_keep_the_size(kind, t
         Diffusers(EditOptions(model=options.model, options="steps=2"))
     with pytest.raises(ConfigError, match="diffusers pipeline"):
         Diffusers(EditOptions(model=str(tmp_path)))
-    unit = Unit(task(path, seed=1, mask=tmp_path / "m.png"), "diffusers", {"original": "", "proposal": {}})
-    record, made = make(unit, {"diffusers": editor}, EditOptions())
-    assert made is not None and record["picture"]["size"] == [50, 41]
-    pixels, original, inside = np.asarray(Image.open(io.BytesIO(made))), np.asarray(open_image(path)), np.asarray(mask) > 0
-    assert (pixels[~inside] == original[~inside]).all() and (pixels[inside] != original[inside]).any()
 
 
 # --- selection --------------------------------------------------------------------------------------------------------------------------
@@ -928,14 +923,14 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch)
     assert all(counts["kept"] == min(3, every.by_type[kind]["kept"]) for kind, counts in few.by_type.items())
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3"), quiet)
     assert set(parts.files) == {str(tmp_path / "g.train.jsonl"), str(tmp_path / "g.test.jsonl")} and all(parts.files.values())
-    shown = [{row["images"][0]["path"] for row in map(json.loads, Path(name).read_text().splitlines())} for name in parts.files]
+    shown = [{row["images"][0]["path"] for row in read_rows(Path(name))} for name in parts.files]
     assert not shown[0] & shown[1]
     assert parts.summary().count("wrote ") == 2
     assert len(shown[0]) == round(0.7 * (len(shown[0]) + len(shown[1]))), "exact, by pictures"
     monkeypatch.setattr("cfvlm_ds.counterfactuals.select._MANY", 2)
     parts = select(whole, tmp_path / "g.jsonl", SelectOptions(splits="train=0.7,test=0.3", seed=5), quiet)
     for name in parts.files:  # of many pictures, each has its split by its own hash
-        for row in map(json.loads, Path(name).read_text().splitlines()):
+        for row in read_rows(Path(name)):
             digest = hashlib.sha256(b"5\0" + row["meta"]["edits"][0]["edit"]["parent_sha256"].encode()).digest()
             assert (digest[0] + digest[1] / 256 < 0.7 * 256) == name.endswith("train.jsonl")
     sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from cfvlm_ds.batching.batch import Batch, MicroBatch
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig
-from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.objectives import OBJECTIVES, denominators, scored_besides, weighted_loss
@@ -23,13 +21,6 @@ from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.step import Measured
 
 OBJECTIVE = {name: objective() for name, objective in OBJECTIVES.items()}
-
-
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import read_json, write_json
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -29,9 +29,9 @@ def loaded(folder: Path) -> Any:
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
+        content = read_json(folder / name)
         change(content)
-        (folder / name).write_text(json.dumps(content))
+        write_json(folder / name, content)
 
     return edit
 
@@ -65,7 +65,7 @@ def sharded(lost: bool) -> Callable[[Path], object]:
             parts[file := f"model-{number + 1:05d}-of-00002.safetensors"] = names[number::2]
             save_file({name: weights[name] for name in parts[file]}, folder / file, {"format": "pt"})
         weight_map = {name: file for file, held in parts.items() for name in held}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if lost:
             (folder / "model-00002-of-00002.safetensors").unlink()
 
@@ -179,10 +179,10 @@ def test_a_configuration_of_which_no_model_can_be_made(make, model_dir, tmp_path
 def test_a_run_folder_means_its_export_or_its_adapters(tmp_path):
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
-    (run / "config.yaml").write_text(json.dumps({"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}}))
+    write_json(run / "config.yaml", {"model": {"name_or_path": "org/base", "max_tiles": 3, "lora": {"rank": 4}}})
     with pytest.raises(ConfigError, match=f"cfvlm-ds export {run}"):
         named_model(str(run))
-    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
+    write_json(run / "adapter" / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "org/base"})
     with pytest.raises(ConfigError, match=r"adapter has no adapter_model\.safetensors"):
         named_model(str(run))
     save_file({"x": torch.zeros(1)}, run / "adapter" / "adapter_model.safetensors")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_manifest
+from conftest import read_rows, write_manifest, write_rows
 from stores import preparing
 
 from cfvlm_ds.core.groups import CounterfactualGroup
@@ -22,10 +21,10 @@ def sets(tmp_path_factory):
     other texts; copies of its pictures under other names; and a set of its own."""
     folder = tmp_path_factory.mktemp("sets")
     train = write_manifest(folder / "train.jsonl", 16, seed=1)
-    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    rows = read_rows(train)
 
     def written(name: str, changed: list[dict[str, Any]]) -> Path:
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        write_rows(folder / f"{name}.jsonl", changed)
         return folder / f"{name}.jsonl"
 
     moved = []

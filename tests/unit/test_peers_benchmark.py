@@ -4,18 +4,10 @@ right by hand, and differences are named."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import peers
 import pytest
-
-TEXTS = {"0.png": ["a", "b", "c"], "1.png": ["d", "e", "f"]}
-PAIRS = [
-    {"image": image, "question": "What?", "prompt": "<user>What?<assistant>", "chosen": chosen, "rejected": other}
-    for image, (chosen, *others) in TEXTS.items()
-    for other in others
-]
 
 
 @pytest.mark.long
@@ -35,26 +27,6 @@ def test_our_side_computes_dpo_of_the_librarys_own_forwards(tmp_path, monkeypatc
     # A margin is a difference of four such sums of 440 nats, and beta / 2 is about the loss's derivative.
     assert found["loss"] == pytest.approx(plain["loss"], abs=settings.beta / 2 * 4 * 1e-6 * abs(plain["rejected"]))
     assert abs(plain["loss"] - math.log(2)) > 1e-3, "the reference is another model"
-
-
-def test_every_format_says_the_same_pairs():
-    wanted = [("/data/" + pair["image"], "<image>What?", pair["chosen"], pair["rejected"]) for pair in PAIRS]
-    rows = peers.swift_rows(PAIRS, Path("/data"))
-    assert all([each["role"] for each in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert [(*row["images"], *(each["content"] for each in row["messages"]), row["rejected_response"]) for row in rows] == wanted
-
-    files = peers.llamafactory_files(PAIRS)
-    info, found = files["dataset_info.json"]["pairs"], []
-    for row in files[info["file_name"]]:
-        [turn], chosen, rejected, [image] = (row[info["columns"][name]] for name in ("messages", "chosen", "rejected", "images"))
-        assert [each["from"] for each in (turn, chosen, rejected)] == ["human", "gpt", "gpt"]
-        found.append((f"/data/{image}", turn["value"], chosen["value"], rejected["value"]))
-    assert found == wanted and info["ranking"] and info["formatting"] == "sharegpt"
-
-    scores = [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]
-    rows = peers.prefix_rows(PAIRS, scores)
-    assert {row["image"]: row["texts"] for row in rows} == TEXTS and [row["reference"] for row in rows] == scores
-    assert {row["prompt"] for row in rows} == {PAIRS[0]["prompt"]}
 
 
 FIRST = {"chosen": -40.0, "rejected": -50.0, "grad_norm": 3.0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tarfile
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_rows
 from PIL import Image
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import TooLarge, read_bytes
-from cfvlm_ds.data import check_manifest, confinement, image_size, open_image, read_manifest
-from cfvlm_ds.data.confinement import Confinement
+from cfvlm_ds.data import check_manifest, image_size, open_image, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_file import open_picture, part_name, picture_bytes, picture_file, picture_stat
 from cfvlm_ds.data.picture_index import PictureTable, content_digest
@@ -79,7 +78,7 @@ def rows(tmp_path):
             for k in range(3)
         ]  # fmt: skip
         written.append(tmp_path / f"{name}.jsonl")
-        written[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(written[-1], lines)
     return written[0], written[1]
 
 
@@ -171,35 +170,3 @@ def test_a_container_that_was_put_in_its_place_is_read_anew(tmp_path):
     with pytest.raises(DataError, match=r"a.tar#1536\+\d+: the picture has changed since"):
         table.verify(part)
     assert hashlib.blake2b(picture_bytes(part, 1 << 20), digest_size=16).digest() == content_digest(part)
-
-
-def test_where_a_container_is_is_asked_once_for_all_of_its_parts(tmp_path, monkeypatch):
-    """Whichever root it is in; what leads out of them is refused each time, and a name that is no part is a file of its own."""
-    first, second, away = (tmp_path / name for name in ("first", "second", "away"))
-    for folder in (first, second, away):
-        folder.mkdir()
-    for tar in (second / "a.tar", away / "a.tar"):
-        tar.write_bytes(bytes(100))
-    (first / "link.tar").symlink_to(away / "a.tar")
-    (first / "within.tar").symlink_to(second / "a.tar")
-    (first / "a.tar#07+1").touch()
-    confine, asked, right = Confinement([first, second]), list[str](), confinement.mode_of
-    monkeypatch.setattr(confinement, "mode_of", lambda path: asked.append(path) or right(path))
-    for k in (3, 30, 60):
-        assert (
-            confine(Path(f"a.tar#{k}+1")) == second / f"a.tar#{k}+1" and confine(Path(f"./within.tar#{k}+1")) == first / f"within.tar#{k}+1"
-        )
-        assert confine(second / f"a.tar#{k}+1") == second / f"a.tar#{k}+1"
-        for name in (f"link.tar#{k}+1", f"../away/a.tar#{k}+1", f"{away}/a.tar#{k}+1"):
-            with pytest.raises(DataError, match="outside the data roots"):
-                confine(Path(name))
-        assert confine(Path("a.tar#07+1")) == first / "a.tar#07+1" and confine(Path(f"absent.tar#{k}+1")) == first / f"absent.tar#{k}+1"
-    assert [asked.count(str(tar)) for tar in (second / "a.tar", first / "within.tar", first / "link.tar", first / "a.tar#07+1")] == [
-        2,
-        1,
-        3,
-        1,
-    ]
-    (first / "absent.tar").symlink_to(away / "a.tar")
-    with pytest.raises(DataError, match="outside the data roots"):
-        confine(Path("absent.tar#3+1"))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import contents, write_manifest
+from conftest import contents, read_json, read_rows, write_json, write_manifest, write_rows
 from public_data import PUBLIC, write_pictures
 from stores import preparing
 
@@ -59,7 +59,7 @@ def small(patch: pytest.MonkeyPatch) -> None:
 def source(tmp_path_factory):
     """Seventeen rows: ragged ones, one of text alone, one that shows pictures of others, one of two pictures at once."""
     path = write_manifest(tmp_path_factory.mktemp("source") / "m.jsonl", 14, seed=3)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     alone = {"id": "alone", "images": [{"id": "i0", "path": None}], "texts": [{"id": "t0", "text": "é"}], "match": [["i0", "t0", 1]]}
     shown = [rows[k]["images"][0]["path"] for k in (1, 9)]
     again = {
@@ -71,7 +71,7 @@ def source(tmp_path_factory):
     rows.insert(3, alone)
     rows.insert(12, again)
     rows.insert(0, both)
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_rows(path, rows)
     return path
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
     assert preparing(path, tmp_path / "rest", pack=packs)
     assert [plain(group) for group in open_groups(tmp_path / "store")] == [plain(group) for group in open_groups(tmp_path / "rest")]
     assert StoredRows(tmp_path / "store").identity == StoredRows(tmp_path / "rest").identity
-    problems = [json.loads(line)["problem"] for line in (tmp_path / "store" / "left_out.jsonl").read_text().splitlines()]
+    problems = [row["problem"] for row in read_rows(tmp_path / "store" / "left_out.jsonl")]
     assert len(problems) == len(showing) + 2 == StoredRows(tmp_path / "store").found["left_out"]
     named = sorted(int(problem.partition("m.jsonl:")[2].partition(":")[0]) for problem in problems)
     assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
@@ -180,7 +180,7 @@ def test_pictures_are_members_of_tars(source, store):
         found += [content for _, content in members]
     shown = {picture for group in read_manifest(source) for image in group.images for picture in image}
     assert sorted(found) == sorted(picture.read_bytes() for picture in shown)
-    record = json.loads((store / "store.json").read_text())
+    record = read_json(store / "store.json")
     for each in (*record["rows"], *record["images"], *record["tables"]):
         content = (store / each["file"]).read_bytes()
         assert (each["bytes"], each["crc32"]) == (len(content), zlib.crc32(content))
@@ -406,7 +406,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source, tmp_path, mo
 def test_a_store_of_the_same_rows_read_otherwise_is_another(tmp_path):
     write_pictures(tmp_path)
     rows = [{"id": k, "image": "images/000.png", "caption": f"dog {k}"} for k in range(3)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "rows.jsonl", rows)
     assert preparing(open_groups(tmp_path / "rows.jsonl", format="captions"), tmp_path / "other")
     with pytest.raises(ConfigError, match="or with other options; remove it"):
         preparing(open_groups(tmp_path / "rows.jsonl", format="captions:ask=What?"), tmp_path / "other")
@@ -448,9 +448,9 @@ def renamed(store: Path, one: str, other: str) -> None:
 
 
 def edited(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    record = json.loads((store / "store.json").read_text())
+    record = read_json(store / "store.json")
     change(record)
-    (store / "store.json").write_text(json.dumps(record))
+    write_json(store / "store.json", record)
 
 
 def swapped(store: Path) -> None:

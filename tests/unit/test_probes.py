@@ -128,14 +128,6 @@ def test_letters_average_over_orders(item):
     assert orders(size) == asked
 
 
-def test_a_liking_for_a_letter_is_no_advantage():
-    found = ask([CHOICE, FIVE], Letters(), lambda pictures, prompt, text: {"A": 3.0}.get(text, 0.0))
-    for outcome in found:
-        assert (
-            max(outcome.seen[0]) - min(outcome.seen[0]) < 1e-12 and outcome.consistency is not None and outcome.consistency <= 1 / 3 + 1e-12
-        )
-
-
 def test_letters_that_the_prompt_lists_keep_their_order():
     found = ask([LISTED], Letters())[0]
     close(found, lambda p: [model(p, LISTED.prompt, letter) for letter in "AB"])

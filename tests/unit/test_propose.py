@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, draw, read_rows, write_rows
+from conftest import REPO, draw, read_json, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
@@ -179,7 +179,7 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     """Source -> edits of the step, of captions in a file, in so many shards."""
     folder.mkdir(exist_ok=True)
     path = folder / "captions.jsonl"
-    path.write_text("".join(json.dumps({"id": f"r{k}", "caption": said, "image": f"{k}.png"}) + "\n" for k, said in enumerate(captions)))
+    write_rows(path, ({"id": f"r{k}", "caption": said, "image": f"{k}.png"} for k, said in enumerate(captions)))
     for shard in range(shards):
         proposing(path, folder / "W", shard=shard, shards=shards, **options)
     records = [json.loads(line) for file in sorted((folder / "W" / "propose").glob("*.jsonl")) for line in file.read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_a_word_is_kept_as_often_as_the_ones_that_come_for_it(tmp_path):
     """Worked by hand: 10 rights become lefts; of 30 lefts so many become rights, m, that m - 10 is the root of m + 10: 15, one half."""
     captions = [f"a cup to the {side} of a plate" for side in 30 * ["left"] + 10 * ["right"]]
     edits = proposed(tmp_path, captions, types="relation")
-    prices = json.loads((tmp_path / "W" / "prices.json").read_text())["prices"]["relation"]
+    prices = read_json(tmp_path / "W" / "prices.json")["prices"]["relation"]
     assert prices["to the right of"] / prices["to the left of"] == pytest.approx(0.5, abs=0.01)
     assert sum(len(edits[f"r{k}"]) for k in range(30)) < 30 and all(len(edits[f"r{k}"]) == 1 for k in range(30, 40))
 
@@ -558,7 +558,7 @@ def mined(tmp_path: Path, shards: int = 1, **options: Any) -> set[tuple[str, str
     ]  # fmt: skip
     tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "caption": c, "image": p}) + "\n" for i, c, p in rows))
+    write_rows(path, ({"id": i, "caption": c, "image": p} for i, c, p in rows))
     found = set()
     for shard in range(shards):
         out = tmp_path / f"M{shards}"
@@ -603,26 +603,6 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         made[shards] = {record["source"]: record for record in records}
     pairs = [edit for record in made[1].values() for edit in record["edits"] if edit["back_end"] == "mine"]
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
-
-
-def test_shards_that_start_side_by_side_make_one_index(tmp_path):
-    built, path = [], tmp_path / "mine" / "slots.bin"
-
-    def captions():
-        built.append(threading.get_ident())
-        time.sleep(0.2)
-        yield from ((row, f"a {'blue' if row < 4 else 'red'} car in street {row % 2}") for row in range(6))
-
-    threads = [threading.Thread(target=slots.opened, args=(path, captions())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1 and slots.opened(path, iter([])).rows(key_of("a red car in street 1", 1), "red", 9, 0) == [1, 3]
-
-
-def key_of(caption: str, place: int) -> bytes:
-    return next(key for key, where, _ in slots.slots(caption) if where == place)
 
 
 def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):

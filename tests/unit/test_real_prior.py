@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import prior_groups
 import pytest
 import real_prior
 import torch
-from conftest import read_rows
+from conftest import read_json, read_rows, write_json
 from cut_outs import SHOWN, write_cut_outs
 from PIL import Image
 
@@ -79,7 +78,7 @@ def test_copies_are_what_the_texts_say(data):
 
 
 def test_held_out_things_are_in_no_counterfactual_of_training(data):
-    things = json.loads((data / "things.json").read_text())
+    things = read_json(data / "things.json")
     held_out = {name for name, each in things.items() if each["held_out"]}
     assert 3 <= len(held_out) < len(SHOWN) / 2 and things.keys() == SHOWN.keys()
     shown = {name: {thing for row in rows(data, name) for thing in row["meta"]["things"]} for name in (*SIZES, "names_new")}
@@ -107,19 +106,6 @@ def test_nothing_but_the_pictures_tells(data):
     assert min(usual["left"], usual["right"]) > 8, "no side is usual"
 
 
-def test_natural_pictures_show_what_is_usual(data):
-    things, above = json.loads((data / "things.json").read_text()), {"bird", "bat", "cloud", "rocket", "kite", "swan"}
-    for row in rows(data, "natural"):
-        caption, *questions = (text["text"] for text in row["texts"])
-        named = [name for name in row["meta"]["things"] if things[name]["colour"]]
-        for colour in ROUNDED:
-            assert f"{colour} " not in caption or [things[name]["colour"] for name in named] == [colour], caption
-        if " above " in caption or " below " in caption:
-            upper = caption.split(" above ")[0] if " above " in caption else caption.split(" below ")[1]
-            assert upper.split()[-1] in above
-        assert set(questions) <= {"yes", "no"}
-
-
 def test_the_pages_say_what_the_records_say(tmp_path):
     """Each table is the one that its command prints, of the runs that the command makes."""
     names = {f"{arm}-{rate}-seed{seed}" for (arm, rate), seeds in real_prior.SHOWN.items() for seed in range(seeds)}
@@ -142,7 +128,7 @@ def test_agree_and_conflict_are_the_two_comparisons_of_each_group(tmp_path):
     groups = [CounterfactualGroup(f"g{at}", images, texts, ((1, 0), (0, 1)), (Edit("colour", 1, 1),)) for at in range(4)]
     blank = torch.tensor([-1.0, -2.0])
     results = accuracies(groups, [GroupScores(torch.tensor(each, dtype=torch.float32), blank) for each in found])
-    (tmp_path / "results.json").write_text(json.dumps({"test": [vars(row) for row in results]}))
+    write_json(tmp_path / "results.json", {"test": [vars(row) for row in results]})
     colour = real_prior.accuracies(tmp_path / "results.json")["test"]["colour"]
     assert (colour["agree"], colour["conflict"], colour["group"]) == (75, 25, 25)
     assert (colour["blind_agree"], colour["blind_conflict"]) == (100, 0)

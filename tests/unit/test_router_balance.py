@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from cfvlm_ds.batching.batch import MicroBatch
@@ -50,13 +49,6 @@ def groups(tmp_path_factory):
 
 def alone_texts(groups: list[CounterfactualGroup]) -> list[CounterfactualGroup]:
     return [replace(group, candidates=(text,), match=((1,),)) for group in groups for text in group.candidates]
-
-
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 class Engine:

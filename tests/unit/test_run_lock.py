@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import multiprocessing
 import os
 import resource
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import read_json
 
 from cfvlm_ds.cluster import run_lock
 from cfvlm_ds.cluster.run_lock import RunLock
@@ -76,7 +76,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(left, tmp_path):
     if left:
         (tmp_path / run_lock.NAME).write_text(left)
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / run_lock.NAME).read_text())["pid"] == os.getpid()
+        assert read_json(tmp_path / run_lock.NAME)["pid"] == os.getpid()
 
 
 def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_requeued_job_takes_its_own_lock_over_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with RunLock(tmp_path):
         first.let_go()
-        assert json.loads((tmp_path / run_lock.NAME).read_text())["pid"] == os.getpid(), "it is not the other's to remove"
+        assert read_json(tmp_path / run_lock.NAME)["pid"] == os.getpid(), "it is not the other's to remove"
 
 
 def test_of_many_that_find_the_lock_of_a_dead_run_at_once_one_gets_it(tmp_path):

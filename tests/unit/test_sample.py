@@ -22,13 +22,12 @@ from conftest import (
     contents,
     draw,
     environment,
-    losses,
     printed,
+    read_json,
     read_rows,
     refused,
-    run_train,
-    train_arguments,
     wait_for,
+    write_json,
     write_rows,
 )
 from PIL import Image
@@ -89,7 +88,7 @@ def speaker(model_dir, tmp_path_factory):
     folder = shutil.copytree(model_dir, tmp_path_factory.mktemp("speaker") / "llava")
     tokenizer = AutoProcessor.from_pretrained(model_dir).tokenizer
     ends = {"eos_token_id": [tokenizer.eos_token_id, *range(8, len(tokenizer), 16)], "num_beams": 2}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
+    write_json(folder / "generation_config.json", ends)
     return folder
 
 
@@ -204,7 +203,7 @@ def judged(request, whole, speaker, source, tmp_path, capsys):
 
 
 def test_judging_and_grouping_are_those_of_a_naive_twin(judged, whole, source):
-    records, counted = read_rows(judged / "sample" / "shard-00000.jsonl"), json.loads((judged / "counts.json").read_text())
+    records, counted = read_rows(judged / "sample" / "shard-00000.jsonl"), read_json(judged / "counts.json")
     groups, counts = naive(source, records)
     found = {}
     for group in read_manifest(judged / "groups.jsonl", [judged, source.parent]):
@@ -255,7 +254,7 @@ def test_kills_and_shards_give_the_same_bytes(whole, speaker, source, judges, tm
     alone = read_rows(whole / "sample" / "shard-00000.jsonl")
     assert [read_rows(out / "sample" / f"shard-{k % 3:05d}.jsonl")[k // 3] for k in range(len(alone))] == alone
     named = [(folder / "groups.jsonl").read_text().replace(str(folder), "W") for folder in (whole, out)]
-    assert named[0] == named[1] and json.loads((whole / "counts.json").read_text()) == json.loads((out / "counts.json").read_text())
+    assert named[0] == named[1] and read_json(whole / "counts.json") == read_json(out / "counts.json")
     before = contents(out)
     printed(capsys, *command(speaker, source, out, "my_judges:by_hash", "--shard", "1/3"))
     assert contents(out) == before
@@ -269,7 +268,7 @@ def test_another_start_in_a_folder(whole, speaker, source, tmp_path, capsys, no_
     assert set(kept) == {1} and len(kept) == len(read_rows(whole / "groups.jsonl"))
     other_model, other_writing = (shutil.copytree(speaker, tmp_path / name) for name in ("model", "copy"))
     (other_model / "config.json").write_text((other_model / "config.json").read_text() + "\n")
-    (other_writing / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.5}))
+    write_json(other_writing / "generation_config.json", {"eos_token_id": 2, "repetition_penalty": 1.5})
     propose = ["data", "propose", str(source), "--out", str(out)]
     before = contents(out)
     for words, named in (
@@ -330,7 +329,7 @@ def test_a_judge_that_fails_late_costs_no_text(speaker, source, judges, tmp_path
     monkeypatch.setattr(models, "load_scorer", None)
     assert "wrote" in printed(capsys, *words) and contents(out / "sample") == texts
     contradicted, rows = "true texts of the data that the judge calls false", read_rows(out / "groups.jsonl")
-    assert json.loads((out / "counts.json").read_text())[contradicted] == 0
+    assert read_json(out / "counts.json")[contradicted] == 0
     monkeypatch.setattr(my_judges, "fails", lambda text, row: False)
     assert re.search(rf"\b{ROWS} {contradicted}", printed(capsys, *words)), "counted anew"
     assert {row["prompt"] for row in rows} == {"What is there?"} and not [
@@ -359,14 +358,3 @@ def test_the_grammar_of_the_demo_judges_its_training_rows(tmp_path):
             seen[verdict] += 1
     assert min(seen[True], seen[False], seen[None]) > 5
     assert is_true("It flies.", row) is None and is_true("", row) is None
-
-
-def test_training_takes_the_groups_as_they_are(whole, speaker, source, tmp_path, capsys):
-    """Contrasts and DPO, with scores of the model that wrote the texts."""
-    groups, roots = whole / "groups.jsonl", f"--data.root=[{whole},{source.parent}]"
-    scores = tmp_path / "scores.jsonl"
-    printed(capsys, "score", speaker, groups, "--root", whole, "--root", source.parent, "--out", scores)
-    extra = ["--objective.csd.weight=1", "--objective.dpo.weight=1", f"--data.scores={scores}"]
-    arguments = train_arguments(speaker, {"train": groups}, tmp_path / "run", roots, "--train.max_steps=2", *extra)
-    run_train(1, [*arguments, "--train.per_device_train_batch_size=2"], said=tmp_path / "said")
-    assert len(losses(tmp_path / "run")) == 2 and all(map(torch.isfinite, map(torch.tensor, losses(tmp_path / "run"))))

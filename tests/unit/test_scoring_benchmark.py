@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import scoring
 import torch
-from conftest import run_ranks
+from conftest import read_json, run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.models import FAMILIES, MODULES, ModelFlops, Scorer
@@ -59,9 +57,9 @@ def test_model_flops_are_those_that_torch_counts(family, frozen):
 def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path):
     """Two real ranks; elements and collectives of a step equal those of a plain supervised step on the same tokens."""
     options = ["--layouts", "supervised", "shared prefix", "--recompute", "0", "--json", str(tmp_path / "found.json")]
-    ended = run_ranks(2, "forkserver_ranks:script", "benchmarks/zero3_comm.py", options, said=tmp_path / "said")
+    ended = run_ranks(2, "forkserver_ranks:script", "benchmarks/zero3_comm.py", options)
     assert [code for code, _ in ended] == [0, 0], ended
-    rows = json.loads((tmp_path / "found.json").read_text())
+    rows = read_json(tmp_path / "found.json")
     assert [(row["layout"], row["texts"]) for row in rows] == [(name, k) for k in (1, 8) for name in ("supervised", "shared prefix")]
     assert len({(row["elements"], row["collectives"]) for row in rows}) == 1
     assert 1.9 < rows[0]["elements"] < 2.05

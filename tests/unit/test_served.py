@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import draw, run_ranks, train_arguments
+from conftest import draw, read_rows, run_ranks, train_arguments, write_rows
 from test_propose import quiet
 
 from cfvlm_ds.cli.main import main
@@ -53,12 +53,12 @@ def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir, tmp_path):
     for k, caption in enumerate(["a red circle and a blue square", "two dogs on a couch"]):
         draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption})
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "c.jsonl", rows)
     store = open_groups(tmp_path / "c.jsonl", None, "auto")
     with served(model_dir, tmp_path / "log") as server:
         options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=600)
         done = propose(store, tmp_path / "W", options, 0, quiet)
-    lines = [json.loads(line) for line in (tmp_path / "W" / "propose" / "shard-00000.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert done["counts"]["without a reply"] == 2 and len(lines) == 2
     for line in lines:
         (said,) = [each for each in line["rejected"] if each["back_end"] == "llm"]
@@ -79,9 +79,7 @@ def test_a_server_answers_as_describe_does(family, manifests, tmp_path, capsys):
         run_dir = tmp_path / tuning
         options = [f"--model.{module}.tuning={tuning}" for module in ("vision_tower", "projector", "language_model")]
         options += ["--train.learning_rate=0.02", "--train.max_steps=3", "--train.export=true"]
-        ((code, said),) = run_ranks(
-            1, "forkserver_ranks:train_script", train_arguments(tmp_path / "base", manifests, run_dir, *options), said=tmp_path / "said"
-        )
+        ((code, said),) = run_ranks(1, "forkserver_ranks:train_script", train_arguments(tmp_path / "base", manifests, run_dir, *options))
         assert code == 0, said
         if tuning == "lora":
             main(["export", str(run_dir)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_manifest
+from conftest import read_rows, write_manifest, write_rows
 from stores import preparing
 from torch.utils.data import DataLoader
 
@@ -130,12 +130,12 @@ def test_rows_of_several_groups(tmp_path, monkeypatch):
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
     rows = [{**common, "id": n, "times": times} for n, times in enumerate((2, 1, 3))]
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     store = open_groups(path, format="doubled")
     assert [group.id for group in store] == ["0-0", "0-1", "1-0", "2-0", "2-1", "2-2"] == [group.id for group in reversed(store)][::-1]
     assert [store.where(k) for k in range(6)] == [f"{path}:{line}" for line in (1, 1, 2, 3, 3, 3)]
     rows[2]["caption_1"] = "x"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, [], {"times": "three"}]))
+    write_rows(path, [*rows, [], {"times": "three"}])
     problems = check_rows(open_groups(path, format="doubled"), progress=pytest.fail).problems
     assert len(problems) == 3 and [problem.split(": ")[0] for problem in problems] == [f"{path}:{line}" for line in (3, 4, 5)]
     monkeypatch.setattr(Doubled, "parts", lambda self, row: 1)
@@ -151,7 +151,7 @@ def test_ids_that_come_twice_are_found_wherever_they_are(tmp_path):
     names = ["a", "b", "c", "a", "d", "b", "a", "e", "f", "g", "e"]
     common = {"image_0": "a.png", "image_1": "b.png", "caption_0": "x", "caption_1": "y"}
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps({**common, "id": name, "prompt": str(k)}) + "\n" for k, name in enumerate(names)))
+    write_rows(path, ({**common, "id": name, "prompt": str(k)} for k, name in enumerate(names)))
     assert check_rows(open_groups(path, format="pairs"), progress=pytest.fail).problems == [
         f"{path}:{k + 1}: group id {name!r} is already used by {path}:{names.index(name) + 1}; make ids unique, or remove the row if it "
         "repeats that one"
@@ -180,7 +180,7 @@ def test_processes_find_what_one_finds(manifest, tmp_path, monkeypatch):
 
 def test_a_batch_is_its_groups_one_by_one(tmp_path):
     """What is wrong stands in its place, in the words of whoever asks for that row alone; rows of several groups too."""
-    sound = [json.loads(line) for line in write_manifest(tmp_path / "m.jsonl", 6).read_text().splitlines()]
+    sound = read_rows(write_manifest(tmp_path / "m.jsonl", 6))
     wrong: list[Any] = [
         {**sound[0], "match": 7},
         [1],
@@ -198,7 +198,7 @@ def test_a_batch_is_its_groups_one_by_one(tmp_path):
         {"id": k, "conversations": [{"from": f, "value": f"{f} {k} {n}"} for n in range(k % 3 + 1) for f in ("human", "gpt")]}
         for k in range(5)
     ]
-    (path := tmp_path / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(path := tmp_path / "turns.jsonl", rows)
     several = open_groups(path, format="llava:per_turn=true")
     places = [6, 0, 1, 5, 2, 6]
     assert [several.entry(place) for place in places] == [several[place] for place in places] and len(several) == 9

@@ -21,7 +21,7 @@ import pytest
 import test_benchmarks
 import torch
 from conftest import ONE as ALONE
-from conftest import caption, contents, draw, plain_logp, printed, refused
+from conftest import caption, contents, draw, plain_logp, printed, read_json, refused
 from PIL import Image
 from pyarrow import parquet
 from test_benchmarks import put
@@ -300,7 +300,7 @@ def test_files_hold_no_time_no_machine_and_all_that_metrics_need(scorer, collato
     (result,) = ask(asked(scorer, collator), root, tmp_path / "out", "sugarcrepe", "match")
     (read,) = read_results(tmp_path / "out")
     assert BENCHMARKS["sugarcrepe"].metrics([Judged(each.item, each.seen) for each in read.outcomes]) == result.metrics["seen"]
-    record = json.loads((tmp_path / "out/sugarcrepe/match" / RESULTS).read_text())
+    record = read_json(tmp_path / "out/sugarcrepe/match" / RESULTS)
     text = json.dumps(record) + (tmp_path / "out/sugarcrepe/match" / ITEMS).read_text()
     assert str(tmp_path) not in text and str(root) not in text and os.uname().nodename not in text
     assert record["probe"]["template"] == Match().template and "<image>" in record["prompt"]
@@ -601,7 +601,7 @@ def test_a_comparison_is_written_as_table_figure_and_page(tmp_path, capsys):
     assert "one" in refused(capsys, "compare", one, other, "--out", one)
 
 
-@pytest.mark.parametrize("clusters", [3, 4, 6, 10, 30])
+@pytest.mark.parametrize("clusters", [4, 6, 10])
 def test_equal_models_are_told_apart_in_five_percent_of_cases(clusters):
     """1,000 pairs of models that answer the three questions of a picture equally often. In at most 5 %, and a standard error and a half,
     any of five metrics differs: all answers, those to each question, and twice those to the first. Six pictures suffice where one model is

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import ONE, REPO, train_arguments
+from conftest import ONE, REPO, read_json, train_arguments, write_json
 from transformers import SchedulerType, get_scheduler
 
 from cfvlm_ds import engine
@@ -29,10 +28,10 @@ CPU = torch.device("cpu")
 
 def said(tmp_path: Path, changes: dict[str, Any], *argv: str, base: str = "z3", ranks: int = 1, device: torch.device | None = CPU) -> str:
     """The one sentence about a shipped JSON with values changed; a dict goes into its section. Empty where nothing is wrong with it."""
-    given = json.loads((REPO / "ds_configs" / f"{base}.json").read_text())
+    given = read_json(REPO / "ds_configs" / f"{base}.json")
     for key, value in changes.items():
         given[key] = given[key] | value if isinstance(value, dict) and isinstance(given.get(key), dict) else value
-    (path := tmp_path / "ds.json").write_text(json.dumps(given))
+    write_json(path := tmp_path / "ds.json", given)
     config = parse_config(["--deepspeed", str(path), *argv], OBJECTIVES)
     try:
         resolved = engine.resolve(engine.read_json(str(path)), config, ranks, device or CPU, 96, 50)
@@ -182,8 +181,8 @@ def test_a_path_that_is_only_beside_the_yaml_is_named(option, model_dir, tmp_pat
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(model_dir, tmp_path):
-    wrong = json.loads((REPO / "ds_configs" / "z3.json").read_text()) | {"gradient_cliping": 1}
-    (tmp_path / "ds.json").write_text(json.dumps(wrong))
+    wrong = read_json(REPO / "ds_configs" / "z3.json") | {"gradient_cliping": 1}
+    write_json(tmp_path / "ds.json", wrong)
     with pytest.raises(ConfigError, match="did you mean 'gradient_clipping'"):
         dry_run(parse_config(["--model.name_or_path", str(model_dir), "--deepspeed", str(tmp_path / "ds.json")], OBJECTIVES))
     with pytest.raises(ConfigError, match="4-bit weights under ZeRO-3"):

@@ -15,14 +15,13 @@ import browser
 import numpy as np
 import pytest
 import torch
-from conftest import write_rows
+from conftest import write_json, write_rows
 from PIL import Image, ImageDraw
 from stores import preparing
 from test_data import row
 
 from cfvlm_ds import page as pages
 from cfvlm_ds.cli.main import main
-from cfvlm_ds.core.conversation import PICTURE, Turn
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
 from cfvlm_ds.data import MAX_PIXELS, check_manifest, open_groups
@@ -421,7 +420,7 @@ def test_groups_are_ranked_by_margin_per_word_and_say_whether_they_were_lost_bef
     found = {each.id: content_hash(each) for each in open_groups(folder / "test.jsonl")}
     (run / "baseline").mkdir()
     file = run / "baseline" / "test.json"
-    file.write_text(json.dumps({"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]}))
+    write_json(file, {"rows": [{"by_group": [[name, found[name], points[name]] for name in lost]}]})
     worst(folder, rows, scores)
     assert names(folder / "page") == ["short", "later", "long", "healed", "won"], "-2/3, -1/3, -4/30, 1/3, 3/3"
     said = {card["h2"][0]: [each for each in card["dd"] if "after training" in each] for card in drawn(folder / "page")}
@@ -445,33 +444,6 @@ def test_a_report_has_a_list_of_contents(tmp_path):
 
 def counted(report: object) -> dict[str, str]:
     return {name.strip(): value for name, value in re.findall(r"^(\S.{15}) (.*)$", str(report), re.MULTILINE)}
-
-
-def test_counts_by_hand(folder):
-    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
-    rows = [
-        group("g"),
-        group("h", images=[{"id": "i0", "path": "copy.png"}, {"id": "i1", "path": "c.png"}], source="", prompt="Other."),
-        group("i", images=[{"id": "i0", "path": "gone.png"}], texts=[{"id": "t0", "text": "x"}], match=[["i0", "t0", 1]], edits=[]),
-        group("g"),
-        {"id": "broken"},
-    ]
-    path = manifest(folder, *rows)
-    assert counted(check_manifest(path, progress=str)) == {
-        "manifest": str(path),
-        "groups": "4",
-        "sources": "lawn: 3, (none): 1",
-        "images x texts": "2 x 2: 3, 1 x 1: 1",
-        "images": "5 distinct files, min 60, median 120, max 120 pixels on the longer side",
-        "texts": "7",
-        "prompts": "others: 4",
-        "cells": "7 true, 3 false, 3 unknown",
-        "edit types": "count: 3",
-        "counterfactuals": "K=0: 1 groups, K=1: 3 groups",
-        "text lengths": f"min 1, median 12, max 14 characters ({path}:1, text 1)",
-        "repeated": "1 rows, 1 picture files",
-        "problems": "3",
-    }
 
 
 def test_counts_of_a_store_are_those_of_its_rows(folder):
@@ -542,6 +514,9 @@ def test_keys_filters_and_address(folder, tab):
     for key, expected in (("j", "g1"), ("ArrowRight", "g2"), ("k", "g1"), ("End", "g8"), ("j", "g8"), ("Home", "g0"), ("ArrowLeft", "g0")):
         tab.press(key)
         assert tab.text("h2") == expected, key
+    tab.press("o")
+    assert (tab.count(".card"), tab.count(".card.here")) == (9, 1)
+    tab.press("o")
     tab.choose(2)
     assert tab.text("h2") == "g1" and tab.text("#position") == "1 / 4 of 9"
     tab.press("j")
@@ -556,36 +531,8 @@ def test_keys_filters_and_address(folder, tab):
     assert tab.text("h2") == "g5" and tab.text("#position") == "1 / 1 of 9"
     tab.look(400, 900)
     assert tab.run("document.documentElement.scrollWidth") <= 400
-
-
-@pytest.mark.browser
-def test_what_is_large_or_rare_is_drawn(folder, tab):
-    def conversation(images: int, texts: int) -> Item:
-        """Turns, scores, many cells."""
-        return Item(
-            "talk",
-            [Shown([folder / "a.png"], "")] * images,
-            [Text(f"a text {c}") for c in range(texts)],
-            [[1, *[0] * (texts - 1)]] * images,
-            prompts=[(Turn("system", ("Be brief.",)), Turn("user", (PICTURE, "What is it?")))],
-            scores=ScoreTable([[float("nan")] * texts] * images, decided=(-1.0, 2.0)),
-        )
-
-    def small(name: str, *paths: Path, truth: int | None = 1, **more: Any) -> Item:
-        return Item(name, [Shown(list(paths), "")], [Text("x")], [[truth]], **more)
-
-    few = [small("alone", truth=None), small("lost", folder / "gone.png"), *[conversation(1, 2)] * 29]
-    some = [conversation(20, 100), *few, small("worst", scores=ScoreTable([[0.0]], decided=(-9.0,)))]
-    page = write_page("p", some, len(some), folder / "page").folder
-    tab.draw(page)
-    assert [tab.count(each) for each in ("tbody .text", "th.image", ".slot", ".turn")] == [100, 20, 1, 2]
-    assert tab.text(".cell").count("nan") == 1 and "1 of 2" in tab.text(".verdict") and "\u22121.0" in tab.text(".verdict")
-    tab.press("j")
-    assert tab.text(".cell") == "unknown" and "text only" in tab.text("body")
-    tab.press("j")
-    assert "gone.png" in tab.text(".missing")
-    tab.press("o")
-    assert (tab.count(".card"), tab.count(".card.here")) == (24, 1)
-    tab.draw(page, "#order=worst")
+    margins = [ScoreTable([[0.0]], decided=(-margin,)) for margin in (1.0, 9.0, 2.0)]
+    items = [Item(str(k), [Shown([folder / "a.png"], "")], [Text("x")], [[1]], scores=each) for k, each in enumerate(margins)]
+    tab.draw(write_page("p", items, 3, page).folder, "#order=worst")
     tab.press("Home")
-    assert tab.text("h2") == "worst"
+    assert tab.text("h2") == "1"
