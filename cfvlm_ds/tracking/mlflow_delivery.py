@@ -17,7 +17,7 @@ import shlex
 import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,12 +42,14 @@ _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 50
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
-_FIRST_PAGE = re.compile(
-    "loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval_sample/.*|eval/cola/image|eval/visual_counterfact/text|eval/[^/]+/"
-    "(accuracy|chair|cover|covered|cv_bench|f1|f1_macro|factual|g_acc|group|group_macro|hallucinated|individual|macro|mean_pictures|nll"
-    "|pair|perception|yes_ratio)"
+_FIRST_PAGE = re.compile("loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval/[^/]+/(covered|cover|yes_ratio)")
+"""Metrics to look at first, besides one headline metric per evaluation set."""
+_HEADLINES = (
+    *("f1_macro", "g_acc", "mean_pictures", "individual", "group_macro", "macro", "cv_bench", "perception", "chair", "hallucinated"),
+    *("group", "pair", "image_pair", "f1", "accuracy", "factual", "nll"),
 )
-"""Metrics to look at first. MLflow sorts their prefix ``Main/`` before ``detail/``, the prefix of all others, because of its capital."""
+"""Headline metrics of evaluation sets and benchmarks. The first one that a set has goes to the first page."""
+_OWN_HEADLINES = {"cola": "image", "visual_counterfact": "text", "vsr": "accuracy"}
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 """MLflow's tags for a run's description (Markdown), and for JSON files that it shows as tables."""
 
@@ -263,10 +265,11 @@ class Delivery:
         """Send the next part of metrics.jsonl. Return False if there was nothing left to send."""
         metric = _mlflow("mlflow.entities").Metric
         points, offset = read_metrics(self._run_dir / METRICS_FILE, self.record.offset, _MAX_PER_REQUEST["metrics"])
+        names = mlflow_names({name for name, *_ in points})
         new = [
-            metric(mlflow_name(name), value, milliseconds, step)
+            metric(names[name], value, milliseconds, step)
             for name, value, milliseconds, step in points
-            if not self._is_on_server(mlflow_name(name), step)
+            if not self._is_on_server(names[name], step)
         ]
         send(self._client, self.record.run_id, "metrics", sorted(new, key=lambda point: point.key.startswith("detail/")))
         if offset == self.record.offset:
@@ -316,9 +319,17 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: json.dumps(value) if isinstance(value, (list, Mapping)) else str(value) for name, value in flat(values).items()}
 
 
-def mlflow_name(metric: str) -> str:
-    """Return the MLflow name of a metric in metrics.jsonl, such as ``Main/eval_test_group`` or ``detail/loss/csd``."""
-    return _name("Main/" + metric.replace("/", "_") if _FIRST_PAGE.fullmatch(metric) else f"detail/{metric}")
+def mlflow_names(metrics: Collection[str]) -> dict[str, str]:
+    """Map names of metrics in metrics.jsonl to names in MLflow, such as ``Main/eval_test_group`` and ``detail/loss/csd``.
+
+    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital. ``Main/`` has one headline metric of each evaluation set
+    in ``metrics``.
+    """
+    first = {metric for metric in metrics if _FIRST_PAGE.fullmatch(metric)}
+    for name in {metric.split("/")[1] for metric in metrics if metric.startswith("eval/")}:
+        wanted = (f"eval/{name}/{metric}" for metric in (_OWN_HEADLINES.get(name), *_HEADLINES))
+        first |= {*[metric for metric in wanted if metric in metrics][:1]}
+    return {metric: _name("Main/" + metric.replace("/", "_") if metric in first else f"detail/{metric}") for metric in metrics}
 
 
 def _name(name: str) -> str:

@@ -20,7 +20,7 @@ from cfvlm_ds.core.run_folder import FILES, FOLDERS
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.identity import data_identity, digest
 from cfvlm_ds.data.picture_index import PictureTable
-from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_names
 
 ARTIFACTS = {"config.yaml", "ds_config.json", "environment.json", "data.json", "results.md", "results.json", "before_after.json"}
 ARTIFACTS |= {"learning_curves.png"}
@@ -58,8 +58,8 @@ def on_disk(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, list[tuple[int, float]]] = {}
     for line in (output_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        for name in row.keys() - {"step", "time"}:
-            points.setdefault(mlflow_name(name), []).append((row["step"], float(row[name])))
+        for name, shown in mlflow_names(row.keys() - {"step", "time"}).items():
+            points.setdefault(shown, []).append((row["step"], float(row[name])))
     return points
 
 
@@ -96,11 +96,7 @@ def test_metrics_are_on_the_server_as_on_disk(client, finished):
         assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
-    for name in (
-        "eval_test_pair",
-        "eval_test_group",
-        *map("eval/test/{}".format, ("text", "image", "group_pmi", "sham", "blind_pair", "loss")),
-    ):
+    for name in ("eval_test_group", *map("eval/test/{}".format, ("pair", "text", "image", "group_pmi", "sham", "blind_pair", "loss"))):
         assert [step for step, _ in found[name]] == [2, 4], name
     for name, separator in (("loss", "/"), ("eval/test/loss", "_")):
         align, csd, fcd, whole = (found[each][-1][1] for each in (*(f"{name}{separator}{term}" for term in ("align", "csd", "fcd")), name))

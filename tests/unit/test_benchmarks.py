@@ -36,6 +36,7 @@ from cfvlm_ds.evaluation.benchmarks.parsers import PARSERS, answer
 from cfvlm_ds.evaluation.benchmarks.source import keep_picture
 from cfvlm_ds.evaluation.probes import PROBES, Generate, Write
 from cfvlm_ds.evaluation.scoring import GroupScores
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_names
 
 # Official formats --------------------------------------------------------------------------------------------------------------------
 # Every row is made up here; only its form is that of the published file.
@@ -634,6 +635,14 @@ def test_random_scores_are_known_by_hand(tmp_path):
     for name, values in expected.items():
         found = random_scores(BENCHMARKS[name], list(written(name, tmp_path).values()))
         assert {key: found[key] for key in values} == pytest.approx(values), name
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_mlflow_shows_the_headlines_of_a_benchmark_first(name, tmp_path):
+    headlines = {f"eval/{name}/{metric}" for metric in BENCHMARKS[name].headlines}
+    metrics = {f"eval/{name}/{metric}" for metric in random_scores(BENCHMARKS[name], list(written(name, tmp_path).values()))} | headlines
+    main = {metric for metric, shown in mlflow_names(metrics).items() if shown.startswith("Main/")}
+    assert headlines <= main <= headlines | {f"eval/{name}/yes_ratio"}
 
 
 def test_auc_against_counting():

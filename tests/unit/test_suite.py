@@ -59,7 +59,6 @@ from cfvlm_ds.evaluation.suite.selection import Chosen, choose, load_items, way_
 from cfvlm_ds.evaluation.suite.tables import logged, markdown, omissions, overview, summary
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.models.forest_attention import stock_attention
-from cfvlm_ds.tracking.mlflow_delivery import mlflow_name
 
 PUBLIC = dict(BENCHMARKS)
 """Benchmarks before a command adds that of the built-in world."""
@@ -694,8 +693,3 @@ def test_what_is_in_use_or_not_of_an_evaluation_is_not_written_over(tmp_path, ca
     with pytest.raises(SystemExit):
         main(["evaluate", "model", "--benchmarks", "pope", "--benchmark_root", str(tmp_path), "--out", f"{tmp_path}/mine/.."])
     assert "is the folder of the benchmarks" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_mlflow_shows_the_headlines_of_a_benchmark_first(name):
-    assert all(mlflow_name(f"eval/{name}/{metric}").startswith("Main/") for metric in BENCHMARKS[name].headlines)

@@ -22,7 +22,7 @@ from cfvlm_ds.cli.main import main as cfvlm_ds_main
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.tracking import NullTracker, Tracker, deliver, open_tracker
 from cfvlm_ds.tracking.hooks import hook_class
-from cfvlm_ds.tracking.mlflow_delivery import mlflow_name, send
+from cfvlm_ds.tracking.mlflow_delivery import mlflow_names, send
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def _open(run_dir: Path, params: dict[str, Any] | None = None, **where: Any) -> 
 
 
 def _history(client: Any, run_id: str | None, name: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, mlflow_name(name))]
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, mlflow_names({name})[name])]
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -111,8 +111,8 @@ def test_everything_arrives(remote, client, tmp_path, monkeypatch, capsys):
     assert client.get_experiment(run.info.experiment_id).name == "named by the environment"
     assert (run.info.status, run.info.run_name, run.data.tags["kind"]) == ("FINISHED", "a run", "test")
     assert run.data.params == {"model.name": "llava", "model.layers": "[1, 2]", "model.empty": "{}", "text": "x" * 6000}
-    assert min(name for name in run.data.metrics if name.startswith("Main/eval")) == "Main/eval_val_factual", "which most groups have"
-    assert {"Main/eval_val_group", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
+    assert [name for name in run.data.metrics if name.startswith("Main/")] == ["Main/eval_val_group"]
+    assert {"detail/eval/val/factual", "detail/eval/val/sham", "detail/loss/lm", "detail/odd_name"} <= run.data.metrics.keys()
     assert run.data.tags["mlflow.note.content"] == f"![x](get-artifact?path=x.png&run_uuid={tracker.run_id})"
     assert _history(client, tracker.run_id, "loss/lm") == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
     assert _history(client, tracker.run_id, "odd@name") == [(1, 1.0), (2, 2.0), (3, 3.0)]
