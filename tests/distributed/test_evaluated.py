@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 from conftest import caption, contents, draw, metrics, printed, read_json, read_rows, run_ranks, run_train, train_arguments, write_json
 from test_suite import SCENES
 
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
+from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.habits import build_habits
 from cfvlm_ds.models import fingerprint
 
@@ -131,10 +133,11 @@ def test_a_benchmark_of_ones_own_is_registered_from_a_script(model_dir, root, tm
     assert code == 0 and "| mine (own files) | match | accuracy |" in said
 
 
-def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests, tmp_path, capsys):
+def test_a_partitioned_training_writes_what_evaluate_writes(manifests, tmp_path, capsys):
     """Before and after training, each of two ranks writes a part of the texts; the export alone writes the same as at the end."""
     world = build_habits(HabitsConfig(str(tmp_path / "world"), num_train=1, num_test=3), progress=lambda line: None)
-    run_dir, probe = tmp_path / "run", "write:max_new_tokens=5"
+    run_dir, probe, model_dir = tmp_path / "run", "write:max_new_tokens=8", write_base(tmp_path / "base")
+    LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).save_pretrained(model_dir)  # as the run computes
     evaluated = {"wrote": {"benchmark": "habits", "root": str(world), "probe": probe}}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_on_start=true", "--train.export=true"]
     run_train(2, train_arguments(model_dir, manifests, run_dir, *more))
@@ -144,13 +147,14 @@ def test_a_partitioned_training_writes_what_evaluate_writes(model_dir, manifests
     printed(capsys, "evaluate", model_dir, *arguments, "--out", tmp_path / "before")
     (before,) = (run_dir / "baseline").rglob("items.jsonl")
     (base,) = (tmp_path / "before").rglob("items.jsonl")
-    assert [row["said"] for row in read_rows(before)] == [row["said"] for row in read_rows(base)]
-    assert "| wrote | write.5 | hallucinated |" in (run_dir / "results.md").read_text()
+    texts = [row["said"] for row in read_rows(base)]
+    assert [row["said"] for row in read_rows(before)] == texts and len(set(map(str, texts))) == len(texts) == 6, "a text for each picture"
+    assert "| wrote | write.8 | hallucinated |" in (run_dir / "results.md").read_text()
     (of_run,), (alone,) = (list(folder.rglob("items.jsonl")) for folder in (run_dir / "benchmarks", tmp_path / "alone"))
     assert alone.read_bytes() == of_run.read_bytes() and len(read_rows(alone)) == 6
     found = [read_json(path.parent / "results.json") for path in (of_run, alone)]
     assert found[0]["model"] == found[1]["model"] and found[0]["metrics"] == found[1]["metrics"]
-    assert "| habits | write.5 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
+    assert "| habits | write.8 | hallucinated |" in printed(capsys, "compare", tmp_path / "alone", tmp_path / "alone")
 
 
 def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):
