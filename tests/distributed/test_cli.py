@@ -253,14 +253,23 @@ def scores_file(model_dir, manifests, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("dtype", "off"), [("float32", (0, 0)), ("bfloat16", (1e-5, 0.02))])
+@pytest.mark.parametrize(("dtype", "off"), [("float32", (0, 0)), ("bfloat16", (1e-5, 0.02)), ("float16", (1e-6, 0.0025))])
 def test_reference_scores_in_a_training_runs_dtype(model_dir, manifests, scores_file, tmp_path, dtype, off):
-    """On a CPU the default is float32; bfloat16 changes every score, by its rounding of 2^-8."""
+    """On a CPU the default is float32; the others change every score, by their rounding of 2^-8 and 2^-11."""
     main(["score", str(model_dir), str(manifests["train"]), "--out", str(tmp_path / "o.jsonl"), "--batch_size", "7", "--dtype", dtype])
     every = [[row["logp"] for row in read_rows(file)[1:]] for file in (scores_file, tmp_path / "o.jsonl")]
     usual, found = (np.concatenate([np.ravel(matrix) for matrix in one]) for one in every)
     difference = np.abs(found / usual - 1)
     assert off[0] <= difference.mean() <= off[1], difference.mean()
+
+
+def test_a_run_in_another_dtype_than_its_reference_scores_warns(model_dir, manifests, scores_file, tmp_path):
+    options = ["--objective.dpo.weight=1", "--objective.align.weight=0", f"--data.scores={scores_file}", "--train.max_steps=1"]
+    said = [
+        run_train(1, train_arguments(model_dir, manifests, tmp_path / f"bf16={half}", *options, f"--train.bf16={half}"))[0]
+        for half in ("false", "true")
+    ]
+    assert [f"{scores_file} was computed in float32, but this run trains in bfloat16" in one for one in said] == [False, True], said
 
 
 def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
