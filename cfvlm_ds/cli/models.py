@@ -39,7 +39,7 @@ def _score(
     manifest: str,
     *,
     out: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     scoring: Scoring,
     reading: Reading,
     limits: ImageLimits,

@@ -124,7 +124,7 @@ def _run(config: RunConfig, world: World) -> None:
         if (scored := dtype_of(file)) not in (None, dtype := str(resolved.dtype()).removeprefix("torch.")):
             world.say(
                 f"warning: {file} was computed in {scored}, but this run trains in {dtype}, so its scores are rounded otherwise; "
-                f"write it again with `cfvlm-ds score --dtype {dtype}`"
+                "`cfvlm-ds score --dtype` writes it in another dtype"
             )
     try:
         start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)

@@ -253,9 +253,9 @@ def scores_file(model_dir, manifests, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("dtype", "off"), [("float32", (0, 0)), ("bfloat16", (1e-5, 0.02)), ("float16", (1e-6, 0.0025))])
+@pytest.mark.parametrize(("dtype", "off"), [("float32", (0, 0)), ("bfloat16", (1e-5, 0.02))])
 def test_reference_scores_in_a_training_runs_dtype(model_dir, manifests, scores_file, tmp_path, dtype, off):
-    """On a CPU the default is float32; the others change every score, by their rounding of 2^-8 and 2^-11."""
+    """On a CPU the default is float32; bfloat16 changes every score, by its rounding of 2^-8."""
     main(["score", str(model_dir), str(manifests["train"]), "--out", str(tmp_path / "o.jsonl"), "--batch_size", "7", "--dtype", dtype])
     every = [[row["logp"] for row in read_rows(file)[1:]] for file in (scores_file, tmp_path / "o.jsonl")]
     usual, found = (np.concatenate([np.ravel(matrix) for matrix in one]) for one in every)
