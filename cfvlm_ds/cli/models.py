@@ -55,6 +55,7 @@ def _score(
         dtype: dtype of the weights, as in the training run; by default bfloat16 on a GPU and float32 on a CPU.
     """
     from cfvlm_ds.core.data_config import is_hub
+    from cfvlm_ds.core.distributed import usual_dtype
     from cfvlm_ds.data import sound_groups
     from cfvlm_ds.data.identity import data_identity
     from cfvlm_ds.data.picture_index import PictureTable
@@ -72,16 +73,17 @@ def _score(
         )
     with whole_file(path) if own_rank() == 0 else open(os.devnull, "wb") as file:
         world = joined(scoring.zero3)
+        weights = dtype or str(usual_dtype(world.device)).removeprefix("torch.")
         listed = Progress(say, "listing pictures", len(groups), "groups")
         checked = PictureTable.of_files((picture for group in listed.over(groups) for image in group.images for picture in image), say)
         scorer, collator, world = load_scorer(
-            loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3, dtype=dtype
+            loaded, max_pixels=reading.max_pixels, checked=checked, world=world, zero3=scoring.zero3, dtype=weights
         )
         identity = data_identity(Progress(say, "computing the identity", len(groups), "groups").over(groups), groups.roots, checked)
         scores = _scores(model, groups, scorer, collator, world, scoring)
         if world.is_main:
             stored = {group.id: score.stored() for group, score in zip(groups, scores, strict=True)}
-            file.writelines(score_lines(groups, stored, model, identity, made_by=fingerprint(loaded)))
+            file.writelines(score_lines(groups, stored, model, identity, made_by={**fingerprint(loaded), "dtype": weights}))
     if world.is_main:
         print(f"wrote {path}: {len(groups)} groups")
 

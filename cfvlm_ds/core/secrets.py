@@ -17,6 +17,7 @@ _USERINFO = re.compile(r"^(://?)(?!/)(?:[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|
 """User name and password. pathlib joins the two slashes of a URL, but three begin a path. In the second form, the password has a slash."""
 _PARAMETER = re.compile(r"([?&#][^=&#\s\"<>]*=|[?&](?![^=&#\s\"<>]*=))[^&#\s\"<>]*[^&#\s\"<>)\]}',.:;!]")
 """A parameter or a value without a name, but neither an anchor nor punctuation after the URL."""
+_QUERY = re.compile(r"[?#]\S+")
 _CLOSING = ")]}',.:;!"
 """Punctuation after a value, which belongs to the sentence."""
 
@@ -40,7 +41,9 @@ def without_secrets(text: str) -> str:
     Secrets are: the user name and password in a URL; the values in a URL's query and fragment, which contain the signature of a signed URL;
     and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
     """
-    text = _URL.sub(lambda url: _PARAMETER.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", url[0])), text)
+    text = _URL.sub(
+        lambda url: _QUERY.sub(lambda query: _PARAMETER.sub(rf"\1{MASK}", query[0]), _USERINFO.sub(rf"\1{MASK}@", url[0])), text
+    )
     kept, done = [], 0
     for name in _NAME.finditer(text):
         words = _words(name[1] or name[3])

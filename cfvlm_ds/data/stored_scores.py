@@ -1,9 +1,9 @@
 """Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
-sha256}. Each further line holds one group's scores: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data`` identifies the scored
-groups (see cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a run that records its
-own scores omits both. A line is read when its group is used.
+sha256, "dtype": "bfloat16"}. Each further line holds one group's scores: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data``
+identifies the scored groups (see cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a
+run that records its own scores omits both, and ``dtype``. A line is read when its group is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.progress import Progress, Say, no_op
-from cfvlm_ds.core.reading import MALFORMED, lines, parse_json
+from cfvlm_ds.core.reading import MALFORMED, lines, open_regular, parse_json
 from cfvlm_ds.core.text import hashed, quoted
 from cfvlm_ds.data.identity import Identity, changes
 from cfvlm_ds.data.lines import MAX_LINE as MAX_LINE
@@ -59,7 +59,7 @@ def write_scores(
     without scores.
 
     ``data`` is the groups' identity (data_identity). A reader compares it with the identity of its own groups. ``made_by`` is the model's
-    fingerprint.
+    fingerprint and dtype.
     """
     with whole_file(path) as handle:
         handle.writelines(score_lines(groups, scores, model, data, made_by=made_by))
@@ -84,6 +84,13 @@ def is_written(file: IO[bytes]) -> bool:
     """Return whether a file was written by ``cfvlm-ds score``, in this or an older schema, and not by a run's evaluation."""
     header = parse_json(next(lines(file, MAX_LINE)).decode())
     return str(header["schema"]).startswith(SCHEMA.partition("/")[0]) and "weights" in header
+
+
+def dtype_of(path: Path) -> str | None:
+    """Return the dtype in which the scores in a file were computed, or None if the file does not name it."""
+    with open_regular(path) as file:
+        dtype: str | None = parse_json(next(lines(file, MAX_LINE)).decode()).get("dtype")
+    return dtype
 
 
 class ScoresFile(Mapping[str, StoredScores]):

@@ -26,7 +26,7 @@ from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
 from cfvlm_ds.data.permutation import RowsTogether
 from cfvlm_ds.data.stored import is_store
-from cfvlm_ds.data.stored_scores import ScoresById, ScoresOfSources, read_scores
+from cfvlm_ds.data.stored_scores import ScoresById, ScoresOfSources, dtype_of, read_scores
 from cfvlm_ds.models import attention, fingerprint, inputs_fingerprint
 from cfvlm_ds.models.variable_length import flash_attention
 from cfvlm_ds.objectives import required_cells, scored_besides
@@ -120,6 +120,12 @@ def _run(config: RunConfig, world: World) -> None:
     sampler = _sampler(config, world, data, collator)
     total_steps = config.train.max_steps if config.train.max_steps > 0 else sampler.num_steps(config.train.num_train_epochs, world.say)
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
+    for file in [Path(source.scores) for source in config.data.train_sets.values() if stored is not None and source.scores is not None]:
+        if (scored := dtype_of(file)) not in (None, dtype := str(resolved.dtype()).removeprefix("torch.")):
+            world.say(
+                f"warning: {file} was computed in {scored}, but this run trains in {dtype}, so its scores are rounded otherwise; "
+                "`cfvlm-ds score --dtype` writes it in another dtype"
+            )
     try:
         start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
     except run_start.OtherData:

@@ -109,9 +109,10 @@ def decide(
             changed_since(record["record"], run_dir, total_steps)
 
         run_on_rank0(world, refuse_changed)
-        world.say(
-            f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do; remove {run_dir / FINISHED} to evaluate it again"
-        )
+        again = (
+            f"; remove {run_dir / FINISHED} to evaluate it again" * (run_dir / f"checkpoint-{ended[0]}").is_dir()
+        )  # else it is trained again
+        world.say(f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do{again}")
         return None
     checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
     if checkpoint_dir is None:

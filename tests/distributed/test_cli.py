@@ -263,6 +263,15 @@ def test_reference_scores_in_a_training_runs_dtype(model_dir, manifests, scores_
     assert off[0] <= difference.mean() <= off[1], difference.mean()
 
 
+def test_a_run_in_another_dtype_than_its_reference_scores_warns(model_dir, manifests, scores_file, tmp_path):
+    options = ["--objective.dpo.weight=1", "--objective.align.weight=0", f"--data.scores={scores_file}", "--train.max_steps=1"]
+    said = [
+        run_train(1, train_arguments(model_dir, manifests, tmp_path / f"bf16={half}", *options, f"--train.bf16={half}"))[0]
+        for half in ("false", "true")
+    ]
+    assert [f"{scores_file} was computed in float32, but this run trains in bfloat16" in one for one in said] == [False, True], said
+
+
 def test_scores_that_are_not_finite_are_not_written(model_dir, manifests, tmp_path, capsys):
     broken = shutil.copytree(model_dir, tmp_path / "model") / "processor_config.json"
     described = read_json(broken)

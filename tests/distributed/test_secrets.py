@@ -118,6 +118,7 @@ def test_an_error_that_quotes_an_option_leaves_its_password_out(model_dir, manif
         ),
         ("http://a/b?next=http://c/d?sig=e&f=g h", "http://a/b?next=***://c/d?sig=***&f=*** h"),
         ("http://a/b#section, http://u:p@c/d#access_token=e", "http://a/b#section, http://***@c/d#access_token=***"),
+        ("sqlite:////a/R&D/m.db?b=c, http://h/d&password: e", "sqlite:////a/R&D/m.db?b=***, http://h/d&password: ***"),
         ("a.jsonl?sig=x&n=1: no such manifest", "a.jsonl?sig=***&n=1: no such manifest"),
         ("--opt=password=x y", "--opt=password=*** y"),
         ("{'password': 'a b', \"api_key\": \"c\", 'key': 'd'}", "{'password': '***', \"api_key\": \"***\", 'key': 'd'}"),

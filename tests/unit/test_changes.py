@@ -170,7 +170,14 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
     write_json(tmp_path / "finished.json", ended)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
-    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None and "finished at step 3 of 5" in capsys.readouterr().out
+    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None
+    said = capsys.readouterr().out
+    assert "finished at step 3 of 5" in said and "remove" not in said, (
+        "without its checkpoint, the run would be trained again over its export"
+    )
+    (tmp_path / "checkpoint-3").mkdir()
+    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None
+    assert f"remove {tmp_path / 'finished.json'} to evaluate it again" in capsys.readouterr().out
     assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
 
 
