@@ -55,11 +55,11 @@ def rehearse(
                         pictures = (picture for group in shown for image in group.images for picture in image)
                         opened = [picture for picture in pictures if picture.parent != BLANK.parent]
                         sizes = sizes_of(opened, collator.files.checked, collator.files.max_pixels, pool)
-                        trees = []
+                        sizes_of_groups = []
                         for group in shown:
                             barrier.alive()
-                            trees += collator.tree_tokens(group, sizes)
-                        tokens, least = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                            sizes_of_groups.append(collator.group_tokens(group, sizes))
+                        tokens, least = sum(each.whole for each in sizes_of_groups), max(each.least for each in sizes_of_groups)
                         yield _Tried(max(least, min(tokens, max_tokens or tokens)), tokens, split, shown)
 
     def largest() -> _Tried | None:

@@ -330,7 +330,7 @@ def test_tokens_and_the_blank_picture(make, scorer, processor, groups):
     assert sum(tree.pictures[0][0].parent == BLANK.parent for tree in batch.material.trees) == 1
     sizes = {picture: Image.open(picture).size for group in groups for (picture,) in group.images}
     for group in groups:
-        assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
+        assert collator.group_tokens(group, sizes).whole == collator([group]).num_tokens
     assert not collator.scoring_everything()(groups).layout.blank
 
 
