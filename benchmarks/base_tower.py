@@ -17,13 +17,13 @@ from random import Random
 
 import numpy as np
 import torch
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from cfvlm_ds.demo.habits import all_texts
 from cfvlm_ds.demo.habits.render import SIZE, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, SIDE, Scene, draw_scene
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 TINY = TinyLlavaConfig(
     "runs/base_sees/tiny-llava", image_size=64, patch_size=8, hidden_size=160, vision_hidden_size=128, num_layers=4, vision_num_layers=4

@@ -53,7 +53,7 @@ def _describe(
         raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
     if choices and len(set(choices)) < len(choices):
         raise ConfigError("--choices has the same text twice; give different texts")
-    from cfvlm_ds.demo.tiny_llava import is_random
+    from cfvlm_ds.demo.family_checkpoints import is_random
     from cfvlm_ds.evaluation.generation import write
     from cfvlm_ds.models import load_config
 

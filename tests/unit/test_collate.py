@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PROMPT, caption, draw, plain_distributions, plain_logp
 from PIL import Image
+from tiny_llava import CHAT_TEMPLATE
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,6 @@ from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import stock_attention
