@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.batching.batch import Batch, blinded
+from cfvlm_ds.batching.batch import Batch, blinded, explain_out_of_memory
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.distributed import World, gather_objects, isolated_rng
 from cfvlm_ds.core.errors import DataError

@@ -26,8 +26,7 @@ from cfvlm_ds.data import GroupStore
 from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.delivery_record import INPUT
-from cfvlm_ds.tracking.mlflow_delivery import TABLES
+from cfvlm_ds.tracking.mlflow_delivery import INPUT, TABLES
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import CHANGES
 
