@@ -12,7 +12,7 @@ from typing import IO, Annotated, Any
 
 from cfvlm_ds.cli.models import joined, load_scorer
 from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Reading, Scoring, add_function, model_named, say
-from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, writing
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import in_cell
@@ -249,12 +249,10 @@ def _write_comparison(out: Path, title: str, text: str, differences: Mapping[str
     from cfvlm_ds.tracking.figures import differences_figure
 
     table, figure, page = (out / name for name in _COMPARISON)
-    try:
+    with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         markdown = f"# {in_cell(title, 200)}\n\n{text}\n"
         replace(table, markdown.encode())
         differences_figure(figure, title, differences)
         write_report_page(page, title, f"{markdown}\n![differences with 95 % intervals]({figure.name})\n")
-    except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
     say(f"page: {page}")

@@ -19,7 +19,7 @@ from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, preserve_rng, run_on_rank0, seed_everything
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, writing
 from cfvlm_ds.core.files import write_if_possible
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
@@ -90,11 +90,9 @@ def locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: No
     locks: list[RunLock] = []
 
     def acquire() -> None:
-        try:
+        with writing(run_dir, "choose another train.output_dir"):  # for example, the name is too long or the folder is unreadable
             refuse_foreign_entries(run_dir, options)
             check()
-        except OSError as error:  # for example, the name is too long or the folder is unreadable
-            raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         locks.append(RunLock(run_dir))
 
     run_on_rank0(world, acquire)
