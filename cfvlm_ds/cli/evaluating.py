@@ -93,7 +93,7 @@ def _evaluate(
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} applies only to --benchmarks; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
-    from cfvlm_ds.evaluation import evaluate, table
+    from cfvlm_ds.evaluation import Batching, evaluate, table
 
     manifests = named_apart(manifest)
     if out:
@@ -101,15 +101,8 @@ def _evaluate(
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
-    results, _ = evaluate(
-        scorer,
-        collator,
-        splits,
-        world,
-        scoring.batch_size,
-        max_tokens=scoring.max_tokens_per_forward,
-        remedy=scoring.remedy,
-    )
+    batching = Batching(scoring.batch_size, scoring.max_tokens_per_forward, remedy=scoring.remedy)
+    results, _ = evaluate(scorer, collator, splits, world, batching)
     if world.is_main:
         print(table(results))
     if out and world.is_main:

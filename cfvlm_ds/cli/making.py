@@ -287,7 +287,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
-    from cfvlm_ds.evaluation import score_groups
+    from cfvlm_ds.evaluation import Batching, score_groups
     from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
@@ -303,7 +303,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     quiet = Quiet(*vars(world).values())
 
     def score(groups: Sequence[Any]) -> Sequence[Any]:
-        return score_groups(scorer, collator, groups, quiet, batch_size, remedy=f"lower --batch_size ({batch_size})")
+        return score_groups(scorer, collator, groups, quiet, Batching(batch_size, remedy=f"lower --batch_size ({batch_size})"))
 
     return score, identity | ({"adapter": str(adapter)} if adapter else {})
 

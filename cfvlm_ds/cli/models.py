@@ -94,11 +94,10 @@ def _scores(
     model: str, groups: Sequence[CounterfactualGroup], scorer: Any, collator: Collator, world: World, scoring: Scoring
 ) -> Sequence[GroupScores]:
     """Return the scores of all groups. Raises ConfigError if any score is not finite."""
-    from cfvlm_ds.evaluation import score_groups
+    from cfvlm_ds.evaluation import Batching, score_groups
 
-    scores = score_groups(
-        scorer, collator, groups, world, scoring.batch_size, max_tokens=scoring.max_tokens_per_forward, remedy=scoring.remedy
-    )
+    batching = Batching(scoring.batch_size, scoring.max_tokens_per_forward, remedy=scoring.remedy)
+    scores = score_groups(scorer, collator, groups, world, batching)
     if broken := [group.id for group, score in zip(groups, scores, strict=True) if not score.finite]:
         raise ConfigError(
             f"{model}: scores of {len(broken)} of {len(groups)} groups are not finite, for example those of {broken[0]!r}; "

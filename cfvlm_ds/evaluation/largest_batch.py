@@ -13,7 +13,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.picture_index import sizes_of
-from cfvlm_ds.evaluation.scoring import Forward, guarded, score_batches, seen_as
+from cfvlm_ds.evaluation.scoring import Batching, Forward, guarded, score_batches, seen_as
 
 Splits = Mapping[str, Sequence[CounterfactualGroup]]
 
@@ -29,22 +29,14 @@ class _Tried(NamedTuple):
     groups: Sequence[CounterfactualGroup]
 
 
-def rehearse(
-    forward: Forward,
-    collator: Collator,
-    splits: Splits,
-    world: World,
-    batch_size: int,
-    max_tokens: int | None,
-    remedy: str,
-) -> None:
+def rehearse(forward: Forward, collator: Collator, splits: Splits, world: World, batching: Batching) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
-    A forward pass exceeds ``max_tokens`` only if a single text with its prompt and image is longer than that. All batches that
+    A forward pass exceeds the limit on tokens only if a single text with its prompt and image is longer than that. All batches that
     ``score_groups`` will run are considered. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
-    collator = collator.scoring_everything()
+    collator, batch_size, max_tokens = collator.scoring_everything(), batching.batch_size, batching.max_tokens
 
     def batches() -> Iterator[_Tried]:
         with ThreadPoolExecutor(cores_per_rank()) as pool:
@@ -67,7 +59,7 @@ def rehearse(
 
     if (batch := run_on_rank0(world, largest, barrier)) is not None:
         parts = guarded(collator, max_tokens)(batch.groups)
-        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {batch.split},", remedy)
+        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {batch.split},", batching.remedy)
         forwards = 0 if isinstance(parts, DataError) else len(parts)
         size = f"{len(batch.groups)} groups, {batch.tokens} tokens in {forwards} forward pass{'es' * (forwards != 1)}"
         world.say(f"the largest evaluation batch, of {batch.split}, fits: {size}")

@@ -52,6 +52,23 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How groups are divided into forward passes.
+
+    Args:
+        batch_size: number of groups in a batch of one rank.
+        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
+        num_workers: number of processes per rank that prepare batches.
+        remedy: advice for an out-of-memory error.
+    """
+
+    batch_size: int = 16
+    max_tokens: int | None = None
+    num_workers: int = 0
+    remedy: str = "lower the batch size"
+
+
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
@@ -77,29 +94,23 @@ def score_groups(
     collator: Collator,
     groups: Sequence[CounterfactualGroup],
     world: World,
-    batch_size: int = 16,
-    num_workers: int = 0,
+    batching: Batching = Batching(),
     label: str = "scoring",
-    *,
-    max_tokens: int | None = None,
-    remedy: str = "lower the batch size",
     loss: EvaluationLoss | None = None,
 ) -> Sequence[GroupScores]:
     """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
-    ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. The scores on the groups' own
-    images are added to ``loss``.
+    ``forward`` is an engine or a Scorer in evaluation mode. Every rank runs the same number of forward passes, as ZeRO-3 requires. The
+    scores on the groups' own images are added to ``loss``.
 
-    Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
+    Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with the remedy in its message.
     """
+    batch_size = batching.batch_size
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
     local: dict[int, list[Any]] = {}  # arrays are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
     views, reference = seen_as(groups), None if loss is None else loss.reference
-    turns = scored_batches(
-        forward, collator, groups, views, batches, world, num_workers, label, max_tokens=max_tokens, remedy=remedy, reference=reference
-    )
+    turns = scored_batches(forward, collator, groups, views, batches, world, batching, label, reference)
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add([groups[index] for index in indices], scored[0])
@@ -120,11 +131,8 @@ def scored_batches(
     views: Sequence[Sequence[CounterfactualGroup]],
     batches: Sequence[Sequence[int]],
     world: World,
-    num_workers: int,
+    batching: Batching,
     label: str,
-    *,
-    max_tokens: int | None,
-    remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
     """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
@@ -138,15 +146,15 @@ def scored_batches(
         DataLoader(
             Unraised(view),  # type: ignore[arg-type]
             batch_sampler=mine,  # type: ignore[arg-type]
-            collate_fn=guarded(collator.scoring_everything(), max_tokens),
-            num_workers=num_workers,
+            collate_fn=guarded(collator.scoring_everything(), batching.max_tokens),
+            num_workers=batching.num_workers,
             worker_init_fn=shield_worker,
             generator=isolated_rng(),
         )
         for view in views
     ]
     for place, indices, *parts in zip(places, mine, *loaders, strict=True):
-        scored = score_batches(forward, parts, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+        scored = score_batches(forward, parts, world, f"{label}, groups from {groups[indices[0]].id!r}", batching.remedy, reference)
         yield (indices if place < len(batches) else ()), scored
 
 
