@@ -8,11 +8,10 @@ from dataclasses import replace
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation.largest_batch import rehearse
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import headline, table
-from cfvlm_ds.evaluation.scoring import Batching, Forward, GroupScores, guarded, score_groups
+from cfvlm_ds.evaluation.scoring import Batching, Forward, GroupScores, guarded, rehearse, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
