@@ -27,14 +27,14 @@ from cfvlm_ds.batching.batch_layout import (
     with_in_batch_negatives,
     without_broken_negatives,
 )
-from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
+from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Unprocessable, with_names
 from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups, Prompt
 from cfvlm_ds.core.layout import Divergence, GroupLayout
-from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import ScoresById

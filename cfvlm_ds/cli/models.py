@@ -27,7 +27,7 @@ from cfvlm_ds.core.untrusted import own_output
 if TYPE_CHECKING:
     from cfvlm_ds.batching.collator import Collator
     from cfvlm_ds.core.distributed import World
-    from cfvlm_ds.core.groups import CounterfactualGroup
+    from cfvlm_ds.core.groups import CounterfactualGroup, Groups
     from cfvlm_ds.data.picture_index import PictureTable
     from cfvlm_ds.evaluation import GroupScores
 
@@ -90,9 +90,7 @@ def _score(
         print(f"wrote {path}: {len(groups)} groups")
 
 
-def _scores(
-    model: str, groups: Sequence[CounterfactualGroup], scorer: Any, collator: Collator, world: World, scoring: Scoring
-) -> Sequence[GroupScores]:
+def _scores(model: str, groups: Groups, scorer: Any, collator: Collator, world: World, scoring: Scoring) -> Sequence[GroupScores]:
     """Return the scores of all groups. Raises ConfigError if any score is not finite."""
     from cfvlm_ds.evaluation import Batching, score_groups
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import headline, table
@@ -35,7 +35,7 @@ __all__ = [
 def evaluate(
     forward: Forward,
     collator: Collator,
-    splits: Mapping[str, Sequence[CounterfactualGroup]],
+    splits: Mapping[str, Groups],
     world: World,
     batching: Batching = Batching(),
     *,

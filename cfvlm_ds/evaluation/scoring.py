@@ -20,7 +20,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, isolated_rng, run_on_rank0
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.scores import Scores
@@ -98,7 +98,7 @@ def guarded(
 def score_groups(
     forward: Forward,
     collator: Collator,
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     world: World,
     batching: Batching = Batching(),
     label: str = "scoring",
@@ -133,8 +133,8 @@ def score_groups(
 def scored_batches(
     forward: Forward,
     collator: Collator,
-    groups: Sequence[CounterfactualGroup],
-    views: Sequence[Sequence[CounterfactualGroup]],
+    groups: Groups,
+    views: Sequence[Groups],
     batches: Sequence[Sequence[int]],
     world: World,
     batching: Batching,
@@ -164,7 +164,7 @@ def scored_batches(
         yield (indices if place < len(batches) else ()), scored
 
 
-def matrices(groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
+def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
     """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
     was scored, ``GroupScores.blank`` has the scores on the group's own first image.
     """
@@ -176,7 +176,7 @@ def matrices(groups: Sequence[CounterfactualGroup], indices: Sequence[int], scor
     return by_index
 
 
-def seen_as(groups: Sequence[CounterfactualGroup]) -> list[Sequence[CounterfactualGroup]]:
+def seen_as(groups: Groups) -> list[Groups]:
     """Return the views in which groups are scored: on their own images, and on a blank image."""
     return [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
 
@@ -228,12 +228,10 @@ class _Tried(NamedTuple):
     largest: int
     tokens: int
     split: str
-    groups: Sequence[CounterfactualGroup]
+    groups: Groups
 
 
-def rehearse(
-    forward: Forward, collator: Collator, splits: Mapping[str, Sequence[CounterfactualGroup]], world: World, batching: Batching
-) -> None:
+def rehearse(forward: Forward, collator: Collator, splits: Mapping[str, Groups], world: World, batching: Batching) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
     A forward pass exceeds the limit on tokens only if a single text with its prompt and image is longer than that. All batches that

@@ -13,7 +13,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, islice, zip_longest
@@ -26,7 +26,7 @@ from markupsafe import Markup
 
 from cfvlm_ds.core.conversation import Prompt
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.sequences import differing
@@ -215,7 +215,7 @@ def write_page(
     scored: str = "log p(text | image) in nats",
     beside: Mapping[str, str] = MappingProxyType({}),
     max_pixels: int = MAX_PIXELS,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = no_op,
 ) -> Written:
     """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
     complete.

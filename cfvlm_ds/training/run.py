@@ -21,6 +21,7 @@ from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, preserve_rng, run_on_rank0, seed_everything
 from cfvlm_ds.core.errors import ConfigError, DataError, writing
 from cfvlm_ds.core.files import write_if_possible
+from cfvlm_ds.core.progress import no_op
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
@@ -81,7 +82,7 @@ def exit_with_message(world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
+def locked(run_dir: Path, world: World, check: Callable[[], object] = no_op, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
     Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run

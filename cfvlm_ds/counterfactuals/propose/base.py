@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from cfvlm_ds.core.errors import DataError, writing
 from cfvlm_ds.core.files import file_lock
+from cfvlm_ds.core.progress import Say, no_op
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data.fields import json_object
@@ -93,7 +94,7 @@ class Context:
     store: GroupStore
     work: WorkFolder
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    say: Callable[[str], object] = lambda line: None
+    say: Say = no_op
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
