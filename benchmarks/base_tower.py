@@ -17,13 +17,15 @@ from random import Random
 
 import numpy as np
 import torch
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from cfvlm_ds.demo.habits import all_texts
+from cfvlm_ds.demo.habits.edits import EDITS
+from cfvlm_ds.demo.habits.grammar import NUMBERS, describe
+from cfvlm_ds.demo.habits.questions import DESCRIBE, QUESTIONS, asking
 from cfvlm_ds.demo.habits.render import SIZE, render
 from cfvlm_ds.demo.habits.world import BACKGROUNDS, COLOURS, KINDS, SIDE, Scene, draw_scene
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 TINY = TinyLlavaConfig(
     "runs/base_sees/tiny-llava", image_size=64, patch_size=8, hidden_size=160, vision_hidden_size=128, num_layers=4, vision_num_layers=4
@@ -107,6 +109,20 @@ def loss_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, str]:
         counted = labels[..., 1] < len(KINDS)
         right.append(f"{name} {100 * (part.argmax(-1) == label)[counted].float().mean():.0f} %")
     return sum(losses, torch.zeros(())), ", ".join(right)
+
+
+def all_texts(seed: int, number: int) -> list[str]:
+    """Draw descriptions, prompts and answers from the whole grammar, for training a tokenizer."""
+    rng = Random(f"{seed}/texts")
+    texts = [*DESCRIBE, "Yes", "No", "A", "B", *NUMBERS[1:], *COLOURS]
+    for index in range(number):
+        scene = draw_scene(rng, 0.5)
+        edit, kind = rng.choice([(edit, kind) for kind, edits in QUESTIONS.items() for edit in edits])
+        texts += describe([scene], f"{seed}/{index}")
+        edited = EDITS[edit](scene, rng, True)
+        if edited and (asked := asking(kind, edit, (scene, edited), rng)):
+            texts.append(str(asked[0][0].prompt))
+    return texts
 
 
 if __name__ == "__main__":

@@ -326,15 +326,16 @@ def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
 def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, Any]:
     """Train as one of the ranks. Returns the losses, the median step time, and the measured and planned memory."""
     from cfvlm_ds import engine
+    from cfvlm_ds.training.dry_run import attention_without_data, model_states, working_memory
 
     free()
     sizes, config = run.sizes, configured(folder, steps, accumulation)
     world = engine.start()
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), steps)
-    planned = meta_model(config.model, run.dtype, engine.attention_without_data())
-    states, _ = engine.model_states(planned, resolved.config, world.size, world.size)
+    planned = meta_model(config.model, run.dtype, attention_without_data())
+    states, _ = model_states(planned, resolved.config, world.size, world.size)
     tokens = sizes.visual + PROMPT + max(sizes.texts) * TEXT
-    working = engine.working_memory(planned, resolved.config, tokens, recompute=False)
+    working = working_memory(planned, resolved.config, tokens, recompute=False)
     plan = {"states": states, "working": sum(working.values()) - working["CUDA and NCCL"]}  # torch's counters do not include CUDA and NCCL
     del planned
     before = scoring.reset_peak(world.device)

@@ -58,10 +58,9 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.family_checkpoints import SMALL
+from cfvlm_ds.demo.family_checkpoints import SMALL, write_checkpoint
 from cfvlm_ds.demo.habits.grammar import describe
 from cfvlm_ds.demo.habits.world import STRENGTH, draw_scene
-from cfvlm_ds.demo.tiny_llava import write_checkpoint
 from cfvlm_ds.models import Scorer, family_of, load_model, load_processor
 from cfvlm_ds.objectives import Dpo, denominators, required_cells, weighted_loss
 

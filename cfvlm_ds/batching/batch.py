@@ -5,7 +5,8 @@ Shapes: G groups, I images, C candidates, T tokens, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cfvlm_ds.core.errors import OutOfMemory
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Pictures
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
@@ -176,3 +178,19 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Batch | GroupLayout | InBatchNegatives):
         return replace(value, **{part.name: _mapped(getattr(value, part.name), kind, change) for part in fields(value)})
     return value
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
+    """Convert an allocation failure to an OutOfMemory error that states the size of the largest of ``parts`` and the ``remedy``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and the CPU allocator raises a RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        largest = max(parts, key=lambda part: part.num_tokens)
+        sizes = f"{len(largest.layout.ids)} groups, {largest.num_tokens} tokens and {largest.num_images} images"
+        message = (str(error) or "nothing").splitlines()[0]
+        raise OutOfMemory(
+            f"out of memory {where}; its largest forward pass has {sizes}; {remedy}; the allocator reports: {message}"
+        ) from error

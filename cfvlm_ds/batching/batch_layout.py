@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvlm_ds.batching.packing import common
 from cfvlm_ds.batching.prompts import Encoded, Prompts
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups
 from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
+from cfvlm_ds.core.sequences import differing
 from cfvlm_ds.data.stored_scores import ScoresById
 
 
@@ -130,9 +130,7 @@ def with_changed_tokens(layout: GroupLayout, groups: Groups, texts: Sequence[Seq
         for c, number in enumerate(group.prompt_ids):
             partner = group.prompt_ids.index(number)
             for one, other in ((c, partner), (partner, c)):
-                ids, others = encoded[one].text_ids, encoded[other].text_ids
-                begin = common(ids, others)
-                changed[g, one, begin : len(ids) - common(ids[begin:][::-1], others[begin:][::-1])] = True
+                changed[g, one, differing(encoded[one].text_ids, encoded[other].text_ids)[0]] = True
     return replace(layout, changed=changed)
 
 

@@ -27,14 +27,14 @@ from cfvlm_ds.batching.batch_layout import (
     with_in_batch_negatives,
     without_broken_negatives,
 )
-from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Size, Unprocessable, with_names
+from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Unprocessable, with_names
 from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups, Prompt
 from cfvlm_ds.core.layout import Divergence, GroupLayout
-from cfvlm_ds.data.decoding import MAX_PIXELS
+from cfvlm_ds.data.decoding import MAX_PIXELS, Size
 from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import ScoresById
@@ -42,8 +42,8 @@ from cfvlm_ds.models import Family, family_of, load_config, load_processor
 from cfvlm_ds.models.model_files import explained
 
 
-class TreeTokens(NamedTuple):
-    """A tree's size in tokens: ``whole`` with all texts, and ``least`` with only the longest text (the smallest possible forward pass)."""
+class GroupTokens(NamedTuple):
+    """A group's size in tokens: ``whole`` with all images and texts, and ``least`` with only the image and text that need the most."""
 
     whole: int
     least: int
@@ -252,16 +252,11 @@ class Collator:
         encoded = self.prompts.encoded(prompt, text, len(sizes), "text")
         return self._prefix_length(encoded, sizes) + encoded.length
 
-    def tree_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> list[TreeTokens]:
-        """Count the tokens in each tree that the collator builds for the group. ``sizes`` maps each picture to (width, height).
+    def group_tokens(self, group: CounterfactualGroup, sizes: Mapping[Path, Size]) -> GroupTokens:
+        """Count the tokens that the collator packs for the group. ``sizes`` maps each picture to (width, height).
 
         Raises DataError naming the group and file of a picture whose size the model's processor cannot process.
         """
-        trees: dict[tuple[Any, ...], Tree] = {}
-        for _, i, c in self._layout([group]).valid.nonzero().tolist():
-            text, pictures = self._text(group, c), shown(group, i)
-            key = _tree_of(pictures, text, 0, placeholder_id(self.processor))
-            trees.setdefault(key, Tree(self.files.keys(pictures), [])).branches.append((c, text))
 
         def prompt_length(tree: Tree, text: Encoded) -> int:
             pictures = [key[0] for key in tree.pictures]
@@ -269,11 +264,10 @@ class Collator:
                 text, tuple(BLANK_SIZE if picture.parent == BLANK.parent else sizes[picture] for picture in pictures)
             )
 
+        trees = self._trees([group], self._layout([group]))
         try:
-            return [
-                TreeTokens(num_tokens(tree, prompt_length), max(prompt_length(tree, text) + text.length for _, text in tree.branches))
-                for tree in trees.values()
-            ]
+            lengths = [prompt_length(tree, text) + text.length for tree in trees for _, text in tree.branches]
+            return GroupTokens(sum(num_tokens(tree, prompt_length) for tree in trees), max(lengths))
         except Unprocessable as error:
             raise DataError(with_names(error, [group], sizes)) from error
 

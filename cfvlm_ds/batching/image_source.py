@@ -18,14 +18,11 @@ from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, Inputs
 from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
-from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, open_image
+from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, Size, open_image
 from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.models import Family
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 PictureKey = tuple[Path, bool]
 """A picture's file, and a flag that is True if the model processes the picture as one of several in a prompt."""

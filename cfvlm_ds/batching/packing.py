@@ -22,6 +22,7 @@ from cfvlm_ds.batching.batch import Inputs
 from cfvlm_ds.batching.image_source import PictureKey
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.layout import GroupLayout
+from cfvlm_ds.core.sequences import shared_start
 from cfvlm_ds.models import Family
 from cfvlm_ds.models.forest import Forest
 
@@ -106,7 +107,7 @@ class _Tokens:
         node, and the rest of each prompt branches off it.
         """
         first, node = prompts[0], parent
-        until = common(first.ids, prompts[-1].ids)
+        until = shared_start(first.ids, prompts[-1].ids)
         if until > since:  # False only if the prompts have no pictures and no common prefix
             place = slice(first.begins[since], first.begins[until])
             node = self._node(first.expanded[place], first.positions[..., place], parent)
@@ -140,11 +141,6 @@ class _Tokens:
         return len(self.lengths) - 1
 
     _last: list[int] = field(default_factory=list)
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    return next((k for k, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second)))
 
 
 def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTrainedConfig, image_token: int) -> Row:
@@ -243,7 +239,7 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
     before: tuple[int, ...] | None = None
     for branch in tree.ordered:
         text = branch[1]
-        new = prompt_length(tree, text) if before is None else len(text.prompt_ids) - common(before, text.prompt_ids)
+        new = prompt_length(tree, text) if before is None else len(text.prompt_ids) - shared_start(before, text.prompt_ids)
         before = text.prompt_ids
         yield branch, new + text.length
 

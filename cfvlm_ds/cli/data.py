@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cfvlm_ds.cli import making
 from cfvlm_ds.cli.making import Part
 from cfvlm_ds.cli.options import ImageLimits, OnError, Positive, Reading, add_function, model_named, say
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, writing
 from cfvlm_ds.core.secrets import print_line
 
 if TYPE_CHECKING:
@@ -87,10 +87,8 @@ def _prepare(
     state = source_state(path)
     groups = open_groups(manifest, reading.root, reading.format, limit=limit, progress=print_line)
     stamp = source_stamp(path, state, data_roots(path, reading.root), groups.format, limit, options)
-    try:
+    with writing(folder, "free some space, or change --out; finished work is kept"):
         report, is_complete = prepare(groups, folder, stamp, options, print_line, shard=shard, of=of)
-    except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; free some space, or change --out; finished work is kept") from error
     if report.problems:
         print(report)
         if options.on_error == "error":

@@ -12,7 +12,7 @@ from typing import IO, Annotated, Any
 
 from cfvlm_ds.cli.models import joined, load_scorer
 from cfvlm_ds.cli.options import Count, ImageLimits, OnError, Reading, Scoring, add_function, model_named, say
-from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, writing
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.text import in_cell
@@ -93,7 +93,7 @@ def _evaluate(
     if unusable := [name for name, value in vars(benchmark_options).items() if value != getattr(BenchmarkOptions, name)]:
         raise ConfigError(f"--{unusable[0]} applies only to --benchmarks; leave it out")
     from cfvlm_ds.data import named_apart, sound_groups
-    from cfvlm_ds.evaluation import evaluate, table
+    from cfvlm_ds.evaluation import Batching, evaluate, table
 
     manifests = named_apart(manifest)
     if out:
@@ -101,15 +101,8 @@ def _evaluate(
         own_output(Path(out), lambda file: not of_run and _is_evaluated(file), "evaluate", *manifests.values())
     splits = {name: sound_groups(path, reading.root, reading.format, scoring.limit, say) for name, path in manifests.items()}
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
-    results, _ = evaluate(
-        scorer,
-        collator,
-        splits,
-        world,
-        scoring.batch_size,
-        max_tokens=scoring.max_tokens_per_forward,
-        remedy=scoring.remedy,
-    )
+    batching = Batching(scoring.batch_size, scoring.max_tokens_per_forward, remedy=scoring.remedy)
+    results, _ = evaluate(scorer, collator, splits, world, batching)
     if world.is_main:
         print(table(results))
     if out and world.is_main:
@@ -249,12 +242,10 @@ def _write_comparison(out: Path, title: str, text: str, differences: Mapping[str
     from cfvlm_ds.tracking.figures import differences_figure
 
     table, figure, page = (out / name for name in _COMPARISON)
-    try:
+    with writing(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         markdown = f"# {in_cell(title, 200)}\n\n{text}\n"
         replace(table, markdown.encode())
         differences_figure(figure, title, differences)
         write_report_page(page, title, f"{markdown}\n![differences with 95 % intervals]({figure.name})\n")
-    except OSError as error:
-        raise StorageError(f"{unwritten(out, error)}; choose another --out") from error
     say(f"page: {page}")

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from cfvlm_ds.cli import cluster, data, describe, evaluating, models, package
+from cfvlm_ds.cli import cluster, data, evaluating, models, package
 from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly, explain_os_errors, leave_at_once
 from cfvlm_ds.cli.making import ALONE
 from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_empty, refuse_unknown
@@ -55,7 +55,7 @@ def parser() -> Parser:
     add_verbosity(top)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train, evaluate and export a run; see cfvlm-ds train --help", add_help=False)
-    for group in (data, models, evaluating, describe, cluster):
+    for group in (data, models, evaluating, cluster):
         group.add(commands)
     add_function(commands, package.init)
     return top

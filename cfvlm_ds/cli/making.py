@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cfvlm_ds.cli.options import ImageLimits, Positive, Reading, add_function, model_named, say
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SampleOptions, SelectOptions, VerifyOptions
 
@@ -258,7 +259,7 @@ def _sample(
 
 
 def author(
-    model: str, limits: ImageLimits, max_pixels: int, say: Callable[[str], object], world: World | None = None
+    model: str, limits: ImageLimits, max_pixels: int, say: Say, world: World | None = None
 ) -> tuple[dict[str, Any], Callable[[], tuple[Any, Collator, World]]]:
     """Return the identity of a model that writes texts, and a function that loads it once as scorer, collator and world."""
     from cfvlm_ds.cli.models import load_scorer
@@ -287,7 +288,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
-    from cfvlm_ds.evaluation import score_groups
+    from cfvlm_ds.evaluation import Batching, score_groups
     from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
@@ -303,7 +304,7 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
     quiet = Quiet(*vars(world).values())
 
     def score(groups: Sequence[Any]) -> Sequence[Any]:
-        return score_groups(scorer, collator, groups, quiet, batch_size, remedy=f"lower --batch_size ({batch_size})")
+        return score_groups(scorer, collator, groups, quiet, Batching(batch_size, remedy=f"lower --batch_size ({batch_size})"))
 
     return score, identity | ({"adapter": str(adapter)} if adapter else {})
 

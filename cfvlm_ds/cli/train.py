@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from cfvlm_ds.cli.exits import escape_unencodable, exit_cleanly
 from cfvlm_ds.cluster import signals
 from cfvlm_ds.core.config import BuildConfig, RunConfig
 from cfvlm_ds.core.parsing import parse_config
+from cfvlm_ds.core.progress import Alive, no_op
 from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import selected_verbosity, show
 
@@ -103,7 +104,7 @@ def build_once(config: BuildConfig, world: World) -> None:
     run_on_rank0(world, lambda: build(config, barrier.alive), barrier)
 
 
-def build(config: BuildConfig, alive: Callable[[], object] = lambda: None) -> None:
+def build(config: BuildConfig, alive: Alive = no_op) -> None:
     """Write the requested world with habits and base model unless they exist. ``alive`` is called repeatedly to signal progress."""
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits

@@ -28,7 +28,7 @@ from typing import Any
 
 from cfvlm_ds.cluster.signals import EXIT_HANG
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.errors import StorageError, unwritten
+from cfvlm_ds.core.errors import unwritten, writing
 from cfvlm_ds.core.files import remove
 from cfvlm_ds.core.secrets import print_line
 
@@ -44,11 +44,9 @@ def prepare(run_dir: Path) -> Path:
     the folder cannot be written.
     """
     folder = run_dir / FOLDER
-    try:
+    with writing(folder, "free some space, or choose another, writable train.output_dir"):
         remove(folder)
         folder.mkdir(parents=True)  # heartbeats or a hang report from an earlier start would count for this start
-    except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; free some space, or choose another, writable train.output_dir") from error
     return folder
 
 

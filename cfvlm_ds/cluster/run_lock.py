@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, writing
 from cfvlm_ds.core.files import create_locked, is_same
 
 NAME = "run.lock"
@@ -25,7 +25,7 @@ class RunLock:
 
     def __init__(self, folder: Path, option: str = "train.output_dir") -> None:
         self.path, own = folder / NAME, _identity()
-        try:
+        with writing(self.path, f"free some space, or choose another, writable {option}"):
             folder.mkdir(parents=True, exist_ok=True)
             while (descriptor := create_locked(self.path)) is None:
                 holder = _holder(self.path)
@@ -37,8 +37,6 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
             self._held = descriptor
             os.write(descriptor, json.dumps(own).encode())
-        except OSError as error:
-            raise StorageError(f"{unwritten(self.path, error)}; free some space, or choose another, writable {option}") from error
         os.register_at_fork(after_in_child=self._close)  # a data worker may briefly outlive its rank
 
     def __enter__(self) -> RunLock:

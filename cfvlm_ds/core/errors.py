@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cfvlm_ds.core.secrets import without_secrets
@@ -43,6 +45,15 @@ class ConfigError(InputError):
 
 class StorageError(InputError):
     """A file that cannot be written or read because of a full disk, a quota or permissions. The message names the file and the remedy."""
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn an OSError within the block into a StorageError that says that ``path`` could not be written, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{unwritten(path, error)}; {remedy}") from error
 
 
 class OutOfMemory(InputError):

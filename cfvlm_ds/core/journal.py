@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten, writing
 from cfvlm_ds.core.files import lock
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import print_line
@@ -36,7 +36,7 @@ class Journal:
 
     def __init__(self, path: Path, *, alone: bool = True, end: int | None = None) -> None:
         self.path = path
-        try:
+        with writing(path, "free some space, or correct the folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             if alone and not lock(self._handle, path):
@@ -44,8 +44,6 @@ class Journal:
             size = os.fstat(self._handle).st_size
             self.size = self._whole_lines(size) if end is None else end
             os.ftruncate(self._handle, self.size)
-        except OSError as error:
-            raise StorageError(f"{unwritten(path, error)}; free some space, or correct the folder") from error
 
     def _whole_lines(self, size: int) -> int:
         """Return the number of bytes up to and including the last line break."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, takewhile
+from itertools import islice
 from typing import TypeVar, overload
 
 T = TypeVar("T")
@@ -33,7 +33,14 @@ class Lazy(Sequence[T]):
 
 def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
     """Return the length of the longest common prefix of two sequences, for instance of words."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def differing(one: Sequence[T], other: Sequence[T]) -> tuple[slice, slice]:
+    """Return the part of each sequence between their common prefix and the common suffix of the rest."""
+    first = shared_start(one, other)
+    last = shared_start(one[first:][::-1], other[first:][::-1])
+    return slice(first, len(one) - last), slice(first, len(other) - last)
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:

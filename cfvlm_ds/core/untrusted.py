@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cfvlm_ds.core.errors import ConfigError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, writing
 from cfvlm_ds.core.files import aside_of, whole_folder
 from cfvlm_ds.core.reading import MALFORMED, open_regular
 
@@ -72,11 +72,9 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
         raise ConfigError(f"{path} is an input and would be overwritten; name another output file")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} exists and is not a file; name a file with {option}")
-    try:
+    with writing(path, f"name another file with {option}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; name another file with {option}") from error
     return path
 
 
@@ -131,11 +129,8 @@ def replaced(folder: Path, marker: str, needed: Iterable[Path] = (), names: Coll
     Raises the same errors as ``refuse_replacing``. Within the block, an OSError becomes a StorageError.
     """
     final = refuse_replacing(folder, marker, needed, names=names)
-    try:
-        with whole_folder(final) as partial:
-            yield partial
-    except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; its previous contents are unchanged; name another folder with --out") from error
+    with writing(folder, "its previous contents are unchanged; name another folder with --out"), whole_folder(final) as partial:
+        yield partial
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:

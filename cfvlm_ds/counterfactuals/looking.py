@@ -6,11 +6,11 @@ import heapq
 import itertools
 import json
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, margins
 from cfvlm_ds.counterfactuals.options import SelectOptions
@@ -19,7 +19,7 @@ from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
-def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Callable[[str], object]) -> Written:
+def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Say) -> Written:
     """Write a page that shows ``sample`` random candidates. If ``rejected`` is True, they are drawn from the rejected candidates only.
 
     Raises ConfigError if ``out`` is not a work folder or has no candidate to show.

@@ -16,7 +16,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import replace
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.journal import records
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
@@ -36,7 +36,7 @@ from cfvlm_ds.evaluation.scoring import GroupScores
 STEP = "verify"
 _DECIMALS = 4
 
-Score = Callable[[Sequence[CounterfactualGroup]], Sequence[GroupScores]]
+Score = Callable[[Groups], Sequence[GroupScores]]
 """Function that returns the scores of candidate groups, in order. It raises DataError for a group that exceeds the context window."""
 
 

@@ -29,7 +29,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.journal import Journal, as_line, records
 from cfvlm_ds.core.options import flat
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.reading import MIB, open_regular, read_json
 from cfvlm_ds.core.secrets import masked
 from cfvlm_ds.core.text import quoted
@@ -183,9 +183,7 @@ class WorkFolder:
             if made.get("of") != now.get("sha256"):
                 raise DataError(f"{self.file(after, shard)} {OUTDATED}; {self.again(after, shard)}")
 
-    def finished(
-        self, step: str, shard: int, of: int | None, options: Any, say: Callable[[str], object] = lambda line: None
-    ) -> dict[str, Any] | None:
+    def finished(self, step: str, shard: int, of: int | None, options: Any, say: Say = no_op) -> dict[str, Any] | None:
         """Return a step's completion record for a shard, or None if the shard is not finished.
 
         Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if this step was started
@@ -229,15 +227,13 @@ class ShardStep:
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")
 
-    def remaining(
-        self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Callable[[str], object], total: float, unit: str
-    ) -> Iterator[T]:
+    def remaining(self, units: Iterator[T], named: Callable[[T], Mapping[str, Any]], say: Say, total: float, unit: str) -> Iterator[T]:
         """Yield the units that have no record yet. The progress display counts a unit when the next one is requested."""
         for record, item in zip(self.work.records(self.step, self.shard), units, strict=False):
             self.expect(record, **named(item))
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
 
-    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Callable[[str], object]) -> dict[str, Any]:
+    def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Say) -> dict[str, Any]:
         """Write and return the completion record, and warn about the first row or picture that could not be used."""
         counts, unusable = Counter[str](), ""
         for record in self.work.records(self.step, self.shard):

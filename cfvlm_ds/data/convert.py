@@ -13,12 +13,11 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import new_output, own_output
-from cfvlm_ds.data.check import look_at_rows
+from cfvlm_ds.data.check import look_at_rows, open_pictures
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.data.manifest import Root, data_roots, local_path, open_groups
 from cfvlm_ds.data.passes import Scan
-from cfvlm_ds.data.picture_check import open_pictures
 from cfvlm_ds.data.prepare import RowLines
 from cfvlm_ds.data.report import CheckReport
 

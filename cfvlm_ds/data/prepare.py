@@ -33,13 +33,12 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.core.untrusted import refuse_link
 from cfvlm_ds.data import lines
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.data.check import check_texts, look_at_rows, note_characters
+from cfvlm_ds.data.check import check_texts, equal_images, look_at_rows, note_characters, opened_pictures
 from cfvlm_ds.data.containers.kinds import sources_state
 from cfvlm_ds.data.decoding import ENDINGS
 from cfvlm_ds.data.identity import IdentityPart, identity_part, joined_identity, joined_part
 from cfvlm_ds.data.overlap import Keys, joined_keys, keys_of
 from cfvlm_ds.data.passes import Array, Done, Scan
-from cfvlm_ds.data.picture_check import equal_images, opened_pictures
 from cfvlm_ds.data.picture_file import part_name, tar_member
 from cfvlm_ds.data.picture_index import FACTS, PictureTable, PictureTables, find, picture_key
 from cfvlm_ds.data.report import CheckReport

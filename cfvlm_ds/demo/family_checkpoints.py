@@ -16,10 +16,11 @@ import torch
 import transformers
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.untrusted import refuse_filled
 from cfvlm_ds.demo.base import write_base
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, llava_config, llava_processor, write_checkpoint
 
+_RANDOM = "A small model with random weights, for tests: its texts mean nothing."
 _CORPUS = ["describe the image. is it red? yes, no. a red circle left of two blue squares; 0 1 2 3 4 5 6 7 8 9"]
 _NEWLINES = ["\n" * 4] * 9  # gives the tokenizer tokens for runs of newlines, as in Gemma's tokenizer
 _WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -72,7 +73,7 @@ def write_small(model_type: str, out_dir: Path) -> Path:
         raise ConfigError(f"no small model of type {model_type!r}; available: base, {', '.join(SMALL)}")
 
     def make(folder: Path) -> Parts:
-        config, processor = SMALL[model_type](model_type, folder)
+        config, processor = SMALL[model_type](model_type)
         torch.manual_seed(0)
         model = t.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         with torch.no_grad():
@@ -84,9 +85,27 @@ def write_small(model_type: str, out_dir: Path) -> Path:
     return write_checkpoint(out_dir, make)
 
 
+def write_checkpoint(out_dir: Path, make: Callable[[Path], Parts]) -> Path:
+    """Save the random model and processor that ``make`` returns, and return ``out_dir``.
+
+    ``make`` receives a folder to which it can write files. The folder is renamed to ``out_dir`` when it is complete.
+    """
+    refuse_filled(out_dir)
+    with whole_folder(out_dir) as partial:
+        for part in make(partial):
+            part.save_pretrained(partial)
+        (partial / "README.md").write_text(f"{_RANDOM}\n")
+    return out_dir
+
+
+def is_random(folder: Path) -> bool:
+    """Return whether a model folder was written by ``write_checkpoint``."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(errors="replace").startswith(_RANDOM)
+
+
 def _parts(
     model_type: str,
-    folder: Path,
     *,
     special: Sequence[str],
     end: str,
@@ -137,13 +156,7 @@ def _parts(
     return t.AutoConfig.for_model(model_type, **numbered(settings)), processor
 
 
-def _llava(model_type: str, folder: Path) -> Parts:
-    config = TinyLlavaConfig(str(folder), hidden_size=32, vision_hidden_size=32)
-    processor = llava_processor(folder, config, _CORPUS)
-    return llava_config(config, processor), processor
-
-
-def _qwen(model_type: str, folder: Path) -> Parts:
+def _qwen(model_type: str) -> Parts:
     names = ["object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end"]
     names += ["vision_pad", "image_pad", "video_pad"]
     text: dict[str, Any] = {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
@@ -170,7 +183,6 @@ def _qwen(model_type: str, folder: Path) -> Parts:
     sizes = {"patch_size": patch, "size": {"shortest_edge": 4 * patch**2, "longest_edge": 256 * patch**2}}
     return _parts(
         model_type,
-        folder,
         special=[*_IM, *(f"<|{name}|>" for name in names)],
         end="<|im_end|>",
         template=_SYSTEM * (not newer) + _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
@@ -211,6 +223,14 @@ _idefics = partial(
     config={"image_token_id": "<image>", "scale_factor": 2, "pad_token_id": "<|pad|>"},
     options={"image_seq_len": 4},
 )
+_llava = partial(
+    _parts,
+    special=["<unk>", "<s>", "</s>", "<image>"],
+    bos_token="<s>",
+    end="</s>",
+    vision={**_WIDTHS, "image_size": 28, "patch_size": 14, "model_type": "clip_vision_model"},
+    options={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+)
 _IDEFICS_SIZES = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
 _cohere = partial(
     _parts,
@@ -227,14 +247,13 @@ _cohere = partial(
 )
 
 
-def _glm(model_type: str, folder: Path) -> Parts:
+def _glm(model_type: str) -> Parts:
     fields = ("image", "video", "image_start", "image_end", "video_start", "video_end")
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     sizes = {"size": {"shortest_edge": 2 * 28**2, "longest_edge": 2 * 64 * 28**2}}  # in pixels; a picture counts as two frames
     kind = {"glm4v": "Glm4v", "glm46v": "Glm46V"}[model_type]
     return _parts(
         model_type,
-        folder,
         special=["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|{mark}|>" for mark in _GLM_MARKS)],
         end="<|endoftext|>",
         template=_GLM.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>"),
@@ -249,16 +268,18 @@ def _glm(model_type: str, folder: Path) -> Parts:
     )
 
 
-SMALL: dict[str, Callable[[str, Path], Parts]] = {
-    "llava": _llava,
+SMALL: dict[str, Callable[[str], Parts]] = {
+    "llava": partial(
+        _llava,
+        template=_INST.replace("[INST]", "USER:").replace("[/INST]", "ASSISTANT:").replace("IMAGE", "<image>{{ '\n' }}"),
+        text={"model_type": "llama"},
+        config={"image_token_index": "<image>", "image_seq_length": 4},
+        parts={"image_processor": ("CLIPImageProcessor", {"size": {"shortest_edge": 28}, "crop_size": _TILE})},
+    ),
     "llava_next": partial(
-        _parts,
-        special=["<unk>", "<s>", "</s>", "<image>"],
-        bos_token="<s>",
-        end="</s>",
+        _llava,
         template=_INST.replace("IMAGE", "<image>{{ '\n' }}"),
         text={"model_type": "mistral", "sliding_window": None},
-        vision={**_WIDTHS, "image_size": 28, "patch_size": 14, "model_type": "clip_vision_model"},
         config={"image_grid_pinpoints": _TILINGS, "image_token_index": "<image>"},
         parts={
             "image_processor": (
@@ -266,7 +287,6 @@ SMALL: dict[str, Callable[[str, Path], Parts]] = {
                 {"size": {"shortest_edge": 28}, "crop_size": _TILE, "image_grid_pinpoints": _TILINGS},
             )
         },
-        options={"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     ),
     "llava_onevision": partial(
         _parts,

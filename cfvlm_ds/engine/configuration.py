@@ -1,13 +1,19 @@
-"""Reads a run's DeepSpeed JSON and replaces every "auto" with a value. check.py validates the result."""
+"""Reads a run's DeepSpeed JSON, replaces every "auto" with a value, and validates the result key by key, before anything is loaded.
+
+DeepSpeed ignores unknown keys and detects most invalid settings only after the model is loaded. Every problem that can be detected without
+a model is reported here in one sentence that names the key.
+"""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,6 +22,8 @@ from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
+from cfvlm_ds.deepspeed_compat import settings as settings
+from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
 
 _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 
@@ -105,3 +113,131 @@ def unusable(path: str, error: Exception) -> ConfigError:
 def warmup_steps(config: RunConfig, total_steps: int) -> int:
     """Return the number of warm-up steps, rounded up as transformers does."""
     return math.ceil(config.train.warmup_ratio * total_steps)
+
+
+_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "sequence_parallel_size",
+    "data_parallel_size", "gradient_clipping", "gradient_predivide_factor", "prescale_gradients", "managed_gradient_accumulation",
+    "sparse_gradients", "disable_allgather", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "dataloader_drop_last",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc", "communication_data_type",
+    "seq_parallel_communication_data_type", "gradient_allreduce_op", "log_level", "zero_optimization", "bf16", "fp16", "optimizer",
+    "scheduler", "torch_autocast", "data_types", "compile", "activation_checkpointing", "flops_profiler", "aio", "checkpoint",
+    "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
+    "expert_parallel", "tensor_parallel",
+)  # fmt: skip
+"""The top-level keys. DeepSpeed itself ignores unknown keys."""
+_INSIDE = {
+    "optimizer": ("type", "params", "legacy_fusion"),
+    "scheduler": ("type", "params"),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
+    "checkpoint": (
+        "tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "checkpoint_serialization", "writer",
+    ),
+    "activation_checkpointing": (
+        "partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints", "profile",
+        "synchronize_checkpoint_boundary",
+    ),
+    "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
+}  # fmt: skip
+"""The keys of sections for which DeepSpeed has no pydantic model. Pydantic models refuse unknown keys themselves."""
+
+
+def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
+    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, that this training does not support, or
+    that would fail after the model is loaded.
+
+    ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
+    """
+    path, options = config.deepspeed, resolved.config
+    for key, value in options.items():
+        if _is_comment(key):
+            continue
+        if key not in _KEYS:
+            _refuse_key(path, "", key, _KEYS)
+        for subkey in value if key in _INSIDE and isinstance(value, dict) else ():
+            if subkey not in _INSIDE[key] and not _is_comment(subkey):
+                _refuse_key(path, f"{key}.", subkey, _INSIDE[key])
+    parsed = _parse(path, options)
+    for problem in _unsupported(parsed, options, world_size, device):
+        raise ConfigError(f"{path}: {problem}")
+
+
+def _parse(path: str, options: Mapping[str, Any]) -> Any:
+    """Parse the configuration with DeepSpeed. Raises ConfigError naming an invalid key."""
+    import_deepspeed()
+    import deepspeed
+    from pydantic import ValidationError
+
+    copied = {key: value for key, value in copy.deepcopy(dict(options)).items() if key != "train_batch_size"}  # the resolver has checked it
+    try:
+        return deepspeed.DeepSpeedConfig(copied)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *inside, key = (str(part) for part in first["loc"])
+        holders = [name for name, values in copied.items() if isinstance(values, dict) and [*inside, key][0] in values]
+        section = ".".join([*([] if [*inside, key][0] in copied else holders[:1]), *inside, ""])
+        if first["type"] == "extra_forbidden":
+            _refuse_key(path, section, key, settings.field_names())
+        raise ConfigError(f"{path}: {section}{key}: {first['msg']}; see DeepSpeed's configuration reference") from None
+    except Exception as error:  # in sections without a pydantic model, DeepSpeed uses unchecked values
+        raise unusable(path, error) from error
+
+
+def _is_comment(key: str) -> bool:
+    return key.startswith(("_", "#", "//"))
+
+
+def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoReturn:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else "DeepSpeed has no such key; leave it out"
+    raise ConfigError(f"{path}: unknown key {section + key!r}; {remedy}")
+
+
+def _unsupported(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
+    """Yield one sentence for each setting that this training does not support, or that would make DeepSpeed fail after the model is
+    loaded.
+    """
+    for setting, value in flat(options).items():
+        if value != _ONLY.get(setting, value):
+            yield f"{setting}={str(value).lower()} is not supported, only {str(_ONLY[setting]).lower()} is; leave it out"
+    zero = parsed.zero_config
+    if zero.stage == 0:
+        yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
+    offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
+    on_cpu = device is not None and device.type == "cpu"
+    if on_cpu and parsed.float16_config.enabled:
+        yield "fp16.enabled=true needs a GPU, but this machine has none; set it to false (bf16 also works on CPUs)"
+    if offloads["param"] != "none" and zero.stage != 3:
+        yield f"zero_optimization.offload_param needs stage 3, but stage is {int(zero.stage)}; set its device to none"
+    if "optimizer" not in options and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
+        yield (
+            'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed builds its CPU Adam; copy the section '
+            "from ds_configs/z3_offload.json, or set the device to none"
+        )
+    if on_cpu and (quantised := [name for name in _QUANTISED if getattr(zero, name)]):
+        yield f"zero_optimization.{quantised[0]}=true has kernels only for GPUs, but this machine has none; set it to false"
+    if device is not None and world_size % min(max(1, zero.zero_hpz_partition_size), world_size):
+        yield (
+            f"zero_optimization.zero_hpz_partition_size={zero.zero_hpz_partition_size} must divide the number of ranks, which is "
+            f"{world_size}; set it to the number of ranks per node, or to 1"
+        )
+    if "optimizer" in options and not isinstance(parsed.optimizer_name, str):
+        yield 'optimizer.type is missing; write "AdamW", or leave the section out for torch\'s AdamW'
+
+
+_ONLY = {
+    "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "prescale_gradients": False, "managed_gradient_accumulation": True,
+    "sequence_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel.autotp_size": 0, "expert_parallel.enabled": False,
+    "hybrid_engine.enabled": False, "data_efficiency.enabled": False, "checkpoint.load_universal": False,
+    "zero_optimization.compute_grad_norm": True, "zero_optimization.parameter_alignment": False,
+}  # fmt: skip
+"""Setting -> its only supported value. With another value, gradients would be wrong, a checkpoint could not be exported, or the setting
+would have no effect, because the run makes its own batches and only ZeRO partitions weights.
+"""
+_QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+
+
+def _device(options: Any) -> str:
+    return "none" if options is None else str(getattr(options.device, "value", options.device))

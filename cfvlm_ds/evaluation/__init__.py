@@ -7,17 +7,17 @@ from dataclasses import replace
 
 from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.core.distributed import World
-from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.evaluation.largest_batch import rehearse
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.evaluation.loss import EvaluationLoss, Reference
 from cfvlm_ds.evaluation.metrics import Accuracy, accuracies, flat_metrics, metric_names
 from cfvlm_ds.evaluation.report import headline, table
-from cfvlm_ds.evaluation.scoring import Forward, GroupScores, guarded, score_groups
+from cfvlm_ds.evaluation.scoring import Batching, Forward, GroupScores, guarded, rehearse, score_groups
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
 __all__ = [
     "Accuracy",
+    "Batching",
     "GroupScores",
     "accuracies",
     "evaluate",
@@ -35,36 +35,22 @@ __all__ = [
 def evaluate(
     forward: Forward,
     collator: Collator,
-    splits: Mapping[str, Sequence[CounterfactualGroup]],
+    splits: Mapping[str, Groups],
     world: World,
-    batch_size: int = 16,
-    num_workers: int = 0,
+    batching: Batching = Batching(),
     *,
-    max_tokens: int | None = None,
-    remedy: str = "lower the batch size",
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
     """Score every split. Return two dicts, accuracies and scores, both keyed by split name and equal on all ranks.
 
     The last row of a split's accuracies holds the means over edit types, the NLL of the true texts and the losses of ``objectives``.
-    ``reference`` computes the reference scores that some objectives need. For the other options, see ``score_groups``.
+    ``reference`` computes the reference scores that some objectives need. For the other arguments, see ``score_groups``.
     """
     results, scores = {}, {}
     for name, groups in splits.items():
         loss = EvaluationLoss(objectives or {}, reference)
-        scores[name] = score_groups(
-            forward,
-            collator,
-            groups,
-            world,
-            batch_size,
-            num_workers,
-            f"evaluating {name}",
-            max_tokens=max_tokens,
-            remedy=remedy,
-            loss=loss,
-        )
+        scores[name] = score_groups(forward, collator, groups, world, batching, f"evaluating {name}", loss)
         results[name] = accuracies(groups, scores[name])
         split_loss = loss.reduce(world)
         if results[name]:

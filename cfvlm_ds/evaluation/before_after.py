@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.metrics import COMPARED, MEAN, MEANINGS, Accuracy
@@ -288,7 +289,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
         raise DataError(f"{file}: not a file of accuracies ({error}); write it with `cfvlm-ds evaluate --out`") from error
 
 
-def compare_results(before: Path, after: Sequence[Path], say: Callable[[str], object]) -> dict[str, list[Change]]:
+def compare_results(before: Path, after: Sequence[Path], say: Say) -> dict[str, list[Change]]:
     """Compare each result in ``after`` with ``before``. If ``after`` has several results, also compare their mean. Return the changes,
     keyed by result.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cfvlm_ds.batching.batch_layout import wanted_cells
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
@@ -59,9 +59,7 @@ class Advice:
     reasons: list[str]
 
 
-def gaps(
-    groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]
-) -> Iterator[Gap]:
+def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]) -> Iterator[Gap]:
     """Yield the gap of every comparison of two texts or two images in which both cells are star cells. In training, csd uses all its
     comparisons, but fcd uses only the hardest in each group.
 

@@ -7,7 +7,7 @@ therefore computed only if the model without its adapters is the reference, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from cfvlm_ds.batching.batch import Batch
 from cfvlm_ds.batching.batch_layout import wanted_cells
 from cfvlm_ds.core.distributed import World, gather_objects
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
@@ -50,7 +50,7 @@ class EvaluationLoss:
         has_reference_term = any(term.needs_reference and name not in self._lacking for name, term in objectives.items())
         self.reference = reference if has_reference_term else None
 
-    def add(self, groups: Sequence[CounterfactualGroup], scores: Scores) -> None:
+    def add(self, groups: Groups, scores: Scores) -> None:
         """Add a batch in which every cell is scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import hashed
 from cfvlm_ds.evaluation.comparisons import comparisons
@@ -102,7 +102,7 @@ class Accuracy:
     by_group: list[list[Any]] = field(default_factory=list)
 
 
-def accuracies(groups: Sequence[CounterfactualGroup], scores: Sequence[GroupScores]) -> list[Accuracy]:
+def accuracies(groups: Groups, scores: Sequence[GroupScores]) -> list[Accuracy]:
     """Return one row per edit type in alphabetical order, then the row ``all`` with the means over edit types. Return [] if there are no
     groups.
     """
@@ -234,13 +234,13 @@ def total_loss(losses: Mapping[str, Mapping[str, Any]]) -> float | None:
     return None if not weighted or any(term["lacking"] for term in losses.values()) else sum(weight * value for weight, value in weighted)
 
 
-def metric_names(splits: Mapping[str, Sequence[CounterfactualGroup]]) -> set[str]:
+def metric_names(splits: Mapping[str, Groups]) -> set[str]:
     """Return the names of the accuracies that ``flat_metrics`` will return for these splits during training. No model is needed."""
 
     def tied(group: CounterfactualGroup) -> GroupScores:
         return GroupScores(torch.zeros(len(group.images), len(group.candidates)), torch.zeros(len(group.candidates)))
 
-    def scored(groups: Sequence[CounterfactualGroup]) -> Sequence[GroupScores]:
+    def scored(groups: Groups) -> Sequence[GroupScores]:
         return Lazy(lambda index: tied(groups[index]), len(groups))
 
     return set(flat_metrics({name: accuracies(groups, scored(groups)) for name, groups in splits.items()}))

@@ -1,27 +1,32 @@
-"""Group scoring with the training forward pass, without gradients. The model can be partitioned over ranks."""
+"""Group scoring with the training forward pass, without gradients. The model can be partitioned over ranks.
+
+Before training, the largest batch is rehearsed, to detect insufficient memory or invalid data early.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.batching.batch import Batch, blinded
+from cfvlm_ds.batching.batch import BLANK, Batch, blinded, explain_out_of_memory
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import shield_worker
-from cfvlm_ds.core.distributed import World, gather_objects, isolated_rng
+from cfvlm_ds.core.distributed import ProgressBarrier, World, gather_objects, isolated_rng, run_on_rank0
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.core.sequences import Lazy
 from cfvlm_ds.core.text import few
+from cfvlm_ds.data.picture_index import sizes_of
 from cfvlm_ds.data.store import Unraised
 from cfvlm_ds.data.stored_scores import StoredScores
 from cfvlm_ds.evaluation.loss import EvaluationLoss
@@ -53,6 +58,23 @@ class GroupScores:
         return StoredScores(tuple(map(tuple, self.logp.tolist())), tuple(self.blank.tolist()))
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How groups are divided into forward passes.
+
+    Args:
+        batch_size: number of groups in a batch of one rank.
+        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
+        num_workers: number of processes per rank that prepare batches.
+        remedy: advice for an out-of-memory error.
+    """
+
+    batch_size: int = 16
+    max_tokens: int | None = None
+    num_workers: int = 0
+    remedy: str = "lower the batch size"
+
+
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
@@ -76,31 +98,25 @@ def guarded(
 def score_groups(
     forward: Forward,
     collator: Collator,
-    groups: Sequence[CounterfactualGroup],
+    groups: Groups,
     world: World,
-    batch_size: int = 16,
-    num_workers: int = 0,
+    batching: Batching = Batching(),
     label: str = "scoring",
-    *,
-    max_tokens: int | None = None,
-    remedy: str = "lower the batch size",
     loss: EvaluationLoss | None = None,
 ) -> Sequence[GroupScores]:
     """Score every cell of every group, and every text on a blank image. Return the scores in the order of ``groups``, equal on all ranks.
 
-    ``forward`` is an engine or a Scorer in evaluation mode. A batch has ``batch_size`` groups per rank and is scored in forward passes of
-    at most ``max_tokens`` tokens. Every rank runs the same number of forward passes, as ZeRO-3 requires. The scores on the groups' own
-    images are added to ``loss``.
+    ``forward`` is an engine or a Scorer in evaluation mode. Every rank runs the same number of forward passes, as ZeRO-3 requires. The
+    scores on the groups' own images are added to ``loss``.
 
-    Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with ``remedy`` in its message.
+    Raises the same DataErrors as the collator, on all ranks. If memory runs out, raises OutOfMemory with the remedy in its message.
     """
+    batch_size = batching.batch_size
     batches = [range(start, min(start + batch_size, len(groups))) for start in range(0, len(groups), batch_size)]
     local: dict[int, list[Any]] = {}  # arrays are smaller than tensors
     progress = Progress(world.say, label, len(groups), "groups")
     views, reference = seen_as(groups), None if loss is None else loss.reference
-    turns = scored_batches(
-        forward, collator, groups, views, batches, world, num_workers, label, max_tokens=max_tokens, remedy=remedy, reference=reference
-    )
+    turns = scored_batches(forward, collator, groups, views, batches, world, batching, label, reference)
     for number, (indices, scored) in enumerate(turns):
         if loss is not None and indices:
             loss.add([groups[index] for index in indices], scored[0])
@@ -117,15 +133,12 @@ def score_groups(
 def scored_batches(
     forward: Forward,
     collator: Collator,
-    groups: Sequence[CounterfactualGroup],
-    views: Sequence[Sequence[CounterfactualGroup]],
+    groups: Groups,
+    views: Sequence[Groups],
     batches: Sequence[Sequence[int]],
     world: World,
-    num_workers: int,
+    batching: Batching,
     label: str,
-    *,
-    max_tokens: int | None,
-    remedy: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
     """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
@@ -139,19 +152,19 @@ def scored_batches(
         DataLoader(
             Unraised(view),  # type: ignore[arg-type]
             batch_sampler=mine,  # type: ignore[arg-type]
-            collate_fn=guarded(collator.scoring_everything(), max_tokens),
-            num_workers=num_workers,
+            collate_fn=guarded(collator.scoring_everything(), batching.max_tokens),
+            num_workers=batching.num_workers,
             worker_init_fn=shield_worker,
             generator=isolated_rng(),
         )
         for view in views
     ]
     for place, indices, *parts in zip(places, mine, *loaders, strict=True):
-        scored = score_batches(forward, parts, world, f"{label}, groups from {groups[indices[0]].id!r}", remedy, reference)
+        scored = score_batches(forward, parts, world, f"{label}, groups from {groups[indices[0]].id!r}", batching.remedy, reference)
         yield (indices if place < len(batches) else ()), scored
 
 
-def matrices(groups: Sequence[CounterfactualGroup], indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
+def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
     """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
     was scored, ``GroupScores.blank`` has the scores on the group's own first image.
     """
@@ -163,7 +176,7 @@ def matrices(groups: Sequence[CounterfactualGroup], indices: Sequence[int], scor
     return by_index
 
 
-def seen_as(groups: Sequence[CounterfactualGroup]) -> list[Sequence[CounterfactualGroup]]:
+def seen_as(groups: Groups) -> list[Groups]:
     """Return the views in which groups are scored: on their own images, and on a blank image."""
     return [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
 
@@ -205,3 +218,50 @@ def score_batches(
         joined = Scores.joined(scored_parts)
         scored.append(replace(joined, reference=torch.stack(references).sum(0)) if references else joined)
     return scored
+
+
+class _Tried(NamedTuple):
+    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images or
+    a blank image).
+    """
+
+    largest: int
+    tokens: int
+    split: str
+    groups: Groups
+
+
+def rehearse(forward: Forward, collator: Collator, splits: Mapping[str, Groups], world: World, batching: Batching) -> None:
+    """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
+
+    A forward pass exceeds the limit on tokens only if a single text with its prompt and image is longer than that. All batches that
+    ``score_groups`` will run are considered. Raises the same errors as ``score_groups``, on all ranks.
+    """
+    barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
+    collator, batch_size, max_tokens = collator.scoring_everything(), batching.batch_size, batching.max_tokens
+
+    def batches() -> Iterator[_Tried]:
+        with ThreadPoolExecutor(cores_per_rank()) as pool:
+            for split, groups in splits.items():
+                for view in seen_as(groups):
+                    for start in range(0, len(groups), batch_size):
+                        shown = list(view[start : start + batch_size])
+                        pictures = (picture for group in shown for image in group.images for picture in image)
+                        opened = [picture for picture in pictures if picture.parent != BLANK.parent]
+                        sizes = sizes_of(opened, collator.files.checked, collator.files.max_pixels, pool)
+                        sizes_of_groups = []
+                        for group in shown:
+                            barrier.alive()
+                            sizes_of_groups.append(collator.group_tokens(group, sizes))
+                        tokens, least = sum(each.whole for each in sizes_of_groups), max(each.least for each in sizes_of_groups)
+                        yield _Tried(max(least, min(tokens, max_tokens or tokens)), tokens, split, shown)
+
+    def largest() -> _Tried | None:
+        return max(batches(), key=lambda batch: batch[:2], default=None)
+
+    if (batch := run_on_rank0(world, largest, barrier)) is not None:
+        parts = guarded(collator, max_tokens)(batch.groups)
+        score_batches(forward, [parts], world, f"trying the largest evaluation batch, of {batch.split},", batching.remedy)
+        forwards = 0 if isinstance(parts, DataError) else len(parts)
+        size = f"{len(batch.groups)} groups, {batch.tokens} tokens in {forwards} forward pass{'es' * (forwards != 1)}"
+        world.say(f"the largest evaluation batch, of {batch.split}, fits: {size}")

@@ -6,14 +6,15 @@ import heapq
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.core.secrets import print_line
@@ -53,7 +54,7 @@ def view(
     seed: int = 0,
     ids: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
-    say: Callable[[str], object] = print_line,
+    say: Say = print_line,
 ) -> Written:
     """Write a page of groups to the folder ``out``, replacing an earlier page. The return value displays itself in a notebook.
 
@@ -81,7 +82,7 @@ def view_worst(
     scores: Mapping[str, Sequence[GroupScores]],
     out: Path,
     max_pixels: int,
-    say: Callable[[str], object],
+    say: Say,
 ) -> Written:
     """Write a page of the groups with the smallest margins per word after ``step`` steps, as many of each split, and return it.
 
@@ -120,7 +121,7 @@ def _page(
     facts: Sequence[Fact],
     out: Path,
     max_pixels: int,
-    say: Callable[[str], object],
+    say: Say,
 ) -> Written:
     """Write a page of groups, given in ``shown`` as (source index, group index). ``how`` states how they were selected."""
     number, total = len(shown), sum(len(each.groups) for each in sources)
@@ -143,7 +144,7 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
         return {}
 
 
-def _named(file: Path, groups: Sequence[CounterfactualGroup], source: str) -> list[int]:
+def _named(file: Path, groups: Groups, source: str) -> list[int]:
     """Return the indices of the groups whose ids are listed in a file, one per line. Raises DataError for an unknown id."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]

@@ -8,7 +8,7 @@ the export also needs memory for one layer.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError, StorageError
 from cfvlm_ds.core.files import create
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.export.adapters import MergedWeights, export_adapter
@@ -38,9 +39,9 @@ def export_hf(
     checkpoint: Path,
     source: str,
     out_dir: Path,
-    say: Callable[[str], object] = print_line,
+    say: Say = print_line,
     lora: LoraConfig | None = None,
-    alive: Callable[[], object] = lambda: None,
+    alive: Alive = no_op,
     card: str | None = None,
 ) -> Path:
     """Write the weights of ``checkpoint`` with the configuration and processor of ``source`` to ``out_dir``, and return ``out_dir``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from cfvlm_ds.checkpoint import incomplete
 from cfvlm_ds.core.config import LoraConfig
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import create
+from cfvlm_ds.core.progress import Alive, Say, no_op
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.export.folder import place_card
@@ -70,8 +71,8 @@ def export_adapter(
     source: str,
     out_dir: Path,
     lora: LoraConfig,
-    say: Callable[[str], object] = print_line,
-    alive: Callable[[], object] = lambda: None,
+    say: Say = print_line,
+    alive: Alive = no_op,
     card: str | None = None,
 ) -> Path:
     """Write the adapters of ``checkpoint`` to ``out_dir`` in peft's format and float32, and return ``out_dir``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import create
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.export.source import DTYPE_NAMES, Saved
 from cfvlm_ds.models.model_files import INDEX, SINGLE
 
@@ -20,9 +20,7 @@ from cfvlm_ds.models.model_files import INDEX, SINGLE
 class Files:
     """Safetensors files whose tensors can be written in any order. All offsets are computed in advance from names, shapes and dtypes."""
 
-    def __init__(
-        self, folder: Path, saved: Mapping[str, Saved], say: Callable[[str], object], alive: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, folder: Path, saved: Mapping[str, Saved], say: Say, alive: Alive = no_op) -> None:
         self._folder, self._saved, self._alive = folder, saved, alive
         self._starts: dict[str, int] = {}
         self._progress = Progress(say, "export", sum(tensor.nbytes for tensor in saved.values()) / 1e9, "GB")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, UNNAMED_REPO
 
 
-def push(folder: Path, repo: str, say: Callable[[str], object]) -> str:
+def push(folder: Path, repo: str, say: Say) -> str:
     """Upload an export to a model repository and return the repository's URL. A repository that does not exist is created as private.
 
     At another address than the hub's own (HF_ENDPOINT), files are sent by Git LFS unless HF_HUB_DISABLE_XET is set: such servers often lack

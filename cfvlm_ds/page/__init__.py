@@ -13,7 +13,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, islice, zip_longest
@@ -26,10 +26,10 @@ from markupsafe import Markup
 
 from cfvlm_ds.core.conversation import Prompt
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup, Edit
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.core.sequences import shared_start
+from cfvlm_ds.core.sequences import differing
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.core.untrusted import refuse_replacing, replaced
 from cfvlm_ds.data.decoding import MAX_PIXELS
@@ -215,7 +215,7 @@ def write_page(
     scored: str = "log p(text | image) in nats",
     beside: Mapping[str, str] = MappingProxyType({}),
     max_pixels: int = MAX_PIXELS,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = no_op,
 ) -> Written:
     """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
     complete.
@@ -280,9 +280,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
     """
     word_matches = [list(_WORD.finditer(text)) for text in (reference, other)]
     words = [[match[0] for match in matches] for matches in word_matches]
-    first = shared_start(*words)
-    last = shared_start(*(part[first:][::-1] for part in words))
-    one, two = (part[first : len(part) - last] for part in words)
+    span = differing(*words)
+    first, (one, two) = span[0].start, (part[own] for part, own in zip(words, span, strict=True))
     changes = [("replace", 0, len(one), 0, len(two))]
     if len(one) * len(two) <= MAX_COMPARED:
         changes = difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes()  # type: ignore[assignment]

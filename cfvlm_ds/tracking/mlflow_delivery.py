@@ -2,7 +2,8 @@
 
 MLflow's own asynchronous logging drops a batch if its request fails. The thread therefore sends the batches itself, and advances its
 position in metrics.jsonl only after the server has confirmed a batch. training/trainer.py logs the metrics, and training/run_record.py
-provides parameters and tags.
+provides parameters and tags. The delivery record in the run folder holds the other data and what has been delivered so far, so that another
+process can finish the delivery.
 """
 
 from __future__ import annotations
@@ -18,17 +19,73 @@ import sys
 import threading
 import uuid
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from cfvlm_ds.core.errors import ConfigError, first_line
+from cfvlm_ds.core.errors import ConfigError, first_line, unwritten
 from cfvlm_ds.core.files import put_in_place
+from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.options import flat
 from cfvlm_ds.core.verbosity import shows_progress
-from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, read_metrics, say
+
+RECORD_FILE = ".mlflow_delivery.json"
+
+INPUT = ("name", "digest", "source", "context", "groups")
+"""Keys of a data set's entry: name in the configuration, digest of its identity, manifest, "training" or "evaluation", number of groups."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
+
+
+@dataclass(frozen=True)
+class DeliveryRecord:
+    """The data that a run sends to MLflow (other than metrics), and what has been delivered so far.
+
+    Attributes:
+        inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.
+        token: random id, used to find the run on the server if the response to the create request was lost.
+        offset: number of bytes of metrics.jsonl that have been delivered.
+        artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and to ``pending`` (True until it is
+            uploaded).
+    """
+
+    experiment: str = ""
+    run_name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run_id: str | None = None
+    start_ms: int = 0
+    resume_step: int | None = None
+    offset: int = 0
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    status: Status | None = None
+    end_ms: int | None = None
+
+    @classmethod
+    def load(cls, run_dir: Path) -> DeliveryRecord | None:
+        """Read the record in a run folder. Return None if there is no record or a power loss has damaged it."""
+        path = run_dir / RECORD_FILE
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            say(f"{path} is damaged and ignored; the run's id is taken from its checkpoint, if there is one")
+            return None
+
+    def save(self, run_dir: Path) -> str | None:
+        """Write the record. Return None, or the reason if it cannot be written."""
+        path = run_dir / RECORD_FILE
+        try:
+            write_whole(path, json.dumps(asdict(self), indent=1).encode())
+        except OSError as error:
+            return unwritten(path, error)
+        return None
+
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",

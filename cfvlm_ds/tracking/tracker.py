@@ -31,10 +31,9 @@ from typing import Any
 
 from cfvlm_ds.core.journal import Waiting
 from cfvlm_ds.core.secrets import masked, without_secrets
-from cfvlm_ds.tracking.delivery_record import RECORD_FILE, DeliveryRecord, Status
 from cfvlm_ds.tracking.hooks import Hooks
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, now_ms, parse_line, say, truncate_metrics
-from cfvlm_ds.tracking.mlflow_delivery import Delivery
+from cfvlm_ds.tracking.mlflow_delivery import RECORD_FILE, Delivery, DeliveryRecord, Status
 
 
 def open_tracker(
@@ -65,7 +64,7 @@ def open_tracker(
             logged again. None starts a new run and discards earlier metrics in ``run_dir``.
         mlflow: if False, metrics are written only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: maximum time in seconds that ``close`` waits for MLflow.
-        inputs: data sets, each a dict with the keys in cfvlm_ds.tracking.delivery_record.INPUT. Data sets that MLflow's run already has are
+        inputs: data sets, each a dict with the keys in cfvlm_ds.tracking.mlflow_delivery.INPUT. Data sets that MLflow's run already has are
             not logged again.
         also: additional trackers: ``tensorboard`` or MODULE:CLASS (see cfvlm_ds.tracking.hooks.Hook).
 

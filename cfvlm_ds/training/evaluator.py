@@ -18,7 +18,7 @@ from cfvlm_ds.core.distributed import World, gather_objects
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.groups import Groups
 from cfvlm_ds.core.progress import Progress
-from cfvlm_ds.evaluation import Accuracy, GroupScores, evaluate, metric_names, rehearse, score_groups
+from cfvlm_ds.evaluation import Accuracy, Batching, GroupScores, evaluate, metric_names, rehearse, score_groups
 from cfvlm_ds.evaluation.asking import written
 from cfvlm_ds.evaluation.benchmarks import Outcome
 from cfvlm_ds.evaluation.generation import write
@@ -56,10 +56,9 @@ class Evaluator:
                 self.collator,
                 splits,
                 self.world,
-                num_workers=self.num_workers,
+                self._batching(),
                 objectives=self.config.objective,
                 reference=self._reference if only_adapters_train(self.config.model) else None,
-                **self._options(),
             )
 
     def ask(self) -> dict[str, list[Outcome]]:
@@ -70,15 +69,8 @@ class Evaluator:
                 if isinstance(benchmark.chosen.way, Generate):
                     outcomes[name] = self._written(name, benchmark, benchmark.chosen.way)
                     continue
-                scores = score_groups(
-                    self.engine,
-                    self.collator,
-                    benchmark.plan.groups,
-                    self.world,
-                    num_workers=self.num_workers,
-                    label=f"evaluating {name}",
-                    **self._options(),
-                )
+                groups, batching = benchmark.plan.groups, self._batching()
+                scores = score_groups(self.engine, self.collator, groups, self.world, batching, f"evaluating {name}")
                 outcomes[name] = benchmark.plan.outcomes(scores, token_lengths(self.collator))
         return outcomes
 
@@ -124,7 +116,7 @@ class Evaluator:
         """Run the largest evaluation batch, so that an out-of-memory error occurs before the first step instead of after training."""
         self.engine.eval()
         splits = {**self.splits, **{name: benchmark.plan.groups for name, benchmark in self.benchmarks.items()}}
-        rehearse(self.engine, self.collator, splits, self.world, **self._options())
+        rehearse(self.engine, self.collator, splits, self.world, self._batching())
         self.engine.train()
 
     def _vote(self, *arguments: Any) -> None:
@@ -133,15 +125,14 @@ class Evaluator:
         if (why := reason(votes.tolist())) is not None:
             raise StopRequested(why)
 
-    def _options(self) -> dict[str, Any]:
-        """Return the scoring options: batch size, token limit, and the remedy that an out-of-memory error suggests."""
+    def _batching(self) -> Batching:
         data, size = self.config.data, self.config.train.per_device_eval_batch_size
         limit = data.max_tokens_per_forward or data.max_tokens_per_micro_batch
         remedy = (
             f"lower train.per_device_eval_batch_size ({size}), set a lower data.max_tokens_per_forward (now {limit or 'none'}) or limits "
             "on visual tokens (model.max_pixels, model.max_tiles)"
         )
-        return {"batch_size": size, "max_tokens": limit, "remedy": remedy}
+        return Batching(size, limit, self.num_workers, remedy)
 
 
 def check_best(config: RunConfig, splits: Splits, benchmarks: Benchmarks | None = None) -> None:

@@ -19,8 +19,9 @@ from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import ProgressBarrier, World, preserve_rng, run_on_rank0, seed_everything
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, writing
 from cfvlm_ds.core.files import write_if_possible
+from cfvlm_ds.core.progress import no_op
 from cfvlm_ds.core.run_folder import refuse_foreign_entries
 from cfvlm_ds.data import GroupSampler, PackedSampler
 from cfvlm_ds.data.mixture import Order, shares_of
@@ -81,7 +82,7 @@ def exit_with_message(world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: None, options: Any = None) -> Iterator[None]:
+def locked(run_dir: Path, world: World, check: Callable[[], object] = no_op, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
     Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
@@ -90,11 +91,9 @@ def locked(run_dir: Path, world: World, check: Callable[[], object] = lambda: No
     locks: list[RunLock] = []
 
     def acquire() -> None:
-        try:
+        with writing(run_dir, "choose another train.output_dir"):  # for example, the name is too long or the folder is unreadable
             refuse_foreign_entries(run_dir, options)
             check()
-        except OSError as error:  # for example, the name is too long or the folder is unreadable
-            raise StorageError(f"{unwritten(run_dir, error)}; choose another train.output_dir") from error
         locks.append(RunLock(run_dir))
 
     run_on_rank0(world, acquire)

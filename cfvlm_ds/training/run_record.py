@@ -17,7 +17,7 @@ from cfvlm_ds import checkpoint
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.data_config import DataSet, is_hub
 from cfvlm_ds.core.distributed import World, run_on_rank0
-from cfvlm_ds.core.errors import StorageError, unwritten
+from cfvlm_ds.core.errors import writing
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.reading import yaml_of
 from cfvlm_ds.core.secrets import masked, without_secrets
@@ -26,8 +26,7 @@ from cfvlm_ds.data import GroupStore
 from cfvlm_ds.data.identity import Identity, digest
 from cfvlm_ds.models import Scorer, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
-from cfvlm_ds.tracking.delivery_record import INPUT
-from cfvlm_ds.tracking.mlflow_delivery import TABLES
+from cfvlm_ds.tracking.mlflow_delivery import INPUT, TABLES
 from cfvlm_ds.training.read_data import RunData
 from cfvlm_ds.training.results import CHANGES
 
@@ -57,10 +56,8 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
     def write() -> None:
         for path, text in contents.items():
-            try:
+            with writing(path, "free some space, and start again"):
                 replace(path, text.encode())
-            except OSError as error:
-                raise StorageError(f"{unwritten(path, error)}; free some space, and start again") from error
 
     run_on_rank0(world, write)
     for warning in config.model.unused:

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfvlm_ds.batching.batch import STAND_IN, Batch, MicroBatch
+from cfvlm_ds.batching.batch import STAND_IN, Batch, MicroBatch, explain_out_of_memory
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.batching.out_of_memory import explain_out_of_memory
 from cfvlm_ds.cluster.signals import WorkerLost, reason
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.distributed import World, all_reduce_sums, gather_objects

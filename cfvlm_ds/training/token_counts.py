@@ -62,8 +62,7 @@ def group_tokens(
                 sizes = sizes_of(shown, pictures, data.max_pixels, pool)
             counts = np.zeros((2, len(chunk)), np.int32)
             for k, group in enumerate(chunk):
-                trees = collator.tree_tokens(group, sizes)
-                counts[:, k] = sum(tree.whole for tree in trees), max(tree.least for tree in trees)
+                counts[:, k] = collator.group_tokens(group, sizes)
                 done()
             return counts
         except DataError as error:

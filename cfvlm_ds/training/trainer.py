@@ -39,10 +39,8 @@ from cfvlm_ds.objectives import batch_terms
 from cfvlm_ds.tracking.metrics_log import METRICS_FILE, last_values
 from cfvlm_ds.training.baseline import Baseline
 from cfvlm_ds.training.benchmarks import BEFORE, FOLDER, benchmark_metrics, changes_of_benchmarks, headline_of, write_benchmarks
-from cfvlm_ds.training.displacement import Displacement
 from cfvlm_ds.training.evaluation_sample import EvaluationSample
 from cfvlm_ds.training.evaluator import Accuracies, Evaluator
-from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.in_batch_negatives import WholeSteps, WithNegatives
 from cfvlm_ds.training.meter import Meter, measure
 from cfvlm_ds.training.read_data import RunData
@@ -55,6 +53,7 @@ from cfvlm_ds.training.results import (
     write_results,
     write_results_page,
 )
+from cfvlm_ds.training.run_warnings import Displacement, Idle
 from cfvlm_ds.training.samples import Samples
 from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
 from cfvlm_ds.training.step import OptimizerStep

@@ -40,6 +40,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from cfvlm_ds.checkpoint import SaveError
@@ -57,7 +58,6 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import read_scores
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.evaluation import score_groups
 from cfvlm_ds.objectives import OBJECTIVES
 

@@ -35,7 +35,7 @@ from cfvlm_ds.core.data_config import EvaluationSet
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import picture_check, read_manifest
+from cfvlm_ds.data import check, read_manifest
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.objectives import OBJECTIVES, required_cells
@@ -90,13 +90,13 @@ def test_every_set_has_its_own_root_and_format(config, data, tmp_path):
 def opened(monkeypatch):
     """Names of the pictures that the check opens."""
     names = []
-    right = picture_check.open_image
+    right = check.open_image
 
     def recorded(path, max_pixels):
         names.append(path.name)
         return right(path, max_pixels)
 
-    monkeypatch.setattr(picture_check, "open_image", recorded)
+    monkeypatch.setattr(check, "open_image", recorded)
     return names
 
 
@@ -178,7 +178,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
     write_json(tmp_path / "run.yaml", {**named, "train": {"output_dir": str(tmp_path / "run"), "bf16": False}})
     cli_main(["data", "prepare", "--config", str(tmp_path / "run.yaml")])
     assert len(opened) == 12
-    for module, name in ((picture_check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
+    for module, name in ((check, "open_image"), (preflight, "check_texts"), (token_counts, "Scan")):
         monkeypatch.setattr(module, name, pytest.fail)
     run = parse_config(["--config", str(tmp_path / "run.yaml")], OBJECTIVES)
     read = preflight.read_data(run, ONE)
@@ -242,7 +242,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
 
 def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
     """What it has seen is kept, to the last whole record; it leaves when it is asked to, between two pictures."""
-    monkeypatch.setattr(picture_check, "_AHEAD", 2)
+    monkeypatch.setattr(check, "_AHEAD", 2)
 
     def leave():
         if len(opened) >= 7:
@@ -339,14 +339,14 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     config = parse_config(
         ["--config", "tests/support/train.yaml", "--model.name_or_path", model, "--data.max_tokens_per_micro_batch=4000"], OBJECTIVES
     )
-    right, opened = picture_check.open_image, []
+    right, opened = check.open_image, []
 
     def slow(path, max_pixels):
         opened.append(path.name)
         time.sleep(5 / 18 if world.rank == 0 else 0)
         return right(path, max_pixels)
 
-    picture_check.open_image = slow  # type: ignore[assignment]
+    check.open_image = slow  # type: ignore[assignment]
     read = preflight.read_data(configured(config, Path(run), train=manifest, num_workers=0), world)
     if not world.is_main:  # a node that does not see what the first has written
         token_counts._mapped = lambda file, count: None  # type: ignore[assignment]

@@ -59,6 +59,7 @@ def rank_0(recipe: Path, file: Path, ranks: int, model: Path, folder: Path) -> N
     from cfvlm_ds.demo.family_checkpoints import write_small
     from cfvlm_ds.models import meta_model
     from cfvlm_ds.objectives import OBJECTIVES
+    from cfvlm_ds.training.dry_run import attention_without_data, model_states, working_memory
     from cfvlm_ds.training.skipped import NonfiniteSteps, SkippedGroups
     from cfvlm_ds.training.step import OptimizerStep
 
@@ -79,13 +80,13 @@ def rank_0(recipe: Path, file: Path, ranks: int, model: Path, folder: Path) -> N
     step = OptimizerStep(config, world, running, collator, *kept, lambda *_: None)
     measured = step.take(1, iter([micro_batch] * config.train.gradient_accumulation_steps), 0.0, torch.zeros(2), False).measured
     running(**micro_batch.forwards[0].model_inputs)
-    plan = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
+    plan = meta_model(config.model, torch.bfloat16, attention_without_data())
     found = held(running) | {
         "copies": [0 if each is None else each.numel() for each in copied],
         "steps": running.global_steps,
         "losses": [each.loss.item() for each in measured],
-        "planned": engine.model_states(plan, resolved.config, ranks, GPUS_PER_NODE),
-        "planned buckets": engine.working_memory(plan, resolved.config, 64, True)["gradient buckets"],
+        "planned": model_states(plan, resolved.config, ranks, GPUS_PER_NODE),
+        "planned buckets": working_memory(plan, resolved.config, 64, True)["gradient buckets"],
         "gathered": 4 * max(sum(each.numel() for each in module.parameters(recurse=False)) for module in plan.modules()),
     }
     write_json(folder / "held.json", found)

@@ -18,6 +18,7 @@ import pytest
 from conftest import PROMPT, write_json, write_rows
 from PIL import Image
 from test_data import folder, manifest, pair, png, row
+from tiny_llava import CHAT_TEMPLATE
 
 from cfvlm_ds import engine
 from cfvlm_ds.batching.collator import load_collator
@@ -32,7 +33,6 @@ from cfvlm_ds.data.containers import json_file
 from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.picture_index import Picture, PictureTable
-from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.evaluation.comparisons import comparisons
 from cfvlm_ds.objectives import OBJECTIVES
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PROMPT, caption, draw, plain_distributions, plain_logp
 from PIL import Image
+from tiny_llava import CHAT_TEMPLATE
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,6 @@ from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.core.scores import Scores, token_logprobs
 from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.data.stored_scores import StoredScores
-from cfvlm_ds.demo.tiny_llava import CHAT_TEMPLATE
 from cfvlm_ds.models import Scorer, load_processor
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import stock_attention
@@ -330,7 +330,7 @@ def test_tokens_and_the_blank_picture(make, scorer, processor, groups):
     assert sum(tree.pictures[0][0].parent == BLANK.parent for tree in batch.material.trees) == 1
     sizes = {picture: Image.open(picture).size for group in groups for (picture,) in group.images}
     for group in groups:
-        assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
+        assert collator.group_tokens(group, sizes).whole == collator([group]).num_tokens
     assert not collator.scoring_everything()(groups).layout.blank
 
 

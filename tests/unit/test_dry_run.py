@@ -11,7 +11,6 @@ import torch
 from conftest import REPO, read_json, write_json
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from cfvlm_ds import engine
 from cfvlm_ds.cli.train import build
 from cfvlm_ds.cli.train import run as train
 from cfvlm_ds.core.config import RunConfig
@@ -19,7 +18,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import family_of, meta_model
 from cfvlm_ds.models.adapters import linear_weights
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training.dry_run import dry_run
+from cfvlm_ds.training.dry_run import activations, attention_without_data, dry_run
 
 RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem not in ("quickstart", "build_coco"))
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -210,8 +209,8 @@ def test_the_peak_of_activations_is_what_torch_tracks(name, recompute, tmp_path)
     """Of a forward and backward of three layers and their embeddings, whose gradients are gone as soon as they are whole."""
     config = configured(REPO / "examples" / f"{name}.yaml", tmp_path)
     keep_three_layers(Path(config.model.name_or_path))
-    model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
-    found = engine.activations(model, 2048, recompute)
+    model = meta_model(config.model, torch.bfloat16, attention_without_data())
+    found = activations(model, 2048, recompute)
     decoder = model.get_decoder()
     for parameter in decoder.parameters():
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
@@ -229,7 +228,7 @@ def test_the_peak_of_activations_is_what_torch_tracks(name, recompute, tmp_path)
 def test_4_bit_weights_are_those_that_bitsandbytes_quantises(tmp_path):
     """By hand: the seven matrices of each of 28 blocks, whose keys and values are 512 wide."""
     config = configured(REPO / "examples" / "qwen2_5_vl_7b_qlora.yaml", tmp_path)
-    model = meta_model(config.model, torch.bfloat16, engine.attention_without_data())
+    model = meta_model(config.model, torch.bfloat16, attention_without_data())
     block = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944
     assert linear_weights(model, family_of(model.config)) == 28 * block
 

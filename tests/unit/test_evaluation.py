@@ -38,6 +38,7 @@ from cfvlm_ds.counterfactuals.audit.report import Audit
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.family_checkpoints import write_small
 from cfvlm_ds.evaluation import (
+    Batching,
     GroupScores,
     accuracies,
     evaluate,
@@ -354,7 +355,7 @@ def test_score_groups_equals_one_plain_forward_per_cell(batch_size, num_workers,
         shapes.append((len(inputs["image_inputs"]["pixel_values"]), logp.requires_grad))
         return logp
 
-    assert_equal(score_groups(forward, collator, groups, ALONE, batch_size, num_workers), plain)
+    assert_equal(score_groups(forward, collator, groups, ALONE, Batching(batch_size, num_workers=num_workers)), plain)
     assert len(shapes) == 2 * -(-7 // batch_size) and [n for n, _ in shapes[1::2]] == [1] * (len(shapes) // 2)
     assert not any(grad for _, grad in shapes), "no graph is kept"
     assert collator.cells == "anchor"
@@ -400,14 +401,16 @@ def test_ranks_share_the_groups_and_agree(
 
     def work(world: World) -> Any:
         loss = EvaluationLoss(TERMS)
-        found = score_groups(counting(models[world.rank], calls[world.rank]), collator, groups[:num], world, batch_size, loss=loss)
+        found = score_groups(
+            counting(models[world.rank], calls[world.rank]), collator, groups[:num], world, Batching(batch_size), loss=loss
+        )
         return found, loss.reduce(world)
 
     results, shares = on_ranks(ranks, monkeypatch, work)
     assert [len(each) for each in calls] == [2 * -(-num // (batch_size * ranks))] * ranks
     assert num == 1 or max(shares) < num, "the work was shared"
     alone = EvaluationLoss(TERMS)
-    score_groups(scorer, collator, groups[:num], ALONE, 16, loss=alone)
+    score_groups(scorer, collator, groups[:num], ALONE, loss=alone)
     expected = alone.reduce(ALONE)
     for scored, found in results:
         assert_equal(scored, plain[:num])
@@ -431,9 +434,9 @@ def counting(scorer: Scorer, tokens: list[int]) -> Any:
 def test_a_budget_divides_batches_and_changes_no_score(budget, collator, scorer, groups, plain):
     """Also an image with more texts than one forward may hold; 7 groups in one batch take up to 45 times as many tokens."""
     whole: list[int] = []
-    score_groups(counting(scorer, whole), collator, groups, ALONE, 7)
+    score_groups(counting(scorer, whole), collator, groups, ALONE, Batching(7))
     parts: list[int] = []
-    assert_equal(score_groups(counting(scorer, parts), collator, groups, ALONE, 7, max_tokens=budget), plain)
+    assert_equal(score_groups(counting(scorer, parts), collator, groups, ALONE, Batching(7, budget)), plain)
     assert len(whole) == 2 and whole[0] > 5 * budget
     assert max(parts) <= budget < max(whole) and len(parts) >= sum(whole) / budget
 
@@ -447,7 +450,7 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
 
         def work(world: World) -> Any:
             forward = counting(scorers[world.rank], calls[world.rank])
-            return score_groups(forward, collator, shown, world, 2, max_tokens=45)
+            return score_groups(forward, collator, shown, world, Batching(2, 45))
 
         return calls, on_ranks(2, monkeypatch, work)[0]
 
@@ -462,18 +465,18 @@ def test_ranks_run_as_many_forwards_of_a_budget(collator, scorer, groups, plain,
 def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
     """It has the most tokens of all that the evaluation will run, and its parts where there is a budget; a lost picture is known."""
     later: list[int] = []
-    score_groups(counting(scorer, later), collator, groups, ALONE, 2)
+    score_groups(counting(scorer, later), collator, groups, ALONE, Batching(2))
     most = later[::2].index(max(later))
     batch = groups[2 * most : 2 * most + 2]
     for budget in (None, 60):
         tried: list[int] = []
-        rehearse(counting(scorer, tried), collator, {"a": groups[-1:], "b": groups}, ALONE, 2, budget, "lower it")
+        rehearse(counting(scorer, tried), collator, {"a": groups[-1:], "b": groups}, ALONE, Batching(2, budget))
         expected: list[int] = []
-        score_groups(counting(scorer, expected), collator, batch, ALONE, 2, max_tokens=budget)
+        score_groups(counting(scorer, expected), collator, batch, ALONE, Batching(2, budget))
         assert tried == expected[: len(tried)] and (tried == [max(later)] if budget is None else len(tried) > 2)
-    rehearse(counting(scorer, tried), collator, {}, ALONE, 2, None, "lower it")
+    rehearse(counting(scorer, tried), collator, {}, ALONE, Batching(2))
     with pytest.raises(DataError, match=r"gone\.png"):
-        rehearse(scorer, collator, {"a": [replace(groups[0], images=((Path("gone.png"),),) * len(groups[0].images))]}, ALONE, 2, None, "")
+        rehearse(scorer, collator, {"a": [replace(groups[0], images=((Path("gone.png"),),) * len(groups[0].images))]}, ALONE, Batching(2))
 
 
 def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
@@ -495,8 +498,8 @@ def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
         ran: list[int] = []
         tried: list[int] = []
         chosen = [groups[name] for name in split]
-        score_groups(partial(forward, ran), collator, chosen, ALONE, 1)
-        rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, 1, None, "")
+        score_groups(partial(forward, ran), collator, chosen, ALONE, Batching(1))
+        rehearse(partial(forward, tried), collator, {"a": chosen}, ALONE, Batching(1))
         assert tried == [max(ran)]
         largest += tried
     assert largest[0] < largest[1]
@@ -507,11 +510,11 @@ def test_scores_that_are_not_finite_are_counted_and_named(collator, scorer, grou
         logp = scorer(**inputs)
         return logp * float("nan") if len(inputs["forest"].roots) == 2 else logp
 
-    score_groups(overflowing, collator, groups, ALONE, 1, label="evaluating test")
+    score_groups(overflowing, collator, groups, ALONE, Batching(1), label="evaluating test")
     named = [group.id for group in groups]  # each has a blank image, which is a tree of its own
     said = capsys.readouterr().out
     assert f"evaluating test: scores of {len(named)} of {len(groups)} groups are not finite" in said and ", ".join(named[:5]) in said
-    score_groups(scorer, collator, groups, ALONE, 1)
+    score_groups(scorer, collator, groups, ALONE, Batching(1))
     assert "not finite" not in capsys.readouterr().out
     for infinite in ([[-5.0, -torch.inf], [-torch.inf, -5.0]], [[torch.inf, -5.0], [-5.0, torch.inf]]):
         of = accuracies([group()], [scores(infinite)])[-1]
@@ -523,8 +526,8 @@ def test_memory_that_runs_out_is_explained(collator, groups):
         return torch.empty(1 << 60)
 
     for work in (
-        lambda: score_groups(forward, collator, groups, ALONE, 4, label="evaluating test", remedy="lower this"),
-        lambda: rehearse(forward, collator, {"test": groups}, ALONE, 4, None, "lower this"),
+        lambda: score_groups(forward, collator, groups, ALONE, Batching(4, remedy="lower this"), label="evaluating test"),
+        lambda: rehearse(forward, collator, {"test": groups}, ALONE, Batching(4, remedy="lower this")),
     ):
         with pytest.raises(OutOfMemory, match=r"test.* on rank 0; .* [34] groups, \d+ tokens.*; lower this; "):
             work()
@@ -534,7 +537,7 @@ def test_memory_that_runs_out_is_explained(collator, groups):
 def test_bad_data_is_one_sentence_also_from_a_worker(num_workers, collator, scorer, groups, tmp_path):
     bad = replace(groups[1], images=((tmp_path / "gone.png",), *groups[1].images[1:]))
     with pytest.raises(DataError, match=r"^\S*gone\.png: no such image file; [^\n]*$"):
-        score_groups(scorer, collator, [groups[0], bad], ALONE, 1, num_workers)
+        score_groups(scorer, collator, [groups[0], bad], ALONE, Batching(1, num_workers=num_workers))
     assert isinstance(guarded(collator)([bad]), DataError)
     assert [batch.layout.ids for batch in guarded(collator)(groups[:1])] == [(groups[0].id,)]  # type: ignore[union-attr]
 
@@ -545,13 +548,13 @@ def test_the_rehearsal_keeps_to_the_pixels_that_data_may_have(collator, scorer, 
     group = CounterfactualGroup("g", ((large,),), (Candidate(PROMPT, "a red circle"),), ((1,),))
     generous = copy.copy(collator)
     generous.images = generous.files = ImageFiles(collator.processor, collator.family, collator.model_config, 60_000_000)
-    rehearse(scorer, generous, {"a": [group]}, ALONE, 1, None, "")
+    rehearse(scorer, generous, {"a": [group]}, ALONE, Batching(1))
     with pytest.raises(DataError, match="over the limit of 50000000"):
-        rehearse(scorer, collator, {"a": [group]}, ALONE, 1, None, "")
+        rehearse(scorer, collator, {"a": [group]}, ALONE, Batching(1))
 
 
 def test_evaluate_scores_every_split(collator, scorer, groups, plain):
-    rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, batch_size=3)
+    rows, found = evaluate(scorer, collator, {"a": groups[:4], "b": groups[4:]}, ALONE, Batching(3))
     assert_equal([*found["a"], *found["b"]], plain)
     alone = {name: [replace(row, nll=None) for row in each] for name, each in rows.items()}
     assert alone == {"a": accuracies(groups[:4], plain[:4]), "b": accuracies(groups[4:], plain[4:])}
@@ -585,7 +588,7 @@ def test_the_loss_is_that_of_a_training_step_over_the_whole_split(terms, batch_s
     batch = collator.building(required_cells(terms), None)(groups)
     with torch.no_grad():
         whole, shares = weighted_loss(terms, batch.scores(scorer(**batch.model_inputs)), denominators(terms, batch.layout))
-    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, batch_size, max_tokens=max_tokens, objectives=terms)
+    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, Batching(batch_size, max_tokens), objectives=terms)
     flat = flat_metrics(rows)
     assert flat["eval/s/loss"] == pytest.approx(float(whole), rel=1e-5)
     assert {name: flat[f"eval/s/loss_{name}"] for name in terms} == pytest.approx({k: float(v.sum()) for k, v in shares.items()}, rel=1e-5)
@@ -601,7 +604,7 @@ def test_the_nll_is_that_of_every_true_text_on_its_image(collator, scorer, model
             text, end = plain_logp(scorer.model, processor, g.images[i], g.candidates[c].prompt, g.candidates[c].text)
         nats, tokens = nats - float(text.sum() + end), tokens + len(text) + 1
     assert len(true) > 4
-    rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, 3, objectives={"csd": Csd()})
+    rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, Batching(3), objectives={"csd": Csd()})
     assert flat_metrics(rows)["eval/s/nll"] == pytest.approx(expected := nats / tokens, rel=1e-5)
     assert headline(rows["s"]).endswith(f"; NLL {expected:.4f} nats per token")
 
@@ -614,7 +617,7 @@ def test_a_loss_that_cannot_be_computed_is_named_with_the_reason(collator, score
     bare = [g for g in groups if len(g.candidates) == 1]
     assert 0 < len(bare) < len(groups)
     terms: dict[str, Any] = {"align": Align(), "csd": Csd(), "dpo": Dpo(weight=1.0), "prior": Csd(pmi=0.5), "broken": Broken()}
-    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, 3, objectives=terms)
+    rows, _ = evaluate(scorer, collator, {"s": groups}, ALONE, Batching(3), objectives=terms)
     assert {name for name in flat_metrics(rows) if "loss" in name} == {"eval/s/loss_align", "eval/s/loss_csd"}, (
         "no sum of some of the terms"
     )

@@ -299,7 +299,7 @@ def test_visual_tokens_and_lengths_are_those_of_the_batch(collator, groups):
     assert spent == [collator.visual_tokens(sizes_of(pictures)) for group in groups for pictures in group.images], "once each"
     for group in groups:
         sizes = {picture: Image.open(picture).size for pictures in group.images for picture in pictures}
-        assert sum(tree.whole for tree in collator.tree_tokens(group, sizes)) == collator([group]).num_tokens
+        assert collator.group_tokens(group, sizes).whole == collator([group]).num_tokens
         for candidate in group.candidates:
             alone = replace(group, images=group.images[:1], candidates=(candidate,), match=((1,),))
             assert collator.row_length(candidate.prompt, candidate.text, sizes_of(group.images[0])) == collator([alone]).num_tokens, (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import COLOURS, SHAPES, free_port, losses, run, train_arguments
 from test_attention import FORESTS, NARROWED, SEVERAL_BLOCKS, call, dense, inputs, relative
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 
 from cfvlm_ds.cli.models import load_scorer
 from cfvlm_ds.cluster.node_check import _collective, gpu_fault
@@ -17,7 +18,6 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.distributed import World
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.decoding import MAX_PIXELS
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.variable_length import has_varlen
 

@@ -15,13 +15,13 @@ import torch
 from conftest import COLOURS, contents, read_json, write_json
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tiny_llava import TinyLlavaConfig, build_tiny_llava
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.demo.tiny_llava import TinyLlavaConfig, build_tiny_llava
 from cfvlm_ds.models import FAMILIES, MODULES, Scorer, attention, family_of, load_config, load_model, parameter_counts
 from cfvlm_ds.models import trainable as trainable_of
 from cfvlm_ds.models.loading import load_processor

@@ -30,7 +30,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import Summed, crc32_of, whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.core.parsing import parse_config
-from cfvlm_ds.data import check, check_manifest, lines, open_groups, picture_check, prepare, read_manifest
+from cfvlm_ds.data import check, check_manifest, lines, open_groups, prepare, read_manifest
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.identity import changes, data_identity
 from cfvlm_ds.data.passes import Scan
@@ -392,7 +392,7 @@ def test_a_broken_picture_is_named_before_anything_is_whole(source, tmp_path, mo
     with pytest.raises(ConfigError, match="prepared from another state of"):
         preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store", 0, 2)
     opened = []
-    monkeypatch.setattr(picture_check, "open_image", lambda path, pixels: opened.append(path) or open_image(path, pixels))
+    monkeypatch.setattr(check, "open_image", lambda path, pixels: opened.append(path) or open_image(path, pixels))
     with pytest.raises(DataError, match="repeats"):
         preparing(tmp_path / "data" / "m.jsonl", tmp_path / "store")
     assert opened == [broken], "the others were not written since"

@@ -335,7 +335,7 @@ def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tm
         assert torch.equal(found.forwards[0].model_inputs["input_ids"], expected.model_inputs["input_ids"])
         sizes = {files[0]: (60, 40), files[1]: (630, 30), files[2]: (40, 60)}
         with pytest.raises(DataError, match=f"group '{group.id}': {files[1]}: .*630x30"):
-            collator.tree_tokens(group, sizes)
+            collator.group_tokens(group, sizes)
     with pytest.raises(DataError, match="630x30"):
         collator.visual_tokens(((630, 30),))
 

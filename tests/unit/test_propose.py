@@ -24,7 +24,7 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
 from cfvlm_ds.counterfactuals.options import TYPES, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
-from cfvlm_ds.counterfactuals.propose import PROPOSERS, balance, english, mine, slots, vocabulary
+from cfvlm_ds.counterfactuals.propose import PROPOSERS, balance, english, mine, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Proposal, Rejected
 from cfvlm_ds.counterfactuals.propose.english import Caption
 from cfvlm_ds.counterfactuals.propose.llm import CallFailed, check_url, post
@@ -611,9 +611,9 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     captions = [(row, " ".join(draw_word.choice("abcd") for _ in range(4))) for row in range(400)]
     expected = {}
     for row, caption in captions:
-        for key, _, word in slots.slots(caption):
+        for key, _, word in mine.slots(caption):
             expected.setdefault(key, {}).setdefault(word, []).append(row)
-    index = slots.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    index = mine.opened(tmp_path / "i" / "slots.bin", iter(captions))
     assert {len(of_word) > 1 for of_word in expected.values()} == {True, False}
     for key, of_word in expected.items():
         for word in "abcd":
@@ -623,7 +623,7 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
             assert len(some) == len(set(some)) == min(2, len(others)) and set(some) <= set(others)
     assert index.rows(b"\xff" * 8, "a", 10, 0) == []
     assert list((tmp_path / "i").iterdir()) == [tmp_path / "i" / "slots.bin"]
-    assert slots.opened(tmp_path / "none.bin", iter([])).rows(b"key of 8", "a", 5, 0) == []
+    assert mine.opened(tmp_path / "none.bin", iter([])).rows(b"key of 8", "a", 5, 0) == []
 
 
 def test_registered_back_ends_are_called_by_name(captions, tmp_path, monkeypatch):

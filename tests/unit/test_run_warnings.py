@@ -12,9 +12,8 @@ from conftest import ONE
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.objectives import OBJECTIVES, Align, BatchAlign, ContrastDistill, Misp, Retain, Sham, SymMPO
-from cfvlm_ds.training.displacement import Displacement
-from cfvlm_ds.training.idle import Idle
 from cfvlm_ds.training.results import summary_of
+from cfvlm_ds.training.run_warnings import Displacement, Idle
 from cfvlm_ds.training.skipped import NonfiniteSteps
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import whole_file
-from cfvlm_ds.core.groups import CounterfactualGroup
+from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.propose.balance import Move, balanced, sampled
@@ -33,7 +33,7 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
     return [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
 
 
-def refine(groups: Sequence[CounterfactualGroup], blind: Sequence[float] | None, seed: int, file: Path) -> str:
+def refine(groups: Groups, blind: Sequence[float] | None, seed: int, file: Path) -> str:
     """Write a balanced subset of the groups to ``file``. Return a sentence with the subset's size and the percentage of groups in which a
     guess based on length (or on ``blind``) is right. ``blind`` holds one margin per group, from a scorer that sees no picture.
 

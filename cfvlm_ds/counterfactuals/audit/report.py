@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError, DataError
-from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
+from cfvlm_ds.core.groups import SHAM, Groups
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
@@ -65,7 +65,7 @@ class _Set:
     """
 
     name: str
-    groups: Sequence[CounterfactualGroup]
+    groups: Groups
     owners: Mapping[Path, list[str]]
     looks: Mapping[Path, Look]
 
@@ -96,7 +96,7 @@ def audit(
     return report, sets
 
 
-def _read_set(name: str, groups: Sequence[CounterfactualGroup], broken: dict[str, str], say: Say) -> _Set:
+def _read_set(name: str, groups: Groups, broken: dict[str, str], say: Say) -> _Set:
     """Read a split and hash its pictures. For each picture that cannot be read, add the reason to ``broken``, keyed by the id of a group
     that uses the picture.
     """

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import DataError, writing
 from cfvlm_ds.core.files import file_lock
+from cfvlm_ds.core.progress import Say, no_op
 from cfvlm_ds.counterfactuals.options import ProposeOptions
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
 from cfvlm_ds.data.fields import json_object
@@ -93,7 +94,7 @@ class Context:
     store: GroupStore
     work: WorkFolder
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    say: Callable[[str], object] = lambda line: None
+    say: Say = no_op
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
@@ -119,11 +120,9 @@ def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path],
     """Call ``make`` to write ``path``, a file that all shard jobs of a work folder share, if it is missing or outdated. Other jobs wait.
     Return ``path``.
     """
-    try:
+    with writing(path, "free some space, or correct the folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_name(f"{path.name}.lock")):
             if not path.is_file() or not is_current(path):
                 make()
-    except OSError as error:
-        raise StorageError(f"{unwritten(path, error)}; free some space, or correct the folder") from error
     return path

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfvlm_ds.core.conversation import normalised
-from cfvlm_ds.core.sequences import shared_start
+from cfvlm_ds.core.sequences import differing
 from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS, NUMBERS
 
@@ -56,9 +56,8 @@ class Difference:
 def difference(caption: str, text: str) -> Difference:
     """Compute the word difference between two texts."""
     old, new = words(caption), words(text)
-    first = shared_start(old, new)
-    last = shared_start(old[first:][::-1], new[first:][::-1])
-    return Difference(old[first : len(old) - last], new[first : len(new) - last], first, sorted(old) == sorted(new))
+    of_old, of_new = differing(old, new)
+    return Difference(old[of_old], new[of_new], of_old.start, sorted(old) == sorted(new))
 
 
 def defect(caption: str, text: str, kind: str) -> str | None:

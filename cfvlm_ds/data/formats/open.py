@@ -22,7 +22,7 @@ from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
 from cfvlm_ds.data.formats.chat import without_nulls
 from cfvlm_ds.data.formats.preference import unpacked
 from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
-from cfvlm_ds.data.passes import Scan
+from cfvlm_ds.data.passes import Done, Scan
 from cfvlm_ds.data.rows import Rows
 from cfvlm_ds.data.store import Format, GroupStore, count_parts
 
@@ -44,7 +44,7 @@ def open_data(
     convert: Format = format_named(format, path)
     _refuse_absent_columns(rows, convert, scan.alive, progress)
 
-    def over(work: Callable[[Sequence[int], Callable[[], object]], Any], doing: str) -> Iterator[Any]:
+    def over(work: Callable[[Sequence[int], Done], Any], doing: str) -> Iterator[Any]:
         return scan.over(range(len(rows)), work, Progress(progress, f"{path}: {doing}", len(rows), "rows"))
 
     firsts = count_parts(rows, convert, lambda work: over(work, "counting groups"))

@@ -2,6 +2,5 @@
 
 from cfvlm_ds.demo.habits.build import build_habits, is_true, scenes_in
 from cfvlm_ds.demo.habits.grammar import judge
-from cfvlm_ds.demo.habits.questions import all_texts
 
-__all__ = ["all_texts", "build_habits", "is_true", "judge", "scenes_in"]
+__all__ = ["build_habits", "is_true", "judge", "scenes_in"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.files import whole_folder
 from cfvlm_ds.core.groups import SHAM, Candidate, CounterfactualGroup, Edit, Prompt
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Alive, Progress, Say, no_op
 from cfvlm_ds.core.reading import read_json
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.data.cfgroup import to_row
@@ -65,7 +65,7 @@ class Drawn:
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 
-def build_habits(config: HabitsConfig, progress: Callable[[str], object] = print_line, alive: Callable[[], object] = lambda: None) -> Path:
+def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive = no_op) -> Path:
     """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
     folder.
 

@@ -11,9 +11,8 @@ from itertools import product
 from random import Random
 
 from cfvlm_ds.core.groups import Candidate
-from cfvlm_ds.demo.habits.edits import EDITS
-from cfvlm_ds.demo.habits.grammar import NUMBERS, Statement, about, describe, form, holds, noun, phrase, read
-from cfvlm_ds.demo.habits.world import COLOURS, Scene, Thing, draw_scene
+from cfvlm_ds.demo.habits.grammar import NUMBERS, Statement, about, form, holds, noun, phrase, read
+from cfvlm_ds.demo.habits.world import Scene, Thing
 
 QUESTIONS = {
     "yes_no": ("colour", "kind", "count", "row", "background", "presence", "colour_swap"),
@@ -116,17 +115,3 @@ def _stated(claim: Statement, scene: Scene, phrasing: int) -> str:
     if name in ("thing", "number"):
         return form("things", phrasing, things=phrase(thing, with_colour=False))
     return form(name, phrasing, x=noun(thing.kind, thing.number), **{name: words[1]})
-
-
-def all_texts(seed: int, number: int) -> list[str]:
-    """Draw descriptions, prompts and answers from the whole grammar, for training a tokenizer."""
-    rng = Random(f"{seed}/texts")
-    texts = [*DESCRIBE, "Yes", "No", "A", "B", *NUMBERS[1:], *COLOURS]
-    for index in range(number):
-        scene = draw_scene(rng, 0.5)
-        edit, kind = rng.choice([(edit, kind) for kind, edits in QUESTIONS.items() for edit in edits])
-        texts += describe([scene], f"{seed}/{index}")
-        edited = EDITS[edit](scene, rng, True)
-        if edited and (asked := asking(kind, edit, (scene, edited), rng)):
-            texts.append(str(asked[0][0].prompt))
-    return texts

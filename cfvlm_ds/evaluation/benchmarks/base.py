@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Pictures, normalised
+from cfvlm_ds.core.progress import Say, no_op
 from cfvlm_ds.evaluation.benchmarks.source import File, Row, Source
 
 Scores = tuple[tuple[float, ...], ...]
@@ -179,7 +180,7 @@ class Loaded:
     own_files: bool = False
 
 
-def load(benchmark: Benchmark, root: Path, say: Callable[[str], object] = lambda line: None, limit: int | None = None) -> Loaded:
+def load(benchmark: Benchmark, root: Path, say: Say = no_op, limit: int | None = None) -> Loaded:
     """Load the items of a benchmark from its files in ``root``: all items, or about ``limit`` items spread evenly over the files.
 
     Pictures must exist but are not opened. Problems are returned, not raised. ``say`` is called with progress messages.

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from cfvlm_ds.core.errors import DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import DataError, writing
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.reading import MIB, DuplicateKey, lines, open_regular, parse_json, read_bytes
@@ -234,12 +234,10 @@ def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
     refuse_foreign(path, root)
     content = io.BytesIO()
     image.save(content, "PNG")
-    try:
+    with writing(path, "free some space"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, shared=True) as file:
             file.write(content.getvalue())
-    except OSError as error:
-        raise StorageError(unwritten(path, error)) from error
     return path
 
 

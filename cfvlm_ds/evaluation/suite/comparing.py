@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.progress import Progress
+from cfvlm_ds.core.progress import Progress, Say, no_op
 from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.evaluation.before_after import FEWEST_CHANGED, is_tested
 from cfvlm_ds.evaluation.benchmarks import Benchmark, Outcome
@@ -96,9 +96,7 @@ def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
     return all_right(table) == 1 and (not of_images or image_right(table) == 1)
 
 
-def compare_results(
-    before: Path, after: Path, draws: int | None = None, say: Callable[[str], object] = lambda line: None
-) -> list[Compared]:
+def compare_results(before: Path, after: Path, draws: int | None = None, say: Say = no_op) -> list[Compared]:
     """Compare the results that both folders have, in the order of ``before``.
 
     Raises ConfigError if the folders have no result or item in common, and DataError for files that are not results.
@@ -115,7 +113,7 @@ def compare_results(
     return [_compared(first[place], second[place], draws, say) for place in shared]
 
 
-def _compared(before: Result, after: Result, draws: int | None, say: Callable[[str], object]) -> Compared:
+def _compared(before: Result, after: Result, draws: int | None, say: Say) -> Compared:
     benchmark = benchmark_named(before.name)
     pairs, notes = _pairs(before, after)
     if not pairs:

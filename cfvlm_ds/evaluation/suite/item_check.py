@@ -20,7 +20,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import cores_per_rank
-from cfvlm_ds.data.picture_check import opened_picture
+from cfvlm_ds.data.check import opened_picture
 from cfvlm_ds.data.picture_index import Picture, PictureTable
 from cfvlm_ds.evaluation.benchmarks import Item
 from cfvlm_ds.evaluation.probes import Generate

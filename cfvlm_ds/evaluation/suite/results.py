@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cfvlm_ds.core.errors import ConfigError, DataError, StorageError, unwritten
+from cfvlm_ds.core.errors import ConfigError, DataError, writing
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.journal import Journal, records
 from cfvlm_ds.core.options import flat
@@ -124,16 +124,14 @@ def result_folder(folder: Path) -> Path:
     """Create the folder for a result if it is missing, and return it. Raises ConfigError if the folder or one of its files is a link."""
     for each in (folder.parent, folder, *(folder / name for name in (RESULTS, ITEMS, SCORES))):
         refuse_link(each, "name another folder with --out")
-    try:
+    with writing(folder, "name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{unwritten(folder, error)}; name another folder with --out") from error
     return folder
 
 
 def write_result(folder: Path, result: Result) -> None:
     """Write the files of a result. results.json is written last and marks the result as complete. Raises StorageError."""
-    try:
+    with writing(folder / RESULTS, "free some space, and the same command continues"):
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
                 every = vars(outcome.item) | vars(outcome)
@@ -142,8 +140,6 @@ def write_result(folder: Path, result: Result) -> None:
                 file.write(json.dumps(_finite(row)).encode() + b"\n")
         replace(folder / RESULTS, (json.dumps(_finite(result.record), indent=1) + "\n").encode())
         (folder / SCORES).unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{unwritten(folder / RESULTS, error)}; free some space, and the same command continues") from error
 
 
 def _finite(value: Any) -> Any:

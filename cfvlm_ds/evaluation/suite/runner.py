@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.evaluation.asking import Plan, plan, written
 from cfvlm_ds.evaluation.benchmarks import Item, Loaded, Outcome
 from cfvlm_ds.evaluation.probes import Generate
-from cfvlm_ds.evaluation.scoring import Forward, matrices, scored_batches, seen_as
+from cfvlm_ds.evaluation.scoring import Batching, Forward, matrices, scored_batches, seen_as
 from cfvlm_ds.evaluation.suite.bootstrap import drawn_together
 from cfvlm_ds.evaluation.suite.item_check import Checked, checked_items, prompt_of, token_lengths
 from cfvlm_ds.evaluation.suite.results import (
@@ -72,24 +72,17 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Batching):
     """Settings of a benchmark evaluation.
 
     Args:
-        batch_size: number of groups in a batch.
-        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
-        num_workers: number of processes per rank that prepare batches.
         skip: leave out and report items that the model cannot process. Otherwise, the first such item raises an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
-        remedy: advice for an out-of-memory error.
     """
 
-    batch_size: int = 16
     max_tokens: int | None = MAX_TOKENS
-    num_workers: int = 0
     skip: bool = False
     draws: int | None = None
-    remedy: str = "lower the batch size"
 
 
 @contextlib.contextmanager
@@ -219,19 +212,7 @@ def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: Pict
         batches = [every[start : start + size] for start in range(0, len(every), size)]
         unscored = [batch for batch in batches if not all(k in known for k in batch)]
         views = seen_as(groups) if pictured else [groups]
-        turns = scored_batches(
-            model.forward,
-            collator,
-            groups,
-            views,
-            unscored,
-            model.world,
-            settings.num_workers,
-            label,
-            max_tokens=settings.max_tokens,
-            remedy=settings.remedy,
-        )
-        for indices, scored in turns:
+        for indices, scored in scored_batches(model.forward, collator, groups, views, unscored, model.world, settings, label):
             yield {k: kept(scores) for k, scores in matrices(groups, indices, scored).items()}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.named import named, near
+from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.versions import version
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Benchmark, Loaded, load
 from cfvlm_ds.evaluation.benchmarks.base import Mentions
@@ -98,9 +99,7 @@ def way_named(spec: str) -> tuple[str, Way]:
     return "".join([way.name, *(f".{re.sub(r'[^A-Za-z0-9_-]+', '_', str(value))[:40]}" for value in changed)]), way
 
 
-def load_items(
-    chosen: Chosen, say: Callable[[str], object], *, limit: int | None = None, skip: bool = False, remedy: str = _SKIP
-) -> Loaded:
+def load_items(chosen: Chosen, say: Say, *, limit: int | None = None, skip: bool = False, remedy: str = _SKIP) -> Loaded:
     """Load the items of a benchmark, or about ``limit`` of them.
 
     Raises DataError for the first invalid row or missing picture. If ``skip`` is True, such items are left out instead, unless no valid

@@ -1,20 +1,20 @@
-"""Tiny LLaVA in the family's real on-disk format: config, safetensors, processor, and a newly trained SentencePiece tokenizer."""
+"""Tiny LLaVA of any size in the family's real on-disk format, with a newly trained SentencePiece tokenizer. The bases of the benchmarks and
+the model of most tests start from it.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfvlm_ds.core.files import whole_folder
-from cfvlm_ds.core.untrusted import refuse_filled
+from cfvlm_ds.demo.family_checkpoints import write_checkpoint
 
-_RANDOM = "A small model with random weights, for tests: its texts mean nothing."
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% for item in message['content'] %}"
@@ -59,25 +59,6 @@ def build_tiny_llava(config: TinyLlavaConfig, texts: Sequence[str]) -> Path:
         return model, processor
 
     return write_checkpoint(out_dir, make)
-
-
-def write_checkpoint(out_dir: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
-    """Save the random model and processor that ``make`` returns, and return ``out_dir``.
-
-    ``make`` receives a folder to which it can write files. The folder is renamed to ``out_dir`` when it is complete.
-    """
-    refuse_filled(out_dir)
-    with whole_folder(out_dir) as partial:
-        for part in make(partial):
-            part.save_pretrained(partial)
-        (partial / "README.md").write_text(f"{_RANDOM}\n")
-    return out_dir
-
-
-def is_random(folder: Path) -> bool:
-    """Return whether a model folder was written by ``write_checkpoint``."""
-    card = folder / "README.md"
-    return card.is_file() and card.read_text(errors="replace").startswith(_RANDOM)
 
 
 def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str]) -> Any:

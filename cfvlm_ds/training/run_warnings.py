@@ -1,10 +1,13 @@
-"""Warnings about options that have little or no effect with the run's data."""
+"""Warnings during training: options that have little or no effect with the run's data, and likelihood displacement (arXiv 2410.08847), in
+which a model increases its margins by making every text less likely.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.objectives import batch_terms
@@ -52,3 +55,38 @@ class Idle:
                 f"{self.config.train.hard_negatives} left nothing out in the steps of this record, because no group with a single prompt "
                 "has more counterfactuals; each step still runs the additional forward",
             )
+
+
+@dataclass
+class Displacement:
+    """Monitor that warns if the factual log-likelihood falls by more than ``train.displacement_warning`` below its first value."""
+
+    config: RunConfig
+    state: TrainState
+    say: Say
+    warned: float = 0.0
+
+    def recorded(self, metrics: Mapping[str, float]) -> None:
+        """Check a training record, and warn if the likelihood has dropped too far. The warning is repeated only if the drop has doubled
+        since.
+        """
+        if (warning := self.warning(metrics)) and (fallen := self._fallen(metrics)) > 2 * self.warned:
+            self.warned = fallen
+            self.say(warning)
+
+    def warning(self, metrics: Mapping[str, float]) -> str:
+        """Return a warning if a training record's factual log-likelihood is too far below its first value, otherwise ""."""
+        if (fallen := self._fallen(metrics)) <= self.config.train.displacement_warning:
+            return ""
+        advice = (
+            "raise objective.retain.weight"
+            if "retain" in self.config.objective
+            else "add objective.retain (it keeps the model close to its initial state on plain captions in the training data)"
+        )
+        return (
+            f"warning: likelihood displacement: the factual log-likelihood fell {fallen:.2f} nats per token below its initial value; "
+            f"{advice}, raise objective.align.weight or lower train.learning_rate"
+        )
+
+    def _fallen(self, metrics: Mapping[str, float]) -> float:
+        return self.state.displacement(metrics["logp/lp_00"]) if "logp/lp_00" in metrics else 0.0
