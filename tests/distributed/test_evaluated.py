@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
 from conftest import caption, contents, draw, metrics, printed, read_json, read_rows, run_ranks, run_train, train_arguments, write_json
 from test_suite import SCENES
+from transformers import LlavaForConditionalGeneration
 
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
 from cfvlm_ds.demo.base import write_base
