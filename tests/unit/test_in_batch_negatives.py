@@ -136,6 +136,8 @@ def test_the_choice_depends_on_the_groups_of_the_step_alone():
     together = whole.__getitems__(StepPart(tuple(range(12)), range(4, 9)))
     assert [drawn(each) for each in together] == [expected[f"g{g}"] for g in range(4, 9)]
     assert [each.in_step.place for each in together] == [4, 5, 6, 7, 8]
+    later = [drawn(each) for each in whole.__getitems__(StepPart(tuple(range(3, 9)), range(2, 6)))]
+    assert later == [drawn(each) for each in in_a_step(groups[3:9])[2:]], "the next step of one worker has its own groups"
 
     class Broken(list):
         def __getitem__(self, index):
