@@ -23,6 +23,7 @@ from conftest import COLOURS, PROMPT, plain_logp
 from conftest import ONE as ALONE
 from PIL import Image
 
+from cfvlm_ds.batching.batch import explain_out_of_memory
 from cfvlm_ds.batching.batch_layout import group_layout
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.batching.image_source import ImageFiles
@@ -531,6 +532,9 @@ def test_memory_that_runs_out_is_explained(collator, groups):
     ):
         with pytest.raises(OutOfMemory, match=r"test.* on rank 0; .* [34] groups, \d+ tokens.*; lower this; "):
             work()
+    parts = [collator(groups[:few]) for few in (1, 3, 2)]
+    with pytest.raises(OutOfMemory, match="its largest forward pass has 3 groups"), explain_out_of_memory("here", parts, "lower this"):
+        raise MemoryError
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
