@@ -121,10 +121,7 @@ def _run(config: RunConfig, world: World) -> None:
     resolved = engine.resolve(raw, config, world.size, world.device, width, total_steps)
     for file in [Path(source.scores) for source in config.data.train_sets.values() if stored is not None and source.scores is not None]:
         if (scored := dtype_of(file)) not in (None, dtype := str(resolved.dtype()).removeprefix("torch.")):
-            world.say(
-                f"warning: {file} was computed in {scored}, but this run trains in {dtype}, so its scores are rounded otherwise; "
-                "`cfvlm-ds score --dtype` writes it in another dtype"
-            )
+            world.say(f"warning: {file} was computed in {scored}, but this run trains in {dtype}; see `cfvlm-ds score --dtype`")
     try:
         start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
     except run_start.OtherData:

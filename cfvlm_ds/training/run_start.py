@@ -109,10 +109,10 @@ def decide(
             changed_since(record["record"], run_dir, total_steps)
 
         run_on_rank0(world, refuse_changed)
-        again = (
-            f"; remove {run_dir / FINISHED} to evaluate it again" * (run_dir / f"checkpoint-{ended[0]}").is_dir()
-        )  # else it is trained again
-        world.say(f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do{again}")
+        message = f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do"
+        if (run_dir / f"checkpoint-{ended[0]}").is_dir():  # without it, the run would be trained again
+            message += f"; remove {run_dir / FINISHED} to evaluate it again"
+        world.say(message)
         return None
     checkpoint_dir = checkpoint.find(run_dir, train.resume, world)
     if checkpoint_dir is None:
