@@ -94,6 +94,7 @@ def test_metrics_are_on_the_server_as_on_disk(client, finished):
     assert {name for name in found if not name.startswith(("eval", "checkpoint/"))} == every_step
     for name in ("seconds", "share", "failed"):
         assert [step for step, _ in found[f"checkpoint/{name}"]] == [4], name
+    assert 0 < found["checkpoint/share"][0][1] < 1 and 0 < found["checkpoint/seconds"][0][1] < 60, "of the time since the start"
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
     for name in ("eval_test_group", *map("eval/test/{}".format, ("pair", "text", "image", "group_pmi", "sham", "blind_pair", "loss"))):
