@@ -18,7 +18,7 @@ from typing import IO, Any, ClassVar
 
 MIB = 2**20
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""Errors that a file can cause that is missing, damaged or not of the expected form, when it is read or when its values are used."""
+"""Errors that a missing, damaged or malformed file can cause, when it is read or when its values are used."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # stack frames kept free, of the 1,000 that Python allows

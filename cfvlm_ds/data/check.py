@@ -164,7 +164,7 @@ class Lengths(Protocol):
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens in an image's pictures."""
+        """Return the number of visual tokens for an image whose pictures have these ``sizes``."""
         ...
 
 

@@ -444,8 +444,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True, remove a complete or unfinished store for other data or options. Return the picture tables of the removed
-    store, or no tables if nothing was removed.
+    """If ``remove_it`` is True and ``out`` holds a store, complete or unfinished, made from different data or with different options,
+    remove it. Return the removed store's picture tables, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

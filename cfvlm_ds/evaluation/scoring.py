@@ -38,7 +38,7 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """Scores of one group in nats: the full score matrix ``logp`` [I, C], and ``blank`` [C], the scores of the texts on a blank image.
 
-    A score that is not finite becomes NaN, which wins no comparison.
+    A score that is not finite becomes NaN, which loses every comparison.
     """
 
     logp: Tensor
@@ -192,8 +192,8 @@ def score_batches(
     """Return the scores of each batch. A batch is a list of parts, each scored in one forward pass. All ranks must pass the same number of
     batches, but the number of parts can differ.
 
-    ``reference`` is called only for the first batch, to compute its reference scores. Raises DataError on all ranks if any rank has a
-    DataError in place of a batch.
+    ``reference`` computes reference scores. It is called only for the first batch (in ``scored_batches``, the groups on their own images).
+    Raises DataError on all ranks if any rank has a DataError in place of a batch.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)

@@ -151,8 +151,8 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower passes the boundaries of
-    segments, attention within each segment.
+    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower supplies segment boundaries
+    (``cu_seq_lens_q``), attention within each segment.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)

@@ -131,7 +131,7 @@ class _Pictures:
     def name_of(self, value: Any) -> str:
         """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
 
-        ``value`` is the picture's bytes. A DataError in their place is raised. Raises TypeError for any other type.
+        ``value`` is the picture's bytes. If it is a DataError instead, it is raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

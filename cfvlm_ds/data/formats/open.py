@@ -117,7 +117,9 @@ def _columns(row: Row) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
-    """Raise one DataError for all metadata columns that might hold labels, false texts or picture names but are named by no option."""
+    """If any metadata columns might hold labels, false texts or picture names and no option names them, raise one DataError that lists them
+    all.
+    """
 
     def metadata() -> Iterator[tuple[int, Row, bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():

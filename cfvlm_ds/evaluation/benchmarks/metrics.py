@@ -157,7 +157,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(judged: Judged) -> tuple[float, ...]:
-    """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row for ``answers``. A tie counts as unanswered, except in a blind table, where each of n tied texts gets 1/n."""
     scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
