@@ -29,7 +29,7 @@ FLOOR = "CFVLM_MIN_GB_S"
 
 
 def check(folder: Path, timeout_s: float) -> str:
-    """Check the node on which this task of ``srun --ntasks-per-node=1`` runs. Writes the result line to ``folder`` and returns it.
+    """Check the node that this task of ``srun --ntasks-per-node=1`` runs on. Writes the result line to ``folder`` and returns it.
 
     Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is the time limit in seconds for all tasks to connect, and
     the same limit applies to the collective that follows. Raises OSError if ``folder`` does not exist or cannot be written.

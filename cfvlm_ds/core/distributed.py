@@ -242,7 +242,7 @@ def seed_everything(seed: int) -> None:
 
 
 def isolated_rng() -> torch.Generator:
-    """Return a generator from which a DataLoader's iterators draw their seeds.
+    """Return a generator for the seeds of a DataLoader's iterators.
 
     A resumed run creates its iterators at different steps from an uninterrupted run. If the iterators drew their seeds from torch's global
     generator, the two runs would therefore have different dropout.
@@ -257,7 +257,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore a state that ``random_state`` returned, possibly on another kind of device."""
+    """Restore a state that ``random_state`` returned, possibly on a different kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

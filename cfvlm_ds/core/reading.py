@@ -38,7 +38,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved, and is empty for an
+    """Return the end of a message about a missing file. It names the folder that a relative path is resolved against, and is empty for an
     absolute path.
     """
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
@@ -91,8 +91,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. Such a line cannot be skipped, because the start
-    of the next line is unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. The line cannot be skipped, because the start of
+    the next line is unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:

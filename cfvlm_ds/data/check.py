@@ -169,7 +169,7 @@ class Lengths(Protocol):
 
 
 _MERGED = 1 << 20
-"""Number of picture keys above which the keys of all rows so far are reduced to distinct ones."""
+"""Minimum number of new picture keys before duplicate keys are removed."""
 
 
 def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:

@@ -18,7 +18,7 @@ def field_names() -> list[str]:
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
     """Estimate the memory for model states under ZeRO-3. Returns bytes per GPU, and bytes of host memory per node.
 
-    ``trained`` and ``largest_layer`` are numbers of parameters. ``optimizer`` is True if the optimizer is offloaded to host memory, and
+    ``trained`` and ``largest_layer`` are parameter counts. ``optimizer`` is True if the optimizer is offloaded to host memory, and
     ``weights`` is True if the weights are.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs

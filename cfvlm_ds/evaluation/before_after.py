@@ -192,8 +192,8 @@ def changes_table(
 ) -> str:
     """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
     types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
-    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, from which the NLL of uniform guessing
-    is computed.
+    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, which determines the NLL of uniform
+    guessing.
     """
     first, last = map(in_cell, names)
     types = of_types(changes)

@@ -165,8 +165,8 @@ def scored_batches(
 
 
 def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
-    was scored, ``GroupScores.blank`` has the scores on the group's own first image.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` holds the batch's scores in each view. If no blank image
+    was scored, ``GroupScores.blank`` holds the scores on the group's own first image.
     """
     seen, blind = scored[0].logp, scored[-1].logp
     by_index = {}

@@ -16,7 +16,7 @@ UNNAMED_BASE = (
 )
 """Paragraph of a card that the user must replace before `export --push`."""
 UNNAMED_REPO = "path/of/this/folder"
-"""Name from which a card's example loads the model if no repository is known. `export --push` replaces it."""
+"""Name that a card's example loads the model from if no repository is known. `export --push` replaces it."""
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
 """Start of a card's last line, which contains a digest of the text above. A card that no longer matches its digest is the user's."""

@@ -24,7 +24,7 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head on the meta device. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are
+        """Create the head on the meta device. ``cap`` bounds the logits that log-probs are computed from. Logits that the head returns are
         not capped, because the model caps them itself.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")

@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(numbers of keys that a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J,
-D]; starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
+"""(how many keys a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
+starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
 """
 
 

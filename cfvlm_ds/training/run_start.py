@@ -32,7 +32,7 @@ class OtherData(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """A run's start: the checkpoint from which it continues, if any, the options that have changed since that checkpoint, and the record of
+    """A run's start: the checkpoint that it continues from, if any, the options that have changed since that checkpoint, and the record of
     the current options.
     """
 

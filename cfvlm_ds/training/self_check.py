@@ -41,7 +41,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have such bounds if nothing is
+    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
     clipped.
     """
     tensors: dict[str, Tensor] = {}

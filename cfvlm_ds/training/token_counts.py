@@ -112,7 +112,7 @@ def group_tokens(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Return the paths at which the counts can be stored. The list is empty if ``depends_on`` is None."""
+    """Return the paths where the counts can be stored. The list is empty if ``depends_on`` is None."""
     if depends_on is None:
         return []
     parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]

@@ -25,7 +25,7 @@ from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 REFINED = "refined"
-"""Key in a row's ``meta`` under which the subsampling parameters are stored."""
+"""Key of the subsampling parameters in a row's ``meta``."""
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:

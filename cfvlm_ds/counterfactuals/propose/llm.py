@@ -87,8 +87,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a caption for which no usable reply arrived. Raises ConfigError, which stops the step, if the server is unreachable and has
-        never answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
+        """Count a caption without a usable reply. Raises ConfigError, which stops the step, if the server is unreachable and has never
+        answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
         """
         with self._lock:
             self._in_a_row += 1

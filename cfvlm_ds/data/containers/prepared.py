@@ -32,7 +32,7 @@ _KNOWN = 100_000  # number of pictures remembered to recognise repeats; consecut
 
 
 class Prepared(NamedTuple):
-    """Result of converting a container: its rows as JSON lines, and the folders to which its picture names are relative. If the container
+    """Result of converting a container: its rows as JSON lines, and the folders that its picture names are relative to. If the container
     consists of several files, ``sources`` gives the name and row count of each.
     """
 

@@ -103,8 +103,8 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Alive, progress: Say
 
 
 def _columns(row: Row) -> dict[str, None]:
-    """Return the names by which options can refer to a row's columns: top-level and nested names and, for a WebDataset sample, names within
-    its ``json``.
+    """Return the names that options can use for a row's columns: top-level and nested names and, for a WebDataset sample, names within its
+    ``json``.
     """
     names = dict.fromkeys(row)
     for name, _ in leaves(row):

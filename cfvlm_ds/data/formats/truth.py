@@ -1,6 +1,6 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
+The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
 public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
 texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
@@ -101,7 +101,7 @@ class Column:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str):
                 picture = _PICTURE.search(item)
-                is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is no text
+                is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is not a text
                 if (picture or is_text) and not _FALSE_NAMES.isdisjoint(self.words):
                     self.false_text = self.false_text or item
                 if blind and picture:

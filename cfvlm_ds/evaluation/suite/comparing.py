@@ -38,7 +38,7 @@ class Difference:
     """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
 
     ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
-    not defined on a single cluster; such a metric is tested if the total number of ``clusters`` is large enough.
+    not defined on a single cluster; this kind of metric is tested if the total number of ``clusters`` is large enough.
     """
 
     before: float
