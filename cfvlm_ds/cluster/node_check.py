@@ -2,8 +2,8 @@
 
 Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's. All
 tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
-``bad: WHY``, or ``waited: WHY`` if the fault is on another node or in the network. A node that writes no line cannot start Python, sees a
-different file system, or does not respond. slurm/launch.sh reports these nodes as well.
+``bad: WHY``, or ``waited: WHY`` if the fault is on another node or in the network. A node that does not write a line cannot start Python,
+sees a different file system, or does not respond. slurm/launch.sh reports these nodes as well.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must connect within the block.
+    """Set MASTER_PORT to a port that the ranks can use to connect to each other. They must connect within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
     and MASTER_PORT is 29500, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
@@ -210,7 +210,7 @@ class ProgressBarrier:
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
     """Call a function on rank 0, and return its result or raise its error on every rank. If the call can take a long time, pass a
-    ``barrier`` at which the other ranks wait.
+    ``barrier`` where the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None

@@ -37,8 +37,8 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. A model counts as exported if it is in a run folder or its
-    card has a seal.
+    """Raise ConfigError if ``out_dir`` contains a model that was not written by an export. A model counts as exported if it is in a run
+    folder or its card has a seal.
     """
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:

@@ -168,7 +168,7 @@ class Scorer(nn.Module):
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Return the image features of all trees (for the embeddings, then for any deeper layers), and the sum of all features of images
-        that belong to no tree.
+        that do not belong to any tree.
         """
         model: Any = self.model
         has_features = "tower_features" in image_inputs

@@ -82,8 +82,8 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` holds hashes of the
-    groups.
+    """Decide where to start. Return None if the run has finished and ``train.resume`` does not name a checkpoint. ``data`` holds hashes of
+    the groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
     data.

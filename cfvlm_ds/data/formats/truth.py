@@ -53,7 +53,7 @@ _FALSE_NAMES = frozenset((
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
     "misaligned", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
 ))  # fmt: skip
-"""Words in the names of columns with false texts, and of label columns in which "yes" may mean that the text is false."""
+"""Words in the names of columns with false texts, and of label columns whose "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""

@@ -67,7 +67,7 @@ RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "w
 _CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
 """Words of relation.json that are rarely nouns: "hot", and "can" unless it follows an article or a word such as "trash"."""
 _OTHERS = 2
-"""Number of texts at the end of an item whose words count as mentions but belong to none of the item's objects."""
+"""Number of texts at the end of an item whose words count as mentions but do not belong to any of the item's objects."""
 
 
 def description(row: Row) -> Item:

@@ -87,7 +87,8 @@ class Compared:
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
     """Return True if an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
-    text must also score higher on images of which it is true than on the others. A description is right if it mentions no false object.
+    text must also score higher on images of which it is true than on the others. A description is right if it does not mention a false
+    object.
     """
     table = Judged(outcome.item, outcome.seen)
     if benchmark.mentions:

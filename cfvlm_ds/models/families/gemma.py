@@ -29,7 +29,7 @@ def sound(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def in_windows(config: PreTrainedConfig) -> Whole:
     """Return the layers in which a picture's tokens attend to each other in both directions: the sliding-window layers if the configuration
-    says so, otherwise none.
+    requires it, otherwise none.
     """
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 
