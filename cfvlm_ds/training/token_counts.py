@@ -29,7 +29,7 @@ from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
 _NAME = 16  # characters of the hash in a file name
-_FORM = 2  # version of the counts; stored counts of another version are ignored
+_FORM = 2  # version of the counts; stored counts of a different version are ignored
 
 
 def group_tokens(

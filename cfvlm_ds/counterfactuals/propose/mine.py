@@ -39,7 +39,7 @@ def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
 def _hash(text: str, size: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()[
         ::-1
-    ]  # another byte order would change which pairs are found
+    ]  # a different byte order would change which pairs are found
 
 
 class SlotIndex:

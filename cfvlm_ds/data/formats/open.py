@@ -77,7 +77,7 @@ def _taken(rows: Rows) -> str:
     return NATIVE
 
 
-_LOOKED_AT = 100  # number of rows from which the format is detected
+_LOOKED_AT = 100  # number of rows for detecting the format
 _LOOKED_FOR_MARKS = 2048  # number of groups, spread over the file, whose metadata is searched for labels
 
 
