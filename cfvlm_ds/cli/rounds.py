@@ -70,7 +70,7 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
 
 
 def mixable(config: RunConfig) -> list[Source]:
-    """Return the sources of the training data, to which sampled groups can be added. Raises ConfigError for options that do not work with
+    """Return the sources of the training data, so that sampled groups can be added. Raises ConfigError for options that do not work with
     rounds.
     """
     if not config.train.export:
