@@ -68,7 +68,7 @@ step() {
     exec ${step_limit:+timeout --kill-after=5 $step_limit} srun --export=ALL --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "${shield[@]}" "${inside[@]}" "$@"
 }
 
-# rendezvous NODE: set the address and port at which ranks meet. The port depends on job and start, and is outside the ephemeral range.
+# rendezvous NODE: set the address and port where ranks meet. The port depends on job and start, and is outside the ephemeral range.
 rendezvous() {
     MASTER_ADDR=$1
     if ! getent hosts "$1" >/dev/null; then

@@ -123,7 +123,7 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[Inputs, Features]:
-        """Return the inputs to ``get_image_features`` for one picture, and its Features, in which the tower's outputs are still missing.
+        """Return the inputs to ``get_image_features`` for one picture, and its Features, still without the tower's outputs.
 
         A picture that shares its prompt with others is passed to the processor twice, so that it is processed as one of several. Raises
         DataError naming the file if it cannot be opened or processed.

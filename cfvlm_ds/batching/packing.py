@@ -31,7 +31,7 @@ from cfvlm_ds.models.forest import Forest
 class Tree:
     """Pictures and the texts that are scored on them. A branch is (flat cell index, text with its prompt).
 
-    The prompts are equal up to their last picture.
+    If there are pictures, the prompts are identical up to and including the last one.
     """
 
     pictures: tuple[PictureKey, ...]

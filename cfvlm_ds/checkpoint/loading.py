@@ -66,7 +66,7 @@ def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, s
 
 
 def kept_state(path: Path) -> TrainState:
-    """Read only the training loop's state from a complete checkpoint. Raises ConfigError if another version wrote the checkpoint."""
+    """Read only the training loop's state from a complete checkpoint. Raises ConfigError if a different version wrote the checkpoint."""
     described = description(path)
     refuse_other_version(described, path)
     return TrainState(**described["loop"])

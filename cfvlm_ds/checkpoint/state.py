@@ -65,7 +65,7 @@ class TrainState:
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError if another version of this package wrote a record. The message names ``what``, the record's file or run folder."""
+    """Raise ConfigError if a different package version wrote a record. The message names ``what``, the record's file or run folder."""
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

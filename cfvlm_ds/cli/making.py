@@ -107,7 +107,7 @@ def _verify(
         calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds `margin`
             and `drop` are fitted to the labels and written to W/thresholds.json.
         precision: minimum precision of the fitted thresholds on the labelled candidates.
-        rule: kind of score to which the thresholds are fitted.
+        rule: kind of score that the thresholds are fitted to.
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of

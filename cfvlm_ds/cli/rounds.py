@@ -66,11 +66,11 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
                 gc.collect()
             with exit_with_message(world):
                 model = _exported(folder, world)
-        world.wait()  # rank 0 holds the store to which the others have just connected
+        world.wait()  # rank 0 holds the store that the others have just connected to
 
 
 def mixable(config: RunConfig) -> list[Source]:
-    """Return the sources of the training data, to which sampled groups can be added. Raises ConfigError for options that do not work with
+    """Return the sources of the training data, so that sampled groups can be added. Raises ConfigError for options that do not work with
     rounds.
     """
     if not config.train.export:

@@ -2,8 +2,8 @@
 
 Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's. All
 tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,
-``bad: WHY``, or ``waited: WHY`` if the fault is on another node or in the network. A node that writes no line cannot start Python, sees a
-different file system, or does not respond. slurm/launch.sh reports such nodes as well.
+``bad: WHY``, or ``waited: WHY`` if the fault is on another node or in the network. A node that does not write a line cannot start Python,
+sees a different file system, or does not respond. slurm/launch.sh reports these nodes as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOOR = "CFVLM_MIN_GB_S"
 
 
 def check(folder: Path, timeout_s: float) -> str:
-    """Check the node on which this task of ``srun --ntasks-per-node=1`` runs. Writes the result line to ``folder`` and returns it.
+    """Check the node that this task of ``srun --ntasks-per-node=1`` runs on. Writes the result line to ``folder`` and returns it.
 
     Needs the environment variables MASTER_ADDR and MASTER_PORT. ``timeout_s`` is the time limit in seconds for all tasks to connect, and
     the same limit applies to the collective that follows. Raises OSError if ``folder`` does not exist or cannot be written.

@@ -270,7 +270,7 @@ class Stop:
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
         self._end = math.inf
-        with contextlib.suppress(ValueError):  # a site may use another format
+        with contextlib.suppress(ValueError):  # a site may use a different format
             self._end = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
         self._last = time.time()
         self._longest = 0.0

@@ -58,7 +58,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor by which an adapter's output is multiplied."""
+        """Factor that multiplies an adapter's output."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -278,8 +278,8 @@ class HabitsConfig:
         num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
         num_questions: largest number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
-        strength: probability with which a thing in a training picture follows each of its habits.
-        text_bias: probability with which the texts of a training picture state what is usual where the picture breaks a habit. Needs
+        strength: probability that a thing in a training picture follows each of its habits.
+        text_bias: probability that the texts of a training picture state what is usual where the picture breaks a habit. Needs
             num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
     """
 

@@ -48,7 +48,7 @@ class Source(DataSet):
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
         name: name of the source in metrics and group ids; by default, the file name without its ending.
-        weight: relative frequency with which the source is drawn. If no source has a weight, sources are drawn in proportion to their size.
+        weight: relative frequency of draws from the source. If no source has a weight, sources are drawn in proportion to their size.
         objectives: terms of the objective that use the source's groups; by default all.
         scores: like ``data.scores``, for this source.
     """

@@ -75,7 +75,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to a port on which the ranks can connect to each other. They must connect within the block.
+    """Set MASTER_PORT to a port that the ranks can use to connect to each other. They must connect within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
     and MASTER_PORT is 29500, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
@@ -210,7 +210,7 @@ class ProgressBarrier:
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
     """Call a function on rank 0, and return its result or raise its error on every rank. If the call can take a long time, pass a
-    ``barrier`` at which the other ranks wait.
+    ``barrier`` where the other ranks wait.
     """
     result: Any = None
     problem: InputError | None = None
@@ -242,7 +242,7 @@ def seed_everything(seed: int) -> None:
 
 
 def isolated_rng() -> torch.Generator:
-    """Return a generator from which a DataLoader's iterators draw their seeds.
+    """Return a generator for the seeds of a DataLoader's iterators.
 
     A resumed run creates its iterators at different steps from an uninterrupted run. If the iterators drew their seeds from torch's global
     generator, the two runs would therefore have different dropout.
@@ -257,7 +257,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restore a state that ``random_state`` returned, possibly on another kind of device."""
+    """Restore a state that ``random_state`` returned, possibly on a different kind of device."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:

@@ -147,8 +147,8 @@ def file_lock(path: Path, waiting: Alive = no_op, alive: Alive = no_op) -> Itera
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    On a file system without locks, print a warning once and return True. The package filelock is not used, because it locks a separate file
-    and raises an error on such a file system (ENOLCK, ENOTSUP).
+    If the file system does not support locks, print a warning once and return True. The package filelock is not used, because it locks a
+    separate file and raises an error on a file system without locks (ENOLCK, ENOTSUP).
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +204,7 @@ def is_same(path: Path, opened: int) -> bool:
 
 
 def aside_of(final: Path) -> Path:
-    """Return the path to which ``whole_folder`` moves the old folder until the new folder is in its place."""
+    """Return the path where ``whole_folder`` keeps the old folder until the new one has replaced it."""
     return final.with_name(f"{final.name}.replaced.partial")
 
 

@@ -25,7 +25,7 @@ def as_line(record: Any) -> bytes:
 
 
 class Journal:
-    """A file of lines to which one process appends. When it is opened, an incomplete last line is reported and dropped.
+    """A file of lines that one process appends to. When it is opened, an incomplete last line is reported and dropped.
 
     Args:
         alone: lock the file; not needed if its folder is locked.

@@ -124,7 +124,9 @@ class GroupLayout:
         return others & own.any(1, keepdim=True)
 
     def only(self, groups: Sequence[bool]) -> GroupLayout:
-        """Return a copy of the layout that masks out groups with a False entry in ``groups``: their cells and weights enter no sum."""
+        """Return a copy of the layout that masks out groups with a False entry in ``groups``: their cells and weights are left out of all
+        sums.
+        """
         keep = torch.tensor(groups, device=self.valid.device)
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
 """What happens to an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it; an
-option that declares nothing has this value. "refuse" always refuses the change, because the run cannot continue from a checkpoint with
-another value. "free" accepts it, because only speed or memory use changes. "ignored" is for names, records and checks, and for files, whose
-contents are compared instead.
+option that declares nothing has this value. "refuse" always refuses the change, because the run cannot continue from a checkpoint with a
+different value. "free" accepts it, because only speed or memory use changes. "ignored" is for names, records and checks, and for files,
+whose contents are compared instead.
 """
 
 Range = tuple[float, float]

@@ -18,7 +18,7 @@ from typing import IO, Any, ClassVar
 
 MIB = 2**20
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""Errors that a file can cause that is missing, damaged or not of the expected form, when it is read or when its values are used."""
+"""Errors that a missing, damaged or malformed file can cause, when it is read or when its values are used."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # stack frames kept free, of the 1,000 that Python allows
@@ -38,7 +38,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file. It names the folder against which a relative path is resolved, and is empty for an
+    """Return the end of a message about a missing file. It names the folder that a relative path is resolved against, and is empty for an
     absolute path.
     """
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
@@ -91,8 +91,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def lines(handle: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. Such a line cannot be skipped, because the start
-    of the next line is unknown.
+    """Yield the lines of a file. Raises TooLarge for a line of more than ``limit`` bytes. The line cannot be skipped, because the start of
+    the next line is unknown.
     """
     while line := handle.readline(limit + 1):
         if len(line) > limit:

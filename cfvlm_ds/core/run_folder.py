@@ -81,7 +81,7 @@ def refuse_foreign_entries(run_dir: Path, options: Any = None) -> None:
     Refused entries are:
 
     - a link, a pipe or a folder where the run writes a file, or a link or a file where it writes a folder;
-    - a config.yaml that no run wrote, such as the user's own --config file;
+    - a config.yaml that was not written by a run, such as the user's own --config file;
     - in a folder without a run: anything except files of a run or its launcher, hidden files, and paths in the run's ``options``.
     """
     remedy = "remove it, or choose another train.output_dir"

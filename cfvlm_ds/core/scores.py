@@ -29,7 +29,7 @@ class Scores:
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups in the optimizer step, padded with -inf to R. They
-    are detached here; their gradient is computed with the groups to which those images belong.
+    are detached here; their gradient is computed with those images' own groups.
 
     ``tokens`` [G, I, C, T] are the token log-probs whose sum is ``logp``, padded with 0 after the last token of a text. It is None unless
     an objective needs it.

@@ -17,8 +17,8 @@ _LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
 def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file in which the name
-    occurs.
+    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file that contains the
+    name.
 
     A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any operating system,
     and ends in ``ending``.
@@ -65,7 +65,8 @@ def refuse_link(path: Path, remedy: str) -> None:
 def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
     """Check the path of an output file, create its folder, and return the path.
 
-    Raises ConfigError if ``path`` is one of the ``inputs``, a link, or exists and is no file, and StorageError if it cannot be written.
+    Raises ConfigError if ``path`` is one of the ``inputs``, a link, or something else that is not a file, and StorageError if it cannot be
+    written.
     """
     refuse_link(path, f"name the file itself with {option}")
     if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):

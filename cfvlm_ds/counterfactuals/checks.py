@@ -29,8 +29,9 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
     Returns:
         A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
-        has ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of these
-        in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at all).
+        contains ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of
+        these in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at
+        all).
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"same_size": first.size == second.size}

@@ -53,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file`` or, if it is empty, from thresholds.json in the work folder. If there is no file and no candidate was
-    scored, the default rule is ``checks`` (pixels only).
+    """Read thresholds from ``file`` or, if that is "", from thresholds.json in the work folder, if it exists. With no file and no scored
+    candidates, the rule defaults to ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

@@ -4,7 +4,7 @@ a model.
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
 text scores higher with its own picture than with the other. In addition, the fraction of changed pixels must be within the limits for the
 edit type, and the changes must be neither scattered nor outside the mask. An accidental second change makes the new text fit its picture
-much worse than the caption fits the original; the threshold ``drop`` rejects such edits.
+much worse than the caption fits the original; the threshold ``drop`` rejects these edits.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Thresholds:
         changed: minimum and maximum fraction of visibly changed pixels, keyed by edit type; the key "*" covers all other types.
         largest: minimum fraction of the changed pixels that lie in the largest connected component.
         outside: maximum fraction of the pixels outside the mask that differ at all, even invisibly.
-        drop: maximum number of nats by which the new text on the edited picture is less likely than the caption on the original; null for
-            no limit. A large drop suggests a second change, which the four comparisons do not detect.
+        drop: maximum decrease in nats from the caption's log-likelihood on the original picture to the new text's on the edited picture;
+            null for no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
 
     rule: Rule = "match"

@@ -143,7 +143,7 @@ class VerifyOptions:
     Args:
         scorer: model folder, hub name or run folder of the model that scores candidates. Without a scorer, only pixels are compared.
         template: question that asks whether a picture shows {text}. The default is VQAScore's question.
-        prompt: prompt to which the captions are answers.
+        prompt: prompt that the captions answer.
         batch_size: candidates per batch of the scorer.
     """
 
@@ -231,7 +231,7 @@ class AuditOptions:
 
     Args:
         scorer: model that measures how well true and false texts can be told apart without a picture.
-        against: benchmarks with which the data must not overlap, as manifests or picture folders separated by commas.
+        against: benchmarks that the data must not overlap with, as manifests or picture folders separated by commas.
         sample: maximum number of picture pairs whose grain (low-level statistics) is compared.
         seed: seed for dividing the groups into halves and drawing samples.
         refine: output file for a balanced subset of the groups. In the subset, edits introduce every word about as often as they remove it,

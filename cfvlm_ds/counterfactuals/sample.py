@@ -107,7 +107,9 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set's pictures and prompts, and the judge. Paths in rows are relative to ``folder``, or absolute if they are outside it."""
+    """A data set's pictures and prompts, and the judge of the texts. In the rows passed to the judge or written to groups.jsonl, picture
+    paths are relative to ``folder``, or absolute for pictures outside it.
+    """
 
     store: GroupStore
     options: SampleOptions

@@ -38,7 +38,7 @@ TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real pict
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _MANY = 1000
-"""Number of pictures from which a picture's split depends only on its contents and the seed. The shares of fewer pictures are exact."""
+"""Minimum number of pictures for a split that depends only on a picture's contents and the seed. The shares of fewer pictures are exact."""
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
@@ -47,9 +47,9 @@ _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "comp
 class Survival:
     """Counts of edit outcomes, by edit type.
 
-    ``sources`` has the counts of the step ``propose``, such as the number of captions. ``files`` maps each written file to its number of
-    groups, and ``shares`` to the share that ``--splits`` requests. ``roots`` lists the folders of the pictures; it is empty if all
-    pictures are in the folder of the written files.
+    ``sources`` holds the counts of the step ``propose``, such as the number of captions. ``files`` maps each written file to its number of
+    groups, and ``shares`` to the share that ``--splits`` requests. ``roots`` lists the folders of the pictures; it is empty if all pictures
+    are in the folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -302,7 +302,7 @@ def _place(history: History, seed: int) -> int:
 
 
 def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int) -> dict[str, float]:
-    """Map each split to the place (see ``_place``) at which it ends: if fewer than ``_MANY`` pictures have a good edit, so that the splits
+    """Map each split to the place (see ``_place``) where it ends: if fewer than ``_MANY`` pictures have a good edit, so that the splits
     have their exact shares of these pictures.
     """
     good = (history for shard in range(work.shards if shares else 0) for history in histories(work, shard, thresholds) if _ranked(history))

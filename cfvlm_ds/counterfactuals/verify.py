@@ -204,10 +204,10 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit thresholds to labelled candidates, and write thresholds.json to the work folder. The file ``labelled`` has lines of the form
+    """Fit thresholds to labelled candidates, and write thresholds.json to the work folder. The file ``labelled`` contains lines of the form
     {"edit": ID, "attempt": 0, "good": true}.
 
-    Raises DataError for labels that cannot be read or match no candidate, and ConfigError if no thresholds reach the precision.
+    Raises DataError for labels that cannot be read or do not match any candidate, and ConfigError if no thresholds reach the precision.
     """
     work = WorkFolder.open(out)
     if not labelled.is_file():

@@ -159,7 +159,7 @@ class WorkFolder:
         return f"remove {files}; then run these steps again"
 
     def missing(self, step: str) -> list[int]:
-        """List the shards for which a step is not finished."""
+        """List the shards that a step has not finished."""
         return [shard for shard in range(self.shards) if self.done(step, shard) is None]
 
     def records(self, step: str, shard: int) -> Iterator[dict[str, Any]]:
@@ -221,8 +221,8 @@ class ShardStep:
         self.count += 1
 
     def expect(self, record: Mapping[str, Any], **named: object) -> None:
-        """Raise DataError if a record's values differ from those of its unit (``named``), which means that the folder was made from other
-        data.
+        """Raise DataError if a record's values differ from those of its unit (``named``), which means that the folder was made from
+        different data.
         """
         if any(record.get(key) != value for key, value in named.items()):
             raise DataError(f"{self._journal.path} has the record {quoted(record)[:120]} instead of {named}; start a new work folder")

@@ -164,12 +164,12 @@ class Lengths(Protocol):
         ...
 
     def visual_tokens(self, sizes: tuple[Size, ...]) -> int:
-        """Return the number of tokens in an image's pictures."""
+        """Return the number of visual tokens for an image whose pictures have these ``sizes``."""
         ...
 
 
 _MERGED = 1 << 20
-"""Number of picture keys above which the keys of all rows so far are reduced to distinct ones."""
+"""Minimum number of new picture keys before duplicate keys are removed."""
 
 
 def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:

@@ -15,8 +15,8 @@ _OF_DATA = "add the folder that contains it to data.root, a folder or a list of 
 
 
 class Confinement:
-    """Callable that joins a path from a manifest to a data root. Raises DataError if the file is outside all roots after links are
-    resolved.
+    """Callable that prefixes a manifest's path with a data root. Raises DataError if, after links are resolved, the file is outside all
+    roots.
 
     A relative path is joined to the first root that contains the file, or to the first root if none does. The error message for a path
     outside the roots ends with ``remedy``, the advice to the user.

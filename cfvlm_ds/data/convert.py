@@ -23,7 +23,7 @@ from cfvlm_ds.data.report import CheckReport
 
 
 class Converted(NamedTuple):
-    """Result of a conversion; ``root`` is the folder to which picture paths are relative."""
+    """Result of a conversion; ``root`` is the folder that picture paths are relative to."""
 
     groups: int
     problems: list[str]

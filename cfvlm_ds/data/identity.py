@@ -1,5 +1,5 @@
-"""Data set identity: a fingerprint that consists of hashes of the row order and of each part of the rows, so that an error message can say
-what has changed.
+"""Data set identity: a fingerprint that consists of hashes of the row order and of each part of the rows, so that an error message can
+state what has changed.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Draws:
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
-    """Use the sources' weights to compute each source's share of the draws. If no source has a weight, use their numbers of groups.
+    """Use the sources' weights to compute each source's share of the draws. If no source has a weight, the numbers of groups serve as
+    weights.
 
     ``DataConfig.train_sets`` rejects a mixture in which only some sources have a weight.
     """

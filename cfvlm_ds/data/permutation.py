@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 STORED = 1_000_000
-"""Maximum number of groups for which the permutation is stored (8 MB per epoch)."""
+"""Maximum number of groups for a stored permutation (8 MB per epoch)."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
 """Names in a sampler's state: for the computed order, and for the order of rows with several groups. A changed order needs a new name."""

@@ -54,7 +54,7 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 def open_picture(path: Path) -> io.BufferedReader:
     """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach the container's other
-    bytes, and has no file descriptor through which an image library could read the container from its start. Raises the same errors as
+    bytes, and has no file descriptor that an image library could use to read the container from its start. Raises the same errors as
     picture_stat, and ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:

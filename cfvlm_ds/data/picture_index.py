@@ -71,7 +71,7 @@ def picture_of(path: Path, width: int, height: int) -> Picture:
 class PictureTable:
     """Table of picture properties, looked up by path. The table consists of arrays sorted by picture key.
 
-    ``roots`` are the folders to which a store's picture paths are relative; None means that paths are absolute.
+    ``roots`` are the folders that a store's picture paths are relative to; None means that paths are absolute.
     """
 
     def __init__(self, keys: Array, facts: Array, roots: Sequence[Path | None] = (None,)) -> None:

@@ -118,12 +118,12 @@ def prepare(
 
     Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
     are written only after the pictures of all shards have been checked. If another shard has not finished, call this function again later.
-    If the report has problems and ``on_error`` is ``error``, nothing more is written.
+    If the report lists problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work in ``out`` for other data or options is discarded, unless there are several shards. If ``anew`` is True, a complete
-    store for other data or options is also discarded. If ``pack`` is False, pictures that were opened for the discarded work are opened
-    again only if their files have changed. Raises OSError. Raises ConfigError if ``out`` has other contents, or work or a store for other
-    data or options that is not discarded.
+    Unfinished work in ``out`` that belongs to different data or options is discarded, unless there are several shards. If ``anew`` is True,
+    a complete store made from different data or with different options is also discarded. If ``pack`` is False, pictures that were opened
+    for the discarded work are opened again only if their files have changed. Raises OSError. Raises ConfigError if ``out`` contains other
+    files, or work or a store that belongs to different data or options and is not discarded.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -197,7 +197,7 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if a complete or unfinished store is for other data or options."""
+        """Return whether the store is complete. Raises ConfigError if a store, complete or not, belongs to different data or options."""
         for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
@@ -341,7 +341,7 @@ class RowLines:
 
     Args:
         source: the data set.
-        root: folder to which picture paths are relative.
+        root: folder that picture paths are relative to.
         pictures: picture table; None if no picture was opened.
         broken: mapping from the key of each broken picture to its problem.
         repeats: indices of groups that repeat an earlier group or its id.
@@ -444,8 +444,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True, remove a complete or unfinished store for other data or options. Return the picture tables of the removed
-    store, or no tables if nothing was removed.
+    """If ``remove_it`` is True and ``out`` holds a store, complete or unfinished, made from different data or with different options,
+    remove it. Return the removed store's picture tables, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
@@ -466,7 +466,7 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Return the folder for unfinished work, creating it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
+    """Return the folder for unfinished work, creating it unless the store is complete. Raises ConfigError if ``out`` holds other files."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
     others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # .tmp files are from a killed call
     if others and not (begun.is_file() or whole.is_file()):

@@ -18,7 +18,7 @@ _SHOWN_PROBLEMS = 50
 
 
 _PROVENANCE = {"edits", "steps", "rule", "margin", "drop", "refined"}
-"""Metadata in which `data select` and `data audit --refine` record how a group was made."""
+"""Metadata that `data select` and `data audit --refine` write to record how a group was made."""
 _SHOWN, _SHOWN_CHARS = 30, 60  # maximum names per line and characters per name
 
 

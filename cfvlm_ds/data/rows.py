@@ -17,7 +17,7 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders to which picture names from containers are relative; () for a file without such names."""
+    """Folders that picture names from containers are relative to; () for a file without such names."""
 
     def __len__(self) -> int: ...
 

@@ -98,7 +98,7 @@ class GroupSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move to a saved position. World size, accumulation and micro-batch size may have changed, because the position counts groups.
 
-        Raises DataError if the state belongs to other data (num_groups) or another order (seed).
+        Raises DataError if the state belongs to different data (num_groups) or a different order (seed).
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
@@ -198,7 +198,7 @@ class PackedSampler(GroupSampler):
         return {**super().state_dict(), "waiting": list(self._position.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. Raises the same errors as GroupSampler, and DataError for a state saved by another kind of sampler."""
+        """Move to a saved position. Raises the errors of GroupSampler, and DataError for a state saved by a different kind of sampler."""
         super().load_state_dict(state)
         if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
@@ -250,7 +250,7 @@ class PackedSampler(GroupSampler):
 
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
-    """Find the exchange of groups between two micro-batches that best balances their numbers of tokens. Return the indices (i, j) of these
+    """Find the exchange of groups between two micro-batches that best balances their token counts. Return the indices (i, j) of these
     groups in ``given`` and ``taken``; None if no exchange helps.
 
     ``given`` contains the token counts of the fuller micro-batch's groups, ``taken`` those of the emptier one's; ``gap`` is the difference

@@ -71,7 +71,7 @@ class StoredRows:
                 raise ValueError(f"{strange[0]} has changed since it was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
-            """Folders to which picture names are relative."""
+            """Folders that picture names are relative to."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
             """Hash of the source's files and options, identity of the data set, and counts from the check."""
             self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in names else None

@@ -87,7 +87,7 @@ def is_written(file: IO[bytes]) -> bool:
 
 
 def dtype_of(path: Path) -> str | None:
-    """Return the dtype in which the scores in a file were computed, or None if the file does not name it."""
+    """Return the dtype used to compute the scores in a file, or None if the file does not name it."""
     with open_regular(path) as file:
         dtype: str | None = parse_json(next(lines(file, MAX_LINE)).decode()).get("dtype")
     return dtype
@@ -154,9 +154,9 @@ def read_scores(
 ) -> ScoresById:
     """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
 
-    Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with other ids, texts,
-    prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from other weights or another tokenizer, processor or
-    template. The groups' order, labels and weights may have changed, because no score depends on them.
+    Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with different ids, texts,
+    prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from different weights or a different tokenizer,
+    processor or template. The groups' order, labels and weights may have changed, because no score depends on them.
 
     ``data`` is the groups' identity, computed with the data roots of the groups. ``say`` receives progress lines.
     """

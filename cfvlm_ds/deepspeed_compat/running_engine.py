@@ -1,4 +1,6 @@
-"""Access to a running engine: options of a restored optimizer, time spent waiting for weights, the prefetch trace, and its end."""
+"""Access to a running engine: the options of its restored optimizer, the time it waits for weights, its prefetch trace, and the release of
+its memory.
+"""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ def field_names() -> list[str]:
 
 
 def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, nodes: int, optimizer: bool, weights: bool) -> tuple[int, int]:
-    """Estimate the model states under ZeRO-3. Returns bytes per GPU, and bytes of host memory per node.
+    """Estimate the memory for model states under ZeRO-3. Returns bytes per GPU, and bytes of host memory per node.
 
-    ``trained`` and ``largest_layer`` are numbers of parameters. ``optimizer`` is True if the optimizer is offloaded to host memory, and
+    ``trained`` and ``largest_layer`` are parameter counts. ``optimizer`` is True if the optimizer is offloaded to host memory, and
     ``weights`` is True if the weights are.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -31,7 +31,9 @@ def states_of_stage_3(trained: int, largest_layer: int, gpus_per_node: int, node
 
 
 def states_of_stage_2(trained: int, gpus_per_node: int, nodes: int, optimizer: bool) -> tuple[int, int]:
-    """Estimate the model states under ZeRO-1 or 2, with the same arguments and results as in ``states_of_stage_3``."""
+    """Estimate the memory for model states under ZeRO-1 or 2. Arguments and results are those of ``states_of_stage_3``, without
+    ``largest_layer`` and ``weights``.
+    """
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     host, card = estimate_zero2_model_states_mem_needs(trained, num_gpus_per_node=gpus_per_node, num_nodes=nodes, cpu_offload=optimizer)

@@ -157,7 +157,7 @@ class Shards:
         return weights
 
     def flat(self, part: Part) -> Tensor:
-        """Return the flattened tensor to which a part belongs, as a view of the memory-mapped file."""
+        """Return the flattened tensor that a part belongs to, as a view of the memory-mapped file."""
         tensor = self.contents(part.file)
         for key in part.keys:
             tensor = tensor[key]

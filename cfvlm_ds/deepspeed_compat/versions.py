@@ -1,4 +1,4 @@
-"""The DeepSpeed versions with which this folder was tested."""
+"""The DeepSpeed versions that this folder was tested with."""
 
 from __future__ import annotations
 

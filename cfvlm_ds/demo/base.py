@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent / "base_checkpoint"
 def write_base(out_dir: str | Path) -> Path:
     """Copy the base model to ``out_dir`` unless it already contains a model, and return ``out_dir``.
 
-    Raises ConfigError if ``out_dir`` has other files.
+    Raises ConfigError if ``out_dir`` contains other files.
     """
     out = Path(out_dir)
     if (out / "config.json").exists():

@@ -88,7 +88,7 @@ def write_small(model_type: str, out_dir: Path) -> Path:
 def write_checkpoint(out_dir: Path, make: Callable[[Path], Parts]) -> Path:
     """Save the random model and processor that ``make`` returns, and return ``out_dir``.
 
-    ``make`` receives a folder to which it can write files. The folder is renamed to ``out_dir`` when it is complete.
+    ``make`` receives a folder that it can write files to. The folder is renamed to ``out_dir`` when it is complete.
     """
     refuse_filled(out_dir)
     with whole_folder(out_dir) as partial:
@@ -129,7 +129,7 @@ def _parts(
         config: other values of the configuration.
         parts: name -> (class, options) of each part of the processor except the tokenizer.
         options: options of the processor.
-        corpus: texts on which the tokenizer is trained.
+        corpus: texts that the tokenizer is trained on.
         named: other options of the tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

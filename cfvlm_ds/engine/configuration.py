@@ -141,7 +141,7 @@ _INSIDE = {
     ),
     "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
 }  # fmt: skip
-"""The keys of sections for which DeepSpeed has no pydantic model. Pydantic models refuse unknown keys themselves."""
+"""The keys of sections without a pydantic model in DeepSpeed. Pydantic models refuse unknown keys themselves."""
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
@@ -233,7 +233,7 @@ _ONLY = {
     "hybrid_engine.enabled": False, "data_efficiency.enabled": False, "checkpoint.load_universal": False,
     "zero_optimization.compute_grad_norm": True, "zero_optimization.parameter_alignment": False,
 }  # fmt: skip
-"""Setting -> its only supported value. With another value, gradients would be wrong, a checkpoint could not be exported, or the setting
+"""Setting -> its only supported value. With a different value, gradients would be wrong, a checkpoint could not be exported, or the setting
 would have no effect, because the run makes its own batches and only ZeRO partitions weights.
 """
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")

@@ -164,7 +164,7 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
 
 
 def recompute_activations(model: Any) -> None:
-    """Enable gradient checkpointing for every block through which gradients flow."""
+    """Enable gradient checkpointing for every block that gradients flow through."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     # The call above makes all embeddings require a gradient. Only reentrant checkpointing needs that, and a frozen tower would run a
     # needless backward pass.

@@ -77,7 +77,7 @@ class Plan:
     places: tuple[Place, ...]
 
     def outcomes(self, scores: Sequence[GroupScores], lengths: Lengths | None = None) -> list[Outcome]:
-        """Return the outcome of each item. ``scores`` has the scores of ``groups``, in the same order."""
+        """Return the outcome of each item. ``scores`` holds the scores of ``groups``, in the same order."""
         return [self._outcome(number, scores, lengths) for number in range(len(self.items))]
 
     def _outcome(self, number: int, scores: Sequence[GroupScores], lengths: Lengths | None) -> Outcome:

@@ -28,7 +28,7 @@ p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
 FEWEST_GROUPS = 20
 """Minimum number of groups for a verdict other than "too few groups to tell", unless the interval excludes 0. Training often changes less
-than a third of the groups, which among fewer than 20 are not ``FEWEST_CHANGED``.
+than a third of the groups; with fewer than 20 groups, that is fewer than ``FEWEST_CHANGED``.
 """
 _TOO_FEW = "too few groups to tell"
 _VERDICTS = ("better", "worse", "unchanged", "not resolved", _TOO_FEW)
@@ -40,8 +40,8 @@ class Change:
     in %.
 
     ``groups`` is the number of groups whose metric was measured both before and after. The number in ``of`` includes groups that were
-    measured only once, and groups that do not allow the metric. ``better`` is the number of groups that improved, and ``worse`` the number
-    that got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
+    measured only once, and groups for which the metric is not defined. ``better`` is the number of groups that improved, and ``worse`` the
+    number that got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
     ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the edit type has only one group.
 
     ``blank_before`` and ``blank`` are the same metric of the same groups on a blank image; None for metrics that compare images.
@@ -99,13 +99,13 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per
     edit type.
 
-    The first row has the metric with the most groups, and the first row of an edit type has the metric with the most groups of this type.
-    Of metrics with equally many groups, the first of ``COMPARED`` is taken. If this metric did not fall in an edit type but others did, the
-    type's second row has the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group has one
-    image.
+    The first row shows the metric with the most groups, and the first row of an edit type shows the metric with the most groups of this
+    type. Of metrics with equally many groups, the first of ``COMPARED`` is taken. If this metric did not fall in an edit type but others
+    did, the type's second row shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group
+    has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
-    (``content_hash``). If a set has only one edit type, its rows have the name of that type, and there is no mean row.
+    (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
     """
     if not before or not after:
         return []
@@ -192,8 +192,8 @@ def changes_table(
 ) -> str:
     """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
     types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
-    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, from which the NLL of uniform guessing
-    is computed.
+    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, which determines the NLL of uniform
+    guessing.
     """
     first, last = map(in_cell, names)
     types = of_types(changes)

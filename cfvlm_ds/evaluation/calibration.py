@@ -25,7 +25,7 @@ TERMS = {"text": "csd", "image": "fcd"}
 """Kind of comparison -> term that uses it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
-"""Number of comparisons below which quantiles are unreliable."""
+"""Minimum number of comparisons for reliable quantiles."""
 _NATS = (0.5, 5.0)  # smallest and largest useful margin
 _MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
 _LEAST_WEIGHT = 0.1

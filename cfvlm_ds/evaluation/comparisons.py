@@ -1,4 +1,4 @@
-"""Comparisons that a group's truth table defines. The group's edits only determine the edit types under which comparisons are reported.
+"""Comparisons that a group's truth table defines. The group's edits only determine the edit types that comparisons are reported under.
 
 Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene
 again, so it takes part only in ``sham`` comparisons.
@@ -15,14 +15,14 @@ from typing import Literal
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
-"""Edit type under which comparisons without an edit are reported."""
+"""Reported edit type of comparisons without an edit."""
 
 Kind = Literal["quad", "text", "image", "sham"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A comparison, and the edit types (usually one) under which it is reported.
+    """A comparison and its reported edit types (usually one).
 
     ``at`` contains indices into the score matrix. Their meaning depends on ``kind``:
 

@@ -51,7 +51,7 @@ class EvaluationLoss:
         self.reference = reference if has_reference_term else None
 
     def add(self, groups: Groups, scores: Scores) -> None:
-        """Add a batch in which every cell is scored."""
+        """Add a batch whose cells are all scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
@@ -75,7 +75,7 @@ class EvaluationLoss:
 
     def reduce(self, world: World) -> dict[str, Any]:
         """Return two fields of ``Accuracy``, computed over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
-        has an entry for each term. All ranks must call this.
+        contains an entry for each term. All ranks must call this.
 
         An entry's ``value`` is the term's unweighted mean, or None. If the term could not be computed, ``lacking`` is the reason, else "".
         """

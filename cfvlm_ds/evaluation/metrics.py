@@ -76,16 +76,16 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, the numbers of comparisons and groups from
-    which it is computed. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
-    absent from ``metrics``.
+    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, how many comparisons and groups it is
+    computed from. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is absent
+    from ``metrics``.
 
     ``blind`` holds ``pair`` and ``factual`` on a blank image. They measure the language prior and count a tie as one half.
 
     Four fields are used only in the mean row. ``unused`` names, for each metric, a few groups that have no comparison for it. ``losses``
     holds the training loss terms on this split (cfvlm_ds.evaluation.loss). ``nll`` is the negative log-likelihood of the split's true texts
-    on their images, in nats per token, including end-of-turn tokens. ``by_group`` has an entry [id, ``content_hash``, results] for each
-    group; the results are [points, number of comparisons], keyed by metric and edit type. The metrics are those of ``COMPARED``, and
+    on their images, in nats per token, including end-of-turn tokens. ``by_group`` contains an entry [id, ``content_hash``, results] for
+    each group; the results are [points, number of comparisons], keyed by metric and edit type. The metrics are those of ``COMPARED``, and
     ``pair`` and ``factual`` on a blank image (``blind_pair``, ``blind_factual``).
     """
 

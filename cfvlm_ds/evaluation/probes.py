@@ -22,7 +22,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Item
 Row = tuple[float, ...]
 LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
-"""Maximum number of options for which all orders are used. More options are presented in cyclic orders only."""
+"""Maximum number of options that are presented in all orders. More options are presented in cyclic orders only."""
 
 
 class Probe(ABC):
@@ -35,10 +35,10 @@ class Probe(ABC):
 
     @abstractmethod
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
-        """Return one score per text of an item. ``values`` has the log-likelihoods of the item's ``cells`` on one image.
+        """Return one score per text of an item. ``values`` holds the log-likelihoods of the item's ``cells`` on one image.
 
-        ``blank`` has the log-likelihoods of the same texts on a blank picture. ``lengths`` has each text's number of tokens, or is empty if
-        tokens were not counted.
+        ``blank`` holds the log-likelihoods of the same texts on a blank picture. ``lengths`` gives each text's number of tokens, or is
+        empty if tokens were not counted.
         """
 
     def consistency(self, item: Item, values: Row) -> float | None:
@@ -241,7 +241,7 @@ def variants(text: str) -> tuple[str, ...]:
 
 
 def orders(size: int) -> list[tuple[int, ...]]:
-    """Return the orders in which ``size`` options are presented."""
+    """Return the orders for presenting ``size`` options."""
     if size <= ALL_ORDERS:
         return list(itertools.permutations(range(size)))
     return [tuple((place + shift) % size for place in range(size)) for shift in range(size)]

@@ -38,7 +38,7 @@ Forward = Callable[..., Tensor]
 class GroupScores:
     """Scores of one group in nats: the full score matrix ``logp`` [I, C], and ``blank`` [C], the scores of the texts on a blank image.
 
-    A score that is not finite becomes NaN, which wins no comparison.
+    A score that is not finite becomes NaN, which loses every comparison.
     """
 
     logp: Tensor
@@ -165,8 +165,8 @@ def scored_batches(
 
 
 def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` has the batch's scores in each view. If no blank image
-    was scored, ``GroupScores.blank`` has the scores on the group's own first image.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` holds the batch's scores in each view. If no blank image
+    was scored, ``GroupScores.blank`` holds the scores on the group's own first image.
     """
     seen, blind = scored[0].logp, scored[-1].logp
     by_index = {}
@@ -192,8 +192,8 @@ def score_batches(
     """Return the scores of each batch. A batch is a list of parts, each scored in one forward pass. All ranks must pass the same number of
     batches, but the number of parts can differ.
 
-    ``reference`` is called only for the first batch, to compute its reference scores. Raises DataError on all ranks if any rank has a
-    DataError in place of a batch.
+    ``reference`` computes reference scores. It is called only for the first batch (in ``scored_batches``, the groups on their own images).
+    Raises DataError on all ranks if any rank has a DataError in place of a batch.
     """
     sizes = [0 if isinstance(parts, DataError) else len(parts) for parts in batches]
     problem = next((str(parts) for parts in batches if isinstance(parts, DataError)), None)

@@ -79,8 +79,8 @@ def export_adapter(
     ``PeftModel.from_pretrained`` can load them onto ``source``.
 
     The folder is written under a temporary name and replaces older adapters only when it is complete. ``alive`` and ``card`` have the same
-    meaning as in ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or has other trained weights, which
-    peft's format cannot store. Raises StorageError if the folder cannot be written.
+    meaning as in ``export_hf``. Raises ConfigError if the checkpoint is incomplete, has no adapters, or also has other trained weights,
+    which peft's format cannot store. Raises StorageError if the folder cannot be written.
     """
     if defect := incomplete(checkpoint):
         raise ConfigError(f"{checkpoint}: {defect}; export another checkpoint")

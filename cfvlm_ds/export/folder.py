@@ -16,7 +16,7 @@ UNNAMED_BASE = (
 )
 """Paragraph of a card that the user must replace before `export --push`."""
 UNNAMED_REPO = "path/of/this/folder"
-"""Name from which a card's example loads the model if no repository is known. `export --push` replaces it."""
+"""Name that a card's example loads the model from if no repository is known. `export --push` replaces it."""
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
 """Start of a card's last line, which contains a digest of the text above. A card that no longer matches its digest is the user's."""
@@ -37,8 +37,8 @@ def is_own_card(path: Path) -> bool:
 
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
-    """Raise ConfigError if ``out_dir`` contains a model that no export wrote. A model counts as exported if it is in a run folder or its
-    card has a seal.
+    """Raise ConfigError if ``out_dir`` contains a model that was not written by an export. A model counts as exported if it is in a run
+    folder or its card has a seal.
     """
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:

@@ -19,7 +19,7 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """``stored`` names the tensors to store, and ``weights`` names the model's weights from which they are computed by reversing the
+    """``stored`` names the tensors to store, and ``weights`` names the model's weights that they are computed from, by reversing the
     ``conversions`` that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged.
     """
 

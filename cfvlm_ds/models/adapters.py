@@ -29,7 +29,7 @@ def adapted_modules(config: ModelConfig) -> list[Module]:
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Return True if only adapters are trained. Without its adapters, such a model equals the initial model."""
+    """Return True if only adapters are trained. Without its adapters, the model then equals the initial model."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 

@@ -149,9 +149,10 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _of_part(predicted_by: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return two tensors [N]: a mask of the targets that the part predicts, and the row in the part that predicts each of them.
+    """Return two tensors [N]: a mask of the targets that this part predicts, and the row of the part that predicts each target (valid only
+    where the mask is True).
 
-    Selecting these targets by index instead would synchronise with the device.
+    Selecting the targets by index instead would synchronise with the device.
     """
     row = predicted_by - part.start
     return (row >= 0) & (predicted_by < part.stop), row.clamp(0, part.stop - part.start - 1)

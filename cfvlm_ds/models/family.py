@@ -112,7 +112,7 @@ class Family:
     limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
-        """Return the module to which the parameter ``name`` belongs. Raises KeyError if no prefix matches."""
+        """Return the module that the parameter ``name`` belongs to. Raises KeyError if no prefix matches."""
         prefixes: dict[Module, tuple[str, ...]] = {
             "vision_tower": self.vision_tower,
             "projector": self.projector,

@@ -30,7 +30,7 @@ class ModelFlops:
 
     For each token, a weight counts as two operations in the forward pass, two more if the activations need a gradient, and two more if the
     weight itself is trained. The language model's attention is counted per query and attended key. In a mixture of experts, only the
-    experts to which a token is routed are counted. Not counted: the tower's attention, the recurrence of gated delta nets, norms, softmax,
+    experts that a token is routed to are counted. Not counted: the tower's attention, the recurrence of gated delta nets, norms, softmax,
     and recomputation by gradient checkpointing.
     """
 

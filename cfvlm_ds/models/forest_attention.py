@@ -111,7 +111,7 @@ def sees_trees(text: Any) -> bool:
 
 
 def registered(backend: str) -> str:
-    """Register a back end with transformers and return the name under which it is registered.
+    """Register a back end with transformers and return its registered name.
 
     The name is not one that transformers treats specially, so transformers builds no mask for it.
     """
@@ -124,8 +124,8 @@ def registered(backend: str) -> str:
 def by_segments(vision: Any) -> None:
     """Configure a vision tower to compute the attention within all its pictures or windows in one call to a variable-length kernel.
 
-    transformers passes the segment boundaries to a back end only if its name contains "flash". Such a name is set only after loading,
-    because transformers would otherwise look for the flash-attn package.
+    transformers passes the segment boundaries to a back end only if its name contains "flash". A name with "flash" is set only after
+    loading, because transformers would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)

@@ -24,7 +24,7 @@ class ScoringHead(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head on the meta device. ``cap`` bounds the logits from which log-probs are computed. Logits that the head returns are
+        """Create the head on the meta device. ``cap`` bounds the logits that log-probs are computed from. Logits that the head returns are
         not capped, because the model caps them itself.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
@@ -168,7 +168,7 @@ class Scorer(nn.Module):
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
         """Return the image features of all trees (for the embeddings, then for any deeper layers), and the sum of all features of images
-        that belong to no tree.
+        that do not belong to any tree.
         """
         model: Any = self.model
         has_features = "tower_features" in image_inputs

@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(numbers of keys that a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J,
-D]; starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
+"""(how many keys a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
+starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
 """
 
 
@@ -151,8 +151,8 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower passes the boundaries of
-    segments, attention within each segment.
+    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower supplies segment boundaries
+    (``cu_seq_lens_q``), attention within each segment.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)

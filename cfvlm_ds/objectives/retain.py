@@ -26,7 +26,7 @@ class Retain(Objective):
     Args:
         weight: factor of the term in the loss.
         warmup: fraction of all steps over which the weight rises linearly from 0.
-        rows: ``plain`` uses only groups in which no cell is known to be false, such as plain captions; ``all`` uses every group.
+        rows: ``plain`` uses only groups without a cell that is known to be false, such as plain captions; ``all`` uses every group.
     """
 
     weight: float = 1.0

@@ -45,7 +45,7 @@ class Svco(ReferenceTerm):
 def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
     """Compare each text's own image with the blank picture, and the blank picture with each image of which the text is false.
 
-    Texts that are true of no image are left out. All tensors are [G, I, C].
+    Texts that are not true of any image are left out. All tensors are [G, I, C].
     """
     if not layout.blank:
         raise ValueError("svco needs scores of the blank picture; collate the groups with blank=True (Collator.of_run)")

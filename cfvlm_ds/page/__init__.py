@@ -294,8 +294,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Compare each text with its reference text, and mark the characters that differ in both. For each text, return one byte per character
-    (1 if marked), or b"" if nothing is marked.
+    """Compare each text with its reference text, and mark the differing words in both texts. Return one bytes object per text, with one
+    byte per character (1 if marked), or b"" if nothing is marked.
     """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):

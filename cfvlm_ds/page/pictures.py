@@ -20,7 +20,7 @@ Grid: TypeAlias = npt.NDArray[Any]
 """A picture reduced for comparison, [height, width, 3] in uint8."""
 
 GRID = 96
-"""Number of cells along the longer side of the grid on which pictures are compared."""
+"""Number of cells along the longer side of the grid for comparing pictures."""
 VISIBLE = 10
 """Difference between two cells' means (0 to 255) that counts as visible. JPEG and latent diffusion models cause smaller differences."""
 _MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; no outline for a larger changed share

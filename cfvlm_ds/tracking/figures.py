@@ -50,7 +50,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
     ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for individual edit
     types are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes
-    first. Equal series are drawn as one line, which has all their names. Empty panels and fractions that never change are omitted. Non-
+    first. Equal series are drawn as one line, labelled with all their names. Empty panels and fractions that never change are omitted. Non-
     finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
@@ -60,7 +60,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
 
     Raises:
         FileNotFoundError: the metrics file does not exist.
-        ValueError: the metrics file has none of these metrics.
+        ValueError: the metrics file contains none of these metrics.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Metrics log: reading and truncation of metrics.jsonl, which has one JSON record per line."""
+"""Metrics log: reading and truncation of metrics.jsonl, which contains one JSON record per line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, float, int, int]], int]:
     """Read metrics.jsonl from byte ``offset``. Return points (name, value, time in milliseconds, step) and the new offset.
 
-    Reading stops after the line with which the number of points reaches or exceeds ``limit``.
+    Reading stops after the line that brings the number of points to ``limit`` or more.
     """
     points: list[tuple[str, float, int, int]] = []
     if not path.exists():

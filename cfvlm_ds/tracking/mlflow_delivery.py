@@ -379,8 +379,8 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 def mlflow_names(metrics: Collection[str]) -> dict[str, str]:
     """Map names of metrics in metrics.jsonl to names in MLflow, such as ``Main/eval_test_group`` and ``detail/loss/csd``.
 
-    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital. ``Main/`` has one headline metric of each evaluation set
-    in ``metrics``.
+    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital. ``Main/`` contains one headline metric of each evaluation
+    set in ``metrics``.
     """
     first = {metric for metric in metrics if _FIRST_PAGE.fullmatch(metric)}
     for name in {metric.split("/")[1] for metric in metrics if metric.startswith("eval/")}:

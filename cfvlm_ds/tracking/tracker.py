@@ -60,8 +60,8 @@ def open_tracker(
             ``param_changed.<name>``, because MLflow's parameters are immutable.
         tags: plain strings.
         run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
-        resume_step: step from which a run continues. Metrics of later steps are removed from ``metrics.jsonl``, because they will be
-            logged again. None starts a new run and discards earlier metrics in ``run_dir``.
+        resume_step: step that a run continues from. Metrics of later steps are removed from ``metrics.jsonl``, because they will be logged
+            again. None starts a new run and discards earlier metrics in ``run_dir``.
         mlflow: if False, metrics are written only to ``metrics.jsonl``; ``deliver`` can send them later.
         close_timeout: maximum time in seconds that ``close`` waits for MLflow.
         inputs: data sets, each a dict with the keys in cfvlm_ds.tracking.mlflow_delivery.INPUT. Data sets that MLflow's run already has are

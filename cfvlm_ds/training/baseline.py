@@ -32,7 +32,7 @@ from cfvlm_ds.training.evaluator import Accuracies, Evaluator, Splits
 FEWEST = 100
 """Minimum number of groups to evaluate per set, however short the training is."""
 _FORM = 4
-"""Version of the cache format. Files of other versions are ignored."""
+"""Version of the cache format. Files of a different version are ignored."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Baseline:
         return changed
 
     def _drawn(self, name: str) -> Sequence[int]:
-        """Return the indices of those groups of a set for which the baseline is measured."""
+        """Return the indices of the groups that a set's baseline is measured on."""
         size, of_all = len(self.splits[name]), max(1, sum(map(len, self.splits.values())))
         most = max(FEWEST, int(SHARE * self.trained * size / of_all))
         if self.config.train.eval_on_start is True or size <= most:

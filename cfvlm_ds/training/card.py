@@ -64,7 +64,7 @@ def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None
     because of its card.
 
     ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at the
-    checkpoint's step. ``repo`` is the hub name from which the card's example loads the model.
+    checkpoint's step. ``repo`` is the hub name that the card's example loads the model from.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated, repo=repo)
@@ -209,7 +209,7 @@ def _line(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Format a value as a code span, in which no character has a special meaning."""
+    """Format a value as a code span, where no character has a special meaning."""
     return f"`{_line(value).replace('`', chr(39)) or ' '}`"
 
 

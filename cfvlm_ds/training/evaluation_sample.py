@@ -14,7 +14,7 @@ from cfvlm_ds.evaluation.metrics import HEADLINES, content_hash
 from cfvlm_ds.training.evaluator import Accuracies, Splits
 
 FEWEST, MOST = 30, 300
-"""Minimum and maximum number of sampled groups per set. If the budget does not allow the minimum, the set has no sample."""
+"""Minimum and maximum number of sampled groups per set. If the budget is too small for the minimum, the set has no sample."""
 SHARE = 0.15
 """Number of scored groups per trained group. A group costs three forward passes in training and up to two in scoring, so evaluation takes
 up to a tenth of the training time.

@@ -48,7 +48,7 @@ def cut_to_hardest(
 
 
 def hardest(scores: Scores, number: int) -> Hardest:
-    """Select the ``number`` hardest counterfactuals of each group, and all cells that belong to no counterfactual.
+    """Select the ``number`` hardest counterfactuals of each group, and all cells that do not belong to any counterfactual.
 
     A counterfactual is either a text that is not true of the factual image, together with the images that match this text but not the
     factual one, or any other image of which the factual text is false. Its hardness is the largest violation in a comparison with the

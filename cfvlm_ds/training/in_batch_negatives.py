@@ -177,7 +177,7 @@ class CrossRankScores:
     def added_to(self, scores: Scores) -> Scores:
         """Extend a micro-batch's scores with the scores of its texts on other groups' images.
 
-        If the group that a text comes from was left out of the step, the text gets no such scores and is not compared.
+        If the group that a text comes from was left out of the step, the text does not get these scores and is not compared.
         """
         layout = scores.layout
         if layout.in_batch is None:

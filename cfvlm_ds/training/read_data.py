@@ -114,7 +114,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
 
 
 def stored_rows(groups: GroupStore) -> StoredRows:
-    """Return the store from which groups are read."""
+    """Return the store that groups are read from."""
     assert isinstance(groups.rows, StoredRows)
     return groups.rows
 
@@ -290,7 +290,7 @@ class _Stores:
 
 
 def _named(each: DataSet) -> str:
-    """Return the name under which a data set's files are stored in the run folder."""
+    """Return the name of a data set's files in the run folder."""
     parts = [os.path.abspath(each.path), each.root, each.format, each.limit]
     name = hashlib.blake2b(without_secrets(json.dumps(parts)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return f"{Path(each.path).stem[:80].replace('*', '_')}-{name}"

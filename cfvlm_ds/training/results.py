@@ -202,7 +202,7 @@ _NO_SETS = (
 
 def draw_curves(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], samples: Mapping[str, str], say: Say) -> list[Path]:
     """Draw the learning curves and return their path in a list, which is empty if they could not be drawn. A failure only causes a warning.
-    ``samples`` maps the metrics of ``EvaluationSample`` to their numbers of groups.
+    ``samples`` maps each metric of ``EvaluationSample`` to its sample size, as text.
     """
     path = run_dir / "learning_curves.png"
     counts = {

@@ -32,7 +32,7 @@ class OtherData(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """A run's start: the checkpoint from which it continues, if any, the options that have changed since that checkpoint, and the record of
+    """A run's start: the checkpoint that it continues from, if any, the options that have changed since that checkpoint, and the record of
     the current options.
     """
 
@@ -82,8 +82,8 @@ class Start:
 def decide(
     config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
 ) -> Start | None:
-    """Decide where to start. Return None if the run has finished and ``train.resume`` names no checkpoint. ``data`` holds hashes of the
-    groups.
+    """Decide where to start. Return None if the run has finished and ``train.resume`` does not name a checkpoint. ``data`` holds hashes of
+    the groups.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
     data.

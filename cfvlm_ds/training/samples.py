@@ -24,7 +24,7 @@ from cfvlm_ds.training.results import harmless
 
 _MAX_NEW_TOKENS, _SIDE = 64, 160
 _LONGEST = 400
-"""Maximum number of characters per text in results.md. samples.jsonl has the whole text."""
+"""Maximum number of characters per text in results.md. samples.jsonl contains the whole text."""
 _MEANING = (
     'Step 0 is the model before training. It writes greedily, without sampling, and prefers the likeliest text of the group: "right" if '
     'this text is true, "wrong" if it is false. The margin is the log-likelihood of the likeliest true text minus that of the likeliest '
@@ -53,7 +53,7 @@ class Samples:
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
-        """Read earlier texts from samples.jsonl, up to the step from which the run continues. An unreadable file causes a warning and is
+        """Read earlier texts from samples.jsonl, up to the step that the run continues from. An unreadable file causes a warning and is
         replaced.
         """
         if self.number and self.world.is_main:

@@ -41,7 +41,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have such bounds if nothing is
+    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
     clipped.
     """
     tensors: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Gr
 
 
 def _compared(forward: Any, model: Any, collator: Collator, groups: Groups, scores: Scores, place: list[int]) -> Cell:
-    """Score one cell (group, image, text) of a packed row in a separate row."""
+    """Score one cell (group, image, text) again in a row of its own, and return both scores as a ``Cell``."""
     g, i, c = place
     images, candidates = (shown(groups[g], i),), groups[g].candidates[c : c + 1]
     alone_in_row = replace(groups[g], images=images, candidates=candidates, match=((1,),), edits=(), keys=())

@@ -74,7 +74,7 @@ class NonfiniteSteps:
 
         For a loss, only the groups in micro-batches with a non-finite loss are listed. For a gradient, which is only known as the sum over
         all ranks, all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, if the weights have
-        already been updated (``applied``), or if there are too many such steps in a row.
+        already been updated (``applied``), or if too many steps in a row are not finite.
         """
         file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

@@ -29,7 +29,7 @@ from cfvlm_ds.training.read_data import by_rank_0
 
 Tokens = npt.NDArray[np.int32]
 _NAME = 16  # characters of the hash in a file name
-_FORM = 2  # version of the counts; stored counts of another version are ignored
+_FORM = 2  # version of the counts; stored counts of a different version are ignored
 
 
 def group_tokens(
@@ -112,7 +112,7 @@ def group_tokens(
 
 
 def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collator: Collator) -> list[Path]:
-    """Return the paths at which the counts can be stored. The list is empty if ``depends_on`` is None."""
+    """Return the paths where the counts can be stored. The list is empty if ``depends_on`` is None."""
     if depends_on is None:
         return []
     parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]

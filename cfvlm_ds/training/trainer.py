@@ -66,7 +66,7 @@ class Trainer:
     Args:
         engine: DeepSpeed engine that wraps a Scorer.
         collator: collator that makes batches from groups.
-        sampler: sampler of groups, already moved to the position at which training starts or resumes.
+        sampler: sampler of groups, already moved to the position where training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
         num_workers: number of data workers. Forking them requires that no other thread is importing a module.
     """

@@ -1,5 +1,5 @@
-"""Subsampling step: selects a subset of the groups in which words, length and a scorer that sees no picture cannot tell true texts from
-false ones.
+"""Subsampling step: selects a subset of the groups in which words, length and a scorer that does not see pictures cannot tell true texts
+from false ones.
 
 Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """
@@ -25,7 +25,7 @@ from cfvlm_ds.data.lines import MAX_LINE
 from cfvlm_ds.evaluation.comparisons import factual_texts
 
 REFINED = "refined"
-"""Key in a row's ``meta`` under which the subsampling parameters are stored."""
+"""Key of the subsampling parameters in a row's ``meta``."""
 
 
 def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
@@ -35,7 +35,7 @@ def text_pairs(group: CounterfactualGroup) -> list[tuple[str, str]]:
 
 def refine(groups: Groups, blind: Sequence[float] | None, seed: int, file: Path) -> str:
     """Write a balanced subset of the groups to ``file``. Return a sentence with the subset's size and the percentage of groups in which a
-    guess based on length (or on ``blind``) is right. ``blind`` holds one margin per group, from a scorer that sees no picture.
+    guess based on length (or on ``blind``) is right. ``blind`` holds one margin per group, from a scorer that does not see pictures.
 
     Raises ConfigError if no group can be kept.
     """

@@ -1,7 +1,7 @@
 """Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so every edit is checked against the
 caption, the size and duration of a reply are limited, redirects are refused, and secrets are removed from stored messages.
 
-Only the standard library calls the server, because the openai 3.57 client gives none of these guarantees. Despite a timeout of 0.5 s, it
+Only the standard library calls the server, because the openai 3.57 client does not give these guarantees. Despite a timeout of 0.5 s, it
 waited 6 s for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply that was
 prose or truncated JSON.
 """
@@ -87,8 +87,8 @@ class LanguageModel:
         return self._judged(source, edits)
 
     def _count(self, failure: CallFailed) -> None:
-        """Count a caption for which no usable reply arrived. Raises ConfigError, which stops the step, if the server is unreachable and has
-        never answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
+        """Count a caption without a usable reply. Raises ConfigError, which stops the step, if the server is unreachable and has never
+        answered, or after IN_A_ROW consecutive failures. Any other failure affects only this caption.
         """
         with self._lock:
             self._in_a_row += 1

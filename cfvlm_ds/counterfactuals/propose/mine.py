@@ -39,7 +39,7 @@ def slots(caption: str) -> Iterator[tuple[bytes, int, str]]:
 def _hash(text: str, size: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()[
         ::-1
-    ]  # another byte order would change which pairs are found
+    ]  # a different byte order would change which pairs are found
 
 
 class SlotIndex:
@@ -78,7 +78,7 @@ def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
 
 VERSION = 4
 _LOOKED_AT = 256
-"""Maximum number of rows with which a caption is compared per omitted word. If there are more, an evenly spaced subset is used."""
+"""Maximum number of rows that a caption is compared with per omitted word. If there are more, an evenly spaced subset is used."""
 _LISTS: dict[str, frozenset[str]] = {
     "colour": frozenset(v.COLOURS), "size": frozenset(v.SIZES), "material": frozenset(v.MATERIALS), "texture": frozenset(v.TEXTURES),
     "count": frozenset(v.NUMBERS), "object": frozenset(v.NOUNS), "action": frozenset(v.ACTIONS),

@@ -23,9 +23,9 @@ from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SY
 VERSION = 8
 """Version of the rules. Increment it if the edits of any caption change."""
 _LOOKED_AT = 10_000
-"""Maximum number of rows from which the prices are computed."""
+"""Maximum number of rows used to compute the prices."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
-"""Edit types for which ``--words`` can list words."""
+"""Edit types whose words ``--words`` can list."""
 
 
 class Rules:

@@ -31,7 +31,7 @@ SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",")
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""
 EMPTY_WORDS = frozenset(_EMPTY.split())
-"""Function words. Changing only such words makes no visible difference."""
+"""Function words. Changing only these words makes no visible difference."""
 
 
 @functools.lru_cache(256)
@@ -43,7 +43,7 @@ def words(text: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Difference:
     """The words of two texts between their common prefix and common suffix. ``first`` is the length of the prefix in words. ``swap`` is
-    true if both texts have the same words, possibly in another order.
+    true if both texts have the same words, possibly in a different order.
     """
 
     before: tuple[str, ...]

@@ -59,7 +59,8 @@ def sources_of(path: Path) -> list[Path]:
     """Return the files that a path stands for, sorted by name: the path itself, the files in a folder, or the matches of a pattern such as
     ``train-*.parquet``.
 
-    Raises DataError for a folder without data or with several splits, and for a pattern that matches no files or files of several kinds.
+    Raises DataError for a folder without data or with several splits, and for a pattern that does not match any files, or matches files of
+    several kinds.
     """
     if path.is_dir():
         return _in_folder(path)
@@ -106,7 +107,7 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption in an image folder belongs to no picture or to several, or if the folder also has data that would be
+    """Raise DataError if a caption in an image folder does not belong to exactly one picture, or if the folder also has data that would be
     ignored.
     """
     texts = {picture.with_suffix(".txt").name: picture for picture in pictures}

@@ -32,7 +32,7 @@ _KNOWN = 100_000  # number of pictures remembered to recognise repeats; consecut
 
 
 class Prepared(NamedTuple):
-    """Result of converting a container: its rows as JSON lines, and the folders to which its picture names are relative. If the container
+    """Result of converting a container: its rows as JSON lines, and the folders that its picture names are relative to. If the container
     consists of several files, ``sources`` gives the name and row count of each.
     """
 
@@ -131,7 +131,7 @@ class _Pictures:
     def name_of(self, value: Any) -> str:
         """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
 
-        ``value`` is the picture's bytes. A DataError in their place is raised. Raises TypeError for any other type.
+        ``value`` is the picture's bytes. If it is a DataError instead, it is raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

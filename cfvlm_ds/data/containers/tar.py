@@ -30,7 +30,7 @@ def tar_rows(path: Path) -> Rows:
 
 
 class _Headers:
-    """File object through which only a tar's headers are read. Raises ValueError for a header of more than _HEADER bytes."""
+    """File object for reading only a tar's headers. Raises ValueError for a header of more than _HEADER bytes."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.name = handle, ""
@@ -78,8 +78,8 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """Return the contents of a text or JSON member. For any other member, return a reference from which its bytes can be read. Raises
-    DataError for a member that is too long or malformed.
+    """Return the contents of a text or JSON member. For any other member, return a reference for reading its bytes. Raises DataError for a
+    member that is too long or malformed.
     """
     last = extension.rpartition(".")[2]
     place = f"{path.name}#{member.offset_data}+{member.size}"

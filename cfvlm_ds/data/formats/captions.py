@@ -191,7 +191,7 @@ class Captions:
         """Return the row's columns for an option: the columns that the option names or, if it is not set, the first column with a usual
         name.
 
-        Raises DataError if a named column is missing that the format needs.
+        Raises DataError if a named column that the format needs is missing.
         """
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")

@@ -164,7 +164,7 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
     """Return the turns, with a mark at the position of each picture, and the pictures in the order of these marks.
 
     Pictures are named in the messages or in other columns (``given``). If there are no marks, the pictures are placed at the beginning
-    of the first user turn. Raises DataError if the numbers of marks and pictures differ, or if a turn other than a user turn has a mark.
+    of the first user turn. Raises DataError if there are more or fewer marks than pictures, or if a turn other than a user turn has a mark.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):

@@ -77,7 +77,7 @@ def _taken(rows: Rows) -> str:
     return NATIVE
 
 
-_LOOKED_AT = 100  # number of rows from which the format is detected
+_LOOKED_AT = 100  # number of rows for detecting the format
 _LOOKED_FOR_MARKS = 2048  # number of groups, spread over the file, whose metadata is searched for labels
 
 
@@ -103,8 +103,8 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Alive, progress: Say
 
 
 def _columns(row: Row) -> dict[str, None]:
-    """Return the names by which options can refer to a row's columns: top-level and nested names and, for a WebDataset sample, names within
-    its ``json``.
+    """Return the names that options can use for a row's columns: top-level and nested names and, for a WebDataset sample, names within its
+    ``json``.
     """
     names = dict.fromkeys(row)
     for name, _ in leaves(row):
@@ -117,7 +117,9 @@ def _columns(row: Row) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
-    """Raise one DataError for all metadata columns that might hold labels, false texts or picture names but are named by no option."""
+    """If any metadata columns might hold labels, false texts or picture names and no option names them, raise one DataError that lists them
+    all.
+    """
 
     def metadata() -> Iterator[tuple[int, Row, bool]]:
         for index in np.unique(np.linspace(0, len(store) - 1, _LOOKED_FOR_MARKS).astype(int)).tolist():

@@ -1,6 +1,6 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names such a column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
+The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
 public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
 texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
@@ -53,7 +53,7 @@ _FALSE_NAMES = frozenset((
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
     "misaligned", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
 ))  # fmt: skip
-"""Words in the names of columns with false texts, and of label columns in which "yes" may mean that the text is false."""
+"""Words in the names of columns with false texts, and of label columns whose "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""
@@ -101,7 +101,7 @@ class Column:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str):
                 picture = _PICTURE.search(item)
-                is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is no text
+                is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is not a text
                 if (picture or is_text) and not _FALSE_NAMES.isdisjoint(self.words):
                     self.false_text = self.false_text or item
                 if blind and picture:

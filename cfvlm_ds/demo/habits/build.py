@@ -49,7 +49,7 @@ _MAX_DRAWS = 20_000
 @dataclass(frozen=True)
 class Drawn:
     """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
-    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` has their keys;
+    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` holds their keys;
     other texts answer questions.
     """
 
@@ -69,7 +69,7 @@ def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive 
     """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
     folder.
 
-    The folder is built under another name and renamed when it is complete. Two processes must not build a folder at the same time.
+    The folder is built under a temporary name and renamed when it is complete. Two processes must not build a folder at the same time.
     ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if the settings are invalid or the
     folder contains other files.
     """

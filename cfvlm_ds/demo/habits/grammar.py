@@ -135,7 +135,7 @@ def about(thing: Thing, name: str) -> Statement:
 class Verdict:
     """Verdict on a text about a scene.
 
-    ``statements`` maps each distinct statement to its truth. ``unparsed`` has the sentences that the grammar does not produce, and
+    ``statements`` maps each distinct statement to its truth. ``unparsed`` lists the sentences that the grammar does not produce, and
     ``sentences`` is the total number of sentences. ``mentioned`` and ``present`` are the kinds of things in the text and in the scene.
     """
 

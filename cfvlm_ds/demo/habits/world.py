@@ -86,7 +86,7 @@ class Thing:
         return HELD_OUT[self.kind] == self.colour
 
     def as_usual(self, *factors: str) -> Thing:
-        """Return the thing with its usual colour, number or row, for each of ``factors`` for which its kind has a habit."""
+        """Return the thing with its usual colour, number or row, for each of ``factors`` that is a habit of its kind."""
         habit, thing = HABITS[self.kind], self
         if habit.colour and "colour" in factors:
             thing = replace(thing, colour=habit.colour)

@@ -2,8 +2,9 @@
 
 The grammar's judge reads every sentence. ``hallucinated`` is the share of false statements. ``chair_i`` is the share of mentioned things
 that are absent, and ``chair_s`` is the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of
-the scenes' things that are mentioned. Compare ``covered`` as well, because an empty text has no false statement. ``unparsed`` is the share
-of sentences outside the grammar. METRIC/agrees is computed on scenes that follow all habits, and METRIC/contradicts on all other scenes.
+the scenes' things that are mentioned. Compare ``covered`` as well, because an empty text contains no false statement. ``unparsed`` is the
+share of sentences outside the grammar. METRIC/agrees is computed on scenes that follow all habits, and METRIC/contradicts on all other
+scenes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> 
 
 
 def item(row: Row) -> Item:
-    """Build the benchmark item of a row. In place of texts, it has the names in ``_COUNTED``."""
+    """Build the benchmark item of a row. Its texts are replaced with the names in ``_COUNTED``."""
     scene = scene_from(row["scene"])
     tags = {"habit": row.text("habit"), "scene": json.dumps(row["scene"]), "things": str(len(scene.things))}
     picture = row.picture(row["image"], "../pope/val2014")

@@ -3,7 +3,7 @@
 Descriptions have the same metrics as in the authors' inference.py, but words are matched by a simpler rule. The authors count words that
 NLTK tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model,
 cosine above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word
-matches only the objects with which relation.json lists it, so a synonym that the authors' code accepts can count as invented here.
+matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can count as invented here.
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ RELATION, SAFE = File("data/relation.json"), File("data/safe_words.txt", ("", "w
 _CAN = re.compile(r"(?<!\ba )(?<!\bthe )(?<!\btrash )(?<!\bgarbage )(?<!\bsoda )(?<!\bbeer )(?<!\btin )\bcan\b|\bhot\b", re.IGNORECASE)
 """Words of relation.json that are rarely nouns: "hot", and "can" unless it follows an article or a word such as "trash"."""
 _OTHERS = 2
-"""Number of texts at the end of an item whose words count as mentions but belong to none of the item's objects."""
+"""Number of texts at the end of an item whose words count as mentions but do not belong to any of the item's objects."""
 
 
 def description(row: Row) -> Item:
     """Return an item with one text per object in the picture, one per object often imagined there, one for the safe words, and one for all
     other words.
 
-    Each word belongs to one text. All safe words belong to the text for safe words. Any other word belongs to the first object with which
-    relation.json lists it, else to the object that has this name; objects in the picture take precedence. An object whose words all belong
-    to other texts never counts as mentioned.
+    Each word belongs to one text. All safe words belong to the text for safe words. Any other word belongs to the first object that
+    relation.json lists it with, else to the object that has this name; objects in the picture take precedence. An object whose words all
+    belong to other texts never counts as mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")

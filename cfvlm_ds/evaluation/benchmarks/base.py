@@ -29,12 +29,12 @@ class Item:
 
     Args:
         id: unique name within the benchmark.
-        images: images on which the texts are scored; each is a tuple of pictures, empty for a text-only item.
+        images: images that the texts are scored on; each is a tuple of pictures, empty for a text-only item.
         texts: captions, options or answers.
         match: truth table, indexed [image][text]: 1 for true, 0 for false.
         prompt: question with the benchmark's own instruction; empty for captions.
         listed: True if the prompt lists the options and the texts are their letters.
-        tags: values by which metrics group items, such as a category or a pair.
+        tags: values that metrics use to group items, such as a category or a pair.
         cluster: name of the item's cluster. Items of a cluster share pictures or form a pair, so a bootstrap draws them together.
     """
 
@@ -168,7 +168,7 @@ class Benchmark:
 class Loaded:
     """Items of a benchmark. Its files contain ``in_files`` items, of which about ``limit`` are loaded, or all if ``limit`` is None.
 
-    ``problems`` has an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
+    ``problems`` contains an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
     published benchmark. ``own_files`` is True if a file's row count differs from the published count.
     """
 
@@ -253,8 +253,8 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables from which metrics are computed: ``seen`` (scores on the items' own images), and ``blank`` (on a blank
-    picture). Return {} if there are no outcomes.
+    """Return the tables that metrics are computed from: ``seen`` (scores on the items' own images), and ``blank`` (on a blank picture).
+    Return {} if there are no outcomes.
     """
     if not outcomes:
         return {}
@@ -278,7 +278,7 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
     """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, a table ``random`` with the metrics
-    under random scores. ``seen`` also has ``consistency``, averaged over items.
+    under random scores. ``seen`` also contains ``consistency``, averaged over items.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

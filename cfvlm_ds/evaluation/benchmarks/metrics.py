@@ -157,7 +157,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(judged: Judged) -> tuple[float, ...]:
-    """Return an item's row for ``answers``. A tie counts as no answer, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row for ``answers``. A tie counts as unanswered, except in a blind table, where each of n tied texts gets 1/n."""
     scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
@@ -168,14 +168,14 @@ def answers(table: Sequence[Judged]) -> Any:
     """Return an array [items, 6] for items with the texts yes and no.
 
     The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
-    correct, answer is correct. The last column has the log-odds of yes over no in nats.
+    correct, answer is correct. The last column contains the log-odds of yes over no in nats.
     """
     return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 6)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
     """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger margin. A tie
-    counts as one half. ``margins`` [items] has the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
+    counts as one half. ``margins`` [items] holds the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
 
     Return None if yes or no is never correct, or if a score is NaN.
     """

@@ -42,7 +42,7 @@ class File:
         columns: names of the columns, for rows that are lists of values. In other files, each row names its columns.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
-        part: part of the benchmark to which the rows belong, such as a split.
+        part: part of the benchmark that the rows belong to, such as a split.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Row:
 
     Args:
         values: column -> value.
-        where: location of the row, with which every error message begins.
+        where: location of the row, the beginning of every error message.
         number: number of the row in its file, from 1, or its key if the file is a JSON object.
-        part: part of the benchmark to which the file belongs.
+        part: part of the benchmark that the file belongs to.
         file: path of the file below the benchmark's folder.
         source: folder of the benchmark.
     """
@@ -157,7 +157,7 @@ class Source:
             yield from self._rows(file, name)
 
     def sound_rows(self, file: File) -> Iterator[Row]:
-        """Yield the rows of a file on which other files depend. Raises DataError for a missing file or an invalid row."""
+        """Yield the rows of a file that other files depend on. Raises DataError for a missing file or an invalid row."""
         for row in self.rows(file):
             if isinstance(row, DataError):
                 raise row

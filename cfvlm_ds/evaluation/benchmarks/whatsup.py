@@ -50,8 +50,8 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair
-    of opposite relations, such as left-right, to which the name's relation belongs. Raises DataError for a name without a relation.
+    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair of opposite
+    relations, such as left-right, that the name's relation belongs to. Raises DataError for a name without a relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:

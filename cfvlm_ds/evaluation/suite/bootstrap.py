@@ -36,7 +36,7 @@ def draws_for(num_items: int) -> int:
 
 
 def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
-    """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` has the item indices of each
+    """Draw whole clusters with replacement, and return draw ``k`` as pairs (item index, copy). ``members`` holds the item indices of each
     cluster. ``copy`` is 0 the first time that the item's cluster is drawn, 1 the second time, and so on.
     """
     generator = random.Random(f"{SEED}/{k}")

@@ -1,9 +1,9 @@
 """Result files of a benchmark: results.json, items.jsonl and, during scoring, scores.jsonl.
 
-``results.json`` records the benchmark, the probe, the model, the data and the metrics. ``items.jsonl`` has one line per item with its
+``results.json`` records the benchmark, the probe, the model, the data and the metrics. ``items.jsonl`` contains one line per item with its
 scores and everything else that metrics need, so metrics can be recomputed and results compared without the model. Neither file contains a
-timestamp or a host name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption.
-``scores.jsonl`` exists until the result is complete. It has a header that identifies the evaluation, and a line for each scored group.
+timestamp or a host name, so the same evaluation writes the same bytes on any number of ranks, even after an interruption. ``scores.jsonl``
+exists until the result is complete. It contains a header that identifies the evaluation, and a line for each scored group.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def result_of(
 ) -> Result:
     """Build the result of an evaluation.
 
-    The record contains the ``header`` (everything on which the scores depend), the name of the ``model``, the metrics of every table,
+    The record contains the ``header`` (everything that the scores depend on), the name of the ``model``, the metrics of every table,
     intervals from the bootstrap draws (``drawn``), the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the
     files differ from the published files).
     """
@@ -208,7 +208,7 @@ class Partial:
 
     Args:
         folder: the result's folder; the results folder above it must be locked.
-        header: everything on which the scores depend; a file with a different header raises ConfigError.
+        header: everything that the scores depend on; a file with a different header raises ConfigError.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -229,7 +229,7 @@ class Partial:
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """If a file's header shows that it belongs to another evaluation, raise a ConfigError that names the first difference."""
+    """If a file's header shows that it belongs to a different evaluation, raise a ConfigError that names the first difference."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")

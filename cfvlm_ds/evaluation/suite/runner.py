@@ -57,7 +57,7 @@ _TABLES = "results.md"
 class Asked:
     """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity (hashes).
 
-    ``identity`` has the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
+    ``identity`` holds the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
     ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text from pictures, a prompt and a maximum number
     of tokens. It is None if the model cannot generate text, for instance because it is partitioned over several GPUs.
     """
@@ -116,7 +116,8 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
 
     Results on disk for the same model and data are not computed again. All ranks must call this, and all get the results.
 
-    Raises ConfigError if a folder contains results of another evaluation, and DataError for an invalid item unless such items are skipped.
+    Raises ConfigError if a folder contains results of a different evaluation, and DataError for an invalid item unless invalid items are
+    skipped.
     """
     world = model.world
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
@@ -204,7 +205,7 @@ def _outcomes(
 
 
 def _scored(model: Asked, scoring_plan: Plan, settings: Settings, pictures: PictureTable, known: _Rows, label: str) -> Iterator[_Rows]:
-    """Yield the scores of this rank's groups, batch by batch. A batch is skipped if ``known`` has scores for all its groups."""
+    """Yield the scores of this rank's groups, batch by batch. A batch is skipped if ``known`` contains scores for all its groups."""
     groups, size = scoring_plan.groups, settings.batch_size
     collator = model.collator.of_run("full", None, pictures)
     for pictured in (True, False):  # groups without pictures have no blank view

@@ -45,7 +45,7 @@ class Chosen:
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything on which scores depend, in the format of results.json. ``model`` holds the model's hashes, keyed by name."""
+        """Return everything that scores depend on, in the format of results.json. ``model`` holds the model's hashes, keyed by name."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,

@@ -1,8 +1,8 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
 Gemma 3 has a SigLIP tower with a fixed number of visual tokens. A picture's tokens attend to each other in both directions in all layers.
-Gemma 4 has a different tower, and its number of visual tokens can be chosen. In its larger models, only the sliding-window layers have such
-attention; in its smaller models, no layer does.
+Gemma 4 has a different tower, and its number of visual tokens can be chosen. In its larger models, attention among a picture's tokens is
+bidirectional only in the sliding-window layers; in its smaller models, it is causal everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sound(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def in_windows(config: PreTrainedConfig) -> Whole:
     """Return the layers in which a picture's tokens attend to each other in both directions: the sliding-window layers if the configuration
-    says so, otherwise none.
+    requires it, otherwise none.
     """
     return "windows" if config.get_text_config().use_bidirectional_attention == "vision" else "nowhere"
 

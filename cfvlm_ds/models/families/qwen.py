@@ -29,7 +29,7 @@ from cfvlm_ds.models.visual_token_limits import pixels
 
 def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     """Return position ids [3, P] (time, height, width). Each text token advances all three axes by one. A visual token's ids are its
-    coordinates in the image's grid plus the position at which the image starts.
+    coordinates in the image's grid plus the image's start position.
 
     Text after an image continues at the largest id plus one (Qwen2-VL, arXiv 2409.12191, section 2.1). ``grids`` [images, 3] is (t, h, w)
     in patches, before merging.
