@@ -77,6 +77,7 @@ SHOWN = {
     ("dpo", "5e-4"): 3,
     ("default", "1e-3"): 1,
     ("default", "2e-3"): 3,
+    ("light", "2e-3"): 1,
     ("margins-1-5", "2e-3"): 3,
     ("margins-1-1", "1e-3"): 1,
     ("margins-1-1", "2e-3"): 3,
@@ -116,6 +117,7 @@ ARMS = {
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
     "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train"),
     "default": Arm("default objective"),
+    "light": Arm("default, contrast x 0.1", ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")),
     **{
         f"margins-{csd}-{fcd}": Arm(f"beta 1, margins {csd} and {fcd}", _margins(csd, fcd))
         for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5), (1, 10), (10, 10))
