@@ -143,7 +143,7 @@ def edit_unseen(picture: Path) -> None:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
+def test_what_cannot_be_used_is_left_out_and_listed(packs, source, model_dir, tmp_path, capsys):
     """A row that is no group, a repeated id, a broken picture that two groups show; the rest is the store of the rest."""
     shutil.copytree(source.parent, tmp_path / "data")
     path = tmp_path / "data" / "m.jsonl"
@@ -165,6 +165,10 @@ def test_what_cannot_be_used_is_left_out_and_listed(packs, source, tmp_path):
     assert len(problems) == len(showing) + 2 == StoredRows(tmp_path / "store").found["left_out"]
     named = sorted(int(problem.partition("m.jsonl:")[2].partition(":")[0]) for problem in problems)
     assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
+    for store, said in (("store", f" ({len(problems)} were left out"), ("rest", "")):
+        capsys.readouterr()
+        read_data(reading(tmp_path / store, tmp_path / "run", model_dir, "full"), World(0, 1, 0, torch.device("cpu")))
+        assert f"/{store}: {len(left)} groups{said}" in (printed := capsys.readouterr().out) and ("left out" in printed) == bool(said)
     path.write_text("{\n")
     with pytest.raises(DataError, match=r"m.jsonl:1: .*none of the 1 groups"):
         preparing(path, tmp_path / "none", on_error="skip")
