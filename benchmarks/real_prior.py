@@ -78,6 +78,7 @@ SHOWN = {
     ("default", "1e-3"): 1,
     ("default", "2e-3"): 3,
     ("light", "2e-3"): 1,
+    ("credit", "2e-3"): 1,
     ("margins-1-5", "2e-3"): 3,
     ("margins-1-1", "1e-3"): 1,
     ("margins-1-1", "2e-3"): 3,
@@ -112,12 +113,14 @@ def _margins(csd: int, fcd: int) -> tuple[str, ...]:
     return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
+LIGHT = ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")
 ARMS = {
     "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
     "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train"),
     "default": Arm("default objective"),
-    "light": Arm("default, contrast x 0.1", ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")),
+    "light": Arm("default, contrast x 0.1", LIGHT),
+    "credit": Arm("contrast x 0.1, token credit", (*LIGHT, "--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
     **{
         f"margins-{csd}-{fcd}": Arm(f"beta 1, margins {csd} and {fcd}", _margins(csd, fcd))
         for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5), (1, 10), (10, 10))
