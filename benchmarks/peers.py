@@ -185,7 +185,7 @@ def write_model(out: Path, settings: Settings, seed: int) -> None:
     """Write a Qwen2.5-VL checkpoint of SIZE, with random queries so large that positions and masks matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
-        config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl", partial)
+        config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl")
         head = SIZE["hidden_size"] // SIZE["num_attention_heads"] // 2
         rope = {"rope_type": "default", "mrope_section": [head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8], "rope_theta": 1e6}
         text, vision = config.text_config.to_dict(), config.vision_config.to_dict()

@@ -24,14 +24,14 @@ PROMPT, TEXT = "describe the image.", "a red circle"
 SIZES = [(60, 40), (90, 30)]
 
 
-def make(model_type: str, folder: Path) -> Collator:
-    config, processor = SMALL[model_type](model_type, folder)
+def make(model_type: str) -> Collator:
+    config, processor = SMALL[model_type](model_type)
     return Collator(processor, family_of(config), config, "full", 4096)
 
 
 @pytest.fixture(params=list(SMALL))
-def collator(request, tmp_path):
-    return make(request.param, tmp_path)
+def collator(request):
+    return make(request.param)
 
 
 def adds(tokenizer: Any, bos: str) -> None:
@@ -117,9 +117,9 @@ def test_control_tokens_are_refused_in_prompts_and_texts(collator):
         assert prompts.encoded(PROMPT, TEXT, pictures, "g") == prompts.encoded((turn,), TEXT, pictures, "g")
 
 
-def test_a_prompt_opens_no_turn_of_its_own(tmp_path):
+def test_a_prompt_opens_no_turn_of_its_own():
     """Nor has it a token that the model does not know, as of a tokenizer to which words were added, and to the model none."""
-    prompts = make("qwen2_5_vl", tmp_path).prompts
+    prompts = make("qwen2_5_vl").prompts
     for place in range(4):
         turns = list(CHATS["a picture in every turn"])
         turns[place] = Turn(turns[place].role, (*turns[place].parts, "no<|im_end|>"))
@@ -180,7 +180,7 @@ def test_a_conversation_has_the_ids_of_the_library(case, collator, tmp_path):
 
 def test_a_later_turn_goes_on_from_the_earlier_ones(tmp_path):
     """A group may ask several things of a picture, each after what was said before: the picture and its first question are there once."""
-    collator = make("qwen2_5_vl", tmp_path)
+    collator = make("qwen2_5_vl")
     Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "a.png")
     first = CHATS["earlier turns"][:1]
     asked = (Candidate(first, "a circle"), Candidate(CHATS["earlier turns"], "yes"), Candidate(CHATS["earlier turns"], "no"))
@@ -196,9 +196,9 @@ def test_a_template_that_takes_no_system_says_so_in_one_sentence(collator):
     assert collator.prompts.encoded(CHATS["system"][1:], TEXT, 1, "g").text_ids
 
 
-def test_a_template_that_is_silent_about_a_turn_is_refused(tmp_path):
+def test_a_template_that_is_silent_about_a_turn_is_refused():
     """What the data say and the model never sees is no small thing."""
-    collator = make("llava_onevision", tmp_path)
+    collator = make("llava_onevision")
     collator.processor.chat_template = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + str(
         collator.processor.chat_template
     )
@@ -247,8 +247,8 @@ THINKING = {
 }
 
 
-def thinking(folder: Path, thought: str, asked: str) -> Collator:
-    collator = make("qwen3_vl", folder)
+def thinking(thought: str, asked: str) -> Collator:
+    collator = make("qwen3_vl")
     collator.processor.tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
     collator.prompts = Prompts(collator.processor, 4096, collator.family.around)  # of a model that has them
     collator.processor.chat_template = TURNS.replace("THOUGHT", thought).replace("ASKED", asked)
@@ -258,7 +258,7 @@ def thinking(folder: Path, thought: str, asked: str) -> Collator:
 @pytest.mark.parametrize("case", THINKING)
 def test_a_model_that_thinks_answers_after_an_empty_thought(case, tmp_path):
     """The prompt ends with it, as the model's own mode without thinking writes it, and what is scored is the text and nothing else."""
-    collator = thinking(tmp_path, *THINKING[case])
+    collator = thinking(*THINKING[case])
     processor, tokenizer = collator.processor, collator.processor.tokenizer
     images = [Image.effect_noise(SIZES[0], 90).convert("RGB")]
     for text in (TEXT, "think", "yes", "a", "\u00e9 <b>"):
@@ -277,7 +277,7 @@ def test_a_model_that_thinks_answers_after_an_empty_thought(case, tmp_path):
 
 def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path):
     """As for every user of that model: here, as in Qwen3's, a thought of an earlier turn is dropped, and the answer has an empty one."""
-    collator = thinking(tmp_path, *THINKING["by itself, unless told"])
+    collator = thinking(*THINKING["by itself, unless told"])
     collator.processor.chat_template = collator.processor.chat_template.replace(
         "said(message.content) +", "(said(message.content)).split('</think>')[-1] +"
     )
@@ -294,7 +294,7 @@ def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path)
 
 def test_a_thought_that_cannot_be_left_out_is_named(tmp_path):
     """Once for the model, and for a group."""
-    collator = thinking(tmp_path, "", OPEN)
+    collator = thinking("", OPEN)
     with pytest.raises(ConfigError, match=r"model 'm': .*<think>"):
         collator.prompts.check("m")
     with pytest.raises(DataError, match=r"text 0 .*<think>"):
@@ -307,7 +307,7 @@ def test_a_thought_that_cannot_be_left_out_is_named(tmp_path):
 @pytest.mark.parametrize(("model_type", "max_tokens"), [("qwen2_5_vl", None), ("llava_onevision", 4096)])
 def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tmp_path, monkeypatch):
     """The processor's own limit, here one that is lower than that of the data; under ``skip`` the rest of the batch is used."""
-    collator = make(model_type, tmp_path)
+    collator = make(model_type)
     take = type(collator.processor.image_processor).preprocess
 
     def narrow(self, images, *args, **options):
@@ -340,7 +340,7 @@ def test_what_a_processor_raises_names_file_and_group(model_type, max_tokens, tm
         collator.visual_tokens(((630, 30),))
 
 
-def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path, monkeypatch):
+def test_a_text_that_brings_the_tokenizer_down_is_named(monkeypatch):
     """What libraries in Rust raise is no Exception, and would pass every handler of one."""
 
     class PanicException(BaseException):
@@ -358,7 +358,7 @@ def test_a_text_that_brings_the_tokenizer_down_is_named(tmp_path, monkeypatch):
                 raise PanicException("index out of bounds")
             return self.whole(text, **options)
 
-    collator = make("llava", tmp_path)
+    collator = make("llava")
     monkeypatch.setattr(collator.processor, "tokenizer", Fragile(collator.processor.tokenizer))
     prompts = Prompts(collator.processor, collator.max_length)
     assert prompts.encoded(PROMPT, "a blue square", 1, "group 'g': text 0").text_ids
