@@ -188,6 +188,7 @@ launch() {
     # patterns in a file name, but not in --chdir. With %t, the nodes write the files; if srun wrote them, it would wait for a lost node.
     # shellcheck disable=SC2016
     shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
+    : >"$start_dir/rank-0.log" # tail may miss a file that appears just before the ranks end
     step "${place[@]}" --distribution=block:block --chdir="$start_dir" --output=rank-%t.log -- python train.py "$@" &
     ranks=$!
     tail --pid=$ranks -n +1 -F "$start_dir/rank-0.log" 2>/dev/null &
