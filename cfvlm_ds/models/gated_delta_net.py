@@ -90,7 +90,8 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """Apply the gated delta rule along each path, level by level, and return [T, H, D]. A node's initial state is its parent's final state.
+    """Apply the gated delta rule along each path, level by level, and return the outputs [T, H, D]. A node's initial state is its parent's
+    final state.
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
@@ -147,5 +148,5 @@ def _chunks(forest: Forest, node: int) -> int:
 
 
 def _with_zeros(row: Tensor) -> Tensor:
-    """Append one position of zeros to [1, T, ...]."""
+    """Append one token of zeros to a row [1, T, ...]."""
     return torch.cat([row, row.new_zeros(1, 1, *row.shape[2:])], 1)

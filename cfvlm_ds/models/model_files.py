@@ -1,4 +1,4 @@
-"""Files of a model folder, which are not trusted: checks of their names, links and completeness."""
+"""Files of a model folder, which is not trusted: lists of the files, and checks of names, links and completeness."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def weight_patterns(files: Iterable[str]) -> list[str]:
 
 
 def hashed_files(folder: Path) -> list[Path]:
-    """Return the files with the model's weights, in any format."""
+    """Return the paths of the model's weight files: safetensors or, if there are none, pickled weights."""
     return [folder / name for name in weight_files(folder)] or sorted(path for path in folder.glob("*.bin") if path.is_file())
 
 

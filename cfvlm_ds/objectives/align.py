@@ -1,4 +1,6 @@
-"""L_align: the NLL of true pairs (CF-VLM, arXiv 2506.17267, section 3). ``batch_align`` is the paper's contrast over the batch."""
+"""L_align: the NLL of true pairs (CF-VLM, arXiv 2506.17267, section 3). ``batch_align`` corresponds to the paper's contrastive loss over
+the batch.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums over groups: that of the factual pair's entry in ``values`` [G, I, C], and that of the mean entry of the
-    other true pairs.
+    """Sum ``values`` [G, I, C] over groups with the groups' weights. Return two sums: over the factual pairs, and over each group's mean
+    for its other true pairs.
     """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()

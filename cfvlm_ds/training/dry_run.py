@@ -170,7 +170,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Tracks the current and peak memory, in bytes, of live tensors created by operations."""
+    """Dispatch mode that tracks the current and peak memory, in bytes, of live tensors that operations have created."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from cfvlm_ds.training.evaluator import Accuracies, Splits
 FEWEST, MOST = 30, 300
 """Minimum and maximum number of sampled groups per set. If the budget is too small for the minimum, the set has no sample."""
 SHARE = 0.15
-"""Number of scored groups per trained group. A group costs three forward passes in training and up to two in scoring, so evaluation takes
-up to a tenth of the training time.
+"""Ratio of groups scored in evaluations to groups trained on. Training on a group costs as much as three forward passes, and scoring it up
+to two, so evaluation takes up to a tenth of the training time.
 """
 _PARTS = 4
 """Number of equal parts into which the sample's evaluations divide the run."""

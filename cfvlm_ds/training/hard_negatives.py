@@ -37,7 +37,7 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Keep only the hardest counterfactuals of each group, ``number`` per group. Return the new micro-batches and the selections.
+    """Keep only the ``number`` hardest counterfactuals of each group. Return the repacked micro-batches and the selections.
 
     Every rank must call this. ``pack`` is Collator.packed_again, which repacks a micro-batch with a subset of its cells.
     """
@@ -80,7 +80,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""Index of the counterfactual's text, or None, and indices of its images."""
+"""(index of the counterfactual's text or None, indices of its images)."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:

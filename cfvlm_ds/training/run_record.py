@@ -69,7 +69,7 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def _processor() -> str:
-    """Return the processor's model name, which only Linux lists, or its architecture."""
+    """Return the processor's model name (available only on Linux) or, failing that, its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.is_file() else []
     return names[0] if names else platform.machine()
