@@ -61,7 +61,7 @@ class Collator:
         max_pixels: maximum number of pixels per picture.
         stored: reference and blind scores by group id, for objectives that need them.
         share_prefix: True if an image's texts share one prefix; separate trees give the same scores at a higher cost.
-        checked: picture table from the data check; pictures are compared with it when they are opened.
+        checked: picture properties recorded by the data check; a picture is compared with its entry when it is opened.
     """
 
     def __init__(
@@ -226,8 +226,8 @@ class Collator:
         """Collate the readable groups into a micro-batch, divided as in ``parts``. Its ``dropped`` lists the groups and manifest
         rows that cannot be read.
 
-        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
-        ZeRO-3 the other ranks wait for this rank's forward and backward pass.
+        If no group is readable, the micro-batch is a stand-in that contributes nothing to the loss, its denominators or the metrics. It is
+        needed because under ZeRO-3 the other ranks wait for this rank's forward and backward pass.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))

@@ -56,7 +56,7 @@ class ImageFiles:
         processor: the model's processor.
         family, config: the model's family record and configuration.
         max_pixels: maximum number of pixels per picture.
-        checked: picture table from the data check, or None; a picture that has changed since the check raises DataError.
+        checked: picture properties recorded by the data check, or None; a picture that has changed since then raises DataError.
     """
 
     processor: Any

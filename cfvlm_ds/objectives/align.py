@@ -45,8 +45,8 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Sum ``values`` [G, I, C] over groups with the groups' weights. Return two sums: over the factual pairs, and over each group's mean
-    for its other true pairs.
+    """Return two sums over groups, weighted by the groups' weights: of the factual pair's entry in ``values`` [G, I, C], and of the mean
+    entry of the other true pairs.
     """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()

@@ -71,7 +71,7 @@ class Objective(Protocol):
 
     @property
     def divergence(self) -> Divergence | None:
-        """Divergence that the objective needs, or None. To compute it, the output head runs twice at the compared tokens."""
+        """Divergence that the objective needs, or None. Computing it applies the output head twice more to the compared tokens."""
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:

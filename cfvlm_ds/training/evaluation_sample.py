@@ -58,7 +58,7 @@ class EvaluationSample:
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Accuracies) -> dict[str, float]:
-        """Return the headline accuracy, in %, on each set's sample, named eval_sample/SET/METRIC.
+        """Return the headline accuracy, in %, on each set's sample, keyed by eval_sample/SET/METRIC.
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
 

@@ -236,7 +236,7 @@ class Trainer:
         return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
-        """Log and print the metrics since the last record."""
+        """Log and print the metrics accumulated since the last record."""
         engine, state, world = self.engine, self.state, self.world
         metrics = meter.reduce(world)
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
