@@ -210,7 +210,7 @@ def _prompts(
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
     """Return the indices [3, D] for a divergence, one column per token of a text. Row 0 holds the index of the hidden state that predicts
-    the token given the text's own image, row 1 that of the state given another image, and row 2 the flat index of the text's cell on that
+    the token given the text's own image. Row 1 holds the same given another image, and row 2 the flat index of the text's cell on that
     other image.
     """
     tokens = defaultdict[int, list[int]](list)

@@ -40,8 +40,8 @@ _PADDED = 1.25  # largest ratio between the lengths of trees that are padded tog
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Sort the trees into buckets of similar length. Return each bucket as (indices [B, L] of its tokens in the row, mask [B, 1, L, L]
-    bool), and the index of each token of the row in the concatenated buckets.
+    """Sort the trees into buckets of similar length. Return each bucket as (its tokens' indices in the row [B, L], mask [B, 1, L, L] bool),
+    and, for each token of the row, its index in the concatenated buckets.
     """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])

@@ -24,8 +24,8 @@ _CHUNK = 64  # tokens per chunk in transformers' rule, which pads to whole chunk
 _PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padded together
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes in one level of the trees. A batch consists of the tokens' indices [N, L] in the row (T for padding), the indices of the
-real tokens among the N * L, and the parents' indices [N] in the level above (None for roots).
+"""Batches of nodes in one level of the trees. A batch has three parts: its tokens' indices in the row, [N, L] (T for padding); the indices
+of its real tokens among the N * L; and its parents' indices in the level above, [N] (None for roots).
 """
 
 
@@ -73,8 +73,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return two tensors: the token indices of all nodes, each node preceded by the ``size - 1`` tokens before it on its path (T if there
-    is none), and the positions of the nodes' own tokens in the first tensor.
+    """Return two index tensors. The first lists all nodes' tokens, each node preceded by the ``size - 1`` tokens before it on its path (T
+    where there is none). The second holds the positions of the nodes' own tokens in the first.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):

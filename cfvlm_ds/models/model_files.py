@@ -22,8 +22,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Check a model folder without reading its weights. Raises ConfigError for an index that lists a path instead of a file name, a link
-    that leads out of the folder, missing or truncated weights, or a folder with both a model and adapters.
+    """Check a model folder without reading its weights. Raises ConfigError for missing or truncated weights, a folder with both a model and
+    adapters, a link that leads out of the folder, or an index that lists a path instead of a file name.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)

@@ -76,8 +76,8 @@ def _processor() -> str:
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size, digest and, for an evaluation set, the rows and pictures that occur in training
-    sets. The data are not read again.
+    """Describe a run's data sets by name, source, size and digest, and evaluation sets also by the rows and pictures that they share with
+    training sets. The data are not read again.
     """
     sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
         (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()

@@ -93,8 +93,8 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Groups, world: World) -> None:
-    """Compare the scores of two cells in the first packed row of ``groups`` (the first cell, and one that follows other texts) with the
-    scores of the same cells in rows of their own.
+    """Compare two cells' scores in the first packed row of ``groups`` with their scores in rows of their own. The cells are the row's
+    first, and one that follows other texts.
 
     Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a cell's
     two scores differ by more than rounding can explain.
@@ -159,8 +159,8 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
     """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts: the spread of a text's score if outputs are rounded differently, which grows with the square root of
-    the number of tokens, and one unit in the last place of the text's largest logit.
+    The rounding error has two parts. The first is the spread of a text's score if outputs are rounded differently; it grows with the square
+    root of the number of tokens. The second is one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):
