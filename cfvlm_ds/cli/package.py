@@ -1,4 +1,4 @@
-"""``cfvlm-ds init`` and ``--version``: a copy of the files that ship with the package, and its version."""
+"""``cfvlm-ds init`` and ``--version``: write the files that ship with the package to a folder, and print the package's version."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if a file of other origin exists there."""
+    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if another program wrote a file there."""
     listed = out.with_name(f"{out.name}.skipped.jsonl")
     return own_output(listed, lambda file: set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}, "this package")
 

@@ -97,7 +97,7 @@ def _addresses(row: Any) -> list[str]:
 
 
 def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
-    """Return a copy of a row in which each picture URL is replaced with the result of ``file`` for it."""
+    """Return a copy of a row in which each picture URL is replaced with ``file(URL)``."""
     if isinstance(value, Mapping):
         return {name: _with_files(item, file, name) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, pictures and row order. An error message can
-therefore state which of these has changed.
+"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. An
+error message can therefore state which of these have changed.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _MANY = 1 << 14  # number of items above which several processes are faster than
 
 @dataclass(frozen=True)
 class Scan:
-    """Pass over all groups in chunks. If there are many groups, worker processes on all cores share the chunks.
+    """Pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
         alive: function that is called repeatedly during a pass; it can raise an exception to abort the pass.

@@ -47,7 +47,7 @@ class Picture(NamedTuple):
 
 @lru_cache(_AT_ONCE)
 def picture_key(path: Path, root: Path | None = None) -> int:
-    """Hash a picture's path to 64 bits. A path inside ``root`` is first made relative to it, as in stores; any other path, absolute."""
+    """Hash a picture's path to 64 bits. A path inside ``root`` is made relative to it, as in stores; any other path is made absolute."""
     name, folder = os.path.abspath(path), "" if root is None else os.path.join(os.path.abspath(root), "")
     return hashed(os.fsencode(name.removeprefix(folder)))
 

@@ -62,7 +62,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.d
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of preparation. The same data set and options result in the same store.
+    """Options for preparing a data set. The same data set and options result in the same store.
 
     Args:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
@@ -421,7 +421,7 @@ class _Files:
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """Return the numbers of a shard's incomplete files, or by default those of all incomplete files."""
+        """Return the numbers of the incomplete files in a shard, or by default in all shards."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:

@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard by shard, and the results of the data check that preceded them.
+    """Rows of a store, shard by shard, and the results of the data check during its preparation.
 
     Args:
         folder: the store.

@@ -43,7 +43,7 @@ class Saved:
 
 
 def skeleton(source: str) -> Any:
-    """Build the model of ``source`` on the meta device, without weights. It gives the weights' names, shapes, ties and conversions."""
+    """Build the model of ``source`` on the meta device, to read its weight names, shapes, tied weights and conversions."""
     from transformers import AutoModelForImageTextToText
 
     config = load_config(source)

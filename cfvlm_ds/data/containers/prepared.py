@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_file import part_name, tar_member
 _FORM = 3  # version of the written files; a new version makes existing folders obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
-"""Suffix of the name of a conversion's folder."""
+"""Suffix of a conversion's folder name."""
 _KNOWN = 100_000  # number of pictures remembered to recognise repeats; consecutive questions are often about the same picture
 
 

@@ -131,7 +131,7 @@ class Captions:
         )
 
     def claim(self, row: Row) -> Claim:
-        """Read a row's labelled texts. The option ``label`` must be set."""
+        """Return the claim of a row, which contains its labelled texts. The option ``label`` must be set."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:

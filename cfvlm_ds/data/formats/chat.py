@@ -140,8 +140,8 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Row, keys: Sequence[str]) -> Pictures:
-    """Return the pictures in a row's picture column, which is the only one of ``keys`` in the row; () if the row has none of them. Raises
-    DataError if it has several, and for video or audio.
+    """Return the pictures in the row's picture column (one of ``keys``), or () if there is none. Raises DataError if the row has several of
+    these columns, and for video or audio.
     """
     for key in _OTHER_MEDIA:
         if key in row:
@@ -277,7 +277,7 @@ class Instruct:
         return self._answers if self.per_turn else None
 
     def claim(self, row: Row) -> Claim:
-        """Read a row's labelled answer. The option ``label`` must be set."""
+        """Return the claim of a row, which contains its labelled answer. The option ``label`` must be set."""
         read = self._read(row)
         label = value_of(read.row, self.label)
         truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)

@@ -59,7 +59,7 @@ _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of label columns, in which values other than those in ``_TRUTHS`` may also be labels."""
+"""Words in the names of label columns that may contain values that are not in ``_TRUTHS``."""
 _FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",

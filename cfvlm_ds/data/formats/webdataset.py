@@ -72,7 +72,7 @@ class WebDataset:
         return read(columns)
 
     def claim(self, row: Row) -> Claim:
-        """Read a sample's labelled texts. The option ``label`` must be set."""
+        """Return the claim of a sample, which contains its labelled texts. The option ``label`` must be set."""
         read, columns = self._read(row)
         if isinstance(read, Preference):
             raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
