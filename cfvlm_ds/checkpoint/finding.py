@@ -67,7 +67,9 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of an interrupted save are ignored."""
+    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Unfinished checkpoints (``.partial``) are
+    ignored.
+    """
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -116,7 +118,7 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Describe the first file in ``names`` whose contents have changed since the save, or return None."""
+    """Describe the first file in ``names`` that is unreadable or has changed since the save, or return None."""
     listed = description(path)["files"]
     for name in names:
         try:

@@ -13,7 +13,7 @@ from cfvlm_ds.demo.habits.world import KINDS, SIDE, Scene
 SIZE = 64
 """Side of a picture in pixels."""
 ART = 16
-"""Side of a drawn thing in pixels."""
+"""Side of the pixel art of one thing, in pixels."""
 CELL = SIZE // SIDE
 _ART = """
 ................ .....######..... ................ ................ ......###....... ................ .....######..... .........#......
