@@ -68,7 +68,7 @@ MEANINGS = {
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
 NAMED = 5
-"""Maximum number of unused groups named for a metric; the others are only counted."""
+"""Maximum number of groups without a comparison that are named for each metric."""
 Matrix = list[list[float]]
 
 
@@ -158,8 +158,8 @@ def accuracies(groups: Groups, scores: Sequence[GroupScores]) -> list[Accuracy]:
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """Return the metric that summarises a split: of ``HEADLINES``, the metric with the most groups. Return None if the split has no
-    comparison.
+    """Return the metric that summarises a split: the one of ``HEADLINES`` that is defined for the most groups. Return None if the split has
+    no comparison.
     """
     return max(
         (metric for metric in HEADLINES if rows and metric in rows[-1].metrics), key=lambda m: rows[-1].groups.get(m, 0), default=None
@@ -179,8 +179,8 @@ _ALL = ""
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie gives 1/2 on
-    a blank image.
+    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie counts 1/2 on a
+    blank image, and 0 otherwise.
     """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     blank = score.blank.tolist()

@@ -38,7 +38,7 @@ class Difference:
     """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
 
     ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
-    not defined on a single cluster; this kind of metric is tested if the total number of ``clusters`` is large enough.
+    not defined on a single cluster; such a metric is tested if the total number of ``clusters`` is large enough.
     """
 
     before: float
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of two models on a benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
+    """Comparison of two models on one benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -86,8 +86,8 @@ class Compared:
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Return True if an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
-    text must also score higher on images of which it is true than on the others. A description is right if it does not mention a false
+    """Return True if the true texts of an item all beat its false texts on every image. If the benchmark's headline metric compares images,
+    each text must also score higher on the images of which it is true than on the others. A description is right if it mentions no false
     object.
     """
     table = Judged(outcome.item, outcome.seen)
