@@ -88,7 +88,7 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, ``files`` (each file's size and CRC-32) and more."""
+    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, the size and CRC-32 of each of the ``files``, and more."""
     return read_json(path / COMPLETE)
 
 

@@ -148,7 +148,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
 
 
 def _sync_names(folder: Path) -> None:
-    """Flush a folder's entries to disk if the file system supports it."""
+    """Flush the directory entries of a folder (its file names) to disk if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

@@ -23,7 +23,7 @@ MOST_CELLS = 256
 """Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""Index of a group, and column indices in its score matrix."""
+"""Location of an item's texts: the index of their group, and their columns in its score matrix."""
 
 
 class Packing:

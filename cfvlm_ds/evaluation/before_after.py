@@ -68,8 +68,8 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the interval excludes 0, ``unchanged`` if no group changed, else ``not resolved`` or, if the row has
-        few groups, ``_TOO_FEW``.
+        """``unchanged`` if no group changed, ``better`` or ``worse`` if the interval excludes 0, otherwise ``_TOO_FEW`` if the row has few
+        groups, else ``not resolved``.
         """
         if not self.better + self.worse:
             return "unchanged"

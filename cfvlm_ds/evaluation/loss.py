@@ -23,7 +23,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 Reference = Callable[[Batch], Tensor]
-"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it equally often."""
+"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it the same number of times."""
 
 
 class EvaluationLoss:
@@ -52,7 +52,7 @@ class EvaluationLoss:
         self.reference = reference if has_reference_term else None
 
     def add(self, groups: Groups, scores: Scores) -> None:
-        """Add a batch whose cells are all scored."""
+        """Add the terms and the NLL of a batch. Every cell must be scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())

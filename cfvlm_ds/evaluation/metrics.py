@@ -76,9 +76,9 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, how many comparisons and groups it is
-    computed from. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is absent
-    from ``metrics``.
+    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` are the numbers of comparisons and groups from which each metric
+    is computed. The mean row contains these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
+    absent from ``metrics``.
 
     ``blind`` holds ``pair`` and ``factual`` on a blank image. They measure the language prior and count a tie as one half.
 
@@ -167,7 +167,7 @@ def headline_metric(rows: Sequence[Accuracy]) -> str | None:
 
 
 def content_hash(group: CounterfactualGroup) -> int:
-    """Hash a group's texts, prompts, truth table, edits and picture file names."""
+    """Return a hash of a group's texts, prompts, truth table, edits and picture file names."""
     texts = [[repr(each.prompt), each.text] for each in group.candidates]
     names = [[picture.name for picture in pictures] for pictures in group.images]
     return hashed(json.dumps([texts, group.match, [[each.type, each.image, each.text] for each in group.edits], names]))

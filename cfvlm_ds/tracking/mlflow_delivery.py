@@ -264,8 +264,8 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Find the existing run and set its status to RUNNING, or return None. If the server no longer has the run, all data go to a new
-        run.
+        """Return the existing run, or None. The status of a run that is not finished is set to RUNNING. If the server no longer has the
+        run, all data go to a new run.
         """
         record, run = self.record, None
         if record.run_id is not None:

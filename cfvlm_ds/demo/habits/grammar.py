@@ -1,4 +1,4 @@
-"""Grammar for texts about a scene: sentences, the statements that they make, and a judge for any text.
+"""Grammar for texts about a scene: sentences, the statements that they make, and a judge that checks any text.
 
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
 statements of a sentence, or None if the grammar does not produce the sentence. Errors are not corrected: for "there is two cup", it returns

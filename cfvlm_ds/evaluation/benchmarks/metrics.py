@@ -91,7 +91,7 @@ def image_right(judged: Judged) -> float:
 
 
 def accuracy(table: Sequence[Judged]) -> Values:
-    """Return the share of images whose true texts beat their false texts."""
+    """Return ``accuracy``: the share of images whose true texts all beat their false texts, in %."""
     values = [text_right(judged, image) for judged in table for image in range(len(judged.scores))]
     return {"accuracy": mean(values)} if values else {}
 

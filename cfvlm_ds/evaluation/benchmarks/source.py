@@ -227,9 +227,10 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Save a picture that was derived from an official one as the PNG file ``path`` in the benchmark's folder ``root``. Return the path.
+    """Save a picture that was derived from an official one to the PNG file ``path``, and return ``path``. ``root`` is the benchmark's
+    folder.
 
-    Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
+    Raises StorageError if the file cannot be written, and ConfigError if a link leads out of the folder.
     """
     refuse_foreign(path, root)
     content = io.BytesIO()

@@ -75,7 +75,7 @@ class Compared:
 
     @property
     def headlines(self) -> dict[str, tuple[float, Interval | None]]:
-        """Map each headline metric that was computed to its difference and confidence interval."""
+        """Difference and confidence interval of each headline metric that was computed."""
         found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
         return {name: (each.after - each.before, each.interval) for name, each in found.items()}
 
@@ -138,7 +138,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Say) -> Com
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count the clusters in which each metric rose and those in which it fell."""
+    """Return, for each metric, the number of clusters in which it rose and the number in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)

@@ -162,7 +162,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Make the paths in a message relative to the benchmarks folder, so that it is the same on every machine."""
+        """Make the paths in a message relative to the benchmarks folder, so that the message is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
