@@ -102,7 +102,7 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """Convert the engine's output to the batch's score matrix and divergence sums."""
+        """Convert the engine's output to Scores: the batch's score matrix, and each divergence's sum per cell."""
         compared, shape = self.model_inputs.get("compared", {}), self.layout.valid.shape
         token_logp, *each = token_logp.split([len(self.cell), *(pairs.shape[1] for pairs in compared.values())])
         sums = [

@@ -67,7 +67,7 @@ class ImageFiles:
     _counted: dict[tuple[Size, bool], tuple[int, int]] = field(default_factory=dict, init=False)
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """Return the keys of an image's pictures."""
+        """Return an image's pictures as keys (see ``PictureKey``)."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:

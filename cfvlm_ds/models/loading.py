@@ -77,8 +77,8 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return the ``attn_implementation`` argument for this implementation in the language model and the vision tower. Other submodels, such
-    as an audio encoder, keep transformers' default.
+    """Return the ``attn_implementation`` argument that selects this back end for the language model and the vision tower. Other submodels,
+    such as an audio encoder, keep transformers' default.
     """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 

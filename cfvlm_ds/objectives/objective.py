@@ -83,7 +83,7 @@ class Objective(Protocol):
         ...
 
     def report(self, scores: Scores) -> Report:
-        """Return additional metrics as sums and counts."""
+        """Return the term's additional metrics, each as (sum, count)."""
         return {}
 
 

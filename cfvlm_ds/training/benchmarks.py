@@ -37,7 +37,7 @@ BEFORE = "baseline/benchmarks"
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark in a run's evaluation.
+    """A benchmark that a run evaluates.
 
     ``plan`` holds the groups to score, ``identity`` is a fingerprint of the items, and ``prompt`` is the first item's prompt.
     """

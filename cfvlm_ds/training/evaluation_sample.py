@@ -54,7 +54,7 @@ class EvaluationSample:
         return {f"eval_sample/{name}/{metric}": size for name, size in sizes.items() for metric in HEADLINES}
 
     def is_due(self, step: int) -> bool:
-        """Return True if the sample is to be scored after this step."""
+        """Return True if the sample must be scored after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Accuracies) -> dict[str, float]:

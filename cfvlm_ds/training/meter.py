@@ -62,7 +62,7 @@ class Meter:
             sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
-        """Add the seconds that a step has waited for its data."""
+        """Add the time, in seconds, that a step waited for its data."""
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:
