@@ -1,1 +1,1 @@
-"""Shared types: groups, score matrices, options, ranks, files and errors. All other folders import this one."""
+"""Shared types and utilities: groups, score matrices, options, ranks, files and errors. All other subpackages depend on this one."""

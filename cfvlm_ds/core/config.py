@@ -18,7 +18,7 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-"""Names of transformers' schedules that need no options."""
+"""Learning rate schedules of transformers that need no options."""
 CFVLM = ("align", "csd", "fcd")
 """Default terms of the objective, from CF-VLM (arXiv 2506.17267)."""
 
@@ -41,9 +41,9 @@ class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) in the modules whose ``tuning`` is ``lora``.
 
     Args:
-        rank: rank of an adapter.
+        rank: rank of the low-rank matrices.
         alpha: an adapter's output is multiplied by alpha / rank.
-        dropout: dropout on an adapter's input.
+        dropout: dropout probability of an adapter's input.
         load_in_4bit: store the language model's base weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
         dora: also train the magnitude of each weight row (DoRA, arXiv 2402.09353).
         rslora: multiply an adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv 2312.03732).
@@ -93,8 +93,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options without effect, printed when a run starts. LoRA options have no effect unless a module has the tuning
-        ``lora``; in other programs, setting a rank is enough.
+        """Warnings about options without effect, printed when a run starts. LoRA options have no effect unless some module's ``tuning`` is
+        ``lora``. In other programs, setting a rank enables LoRA.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -114,16 +114,17 @@ MICRO_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class RoundsConfig:
-    """Rounds of sampling and training. In each round, the model writes texts about pictures, a judge labels them as true or false, and a
-    run trains on the training data and on these texts. Round K is the run ``output_dir/round-K``. All other options apply to every round.
+    """Rounds of sampling and training. In each round, the model generates texts about pictures, a judge labels them as true or false, and
+    the model is trained on the training data and these texts. Each round starts from the model of the previous one. The run folder of round
+    K is ``output_dir/round-K``. All other options apply to every round.
 
     Args:
         number: number of rounds.
-        pictures: data set with pictures and true texts, in any known format.
-        judge: judge of a text's truth, as for ``cfvlm-ds data sample``: ``answers`` or MODULE:FUNCTION.
+        pictures: data set with pictures and true texts, in any supported format.
+        judge: judge that decides whether a text is true, as in ``cfvlm-ds data sample``: ``answers`` or MODULE:FUNCTION.
         n: texts per picture and prompt.
         temperature: sampling temperature.
-        max_new_tokens: largest number of tokens in a text; a longer text is left out.
+        max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
         prompt: one prompt for all pictures; by default, each picture is shown with the prompts of its row.
         weight: weight of the sampled groups in the training mixture. A single training set without a weight has weight 1.
     """
@@ -160,11 +161,11 @@ class TrainConfig:
             takes extra time.
         hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
             selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
-        lr_scheduler_type: learning rate schedule; any schedule of transformers that needs no options.
-        warmup_ratio: share of the steps during which the learning rate rises linearly.
+        lr_scheduler_type: learning rate schedule: any schedule of transformers that needs no options.
+        warmup_ratio: fraction of the steps over which the learning rate warms up linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.
-        seed: seed of the sampling order and of all other random numbers.
+        seed: seed for the data order and all other random numbers.
         bf16: train in bfloat16 (``true``) or float32 (``false``); ``auto`` uses bfloat16 if the device supports it.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates only at the end. By default, a random sample of at most 300 groups per set is
@@ -196,7 +197,7 @@ class TrainConfig:
             (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
             check.
         displacement_warning: warn when the log-likelihood of the factual texts falls this many nats per token below its initial value.
-        figures: draw the learning curves at the end, and write a page of the groups with the smallest margins.
+        figures: at the end, draw the learning curves and write an HTML page of the groups with the smallest margins.
         export: at the end, write the model in Hugging Face format to ``output_dir/export`` or, if only adapters were trained, the adapters
             to ``output_dir/adapter``.
         rounds: alternate sampling and training; by default, the run trains once.
@@ -251,7 +252,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Tracking in MLflow.
+    """Experiment tracking.
 
     Args:
         enabled: record the run in MLflow; metrics.jsonl is written in any case. The environment variable MLFLOW_TRACKING_URI selects a
@@ -276,11 +277,11 @@ class HabitsConfig:
         num_train: training groups.
         num_test: groups in the validation set and in each test set.
         num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
-        num_questions: largest number of questions in a training group, in addition to the descriptions.
+        num_questions: maximum number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability that a thing in a training picture follows each of its habits.
         text_bias: probability that the texts of a training picture state what is usual where the picture breaks a habit. Needs
-            num_counterfactuals 0. A base model pretrained with it writes what is usual although it sees what is there.
+            num_counterfactuals 0. A base model pretrained on such texts states what is usual even if the picture shows something else.
     """
 
     out_dir: str
@@ -323,7 +324,7 @@ class RunConfig:
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, with every default filled in."""
     shows: Shows = "progress"
-    """Verbosity of the run; not part of its identity."""
+    """Verbosity of the console output; not part of ``resolved``."""
     yaml_folder: str = ""
     """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working directory."""
 

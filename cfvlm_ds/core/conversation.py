@@ -1,7 +1,7 @@
-"""Conversations. The prompt that a text answers is a string or a conversation: a sequence of turns with pictures between the words.
+"""Conversations as prompts. A prompt is a string or a conversation: a sequence of turns that interleave text and pictures.
 
-A string stands for a single user turn in which all pictures come before the words. A text answers the last turn of a conversation. The
-pictures in a conversation are those of one image of the group, in the same order.
+A string is shorthand for a single user turn with all pictures before the text. The text to score answers the last turn. The pictures in a
+conversation are those of one image of the group, in the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 DESCRIBE = "Describe the image."
 """Default prompt for captions."""
 MAX_TURNS = 1024
-"""Largest number of turns in a conversation. MAX_PARTS limits the number of parts in all turns together."""
+"""Maximum number of turns in a conversation. MAX_PARTS limits the total number of parts in all turns."""
 MAX_PARTS = 4 * MAX_TURNS
 
 
@@ -73,7 +73,7 @@ def check_conversation(turns: Sequence[Turn], where: str) -> None:
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return the conversation as a list of messages, the format of chat templates and data rows."""
+    """Convert a conversation to a list of messages, as used in chat templates and data rows."""
     return [
         {"role": turn.role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in turn.parts]}
         for turn in turns
@@ -81,8 +81,8 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def spelled(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """Return the prompt as JSON values: a string or a list of messages. If a message consists of a single text, its content is a string,
-    not a list.
+    """Convert a prompt to JSON values: a string or a list of messages. If a message consists of a single text, its content is a string, not
+    a list.
     """
     if isinstance(prompt, str):
         return prompt
@@ -103,7 +103,7 @@ def simplest(turns: Sequence[Turn]) -> Prompt:
 
 
 def readable(prompt: Prompt) -> str:
-    """Format the prompt for a person to read."""
+    """Format a prompt for display. Each turn of a conversation is preceded by its role, and [picture] stands for a picture."""
     if isinstance(prompt, str):
         return prompt
     return " ".join(f"{turn.role}: {''.join('[picture]' if part is PICTURE else part for part in turn.parts)}" for turn in prompt)

@@ -13,11 +13,11 @@ from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, option
 from cfvlm_ds.core.ranks import default_workers
 
 AUTO = "auto"
-"""Value of ``format`` that detects the format from the first row."""
+"""Default value of ``format``: the format is detected from the first row."""
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is an address on the Hugging Face hub."""
+    """Return whether a path is on the Hugging Face hub (``hf://...``)."""
     return str(path).startswith("hf:/")
 
 
@@ -26,7 +26,7 @@ class DataSet:
     """A manifest with its own format and image folder.
 
     Args:
-        path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
+        path: manifest of counterfactual groups, or data in any supported format (docs/formats.md).
         root: overrides ``data.root`` for this data set.
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
@@ -47,8 +47,8 @@ class Source(DataSet):
         root: overrides ``data.root`` for this data set.
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all.
-        name: name of the source in metrics and group ids; by default, the file name without its ending.
-        weight: relative frequency of draws from the source. If no source has a weight, sources are drawn in proportion to their size.
+        name: name of the source in metrics and group ids; by default, the file name without its extension.
+        weight: relative sampling weight of the source. If no source has a weight, sources are sampled in proportion to their size.
         objectives: terms of the objective that use the source's groups; by default all.
         scores: like ``data.scores``, for this source.
     """
@@ -68,7 +68,7 @@ class EvaluationSet(DataSet):
     """An evaluation set: a manifest, or a public benchmark.
 
     Args:
-        path: manifest of counterfactual groups, or any data of a known format (docs/formats.md).
+        path: manifest of counterfactual groups, or data in any supported format (docs/formats.md).
         root: overrides ``data.root`` for this set; for a benchmark, the folder that contains one folder per benchmark.
         format: overrides ``data.format`` for this data set.
         limit: number of groups to use, starting with the first; by default all. For a benchmark, the approximate number of items, which are
@@ -91,10 +91,10 @@ class DataConfig:
     """Training and evaluation data.
 
     Args:
-        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or any data of a known format (JSON lines, a
-            JSON list, CSV, TSV, Parquet, a saved data set, or tar files), given as a file, a folder, or a pattern of file names. A list of
-            {path: ..., weight: ...} is a mixture of sources; each source can have its own root, format, limit, objectives and scores
-            (docs/mixtures.md).
+        train: manifest of counterfactual groups, a store made by ``cfvlm-ds data prepare``, or data in any supported format (JSON lines, a
+            JSON list, CSV, TSV, Parquet, a folder written by ``save_to_disk``, or tar files), given as a file, a folder, or a file name
+            pattern. A list of {path: ..., weight: ...} is a mixture of sources; each source can have its own root, format, limit,
+            objectives and scores (docs/mixtures.md).
         stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been used completely; smaller
             sources are repeated until then. ``first_exhausted``: one source has been used completely.
         evaluation: name -> manifest, evaluated every ``train.eval_steps`` steps and at the end; name -> {path: manifest, root: FOLDERS,
@@ -106,7 +106,7 @@ class DataConfig:
             to the first of these folders that contains the file. After links are resolved, the file must be inside one of the folders.
         scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest; DPO and PMI need
             it.
-        max_pixels: refuse images with more pixels than this.
+        max_pixels: reject images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. If the check before training finds
@@ -114,7 +114,8 @@ class DataConfig:
         max_skipped: maximum number of groups that are skipped in a run; if more cannot be read, the run fails.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
-            ``train.per_device_train_batch_size`` groups. The ranks then have equal work, even if images and texts differ in size.
+            ``train.per_device_train_batch_size`` groups. The ranks then have similar amounts of work, even if images and texts differ in
+            size.
         max_tokens_per_forward: split a micro-batch with more tokens than this into forward passes of at most this size; all but the last
             run twice (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes
             about a third longer. If an image has too many texts for one pass, the texts are divided among several.
@@ -192,5 +193,5 @@ class DataConfig:
 
     @property
     def workers(self) -> int:
-        """Data workers per rank: ``num_workers``, or the machine's default."""
+        """Number of data workers per rank: ``num_workers`` or, if that is not set, a default that depends on the number of cores."""
         return default_workers() if self.num_workers is None else self.num_workers

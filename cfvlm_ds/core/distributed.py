@@ -1,4 +1,4 @@
-"""Distributed processes: rank, world size, collectives, random numbers, output on rank 0. One CPU process and 64 GPUs run the same code."""
+"""Distributed processes: rank, world size, collectives, random state and rank-0 output. The same code runs on one CPU and on 64 GPUs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, the only rank that prints, tracks and exports."""
+        """True on rank 0, the only rank that prints, logs metrics and exports the model."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for every rank."""
+        """Block until every rank has called this method."""
         if self.size > 1:
             dist.barrier()
 
@@ -52,18 +52,18 @@ class World:
 
 
 def own_device() -> torch.device:
-    """Return the current GPU if torch sees one, otherwise the CPU."""
+    """Return the current CUDA device if a GPU is available, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for a model that is not trained: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the default dtype for inference: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def launch_environment() -> None:
-    """Set the environment variables that a launcher would set. In an ``srun`` task, they are derived from Slurm's variables; a process
-    started by hand becomes the only rank, and torch gives it a free port (MASTER_PORT 0).
+    """Set the environment variables that a launcher would set. In an ``srun`` task, they are derived from Slurm's variables. Without a
+    launcher, the process becomes the only rank, and torch selects a free port (MASTER_PORT 0).
     """
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ and "MASTER_ADDR" in os.environ:
         slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -75,7 +75,7 @@ def launch_environment() -> None:
 
 @contextlib.contextmanager
 def meeting_point() -> Iterator[None]:
-    """Set MASTER_PORT to a port that the ranks can use to connect to each other. They must connect within the block.
+    """Set MASTER_PORT to the port of the rendezvous. The process group must be initialized within the block.
 
     DeepSpeed's launcher gives every training run port 29500, so a second run on the same machine would fail. If all ranks are on one node
     and MASTER_PORT is 29500, rank 0 selects a free port and publishes it in a file named after the launcher (the ranks' parent
@@ -134,8 +134,7 @@ def all_reduce_sums(values: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks. A first all-reduce sets up the connections and is
-    not measured.
+    """Measure the bandwidth of an all-reduce of 256 MiB (16 MiB on CPUs) over all ranks, after a warm-up all-reduce.
 
     Returns the slowest rank's bus bandwidth in GB/s, as defined by nccl-tests: each of n ranks sends 2 (n - 1) / n bytes per reduced byte.
     Raises RuntimeError if the sum is wrong.
@@ -170,7 +169,7 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier that ignores the timeout of collectives: ranks wait for each other as long as any of them makes progress.
+    """Barrier that is not subject to the timeout of collectives: ranks wait for each other as long as any of them makes progress.
 
     Every rank must create the barrier at the same point of the program, call ``alive`` while it works, and call ``meet`` to wait for the
     other ranks.
@@ -183,7 +182,7 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Record that this rank makes progress. Cheap enough to call for every item of work."""
+        """Report that this rank is making progress. The call is cheap enough for every work item."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
@@ -244,8 +243,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator for the seeds of a DataLoader's iterators.
 
-    A resumed run creates its iterators at different steps from an uninterrupted run. If the iterators drew their seeds from torch's global
-    generator, the two runs would therefore have different dropout.
+    A resumed run creates its iterators at other steps than an uninterrupted run does. If the iterators drew their seeds from torch's global
+    generator, dropout would therefore differ between the two runs.
     """
     return torch.Generator()
 

@@ -49,7 +49,7 @@ class StorageError(InputError):
 
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turn an OSError within the block into a StorageError that states that ``path`` could not be written, and the remedy."""
+    """Convert an OSError raised in the block to a StorageError, whose message contains ``path`` and ``remedy``."""
     try:
         yield
     except OSError as error:
@@ -57,14 +57,14 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 class OutOfMemory(InputError):
-    """A device without enough memory for the run. The message states what was being processed and which options to lower."""
+    """Too little device memory for the run. The message states what was being processed and which options to lower."""
 
 
 _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether an error shows that a library failed on its input: any Exception, or a Rust library's panic, which does not derive
-    from Exception.
+    """Return whether an error is a failure of a library, not a request to exit: any Exception, or a panic in a Rust library, which does not
+    derive from Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -1,4 +1,4 @@
-"""File writing: files and folders that are renamed when complete, locks, and small files that a run can do without.
+"""File writing: atomic files and folders, file locks, and optional files, for which a write error is only a warning.
 
 Nothing is written through a link.
 """
@@ -35,7 +35,7 @@ class Summed:
         self._handle, self.size, self.crc32, self.flush = handle, 0, 0, handle.flush
 
     def write(self, data: Any) -> int:
-        """Write more data."""
+        """Write data, and return its length in bytes."""
         self._handle.write(data)
         self.size, self.crc32 = self.size + len(data), zlib.crc32(data, self.crc32)
         return len(data)
@@ -199,7 +199,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def is_same(path: Path, opened: int) -> bool:
-    """Return whether a path still leads to the file that is open as descriptor ``opened``."""
+    """Return whether a path still refers to the file or folder that is open as descriptor ``opened``."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(opened))
 
 
@@ -223,13 +223,13 @@ def put_in_place(finished: Path, final: Path, older: Path) -> None:
 
 
 def replace(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write ``content`` to a file with ``whole_file``."""
+    """Write ``content`` to ``path`` atomically (see ``whole_file``)."""
     with whole_file(path, shared) as file:
         file.write(content)
 
 
 def write_if_possible(path: Path, text: str, say: Say) -> bool:
-    """Write a file with ``replace``. If that fails, only warn. Return whether the file was written."""
+    """Write an optional file with ``replace``. If that fails, only warn. Return whether the file was written."""
     try:
         replace(path, text.encode())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Counterfactual groups: images x texts with a truth table, as plain data.
+"""Counterfactual groups: images and texts, with a table that states which text is true of which image.
 
 A group is the unit of data. Image 0 and candidate 0 are the factual pair (the anchor). Every other image or text is a counterfactual of
 this pair, except for a sham: the factual image, rendered again without a change. Shapes used throughout the package: G groups, I images, C
@@ -21,12 +21,12 @@ from cfvlm_ds.core.conversation import normalised as normalised
 from cfvlm_ds.core.errors import DataError
 
 MAX_SIDE = 1024
-"""Largest number of images or texts in a group."""
+"""Maximum number of images, and of texts, in a group."""
 MAX_EDITS = 2 * MAX_SIDE
 MAX_CELLS = 1 << 16
-"""Largest number of cells in a truth table."""
+"""Maximum number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
-"""Largest number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
+"""Maximum number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
 same text. 256 images with one text each give half this number. A table with MAX_CELLS cells, half of them true, would give millions.
 """
 SHAM = "sham"
@@ -173,8 +173,8 @@ class CounterfactualGroup:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
-        """Return a copy of the group with its image paths replaced by ``images``. Only the check that all images have equally many pictures
-        is repeated.
+        """Return a copy of the group with its image paths replaced by ``images``. Only one check is repeated: all images must have the same
+        number of pictures.
         """
         other = self._changed(images=images)
         other._check_pictures()
@@ -196,7 +196,7 @@ class CounterfactualGroup:
 
     @property
     def shown_name(self) -> str:
-        """The id, preceded by the file name of the first picture, because ids made by a tool mean nothing to a reader."""
+        """Name for display: the id, preceded by the first picture's file name, because a generated id means nothing to a reader."""
         return f"{self.images[0][0].name} ({self.id})" if self.images[0] else self.id
 
     @property
@@ -219,7 +219,7 @@ class CounterfactualGroup:
 
 
 Groups: TypeAlias = Sequence[CounterfactualGroup]
-"""Groups in memory, or groups that are read when they are accessed."""
+"""A sequence of groups, which are in memory or read on access."""
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:

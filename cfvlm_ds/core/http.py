@@ -12,7 +12,7 @@ from urllib import request as requests
 
 
 class Reply(NamedTuple):
-    """A complete reply, whatever its status. ``headers`` is a case-insensitive mapping."""
+    """A complete HTTP reply, of any status. ``headers`` is a case-insensitive mapping."""
 
     status: int
     reason: str
@@ -32,7 +32,7 @@ def call(
 ) -> Reply:
     """Send a GET request, or a POST request if there is a ``body``, and return the reply.
 
-    If ``follow`` is True, the environment's proxies are used, and redirects to http and https addresses are followed. Raises
+    If ``follow`` is True, the proxies set in the environment are used, and redirects to http and https addresses are followed. Raises
     urllib.error.URLError if there is no connection; OSError or http.client.HTTPException if the reply is cut off or nothing arrives for
     ``silence_s`` seconds; and ValueError if the body is incomplete after ``whole_s`` seconds or has more than ``most_bytes`` bytes.
     """

@@ -72,7 +72,7 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout with in-batch negatives only if ``in_batch`` is True, and with the blank picture only if ``blank`` is True."""
+        """Return the layout, with the in-batch negatives included if ``in_batch`` is True, and the blank picture if ``blank`` is True."""
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self

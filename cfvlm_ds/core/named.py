@@ -17,7 +17,8 @@ _OPTION = re.compile(r'\s*(\w+)\s*=\s*(?:"([^"]*)"|([^,"]*))\s*(?:,|$)', re.ASCI
 
 
 def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[str] = ()) -> Any:
-    """Return the entry of ``known`` that is named in ``spec``, with the options given there. A value with a comma must be in double quotes.
+    """Return the entry of ``known`` that ``spec`` names, with the options in ``spec`` applied. A value with a comma must be in double
+    quotes.
 
     Only dataclass entries have options: their fields. ``besides`` holds further valid names, which are used only in error messages. Raises
     ValueError for an unknown name, option or value.

@@ -8,10 +8,10 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal
 
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
-"""What happens to an option that has changed when a run resumes. "confirm" refuses the change unless ``train.resume_changes`` allows it; an
-option that declares nothing has this value. "refuse" always refuses the change, because the run cannot continue from a checkpoint with a
-different value. "free" accepts it, because only speed or memory use changes. "ignored" is for names, records and checks, and for files,
-whose contents are compared instead.
+"""Reaction to an option that has changed since the checkpoint. "confirm", the default, refuses the change unless ``train.resume_changes``
+allows it. "refuse" always refuses the change, because the run cannot continue from a checkpoint with a different value. "free" accepts it,
+because only speed or memory use changes. "ignored" does not compare the values. It is for names, records and checks, and for files, whose
+contents are compared instead.
 """
 
 Range = tuple[float, float]

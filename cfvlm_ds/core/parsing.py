@@ -1,4 +1,4 @@
-"""Option parsing: builds a RunConfig from YAML files and the command line; an invalid option or value gives a one-sentence error."""
+"""Option parsing: builds a RunConfig from YAML files and the command line; an invalid option or value raises a one-sentence error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _options(objectives: Mapping[str, type]) -> type:
 
 
 def option_parser(objectives: Mapping[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """Build an argparse parser with the options of a run, for its help."""
+    """Build an argparse parser with the options of a run. It is used only to print the help."""
     started = "deepspeed train.py" if prog in (None, "train.py") else prog
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -94,7 +94,7 @@ _EXAMPLE = "--deepspeed ds_configs/z3.json --config examples/quickstart.yaml --t
 
 
 _LAUNCHERS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_addr", "master_port")
-"""Launcher options, which belong before train.py."""
+"""Options of DeepSpeed's launcher, which belong before train.py on the command line."""
 
 
 def _read(argv: Sequence[str]) -> tuple[dict[str, Any], set[str], str]:

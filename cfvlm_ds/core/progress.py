@@ -17,7 +17,7 @@ Alive = Callable[[], object]
 
 
 def no_op(*given: object) -> None:
-    """Do nothing: the default of a ``Say`` or an ``Alive``."""
+    """Do nothing. This is the default for optional ``Say`` and ``Alive`` arguments."""
 
 
 FIRST_S, EVERY_S = 2.0, 5.0

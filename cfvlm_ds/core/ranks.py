@@ -1,4 +1,4 @@
-"""Launch environment of a process, without torch: rank, number of ranks, cores per rank, and the choice of the rank that prints."""
+"""Launch environment of a process, read without importing torch: rank, number of ranks, cores per rank, and the rank that prints."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CLOCK_S = 2.0  # largest error of a process's start time
 
 
 def num_ranks() -> int:
-    """Return the number of processes that torchrun, DeepSpeed's launcher or srun has started; 1 without a launcher."""
+    """Return the world size set by torchrun, DeepSpeed's launcher or srun; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def own_rank() -> int:
-    """Return the rank of this process in its launch."""
+    """Return the global rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) if num_ranks() > 1 else 0
 
 
@@ -43,7 +43,7 @@ def others_wait() -> Iterator[None]:
 
 
 def cores_per_rank() -> int:
-    """Return the number of cores per rank on this machine; see also ``others_wait``."""
+    """Return the number of cores per rank on this machine or, within ``others_wait``, the number of all its cores."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
@@ -70,10 +70,10 @@ def printed_once(sentence: str) -> Iterator[bool]:
     """Choose one of several ranks to print a sentence. Yields True on the chosen rank, which prints within the block, and False on the
     others.
 
-    Usually rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not.
-    Ranks can fail before they are connected, or while others wait in a collective, so they cannot exchange messages. Instead, the printing
-    rank creates a marker file: an empty file in the machine's temporary folder, named after the launch and the sentence. The sentence is
-    therefore printed once per machine.
+    Usually rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not. A
+    rank can fail before the process group is initialized, or while others wait in a collective, so the ranks cannot exchange messages.
+    Instead, the printing rank creates a marker file: an empty file in the machine's temporary folder, named after the launch and the
+    sentence. The sentence is therefore printed once per machine.
     """
     if num_ranks() == 1:
         yield True

@@ -38,9 +38,7 @@ def is_there(path: Path) -> bool:
 
 
 def counted_from(path: str | Path) -> str:
-    """Return the end of a message about a missing file. It names the folder that a relative path is resolved against, and is empty for an
-    absolute path.
-    """
+    """Return a suffix for messages about missing files: the folder that a relative path is resolved against, or "" for an absolute path."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
 
 
@@ -169,7 +167,7 @@ def _loaded(text: str, decoder: json.JSONDecoder, frames: int) -> Any:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object. Raises DuplicateKey for a key that occurs twice."""
+    """Convert the key-value pairs of a JSON object to a dict. Raises DuplicateKey for a key that occurs twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)

@@ -28,7 +28,7 @@ FILES = (
 FOLDERS = (
     "mlartifacts", "scores", "baseline", "samples", "worst", "tensorboard", "benchmarks", "heartbeat", "prepared", "export", "adapter",
 )  # fmt: skip
-"""Folders that a run writes into its run folder. Checkpoints are checked separately."""
+"""Folders that a run writes into its run folder, except checkpoints, whose names contain the step."""
 BASELINE = "baseline"
 """Folder for the accuracies before the first step, with one file per evaluation set."""
 

@@ -48,7 +48,7 @@ class Scores:
     divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
-        """Return the scores with in-batch negatives only if ``in_batch`` is True, and with the blank picture only if ``blank`` is True."""
+        """Return the scores, with the in-batch negatives included if ``in_batch`` is True, and the blank picture if ``blank`` is True."""
         layout = self.layout.seen(in_batch, blank)
         if layout is self.layout:
             return self

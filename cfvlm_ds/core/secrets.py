@@ -14,12 +14,14 @@ MASK = "***"
 
 _URL = re.compile(r":/+(?:(?!:/)\S)+")  # a URL within a URL matches separately
 _USERINFO = re.compile(r"^(://?)(?!/)(?:[^/\s]*@(?=\S)|[^/\s:@]*:(?!\d*(?:[/?#]|$))\S*@(?=\S))")
-"""User name and password. pathlib joins the two slashes of a URL, but three begin a path. In the second form, the password has a slash."""
+"""User name and password in a URL. A single slash also matches, because pathlib merges the two slashes of a URL; three slashes begin a
+path. The second alternative matches a password that contains a slash.
+"""
 _PARAMETER = re.compile(r"([?&#][^=&#\s\"<>]*=|[?&](?![^=&#\s\"<>]*=))[^&#\s\"<>]*[^&#\s\"<>)\]}',.:;!]")
-"""A parameter or a value without a name, but neither an anchor nor punctuation after the URL."""
+"""A parameter in a query or fragment, or a value without a name in a query. Anchors and punctuation after the URL do not match."""
 _QUERY = re.compile(r"[?#]\S+")
 _CLOSING = ")]}',.:;!"
-"""Punctuation after a value, which belongs to the sentence."""
+"""Punctuation that can follow a value and is part of the sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
 """A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
@@ -29,7 +31,7 @@ _ALWAYS = re.compile(
     r"|(?:api|access|account|auth|private|secret|session|refresh|security|signing|subscription|shared)[_.\-]?(?:key|token)s?$"
     r"|(?:hf|hub|bearer|wandb|github|gitlab|client)[_.\-](?:key|token)s?$"
 )
-"""Names (or their last words, joined by ``_``) whose value is always a secret."""
+"""Names, or endings of names, whose value is always a secret. The words of a name are joined by ``_`` before they are matched."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
 """Words that mark a value as a secret unless it is a number, such as num_key_value_heads or token_budget."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -60,7 +62,7 @@ def without_secrets(text: str) -> str:
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Return whether a value is a secret, judging by its dotted name."""
+    """Return whether an option's value is a secret, judging by its dotted name. A number under an ambiguous name is not a secret."""
     words = _words(name)
     if any(_ALWAYS.search(part) for part in ("_".join(words), *words)):
         return True
@@ -72,7 +74,7 @@ def _words(name: str) -> list[str]:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a JSON-ready copy of a value, with credentials and secrets in texts masked."""
+    """Return a JSON-serialisable copy of a value in which credentials, and secrets within strings, are masked."""
     if isinstance(value, Mapping):
         return {without_secrets(str(key)): masked(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Lazy sequences and streams. Items are created on demand, so a million items take no memory."""
+"""Sequences: lazy sequences, common prefixes, and a threaded map with limited look-ahead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Lazy(Sequence[T]):
-    """Sequence of the items ``make(k)`` for every index k in ``places``. Its slices are lazy as well."""
+    """Sequence of the items ``make(k)`` for every index k in ``places``. Items are created on access, and slices are lazy as well."""
 
     def __init__(self, make: Callable[[int], T], places: range | int) -> None:
         self._make, self._places = make, range(places) if isinstance(places, int) else places
@@ -37,7 +37,7 @@ def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
 
 
 def differing(one: Sequence[T], other: Sequence[T]) -> tuple[slice, slice]:
-    """Return the part of each sequence between their common prefix and the common suffix of the rest."""
+    """Return a slice for each of two sequences: its part between their common prefix and the common suffix of the rest."""
     first = shared_start(one, other)
     last = shared_start(one[first:][::-1], other[first:][::-1])
     return slice(first, len(one) - last), slice(first, len(other) - last)

@@ -31,7 +31,7 @@ TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
 
 
 class Given(str):
-    """A scalar from the command line. Depending on the option's type, it is read as a text or parsed as YAML."""
+    """A scalar from the command line. Depending on the option's type, it is used as a string or parsed as YAML."""
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:

@@ -33,7 +33,7 @@ def few(names: Collection[str], most: int = 5) -> str:
 
 
 def quoted(value: object, most: int = 200) -> str:
-    """Format a value in Python's notation on one line of a message."""
+    """Format a value's repr for one line of a message, cut to ``most`` characters."""
     return one_line(repr(value), most)
 
 

@@ -27,7 +27,7 @@ def show(what: Shows) -> None:
 
 
 def selected_verbosity(quiet: bool, verbose: bool) -> Shows:
-    """Return the verbosity that the two options select."""
+    """Return the verbosity that --quiet and --verbose select."""
     return "results" if quiet else "everything" if verbose else "progress"
 
 

@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name on first use, so that importing the commands' options does not load the steps, which are slow to import."""
+    """Import an exported name on first use. An import of the commands' options therefore does not import the steps, which is slow."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

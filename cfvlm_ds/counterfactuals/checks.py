@@ -14,8 +14,8 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
 
 SIDE = 128
-"""Pictures are downscaled to this longer side, in pixels, before the comparison. At this size, JPEG compression or a latent diffusion
-model's autoencoder changes pixels by less than VISIBLE.
+"""Length of the longer side, in pixels, to which pictures are downscaled before the comparison. At this size, JPEG compression or a latent
+diffusion model's autoencoder changes pixels by less than VISIBLE.
 """
 VISIBLE = 16
 """A difference above this level (of 255) counts as visible."""

@@ -32,7 +32,7 @@ class Thresholds:
     Args:
         rule: scores to use: ``match`` (log-odds of "yes, the picture shows it"), ``likelihood`` (log-likelihood of the texts as captions),
             or ``checks`` (no scores, only pixels). ``likelihood`` compares two texts after subtracting their scores on a blank picture.
-        margin: value in nats (not negative) that the margin of each of the four comparisons must exceed.
+        margin: threshold in nats, at least 0. The margin of each of the four comparisons must exceed it.
         changed: minimum and maximum fraction of visibly changed pixels, keyed by edit type; the key "*" covers all other types.
         largest: minimum fraction of the changed pixels that lie in the largest connected component.
         outside: maximum fraction of the pixels outside the mask that differ at all, even invisibly.
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judge a record from the step ``verify``."""
+    """Judge a record from the step ``verify``: first its pixel checks, then the scores that the rule requires."""
     if problem := record.get("problem"):
         return Verdict(str(problem)[:200], -math.inf, 0)
     checks = record.get("checks")

@@ -1,4 +1,4 @@
-"""A page that shows candidates, including rejected ones."""
+"""HTML page of candidates, including rejected ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Say) -> Written:
-    """Write a page that shows ``sample`` random candidates. If ``rejected`` is True, they are drawn from the rejected candidates only.
+    """Write an HTML page of ``sample`` random candidates. If ``rejected`` is True, they are drawn only from the rejected candidates.
 
     Raises ConfigError if ``out`` is not a work folder or has no candidate to show.
     """

@@ -13,7 +13,7 @@ from cfvlm_ds.core.named import near
 TYPES = (
     "colour", "size", "material", "texture", "count", "relation", "object", "action", "swap_attribute", "swap_object", "other",
 )  # fmt: skip
-"""Edit types. Only `mine` and a language model propose edits of type ``other``."""
+"""Edit types. Only the back ends ``mine`` and ``llm`` propose edits of type ``other``."""
 TEMPLATE = 'Does this figure show "{text}"? Please answer Yes or No.'
 PROMPT = "Describe the image."
 Rule = Literal["match", "likelihood", "checks"]
@@ -65,12 +65,12 @@ class ProposeOptions:
         back_ends: back ends, separated by commas: rules, mine, llm, or a back end from a script.
         types: edit types, separated by commas.
         per_type: maximum number of proposals per type, caption and back end.
-        seed: seed for choosing between possible edits.
+        seed: seed for choosing among possible edits.
         words: YAML file with lines TYPE: [WORD, ...]. Edits of type TYPE introduce only these words, all equally often. By default, edits
             use the built-in words, and introduce each word about as often as they remove it.
         llm_url: address of an OpenAI-compatible server, such as http://node7:8000/v1.
-        llm_model: name of the server's model.
-        llm_see: also send the picture.
+        llm_model: name of the model on the server.
+        llm_see: send the picture as well as the caption.
         llm_calls: maximum number of concurrent calls.
         llm_timeout_s: time limit per call, in seconds.
         llm_attempts: maximum number of calls per caption; if all fail, the failure is recorded.
@@ -107,7 +107,7 @@ class EditOptions:
         back_ends: editors, separated by commas: flip, folder, none, diffusers, command, or an editor from a script. Each edit goes to the
             first editor that accepts it.
         model: model folder or hub name for the diffusers editor.
-        attempts: number of pictures per edit, for editors whose results depend on the seed.
+        attempts: number of pictures to make per edit, for editors whose results depend on the seed.
         seed: random seed, combined with the edit's id and the number of the attempt.
         folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
         masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
@@ -166,7 +166,7 @@ class SelectOptions:
     Args:
         rule: scores to use: match, likelihood, or checks (pixels only). The default is the rule in the thresholds file; without a file,
             match if candidates were scored, otherwise checks.
-        margin: value in nats (not negative) that the margin of each comparison must exceed.
+        margin: threshold in nats, at least 0. The margin of each comparison must exceed it.
         thresholds: file with thresholds. The default is thresholds.json in the work folder if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
         per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.

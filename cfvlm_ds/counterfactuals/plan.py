@@ -20,7 +20,7 @@ class Plan:
     """Data, work folder and step options of a campaign, which makes groups from one data set.
 
     Args:
-        data: captions and pictures, in any known format.
+        data: captions and pictures, in any supported format.
         out: work folder.
         groups: file that `select` writes.
         root: folders of the pictures.

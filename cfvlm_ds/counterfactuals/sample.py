@@ -1,8 +1,8 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds only the texts. They are judged when all shards are finished, so that they can be judged again after the judge is
-corrected.
+The journal holds only the texts, not the verdicts. The texts are judged after all shards are finished, so they can be judged again with a
+corrected judge.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def sample(
     """Generate the texts of ``shards`` (each 0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
     OUT/counts.json. Texts that an earlier call generated are reused.
 
-    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the completion record of each of ``shards``,
-    and the counts if all shards are finished.
+    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the completion records of ``shards``, and
+    the counts if all shards are finished, otherwise None.
 
     Raises ConfigError if options differ from those recorded in OUT, if the judge returns None for the first known true text of every
     picture and prompt, or if no generated text is false. Raises DataError if the judge fails on a text.
@@ -125,7 +125,7 @@ class _Source:
         return found
 
     def question(self, entry: tuple[int, Sequence[int]]) -> Question:
-        """Build the question for an entry of ``places``."""
+        """Build the question for an entry of ``places``. It has the true texts of all rows of the entry."""
         key, rows = entry
         first, texts = self.store[rows[0]], dict[str, Candidate]()
         for row in rows:

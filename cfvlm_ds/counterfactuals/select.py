@@ -38,7 +38,9 @@ TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real pict
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _MANY = 1000
-"""Minimum number of pictures for a split that depends only on a picture's contents and the seed. The shares of fewer pictures are exact."""
+"""From this number of pictures on, a picture's split depends only on its contents and the seed, so the shares are approximate. With fewer
+pictures, the shares are exact.
+"""
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
 """Settings of each step that are copied to every group for reproducibility: back ends, models and versions."""
 
@@ -59,7 +61,7 @@ class Survival:
     roots: list[str] = field(default_factory=list)
 
     def add(self, kind: str, outcome: str) -> None:
-        """Count an edit of type ``kind``."""
+        """Count the outcome of an edit of type ``kind``."""
         self.by_type.setdefault(kind, Counter()).update([outcome, "proposed"])
 
     @property
@@ -85,7 +87,7 @@ class Survival:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Format one line about captions without a group and one per file."""
+        """Format one line with the number of captions that became groups, and one line per written file."""
         groups = sum(self.files.values())
         captions, proposed = self.sources["captions"], self.sources["with a proposal"]
         rest = f"{captions - proposed} have no proposal, {proposed - groups} have no edit that was kept"
@@ -174,9 +176,7 @@ def _is_survival(file: IO[bytes]) -> bool:
 
 
 def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
-    """For each picture outside the output folder, yield the folder that contains it: one of ``roots``, or a folder of pictures extracted
-    from a table.
-    """
+    """Yield the folder of each picture outside the output folder: one of ``roots``, or a folder of pictures extracted from a table."""
     for image in row["images"]:
         for path in [image["path"]] if isinstance(image["path"], str) else image["path"] or ():
             if path.startswith("/"):
@@ -213,7 +213,7 @@ def _kept(
     home: str,
     ends: dict[str, float],
 ) -> list[Edited]:
-    """Return the edits of a source that are kept, in the order of proposal, and count every edit's outcome in ``survival``.
+    """Return a source's edits that are kept, in the order of proposal. Count the outcome of every edit in ``survival``.
 
     ``home`` is the source's split. Edits whose mined picture belongs to another split are left out.
     """
@@ -302,8 +302,8 @@ def _place(history: History, seed: int) -> int:
 
 
 def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int) -> dict[str, float]:
-    """Map each split to the place (see ``_place``) where it ends: if fewer than ``_MANY`` pictures have a good edit, so that the splits
-    have their exact shares of these pictures.
+    """Map each split to its upper bound on the hashes of pictures (see ``_place``). If fewer than ``_MANY`` pictures have a good edit, the
+    bounds give each split its exact share of these pictures.
     """
     good = (history for shard in range(work.shards if shares else 0) for history in histories(work, shard, thresholds) if _ranked(history))
     places = set[int]()

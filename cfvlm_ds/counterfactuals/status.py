@@ -14,7 +14,7 @@ _CHARS = 100
 
 
 def status(out: Path) -> str:
-    """Format the status of a work folder."""
+    """Format the status of a work folder as text for the terminal."""
     work = WorkFolder.open(out)
     source = work.about["source"]
     lines = [f"{out}: {one_line(source['path'], 300)} ({one_line(str(source.get('groups')), 20)} rows), {work.shards} shards", ""]

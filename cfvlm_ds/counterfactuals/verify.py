@@ -75,7 +75,7 @@ def verify(
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attempt at an edit: its record from the step ``edit``, and its pictures."""
+    """One edit attempt: its record from the step ``edit``, and its pictures."""
 
     record: Mapping[str, Any]
     original: Path | None

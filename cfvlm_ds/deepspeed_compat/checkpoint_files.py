@@ -18,7 +18,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @contextlib.contextmanager
 def guarded_writes(engine: Any, guard: Guard, write: Callable[..., object]) -> Iterator[None]:
-    """Within the block, make ``engine.save_checkpoint`` use ``write`` for the states, and wrap each of its write functions in ``guard``.
+    """Within the block, make ``engine.save_checkpoint`` write states with ``write``, and wrap each of its write functions in ``guard``.
 
     DeepSpeed runs a collective after each write. If an exception terminated one rank before this collective, the other ranks would hang in
     it.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape before partitioning. A partitioned parameter's own ``shape`` is the shape of an empty tensor."""
+    """Return a parameter's shape before partitioning. Under ZeRO-3, its ``shape`` attribute is that of an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -1,6 +1,4 @@
-"""Access to a running engine: the options of its restored optimizer, the time it waits for weights, its prefetch trace, and the release of
-its memory.
-"""
+"""Access to a running engine: optimizer options after a restore, time spent waiting for weights, prefetch trace, and release of memory."""
 
 from __future__ import annotations
 

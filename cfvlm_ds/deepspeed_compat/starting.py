@@ -1,4 +1,4 @@
-"""The import of DeepSpeed, and the removal of stale build locks from torch's extension cache."""
+"""DeepSpeed import, and removal of stale build locks from torch's extension cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a run's DeepSpeed JSON, replaces every "auto" with a value, and validates the result key by key, before anything is loaded.
+"""DeepSpeed configuration: reads a run's JSON, replaces every "auto" with a value, and validates the result before anything is loaded.
 
 DeepSpeed ignores unknown keys and detects most invalid settings only after the model is loaded. Every problem that can be detected without
 a model is reported here in one sentence that names the key.
@@ -125,7 +125,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""The top-level keys. DeepSpeed itself ignores unknown keys."""
+"""Valid top-level keys of a DeepSpeed JSON. DeepSpeed itself ignores unknown keys."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),
@@ -141,7 +141,7 @@ _INSIDE = {
     ),
     "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
 }  # fmt: skip
-"""The keys of sections without a pydantic model in DeepSpeed. Pydantic models refuse unknown keys themselves."""
+"""Valid keys of the sections that DeepSpeed parses without a pydantic model. Pydantic models reject unknown keys themselves."""
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:

@@ -74,7 +74,7 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make the C library reuse freed memory, as CUDA's allocator does, instead of returning it to the system.
+    """Make the C library reuse freed memory, as torch's CUDA allocator does, instead of returning it to the system.
 
     Otherwise, every step requests the memory for its activations and gradients again, page by page, which takes 10 to 15 % of a training
     step on a CPU. The setting is glibc's mallopt(3). With other C libraries, the call has no effect.

@@ -1,5 +1,5 @@
-"""Search for duplicate pictures in a data set, and for pictures and texts that it shares with benchmarks. A perceptual hash finds near
-duplicates.
+"""Search for duplicate pictures in a data set, and for pictures and texts that it shares with benchmarks. Near duplicates are detected by
+their perceptual hashes.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def grams(text: str) -> set[tuple[str, ...]]:
 
 
 def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """For each group with a text that equals a benchmark text or shares eight consecutive words with one, map the group's id to the first
-    such text.
+    """Return the first text of each group that equals a benchmark text or shares eight consecutive words with one, keyed by group id.
+    Groups without such a text are absent.
     """
     known: set[tuple[str, ...]] = set()
     exact: set[str] = set()

@@ -1,5 +1,5 @@
-"""Subsampling step: selects a subset of the groups in which words, length and a scorer that does not see pictures cannot tell true texts
-from false ones.
+"""Balanced subsampling: selects a subset of the groups in which true and false texts cannot be told apart by their words, by their length,
+or by a scorer that does not see the pictures.
 
 Words are balanced as in the back end ``rules`` (propose/balance.py). Length and the scorer's guess are treated as two additional words.
 """

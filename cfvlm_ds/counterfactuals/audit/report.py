@@ -32,8 +32,8 @@ _SCORED = 256  # groups scored at a time
 
 @dataclass
 class Audit:
-    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups), and ``names`` maps ids to
-    the names to show.
+    """Results of an audit. ``faults`` lists the exceeded limits, each as (sentence, ids of the affected groups), and ``names`` maps group
+    ids to display names.
     """
 
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Audit:
     names: dict[str, str] = field(default_factory=dict)
 
     def fault(self, sentence: str, ids: Sequence[str] = ()) -> None:
-        """Add a sentence about an exceeded limit, and the ids of the affected groups."""
+        """Record an exceeded limit: a sentence that describes it, and the ids of the affected groups."""
         self.faults.append((sentence, list(dict.fromkeys(ids))))
 
     def markdown(self) -> str:

@@ -1,4 +1,4 @@
-"""Interface of picture editors: their tasks and results, and checks of pictures from external sources."""
+"""Interface of picture editors: tasks, results, and functions that open pictures from external sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfvlm_ds.data.decoding import open_image
 
 @dataclass(frozen=True)
 class Task:
-    """An attempt at an edit: the picture, its ``caption``, the ``text`` that must be true of the edited picture, and the instruction."""
+    """One edit attempt: the picture, its ``caption``, the ``text`` that must be true of the edited picture, and the instruction."""
 
     id: str
     source: str

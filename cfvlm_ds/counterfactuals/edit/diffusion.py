@@ -104,7 +104,7 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Pad a picture with copies of its last row and column, so that pipelines accept its size."""
+    """Pad a picture with copies of its last row and column to sides that are multiples of ``_MULTIPLE``, so that pipelines accept it."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))

@@ -1,5 +1,5 @@
-"""Editors whose pictures come from outside: from a folder or from a command that runs once per picture. Pictures are checked like any
-untrusted file. The editor ``none`` edits only the text.
+"""Editors that obtain pictures from outside the package: from a folder, or from a command that runs once per picture. These pictures are
+checked like any untrusted file. The editor ``none`` edits only the text.
 """
 
 from __future__ import annotations

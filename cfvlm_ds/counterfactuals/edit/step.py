@@ -30,7 +30,7 @@ _CHANGED = 24  # a composite keeps differences above this number of levels (of 2
 
 
 class Unit(NamedTuple):
-    """An attempt at an edit, the editor's name, and the fields that the attempt's record copies from the step ``propose``."""
+    """One edit attempt, the name of its editor, and the fields that are copied from the step ``propose`` to the attempt's record."""
 
     task: Task
     editor: str
@@ -91,7 +91,7 @@ def _units(work: WorkFolder, shard: int, editors: Mapping[str, Editor], options:
 
 
 def make(unit: Unit, editors: Mapping[str, Editor], options: EditOptions) -> tuple[dict[str, Any], bytes | None]:
-    """Run an attempt. Return its record and the PNG bytes of the edited picture, if any."""
+    """Run one edit attempt. Return its record and the PNG bytes of the edited picture, if any."""
     task = unit.task
     record: dict[str, Any] = {
         "edit": task.id,
@@ -147,7 +147,7 @@ def difference_mask(original: Image.Image, edited: Image.Image) -> Image.Image:
 
 
 def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
-    """Add a record to the counts."""
+    """Count an attempt by its editor and its outcome: a picture, only a text, or a refusal."""
     counts["attempts"] += 1
     counts[f"editor: {record['editor']}"] += 1
     if "refused" in record:

@@ -37,7 +37,7 @@ class Edit(Protocol):
 
 E = TypeVar("E", bound=Edit)
 Prices = Mapping[str, Mapping[str, float]]
-"""Type -> word or phrase -> price."""
+"""Edit type -> word or phrase -> price."""
 
 
 def share(edit: Edit, prices: Prices) -> float:

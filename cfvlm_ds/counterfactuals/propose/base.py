@@ -98,7 +98,9 @@ class Context:
 
 
 def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataError]:
-    """For each row index in ``places``, yield one source per true text of the first image, or the error if the row cannot be read."""
+    """Yield the sources of the rows with the indices ``places``: one per true text of the first image, or the error if a row cannot be
+    read.
+    """
     for _, group in store.entries(places):
         if isinstance(group, DataError):
             yield group
@@ -117,8 +119,8 @@ def sources(store: GroupStore, places: Sequence[int]) -> Iterator[Source | DataE
 
 
 def made_once(path: Path, make: Callable[[], None], is_current: Callable[[Path], bool] = Path.exists) -> Path:
-    """Call ``make`` to write ``path``, a file that all shard jobs of a work folder share, if it is missing or outdated. Other jobs wait.
-    Return ``path``.
+    """Return ``path``, a file that all shard jobs of a work folder share. If it is missing or outdated, one job writes it with ``make``
+    while the others wait.
     """
     with writing(path, "free some space, or correct the folder"):
         path.parent.mkdir(parents=True, exist_ok=True)

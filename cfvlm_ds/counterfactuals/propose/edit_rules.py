@@ -82,9 +82,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing that gives a size reference for the described one. A picture of a single ball
-    does not show how large the ball is.
-    """
+    """Return whether the caption mentions another thing as a size reference. A picture of a single ball does not show its size."""
     if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())

@@ -19,7 +19,7 @@ _SOUNDS_LIKE_AN = ("hour", "honest", "honor", "honour", "heir")
 
 @functools.cache
 def parser() -> Any:
-    """Return the parser, which is loaded at the first call. Raises ConfigError if spaCy or its pipeline is missing."""
+    """Return the parser, which is loaded on the first call. Raises ConfigError if spaCy or its pipeline is missing."""
     try:
         import spacy
     except ImportError as error:

@@ -1,9 +1,9 @@
 """Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted, so every edit is checked against the
 caption, the size and duration of a reply are limited, redirects are refused, and secrets are removed from stored messages.
 
-Only the standard library calls the server, because the openai 3.57 client does not give these guarantees. Despite a timeout of 0.5 s, it
-waited 6 s for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a reply that was
-prose or truncated JSON.
+The server is called with the standard library, because the openai client (version 3.57) does not give these guarantees. Despite a timeout
+of 0.5 s, it waited 6 s for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a
+reply that was prose or truncated JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LONGEST_WAIT_S = 60.0
 IN_A_ROW = 20
 """The step stops after this number of consecutive captions without a usable reply."""
 pause = time.sleep
-"""Function that waits between two calls."""
+"""Function that waits before a repeated call; tests replace it."""
 
 SYSTEM = """You write counterfactual captions. Given a caption of a photograph, you propose edits that change exactly one visible thing.
 Rules for every edit:
@@ -56,7 +56,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``."""
+    """Back end ``llm``: requests edits of a caption from a language model, and checks each of them against the caption."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options
@@ -207,8 +207,8 @@ class Unreachable(CallFailed):
 
 
 class Unfit(CallFailed):
-    """A request that the server refuses with status 400 or 422. Either its caption or picture is at fault, or the server refuses every
-    request.
+    """A request that the server rejects with status 400 or 422, because of its caption or picture, or because the server rejects all
+    requests.
     """
 
 

@@ -87,7 +87,7 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``. Its index is a file in the work folder, so memory does not grow with the data."""
+    """Back end ``mine``: proposes captions of other pictures that differ in one word. Its index is a file in the work folder."""
 
     threads = 1
 

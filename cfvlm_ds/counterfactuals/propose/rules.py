@@ -25,7 +25,7 @@ VERSION = 8
 _LOOKED_AT = 10_000
 """Maximum number of rows used to compute the prices."""
 _KINDS = ("colour", "size", "material", "texture", "count", "object", "action")
-"""Edit types whose words ``--words`` can list."""
+"""Edit types whose new words can be restricted with ``--words``."""
 
 
 class Rules:

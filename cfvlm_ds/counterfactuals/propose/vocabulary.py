@@ -1,4 +1,4 @@
-"""The rules' vocabulary: `words.yaml` as sets and tables."""
+"""Vocabulary of the edit rules: the lists of `words.yaml` as sets and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LISTS: Mapping[str, Any] = yaml.safe_load(files(__package__).joinpath("words.yam
 
 @functools.cache
 def word_set(name: str) -> frozenset[str]:
-    """Return the words of the list ``name`` in words.yaml."""
+    """Return the set of words in the list ``name`` of words.yaml."""
     return frozenset(LISTS[name].split())
 
 
@@ -34,7 +34,7 @@ COLOURS, MATERIALS, TEXTURES = (tuple(LISTS[name].split()) for name in ("colours
 SIZES, ACTIONS = by_word("sizes"), by_word("actions")
 NUMBERS = {word: number for number, word in enumerate(LISTS["numbers"].split(), 1)}
 NOUNS: dict[str, tuple[str, str, str]] = {}
-"""Form -> (category, singular, plural)."""
+"""Singular or plural of a noun -> (category, singular, plural)."""
 for _category, _listed in LISTS["nouns"].items():
     for _one, _, _irregular in (_forms.partition("/") for _forms in _listed.split()):
         _many = _irregular or _plural(_one)

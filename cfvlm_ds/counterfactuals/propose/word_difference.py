@@ -54,7 +54,7 @@ class Difference:
 
 @functools.lru_cache(16)
 def difference(caption: str, text: str) -> Difference:
-    """Compute the word difference between two texts."""
+    """Compare two texts word by word, ignoring case (see ``Difference``)."""
     old, new = words(caption), words(text)
     of_old, of_new = differing(old, new)
     return Difference(old[of_old], new[of_new], of_old.start, sorted(old) == sorted(new))
