@@ -1,7 +1,7 @@
 """Benchmark of large data sets: preparing, opening, starting, reading and resuming, each in its own process and compared with a target.
 
-    python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, about ten minutes
-    python benchmarks/data.py FOLDER --rows 10000 10000000      # an hour more
+    python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, four minutes
+    python benchmarks/data.py FOLDER --rows 10000 10000000      # ten million: 12 GB, half an hour
 
 Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is a process's private memory, without mapped
 files, which all processes share; for preparing, it is the largest resident size of any process. "Start" covers everything from a store to

@@ -1,4 +1,4 @@
-"""Entry point of ``python -m cfvlm_ds COMMAND``, also for launchers: ``deepspeed --module cfvlm_ds train ...``."""
+"""Entry point for ``python -m cfvlm_ds COMMAND``, also used by launchers: ``deepspeed --module cfvlm_ds train ...``."""
 
 from cfvlm_ds.cli.main import main
 

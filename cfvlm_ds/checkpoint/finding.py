@@ -67,7 +67,9 @@ def find(output_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def _renamed(output_dir: Path) -> list[tuple[Path, int]]:
-    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Leftovers of an interrupted save are ignored."""
+    """Return (folder, step) for each checkpoint whose folder is not named checkpoint-STEP. Unfinished checkpoints (``.partial``) are
+    ignored.
+    """
     renamed = []
     for complete in sorted(output_dir.glob(f"*/{COMPLETE}")):
         if _NAME.fullmatch(complete.parent.name) or complete.parent.name.endswith(".partial"):
@@ -86,7 +88,7 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, ``files`` (each file's size and CRC-32) and more."""
+    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, the size and CRC-32 of each of the ``files``, and more."""
     return read_json(path / COMPLETE)
 
 
@@ -116,7 +118,7 @@ def incomplete(path: Path) -> str | None:
 
 
 def damaged(path: Path, names: Iterable[str]) -> str | None:
-    """Describe the first file in ``names`` whose contents have changed since the save, or return None."""
+    """Describe the first file in ``names`` that is unreadable or has changed since the save, or return None."""
     listed = description(path)["files"]
     for name in names:
         try:

@@ -51,8 +51,7 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 
 
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
-    """Reshard the checkpoint ``source`` for ``ranks`` ranks, and write the files of rank ``rank`` to ``target``. DeepSpeed can load
-    ``target`` like its own checkpoints.
+    """Reshard the checkpoint ``source`` for ``ranks`` ranks, and write rank ``rank``'s files to ``target`` in DeepSpeed's own format.
 
     ``shapes`` and ``sizes`` describe this rank's engine, as returned by ``flat_tensors``. Raises ConfigError if the checkpoint and this run
     train different weights.
@@ -73,7 +72,7 @@ def kept_state(path: Path) -> TrainState:
 
 
 def _load(engine: Any, folder: Path, path: Path, state: TrainState, world: World) -> None:
-    """Load the checkpoint ``path``, whose files for the current number of ranks are in ``folder``."""
+    """Load the checkpoint ``path``. ``folder`` contains its DeepSpeed files for the current number of ranks."""
     with explained(f"{path} cannot be loaded", "use another checkpoint with train.resume"), reading_tensors_alone(engine):
         _, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if client is None:

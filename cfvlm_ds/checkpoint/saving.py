@@ -8,7 +8,7 @@ whose files do not match this list. Layout::
         complete.json                     step, number of ranks, size and CRC-32 of every file, training loop state (state.py)
         random-state-RANK.pt              states of the random number generators
         *_model_states.pt                 DeepSpeed: 16-bit weights, or their shapes under ZeRO-3; schedule
-        *_optim_states.pt                 DeepSpeed: 32-bit weights and moments, one part per rank (deepspeed_compat/shards.py)
+        *_optim_states.pt                 DeepSpeed: 32-bit weights and moments, one shard per rank (deepspeed_compat/shards.py)
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: in
 
 @contextlib.contextmanager
 def collect_failure(failures: list[str]) -> Iterator[None]:
-    """Add the error of a failed write in the block to ``failures``. Storing the error itself would keep the broken file open and its disk
+    """Append the message of a write error in the block to ``failures``. Storing the exception would keep the broken file open and its disk
     space in use.
     """
     try:
@@ -131,7 +131,9 @@ def flushed(file: Path) -> tuple[int, int]:
 
 
 def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: dict[str, tuple[int, int]]) -> None:
-    """Write complete.json, and give the folder its final name. Files that ``files`` does not list yet are added to it."""
+    """Write complete.json, and rename the folder to its final name. Files in the folder that are missing from ``files`` are flushed and
+    added to it.
+    """
     for file in partial.rglob("*"):
         if file.is_file() and (name := str(file.relative_to(partial))) not in files:
             files[name] = flushed(file)
@@ -146,7 +148,7 @@ def _publish(partial: Path, final: Path, description: Mapping[str, Any], files: 
 
 
 def _sync_names(folder: Path) -> None:
-    """Flush a folder's entries to disk if the file system supports it."""
+    """Flush the directory entries of a folder (its file names) to disk if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

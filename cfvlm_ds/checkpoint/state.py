@@ -23,10 +23,10 @@ class TrainState:
         sampler: state of the GroupSampler.
         data: identity (row count and hashes) of the training groups.
         run_id: id of the MLflow run.
-        baseline_lp: initial factual log-likelihood in nats per token, the reference for likelihood displacement.
+        baseline_lp: log-likelihood of the factual pairs at the first measurement, in nats per token.
         best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
         worse: number of evaluations since the best evaluation.
-        skipped: maps the ids of left-out groups to reasons.
+        skipped: id of each skipped group, mapped to the reason.
         record: the run's options (see option_changes.py).
     """
 
@@ -58,14 +58,18 @@ class TrainState:
         vars(self).update(known)
 
     def displacement(self, lp: float) -> float:
-        """Return the decrease of the factual log-likelihood from its first value to ``lp``, in nats per token."""
+        """Return by how many nats per token the log-likelihood of the factual pairs has fallen from ``baseline_lp`` to ``lp``. The first
+        call sets the baseline.
+        """
         if self.baseline_lp is None:
             self.baseline_lp = lp
         return self.baseline_lp - lp
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError if a different package version wrote a record. The message names ``what``, the record's file or run folder."""
+    """Raise ConfigError if a record's schema is not ``SCHEMA``, because then a different package version wrote the record. The message
+    names ``what``, the record's file or run folder.
+    """
     if described.get("schema") != SCHEMA:
         raise ConfigError(
             f"{what} was written by another version of cfvlm-ds and cannot be resumed by this one; use that version (environment.json in "

@@ -1,3 +1,3 @@
-"""Commands: ``train.py`` for launchers, and ``cfvlm-ds`` for everything else. The code in this folder only parses arguments and prints
-results.
+"""Command-line interface: ``train.py``, which launchers run, and ``cfvlm-ds``, which has all commands. The code in this folder only parses
+arguments and prints results.
 """

@@ -1,4 +1,4 @@
-"""``cfvlm-ds cluster``: commands for slurm/launch.sh."""
+"""``cfvlm-ds cluster``: commands that slurm/launch.sh calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfvlm_ds.cli.options import add_function
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser."""
+    """Register ``cluster`` and its subcommands."""
     cluster = commands.add_parser("cluster", help="commands that slurm/launch.sh calls").add_subparsers(dest="action", required=True)
     add_function(cluster, _check)
     add_function(cluster, _output_dir)
@@ -25,7 +25,7 @@ def _check(folder: str, *, timeout_s: float = 30.0) -> None:
 
     Args:
         folder: existing shared folder; each node writes one line to the file FOLDER/NODE.
-        timeout_s: time limit in seconds for all tasks to connect, and again for the collective operation that follows.
+        timeout_s: time limit in seconds for all tasks to connect; the collective operation that follows has the same limit.
     """
     from cfvlm_ds.cluster.node_check import check
 
@@ -43,7 +43,7 @@ def _output_dir(options: Rest) -> None:
     Example: cfvlm-ds cluster output_dir -- --config examples/quickstart.yaml
 
     Args:
-        options: options of train.py, after --.
+        options: options for train.py, preceded by --.
     """
     from cfvlm_ds.cli.train import with_quickstart
     from cfvlm_ds.core.parsing import parse_config

@@ -1,4 +1,4 @@
-"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: data for a run, and small models for tests."""
+"""``cfvlm-ds data`` and ``cfvlm-ds tiny``: commands that prepare data, and a command that writes small models for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser."""
+    """Register ``data`` with its subcommands, and ``tiny``."""
     text, example = "make, check, convert, prepare and look at data", "cfvlm-ds data convert captions.csv --root images --out groups.jsonl"
     command = commands.add_parser("data", help=text, description=text, epilog=f"example: {example}")
     data = command.add_subparsers(dest="action", required=True)
@@ -28,12 +28,12 @@ def add(commands: Any) -> None:
 
 
 def _tiny(family: str, out_dir: str) -> None:
-    """Write a small model with random weights for smoke tests, or the demo's pretrained base model, which describes drawn scenes.
+    """Write a small model: one with random weights for smoke tests, or the demo's base model, which is pretrained to describe drawn scenes.
 
     Example: cfvlm-ds tiny qwen2_5_vl runs/tiny-qwen
 
     Args:
-        family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl, internvl; or base, for the pretrained model.
+        family: a model type such as llava, llava_onevision, qwen2_vl, qwen3_vl or internvl; or base for the demo's base model.
         out_dir: folder to write.
     """
     from cfvlm_ds.demo.family_checkpoints import write_small
@@ -52,17 +52,17 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store for training. To divide the work among N processes, start one with --shard I/N for every I,
-    wait until all have finished, and start all of them again. The first round checks the pictures. The second round writes the rows, and
-    the last process to finish completes the store.
+    """Check a data set and write it as a store, a folder that training opens at once. To divide the work among N processes, start one with
+    --shard I/N for every I, wait until all have finished, and start all of them again. The first round checks the pictures. The second
+    round writes the rows, and the last process to finish completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
         manifest: data in any known format.
-        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as they would be
-            when the run first starts.
-        out: folder to write; work that an earlier call has finished is not repeated.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as the run would do
+            at its first start.
+        out: folder to write; work that an earlier call finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.
         on_error: with skip, leave out rows that are invalid or have an unusable picture, and list them in OUT/left_out.jsonl.
@@ -158,7 +158,7 @@ def _convert(manifest: str, *, out: str, on_error: OnError = "error", reading: R
 
 
 def _download(manifest: str, *, out: str, on_error: OnError = "error", threads: Positive = 16) -> None:
-    """Download pictures that rows give as http(s) addresses, decode those given as base64 text, and write the rows with file paths instead.
+    """Download pictures that rows give as URLs, decode pictures given as base64 text, and write the rows with file paths instead.
 
     Example: cfvlm-ds data download rows.jsonl --out local.jsonl
 
@@ -211,7 +211,7 @@ def _view(
     out: str = "page",
     reading: Reading,
 ) -> None:
-    """Write an HTML page that shows groups: pictures, texts, truth tables, scores.
+    """Write an HTML page that shows groups with their pictures, texts, truth tables and scores.
 
     Example: cfvlm-ds data view groups.jsonl --out page
 
@@ -220,7 +220,7 @@ def _view(
         scores: file that `cfvlm-ds score` wrote for the manifest, or a file in a run's scores folder.
         sample: number of groups to show; by default 200.
         ids: file with the ids of the groups to show, one per line. The groups are shown in this order.
-        seed: seed for sampling a manifest.
+        seed: seed for selecting the sample.
         rejected: show only the rejected candidates of a work folder, with the reasons for rejection.
         out: folder to write or replace.
     """

@@ -1,4 +1,4 @@
-"""``cfvlm-ds evaluate`` and ``compare``: accuracies on groups and public benchmarks, and comparisons of models."""
+"""``cfvlm-ds evaluate`` and ``compare``: commands that measure accuracies on groups and public benchmarks, and compare models."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cfvlm_ds.core.untrusted import own_output, refuse_filled
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser."""
+    """Register ``evaluate`` and ``compare``."""
     add_function(commands, _evaluate)
     commands.choices["evaluate"].usage = "%(prog)s MODEL (MANIFEST ... | --benchmarks NAMES --benchmark_root FOLDER --out FOLDER) [OPTIONS]"
     add_function(commands, _compare)
 
 
 class _InPlaceOfManifests(argparse.Action):
-    """An argparse action that makes the manifest optional if --benchmarks is given.
+    """An argparse action for --benchmarks that makes the manifest optional.
 
-    The manifest is required by default, because argparse would otherwise not accept options between the model and the manifest.
+    Without --benchmarks, the manifest is required: argparse does not accept options between the model and an optional manifest.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
@@ -48,12 +48,12 @@ class BenchmarkOptions:
 
     Args:
         benchmarks: comma-separated names of public or user-defined benchmarks, instead of manifests.
-        benchmark_root: folder with one subfolder per benchmark, which contains the benchmark's official files.
+        benchmark_root: folder with one subfolder of official files per benchmark.
         probes: one or more probes (ways to ask the benchmarks' questions), each NAME or NAME:OPTION=VALUE, such as `match` or
             `caption:mode=pmi`. Each is applied to every benchmark that supports it. By default, each benchmark uses its own probe.
         on_error: with skip, leave out benchmark items that the model cannot process, and report their number and names.
-        draws: number of bootstrap resamples for the intervals; 0 for no intervals. The default is 1000, or fewer for benchmarks with more
-            than 10,000 items.
+        draws: number of bootstrap resamples for the confidence intervals; 0 for no intervals. The default is 1000, or fewer for benchmarks
+            with more than 10,000 items.
         num_workers: number of processes per rank that prepare batches; by default, one per spare core.
     """
 
@@ -119,7 +119,9 @@ def _is_evaluated(file: IO[bytes]) -> bool:
 def _evaluate_benchmarks(
     name: str, options: BenchmarkOptions, out: str | None, *, scoring: Scoring, limits: ImageLimits, max_pixels: int
 ) -> None:
-    """Evaluate a model on benchmarks. All ranks must call this. The model is loaded after the benchmarks' files have been read."""
+    """Evaluate a model on benchmarks and print a summary. All ranks must call this. Errors in the benchmarks' files are raised before the
+    model is loaded.
+    """
     for option, value in (("benchmark_root", options.benchmark_root), ("out", out)):
         if not value:
             raise ConfigError(f"--benchmarks needs --{option}, a folder; add it")
@@ -185,16 +187,16 @@ def _evaluated_model(name: str, zero3: bool, scorer: Any, collator: Any, world: 
 
 
 def _compare(before: str, after: list[str], *, draws: Count | None = None, out: Path | None = None) -> None:
-    """Compare accuracies on evaluation sets or benchmarks, paired by group or item. If several results are compared with the first, their
-    mean is compared with it as well.
+    """Compare accuracies of models on evaluation sets or benchmarks, paired by group or item. If several results follow the first, their
+    mean is also compared with it.
 
     Example: cfvlm-ds compare runs/base runs/seed0 runs/seed1
 
     Args:
         before: run folder, file from `cfvlm-ds evaluate --out`, or folder from `cfvlm-ds evaluate --benchmarks`.
         after: further results of the same kind; each is compared with the first.
-        draws: number of random permutations in the test on a benchmark. The default is the same as in `cfvlm-ds evaluate`.
-        out: folder for the tables (results.md), a figure of the differences with intervals, and an HTML page with both.
+        draws: number of draws in the permutation test on each benchmark. The default is the same as in `cfvlm-ds evaluate`.
+        out: folder for the tables (results.md), a figure of the differences and their intervals, and an HTML page with both.
     """
     from cfvlm_ds.demo.habits.writing import register
     from cfvlm_ds.evaluation.before_after import compare_results as compare_sets

@@ -27,7 +27,9 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function, and re-raise an OSError about a file, such as a full disk, as a StorageError with a one-sentence message."""
+    """Call a function and flush stdout. Re-raises an OSError about a file, such as a full disk, as a StorageError with a one-sentence
+    message. Exits if the reader of stdout has closed the pipe.
+    """
     try:
         function()
         sys.stdout.flush()
@@ -46,7 +48,8 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 def exit_cleanly(function: Callable[[], None]) -> None:
     """Call a function. If its input is bad, print one sentence on stderr and exit with code 2; --verbose adds a traceback.
 
-    If there are several ranks, only one prints. A full disk has its own exit code, because the command can succeed once there is space.
+    If there are several ranks, only one prints the error. A full disk has its own exit code, because the command can succeed once space is
+    freed.
     """
     try:
         function()

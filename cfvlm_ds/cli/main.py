@@ -1,6 +1,6 @@
-"""``cfvlm-ds``: the parser of all commands. Bad input is reported in one sentence, with exit code 2.
+"""``cfvlm-ds``: entry point and parser of all commands. Bad input is reported in one sentence, with exit code 2.
 
-Heavy packages are imported only once the command is known. This keeps help fast, and lets a training run block signals
+Heavy packages are imported only once the command is known. This keeps --help fast, and lets a training run block signals
 from the launcher before the slow imports start.
 """
 
@@ -20,7 +20,7 @@ from cfvlm_ds.core.secrets import mask_tracebacks
 from cfvlm_ds.core.verbosity import selected_verbosity, show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
-"""Options that may precede the command, because DeepSpeed's launcher inserts its own option first."""
+"""Options that may precede ``train``: DeepSpeed's launcher inserts --local_rank before all other arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> Parser:
-    """Return the parser of all commands. It lists ``train`` without options, because core/parsing.py defines them."""
+    """Return the parser of all commands. ``train`` is listed without its options, which core/parsing.py defines."""
     text = "Training, data, scores, evaluation and export for counterfactual fine-tuning."
     top = Parser(prog="cfvlm-ds", description=text, epilog="example: cfvlm-ds data check groups.jsonl --root images")
     top.add_argument("--version", action=package.ShowVersion, help="print the version and the revision of the code, and exit")

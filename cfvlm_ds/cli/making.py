@@ -31,7 +31,7 @@ ALONE = ("propose", "edit", "verify", "select", "audit", "run", "sample")
 
 
 def add(data: Any) -> None:
-    """Add the commands to ``data``."""
+    """Register these commands as subcommands of ``data``."""
     for function in (_propose, _edit, _verify, _select, _audit, _run, _status, _sample):
         add_function(data, function)
 
@@ -98,7 +98,7 @@ def _verify(
     rule: Literal["match", "likelihood"] = "match",
     part: Part,
 ) -> None:
-    """Score each candidate's 2 x 2 matrix (original and edited picture and text), and compare the edited picture with the original.
+    """Score each candidate's 2 x 2 matrix (original and edited picture, original and edited text), and compare the two pictures.
 
     Example: cfvlm-ds data verify W --scorer Qwen/Qwen2.5-VL-7B-Instruct
 
@@ -107,7 +107,7 @@ def _verify(
         calibrate: file with labels of verified candidates, one {"edit": ID, "attempt": 0, "good": true} per line. The thresholds `margin`
             and `drop` are fitted to the labels and written to W/thresholds.json.
         precision: minimum precision of the fitted thresholds on the labelled candidates.
-        rule: kind of score that the thresholds are fitted to.
+        rule: scores that the thresholds apply to: match (a yes/no question) or likelihood (the text as a caption).
     """
     from cfvlm_ds.counterfactuals import verify as step
     from cfvlm_ds.counterfactuals.history import thresholds_of
@@ -132,7 +132,7 @@ def _verify(
 
 
 def _select(work: str, *, out: str, options: SelectOptions) -> None:
-    """Write the best candidates as groups, and report why other candidates were dropped.
+    """Write the best candidates as groups, and report why the others were dropped.
 
     Example: cfvlm-ds data select W --out groups.jsonl
 
@@ -154,7 +154,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
 
     Args:
-        manifest: manifests of groups; several manifests are treated as splits of one data set.
+        manifest: one or more manifests; several are treated as splits of one data set.
         out: folder for an HTML page and report.md.
     """
     from cfvlm_ds.counterfactuals.audit.refine import refined_file
@@ -179,7 +179,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
 
 
 def _run(*, config: str, part: Part) -> None:
-    """Propose, edit and verify one shard of a plan. Without --shard, process all shards one by one, and then select the groups.
+    """Run the steps propose, edit and verify on one shard of a plan. Without --shard, run them on every shard in turn, and then run select.
 
     Example: cfvlm-ds data run --config examples/build_coco.yaml --shard 3/64
 
@@ -208,7 +208,7 @@ def _run(*, config: str, part: Part) -> None:
 
 
 def _status(work: str) -> None:
-    """Print a work folder's progress and missing shards.
+    """Print a work folder's progress and its unfinished shards.
 
     Example: cfvlm-ds data status W
 
@@ -261,7 +261,9 @@ def _sample(
 def author(
     model: str, limits: ImageLimits, max_pixels: int, say: Say, world: World | None = None
 ) -> tuple[dict[str, Any], Callable[[], tuple[Any, Collator, World]]]:
-    """Return the identity of a model that writes texts, and a function that loads it once as scorer, collator and world."""
+    """Return the identity (name and hashes) of a model that writes texts, and a cached function that loads the model and returns its
+    scorer, its collator and the ``World``.
+    """
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.counterfactuals.work_folder import sha256_of_file
     from cfvlm_ds.models import adapter_fingerprint, fingerprint, model_folder
@@ -275,7 +277,7 @@ def author(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print the folders of the groups' pictures."""
+    """Print which ``--root`` options are needed to read the groups."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}, or list them in data.root")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser."""
+    """Register this module's commands."""
     for function in (_score, _calibrate, export, _track, _describe):
         add_function(commands, function)
 
@@ -48,7 +48,7 @@ def _score(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Write a manifest's reference scores (for DPO) and blind scores (for PMI).
+    """Score the groups of a manifest, and write their reference scores (for DPO) and blind scores (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 
@@ -107,7 +107,7 @@ def _scores(model: str, groups: Groups, scorer: Any, collator: Collator, world: 
 
 
 def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Measure how well a model separates true from false texts in a manifest, and print suitable margins and weights.
+    """Measure how well a model separates a manifest's true texts from its false ones, and recommend margins and weights for the objectives.
 
     Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/world/train.jsonl --limit 500
 
@@ -202,8 +202,8 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Connect to the other ranks that a launcher has started, and return their ``World``. Without a launcher, this process is the only
-    rank.
+    """Initialize the process group if a launcher has started several ranks or ``zero3`` is set, and return the ``World``. Otherwise, this
+    process is the only rank.
     """
     from cfvlm_ds.core.distributed import World, own_device
 
@@ -227,7 +227,7 @@ def load_scorer(
     """Load a model on every rank, on the GPU if there is one, and return the scorer, its collator and the ``World``.
 
     ``adapter`` is a folder of adapters for the model; ``dtype`` names the weights' dtype (see ``usual_dtype``). With ``zero3``, the model
-    is partitioned over all ranks. If ``world`` is None, the ranks are first connected to each other.
+    is partitioned over all ranks. If ``world`` is None, ``joined`` creates it.
     """
     import torch
 
@@ -331,7 +331,7 @@ def _line() -> str:
 
 
 def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: str, choices: list[str]) -> str:
-    """Return a table of the texts, most likely first, the preferred text, and a line that explains the columns."""
+    """Return a table of the texts (most likely first), followed by the preferred text and a legend of the columns."""
     from cfvlm_ds.core.groups import Candidate, CounterfactualGroup
     from cfvlm_ds.evaluation import score_groups
 

@@ -47,7 +47,7 @@ class Reading:
             row's keys.
         root: folder with the pictures, by default the manifest's folder; can be given several times. Absolute paths and symbolic links must
             lead into one of these folders.
-        max_pixels: refuse pictures with more pixels than this.
+        max_pixels: maximum number of pixels in a picture; a larger picture is an error.
     """
 
     format: str = DataConfig().format
@@ -60,7 +60,7 @@ class Scoring:
     """Options for scoring groups.
 
     Args:
-        batch_size: groups per batch.
+        batch_size: number of groups per batch.
         max_tokens_per_forward: maximum number of tokens in a forward pass; a larger batch takes several passes. The default is 16384 for
             benchmarks; otherwise, there is no limit.
         limit: score only the first N groups of a manifest, or about N evenly spaced items of a benchmark.
@@ -80,7 +80,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits on the visual tokens of a picture.
+    """Limits that determine the number of visual tokens per picture.
 
     Args:
         min_pixels: minimum number of pixels per picture; use the same value as in training. By default, the model's own limit.
@@ -95,10 +95,10 @@ class ImageLimits:
 
 
 def add_function(parent: Any, function: Callable[..., None]) -> None:
-    """Add to ``parent`` a command that calls ``function``. The command's help is the docstring's first paragraph, example and Args.
+    """Add a command to ``parent`` that calls ``function``. The help consists of the docstring's first paragraph, its example and its Args.
 
-    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. The
-    metadata of an Annotated type are passed to add_argument.
+    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. An
+    Annotated type's metadata become keyword arguments of add_argument.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())
@@ -111,7 +111,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return add_argument's arguments for each parameter of a function, or for each field of a dataclass."""
+    """Return the name and keyword arguments of add_argument for each parameter of a function or each field of a dataclass."""
     helps, hints = sentences(described), get_type_hints(described, include_extras=True)
     prefix, result = getattr(described, "PREFIX", ""), []
     for parameter in inspect.signature(described).parameters.values():
@@ -184,7 +184,7 @@ class Parser(argparse.ArgumentParser):
 def refuse_empty(arguments: argparse.Namespace) -> None:
     """Raise ConfigError if an argument is empty, for example because a shell variable is not set.
 
-    An empty argument would be taken to mean the current folder, or no output.
+    Otherwise, it would be treated as the current folder, or as a request for no output.
     """
     command = arguments.asked_for
     for action in command._actions:
@@ -195,7 +195,7 @@ def refuse_empty(arguments: argparse.Namespace) -> None:
 
 
 def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
-    """Raise ConfigError for arguments that a command does not have, with a message that suggests the most similar option."""
+    """Raise ConfigError for unknown arguments. The message suggests the most similar option."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
@@ -211,14 +211,14 @@ def add_verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on rank 0 only; works even before the ranks are connected. With --quiet, print it only if it is a warning or note."""
+    """Print a line on rank 0, even before the process group is initialized. With --quiet, print it only if it is a warning or note."""
     if own_rank() == 0 and (shows_progress() or line.startswith(("warning: ", "note: "))):
         print_line(line)
 
 
 def model_named(name: str, limits: ImageLimits = ImageLimits()) -> tuple[ModelConfig, Path | None]:
-    """Return the configuration and the adapter folder (or None) of the model ``name``. Unless ``limits`` overrides them, the image limits
-    are those of the run that produced the model.
+    """Return the configuration and the adapter folder (or None) of the model ``name``. The image limits are those of the run that produced
+    the model, unless ``limits`` overrides them.
     """
     resolved = named_model(name)
     refuse_absent(resolved.name_or_path)

@@ -1,4 +1,4 @@
-"""``cfvlm-ds init`` and ``--version``: files and version of the installed package."""
+"""``cfvlm-ds init`` and ``--version``: write the files that ship with the package to a folder, and print the package's version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfvlm_ds.core.untrusted import refuse_link
 
 
 class ShowVersion(argparse.Action):
-    """Action of --version, which calls git for the revision only if the option is given."""
+    """Action of --version. It calls git for the revision only if the option is given."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)

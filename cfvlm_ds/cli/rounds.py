@@ -32,14 +32,14 @@ from cfvlm_ds.training.run_start import FINISHED
 from cfvlm_ds.training.validation import scores_needed, validate
 
 _SAMPLED = "sampled"
-"""Name of a round's groups as a source."""
+"""Name that the sampled groups have as a source of a round's training data."""
 
 _SHARDS = 64
-"""Shards of a round's pictures. The number does not depend on the number of ranks, which can differ between two starts."""
+"""Number of shards that a round's pictures are divided into. It is fixed, because the number of ranks can differ between two starts."""
 
 
 def train_in_rounds(config: RunConfig, world: World) -> None:
-    """Alternate sampling and training. Every rank must call this.
+    """Alternate between sampling and training. Every rank must call this.
 
     Raises ConfigError, before anything is written, if an option does not work with rounds, if another process uses the folder, or if the
     folder contains an ordinary run.
@@ -70,8 +70,8 @@ def train_in_rounds(config: RunConfig, world: World) -> None:
 
 
 def mixable(config: RunConfig) -> list[Source]:
-    """Return the sources of the training data, so that sampled groups can be added. Raises ConfigError for options that do not work with
-    rounds.
+    """Return the training data as a list of weighted sources, to which sampled groups can be added. Raises ConfigError for options that do
+    not work with rounds.
     """
     if not config.train.export:
         raise ConfigError("train.rounds needs train.export, because a round starts from the exported model of the previous round")
@@ -105,7 +105,7 @@ def _refuse_run(out: Path) -> None:
 
 
 def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]) -> RunConfig:
-    """Return the configuration of a round's run."""
+    """Return the configuration of a round's run, which trains ``model`` on ``sources`` in ``folder``."""
     sections: dict[str, Any] = {
         "model": replace(config.model, name_or_path=model),
         "data": replace(config.data, train=sources, scores=None),
@@ -115,7 +115,7 @@ def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]
 
 
 def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str]:
-    """Sample the texts of a round, and return the folders of their pictures. All ranks raise the first error of any rank."""
+    """Sample the texts of a round, and return the data roots of their pictures. If any rank fails, all ranks raise the same error."""
     rounds, data, barrier = config.train.rounds, config.data, ProgressBarrier(world)
     problem: InputError | None = None
     assert rounds is not None
@@ -142,7 +142,7 @@ def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str
 
 
 def _exported(folder: Path, world: World) -> str:
-    """Return the exported model of a round. Adapters are merged into their base first."""
+    """Return the folder of a round's exported model. If the run exported only adapters, they are first merged into the base model."""
     if named_model(str(folder)).adapter is not None:
         barrier = ProgressBarrier(world)
         run_on_rank0(world, lambda: export(str(folder)), barrier)

@@ -86,8 +86,8 @@ def run(arguments: Sequence[str], prog: str = "train.py") -> None:
 
 
 def _with_model(config: RunConfig, folder: str) -> RunConfig:
-    """If the options request that the model be built before training, build it in ``folder`` and return the configuration with its new
-    path. Otherwise, return the configuration unchanged.
+    """Build the model in ``folder`` if the options request it, and return the configuration with the model's new path. Otherwise, return
+    the configuration unchanged.
     """
     name = config.model.name_or_path
     if os.path.exists(name) or name != config.build.base:
@@ -97,7 +97,7 @@ def _with_model(config: RunConfig, folder: str) -> RunConfig:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """Run the build on rank 0 only. The other ranks wait for as long as rank 0 keeps making progress. Errors are raised on all ranks."""
+    """Run the build on rank 0. The other ranks wait as long as rank 0 makes progress. An error is raised on all ranks."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)
@@ -105,7 +105,9 @@ def build_once(config: BuildConfig, world: World) -> None:
 
 
 def build(config: BuildConfig, alive: Alive = no_op) -> None:
-    """Write the requested world with habits and base model unless they exist. ``alive`` is called repeatedly to signal progress."""
+    """Write the requested data set (a world with habits) and base model unless they exist. ``alive`` is called repeatedly as a sign of
+    progress while the data set is written.
+    """
     if config.habits is not None:
         from cfvlm_ds.demo.habits import build_habits
 

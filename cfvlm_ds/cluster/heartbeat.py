@@ -34,7 +34,7 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""Phases of a step, in which a rank must make progress within ``timeout_s``."""
+"""Phases of a training step. Within them, a rank must make progress within ``timeout_s``."""
 ENDED = "ended"
 _RECORD_BYTES = 512  # the record has a fixed size and is overwritten in place, so a full disk does not silence a healthy rank
 
@@ -52,14 +52,18 @@ def prepare(run_dir: Path) -> Path:
 
 @dataclass
 class Peer:
-    """Observations of a rank: its last record, the seconds since its last heartbeat, and the seconds since its last progress."""
+    """State of a rank as observed by this process: its last record, the seconds since its last heartbeat, and the seconds since its last
+    progress.
+    """
 
     record: dict[str, Any] | None = None
     silent_s: float = 0.0
     still_s: float = 0.0
 
     def update(self, record: dict[str, Any] | None, elapsed_s: float) -> None:
-        """Update the observations with a record that was read ``elapsed_s`` seconds after the previous record."""
+        """Update the state with the rank's current record, or None if it cannot be read. ``elapsed_s`` is the time in seconds since the
+        previous update.
+        """
         old = self.record or {}
         new = record or old
         self.silent_s = 0.0 if new.get("beat") != old.get("beat") else self.silent_s + elapsed_s
@@ -68,7 +72,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """Return the rank that hangs and a sentence that describes the hang, or None if no rank hangs."""
+    """Return the hanging rank and a sentence that describes the hang, or None if no rank hangs."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"
@@ -121,7 +125,7 @@ class Heartbeat:
 
     def mark(self, phase: str, step: int) -> None:
         """Record that this rank enters ``phase`` of optimizer step ``step``. All ranks must make the same sequence of calls. A call takes
-        a microsecond.
+        about a microsecond.
         """
         self._own = {**self._own, "phase": phase, "step": step, "moves": self._own["moves"] + 1}
 

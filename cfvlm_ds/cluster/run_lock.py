@@ -1,4 +1,4 @@
-"""Lock of a run folder: a locked file that identifies the lock's holder. The lock is released when the holder exits or crashes."""
+"""Lock of a run folder: a locked file that identifies its holder, a process. The lock is released when the process exits or crashes."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _detach_child() -> None:
-    """Stop a child process from reporting its signals to the parent. Otherwise, a SIGTERM to a process pool's worker would stop the run."""
+    """Detach a forked child from this process's signal pipe. Otherwise, a SIGTERM to a worker of a process pool would stop the run."""
     signal.set_wakeup_fd(-1)
 
 
@@ -173,7 +173,7 @@ def leaving_together(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within the block, make signals only set the flag for the ranks' vote, so that the ranks stop together or not at all."""
+    """Defer signals to the ranks' vote within the block, so that the ranks stop together or not at all."""
     global _together
     before, _together = _together, True
     try:
@@ -263,8 +263,9 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: time in seconds to reserve before the job's end (``SLURM_JOB_END_TIME``, a Unix time) for a step and a checkpoint, in
-            addition to the longest time so far between two votes. That time includes evaluations and checkpoints.
+        margin_s: margin in seconds for a step and a checkpoint. The ranks stop if the time to the job's end (``SLURM_JOB_END_TIME``, a
+            Unix time) is less than this margin plus the longest interval so far between two votes. Such an interval can include an
+            evaluation or a checkpoint.
     """
 
     def __init__(self, margin_s: float) -> None:

@@ -1,8 +1,8 @@
 """Data check: reports a data set's contents and all its problems before a long run begins.
 
-The check makes three passes over the groups: one for rows, one for pictures (each is opened once, and those of a group are compared with
-each other), and one for texts and repeated contents. It keeps no groups in memory, but needs 24 bytes for each group and 48 bytes for each
-picture.
+The check makes three passes over the data: the first checks the rows, the second opens each picture once, and the third compares the images
+within each group, measures the texts and detects repeated contents. It keeps no groups in memory, but needs 24 bytes per group and 48 bytes
+per picture.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """For each picture, yield the index of the first group that contains it, and its path. ``places[k]`` is the index of this group for the
-    picture with the key ``keys[k]``. Only these groups are read.
+    """Yield, for each picture, the index of the first group that contains it, and the picture's path. ``places[k]`` is that index for the
+    picture with the key ``keys[k]``. No other groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
@@ -74,8 +74,8 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """Result for a picture: the index of the first group that contains it, its path, its properties or problem, and its bytes (empty unless
-    requested).
+    """Result of opening a picture: the index of the first group that contains it, its path, its properties or problem, and its bytes (empty
+    unless requested).
     """
 
     group: int
@@ -169,11 +169,11 @@ class Lengths(Protocol):
 
 
 _MERGED = 1 << 20
-"""Minimum number of new picture keys before duplicate keys are removed."""
+"""Minimum number of picture keys that are collected before duplicates are removed."""
 
 
 def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:
-    """Check the rows of a data set and count their contents, without opening any pictures."""
+    """Check the rows of a data set without opening any pictures, and return a report of their contents and problems."""
     report = CheckReport(str(store.path))
     look_at_rows(report, store, progress, Scan())
     return report
@@ -343,7 +343,9 @@ def sound_groups(
     limit: int | None = None,
     progress: Say = no_op,
 ) -> GroupStore:
-    """Open a manifest with ``open_groups`` and check its rows. Raises DataError for the first problem, such as a repeated id."""
+    """Open a manifest with ``open_groups``, check its rows, and return its groups. Raises DataError for the first problem, such as a
+    repeated id.
+    """
     store = open_groups(path, root, format, limit=limit, progress=progress)
     if problems := check_rows(store, progress=progress).problems:
         raise DataError(problems[0])
@@ -359,7 +361,7 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Say = print_line,
 ) -> CheckReport:
-    """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
+    """Check a data set completely and return a report of its contents and problems. Problems do not raise exceptions. Every picture is
     decoded once.
 
     If ``lengths`` is given (for instance a Collator), visual tokens are counted, and rows that exceed the model's context window are

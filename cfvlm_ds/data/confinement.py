@@ -1,4 +1,4 @@
-"""Path confinement: after all links are resolved, each path in a manifest, work folder or benchmark must be inside a data root."""
+"""Path confinement: each path in a manifest, work folder or benchmark must be inside a data root after symbolic links are resolved."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _OF_DATA = "add the folder that contains it to data.root, a folder or a list of 
 
 
 class Confinement:
-    """Callable that prefixes a manifest's path with a data root. Raises DataError if, after links are resolved, the file is outside all
+    """Callable that joins a path from a manifest to a data root. Raises DataError if, after links are resolved, the file is outside all
     roots.
 
-    A relative path is joined to the first root that contains the file, or to the first root if none does. The error message for a path
-    outside the roots ends with ``remedy``, the advice to the user.
+    A relative path is joined to the first root that contains the file, or to the first root if none does. ``remedy`` is the advice at the
+    end of the error message.
     """
 
     def __init__(self, roots: Sequence[Path], remedy: str = _OF_DATA) -> None:
@@ -67,7 +67,7 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        Results are cached. Even a million images are usually in only a few folders, so most images need only one system call. This saves
+        Results are cached. Even a million images are usually in only a few folders, so most images need only one system call, which saves
         time on a network file system.
         """
         target, inside = self._followed(Path(folder))

@@ -23,7 +23,7 @@ from cfvlm_ds.data.report import CheckReport
 
 
 class Converted(NamedTuple):
-    """Result of a conversion; ``root`` is the folder that picture paths are relative to."""
+    """Number of groups written, problems of the groups left out, and the folder that picture paths are relative to (``root``)."""
 
     groups: int
     problems: list[str]
@@ -78,7 +78,7 @@ def convert(
 
 
 def list_of_skipped(out: Path) -> Path:
-    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if this path holds another program's file."""
+    """Return the path of the file next to ``out`` that lists skipped rows. Raises ConfigError if another program wrote a file there."""
     listed = out.with_name(f"{out.name}.skipped.jsonl")
     return own_output(listed, lambda file: set(parse_json(next(lines(file, MAX_LINE)).decode())) == {"problem"}, "this package")
 

@@ -20,8 +20,8 @@ MAX_PIXELS = 50_000_000
 """Default limit on width x height. An RGB image of this size takes 150 MB and is larger than any vision tower can use."""
 
 MAX_ASPECT = 200
-"""Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a line of 5,000,000
-pixels would grow to 34 GB. Qwen's processors have the same limit."""
+"""Limit on the ratio of the longer to the shorter side. Processors scale the shorter side up to a fixed length, so a picture of 5,000,000
+x 1 pixels would grow to 34 GB. Qwen's processors have the same limit."""
 
 MAX_BYTES = 4 << 30
 """Maximum size of a picture file in bytes (about 80 bytes per pixel at MAX_PIXELS). A limit is needed because whole files are hashed."""
@@ -47,8 +47,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the width and height of the image that open_image would return. Only the header is read, so damaged pixels are not detected.
-    All other errors are raised as in open_image.
+    """Return the width and height of the image that open_image would return. Only the header is read, so damaged pixels are not detected;
+    all other errors are the same as in open_image.
     """
     with _opened(Path(path), max_pixels) as image:
         return image.size[::-1] if _is_turned(image) else image.size

@@ -1,7 +1,7 @@
 """Picture download: pictures that rows name by URL, or contain as base64 text, are written to files before training.
 
-No other module fetches pictures over a network. For each picture, size and download time are limited, and the downloaded file must be an
-image. The file's name is a hash of the address, so a second run fetches only missing pictures.
+No other module fetches pictures over the network. The size and download time of each picture are limited, and the downloaded file must be
+an image. The file's name is a hash of the picture's URL, so a second run fetches only missing pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cfvlm_ds.data.manifest import local_path
 MAX_DOWNLOAD = 64 << 20
 """Maximum size of a picture in bytes."""
 TIMEOUT_S, WHOLE_S, ATTEMPTS, PAUSE_S = 20.0, 120.0, 3, 1.0
-"""Limits for one picture: seconds without an answer, total seconds, attempts if the server is busy, and seconds between attempts."""
+"""Limits for one picture: seconds without a response, total seconds, number of attempts, and seconds before the second attempt."""
 COLUMNS = {
     "image", "images", "image_url", "url", "image_0", "image_1", "image_path", "img_path", "rejected_image", "rejected_images",
     "negative_image", "negative_images",
@@ -40,7 +40,7 @@ _CHUNK = 256  # rows whose pictures are fetched concurrently
 
 
 class Downloaded(NamedTuple):
-    """Number of rows written, number of distinct pictures, and the reasons why rows were left out."""
+    """Number of rows written, number of distinct pictures, and for each row left out, the reason."""
 
     rows: int
     pictures: int
@@ -54,8 +54,8 @@ def download(
     threads: int = 16,
     say: Say = no_op,
 ) -> Downloaded:
-    """Write the rows of ``path`` to ``out``, and their pictures to the folder ``OUT.pictures`` next to it. In the rows, each picture
-    address is replaced with the path of the picture's file.
+    """Write the rows of ``path`` to ``out``, and their pictures to the folder ``OUT.pictures`` next to it. The written rows contain the
+    paths of these files instead of URLs.
 
     If a row's pictures cannot be fetched and ``on_error`` is ``skip``, the row is left out and listed in a file next to ``out``. If
     ``on_error`` is ``error``, DataError is raised. Raises ConfigError or StorageError if ``out`` exists or cannot be written.
@@ -90,14 +90,14 @@ def download(
 
 
 def _addresses(row: Any) -> list[str]:
-    """Return the picture addresses in a row, including data URLs."""
+    """Return the picture URLs in a row, including data URLs."""
     addresses = list[str]()
     _with_files(row, addresses.append)
     return addresses
 
 
 def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
-    """Return a copy of a row in which each picture address is replaced with ``file(address)``."""
+    """Return a copy of a row in which each picture URL is replaced with ``file(URL)``."""
     if isinstance(value, Mapping):
         return {name: _with_files(item, file, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _with_files(value: Any, file: Callable[[str], Any], key: str = "") -> Any:
 
 
 def _fetched(address: str, folder: Path) -> str | DataError:
-    """Fetch a picture unless its file exists, and return the file's path relative to the parent of ``folder``, or the error."""
+    """Fetch a picture into ``folder`` unless its file exists. Return the file's path relative to the folder's parent, or the error."""
     file = folder / hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
     try:
         if not file.is_file():

@@ -25,7 +25,7 @@ _TOWER, _INPUT = "tower.", "input."
 
 @dataclass(frozen=True)
 class Features:
-    """Outputs of the vision tower for a picture: everything that a batch needs in place of the picture.
+    """Outputs of the vision tower for a picture, and everything else that a batch needs in place of the picture.
 
     ``size`` is the picture's width and height in pixels. ``placeholder_ids`` are the token ids that represent it in a prompt. ``tower``
     maps the name of each projector module to the module's inputs. ``inputs`` maps the name of each other model input to the part of it that
@@ -57,7 +57,7 @@ class FeatureCache:
         self.place = self.folder / hashlib.sha256(json.dumps(dict(self.origin), sort_keys=True).encode()).hexdigest()[:16]
 
     def file(self, digest: bytes) -> Path:
-        """Return the path of a picture's features."""
+        """Return the path of the features file for a picture with this digest."""
         name = digest.hex()
         return self.place / name[:2] / f"{name}.safetensors"
 
@@ -70,7 +70,7 @@ class FeatureCache:
 
 
 def picture_digest(content: bytes, together: bool) -> bytes:
-    """Hash a picture file's contents and the flag ``together``, which is True if the model processes a prompt's pictures jointly."""
+    """Hash a picture file's contents and the flag ``together``, which states whether the model processes a prompt's pictures jointly."""
     return hashlib.sha256(bytes([together]) + content).digest()
 
 
@@ -84,7 +84,7 @@ def write_features(file: Path, features: Features) -> None:
 
 
 def read_features(file: Path) -> Features:
-    """Read the features in a file. Raises a DataError that names the file if it is missing or damaged."""
+    """Read a features file. Raises a DataError that names the file if it is missing or damaged."""
     try:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}

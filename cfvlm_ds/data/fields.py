@@ -1,6 +1,6 @@
 """Field validation for untrusted rows: raises DataError for a missing or unknown key, or a value of the wrong type.
 
-Each error message is one sentence that begins with the argument ``where``: the row's location, as far as the caller knows it.
+Each error message is one sentence that begins with the argument ``where``: the row's location, or the part of it that the caller knows.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def as_list(value: Any) -> Any:
 
 _ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|True|False|None)"""
 _LISTED = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*\]", re.DOTALL)
-"""Pattern of a list in Python notation, which occurs in published tables."""
+"""Pattern for a list of strings, booleans and None in Python notation, which occurs in published tables."""
 
 
 def value_of(row: Row, column: str) -> Any:
     """Return the value of a column, or None if it is absent.
 
     ``a.b`` refers to the field ``b`` of column ``a``, which can be an object or the JSON text of an object. If ``a`` is a list of objects,
-    a list of values is returned.
+    the result is the list of their values.
     """
     first, _, rest = column.partition(".")
     if column in row or not rest:
@@ -126,8 +126,8 @@ def string(row: Row, key: str, where: str) -> str:
 
 
 def name(row: Row, key: str, where: str, default: str | None = None) -> str:
-    """Return a field as a string. A number is converted, because ids in published files may be numbers. If no ``default`` is given, the key
-    is required.
+    """Return a field as a string. A number is converted, because ids in published files may be numbers. Raises DataError for any other
+    type, and for a missing key without a ``default``.
     """
     if isinstance(value := row.get(key, default), str):
         return value

@@ -1,5 +1,5 @@
-"""Data set identity: a fingerprint that consists of hashes of the row order and of each part of the rows, so that an error message can
-state what has changed.
+"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. An
+error message can therefore state which of these have changed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data.picture_index import PictureTable
 
 Identity: TypeAlias = Mapping[str, int | str | None]
-"""``rows`` is the number of rows, and ``order`` is a hash of the row ids in order. The other entries are sums of per-row hashes and do not
-depend on the order. ``pictures`` is None if the contents of a picture are unknown."""
+"""``rows`` is the number of rows, and ``order`` is a hash of the sequence of row ids. The other entries are sums of per-row hashes, which
+do not depend on the order. ``pictures`` is None if the contents of any picture are unknown."""
 
 _PARTS = {
     "texts": "prompts or texts",
@@ -37,7 +37,7 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity (a set of hashes) of a data set's groups. Picture paths are hashed relative to ``roots``, so moving these
+    """Compute the identity (a set of hashes) of a data set from its groups. Picture paths are hashed relative to ``roots``, so moving these
     folders does not change the identity.
 
     Edits are not part of the identity, because they only label rows of result tables.
@@ -47,8 +47,8 @@ def data_identity(
 
 @dataclass(frozen=True)
 class IdentityPart:
-    """Contribution of consecutive rows to the identity of their data set. ``order`` holds a 16-byte hash of each row's id. ``known`` is
-    True if the contents of all pictures are known.
+    """Contribution of consecutive rows to the identity of their data set. ``order`` holds a 16-byte hash of each row's id. ``known`` states
+    whether the contents of all pictures are known.
     """
 
     rows: int
@@ -86,7 +86,7 @@ def identity_part(
 
 
 def joined_part(parts: Sequence[IdentityPart]) -> IdentityPart:
-    """Join consecutive parts into one part."""
+    """Combine the parts of consecutive ranges of rows into one part."""
     sums = {name: sum(part.sums[name] for part in parts) % _MODULUS for name in SUMS}
     return IdentityPart(sum(part.rows for part in parts), b"".join(part.order for part in parts), all(part.known for part in parts), sums)
 
@@ -118,7 +118,7 @@ def mixed_identity(sources: Mapping[str, Identity], objectives: Mapping[str, Any
 
 
 def digest(identity: Identity) -> str:
-    """Hash an identity to 32 hexadecimal digits."""
+    """Return a hash of an identity as 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(dict(identity), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -19,20 +19,20 @@ from cfvlm_ds.core.reading import MIB, HeldFile
 from cfvlm_ds.data.passes import Array
 
 MAX_LINE = 4 * MIB
-"""Maximum size of a row in a JSON lines file, in bytes: four times the size of a group with a thousand captions."""
+"""Maximum size of a row in a JSON lines file, in bytes: about four times the size of a group with a thousand captions."""
 
 _MAGIC = b"cfvlm_ds lines 3"
 _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
 
 
 class IndexedLines:
-    """Non-blank lines of a file. Threads and forked processes can share one object.
+    """Non-blank lines of a file, accessed by index. Threads and forked processes can share one object.
 
     Args:
         path: the file.
         held: the open file.
         starts: offset of each row, followed by the size of the file.
-        sums: a checksum of each row.
+        sums: checksum of each row.
         numbers: line number of each row; None if the file has no blank lines.
     """
 
@@ -99,14 +99,12 @@ class IndexedLines:
 
 
 def index_file(path: Path) -> Path:
-    """Return the path of a file's index."""
+    """Return the path of a file's index, which is next to the file."""
     return path.with_name(f"{path.name}.idx")
 
 
 def write_index(path: Path) -> Path:
-    """Write the index of a file, and return the path of the index. The file must not have blank lines; files in a store have none. Raises
-    OSError.
-    """
+    """Write the index of a file in a store, and return the path of the index. The file must not have blank lines. Raises OSError."""
     lines, file = IndexedLines.scanned(path), index_file(path)
     header = np.array([(_MAGIC, lines.starts[-1], len(lines))], _HEADER)
     with whole_file(file, shared=True) as handle:

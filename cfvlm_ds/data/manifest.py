@@ -84,7 +84,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return an error message about a row whose group id an earlier row already uses."""
+    """Return the error message for a group (``index``) whose id an earlier group (``first``) already has."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 
@@ -108,8 +108,8 @@ def data_roots(path: str | Path, root: Root) -> list[Path]:
 
 
 def named_apart(paths: Sequence[str]) -> dict[str, str]:
-    """Give each path a distinct name: its stem, preceded by as many folders as distinguish it from the other paths. Return a mapping from
-    names to paths.
+    """Return a mapping from distinct names to the paths. A name is the path's stem, preceded by as many parent folders as are needed to
+    distinguish it from the other paths.
 
     Raises DataError for a path that occurs twice.
     """

@@ -1,7 +1,7 @@
 """Mixtures of sources. The source at each position in the stream of groups is computed from the position alone.
 
-The stream repeats a pattern of at most 2**20 draws, in which each source has its share and its draws are evenly spread. The result does not
-depend on the number of ranks.
+The stream repeats a pattern of at most about 2**20 draws. Each source has its share of the pattern, and its draws are evenly spaced. The
+stream does not depend on the number of ranks.
 
 Shapes: S sources, L draws in the pattern.
 """
@@ -24,9 +24,9 @@ from cfvlm_ds.data import permutation
 from cfvlm_ds.data.permutation import COMPUTED, TOGETHER, RowsTogether, permuted
 
 LONGEST = 1 << 20
-"""Maximum length of the pattern. If the shares need a longer one, they are rounded up to multiples of about one millionth."""
+"""Maximum length of the pattern for exact shares. Shares that need a longer pattern are rounded up to multiples of about one millionth."""
 PATTERN = "pattern-1"
-"""Name of a mixture's order in a sampler's state. A changed order needs a new name."""
+"""Version of the algorithm that orders a mixture, stored in a sampler's state. If the order changes, the version must change."""
 
 Array = npt.NDArray[np.int64]
 
@@ -36,7 +36,7 @@ class Draws:
     """Order of the draws from the sources.
 
     Args:
-        shares: each source's share of the draws; the sum is 1.
+        shares: each source's share of the draws, summing to 1.
     """
 
     shares: tuple[Fraction, ...]
@@ -49,8 +49,8 @@ class Draws:
 
     @functools.cached_property
     def pattern(self) -> tuple[Array, Array]:
-        """Source of each draw in the pattern, [L], and the number of earlier draws from this source, [L]. Draw k of n from a source is at
-        the fraction (k + 1/2) / n of the pattern.
+        """Source of each draw in the pattern, [L], and the number of earlier draws from this source, [L]. If a source has n draws, its draw
+        k is at the fraction (k + 1/2) / n of the pattern.
         """
         source = np.repeat(np.arange(len(self.counts)), self.counts)
         earlier = np.concatenate([np.arange(count) for count in self.counts])
@@ -58,7 +58,7 @@ class Draws:
         return source[order], earlier[order]
 
     def at(self, start: int, count: int) -> tuple[Array, Array]:
-        """For each of ``count`` stream positions from ``start``, return the source and the number of earlier draws from this source."""
+        """Return the source at each of ``count`` stream positions from ``start``, and the number of earlier draws from this source."""
         turns, places = np.divmod(np.arange(start, start + count), len(self.pattern[0]))
         source, earlier = (part[places] for part in self.pattern)
         return source, turns * self.counts[source] + earlier
@@ -70,8 +70,7 @@ class Draws:
 
 
 def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fraction, ...]:
-    """Use the sources' weights to compute each source's share of the draws. If no source has a weight, the numbers of groups serve as
-    weights.
+    """Compute each source's share of the draws from the sources' weights, or from their numbers of groups if no source has a weight.
 
     ``DataConfig.train_sets`` rejects a mixture in which only some sources have a weight.
     """
@@ -87,7 +86,7 @@ def shares_of(weights: Sequence[float | None], sizes: Sequence[int]) -> tuple[Fr
 class Order:
     """Stream of groups that a sampler divides into steps.
 
-    A single data set is a sequence of epochs, each in its own permutation. In a mixture, every source goes through its own epochs.
+    The stream of a single data set is a sequence of epochs, each a permutation of its groups. In a mixture, each source has its own epochs.
 
     Args:
         sizes: number of groups in each source; groups are numbered source by source.
@@ -158,7 +157,7 @@ class Order:
 
 
 class MixedGroups(Lazy[CounterfactualGroup]):
-    """Groups of all sources, one source after the other. Each group has the id ``SOURCE/ID``, and the name and objectives of its source.
+    """Groups of all sources, source by source. Each group has the id ``SOURCE/ID``, and the name and objectives of its source.
 
     Args:
         sources: groups of each source.

@@ -1,4 +1,4 @@
-"""Overlap between a training set and evaluation sets: shared pictures and shared rows. Results on training data are not informative."""
+"""Overlap between a training set and evaluation sets: shared pictures and rows, on which results are not informative."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.data.picture_index import PictureTable, picture_key
 
 
 class Shared(NamedTuple):
-    """Counts of an evaluation set's distinct rows and pictures: those that also occur in the training set, and the totals."""
+    """Numbers of an evaluation set's distinct rows and pictures that also occur in the training set, and the total numbers."""
 
     rows: int
     pictures: int
@@ -61,7 +61,7 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
 
 def _distinct(keys: Array) -> Array:
-    """Sort keys in place and return each once. ``np.unique`` gives the same, but with twice the memory."""
+    """Sort keys in place and return the distinct ones. ``np.unique`` returns the same, but takes twice the memory."""
     keys.sort()
     first = np.ones(len(keys), bool)
     np.not_equal(keys[1:], keys[:-1], out=first[1:])
@@ -69,8 +69,8 @@ def _distinct(keys: Array) -> Array:
 
 
 def row_key(group: CounterfactualGroup, pictures: Sequence[Sequence[int]]) -> int:
-    """Hash the contents of a row to 64 bits, independently of its id, its labels, and the order of its texts and images. ``pictures``
-    contains the picture keys of each image.
+    """Hash the texts, prompts and pictures of a row to 64 bits. The hash does not depend on the row's id, its labels, or the order of its
+    texts and images. ``pictures`` contains the picture keys of each image.
     """
     texts = sorted((json.dumps(normalised_prompt(text.prompt), default=str), normalised(text.text)) for text in group.candidates)
     return hashed(json.dumps([texts, sorted(map(list, pictures))], ensure_ascii=False))

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 Keyed = tuple[Array, Array]
 """64-bit keys, and a value for each key."""
 Done = Callable[[], object]
-"""Function to be called after every item of a chunk."""
+"""Function that a pass calls after every item of a chunk."""
 
 _CHUNK = 256
 _MANY = 1 << 14  # number of items above which several processes are faster than one
@@ -30,8 +30,8 @@ class Scan:
     """Pass over all groups in chunks. If there are many groups, the chunks are processed in parallel on all cores.
 
     Args:
-        alive: function called repeatedly during a pass; it can raise an exception to abort the pass.
-        shield: function called at the start of each worker process.
+        alive: function that is called repeatedly during a pass; it can raise an exception to abort the pass.
+        shield: function that is called with the worker's number at the start of each worker process.
     """
 
     alive: Alive = no_op
@@ -79,7 +79,7 @@ def distinct(parts: Sequence[Keyed]) -> Keyed:
 
 
 def contains(keys: Array, wanted: Array) -> Array:
-    """Return a mask over ``wanted`` that is True where the key is among the sorted ``keys``."""
+    """Return a mask over ``wanted`` that is True for each key in the sorted array ``keys``."""
     if not len(keys):
         return np.zeros(len(wanted), bool)
     mask: Array = np.asarray(keys)[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted

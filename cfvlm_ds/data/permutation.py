@@ -1,10 +1,10 @@
 """Permutations of the groups in an epoch. They depend only on the number of groups, the seed and the epoch.
 
 For up to ``STORED`` groups, a permutation is drawn and kept in memory. For more groups, a Feistel network over the next power of two
-computes entries on demand. An entry that is too large is repeatedly passed through the network until it is a valid group index.
+computes entries on demand. An entry that is too large is passed through the network again until it is a valid group index.
 
-If a row has several groups, such as the answers of a conversation, rows are permuted and each row's groups stay together. A micro-batch can
-then encode their common part once.
+If rows have several groups, such as the answers of a conversation, the rows are permuted and each row's groups stay together. A micro-batch
+can then encode their common part once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 STORED = 1_000_000
-"""Maximum number of groups for a stored permutation (8 MB per epoch)."""
+"""Maximum number of groups in a permutation that is stored (8 MB per epoch)."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Names in a sampler's state: for the computed order, and for the order of rows with several groups. A changed order needs a new name."""
+"""Versions of the computed order and of the order of rows with several groups, stored in a sampler's state. If an order changes, its
+version must change.
+"""
 
 _BLOCK = 1 << 12  # positions computed at a time
 _ROUNDS = 8  # four rounds suffice for a pseudorandom permutation if the round functions are pseudorandom (Luby, Rackoff 1988)
@@ -87,12 +89,12 @@ class RowsTogether:
 
 
 _KEPT: dict[tuple[int, int | str], dict[int, torch.Tensor]] = {}
-"""(number of groups, seed) -> permutations of the current epoch and of the epoch that prefetching has reached."""
+"""(number of groups, seed) -> epoch -> permutation, for the current epoch and the epoch that prefetching has reached."""
 
 
 def _stored(num_groups: int, seed: int | str, epoch: int) -> torch.Tensor:
-    """Return a permutation drawn on the CPU, [num_groups] int64. Seed and epoch are hashed together, so the pairs (0, 1) and (1, 0) give
-    unrelated permutations.
+    """Return an epoch's permutation, drawn on the CPU, [num_groups] int64. Seed and epoch are hashed together, so the pairs (0, 1) and
+    (1, 0) give unrelated permutations.
     """
     import torch  # a data check does not need it
 
@@ -113,7 +115,7 @@ def _computed(block: int, num_groups: int, seed: int | str, epoch: int) -> list[
 
 
 def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Array:
-    """Return the entries of a permutation of 0 to ``num_groups`` - 1 at the positions ``places``."""
+    """Return the entries at the positions ``places`` of an epoch's permutation of 0 to ``num_groups`` - 1."""
     keys = np.frombuffer(hashlib.sha512(f"{seed}/{epoch}".encode()).digest(), "<u8")[:_ROUNDS]
     bits = max(2, (num_groups - 1).bit_length())
     images = _network(places, bits, keys)
@@ -123,8 +125,8 @@ def feistel(places: Array, num_groups: int, seed: int | str, epoch: int) -> Arra
 
 
 def _network(values: Array, bits: int, keys: Array) -> Array:
-    """Apply a bijection on ``bits``-bit numbers. Each round combines one half with a function of the other half and a key, then swaps the
-    halves.
+    """Apply a bijection on ``bits``-bit numbers. Each round combines one half of the bits with a function of the other half and a key, and
+    then swaps the halves.
     """
     low, high = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)

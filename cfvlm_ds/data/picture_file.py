@@ -1,8 +1,8 @@
 """Picture files. A picture is a separate file, or a part of a container with a path such as ``images.tar#512+60123``.
 
 Such a path gives the container, offset and length of a member of an uncompressed tar or of a value in an Arrow file. The picture can
-therefore be read without listing the container. All code that opens pictures, reads their size or checks that their paths stay in the data
-roots goes through this module, which handles both kinds.
+therefore be read without listing the container's contents. All code that opens pictures, reads their size or checks that their paths stay
+in the data roots uses this module, which handles both kinds.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.reading import HeldFile, TooLarge, open_regular
 
 _PART = re.compile(r"(?P<file>.+\.(?i:tar|arrow|bin))#(?P<start>0|[1-9][0-9]{0,17})\+(?P<length>0|[1-9][0-9]{0,17})", re.DOTALL)
-"""Pattern of a part's name. Leading zeros and non-ASCII digits are not allowed, so each part has exactly one name."""
+"""Pattern for the name of a part of a container. Leading zeros and non-ASCII digits are not allowed, so each part has exactly one name."""
 
 _OPEN = 256  # number of containers that a process keeps open, because opening files is slow on parallel file systems
 
 
 def part_name(container: str, start: int, length: int) -> str:
-    """Return the name for part of a container, such as ``images.tar#512+60123`` for 60,123 bytes starting at byte 512."""
+    """Return the name of a part of a container, such as ``images.tar#512+60123`` for 60,123 bytes starting at byte 512."""
     return f"{container}#{start}+{length}"
 
 
@@ -53,9 +53,9 @@ def picture_stat(path: Path) -> tuple[int, int]:
 
 
 def open_picture(path: Path) -> io.BufferedReader:
-    """Open the bytes of a picture for reading. A part of a container is read into memory. The reader cannot reach the container's other
-    bytes, and has no file descriptor that an image library could use to read the container from its start. Raises the same errors as
-    picture_stat, and ValueError for a file that is not regular.
+    """Open a picture for reading. A part of a container is read into memory. The reader therefore cannot reach the container's other bytes,
+    and has no file descriptor with which an image library could read the container from its start. Raises the same errors as picture_stat,
+    and ValueError for a file that is not regular.
     """
     if (part := _part(path)) is None:
         return cast(io.BufferedReader, open_regular(path))

@@ -1,7 +1,7 @@
-"""Picture table: size, inode change time, digest and dimensions of each picture, looked up by path. All processes memory-map it.
+"""Picture table: size, inode change time, digest and dimensions of each picture, looked up by path. All processes memory-map the table.
 
-Whenever a picture is opened, its file is compared with the table. If size and change time match, the picture is accepted. If only the
-change time differs, the contents are hashed again. A picture with changed contents is rejected.
+Before a picture is used, its file is compared with the table. If size and change time match, the picture is accepted. If only the change
+time differs, the contents are hashed again. A picture with changed contents is rejected.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PictureTable:
 
     @classmethod
     def opened(cls, file: Path, roots: Sequence[Path | None] = (None,)) -> PictureTable:
-        """Memory-map a table file. Processes share its pages, and the system can drop them when memory is short. Raises OSError."""
+        """Memory-map a table file. Processes share its pages, which the system can evict when memory is short. Raises OSError."""
         count = file.stat().st_size // RECORD.itemsize
         if not count:
             return cls.of(())
@@ -112,7 +112,7 @@ class PictureTable:
         return cls.of((path, picture) for path, picture in entries if picture is not None)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield the contents of a table file for ``opened``, part by part."""
+        """Yield the table in chunks of bytes. Their concatenation is a table file for ``opened``."""
         for array in (self._keys, self._facts):
             for start in range(0, len(array), _BLOCK):
                 yield np.ascontiguousarray(array[start : start + _BLOCK]).tobytes()
@@ -126,7 +126,7 @@ class PictureTable:
         return sides
 
     def find(self, path: Path) -> Picture | None:
-        """Return the entry of a picture, or None if there is none."""
+        """Return a picture's entry, or None if the table lacks the picture."""
         return self._recent(path)
 
     def _find(self, path: Path) -> Picture | None:
@@ -137,8 +137,8 @@ class PictureTable:
         return Picture(size, ctime, bytes(digest), width, height)
 
     def verify(self, path: Path) -> None:
-        """Raise DataError if the contents of a picture have changed since it was entered in the table. A picture that is not in the table
-        passes.
+        """Raise DataError if the contents of a picture have changed since it was added to the table. A picture that is not in the table is
+        not checked.
         """
         known = self.find(path)
         if known is None:

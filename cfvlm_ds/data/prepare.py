@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
-All pictures are opened before any rows are written. The work is divided into units. A unit consists of the pictures that first occur in a
-range of groups; if ``pack`` is set, its pictures are copied into one uncompressed tar. Each picture is stored once and located by its
-offset. The bytes of every file depend only on the data set and the options, not on the number of processes or on interruptions.
+All pictures are opened before any rows are written. This work is divided into units. A unit consists of the pictures that first occur in a
+range of groups; if ``pack`` is set, they are copied into one uncompressed tar, where each is located by its offset. Each picture is copied
+once. The contents of every file depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures form one unit of work; with ``pack``, a tar with a few GB of photographs."""
+"""Number of groups whose pictures form one unit of work. With ``pack``, a unit is a tar with a few GB of photographs."""
 
 ROWS = 1 << 18
 """Number of groups in one file of rows. It is large because a process keeps these files open."""
@@ -62,7 +62,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.d
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Preparation options. The same data set and options give the same store.
+    """Options for preparing a data set. The same data set and options result in the same store.
 
     Args:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
@@ -79,7 +79,7 @@ class PrepareOptions:
 
 
 class Prepared(NamedTuple):
-    """Result of ``prepare``: the check's report, and True if the store is complete."""
+    """Result of ``prepare``: the report of the data check, and whether the store is complete."""
 
     report: CheckReport
     whole: bool
@@ -114,16 +114,16 @@ def prepare(
     anew: bool = False,
     scan: Scan | None = None,
 ) -> Prepared:
-    """Check a data set and write a store. The work is divided into ``of`` shards; this call does shard ``shard``.
+    """Check a data set and write a store. The work is divided into ``of`` shards; this call processes shard ``shard``.
 
     Every process checks all rows, but each picture is opened by only one process. Work that an earlier call finished is not repeated. Rows
     are written only after the pictures of all shards have been checked. If another shard has not finished, call this function again later.
     If the report lists problems and ``on_error`` is ``error``, nothing more is written.
 
-    Unfinished work in ``out`` that belongs to different data or options is discarded, unless there are several shards. If ``anew`` is True,
-    a complete store made from different data or with different options is also discarded. If ``pack`` is False, pictures that were opened
-    for the discarded work are opened again only if their files have changed. Raises OSError. Raises ConfigError if ``out`` contains other
-    files, or work or a store that belongs to different data or options and is not discarded.
+    Unfinished work in ``out`` that belongs to different data or options is discarded if there is only one shard. If ``anew`` is True, a
+    complete store of different data or options is also discarded. If ``pack`` is False, pictures that were opened for the discarded work
+    are opened again only if their files have changed. Raises OSError, and ConfigError if ``out`` contains other files, or if it contains
+    work of different data or options that is not discarded.
     """
     refuse_link(out, "name the folder itself with --out")
     known = _left_by_another(source, out, stamp, anew or (of == 1 and not (out / FILE).is_file()))
@@ -154,7 +154,7 @@ class _Job:
     report: CheckReport
 
     def run(self) -> bool:
-        """Do this shard's part of the work, and return whether the store is now complete."""
+        """Process this shard, and return whether the store is now complete."""
         source, out, strict = self.source, self.out, self.options.on_error == "error"
         seen = look_at_rows(self.report, source, self.say, self.scan)
         if self.is_ended():
@@ -197,7 +197,7 @@ class _Job:
         return self._end(units, files, pictures)
 
     def is_ended(self) -> bool:
-        """Return whether the store is complete. Raises ConfigError if a store, complete or not, belongs to different data or options."""
+        """Return whether the store is complete. Raises ConfigError if the store, complete or not, belongs to different data or options."""
         for name in (FILE, BEGUN, FILE):  # FILE is written before BEGUN is removed
             if (stamp := _read(self.out / name, "source")) == self.stamp:
                 return name == FILE
@@ -209,7 +209,7 @@ class _Job:
         )
 
     def _open_unit(self, units: _Files, number: int, keys: Array, places: Array, progress: Progress) -> None:
-        """Open and record the pictures of one work unit; if ``pack`` is set, write them to a tar."""
+        """Open the pictures of one unit and record their properties; if ``pack`` is set, write the pictures to a tar."""
         records, broken, problems = list[tuple[Any, ...]](), dict[int, str](), list[str]()
         pack, file = self.options.pack, self.out / f"{units.name(number)}.tar"
         known = None if pack else PictureTables([*_opened_before(self.work, number), self.known])
@@ -244,7 +244,7 @@ class _Job:
             units.note(number, pictures=len(records), broken=broken, **record)
 
     def _write_rows(self, files: _Files, number: int, writer: RowLines, progress: Progress) -> None:
-        """Write a file of rows, its index, and the arrays for the final tables."""
+        """Write a file of rows, its index, and the arrays from which ``_end`` builds the tables."""
         places, parts = range(number * ROWS, min((number + 1) * ROWS, len(self.source))), list[Chunk]()
         report = CheckReport(self.report.manifest)
 
@@ -267,7 +267,7 @@ class _Job:
         files.note(number, **record, **found)
 
     def _end(self, units: _Files, files: _Files, pictures: Array | None) -> bool:
-        """Complete the store by writing the tables and store.json, and return True. Raises DataError if no group can be used."""
+        """Complete the store by writing its tables and store.json, and return True. Raises DataError if no group is usable."""
         records = files.records()
         arrays = [np.load(files.file(number, "npz"), allow_pickle=False) for number in range(files.count)]
         identity = joined_identity(  # arrays of an npz file are read when they are accessed
@@ -324,9 +324,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows for a range of groups, and their contributions to the store's tables. ``rows`` contains the index of each group's source
-    row.
-    """
+    """Encoded rows of a range of groups, and their entries for the store's tables. ``rows`` contains the source row of each group."""
 
     lines: bytes
     rows: Array
@@ -337,15 +335,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RowLines:
-    """Encoder that converts groups to native rows and leaves out unusable groups.
+    """Callable that converts groups to rows of the native format and leaves out unusable groups.
 
     Args:
         source: the data set.
         root: folder that picture paths are relative to.
         pictures: picture table; None if no picture was opened.
         broken: mapping from the key of each broken picture to its problem.
-        repeats: indices of groups that repeat an earlier group or its id.
-        name: function from a picture's path to the path in the row; None for the absolute path.
+        repeats: indices of groups whose id an earlier group already has.
+        name: function from a picture's path to the path to write; None for the picture's absolute path.
     """
 
     source: GroupStore
@@ -409,7 +407,7 @@ def _embedded_path(out: Path, pictures: Array, picture: Path) -> Path:
 
 
 class _Files:
-    """Numbered files of one kind. A small JSON file, the record, marks each file as complete."""
+    """Numbered files of one kind. Each complete file has a record, a small JSON file in the folder for unfinished work."""
 
     def __init__(self, work: Path, kind: str, count: int) -> None:
         self._work, self._kind, self.count = work, kind, count
@@ -419,11 +417,11 @@ class _Files:
         return f"{self._kind}-{number:05}"
 
     def file(self, number: int, suffix: str) -> Path:
-        """Return the path of a file's record (suffix ``json``) or arrays (``npy`` or ``npz``)."""
+        """Return the path of a file's record (suffix ``json``) or of its arrays (``npy`` or ``npz``)."""
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """Return the numbers of the incomplete files of a shard, by default of all shards."""
+        """Return the numbers of the incomplete files in a shard, or by default in all shards."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:
@@ -444,8 +442,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True and ``out`` holds a store, complete or unfinished, made from different data or with different options,
-    remove it. Return the removed store's picture tables, or no tables if nothing was removed.
+    """Remove a store of different data or options from ``out``, complete or unfinished, if ``remove_it`` is True. Return the picture tables
+    of the removed store, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
@@ -466,7 +464,7 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Return the folder for unfinished work, creating it unless the store is complete. Raises ConfigError if ``out`` holds other files."""
+    """Return the folder for unfinished work, created unless the store is complete. Raises ConfigError if ``out`` contains other files."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
     others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # .tmp files are from a killed call
     if others and not (begun.is_file() or whole.is_file()):

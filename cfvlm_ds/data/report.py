@@ -1,4 +1,4 @@
-"""Data check report, as an object and as text."""
+"""Report of the data check, as an object and as text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckReport:
     num_texts: int = 0
     num_cells: int = 0
     num_unknown_cells: int = 0
-    """Number of cells that ``match`` does not list."""
+    """Number of cells whose truth value is unknown, because ``match`` does not list them."""
     num_false_cells: int = 0
     prompts: Counter[str] = field(default_factory=Counter)
     """Number of groups by prompt: DESCRIBE (the default prompt for captions), "empty" or "others"."""
@@ -55,15 +55,15 @@ class CheckReport:
     num_repeated_rows: int = 0
     """Number of rows with the same prompts, texts and pictures as an earlier row."""
     num_repeated_pictures: int = 0
-    """Number of files with the same contents as another."""
+    """Number of picture files whose contents an earlier file already has."""
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
-    """Metadata key -> number of groups that have it, except for records of how a group was made."""
+    """Metadata key -> number of groups that have it, without the keys that record how a group was made."""
     problems: list[str] = field(default_factory=list)
 
     def add_group(self, group: CounterfactualGroup) -> None:
-        """Count the contents of a valid row."""
+        """Add the contents of a valid group to the counts."""
         self.num_groups += 1
         self.num_texts += len(group.candidates)
         self.num_cells += len(group.images) * len(group.candidates)
@@ -96,7 +96,7 @@ class CheckReport:
             self.longest_text, self.longest_text_where = length, f"{where()}, text {number}"
 
     def add(self, other: CheckReport) -> None:
-        """Add a report on later rows of the same manifest."""
+        """Merge a report on later rows of the same manifest into this report."""
         if other.longest_text > self.longest_text:
             self.longest_text_unit, self.longest_text_where = other.longest_text_unit, other.longest_text_where
         self.longest_text = max(self.longest_text, other.longest_text)
@@ -158,7 +158,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Remove the file and row from a problem's text, so that the same problem in several rows is recognised."""
+    """Return a problem's text without the file and row, so that the same problem in several rows has the same text."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 
@@ -167,7 +167,7 @@ _PLACE = re.compile(r"(?::|\bitem |\brow )\d+: ")
 
 
 def _spread(counts: Counter[int], unit: str) -> str:
-    """Format the minimum, median and maximum of a distribution, given as a mapping from values to counts; "" if it is empty."""
+    """Format the minimum, median and maximum of a distribution, which is given as counts of values; return "" if it is empty."""
     if not counts:
         return ""
     values = sorted(counts)
@@ -177,7 +177,7 @@ def _spread(counts: Counter[int], unit: str) -> str:
 
 
 def counted(counts: Counter[str]) -> str:
-    """Return one line of limited length that lists names and their counts."""
+    """Return a line that lists names with their counts, most frequent first. Its length is limited."""
     shown = [f"{one_line(name, _SHOWN_CHARS)}: {count}" for name, count in counts.most_common(_SHOWN)]
     more = len(counts) - len(shown)
     return ", ".join([*shown, *[f"and {more} more"] * bool(more)])

@@ -1,4 +1,4 @@
-"""Rows of a manifest, accessed by index: JSON values and their locations. The value of an invalid row is an error."""
+"""Rows of a manifest, accessed by index: JSON values and their locations. The value of an invalid row is a DataError."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders that picture names from containers are relative to; () for a file without such names."""
+    """Folders that references to pictures in containers are relative to; () for a file without such references."""
 
     def __len__(self) -> int: ...
 
     def where(self, row: int) -> str:
-        """Return the location of a row for messages, such as ``groups.jsonl:7``."""
+        """Return the location of a row for use in messages, such as ``groups.jsonl:7``."""
         ...
 
     def value(self, row: int) -> Any:
@@ -57,7 +57,7 @@ class LineRows:
 
 
 def parsed(data: bytes, where: object, remedy: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """Parse a JSON text in UTF-8; ``decoder`` is as in parse_json. Raises a DataError whose message begins with ``where``."""
+    """Parse a JSON text in UTF-8. ``decoder`` is passed to parse_json. Raises a DataError whose message begins with ``where``."""
     try:
         text = data.decode("utf-8-sig" if data.startswith(BOM_UTF8) else "utf-8")  # utf-8-sig is slow: its decoder is in Python
         value = parse_json(text, decoder)

@@ -8,7 +8,7 @@ epochs, so no batch is short and no group is dropped. Element j of a step goes t
 
 The groups of a step therefore depend only on B and the position, not on the factors of B.
 
-PackedSampler fills micro-batches by tokens instead. Its micro-batches have different numbers of groups, but nearly equal numbers of tokens.
+PackedSampler fills micro-batches up to a number of tokens instead. They have different numbers of groups, but similar numbers of tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GroupSampler:
     """Sampler that endlessly yields one rank's micro-batches of group indices. It can serve as a DataLoader's ``batch_sampler``.
 
     Because a DataLoader prefetches, the position counts consumed groups, not yielded groups. The training loop calls advance() once per
-    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` counts the consumed groups of all ranks.
+    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` is the number of groups that all ranks consumed.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class GroupSampler:
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Create a rank's sampler.
+        """Create the sampler of one rank.
 
-        ``order`` is the order of a mixture, or of a data set whose rows have several groups. If it is None, the groups form one data set,
+        ``order`` is needed for a mixture, and for a data set whose rows have several groups. If it is None, the groups form one data set,
         permuted with ``seed``.
         """
         self.num_groups = num_groups
@@ -65,7 +65,7 @@ class GroupSampler:
         return self.samples_seen / self.order.length
 
     def advance(self) -> None:
-        """Count one optimizer step as consumed."""
+        """Advance the consumed position by one optimizer step."""
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
@@ -84,7 +84,7 @@ class GroupSampler:
             yield from step[self.rank :: self.world_size]
 
     def num_steps(self, num_epochs: float, say: Say = no_op) -> int:
-        """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times."""
+        """Return the number of optimizer steps in ``num_epochs`` epochs, rounded up."""
         return -(-_groups_in(num_epochs, self.order.length) // self.groups_per_step)
 
     def groups_in(self, num_steps: int) -> int:
@@ -92,13 +92,13 @@ class GroupSampler:
         return num_steps * self.groups_per_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and everything that determines the stream of groups."""
+        """Return the consumed position and everything that determines the stream of groups."""
         return {"samples_seen": self.samples_seen, **self.order.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. World size, accumulation and micro-batch size may have changed, because the position counts groups.
+        """Restore a saved position. World size, accumulation and micro-batch size may have changed, because the position counts groups.
 
-        Raises DataError if the state belongs to different data (num_groups) or a different order (seed).
+        Raises DataError if the state belongs to different data (such as num_groups) or a different order (such as seed).
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
@@ -111,9 +111,7 @@ class GroupSampler:
 
 @dataclass(frozen=True)
 class _Position:
-    """The number of groups read from the stream, and the groups that have been read but are still waiting for a micro-batch with enough
-    room.
-    """
+    """Position in the stream: the number of groups read so far, and those of them that still wait for a micro-batch with enough room."""
 
     read: int = 0
     waiting: tuple[int, ...] = ()
@@ -123,12 +121,12 @@ class PackedSampler(GroupSampler):
     """Sampler that fills each micro-batch with whole groups up to ``max_tokens``, so that all ranks process similar numbers of tokens per
     step.
 
-    A step has one micro-batch per rank and accumulation step. Groups are taken in stream order. Each group goes into the micro-batch where
-    it leaves the least room (best fit). A group that fits nowhere waits, and is placed first in the next step. The step is full when
+    A step has one micro-batch per rank and accumulation step. Groups are taken in stream order. Each group is added to the micro-batch in
+    which it leaves the least room (best fit). A group that fits nowhere waits, and is placed first in the next step. The step is full when
     ``_WINDOW`` groups are waiting, or when the stream repeats a group that is still waiting; a small data set would otherwise repeat its
-    other groups many times before the waiting group is used. The fullest and the emptiest micro-batch then exchange groups until they are
-    balanced. No group is lost or repeated. The use counts of any two groups differ by at most two. The order depends only on the data, the
-    seed, ``max_tokens`` and the number of micro-batches per step.
+    other groups many times before the waiting group is used. Groups are then exchanged between the fullest and the emptiest micro-batch
+    until the two are balanced. No group of the stream is lost or repeated. The numbers of times that two groups have been used differ by at
+    most two. The order depends only on the data, the seed, ``max_tokens`` and the number of micro-batches per step.
     """
 
     def __init__(
@@ -142,7 +140,7 @@ class PackedSampler(GroupSampler):
         seed: int,
         order: Order | None = None,
     ) -> None:
-        """Create a rank's sampler. Raises ValueError if a group has more than ``max_tokens`` tokens."""
+        """Create the sampler of one rank. Raises ValueError if a group has more than ``max_tokens`` tokens."""
         super().__init__(
             num_groups=len(tokens),
             groups_per_micro_batch=1,
@@ -159,7 +157,7 @@ class PackedSampler(GroupSampler):
         self._position = _Position()
 
     def advance(self) -> None:
-        """Count one optimizer step as consumed."""
+        """Advance the consumed position by one optimizer step."""
         _, self._position = self._pack(self._position)
         self.samples_seen = self._position.read - len(self._position.waiting)
 
@@ -171,11 +169,11 @@ class PackedSampler(GroupSampler):
             yield self._balance(bins)
 
     def num_steps(self, num_epochs: float, say: Say = no_op) -> int:
-        """Compute the number of optimizer steps until every group has been seen ``num_epochs`` times.
+        """Return the number of optimizer steps until the groups of ``num_epochs`` epochs have been used.
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
-        and the result is scaled by the number of tokens in all groups. Because steps are nearly full, the error is below one in a thousand.
-        A resumed run gets the same result as a new one, and no whole epoch has to be packed before the first step.
+        and the result is extrapolated to all groups in proportion to their token counts. Because steps are nearly full, the error is below
+        one in a thousand. A resumed run gets the same result as a new one, and no whole epoch has to be packed before the first step.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
@@ -194,18 +192,18 @@ class PackedSampler(GroupSampler):
         return int(num_steps * self.groups_per_step * self.max_tokens / self.tokens.mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, the waiting groups, and everything that determines the stream of groups."""
+        """Return the consumed position, the waiting groups, and everything that determines the stream of groups."""
         return {**super().state_dict(), "waiting": list(self._position.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move to a saved position. Raises the errors of GroupSampler, and DataError for a state saved by a different kind of sampler."""
+        """Restore a saved position. Raises the same errors as GroupSampler, and DataError for a state saved by another kind of sampler."""
         super().load_state_dict(state)
         if (waiting := state.get("waiting")) is None:
             raise DataError("the checkpoint's sampler did not pack; resume without data.max_tokens_per_micro_batch, or start a new run")
         self._position = _Position(self.samples_seen + len(waiting), tuple(waiting))
 
     def _pack(self, position: _Position) -> tuple[list[list[int]], _Position]:
-        """Fill the micro-batches of the step at ``position``. Return them and the position after the step."""
+        """Fill the micro-batches of the step that starts at ``position``. Return them and the position after the step."""
         bins: list[list[int]] = [[] for _ in range(self.groups_per_step)]
         room = [(self.max_tokens, b) for b in range(len(bins))]  # sorted
         read, waiting, queue = position.read, list[int](), list(reversed(position.waiting))
@@ -229,8 +227,8 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _balance(self, bins: list[list[int]]) -> list[list[int]]:
-        """Exchange groups between the fullest and the emptiest micro-batch as long as this narrows the gap between them. Return the
-        micro-batches, fullest first.
+        """Exchange groups between the fullest and the emptiest micro-batch as long as this reduces the difference of their token counts.
+        Return the micro-batches, fullest first.
         """
         ranked = sorted((int(self.tokens[groups].sum()), b) for b, groups in enumerate(bins))
         while True:
@@ -250,12 +248,12 @@ class PackedSampler(GroupSampler):
 
 
 def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, int] | None:
-    """Find the exchange of groups between two micro-batches that best balances their token counts. Return the indices (i, j) of these
-    groups in ``given`` and ``taken``; None if no exchange helps.
+    """Find the exchange of two groups between two micro-batches that best balances their token counts. Return the indices (i, j) of the
+    groups in ``given`` and ``taken``, or None if no exchange improves the balance.
 
-    ``given`` contains the token counts of the fuller micro-batch's groups, ``taken`` those of the emptier one's; ``gap`` is the difference
-    of their sums. ``taken`` is sorted and starts with 0, so j = 0 moves a group without an exchange. An ideal exchange moves half of
-    ``gap``.
+    ``given`` contains the token counts of the groups in the fuller micro-batch, and ``taken`` those in the emptier one; ``gap`` is the
+    difference of their sums. ``taken`` is sorted and starts with 0, so j = 0 moves group i without an exchange. An ideal exchange moves
+    half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):
@@ -270,10 +268,10 @@ _WINDOW = 32  # maximum number of waiting groups: enough to fill gaps, few enoug
 
 
 def _groups_in(num_epochs: float, num_groups: int) -> int:
-    """Return the number of groups that a run sees in ``num_epochs``, rounded up.
+    """Return the number of groups in ``num_epochs`` epochs of ``num_groups`` groups, rounded up.
 
-    ``num_epochs`` is read as a decimal number: 0.29 epochs of 100 groups are 29 groups, although the float is below 0.29. The float nearest
-    to n / num_groups stands for n groups.
+    ``num_epochs`` is treated as a decimal number: 0.29 epochs of 100 groups are 29 groups, although the float is below 0.29. The float
+    nearest to n / num_groups gives n groups.
     """
     nearest = round(num_epochs * num_groups)
     return nearest if nearest / num_groups == num_epochs else math.ceil(Fraction(repr(float(num_epochs))) * num_groups)

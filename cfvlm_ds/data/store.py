@@ -1,5 +1,4 @@
-"""Group store: random access to counterfactual groups. A row is read when its group is accessed, so memory does not grow with the number of
-rows.
+"""Group store: random access to counterfactual groups. A row is read when one of its groups is accessed, so rows are not kept in memory.
 
 A format is a function from a row (a JSON object) to one or several CounterfactualGroups, with unchanged image paths. A format with several
 groups per row also has a function ``parts``, which counts the groups of a row without building them. The store, not the format, joins image
@@ -65,7 +64,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
     @property
     def together(self) -> Array | None:
         """Index of each row's first group, followed by the total number of groups; None if every row is one group. For a
-        store, "row" means a row of the data set that it was prepared from.
+        prepared store, the rows are those of the data set from which it was prepared.
         """
         stored: Array | None = getattr(self.rows, "together", None)
         return self.firsts if stored is None else stored
@@ -75,7 +74,7 @@ class GroupStore(Lazy[CounterfactualGroup]):
         return self.rows.where(self._row(index)[0])
 
     def entry(self, index: int) -> CounterfactualGroup | DataError:
-        """Return a group. For an invalid row, return its DataError, which names the row's location."""
+        """Return a group or, if its row is invalid, a DataError that names the row's location."""
         row, part = self._row(index)
         if (last := self._last)[0] != row:  # a row with many groups is read once
             self._last = last = (row, _unraised(self._groups, row))
@@ -112,8 +111,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
 
 class Unraised(Lazy[CounterfactualGroup | DataError]):
-    """Groups for a data worker. The error of an invalid row is returned, not raised, because exceptions lose their messages when they leave
-    a worker process.
+    """Groups for a DataLoader worker. The error of an invalid row is returned, not raised, because an exception from a worker process loses
+    its message.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -147,7 +146,7 @@ def count_parts(rows: Rows, convert: Format, over: Callable[..., Iterator[Any]])
 
 
 def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
-    """Count a row's groups. An invalid row counts as one group, and accessing it raises the row's error."""
+    """Count a row's groups. An invalid row counts as one group; accessing this group raises the row's error."""
     try:
         return max(1, int(parts(row))) if isinstance(row, dict) else 1
     except (ValueError, TypeError, AttributeError, OverflowError, LookupError):
@@ -155,7 +154,7 @@ def _parts_of(row: Any, parts: Callable[[Any], int]) -> int:
 
 
 def converted(row: Any, convert: Callable[[Any], Any]) -> Groups:
-    """Convert a row to groups, without changing the picture paths. Raises DataErrors that do not name the row's location."""
+    """Convert a row to a sequence of groups with unchanged picture paths. Raises DataErrors that do not name the row's location."""
     groups = convert(row) if isinstance(row, tuple) else apply(convert, row)  # a tuple holds the labelled texts of several rows
     return [groups] if isinstance(groups, CounterfactualGroup) else groups
 
@@ -174,7 +173,7 @@ def apply(function: Callable[[Row], T], row: Any) -> T:
 
 
 def confined(group: CounterfactualGroup, confine: Confinement) -> CounterfactualGroup:
-    """Return the group with its picture paths joined to a root.
+    """Return the group after joining its picture paths to the data roots.
 
     Raises DataError for a path outside the roots, and for two images that are the same file although the truth table distinguishes them.
     """

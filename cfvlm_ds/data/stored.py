@@ -1,5 +1,5 @@
 """Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
-pictures, and store.json.
+pictures and smaller tables, and store.json.
 
 A store never changes after it has been written. When a store is opened, file sizes and index checksums are checked, but modification times
 are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest
@@ -31,7 +31,7 @@ from cfvlm_ds.data.store import GroupStore
 SCHEMA = "cfstore/3"
 FILE, PICTURES, TOGETHER, ROW_KEYS, PICTURE_KEYS = "store.json", "pictures.table", "together.npy", "row_keys.npy", "picture_keys.npy"
 PARTS = "parts"
-"""Folder for unfinished work."""
+"""Name of the folder for unfinished work."""
 BEGUN = f"{PARTS}/source.json"
 
 
@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard by shard, and the results of the data check that preceded its writing.
+    """Rows of a store, shard by shard, and the results of the data check during its preparation.
 
     Args:
         folder: the store.
@@ -71,11 +71,11 @@ class StoredRows:
                 raise ValueError(f"{strange[0]} has changed since it was prepared")
             before = [Path(str(root)) for root in record["roots"]]
             self.roots = (folder,) if record["images"] else tuple(before if before[0].is_dir() or not roots else roots)
-            """Folders that picture names are relative to."""
+            """Folders that picture paths are relative to."""
             self.stamp, self.identity, self.found = str(record["source"]), dict(record["identity"]), dict(record["found"])
-            """Hash of the source's files and options, identity of the data set, and counts from the check."""
+            """Hash of the source's files and of the options, identity of the data set, and counts from the data check."""
             self.pictures = PictureTable.opened(folder / PICTURES, self.roots) if PICTURES in names else None
-            """Table of the pictures at the time of preparation; None if no picture was opened."""
+            """Properties of the pictures at the time of preparation; None if no picture was opened."""
             self.keys = Keys(*(_mapped(folder / name) for name in (ROW_KEYS, PICTURE_KEYS)))
             self.together = _mapped(folder / TOGETHER) if TOGETHER in names else None
             """Index of each source row's first group, followed by the total number of groups; None if every row was one group."""
@@ -96,7 +96,7 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return a row's ``file:line`` within its shard."""
+        """Return the location of a row as ``file:line`` of its shard."""
         rows, place = self._find(row)
         return rows.where(place)
 

@@ -55,7 +55,7 @@ def write_scores(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the scores of every group to ``path``. An existing file is replaced once the new one is complete. Raises KeyError for a group
+    """Write the scores of every group to ``path``. An existing file is replaced when the new one is complete. Raises KeyError for a group
     without scores.
 
     ``data`` is the groups' identity (data_identity). A reader compares it with the identity of its own groups. ``made_by`` is the model's
@@ -73,7 +73,7 @@ def score_lines(
     *,
     made_by: Mapping[str, str] | None = None,
 ) -> Iterator[bytes]:
-    """Yield the lines that write_scores writes."""
+    """Yield the lines of a scores file: the header, and one line per group."""
     yield json.dumps({"schema": SCHEMA, "data": data, "groups": len(groups), "model": model, **(made_by or {})}).encode() + b"\n"
     for group in groups:
         stored = scores[group.id]
@@ -87,18 +87,18 @@ def is_written(file: IO[bytes]) -> bool:
 
 
 def dtype_of(path: Path) -> str | None:
-    """Return the dtype used to compute the scores in a file, or None if the file does not name it."""
+    """Return the dtype in which a file's scores were computed, or None if the file does not name it."""
     with open_regular(path) as file:
         dtype: str | None = parse_json(next(lines(file, MAX_LINE)).decode()).get("dtype")
     return dtype
 
 
 class ScoresFile(Mapping[str, StoredScores]):
-    """Scores keyed by group id, read from their file on access. The object takes 16 bytes of memory per group, plus the line index.
+    """Mapping from group ids to scores, which are read from a file on access. It takes 16 bytes of memory per group, plus the line index.
 
     Args:
         rows: lines of the file; the first line is the header.
-        keys: a hash of each row's id.
+        keys: hash of the id in each further line.
     """
 
     def __init__(self, rows: IndexedLines, keys: npt.NDArray[np.uint64]) -> None:
@@ -117,7 +117,7 @@ class ScoresFile(Mapping[str, StoredScores]):
         return len(self._keys)
 
     def row_of(self, group_id: str) -> int | None:
-        """Return the index of a group's row, or None if there is none. The header is row 0."""
+        """Return the index of a group's line, or None if the file has no scores of the group. The header is line 0."""
         key = np.uint64(_key(group_id))
         for at in range(int(self._keys.searchsorted(key)), len(self._keys)):
             if self._keys[at] != key:
@@ -128,7 +128,7 @@ class ScoresFile(Mapping[str, StoredScores]):
 
 
 class ScoresOfSources(Mapping[str, StoredScores]):
-    """Scores of a mixture's groups, whose ids are SOURCE/ID. Some sources can lack scores."""
+    """Mapping from the ids of a mixture's groups (SOURCE/ID) to scores. Sources without scores are left out."""
 
     def __init__(self, sources: Mapping[str, ScoresById]) -> None:
         self._sources = sources
@@ -152,7 +152,7 @@ def read_scores(
     made_by: Mapping[str, str] | None = None,
     say: Say = no_op,
 ) -> ScoresById:
-    """Open stored scores, keyed by group id. They are read on access, so memory does not grow with the size of the score matrices.
+    """Open a scores file as a mapping from group ids to scores. Scores are read on access, so the score matrices are not kept in memory.
 
     Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with different ids, texts,
     prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from different weights or a different tokenizer,

@@ -1,3 +1,3 @@
-"""Demo data and models for training and tests without a download: the world with habits, its pretrained base model, and small random
+"""Built-in data and models for demos and tests, with no download: the world with habits, its pretrained base model, and small random
 checkpoints.
 """

@@ -56,13 +56,14 @@ _GLM = (
 )
 
 Parts = tuple[Any, Any]
-"""(configuration or model, processor)."""
+"""A configuration or model, and its processor."""
 t: Any = transformers
 """transformers, typed as Any, because its constructors hide arguments in ``**kwargs``."""
 
 
 def write_small(model_type: str, out_dir: Path) -> Path:
-    """Write a checkpoint of about 100,000 parameters, or the demo's pretrained model ``base``, to ``out_dir``, and return ``out_dir``.
+    """Write a random checkpoint of about 100,000 parameters to ``out_dir``, and return ``out_dir``. For the model type ``base``, copy the
+    demo's pretrained model instead.
 
     Raises ConfigError if ``model_type`` is unknown or the folder contains files.
     """

@@ -1,5 +1,5 @@
-"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after equal
-training time.
+"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after the
+same training time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -15,7 +15,7 @@ from typing import Any
 from cfvlm_ds.core.journal import records
 
 MEASURED = Path(__file__).resolve().parent / "measured.json"
-"""Results of `python benchmarks/learning.py --report`: {arm: {"title": text, "seeds": number, "mean": {axis: value}}}."""
+"""Results of `python benchmarks/learning.py --report`: {objective: {"title": text, "seeds": number, "mean": {row: value}}}."""
 AXES = {
     "pairs, habit agrees": "agrees/group",
     "pairs, habit contradicted": "contradicts/group",
@@ -44,7 +44,7 @@ def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> tuple[dict[str, float]
 
 
 def report(run: Path) -> str:
-    """Format the table for a run folder."""
+    """Return a table of a run's results, the base model's results and the stored results of other objectives."""
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     before, after = axes_of(run)
     columns = {"base": before, **{each["title"]: each["mean"] for each in measured.values()}, "this run": after}

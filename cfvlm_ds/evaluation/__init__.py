@@ -44,7 +44,7 @@ def evaluate(
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
     """Score every split. Return two dicts, accuracies and scores, both keyed by split name and equal on all ranks.
 
-    The last row of a split's accuracies holds the means over edit types, the NLL of the true texts and the losses of ``objectives``.
+    The last row of a split's accuracies contains the means over edit types, the NLL of the true texts and the losses of ``objectives``.
     ``reference`` computes the reference scores that some objectives need. For the other arguments, see ``score_groups``.
     """
     results, scores = {}, {}

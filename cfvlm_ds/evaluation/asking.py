@@ -23,11 +23,11 @@ MOST_CELLS = 256
 """Maximum number of texts in a group that several items share."""
 
 Place = tuple[int, tuple[int, ...]]
-"""Index of a group, and column indices in its score matrix."""
+"""Location of an item's texts: the index of their group, and their columns in its score matrix."""
 
 
 class Packing:
-    """Builds groups of texts. If several groups have the same images, only the newest accepts more texts."""
+    """Builder of groups. Texts go to the newest group with the same images, or to a new one if that group cannot accept them."""
 
     def __init__(self) -> None:
         self._started: list[tuple[str, tuple[Pictures, ...], dict[tuple[Prompt, str], tuple[int, Candidate]]]] = []
@@ -53,7 +53,7 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group must have a true cell, so the first cell is marked as true. Metrics ignore this mark: they use the
+        """Return the groups. A group must have a true cell, so its first cell is marked as true. Metrics ignore this mark and use the
         items' truth tables.
 
         Raises DataError if a group has too many cells.
@@ -67,8 +67,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to score for a list of items. ``places`` states which group and columns contain each item's texts. If the probe
-    generates text, the groups only list the prompts, and nothing is scored.
+    """Groups to score for a list of items. ``places`` lists, for each item, the index of its group and the columns of its texts.
+
+    If the probe generates text, the groups contain only the prompts, with arbitrary answers, and are not scored.
     """
 
     items: tuple[Item, ...]
@@ -117,8 +118,8 @@ def plan(items: Sequence[Item], probe: Probe | Generate) -> Plan:
 def written(item: Item, answers: Sequence[str], blank: str, read: Parser | Mentions) -> Outcome:
     """Return an item's outcome, computed from texts generated for its images and for a blank image.
 
-    The item text that the parser selects scores 1, and all others score 0. An answer that cannot be parsed counts as wrong. If the model
-    writes a description, a text's score is its number of mentions.
+    If the model generates an answer, the item text that the parser selects scores 1 and all others 0. An answer that cannot be parsed
+    counts as wrong. If the model generates a description, each text's score is the number of times the description mentions it.
     """
 
     def row(text: str) -> Row:

@@ -27,8 +27,8 @@ FEWEST_CHANGED = 6
 p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
 FEWEST_GROUPS = 20
-"""Minimum number of groups for a verdict other than "too few groups to tell", unless the interval excludes 0. Training often changes less
-than a third of the groups; with fewer than 20 groups, that is fewer than ``FEWEST_CHANGED``.
+"""Number of groups below which an unresolved difference gets the verdict "too few groups to tell" instead of "not resolved". Training often
+changes less than a third of the groups, and a third of 20 groups is about ``FEWEST_CHANGED``.
 """
 _TOO_FEW = "too few groups to tell"
 _VERDICTS = ("better", "worse", "unchanged", "not resolved", _TOO_FEW)
@@ -39,9 +39,9 @@ class Change:
     """A table row: a metric on an evaluation set, for one edit type or as the mean over edit types (``edit`` is ``MEAN``). Accuracies are
     in %.
 
-    ``groups`` is the number of groups whose metric was measured both before and after. The number in ``of`` includes groups that were
-    measured only once, and groups for which the metric is not defined. ``better`` is the number of groups that improved, and ``worse`` the
-    number that got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
+    ``groups`` is the number of groups whose metric was measured both before and after. ``of`` also counts groups that were measured only
+    once and groups for which the metric is not defined. ``better`` is the number of groups that improved, and ``worse`` the number that
+    got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
     ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the edit type has only one group.
 
     ``blank_before`` and ``blank`` are the same metric of the same groups on a blank image; None for metrics that compare images.
@@ -68,8 +68,8 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` if the interval excludes 0, ``unchanged`` if no group changed, else ``not resolved`` or, if the row has
-        few groups, ``_TOO_FEW``.
+        """``unchanged`` if no group changed, ``better`` or ``worse`` if the interval excludes 0, otherwise ``_TOO_FEW`` if the row has few
+        groups, else ``not resolved``.
         """
         if not self.better + self.worse:
             return "unchanged"
@@ -89,20 +89,19 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for individual edit types, except those of a set with only one edit type."""
+    """Return the rows for individual edit types, only from sets with several edit types."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per
-    edit type.
+    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per edit type.
 
-    The first row shows the metric with the most groups, and the first row of an edit type shows the metric with the most groups of this
-    type. Of metrics with equally many groups, the first of ``COMPARED`` is taken. If this metric did not fall in an edit type but others
-    did, the type's second row shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group
-    has one image.
+    The first row shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
+    the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. If this metric did not fall in an edit type but
+    others did, the type's second row shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every
+    group has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
@@ -136,7 +135,7 @@ def is_tested(better: int, worse: int) -> bool:
 
 
 def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | None, Change]:
-    """Return a metric's row for each edit type, and its mean over types under None. Return {} if no group was measured both times.
+    """Return a metric's rows, keyed by edit type. The key of the mean over types is None. Return {} if no group was measured both times.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent
@@ -192,8 +191,8 @@ def changes_table(
 ) -> str:
     """Return Markdown: a table of the evaluation sets, a table of the changes, and an explanation of the columns. Rows for individual edit
     types (those that ``of_types`` returns) are omitted. ``plain`` escapes names from the data for table cells. ``files`` maps each set to
-    its manifest; None if the manifests are unknown. ``vocabulary`` is the model's number of tokens, which determines the NLL of uniform
-    guessing.
+    its manifest; None if the manifests are unknown. ``vocabulary`` is the size of the model's vocabulary, which determines the NLL of
+    uniform guessing.
     """
     first, last = map(in_cell, names)
     types = of_types(changes)

@@ -37,7 +37,7 @@ _GUESSED = 75  # percentile of the gaps on a blank image that a margin must cove
 
 @dataclass(frozen=True)
 class Gap:
-    """Gap of one comparison. ``group`` is the group's id, ``nats`` is S[true] - S[false], and ``tokens`` is the number of tokens in the
+    """Gap of one comparison. ``nats`` is S[true] - S[false], ``group`` is the group's id, and ``tokens`` is the number of tokens in its
     factual text.
 
     ``prior`` is the number of nats by which the language prior favours the true text; None for a comparison of images.
@@ -60,10 +60,10 @@ class Advice:
 
 
 def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]) -> Iterator[Gap]:
-    """Yield the gap of every comparison of two texts or two images in which both cells are star cells. In training, csd uses all its
-    comparisons, but fcd uses only the hardest in each group.
+    """Yield the gap of every comparison of two texts or two images in which both cells are star cells.
 
-    Scores must be finite. ``length`` returns the number of tokens in a group's factual text.
+    In training, csd uses all of its comparisons, but fcd uses only the hardest one in each group. Scores must be finite. ``length`` returns
+    the number of tokens in a group's factual text.
     """
     for group, score in zip(groups, scores, strict=True):
         match = torch.tensor([[-1 if truth is None else truth for truth in line] for line in group.match])
@@ -78,7 +78,7 @@ def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[Counte
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, margin and weight of csd and fcd, from the gaps alone. All are for total nats (``len_norm: none``)."""
+    """Recommend the link, margin and weight of csd and fcd, based on the gaps alone. Margins are in total nats (``len_norm: none``)."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     priors = [abs(gap.prior) for gap in all_gaps if gap.prior is not None]
@@ -153,7 +153,7 @@ def block(advice: Advice) -> str:
 
 
 def is_block(file: IO[bytes]) -> bool:
-    """Return True if a file contains only the output of ``block``. Other files are the user's own."""
+    """Return True if a file contains only the output of ``block``, so that it can be overwritten."""
     return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
 
 

@@ -1,7 +1,7 @@
-"""Comparisons that a group's truth table defines. The group's edits only determine the edit types that comparisons are reported under.
+"""Comparisons defined by a group's truth table. The group's edits only determine the edit type under which a comparison is reported.
 
-Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene
-again, so it takes part only in ``sham`` comparisons.
+Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene again, so it
+is used only in ``sham`` comparisons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 from cfvlm_ds.core.groups import SHAM, CounterfactualGroup
 
 UNLABELLED = "unlabelled"
-"""Reported edit type of comparisons without an edit."""
+"""Edit type reported for comparisons without a labelled edit."""
 
 Kind = Literal["quad", "text", "image", "sham"]
 
@@ -77,7 +77,7 @@ def factual_texts(group: CounterfactualGroup) -> list[tuple[int, int]]:
 
 
 class _Labels:
-    """Function that labels a comparison with the types of the edits that share the most images and texts with it."""
+    """Callable that labels a comparison with the types of the edits that share the most images and texts with it."""
 
     def __init__(self, group: CounterfactualGroup) -> None:
         self.edits = [edit for edit in group.edits if edit.type not in (SHAM, "")]

@@ -1,6 +1,6 @@
 """Text generation for pictures, with transformers' ``generate`` and the model's chat template.
 
-A batch contains a single prompt with its pictures, so neither padding nor another prompt can change the text.
+Each prompt is processed alone with its pictures, so neither padding nor another prompt can change the text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Written(NamedTuple):
 
 
 def write(*arguments: Any, **options: Any) -> str:
-    """Generate one text with the arguments of ``write_several``."""
+    """Generate a single text. For the arguments, see ``write_several``."""
     return write_several(*arguments, **options)[0].text
 
 

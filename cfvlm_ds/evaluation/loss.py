@@ -1,7 +1,8 @@
 """Training loss on evaluation sets: means over a whole split. The terms have their final weights, even during warm-up.
 
-A term is computed if its inputs exist for the split. Stored scores exist only for training groups. A term that needs reference scores is
-therefore computed only if the model without its adapters is the reference, and a term that needs the texts' prior is never computed.
+A term is computed only if its inputs exist for the split. Reference scores are stored only for training groups, so a term that needs them
+is computed only if the model without its adapters is the reference. A term that needs prior scores, scores on a blank image, or divergences
+between next-token distributions is never computed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 Reference = Callable[[Batch], Tensor]
-"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it equally often."""
+"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it the same number of times."""
 
 
 class EvaluationLoss:
@@ -51,7 +52,7 @@ class EvaluationLoss:
         self.reference = reference if has_reference_term else None
 
     def add(self, groups: Groups, scores: Scores) -> None:
-        """Add a batch whose cells are all scored."""
+        """Add the terms and the NLL of a batch. Every cell must be scored."""
         true = scores.layout.positive
         self._likelihood[0] -= float((scores.logp + scores.end_logp)[true].double().sum())
         self._likelihood[1] += int((scores.layout.num_tokens + scores.layout.num_end_tokens)[true].sum())
@@ -98,8 +99,8 @@ class EvaluationLoss:
 
 
 def _mean(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Return a term's mean. If the term consists of several fractions, they are added up; as in training, those with denominator 0 are
-    skipped. Return None if all denominators are 0.
+    """Return a term's mean, or None if all denominators are 0. If the term is a sum of several fractions, those with denominator 0 are
+    skipped, as in training.
     """
     if not bool((denominators > 0).any()):
         return None

@@ -68,7 +68,7 @@ MEANINGS = {
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
 NAMED = 5
-"""Maximum number of unused groups named for a metric; the others are only counted."""
+"""Maximum number of groups without a comparison that are named for each metric."""
 Matrix = list[list[float]]
 
 
@@ -76,9 +76,9 @@ Matrix = list[list[float]]
 class Accuracy:
     """One row of a result table: an edit type, or the mean over edit types (``mean`` is True, ``name`` is ``all``). Accuracies are in %.
 
-    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` give, for each metric, how many comparisons and groups it is
-    computed from. The mean row gives these counts for all metrics: a metric without comparisons in the split has a count of 0 and is absent
-    from ``metrics``.
+    ``num`` is the row's number of groups. ``comparisons`` and ``groups`` are the numbers of comparisons and groups from which each metric
+    is computed. The mean row contains these counts for all metrics: a metric without comparisons in the split has a count of 0 and is
+    absent from ``metrics``.
 
     ``blind`` holds ``pair`` and ``factual`` on a blank image. They measure the language prior and count a tie as one half.
 
@@ -158,8 +158,8 @@ def accuracies(groups: Groups, scores: Sequence[GroupScores]) -> list[Accuracy]:
 
 
 def headline_metric(rows: Sequence[Accuracy]) -> str | None:
-    """Return the metric that summarises a split: of ``HEADLINES``, the metric with the most groups. Return None if the split has no
-    comparison.
+    """Return the metric that summarises a split: the one of ``HEADLINES`` that is defined for the most groups. Return None if the split has
+    no comparison.
     """
     return max(
         (metric for metric in HEADLINES if rows and metric in rows[-1].metrics), key=lambda m: rows[-1].groups.get(m, 0), default=None
@@ -167,7 +167,7 @@ def headline_metric(rows: Sequence[Accuracy]) -> str | None:
 
 
 def content_hash(group: CounterfactualGroup) -> int:
-    """Hash a group's texts, prompts, truth table, edits and picture file names."""
+    """Return a hash of a group's texts, prompts, truth table, edits and picture file names."""
     texts = [[repr(each.prompt), each.text] for each in group.candidates]
     names = [[picture.name for picture in pictures] for pictures in group.images]
     return hashed(json.dumps([texts, group.match, [[each.type, each.image, each.text] for each in group.edits], names]))
@@ -179,8 +179,8 @@ _ALL = ""
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie gives 1/2 on
-    a blank image.
+    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie counts 1/2 on a
+    blank image, and 0 otherwise.
     """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     blank = score.blank.tolist()

@@ -1,8 +1,8 @@
-"""Probes: ways to query a model about a benchmark item. A probe converts the item into prompts and texts, and converts the texts'
-log-likelihoods into item scores.
+"""Probes: ways to query a model about a benchmark item. A probe converts the item into prompts, and the model's log-likelihoods or
+generated texts into item scores.
 
-Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own pictures and on a
-blank picture (cfvlm_ds.evaluation.asking).
+Every probe returns one score per image and text, so the same metrics apply to all probes. An item is scored on its own images and on a
+blank image (cfvlm_ds.evaluation.asking).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cfvlm_ds.evaluation.benchmarks.base import Item
 Row = tuple[float, ...]
 LETTERS = string.ascii_uppercase
 ALL_ORDERS = 4
-"""Maximum number of options that are presented in all orders. More options are presented in cyclic orders only."""
+"""Maximum number of options for which all orders are used. If there are more, only cyclic orders are used."""
 
 
 class Probe(ABC):
-    """Base class of probes. ``cells`` returns the texts to score with the item's pictures."""
+    """Base class of probes that score texts by likelihood. ``cells`` returns the prompts and texts to score on the item's images."""
 
     name: ClassVar[str]
 
@@ -37,13 +37,13 @@ class Probe(ABC):
     def row(self, item: Item, values: Row, blank: Row, lengths: Sequence[int]) -> Row:
         """Return one score per text of an item. ``values`` holds the log-likelihoods of the item's ``cells`` on one image.
 
-        ``blank`` holds the log-likelihoods of the same texts on a blank picture. ``lengths`` gives each text's number of tokens, or is
-        empty if tokens were not counted.
+        ``blank`` holds the log-likelihoods of the same texts on a blank image. ``lengths`` gives each text's number of tokens, or is empty
+        if tokens were not counted.
         """
 
     def consistency(self, item: Item, values: Row) -> float | None:
-        """Return the share of option orders in which the model chooses the option with the highest mean probability; None for a fixed
-        order.
+        """Return the share of option orders in which the model chooses the option with the highest mean probability over all orders; None
+        if the order is fixed.
         """
         return None
 
@@ -53,7 +53,7 @@ class Caption(Probe):
     """Log-likelihood of each text as a description of the picture.
 
     Args:
-        mode: ``sum`` over tokens, ``mean`` over tokens, or ``pmi``: the sum minus the sum on a blank picture, which removes the prior.
+        mode: ``sum`` over tokens, ``mean`` over tokens, or ``pmi``: the sum minus the sum on a blank image, which removes the prior.
         prompt: prompt for items without a question.
     """
 
@@ -121,11 +121,11 @@ class Answers(Probe):
 
 @dataclass(frozen=True)
 class Letters(Probe):
-    """Multiple choice by letter. For each order of the options, the probability of an option's letter is normalised over all options'
-    letters. The option's score is the log of the mean of these probabilities over the orders.
+    """Multiple choice by letter. In each order of the options, the probability of an option's letter is normalised over the letters of all
+    options. The option's score is the log of the mean of these probabilities over the orders.
 
     Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
-    a preference for a position or a letter gives no option an advantage.
+    a bias of the model towards a position or a letter favours no option.
 
     Args:
         question: question for items that have none, such as captions.
@@ -191,15 +191,15 @@ class Generate:
             raise ConfigError(f"the probe {self.name} must generate at least 1 token, not {self.max_new_tokens}; correct max_new_tokens")
 
     def asked(self, item: Item) -> str:
-        """Return the prompt of an item. If the prompt does not list the options, they are appended in the benchmark's order, except for yes
-        and no.
+        """Return the prompt of an item. The options are appended in the benchmark's order, unless the prompt already lists them or they are
+        yes and no.
         """
         if item.listed or [text.lower() for text in item.texts] == ["yes", "no"]:
             return item.prompt
         return Letters().asked(item, range(len(item.texts)))
 
     def cells(self, item: Item) -> tuple[Candidate, ...]:
-        """Return a single cell: the prompt with an arbitrary answer. The item check and the scoring plan need one."""
+        """Return the prompt with an arbitrary answer as the only cell, because the item check and the scoring plan need one."""
         return (Candidate(self.asked(item), item.texts[0]),)
 
 
@@ -241,7 +241,7 @@ def variants(text: str) -> tuple[str, ...]:
 
 
 def orders(size: int) -> list[tuple[int, ...]]:
-    """Return the orders for presenting ``size`` options."""
+    """Return the orders in which ``size`` options are presented, each as a tuple of option indices."""
     if size <= ALL_ORDERS:
         return list(itertools.permutations(range(size)))
     return [tuple((place + shift) % size for place in range(size)) for shift in range(size)]

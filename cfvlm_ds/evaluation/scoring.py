@@ -1,6 +1,6 @@
 """Group scoring with the training forward pass, without gradients. The model can be partitioned over ranks.
 
-Before training, the largest batch is rehearsed, to detect insufficient memory or invalid data early.
+``rehearse`` scores the largest batch before training, to detect insufficient memory or invalid data early.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class Batching:
-    """How groups are divided into forward passes.
+    """Division of groups into batches and forward passes.
 
     Args:
         batch_size: number of groups in a batch of one rank.
@@ -78,9 +78,9 @@ class Batching:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function for worker processes. It calls ``Collator.parts``.
+    """Return a collate function for worker processes, which calls ``Collator.parts``.
 
-    It returns a DataError instead of raising it, because an error raised in a worker loses its message.
+    The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -141,7 +141,8 @@ def scored_batches(
     label: str,
     reference: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], list[Scores]]]:
-    """Score this rank's share of ``batches``. Yield each batch's group indices and its scores in each of ``views`` (see ``seen_as``).
+    """Score this rank's share of ``batches``. For each batch, yield the indices of its groups and its scores in each of ``views`` (see
+    ``seen_as``).
 
     Batches are assigned to ranks in turn. All ranks yield the same number of times: a rank that has no batch left scores one group again
     and yields no indices. Raises the same errors as ``score_batches``.
@@ -177,7 +178,7 @@ def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -
 
 
 def seen_as(groups: Groups) -> list[Groups]:
-    """Return the views in which groups are scored: on their own images, and on a blank image."""
+    """Return the two views of groups that are scored: one with their own images, and one with a blank image."""
     return [groups, Lazy(lambda index: blinded(groups[index]), len(groups))]
 
 
@@ -234,8 +235,8 @@ class _Tried(NamedTuple):
 def rehearse(forward: Forward, collator: Collator, splits: Mapping[str, Groups], world: World, batching: Batching) -> None:
     """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
 
-    A forward pass exceeds the limit on tokens only if a single text with its prompt and image is longer than that. All batches that
-    ``score_groups`` will run are considered. Raises the same errors as ``score_groups``, on all ranks.
+    All batches that ``score_groups`` will run are considered. A forward pass exceeds ``max_tokens`` only if a single text with its prompt
+    and image does. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator, batch_size, max_tokens = collator.scoring_everything(), batching.batch_size, batching.max_tokens

@@ -1,4 +1,4 @@
-"""Page that shows groups: a sample of a manifest, or a run's groups with the worst scores."""
+"""Page that shows groups: a sample of a manifest, or the groups of a run that have the smallest margins."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by group id ({} if there are none).
 
     ``split`` is the name of the run's evaluation set. ``lost_before``, keyed by id and content hash, is True for a group if the model got
-    one of its comparisons wrong before training. Groups that were not evaluated before training are absent.
+    any of its comparisons wrong before training. Groups that were not evaluated before training are absent.
     """
 
     groups: GroupStore
@@ -84,7 +84,7 @@ def view_worst(
     max_pixels: int,
     say: Say,
 ) -> Written:
-    """Write a page of the groups with the smallest margins per word after ``step`` steps, as many of each split, and return it.
+    """Write a page of the groups with the smallest margins per word after ``step`` steps, the same number from each split. Return the page.
 
     ``scores`` holds the scores of all groups, keyed by split. Raises the same errors as ``view``.
     """
@@ -131,8 +131,8 @@ def _page(
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """For each group, return whether the model got any comparison wrong before training (see ``_Source``). Return {} if the set was not
-    evaluated before training.
+    """Return whether the model got any comparison of a group wrong before training, keyed by id and content hash. Return {} if the set was
+    not evaluated before training.
     """
     try:
         rows = read_json(run_dir / BASELINE / f"{name}.json")["rows"]

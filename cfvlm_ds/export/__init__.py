@@ -1,8 +1,8 @@
 """Export of a DeepSpeed checkpoint as a Hugging Face folder with the same names, shapes, dtypes and files as its source model.
 
-The model is never in memory as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output.
-An export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers converts weights when it loads them,
-the export also needs memory for one layer.
+The model is never loaded as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output. An
+export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers converts weights when it loads them, the
+export also needs memory for one layer.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _refuse_full_disk(partial: Path, out_dir: Path, needed: int) -> None:
 
 
 def _copy_files(folder: Path, partial: Path) -> None:
-    """Copy the configuration, tokenizer and processor files unchanged."""
+    """Copy the source's configuration, tokenizer and processor files."""
     for path in side_files(folder):
         target = partial / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)

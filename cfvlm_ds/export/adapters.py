@@ -1,4 +1,4 @@
-"""A checkpoint's adapters, which are merged into the base weights or written in peft's format."""
+"""Adapters of a checkpoint: merged into the base weights, or written in peft's format."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MergedWeights(ZeroWeights):
         yield from (block * factor[row] for block, row in self._added(name, layer))
 
     def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of W + scaling * B A, each with the row index of every value in it."""
+        """Yield W + scaling * B A in flat blocks, each with the matrix row of every value in the block."""
         a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
         columns, start = a.shape[1], 0
         for block in super().blocks(name):

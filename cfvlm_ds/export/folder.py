@@ -1,4 +1,4 @@
-"""An export's model card. This package writes it, and replaces it unless the user has edited it."""
+"""Model card of an export. An older card is replaced unless the user has edited it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ CARD = "README.md"
 UNNAMED_BASE = (
     "The base model is a local folder. Before you publish this card, name the model here and, if it is on the hub, as `base_model` above."
 )
-"""Paragraph of a card that the user must replace before `export --push`."""
+"""Paragraph of a card whose base model is a local folder. The user must replace it before `export --push`."""
 UNNAMED_REPO = "path/of/this/folder"
-"""Name that a card's example loads the model from if no repository is known. `export --push` replaces it."""
+"""Placeholder for the repository in a card's example if no repository is known. `export --push` replaces it."""
 _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
-"""Start of a card's last line, which contains a digest of the text above. A card that no longer matches its digest is the user's."""
+"""Start of a card's last line, the seal, which contains a digest of the text above it. If the digest does not match, the user has edited
+the card."""
 
 
 def sealed(text: str) -> str:
-    """Return a model card with a seal as its last line. The seal identifies cards that have not been edited."""
+    """Append a seal, a comment with the text's digest, to the text of a model card. The digest shows whether the card was edited later."""
     return f"{text}{_SEAL}{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()} -->\n"
 
 
 def is_own_card(path: Path) -> bool:
-    """Return True if a file is a sealed card that has not been edited."""
+    """Return whether a file is a sealed card that has not been edited."""
     try:
         text = "" if path.is_symlink() else path.read_bytes().decode()
     except (OSError, ValueError):
@@ -38,7 +39,7 @@ def is_own_card(path: Path) -> bool:
 
 def refuse_others_model(out_dir: Path, remedy: str = "name another folder with --out") -> None:
     """Raise ConfigError if ``out_dir`` contains a model that was not written by an export. A model counts as exported if it is in a run
-    folder or its card has a seal.
+    folder or if its card has a seal.
     """
     if any((out_dir / name).is_file() for name in _OF_MODELS) and not (out_dir.parent / "config.yaml").is_file():
         try:
@@ -59,8 +60,8 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:
-    """Write ``card`` into the folder ``partial``, which will replace ``out_dir``. If the user has written a README.md in ``out_dir``, copy
-    that file instead.
+    """Write ``card`` to the folder ``partial``, which will replace ``out_dir``. If the user has written or edited the README.md in
+    ``out_dir``, copy that file instead.
     """
     present = out_dir / CARD
     if os.path.lexists(present) and not is_own_card(present):

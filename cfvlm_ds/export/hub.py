@@ -15,10 +15,10 @@ from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, UNNAMED_REPO
 def push(folder: Path, repo: str, say: Say) -> str:
     """Upload an export to a model repository and return the repository's URL. A repository that does not exist is created as private.
 
-    At an address other than the hub's own (HF_ENDPOINT), files are sent by Git LFS unless HF_HUB_DISABLE_XET is set: servers at other
-    addresses often lack the Xet protocol, and the client would wait minutes for it. Raises ConfigError if the card does not name the base
-    model, and if the hub refuses the upload or cannot be reached. The export is not changed, except that its card's example names the
-    repository.
+    If HF_ENDPOINT names a server other than the hub, files are uploaded through Git LFS unless HF_HUB_DISABLE_XET is set: other servers
+    often lack the Xet protocol, and the client would wait minutes for it. The export is not changed, except that the repository's name
+    replaces the placeholder in its card. Raises ConfigError if the card does not name the base model, and if the hub refuses the upload or
+    cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 

@@ -1,4 +1,4 @@
-"""Export jobs, which map the model's weights to tensors on disk."""
+"""Export jobs, which map the model's weights to the tensors on disk that are computed from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """``stored`` names the tensors to store, and ``weights`` names the model's weights that they are computed from, by reversing the
-    ``conversions`` that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged.
+    """Tensors to store (``stored``) and the model's weights (``weights``) from which they are computed, by reversing the ``conversions``
+    that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged. If ``weights`` is empty, the tensors
+    are copied from the source.
     """
 
     stored: tuple[str, ...]
@@ -29,10 +30,10 @@ class Job:
 
 
 def find_jobs(model: Any, saved: Mapping[str, Saved]) -> list[Job]:
-    """Derive an export's jobs from transformers' loading rules. A tensor that the model does not have gets a job without weights.
+    """Derive an export's jobs from transformers' loading rules. A tensor that the model does not load gets a job without weights.
 
-    Each reversed conversion is tried on meta tensors, and used only if it yields the source's names and shapes. Raises ConfigError if no
-    conversion does.
+    Each reversed conversion is tried on meta tensors, and used only if it yields the source's names and shapes. Raises ConfigError if none
+    does.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -84,10 +85,10 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs. If the checkpoint lacks a job's weights, for example because the module is frozen, the returned job has no weights,
-    and the export copies its tensors from the source.
+    """Return the jobs, each without weights if the checkpoint lacks them, for example because the module is frozen. The export copies the
+    tensors of such a job from the source.
 
-    In ``zero`` (the checkpoint's weights), a tied weight is added under all its names. Raises ConfigError if a trained weight is missing,
+    Each tied weight is added to ``zero`` (the checkpoint's weights) under all its names. Raises ConfigError if a trained weight is missing,
     if the checkpoint has a trained weight that the source lacks, or if shapes differ.
     """
     tied: dict[int, list[str]] = {}

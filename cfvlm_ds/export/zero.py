@@ -17,7 +17,7 @@ _MAPPED = 64 << 20  # minimum number of bytes to read before the files are mappe
 
 
 class ZeroWeights:
-    """Weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on request."""
+    """Weights of a ZeRO-1, 2 or 3 checkpoint, keyed by their names in the model and read from the ranks' files on access."""
 
     def __init__(self, checkpoint: Path) -> None:
         with explained(f"{checkpoint} cannot be read", "use another checkpoint"):

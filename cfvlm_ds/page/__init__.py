@@ -37,7 +37,7 @@ from cfvlm_ds.data.identity import path_in
 from cfvlm_ds.page.pictures import SMALL_SIDE, Looks, difference, looks
 
 Fact: TypeAlias = tuple[str, str]
-"""A fact that the page shows: (name, value)."""
+"""Name and value of a fact that the page shows."""
 Span: TypeAlias = tuple[int, int]
 """Half-open range of characters: (start, end)."""
 
@@ -103,10 +103,9 @@ class ScoreTable:
 
     @property
     def rank(self) -> float | None:
-        """Smallest margin per word that is not NaN, or None if there is no such margin.
+        """Smallest margin per word that is not NaN, or None if there is no such margin. Groups are sorted by it.
 
-        It determines the order of groups. Margins are divided by the word count because they are sums over tokens, which grow with the
-        length of a text.
+        Margins are divided by the word count because they are sums over tokens, which grow with the length of a text.
         """
         lengths = self.lengths or (1,) * len(self.decided)
         return min((margin / length for margin, length in zip(self.decided, lengths, strict=True) if margin == margin), default=None)
@@ -135,7 +134,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Folder and contents of a written page. ``problems`` holds the reason for each picture that could not be shown."""
+    """Written page: its folder and its contents. ``problems`` contains the reason for each picture that could not be shown."""
 
     folder: Path
     num_items: int
@@ -294,8 +293,8 @@ def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
 
 
 def _marks(texts: Sequence[Text]) -> list[bytes]:
-    """Compare each text with its reference text, and mark the differing words in both texts. Return one bytes object per text, with one
-    byte per character (1 if marked), or b"" if nothing is marked.
+    """Compare each text with its reference text, and mark the words that differ in both texts. For each text, return one byte per character
+    (1 if marked), or b"" if nothing is marked.
     """
     marks = [bytearray(len(text.text)) for text in texts]
     for c, text in enumerate(texts):
@@ -307,8 +306,8 @@ def _marks(texts: Sequence[Text]) -> list[bytes]:
 
 
 def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
-    """Yield (changed, hidden, text) for each part of a text. A hidden character is replaced with its code point. Characters beyond MAX_TEXT
-    are replaced with their count.
+    """Yield (changed, hidden, text) for each part of a text. ``changed`` is True if ``marks`` marks the part, and ``hidden`` if the part is
+    a substitute: a code point for a hidden character, or the number of characters beyond MAX_TEXT.
     """
     shown = text[:MAX_TEXT]
     kinds = ((bool(marks and marks[k]), k if _is_hidden(shown, k) else -1) for k in range(len(shown)))
@@ -337,8 +336,10 @@ def _is_hidden(text: str, place: int) -> bool:
 
 
 def _pictures(item: Item, look: Looks, problems: dict[Path, str]) -> list[list[dict[str, Any]]]:
-    """Describe each image's pictures for the template. A description contains the picture's copy and its difference from the factual
+    """Describe each image's pictures for the template. A description contains the copy of a picture and its difference from the factual
     picture, or the reason why the picture cannot be shown. The reason is also added to ``problems``.
+
+    If there are only two images, the factual picture is compared with the other one.
     """
     drawn: list[list[dict[str, Any]]] = []
     prefixes = [root.parts for root in item.roots]

@@ -1,4 +1,4 @@
-"""A page's pictures: small copies without metadata, and outlines of the differences between two pictures."""
+"""Pictures of a page: small copies without metadata, and outlines of the differences between two pictures."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ Looks: TypeAlias = Callable[[Path], Seen | str]
 
 
 def looks(folder: Path, max_pixels: int) -> Looks:
-    """Return a cached function that decodes a picture, saves a small copy without metadata, and returns a ``Seen`` record of the picture.
-    If decoding fails, it returns the error message.
+    """Return a cached function that decodes a picture, saves a small copy without metadata, and returns a ``Seen`` record. If the picture
+    cannot be decoded, the function returns the error message.
 
     The copy's file name does not reveal the picture's file name.
     """

@@ -1,4 +1,4 @@
-"""Figures of learning curves and of differences, drawn with matplotlib's Agg backend.
+"""Figures of learning curves and of differences between results, drawn with matplotlib's Agg backend.
 
 matplotlib is imported only when a figure is drawn, and its global style is not changed.
 """
@@ -50,8 +50,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     The panels show ``loss/...``, ``logp/...`` (nats per token), ``active/...`` (fractions) and accuracies in %:
     ``eval_sample/SPLIT/METRIC``, or ``eval/SPLIT/METRIC`` for a split that was not evaluated on a sample. Accuracies for individual edit
     types are not shown. A panel shows a few series and states how many it leaves out; the most informative accuracy of every split comes
-    first. Equal series are drawn as one line, labelled with all their names. Empty panels and fractions that never change are omitted. Non-
-    finite values leave gaps. Long series are drawn as a moving average over faint raw values.
+    first. Equal series are drawn as one line, labelled with all their names. Empty panels and fractions that never change are omitted.
+    Non-finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
         path: PNG file to write.

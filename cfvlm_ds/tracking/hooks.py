@@ -14,7 +14,7 @@ from cfvlm_ds.tracking.metrics_log import say
 
 
 class Hook(Protocol):
-    """Receiver of a run's metrics on rank 0.
+    """Interface of a class that receives a run's metrics on rank 0.
 
     Args:
         run_dir: folder of the run.
@@ -75,7 +75,7 @@ class Hooks:
                 self._drop(name, error)
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Call a method of every hook."""
+        """Call the method ``method`` of every hook with ``arguments``."""
         for name, hook in [*self._hooks.items()]:
             try:
                 getattr(hook, method)(*arguments)

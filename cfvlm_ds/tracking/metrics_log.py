@@ -39,8 +39,8 @@ def read_metrics(path: Path, offset: int, limit: int) -> tuple[list[tuple[str, f
 def truncate_metrics(path: Path, resume_step: int | None, offset: int) -> tuple[set[str], int]:
     """Remove incomplete lines and the lines of steps after ``resume_step``, or all lines if ``resume_step`` is None.
 
-    Return the names of the metrics recorded at ``resume_step``, and ``offset`` (a position in the file) reduced by the size of the lines
-    that were removed before it.
+    Return the names of the metrics recorded at ``resume_step``, and the position in the new file that corresponds to byte ``offset`` of the
+    old file.
     """
     if not path.exists():
         return set(), 0

@@ -2,8 +2,8 @@
 
 MLflow's own asynchronous logging drops a batch if its request fails. The thread therefore sends the batches itself, and advances its
 position in metrics.jsonl only after the server has confirmed a batch. training/trainer.py logs the metrics, and training/run_record.py
-provides parameters and tags. The delivery record in the run folder holds the other data and what has been delivered so far, so that another
-process can finish the delivery.
+provides parameters and tags. The delivery record in the run folder contains all other data and the progress of the delivery, so that
+another process can finish it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 @dataclass(frozen=True)
 class DeliveryRecord:
-    """The data that a run sends to MLflow (other than metrics), and what has been delivered so far.
+    """Data that a run sends to MLflow (except metrics), and the progress of their delivery.
 
     Attributes:
         inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.
@@ -100,20 +100,20 @@ _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
 _FIRST_PAGE = re.compile("loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval/[^/]+/(covered|cover|yes_ratio)")
-"""Metrics to look at first, besides one headline metric per evaluation set."""
+"""Metrics that MLflow shows first (``Main/``), in addition to one headline metric per evaluation set."""
 _HEADLINES = (
     *("f1_macro", "g_acc", "mean_pictures", "individual", "group_macro", "macro", "cv_bench", "perception", "chair", "hallucinated"),
     *("group", "pair", "image_pair", "f1", "accuracy", "factual", "nll"),
 )
-"""Headline metrics of evaluation sets and benchmarks. The first one that a set has goes to the first page."""
+"""Headline metrics of evaluation sets and benchmarks, in order of priority. The first one that a set has is shown in ``Main/``."""
 _OWN_HEADLINES = {"cola": "image", "visual_counterfact": "text", "vsr": "accuracy"}
 NOTE, TABLES = "mlflow.note.content", "mlflow.loggedArtifacts"
 """MLflow's tags for a run's description (Markdown), and for JSON files that it shows as tables."""
 
 
 def import_mlflow() -> threading.Thread:
-    """Start a thread that imports MLflow, which takes 2-3 s, and return the thread. The caller must join the thread before data workers are
-    forked.
+    """Start a thread that imports MLflow, which takes 2 to 3 s, and return the thread. The caller must join the thread before data workers
+    are forked.
     """
     thread = threading.Thread(target=_import, name="cfvlm_ds-import", daemon=True)
     thread.start()
@@ -151,7 +151,7 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
 
 
 class Delivery:
-    """Thread that sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and does not change MLflow's global state."""
+    """Delivery thread: sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and does not change MLflow's global state."""
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, enabled: bool = True) -> None:
         self.record = record
@@ -264,8 +264,8 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Find the existing run and set its status to RUNNING, or return None. If the server no longer has the run, all data go to a new
-        run.
+        """Return the existing run, or None. The status of a run that is not finished is set to RUNNING. If the server no longer has the
+        run, all data go to a new run.
         """
         record, run = self.record, None
         if record.run_id is not None:

@@ -2,7 +2,7 @@
 
 MLflow receives
 
-- every metric in ``metrics.jsonl``, logged by training/trainer.py, explained in docs/metrics.md and renamed by ``mlflow_name``;
+- every metric in ``metrics.jsonl``, logged by training/trainer.py, explained in docs/metrics.md and renamed by ``mlflow_names``;
 - the run record's parameters, tags and files (training/run_record.py);
 - the result tables and figures (training/results.py). The first table and the figures also form the run's description.
 

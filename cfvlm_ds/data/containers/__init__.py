@@ -2,6 +2,6 @@
 reads.
 
 A container's parser yields the location of each row together with the row or, if the row is invalid, its error. It raises DataError for a
-file that cannot be read completely. Picture bytes in a row are replaced with a reference to their position in a file. What a row means is
-defined by its format (data/formats/), not by its container.
+file that cannot be read completely. Picture bytes in a row are replaced with a reference to their position in a file. The format
+(data/formats/), not the container, defines the meaning of a row.
 """

@@ -1,6 +1,6 @@
 """Arrow containers: Parquet files, Arrow files and data sets saved by ``datasets``, read by pyarrow.
 
-Pictures in an Arrow file are not copied; their names give the offset and length of their bytes (``data.arrow#4096+60123``). Pictures
+Pictures in an Arrow file are not copied. A row refers to them by the offset and length of their bytes (``data.arrow#4096+60123``). Pictures
 in a Parquet file are compressed, or at least divided into pages, so they are copied when the rows are converted.
 """
 
@@ -25,7 +25,7 @@ Named = Callable[[Any], str | None]
 
 
 def parquet_rows(path: Path) -> Rows:
-    """Yield the rows of a Parquet file."""
+    """Yield the location and value of each row in a Parquet file."""
     arrow = _pyarrow(path)
     from pyarrow import parquet
 
@@ -38,14 +38,14 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return the number of rows per batch. If the rows within each row group have similar sizes, a batch has at most _BYTES bytes."""
+    """Return the number of rows per batch. It limits a batch to _BYTES bytes if the rows of each row group have similar sizes."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
 
 
 def arrow_rows(path: Path) -> Rows:
-    """Yield the rows of an Arrow file, in the file format or the stream format."""
+    """Yield the location and value of each row in an Arrow file (IPC file format or IPC stream format)."""
     arrow = _pyarrow(path)
     open_regular(path).close()  # raises an error for a pipe
     with arrow.memory_map(str(path)) as mapped:
@@ -84,8 +84,8 @@ def _batch_rows(batch: Any, arrow: Any, named: Named | None) -> Iterator[Row]:
 
 
 def _values(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert a column to Python values. Binary values are converted by ``_bytes``. A struct of bytes and path is a picture stored by the
-    ``datasets`` library.
+    """Convert a column to Python values. ``_bytes`` converts binary values. A struct with the fields bytes and path is a picture stored by
+    the ``datasets`` library.
     """
     kind, types = array.type, arrow.types
     if isinstance(array, arrow.ExtensionArray):
@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures stored by ``datasets``. Each consists of bytes and the original path; the path is used if there are no bytes."""
+    """Convert pictures stored by ``datasets``. Each consists of bytes and the original path, which is used if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)
@@ -136,8 +136,8 @@ def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
 
 
 def _bytes(array: Any, large: bool, named: Named | None) -> list[Any]:
-    """Convert each binary value to a reference to its bytes in the file. A value that exists only in memory, for instance after
-    decompression, becomes bytes. The buffer is sliced directly, because creating a pyarrow scalar for each value would copy the data.
+    """Convert each binary value to a reference to its bytes in the file, or to bytes if it exists only in memory, for instance after
+    decompression. The buffer is sliced directly, because creating a pyarrow scalar for each value would copy the data.
     """
     _, offsets, contents = array.buffers()
     places = np.frombuffer(offsets, "<i8" if large else "<i4")[array.offset : array.offset + len(array) + 1].tolist() if len(array) else []

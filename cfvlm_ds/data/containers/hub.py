@@ -32,7 +32,7 @@ _EVERY_S = 1.0
 
 
 class _Address(NamedTuple):
-    """A data set's name and revision, and the path of its files. The last part of the path can be a pattern."""
+    """Parsed hub address: a data set's name and revision, and the path of its files. The last part of the path can be a pattern."""
 
     name: str
     revision: str
@@ -89,7 +89,7 @@ def _named(address: _Address) -> str:
 
 
 def _cached_folder(record: Path) -> Path | None:
-    """Return the folder with the files that an earlier call fetched, or None if a file is missing or its size has changed."""
+    """Return the folder with the files that an earlier call fetched, or None if any file is missing or has a different size."""
     try:
         cached = read_json(record)
         folder, files = record.parent / cached["folder"], cached["files"]

@@ -1,4 +1,4 @@
-"""JSON files that contain one value: a list of rows, COCO captions, or an object of numbered rows. The whole file is read into memory.
+"""JSON files that contain a single value: a list of rows, COCO captions, or an object of numbered rows. The whole file is read into memory.
 
 A COCO file lists pictures and captions separately. A row combines a picture and the list of its captions. Every other field of the captions
 becomes a list with one value per caption. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
@@ -17,13 +17,13 @@ from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 from cfvlm_ds.data.rows import parsed
 
 MAX_JSON = 4 << 30
-"""Maximum size of one JSON value in bytes. Until its rows are written as JSON lines, they take several times as much memory."""
+"""Maximum size of a JSON file in bytes. Its parsed rows take several times as much memory until they are written as JSON lines."""
 
 _REMEDY = "correct it, or name the file .jsonl if it holds one object per line"
 
 
 def json_rows(path: Path) -> Rows:
-    """Yield the rows of a file. A row with a duplicate key is replaced with a DataError."""
+    """Yield the location and value of each row in a file. A row with a duplicate key is replaced with a DataError."""
     try:
         value = parsed(read_bytes(path, MAX_JSON), path, _REMEDY, _DECODER)
     except TooLarge as error:
@@ -80,7 +80,9 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return a COCO item's values for two keys, and the item's other fields. Raises DataError if a value is missing or invalid."""
+    """Return the values of a COCO item's keys ``name`` and ``content``, and its other fields. Raises DataError if one of these values is
+    missing or invalid.
+    """
     row = _row(value)
     if isinstance(row, DataError):
         raise DataError(f"{where}: {row}")

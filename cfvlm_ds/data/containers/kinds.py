@@ -1,4 +1,4 @@
-"""Detection of containers: which files a path stands for, and of what kind they are."""
+"""Container detection: the files that a path refers to, and their kind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SUFFIXES = {".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".par
 _SUFFIXES |= {f".{ending}": "pictures" for ending in ENDINGS}
 _IN_FOLDERS = ("*.arrow", "*.parquet", "*.tar")
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
-"""Name of a split's numbered shard without its suffix, as the hub and ``datasets`` write it."""
+"""Pattern for the stem of a numbered shard's file name, as written by the hub and ``datasets``; it captures the split's name."""
 COMPRESSED = {
     ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip",
 }  # fmt: skip
@@ -56,8 +56,8 @@ def container_of(path: Path) -> str:
 
 
 def sources_of(path: Path) -> list[Path]:
-    """Return the files that a path stands for, sorted by name: the path itself, the files in a folder, or the matches of a pattern such as
-    ``train-*.parquet``.
+    """Return the files that a path refers to: the path itself, the files in a folder, or the matches of a pattern such as
+    ``train-*.parquet``. They are sorted by name, except that a saved data set defines its own order.
 
     Raises DataError for a folder without data or with several splits, and for a pattern that does not match any files, or matches files of
     several kinds.
@@ -107,8 +107,8 @@ def _kind(path: Path, file: Path) -> str:
 
 
 def _refuse_unread(path: Path, pictures: list[Path]) -> None:
-    """Raise DataError if a caption in an image folder does not belong to exactly one picture, or if the folder also has data that would be
-    ignored.
+    """Raise DataError if a caption in an image folder does not belong to exactly one picture, or if the folder also contains data that
+    would be ignored.
     """
     texts = {picture.with_suffix(".txt").name: picture for picture in pictures}
     others = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name not in texts)
@@ -146,7 +146,7 @@ def _in_folder(path: Path) -> list[Path]:
 
 
 def _saved(path: Path) -> list[Path]:
-    """Return the files of a data set saved by ``datasets``, in the data set's order. Raises DataError if state.json does not list them."""
+    """Return the files of a data set saved by ``datasets``, in the order of state.json. Raises DataError if state.json lists none."""
     try:
         listed = read_json(path / "state.json")["_data_files"]
         files = [own_file(path, entry["filename"], path / "state.json") for entry in listed]

@@ -28,7 +28,7 @@ class PreparedRows(LineRows):
         self._ends = list(accumulate(rows for _, rows in prepared.sources))
 
     def where(self, row: int) -> str:
-        """Return the location of a row: the path, the file name if the path stands for several files, and the item number."""
+        """Return the location of a row: the path, the file name if the path refers to several files, and the item number."""
         if (file := bisect_right(self._ends, row)) == len(self._ends):
             return f"{self.path}: item {row + 1}"
         return f"{self.path}: {self._files[file]}, item {row + 1 - (self._ends[file - 1] if file else 0)}"

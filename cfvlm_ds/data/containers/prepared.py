@@ -1,8 +1,8 @@
-"""Cache of data files converted to rows. A conversion is a folder with rows.jsonl and copied pictures; it is written once and reused.
+"""Cache of containers converted to JSON lines. Each conversion is a folder with rows.jsonl and copied pictures, written once and reused.
 
-The folder's name contains a hash of the source's path and of its files' sizes and times. Row n is line n of rows.jsonl. The line for an
-invalid row is a JSON string with the error message. If there are several source files, their row counts are recorded. The folder is
-written under a temporary name and renamed when it is complete, so an interrupted conversion is repeated.
+The folder's name contains a hash of the container's path and of the sizes and times of its files. Row n is line n of rows.jsonl. The line
+for an invalid row is a JSON string with the error message. If the container consists of several files, their row counts are recorded. The
+folder is written under a temporary name and renamed when it is complete, so an interrupted conversion starts over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cfvlm_ds.data.picture_file import part_name, tar_member
 _FORM = 3  # version of the written files; a new version makes existing folders obsolete
 _LINES, _PICTURES, _SOURCES = "rows.jsonl", "pictures.tar", "sources.json"
 ENDING = ".prepared"
-"""Suffix of the folder's name."""
+"""Suffix of a conversion's folder name."""
 _KNOWN = 100_000  # number of pictures remembered to recognise repeats; consecutive questions are often about the same picture
 
 
@@ -120,7 +120,7 @@ def _line(row: dict[str, Any] | DataError, pictures: _Pictures) -> bytes:
 
 
 class _Pictures:
-    """Tar file for the copied pictures. If a picture occurs several times, one copy is stored and its name is reused."""
+    """Tar file for the copied pictures. A picture that occurs several times is stored once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -129,9 +129,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return a reference to a picture in the tar. The picture is added to the tar if it is new.
+        """Return a reference to a picture in the tar, adding the picture if it is new.
 
-        ``value`` is the picture's bytes. If it is a DataError instead, it is raised. Raises TypeError for any other type.
+        ``value`` is the picture's bytes, or a DataError, which is raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

@@ -1,4 +1,4 @@
-"""Container rows, and the conversion of parser errors to DataErrors."""
+"""Rows of a container: their types, and the conversion of parser errors to DataErrors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from cfvlm_ds.core.reading import MIB
 
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | DataError]]
-"""Iterator over (location, row). A DataError stands for an invalid row, and does not name the location."""
+"""Iterator over (location, row). An invalid row is replaced with a DataError that does not name the location."""
 
 MAX_ROW = 4 * MIB
 """Maximum size of a row as JSON without its pictures, in bytes. It equals the limit for a row in a JSON lines file."""
 
 
 def rows_of(path: Path, read: Callable[[Path], Rows]) -> Rows:
-    """Yield the rows of a file, parsed by ``read``. Raises a DataError that names the file and the last row read if the parser fails."""
+    """Yield the location and value of each row that ``read`` parses. If the parser fails, raises a DataError that names the file and the
+    last row read.
+    """
     where = ""
     try:
         for where, row in read(path):

@@ -12,7 +12,7 @@ from cfvlm_ds.core.reading import open_regular
 from cfvlm_ds.data.containers.rows import MAX_ROW, Row, Rows
 
 _INDEX = "index"
-"""Name given to an unnamed first column, such as the index that pandas writes."""
+"""Name for an unnamed first column, such as the index that pandas writes."""
 
 
 def _rows(path: Path, delimiter: str) -> Rows:

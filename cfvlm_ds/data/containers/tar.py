@@ -1,7 +1,7 @@
 """WebDataset tars. All members with the same key form a row; their extensions are its columns.
 
-Pictures are not copied; their names give the offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be compressed.
-Texts and JSON become values in the rows.
+Pictures are not copied. A row refers to them by the offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be
+compressed. Texts and JSON become values in the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEADER = MIB
 
 
 def tar_rows(path: Path) -> Rows:
-    """Yield the samples of a tar."""
+    """Yield the key and columns of each sample in a tar."""
     with open_regular(path) as handle, tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
         yield from _samples(path, handle, tar)
 
@@ -78,7 +78,7 @@ def _samples(path: Path, handle: IO[bytes], tar: tarfile.TarFile) -> Rows:
 
 
 def _value(path: Path, handle: IO[bytes], member: tarfile.TarInfo, extension: str) -> Any:
-    """Return the contents of a text or JSON member. For any other member, return a reference for reading its bytes. Raises DataError for a
+    """Return the contents of a text or JSON member, or a reference to the bytes of any other member. Raises DataError for a text or JSON
     member that is too long or malformed.
     """
     last = extension.rpartition(".")[2]

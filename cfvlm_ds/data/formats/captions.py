@@ -3,7 +3,7 @@ pictures.
 
     {"image": "a.jpg", "caption": "two dogs on a lawn", "negative_caption": "three dogs on a lawn", "negative_image": "a_edit.jpg"}
 
-Columns are detected by their usual names (``DEFAULTS``), or mapped by options: ``captions:image=file_name,caption=text``. A column can hold
+Columns are detected by common names (``DEFAULTS``), or mapped by options: ``captions:image=file_name,caption=text``. A column can hold
 a list, ``caption=first+second`` joins two columns into one list, and ``a.b`` is the field ``b`` of column ``a``. Every caption is true of
 the picture, every negative caption is false of it, and the captions are false of every negative picture. If negative captions and negative
 pictures are equal in number, the k-th negative caption is true of the k-th negative picture (an edited pair), unless ``paired=false``
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 
 
 _BROKEN_LIST = re.compile(r"""\[\s*['"].*\]$""", re.DOTALL)
-"""Pattern of a text that looks like a list but cannot be parsed, such as numpy's notation without commas."""
+"""Pattern for a text that looks like a list but cannot be parsed, such as numpy's notation without commas."""
 
 
 class _Read(NamedTuple):
@@ -65,12 +65,12 @@ class Captions:
         image: column with the picture or a list of pictures.
         caption: column with the captions that are true of the picture.
         negative_caption: column with the captions that are false of the picture.
-        negative_image: column with the pictures of which the captions are false.
+        negative_image: column with pictures of which the captions are false.
         prompt: column with the prompt that the captions answer.
-        edit: column with the counterfactuals' edit type, which labels a row in result tables.
+        edit: column with the counterfactuals' edit type, by which result tables are broken down.
         id: column with the group's id.
         ask: prompt for rows that have none; empty for no prompt.
-        paired: whether the k-th negative caption is true of the k-th negative picture if both lists are equally long.
+        paired: if there are as many negative captions as negative pictures, whether the k-th caption is true of the k-th picture.
         label: column that marks the caption, or each caption in a list, as true or false.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
@@ -131,7 +131,7 @@ class Captions:
         )
 
     def claim(self, row: Row) -> Claim:
-        """Read a row's labelled texts. The option ``label`` must be set."""
+        """Return the claim of a row, which contains its labelled texts. The option ``label`` must be set."""
         read = self._read(row)
         for option in ("negative_caption", "negative_image"):
             if negative := read.columns[option]:
@@ -173,7 +173,7 @@ class Captions:
         return _Read(row, columns, texts, *self._prompt(row, columns["prompt"], pictures))
 
     def _kept(self, read: _Read, options: Iterable[str]) -> dict[str, Any]:
-        """Return the row with the label column and the columns of the given options removed."""
+        """Return the row without the label column and the columns that the given options select."""
         used = [column for option in options for column in read.columns[option]]
         return without(read.row, [*used, self.label] if self.label else used)
 
@@ -188,10 +188,9 @@ class Captions:
         return [text.strip() for text in texts]
 
     def columns_of(self, row: Row, option: str) -> list[str]:
-        """Return the row's columns for an option: the columns that the option names or, if it is not set, the first column with a usual
-        name.
+        """Return the row's columns for an option: those that the option names or, if it is not set, the first column with a common name.
 
-        Raises DataError if a named column that the format needs is missing.
+        Raises DataError if the option names a missing column that the format needs.
         """
         if given := getattr(self, option):
             wanted = [given] if _has(row, given) else given.split("+")
@@ -240,7 +239,7 @@ def _listed(row: Row, columns: Sequence[str]) -> list[Any]:
 
 
 def _distinct(texts: list[str]) -> tuple[list[str], int]:
-    """Return the distinct captions of a picture, and the number of duplicates (different people can write the same caption)."""
+    """Return the distinct captions of a picture, and the number of duplicates (several annotators can write the same caption)."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(normalised(text), text)

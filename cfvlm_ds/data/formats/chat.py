@@ -1,9 +1,9 @@
 """Parser for conversations in the notations of public data sets: turns, picture positions and scored answers.
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
-"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, ``<image>`` marks the position of the row's next picture; if there are no marks, the
-pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>`` are removed. A
-column that is null is treated as missing, because Parquet stores missing values as nulls.
+"content": TEXT or PARTS}`` (OpenAI, TRL). In a text, the placeholder ``<image>`` marks the position of the row's next picture. Without
+placeholders, the pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>``
+are removed. A column that is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
-"""Columns that may name the picture if a row has no column in IMAGES."""
+"""Columns that may contain a picture's path if a row has none of the columns in IMAGES."""
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant",
@@ -36,7 +36,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 class Spoken(NamedTuple):
-    """Turns, their pictures (None for a picture whose file the message does not name), and the extra keys of each message."""
+    """Parsed messages: their turns, their pictures (None for a picture whose file the message does not name), and their extra keys."""
 
     turns: tuple[Turn, ...]
     pictures: tuple[Path | None, ...]
@@ -79,7 +79,7 @@ def read_messages(value: Any, where: str) -> Spoken:
 
 
 def read_text(text: str) -> tuple[Part, ...]:
-    """Split a text at its ``<image>`` marks."""
+    """Split a text at its ``<image>`` placeholders."""
     parts: list[Part] = []
     for number, piece in enumerate(text.strip().split(_PLACE)):
         parts += [PICTURE] * (number > 0) + [piece.strip("\n")] * bool(piece.strip())
@@ -140,8 +140,8 @@ def read_pictures(value: Any, where: str) -> Pictures:
 
 
 def row_pictures(row: Row, keys: Sequence[str]) -> Pictures:
-    """Find a row's picture column among ``keys`` and return its pictures, or () if there is no such column. Raises DataError for several
-    such columns, and for video or audio.
+    """Return the pictures in the row's picture column (one of ``keys``), or () if there is none. Raises DataError if the row has several of
+    these columns, and for video or audio.
     """
     for key in _OTHER_MEDIA:
         if key in row:
@@ -161,10 +161,11 @@ def only(row: Row, columns: Sequence[str], what: str) -> str:
 
 
 def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...], Pictures]:
-    """Return the turns, with a mark at the position of each picture, and the pictures in the order of these marks.
+    """Return the turns, with a placeholder at the position of each picture, and the pictures in the order of the placeholders.
 
-    Pictures are named in the messages or in other columns (``given``). If there are no marks, the pictures are placed at the beginning
-    of the first user turn. Raises DataError if there are more or fewer marks than pictures, or if a turn other than a user turn has a mark.
+    Pictures are named in the messages or in other columns (``given``). Without placeholders, the pictures are placed at the beginning of
+    the first user turn. Raises DataError if the numbers of placeholders and pictures differ, or if a turn other than the user's has a
+    placeholder.
     """
     places = len(spoken.pictures)
     for number, turn in enumerate(spoken.turns, 1):
@@ -187,7 +188,7 @@ def placed(spoken: Spoken, given: Pictures, where: str) -> tuple[tuple[Turn, ...
 
 
 def shown_in(row: Row, spoken: Spoken) -> tuple[tuple[Turn, ...], Pictures, tuple[str, ...]]:
-    """Return the turns of a row and their pictures (see ``placed``), and the columns that can name pictures."""
+    """Return the turns of a row, their pictures (see ``placed``), and the names of the columns in which pictures were looked up."""
     columns = IMAGES if any(spoken.pictures) or any(key in row for key in IMAGES) else PATHS
     return *placed(spoken, row_pictures(row, columns), "row"), columns
 
@@ -212,7 +213,7 @@ def with_system(spoken: Spoken, row: Row) -> Spoken:
 
 
 class _Read(NamedTuple):
-    """Parsed conversation row. ``beside`` holds the name of the message column and, for each message, the extra keys."""
+    """Parsed conversation row. ``beside`` holds the name of the message column and the extra keys of each message."""
 
     row: Row
     turns: tuple[Turn, ...]
@@ -223,11 +224,11 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruct:
-    """Base class of conversation formats. A group has one image and one text or, if ``label`` is set, all labelled answers to a
+    """Base class of conversation formats. A group has one image, and one text or, if ``label`` is set, all labelled answers to a
     question.
 
     Args:
-        per_turn: make one group for every answer of a conversation, not only for the last.
+        per_turn: make one group for every answer of a conversation, not only for the last one.
         label: column that marks the last answer as true or false, as in KTO rows.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.
@@ -276,7 +277,7 @@ class Instruct:
         return self._answers if self.per_turn else None
 
     def claim(self, row: Row) -> Claim:
-        """Read a row's labelled answer. The option ``label`` must be set."""
+        """Return the claim of a row, which contains its labelled answer. The option ``label`` must be set."""
         read = self._read(row)
         label = value_of(read.row, self.label)
         truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)
@@ -297,14 +298,14 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the row's metadata, plus any extra keys (besides role and content) found on the messages up to and including the scored
-        answer.
+        """Return the row's metadata, including the extra keys (other than role and content) of the messages up to the scored answer,
+        message ``number``.
         """
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})
 
     def _asked(self, read: _Read, number: int) -> tuple[Prompt, Pictures, str]:
-        """Return the prompt for the answer in turn ``number``, the pictures before this answer, and its text."""
+        """Return the prompt for the answer in turn ``number``, the pictures that precede this answer, and its text."""
         before, last = read.turns[:number], read.turns[number]
         check_conversation(before, "row")
         return simplest(before), tuple(islice(read.pictures, pictures_of(before))), answer_of(last)

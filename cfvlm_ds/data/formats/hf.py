@@ -4,8 +4,8 @@ are metadata.
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong
 
-The options and rules are the same as for ``captions``, but columns are not detected by their usual names. A row without ``image`` is
-text-only.
+The options and rules are the same as for ``captions``, except that columns are not detected by common names. If ``image`` is not set, rows
+are text-only.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats.chat import Instruct, Spoken, only, read_messages, read_text
 
 ASKED = ("prompt", "question", "query", "instruction")
-"""Columns that may hold the question."""
+"""Columns that may contain the question."""
 ANSWERS = ("completion", "response", "output")
 BESIDE = {"query": ("history",), "instruction": ("input", "history")}
 """Question column -> other columns that belong to the question."""
@@ -54,7 +54,7 @@ class Messages(Instruct):
 
 
 def asked_in(row: Row, columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken | None]:
-    """Return the columns that hold a row's question, and the question itself; () and None if the row has none of ``columns``."""
+    """Return the columns that a row's question consists of, and the question; () and None if the row has none of ``columns``."""
     if not (key := only(row, columns, "hold the question")):
         return (), None
     value, beside = row[key], BESIDE.get(key, ())
@@ -74,7 +74,7 @@ def asked_in(row: Row, columns: Sequence[str]) -> tuple[tuple[str, ...], Spoken 
 
 
 def spoken_as(value: Any, role: str, key: str) -> Spoken:
-    """Parse a string as one turn of the speaker ``role``, and any other value as a list of messages."""
+    """Parse the value of column ``key``: a string as one turn of ``role``, and any other value as a list of messages."""
     if not isinstance(value, str):
         return read_messages(value, f"row: {key!r}")
     parts = read_text(value)

@@ -59,8 +59,8 @@ def open_data(
 
 
 def _taken(rows: Rows) -> str:
-    """Return the format of the first row whose format is recognised, or the native format if no row can be read. Raises DataError if rows
-    can be read but no format is recognised.
+    """Return the format of the first row whose format is recognised, with the label column of KTO rows, or the native format if no row can
+    be read. Raises DataError if rows can be read but no format is recognised.
     """
     first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
     for value in first.values():
@@ -103,8 +103,8 @@ def _refuse_absent_columns(rows: Rows, convert: Any, alive: Alive, progress: Say
 
 
 def _columns(row: Row) -> dict[str, None]:
-    """Return the names that options can use for a row's columns: top-level and nested names and, for a WebDataset sample, names within its
-    ``json``.
+    """Return all names by which options can refer to a row's columns: top-level and nested names and, for a WebDataset sample, names
+    within its ``json``.
     """
     names = dict.fromkeys(row)
     for name, _ in leaves(row):
@@ -117,8 +117,8 @@ def _columns(row: Row) -> dict[str, None]:
 
 
 def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
-    """If any metadata columns might hold labels, false texts or picture names and no option names them, raise one DataError that lists them
-    all.
+    """Raise DataError if metadata columns that no option names might hold labels, false texts or picture names. The message lists all such
+    columns.
     """
 
     def metadata() -> Iterator[tuple[int, Row, bool]]:
@@ -178,7 +178,7 @@ _KTO = ("label", "kto_tag")
 
 
 def kto_label(rows: Iterable[Row]) -> str | None:
-    """Return the label column of KTO conversations, or None if there is none. Its values must all be true, false, 1, 0 or null."""
+    """Return the name of the label column in KTO rows, or None if there is none. All its values must be true, false, 1, 0 or null."""
     for key in _KTO:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and all(value in (0, 1) for value in values):

@@ -33,8 +33,8 @@ class Pairs(Captions):
     needed = ("image", "caption", "negative_caption", "negative_image")
 
     def __call__(self, row: Row) -> CounterfactualGroup:
-        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Raises DataError for a row with more or
-        fewer, such as one with an empty caption.
+        """Convert a row to a group of 2 images x 2 texts whose truth table is the identity matrix. Raises DataError for other numbers of
+        images or texts, as in a row with an empty caption.
         """
         bare = {key: f"{name}.png" for key, name in row.items() if isinstance(name, str) and _WINOGROUND.fullmatch(name)}
         group = super().__call__({**row, **bare})

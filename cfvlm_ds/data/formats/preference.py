@@ -99,8 +99,8 @@ def unpacked(row: Row) -> Row:
 
 
 def _said(row: Row) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
-    """Read the question and answers of a row. Return, in this order: the columns that hold the question and the chosen answer; the
-    question; the chosen answer; the rejected answer or None; the other keys of the messages in each column.
+    """Read the question and the answers of a row. Return, in this order: the columns that contain the question and the chosen answer; the
+    question; the chosen answer; the rejected answer or None; the extra message keys in each column.
     """
     used, question = asked_in(row, (*_CONVERSATIONS, *ASKED))
     column = used[0] if used else ""
@@ -132,8 +132,8 @@ def _answers(value: Any, key: str) -> Spoken:
 
 
 def _after(question: Spoken, answer: Spoken) -> str:
-    """Return the answer's text. If the answer is a complete conversation, the question at its beginning is removed. Raises DataError unless
-    exactly one turn remains.
+    """Return the text of an answer, without the question if the answer is a complete conversation. Raises DataError unless the answer
+    consists of one turn.
     """
     repeats = answer.turns[: len(question.turns)] == question.turns
     if repeats and any(picture is not None for picture in answer.pictures) and answer.pictures != question.pictures:

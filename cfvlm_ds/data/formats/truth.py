@@ -37,12 +37,12 @@ _FALSE = (
 )  # fmt: skip
 _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei")
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
-"""Lower-case label value -> its truth: 1, 0 or None (unknown)."""
+"""Lower-case label value -> truth value: 1, 0 or None (unknown)."""
 
 _SAID_FALSE = frozenset(_FALSE) - {
     "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
 }  # fmt: skip
-"""Values that identify a column as a label, regardless of its name."""
+"""Values that identify a label column, regardless of its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
 """Notations for missing values in tables."""
@@ -53,13 +53,13 @@ _FALSE_NAMES = frozenset((
     "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
     "misaligned", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
 ))  # fmt: skip
-"""Words in the names of columns with false texts, and of label columns whose "yes" may mean that the text is false."""
+"""Words in the names of columns that contain false texts, and of label columns in which "yes" may mean that the text is false."""
 
 _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of label columns that may also have other values."""
+"""Words in the names of label columns that may contain values that are not in ``_TRUTHS``."""
 _FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
@@ -69,23 +69,24 @@ _LABEL_NAMES -= {"t", "f", "n"}
 """Words in the names of label columns."""
 
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
-"""Pattern for the end of a picture's file name, or of a reference to a picture in a container."""
+"""Pattern for the end of a picture's file name or of a reference to a picture in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _DEEP = 8  # maximum nesting depth that is searched
 
 
 @dataclass
 class Column:
-    """A metadata column, and the evidence that it is or is not a truth label.
+    """A metadata column, and the evidence for and against its being a truth label.
 
     Args:
         name: name of the column.
         words: words in the name.
         row: index of the first row that has the column.
-        values: distinct values, keyed by lower-case form. Only usual label values are collected unless the column's name suggests a label.
-        has_others: whether the column has values that are not in ``values``.
+        values: distinct values, keyed by lower-case form. Unless the column's name suggests a label, only common label values are
+            collected.
+        has_others: whether the column has values that were not collected.
         false_text: a text or picture name from the column, if the column's name suggests false texts.
-        unseen: a picture name from the column, found in a row without pictures.
+        unseen: a picture name from the column, if it occurs in a row without pictures.
     """
 
     name: str
@@ -172,7 +173,7 @@ def leaves(row: Row, before: str = "", depth: int = 0) -> Iterator[tuple[str, An
 
 
 def option_value(value: str) -> str:
-    """Return a value as it is written in a format's options: in quotes if it contains a comma."""
+    """Return a value as it must be written in a format's options: in quotes if it contains a comma."""
     return f'"{value}"' if "," in value else value
 
 
@@ -182,8 +183,8 @@ def listed(columns: str) -> tuple[str, ...]:
 
 
 def _words(name: str) -> list[str]:
-    """Split the last part of a column's name into words. The prefix "is" and the extension of a tar member are dropped: ``isFoil`` and
-    ``foil.txt`` become ``foil``.
+    """Split the last part of a column's name into lower-case words. The prefix "is" and the extension of a tar member are dropped:
+    ``isFoil`` and ``foil.txt`` become ``foil``.
     """
     own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _MEMBER.sub("", name).rpartition(".")[2]).lower()
     return [re.sub("^is(?=.)", "", word) for word in re.findall(r"[a-z]+", own)]
@@ -239,7 +240,7 @@ def is_question(text: str) -> bool:
 
 
 class Said(NamedTuple):
-    """A text, its truth (None if unknown), and its edit type if it is false."""
+    """A text, its truth value (None if unknown), and its edit type, which applies if the text is false."""
 
     text: str
     truth: int | None
@@ -298,8 +299,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. A joined row has the position of the first manifest row
-    that it contains. The join takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are in the order of the first manifest row
+    that each contains. The join takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.
@@ -320,11 +321,11 @@ class JoinedRows:
         return len(self._ends)
 
     def where(self, row: int) -> str:
-        """Return the first joined row's location."""
+        """Return the location of the first manifest row in a joined row."""
         return self._rows.where(self._rows_of(row)[0])
 
     def value(self, row: int) -> Any:
-        """Return the claims of the joined rows as a tuple, or the DataError of the first invalid row."""
+        """Return the claims in a joined row as a tuple, or the DataError of its first invalid manifest row."""
         claims = []
         for member in self._rows_of(row):
             if isinstance(claim := self._read(member), DataError):
@@ -345,7 +346,7 @@ class JoinedRows:
             return DataError(f"{where}: {error}")
 
     def _keys(self, places: Sequence[int], done: Done) -> Any:
-        """Return a number for each row. Rows about the same image and prompt have the same number; an invalid row's number is unique."""
+        """Return an integer key for each row. Rows about the same image and prompt have the same key; an invalid row has a unique key."""
         keys = []
         for row in places:
             claim = self._read(row)

@@ -33,12 +33,12 @@ _NEGATIVE_TEXTS = ("neg_caption", "neg_caption.txt", "negative_caption", "negati
 
 
 class _Members(Captions):
-    """The captions format, with the members of a sample as its columns."""
+    """Captions format that reads the members of a sample as columns."""
 
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the option checks, because these options do not come from the user."""
+        """Skip the checks of options, because the user does not set these options."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class WebDataset:
         return read(columns)
 
     def claim(self, row: Row) -> Claim:
-        """Read a sample's labelled texts. The option ``label`` must be set."""
+        """Return the claim of a sample, which contains its labelled texts. The option ``label`` must be set."""
         read, columns = self._read(row)
         if isinstance(read, Preference):
             raise DataError(f"{_named(row)} has a chosen and a rejected answer instead of a label; use the format without label=")
         return read.claim(columns)
 
     def _read(self, row: Row) -> tuple[_Members | Llava | Messages | Preference, dict[str, Any]]:
-        """Return the format that reads a sample, and the sample's columns."""
+        """Return the format in which a sample is read, and the sample's columns for this format."""
         given = without_nulls(row, self.ignore)
         row = {key.lower(): value for key, value in given.items()}
         if len(row) < len(given):

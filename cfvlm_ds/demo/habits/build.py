@@ -1,11 +1,14 @@
-"""World with habits, written as an ordinary folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
+"""World with habits, written as a folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
-In ``train`` and ``validation``, a thing follows a habit with probability ``strength`` (default 0.96, as in pretraining). The test sets are
-balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, the first scene breaks
-every habit of its things, and the edit changes which habits are broken or by what value. ``test_agrees`` and ``test_contradicts`` ask for
-descriptions. ``test_combo`` asks for descriptions of scenes with a held-out colour. The other test sets ask questions. The folders ``pope``
-(questions in POPE's format) and ``habits`` (scenes to describe) are benchmarks on the first pictures of ``test_agrees`` and
-``test_contradicts``.
+A habit is the attribute value that a type of object usually has: trees are usually green, and the moon is usually at the top. In ``train``
+and ``validation``, each object in the first picture follows each of its habits with probability ``strength`` (default 0.96, as in
+pretraining). The test sets are balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts"
+rows, every object in the first picture breaks all of its habits, and the edit changes either which habits are broken or which unusual value
+an object has.
+
+The prompts of ``test_agrees``, ``test_contradicts`` and ``test_combo`` ask for descriptions. In each first picture of ``test_combo``, one
+object has a colour that its type never has in training. The other test sets ask questions. The folders ``pope`` (questions in POPE's
+format) and ``habits`` (scenes to describe) are benchmarks on the first pictures of ``test_agrees`` and ``test_contradicts``.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from cfvlm_ds.demo.habits.writing import NAME, write_scenes
 SOURCE = "habits"
 _DESCRIBED = ("test_agrees", "test_contradicts")
 TESTS = (*_DESCRIBED, "test_combo", "test_yes_no_agrees", "test_yes_no_contradicts", "test_choice", "test_count", "test_colour")
-"""Test sets. In sets with "agrees" or "contradicts" in their names, all rows are of this kind. In other sets, every second row agrees."""
+"""Test sets. If a name contains "agrees" or "contradicts", all rows of the set are of this kind. In other sets, the two kinds alternate."""
 SPLITS = ("train", "validation", *TESTS)
 GENERATOR = 4
 """Version of the generator. Increment it when the same settings would give different data, so that older folders are not reused."""
@@ -48,9 +51,11 @@ _MAX_DRAWS = 20_000
 
 @dataclass(frozen=True)
 class Drawn:
-    """A group before it is written: its scenes (the anchor, the edited scenes and, in evaluation sets, a sham), the edit types, the texts,
-    and the truth table ``match``, indexed by scene and text. The first texts describe the scenes in order, and ``keys`` holds their keys;
-    other texts answer questions.
+    """A group before it is written: its scenes (the factual scene, the edited scenes and, in evaluation sets, a sham), the edit types, the
+    texts, and the truth table ``match``, indexed by scene and text.
+
+    If the group has descriptions, the first texts describe the factual scene and the edited scenes, and ``keys`` holds the keys of these
+    texts (see ``grammar.key``). All other texts are answers to questions.
     """
 
     scenes: tuple[Scene, ...]
@@ -121,8 +126,8 @@ def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
 
 
 def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Judge a text about the first picture of a row, for `data sample --judge`. Return None if the text is empty or a sentence is outside
-    the grammar.
+    """Return whether a text is true of the first picture of a row, for `data sample --judge`; None if the text is empty or a sentence is
+    outside the grammar.
     """
     verdict = judge(text, scenes_in(row["meta"])[0])
     return None if verdict.unparsed or not verdict.statements else all(verdict.statements.values())
@@ -183,14 +188,14 @@ def question_of(split: str) -> str:
 
 
 def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether the scenes suit a test row. If ``agrees`` is True, both must follow all habits. Otherwise, the anchor must break a
-    habit, and the edit must change which habits are broken or by what value.
+    """Return whether the scenes suit a test row. If ``agrees`` is True, neither scene may break a habit. Otherwise, the first scene must
+    break a habit, and the edit must change which habits are broken or which unusual value an object has.
     """
     return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:
-    """Add descriptions, questions or both to scenes. Return None if the texts do not distinguish the scenes."""
+    """Add descriptions, questions or both to scenes. Return None if the question or the descriptions cannot distinguish the scenes."""
     pictures, question = scenes, question_of(split)
     if split == "train" and config.text_bias:
         scenes = (scenes[0].as_usual(config.text_bias, rng),)

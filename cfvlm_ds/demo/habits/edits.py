@@ -2,7 +2,7 @@
 
 An edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if the edit does not apply. Things keep their order and
 are added or removed at the end, so the captions of both scenes differ only where the edit changed something. ``may_hold_out`` allows
-held-out colours.
+held-out colours, which a kind never has in training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EditFunction = Callable[[Scene, Random, bool], "Scene | None"]
 
 
 def _with(scene: Scene, may_hold_out: bool, changed: dict[int, Thing]) -> Scene | None:
-    """Return the scene with things replaced by index, or None if a new thing has its held-out colour and ``may_hold_out`` is False."""
+    """Replace things by index. Return None if a new thing has the held-out colour of its kind and ``may_hold_out`` is False."""
     if not may_hold_out and any(thing.held_out for thing in changed.values()):
         return None
     return replace(scene, things=tuple(changed.get(i, thing) for i, thing in enumerate(scene.things)))

@@ -1,4 +1,4 @@
-"""Grammar for texts about a scene: sentences, the statements that they make, and a judge for any text.
+"""Grammar for texts about a scene: sentences, the statements that they make, and a judge that checks any text.
 
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
 statements of a sentence, or None if the grammar does not produce the sentence. Errors are not corrected: for "there is two cup", it returns
@@ -39,12 +39,12 @@ SENTENCES = {
 
 
 def noun(kind: str, number: int) -> str:
-    """Return the singular or plural noun."""
+    """Return the noun for a kind of thing: singular if ``number`` is 1, else plural."""
     return kind if number == 1 else kind + ("es" if kind.endswith(("s", "sh")) else "s")
 
 
 def phrase(thing: Thing, with_colour: bool = True) -> str:
-    """Return the noun phrase for a thing, such as "two red cups"."""
+    """Return the noun phrase for a thing, such as "two red cups", or "two cups" if ``with_colour`` is False."""
     number = "a" if thing.number == 1 else NUMBERS[thing.number]
     return " ".join([number, *[thing.colour] * with_colour, noun(thing.kind, thing.number)])
 
@@ -199,7 +199,7 @@ def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
 
 
 def written(sentences: Sequence[str]) -> str:
-    """Join sentences into a text with capital letters and full stops."""
+    """Join sentences into a text, with an initial capital and a full stop for each."""
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
@@ -211,10 +211,10 @@ def difference(before: str, after: str) -> tuple[str, str]:
 
 
 def key(things: Sequence[Thing]) -> str:
-    """Return a key shared by all texts that list these things, regardless of positions and background."""
+    """Return a key that is equal for all descriptions of these things, whatever their positions and background."""
     return ", ".join(sorted(map(phrase, things)))
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all texts that can be true of a scene and list at least two of its things."""
+    """Return the keys of all texts that list at least two of the things in a scene and can be true of it."""
     return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

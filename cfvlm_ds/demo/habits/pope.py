@@ -1,7 +1,8 @@
 """Questions about whether a thing is in a scene, in POPE's file format (arXiv 2305.10355).
 
-Absent things to ask about are random, popular (most frequent in pretraining scenes) or adversarial. Adversarial things are, in order of
-priority, the usual company of a thing in the picture, kinds that usually have the picture's background, and popular kinds.
+Half of the questions are about absent things. Depending on the file, these are chosen at random, by popularity (frequency in pretraining
+scenes) or adversarially: first the usual company of a thing in the picture (a kind that usually appears with it), then kinds that usually
+have the picture's background, then popular kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def popular_kinds(seed: int) -> list[str]:
 
 
 def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) -> list[str]:
-    """Return the kinds to ask about that are absent from a scene."""
+    """Return ``_EACH`` kinds that are absent from a scene, chosen by the rule of ``split``."""
     absent = [kind for kind in popular if not scene.find(kind)]
     if split == "random":
         return rng.sample(absent, _EACH)
@@ -42,8 +43,9 @@ def absent_kinds(scene: Scene, split: str, popular: Sequence[str], rng: Random) 
 
 
 def write_pope(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]], seed: int) -> None:
-    """Write POPE's three question files, and the pictures, which are given as (file name, scene, PNG bytes). In addition to the official
-    fields, each question has a field ``habit``, which states whether the scene breaks a habit.
+    """Write POPE's three question files and the pictures. ``pictures`` contains (file name, scene, PNG bytes) for each picture.
+
+    In addition to the official fields, each question has a field ``habit``: ``contradicts`` if the scene breaks a habit, else ``agrees``.
     """
     (folder / "output" / "coco").mkdir(parents=True)
     (folder / "val2014").mkdir()

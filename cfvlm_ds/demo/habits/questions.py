@@ -1,7 +1,7 @@
 """Questions whose answer differs between a scene and its edited version.
 
 Both answers to a question are texts of one group, which has both pictures. A model that ignores the pictures is therefore right on exactly
-one of them. In pretraining, only the first picture is shown.
+one picture. In pretraining, a group has only the first picture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DESCRIBE = (
     "Say what the picture shows.",
 )
 THERE = "Is there a {} in the image?"
-"""POPE's question."""
+"""Wording of POPE's questions."""
 _SHORT = "\nAnswer the question using a single word or phrase."
 _YES_NO = ("{}", "{}", f"{{}}{_SHORT}", "{} Answer yes or no.")
 _CHOICE = ("Which is true? A: {} B: {}", "A: {} B: {} Which one fits the image?", "Does A or B describe the image? A: {} B: {}")
@@ -43,8 +43,8 @@ Asked = tuple[tuple[Candidate, ...], list[list[int]]]
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Build a question about the difference between scenes 0 and 1, which an edit of type ``edit`` made. Return None if the answers would
-    be equal.
+    """Build a question about the difference between scenes 0 and 1, made by an edit of type ``edit``. Return None if no question of this
+    kind has different answers for the two scenes.
     """
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]

@@ -13,7 +13,7 @@ from cfvlm_ds.demo.habits.world import KINDS, SIDE, Scene
 SIZE = 64
 """Side of a picture in pixels."""
 ART = 16
-"""Side of a drawn thing in pixels."""
+"""Side of the pixel art of one thing, in pixels."""
 CELL = SIZE // SIDE
 _ART = """
 ................ .....######..... ................ ................ ......###....... ................ .....######..... .........#......
@@ -77,8 +77,8 @@ _MASKS = {kind: {mark: stamp == mark for mark in "#o+w"} for kind, stamp in _STA
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene. A cell's jitter (random shift, shade and mirroring) depends only on the cell and the scene's seed, so an edit of one
-    thing does not change the others.
+    """Render a scene as an RGB picture. The jitter of a cell (random shift, shade and mirroring) depends only on the cell and the scene's
+    seed, so an edit of one thing does not change the others.
     """
     pixels = _background(scene.background, scene.seed)
     for thing in scene.things:

@@ -1,10 +1,11 @@
-"""World with habits: drawn scenes of a few things, most of which have their usual look and place.
+"""World with habits: synthetic scenes of a few things (objects), most of which have their usual look and place.
 
-``HABITS`` defines what is usual. ``draw_scene`` follows each habit with a given probability. In pretraining pictures, this probability is
-0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a model that relies on habits.
+``HABITS`` defines the habits: what is usual for each kind of thing, such as green for trees. ``draw_scene`` follows each habit with a given
+probability. In pretraining pictures, this probability is 0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to
+expose a model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
-of a scene differ in kind, so "the cup" is always one thing.
+of a scene differ in kind, so "the cup" is unambiguous.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ FEWEST, MOST = 2, 5
 
 @dataclass(frozen=True)
 class Habit:
-    """Typical attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that appears with it). A
-    value of "" or 0 means that the kind has no such habit.
+    """Usual attributes of a kind of thing: colour, number of copies, row, background, and company (another kind that usually appears with
+    it). A value of "" or 0 means that the kind has no such habit.
     """
 
     colour: str = ""
@@ -56,7 +57,7 @@ HABITS = {
     "car": Habit(row="bottom"),
     "key": Habit(colour="purple"),
 }
-"""Kind -> habits. Every background is usual for the same number of kinds, so all backgrounds are equally frequent."""
+"""Kind -> habits. Every background is usual for two kinds, so all backgrounds are equally frequent."""
 KINDS = tuple(HABITS)
 STRENGTH = 0.96
 """Probability that a thing in a pretraining picture follows a given habit."""
@@ -99,7 +100,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter."""
+    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter (small random
+    variations of the drawing).
+    """
 
     things: tuple[Thing, ...]
     background: str
@@ -120,7 +123,7 @@ class Scene:
 
     @property
     def broken(self) -> frozenset[tuple[str, str, object]]:
-        """Habits that the scene breaks, as (kind, factor, actual value)."""
+        """Habits that the scene breaks, as (kind, factor, actual value). A factor is a field of ``Habit``."""
         broken = set[tuple[str, str, object]]()
         for thing in self.things:
             usual = HABITS[thing.kind]
@@ -130,8 +133,8 @@ class Scene:
         return frozenset(broken)
 
     def as_usual(self, share: float, rng: Random) -> Scene:
-        """Return the scene that a biased text describes: with probability ``share`` for each broken habit, a thing has its usual colour,
-        number or row, or its usual company is present. Two things can then share a cell. The background is unchanged.
+        """Return the scene that a biased text describes. With probability ``share`` for each broken habit, a thing gets its usual colour,
+        number or row, or its usual company is added. Two things can then share a cell. The background is unchanged.
 
         Return the scene itself if the result would have more than MOST copies.
         """
@@ -162,7 +165,7 @@ def scene_from(values: Sequence[Any]) -> Scene:
 
 
 def places(free: set[int], number: int) -> list[tuple[int, ...]]:
-    """Return every choice of ``number`` adjacent columns that are free."""
+    """Return every run of ``number`` adjacent free columns."""
     spans = [tuple(range(first, first + number)) for first in range(SIDE - number + 1)]
     return [span for span in spans if free.issuperset(span)]
 

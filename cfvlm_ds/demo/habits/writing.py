@@ -1,4 +1,5 @@
-"""Benchmark of scene descriptions: the share of a model's statements that are false, and the share of a scene's things that they mention.
+"""Benchmark of scene descriptions: the share of false statements in a model's descriptions, and the share of the scenes' things that they
+mention.
 
 The grammar's judge reads every sentence. ``hallucinated`` is the share of false statements. ``chair_i`` is the share of mentioned things
 that are absent, and ``chair_s`` is the share of texts that mention an absent thing (CHAIR, arXiv 1809.02156). ``covered`` is the share of
@@ -26,7 +27,7 @@ SCENES = File("scenes.jsonl")
 _COUNTED = (
     "a true statement", "a false statement", "a thing that is there", "an absent thing", "a sentence", "a sentence outside the grammar",
 )  # fmt: skip
-"""Items that ``counts`` counts in a text."""
+"""Names of the values that ``counts`` returns."""
 
 
 def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> None:
@@ -37,7 +38,7 @@ def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> 
 
 
 def item(row: Row) -> Item:
-    """Build the benchmark item of a row. Its texts are replaced with the names in ``_COUNTED``."""
+    """Build the benchmark item of a row. Its texts are the names in ``_COUNTED``."""
     scene = scene_from(row["scene"])
     tags = {"habit": row.text("habit"), "scene": json.dumps(row["scene"]), "things": str(len(scene.things))}
     picture = row.picture(row["image"], "../pope/val2014")
@@ -45,7 +46,7 @@ def item(row: Row) -> Item:
 
 
 def counts(text: str, item: Item) -> tuple[float, ...]:
-    """Count what ``_COUNTED`` lists (statements, things, sentences) in a text. A repeated statement counts once."""
+    """Return the counts named in ``_COUNTED`` for a generated text. A repeated statement counts once."""
     verdict = judge(text, scene_from(json.loads(item.tags["scene"])))
     true, there = sum(verdict.statements.values()), len(verdict.mentioned & verdict.present)
     false, absent = len(verdict.statements) - true, len(verdict.mentioned) - there
@@ -53,7 +54,7 @@ def counts(text: str, item: Item) -> tuple[float, ...]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Compute the metrics in %."""
+    """Return the metrics in % (see the module's docstring), pooled over all generated texts; {} if there are none."""
     if not table:
         return {}
     true, false, there, absent, sentences, unparsed = (sum(column) for column in zip(*(each.scores[0] for each in table), strict=True))
@@ -79,5 +80,5 @@ WRITING = Benchmark(
 
 
 def register() -> None:
-    """Register the benchmark under its name."""
+    """Add the benchmark to ``BENCHMARKS``."""
     BENCHMARKS[NAME] = WRITING

@@ -1,9 +1,9 @@
-"""AMBER (Wang et al. 2023, arXiv 2311.07397): yes/no questions about existence, attributes and relations; also descriptions.
+"""AMBER (Wang et al. 2023, arXiv 2311.07397): descriptions, and yes/no questions about existence, attributes and relations.
 
 Descriptions have the same metrics as in the authors' inference.py, but words are matched by a simpler rule. The authors count words that
 NLTK tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model,
 cosine above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word
-matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can count as invented here.
+matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can count as false here.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _OTHERS = 2
 
 
 def description(row: Row) -> Item:
-    """Return an item with one text per object in the picture, one per object often imagined there, one for the safe words, and one for all
-    other words.
+    """Return an item with one text per object in the picture, one per object that models often hallucinate there, one for the safe words,
+    and one for all other words.
 
     Each word belongs to one text. All safe words belong to the text for safe words. Any other word belongs to the first object that
     relation.json lists it with, else to the object that has this name; objects in the picture take precedence. An object whose words all
@@ -117,7 +117,7 @@ def nouns(text: str, item: Item) -> tuple[float, ...]:
 
 def generative(table: Sequence[Judged]) -> Values:
     """Return four metrics in %. CHAIR: share of mentions that name something absent. Cover: share of the picture's objects that are
-    mentioned. Hal: share of descriptions with a false mention. Cog: share of often-imagined objects that are mentioned.
+    mentioned. Hal: share of descriptions with a false mention. Cog: share of often-hallucinated objects that are mentioned.
     """
     if not table:
         return {}

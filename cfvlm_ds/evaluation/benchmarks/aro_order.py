@@ -1,4 +1,4 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffled copies, which are generated here, not taken from an official release.
+"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffled copies, which this module generates itself.
 
 The authors' code shuffles differently in every run and needs a part-of-speech tagger. In a test of that code, 19 % of 150 captions had a
 copy equal to the caption. Here, the copies depend only on the caption: a hash of it determines the order, and a word list replaces the

@@ -1,8 +1,8 @@
 """Benchmarks: official files, items built from their rows, probes that score the items, and metrics of the scores.
 
-An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe (a way to
-query the model) computes one score per cell (cfvlm_ds.evaluation.probes). A metric is a pure function of those scores, so it can be
-recomputed from a result file without the model.
+An item has images, texts and a truth table. The texts are captions, options of a question, or the answers yes and no. A probe is a way to
+query the model about an item. It computes a score for each pair of an image and a text (cfvlm_ds.evaluation.probes). A metric is a pure
+function of those scores, so it can be recomputed from a result file without the model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Item:
 
     @property
     def repeats(self) -> bool:
-        """True if two texts are equal when normalised."""
+        """True if two texts are equal after normalisation."""
         return len({normalised(text) for text in self.texts}) < len(self.texts)
 
 
@@ -84,14 +84,16 @@ def single(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of an item, computed by a probe. If the model generates an answer, the text that it chooses scores 1, and all others score 0.
-    If it writes a description, a text's score is its number of mentions.
+    """Scores of an item under a probe (a way to query the model).
+
+    If the model generates an answer, the chosen text scores 1 and all others 0. If it generates a description, each text's score is the
+    number of times the description mentions it. Other probes compute scores from log-likelihoods.
 
     Args:
         seen: scores on the item's own images, indexed [image][text].
-        blank: scores of the texts on a blank picture, which measure the language prior.
-        consistency: share of option orders in which the model chooses the option with the highest mean probability; None if the order is
-            fixed.
+        blank: scores of the texts on a blank image, which measure the language prior.
+        consistency: share of option orders in which the model chooses the option with the highest mean probability over all orders; None if
+            the order is fixed.
         said: generated text for each image; None if the probe does not generate text.
     """
 
@@ -108,7 +110,7 @@ class Judged:
 
     ``blind`` is True in a control table, where all images have the same scores and a tie counts as a random guess. In other tables, a tie
     counts as wrong. ``draw`` distinguishes copies of an item in a bootstrap sample, so a pair that is drawn twice counts as two pairs.
-    Objects are compared by identity, so caches find them fast.
+    Records are compared by identity, which makes cache look-ups fast.
     """
 
     item: Item
@@ -133,15 +135,15 @@ class Benchmark:
     Args:
         title: name that the authors gave the benchmark.
         files: official files that contain the items.
-        item: function that converts a row to one or more items, or to None for a row that does not count. An exception that it raises is
-            reported as an error in the row.
+        item: function that converts a row to one or more items, or to None for a row that the benchmark excludes. An exception that it
+            raises is reported as an error in the row.
         metrics: pure function of items and their scores.
         headline: metric that an overview shows.
-        beside: metric without which the headline is misleading; every table shows both.
+        beside: metric without which the headline would be misleading; every table shows both.
         probes: names of the supported probes, the default first.
         mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: values under random scores for the metrics that are not sums of independent comparisons; the values of all other metrics are
-            computed with equal scores for all texts.
+        random: known chance levels in %, for metrics whose comparisons share scores, such as Winoground's group score;
+            ``random_scores`` computes those of all other metrics.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -233,8 +235,8 @@ def _items(benchmark: Benchmark, source: Source) -> Iterator[Item | DataError]:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return about ``limit`` items, or all if ``limit`` is None. Items are sampled as whole clusters (items that share pictures or form a
-    pair) at even intervals, so every section of the benchmark is represented and no pair is split.
+    """Return about ``limit`` items, or all if ``limit`` is None. Whole clusters (items that share pictures or form a pair) are sampled at
+    even intervals, so that every section of the benchmark is represented and no pair is split.
     """
     if limit is None or limit >= len(items):
         return list(items)
@@ -253,7 +255,7 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables that metrics are computed from: ``seen`` (scores on the items' own images), and ``blank`` (on a blank picture).
+    """Return the tables that metrics are computed from: ``seen`` (scores on the items' own images), and ``blank`` (on a blank image).
     Return {} if there are no outcomes.
     """
     if not outcomes:
@@ -263,8 +265,8 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the metrics of these items under random scores. Values that the benchmark does not state are computed with equal scores for
-    all texts.
+    """Return the chance level of each metric on these items. If the benchmark does not define a chance level for a metric, compute it by
+    giving all texts the same score and counting each tie as a random guess.
     """
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
@@ -277,8 +279,8 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
-    """Return the metrics of each table (see ``judged``) and, unless the model writes descriptions, a table ``random`` with the metrics
-    under random scores. ``seen`` also contains ``consistency``, averaged over items.
+    """Return the metrics of each table (see ``judged``). Unless the model writes descriptions, add a table ``random`` with the chance level
+    of each metric. ``seen`` also contains ``consistency`` in %, averaged over items.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

@@ -1,4 +1,4 @@
-"""CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): objects that a description of a COCO picture mentions although they are absent.
+"""CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): hallucinated objects in descriptions of COCO pictures.
 
 An object is in a picture if it is annotated as an instance or mentioned in a caption. Words are parsed as in the authors' utils/chair.py,
 with one exception: the authors singularise words with a library, but here a word matches a name exactly or without its plural ending.

@@ -1,7 +1,7 @@
-"""Metrics of generated descriptions: how many mentioned objects are invented, and how many of the picture's objects are mentioned.
+"""Metrics of descriptions: the share of mentioned objects that are hallucinated, and the share of the picture's objects that are mentioned.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
-if the picture shows the object. A text's score is its number of mentions.
+if the picture shows the object. A text's score is the number of times the description mentions the object.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
 
 
 def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tuple[float, ...]:
-    """Count the names in ``found`` that belong to each text. Names with the text index -1 are not counted."""
+    """Count the mentions of each text. ``found`` lists the mentioned names, and ``names`` maps a name to its text index, or to -1 to ignore
+    it.
+    """
     counts = Counter(names[name] for name in found)
     return tuple(float(counts[number]) for number in range(num_texts))
 

@@ -23,7 +23,7 @@ _KNOWN = 1 << 16
 
 
 def tag(*names: str) -> Key:
-    """Return a function that looks up an item's tag, or joins the values of several tags."""
+    """Return a function that looks up a tag of an item. If there are several names, the function joins the values."""
     first, *others = names
     if not others:
         return lambda judged: judged.item.tags[first]
@@ -91,7 +91,7 @@ def image_right(judged: Judged) -> float:
 
 
 def accuracy(table: Sequence[Judged]) -> Values:
-    """Return the share of images whose true texts beat their false texts."""
+    """Return ``accuracy``: the share of images whose true texts all beat their false texts, in %."""
     values = [text_right(judged, image) for judged in table for image in range(len(judged.scores))]
     return {"accuracy": mean(values)} if values else {}
 
@@ -157,7 +157,7 @@ def together(table: Sequence[Judged], key: Key) -> float | None:
 
 @lru_cache(_KNOWN)
 def _answer(judged: Judged) -> tuple[float, ...]:
-    """Return an item's row for ``answers``. A tie counts as unanswered, except in a blind table, where each of n tied texts gets 1/n."""
+    """Return an item's row of ``answers``. A tie counts as unanswered, except in a blind table, where each of n tied texts gets 1/n."""
     scores, truth = judged.scores[0], judged.item.match[0]
     tied = scores.count(max(scores))
     said = [0.0 if _nan(scores) or score != max(scores) or (tied > 1 and not judged.blind) else 1 / tied for score in scores]
@@ -174,8 +174,8 @@ def answers(table: Sequence[Judged]) -> Any:
 
 
 def auc(margins: Any, truth: Any) -> float | None:
-    """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger margin. A tie
-    counts as one half. ``margins`` [items] holds the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
+    """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger log-odds. A
+    tie counts as one half. ``margins`` [items] holds the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
 
     Return None if yes or no is never correct, or if a score is NaN.
     """

@@ -1,4 +1,4 @@
-"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP confuses; a pair shares one question with two options."""
+"""MMVP (Tong et al. 2024, arXiv 2401.06209): pairs of pictures that CLIP confuses, with one question and two options per pair."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ _ANSWER = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:answer|option)(?:\s+is)?\s*:
 
 
 def answer(text: str, item: Item) -> int | None:
-    """Parse an answer for a benchmark whose authors published no parsing rule. A yes/no answer must begin
-    with yes or no, and a multiple-choice answer with a letter (alone or in brackets) or with "the answer is" and a letter.
+    """Parse an answer for a benchmark whose authors published no parsing rule. A yes/no answer must begin with yes or no. A multiple-choice
+    answer must begin with a letter (alone or in brackets), or with "the answer is" and a letter.
     """
     return yes_or_no(text) if item.texts == YES_NO else letter(text, item)
 
@@ -30,7 +30,7 @@ def yes_or_no(text: str) -> int | None:
 
 
 def letter(text: str, item: Item) -> int | None:
-    """Return the index of the option whose letter the text gives, or None."""
+    """Return the index of the option whose letter the text states, or None."""
     text = text.strip()
     match = _LETTER.match(text) or _ANSWER.match(text)
     place = -1 if match is None else ord(match["letter"].upper()) - ord("A")
@@ -38,19 +38,19 @@ def letter(text: str, item: Item) -> int | None:
 
 
 def pope(text: str, item: Item) -> int | None:
-    """Parse by the rule of POPE's evaluate.py: no if the first sentence contains No, no or not; otherwise yes, even for an empty text."""
+    """Parse by the rule of POPE's evaluate.py: no if the first sentence contains "No", "no" or "not", else yes (even for an empty text)."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return 1 if {"No", "no", "not"} & set(words) else 0
 
 
 def naturalbench(text: str, item: Item) -> int | None:
-    """Parse by the rule of NaturalBench's extract_answer: take the first yes or no, or the first A or B, anywhere in the text."""
+    """Parse by the rule of NaturalBench's extract_answer: accept the first "yes" or "no", or the first "A" or "B", anywhere in the text."""
     first = re.search(rf"\b({'|'.join(item.texts)})\b", text, re.IGNORECASE)
     return None if first is None else [option.lower() for option in item.texts].index(first[1].lower())
 
 
 def mme(text: str, item: Item) -> int | None:
-    """Parse by MME's rule: y or n if the text has one character, otherwise yes or no within the first four characters."""
+    """Parse by MME's rule: accept "y" or "n" as the whole text, or "yes" or "no" within the first four characters."""
     plain = text.lower().strip().replace(".", "")
     if len(plain) == 1:
         return {"y": 0, "n": 1}.get(plain)
@@ -59,12 +59,12 @@ def mme(text: str, item: Item) -> int | None:
 
 
 def amber(text: str, item: Item) -> int | None:
-    """Parse by the rule of AMBER's inference.py: the text must be exactly Yes or No."""
+    """Parse by the rule of AMBER's inference.py: the text must be exactly "Yes" or "No"."""
     return YES_NO.index(text) if text in YES_NO else None
 
 
 def mmstar(text: str, item: Item) -> int | None:
-    """Parse by MMStar's rule: take the letter at the beginning, or after an initial "(", "option " or "the answer is "."""
+    """Parse by MMStar's rule: accept the letter at the beginning, or after an initial "(", "option " or "the answer is "."""
     plain = text.lower().strip().replace("\n", " ")
     for start in ("", "(", "option ", "the answer is "):
         rest = plain.removeprefix(start)

@@ -58,7 +58,7 @@ class Row:
 
     Args:
         values: column -> value.
-        where: location of the row, the beginning of every error message.
+        where: location of the row, with which every error message begins.
         number: number of the row in its file, from 1, or its key if the file is a JSON object.
         part: part of the benchmark that the file belongs to.
         file: path of the file below the benchmark's folder.
@@ -128,7 +128,7 @@ class Source:
     """Folder of a benchmark. ``say`` is called with progress messages.
 
     Attributes:
-        counts: name of an official file -> number of its rows that count (see ``Benchmark.item``).
+        counts: name of an official file -> number of its rows, without those that the benchmark excludes (see ``Benchmark.item``).
         read: name of an official file -> name of the file that was actually read.
         absent: path of a missing picture -> error for the first row that names it.
     """
@@ -143,7 +143,7 @@ class Source:
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
-        """Yield the rows of a file. For a missing or damaged file, yields a DataError."""
+        """Yield the rows of a file, with a DataError in place of an invalid row or of a missing or damaged file."""
         path = self.root / file.name
         names = sorted(glob(file.name, root_dir=self.root, recursive=True))  # follows links, unlike Path.glob
         if file.lines and (self.root / file.lines).is_file():
@@ -227,9 +227,10 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Save a picture that was derived from an official one as the PNG file ``path`` in the benchmark's folder ``root``. Return the path.
+    """Save a picture that was derived from an official one to the PNG file ``path``, and return ``path``. ``root`` is the benchmark's
+    folder.
 
-    Raises StorageError if it cannot be written, and ConfigError if a link leads out of the folder.
+    Raises StorageError if the file cannot be written, and ConfigError if a link leads out of the folder.
     """
     refuse_foreign(path, root)
     content = io.BytesIO()

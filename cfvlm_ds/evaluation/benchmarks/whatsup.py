@@ -50,8 +50,9 @@ def _controlled(row: Row) -> Item:
 
 
 def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
-    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the two objects and the pair of opposite
-    relations, such as left-right, that the name's relation belongs to. Raises DataError for a name without a relation.
+    """Parse a file name such as ``beer-bottle_left_of_armchair.jpeg`` by the authors' rule. Return the scene (the two objects), and the
+    pair of opposite relations, such as left-right, to which the relation in the name belongs. Raises DataError for a name without a
+    relation.
     """
     words = path.stem.split("_")
     if len(words) < 3 or words[1] not in PAIRS:
@@ -60,11 +61,11 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. For the controlled parts, also return the shares of pairs and of scenes for which the model is
-    right on every picture.
+    """Return the accuracy of each part. For the controlled parts, also return the share of pairs and the share of scenes for which the
+    model is right on every picture.
 
-    An incomplete pair or scene counts as wrong. As in the authors' code, the denominator is half the number of pictures for pairs and a
-    quarter of it for scenes.
+    An incomplete pair or scene counts as wrong. As in the authors' code, the number of pairs is taken to be half the number of pictures,
+    and the number of scenes a quarter of it.
     """
     values: Values = {}
     for part, members in grouped(table, tag("part")).items():

@@ -49,7 +49,7 @@ def draw_of(members: Sequence[Sequence[int]], k: int) -> list[tuple[int, int]]:
 
 
 def values_of(metrics: Metrics, table: Sequence[Judged], members: Sequence[Sequence[int]], k: int) -> Values:
-    """Compute the metrics of the table on draw ``k``."""
+    """Return the metrics on bootstrap draw ``k`` of the table."""
     return metrics([_copy(table[n], copy) if copy else table[n] for n, copy in draw_of(members, k)])
 
 
@@ -59,8 +59,8 @@ def _copy(judged: Judged, copy: int) -> Judged:
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of items (by index) whose answers two models exchange in a permutation test. A set consists of whole clusters; the first
-    is empty.
+    """Yield sets of item indices. In a permutation test, two models exchange their answers to the items of a set. A set consists of whole
+    clusters; the first set is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
     never exchanged, because exchanging the complement of a set instead would only reverse the sign of the difference.

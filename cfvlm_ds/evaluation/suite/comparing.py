@@ -38,7 +38,7 @@ class Difference:
     """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
 
     ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
-    not defined on a single cluster; this kind of metric is tested if the total number of ``clusters`` is large enough.
+    not defined on a single cluster; such a metric is tested if the total number of ``clusters`` is large enough.
     """
 
     before: float
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of two models on a benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
+    """Comparison of two models on one benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -75,7 +75,7 @@ class Compared:
 
     @property
     def headlines(self) -> dict[str, tuple[float, Interval | None]]:
-        """Map each headline metric that was computed to its difference and confidence interval."""
+        """Difference and confidence interval of each headline metric that was computed."""
         found = {name: self.differences[name] for name in self.benchmark.headlines if name in self.differences}
         return {name: (each.after - each.before, each.interval) for name, each in found.items()}
 
@@ -86,8 +86,8 @@ class Compared:
 
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
-    """Return True if an item's true texts all beat its false texts on every image. If the benchmark's headline metric compares images, each
-    text must also score higher on images of which it is true than on the others. A description is right if it does not mention a false
+    """Return True if the true texts of an item all beat its false texts on every image. If the benchmark's headline metric compares images,
+    each text must also score higher on the images of which it is true than on the others. A description is right if it mentions no false
     object.
     """
     table = Judged(outcome.item, outcome.seen)
@@ -138,7 +138,7 @@ def _compared(before: Result, after: Result, draws: int | None, say: Say) -> Com
 
 
 def _changed(benchmark: Benchmark, tables: Sequence[Sequence[Judged]], members: Sequence[Sequence[int]]) -> dict[str, tuple[int, int]]:
-    """Count the clusters in which each metric rose and those in which it fell."""
+    """Return, for each metric, the number of clusters in which it rose and the number in which it fell."""
     rose, fell = Counter[str](), Counter[str]()
     for cluster in members:
         was, now = (benchmark.metrics([table[n] for n in cluster]) for table in tables)

@@ -29,7 +29,7 @@ from cfvlm_ds.evaluation.suite.selection import Way
 
 @dataclass(frozen=True)
 class Checked:
-    """Items that the model can process, (id, reason) pairs for the items left out, and a table of the pictures."""
+    """Items that the model can process, (id, reason) for each item that was left out, and a table of the pictures."""
 
     items: tuple[Item, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
-    """Check all items. All ranks must call this. Invalid items are left out."""
+    """Check all items. Return the valid ones, and the reason for leaving out each of the others. All ranks must call this."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -71,7 +71,7 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
         if unread := [entry for image in found for entry in image if isinstance(entry, str)]:
             return unread[0]
         sizes = dict.fromkeys(tuple((entry.width, entry.height) for entry in image if isinstance(entry, Picture)) for image in found)
-        sizes[(BLANK_SIZE,) * len(item.images[0])] = None  # blank pictures are shown too
+        sizes[(BLANK_SIZE,) * len(item.images[0])] = None  # the blank image is scored too
         try:
             longest = max(
                 collator.row_length(cell.prompt, cell.text, size) for size in sizes for cell in way.cells(item)
@@ -91,7 +91,7 @@ def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: Wo
 
 
 def prompt_of(item: Item, way: Way, collator: Collator) -> str:
-    """Return the first prompt of an item with the chat template applied."""
+    """Return the first prompt of an item, formatted with the chat template."""
     first = way.cells(item)[0]
     return collator.prompts.encoded(first.prompt, first.text, len(item.images[0]), item.id).prompt
 

@@ -65,7 +65,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, Values]:
-        """Table -> metric -> value. An undefined metric is NaN; JSON stores it as null."""
+        """Metrics as {table: {metric: value}}. An undefined metric is NaN; JSON stores it as null."""
         tables: dict[str, dict[str, float | None]] = self.record["metrics"]
         return {name: {key: math.nan if value is None else value for key, value in table.items()} for name, table in tables.items()}
 
@@ -130,7 +130,7 @@ def result_folder(folder: Path) -> Path:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write the files of a result. results.json is written last and marks the result as complete. Raises StorageError."""
+    """Write the files of a result. results.json is written last and marks the result as complete. Raises StorageError if writing fails."""
     with writing(folder / RESULTS, "free some space, and the same command continues"):
         with whole_file(folder / ITEMS) as file:
             for outcome in result.outcomes:
@@ -143,7 +143,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return a copy of a value, with None in place of numbers that JSON cannot represent."""
+    """Return a copy of a value in which None replaces NaN and infinite numbers, which JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -229,7 +229,7 @@ class Partial:
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """If a file's header shows that it belongs to a different evaluation, raise a ConfigError that names the first difference."""
+    """Raise ConfigError if a file's header belongs to a different evaluation. The message names the first difference."""
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")
@@ -248,10 +248,10 @@ def _exact(value: Any) -> bytes:
 
 
 def kept(scores: GroupScores) -> dict[str, Any]:
-    """Return a group's scores as lists of numbers, keyed by field name."""
+    """Convert a group's scores to lists of numbers, keyed by field name."""
     return {name: part.tolist() for name, part in vars(scores).items()}
 
 
 def taken(row: Mapping[str, Any]) -> GroupScores:
-    """Convert a row from ``kept`` back to scores."""
+    """Convert the output of ``kept`` back to scores."""
     return GroupScores(**{name: torch.tensor(part, dtype=torch.float32) for name, part in row.items()})

@@ -57,7 +57,7 @@ _TABLES = "results.md"
 class Asked:
     """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity (hashes).
 
-    ``identity`` holds the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
+    ``identity`` contains the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
     ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text from pictures, a prompt and a maximum number
     of tokens. It is None if the model cannot generate text, for instance because it is partitioned over several GPUs.
     """
@@ -87,7 +87,7 @@ class Settings(Batching):
 
 @contextlib.contextmanager
 def results_held(out: Path, world: World) -> Iterator[None]:
-    """Lock the results folder during the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or if ``out``
+    """Lock the results folder within the ``with`` block. Raises ConfigError on all ranks if another process holds the lock, or if ``out``
     cannot be used as a results folder (for example, because it is a run folder).
     """
     locks: list[RunLock] = []
@@ -162,7 +162,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
     drawn = drawn_together(world, outcomes, chosen.benchmark.metrics, settings.draws, label, barrier)
 
     def relative(message: object) -> str:
-        """Make the paths in a message relative to the benchmarks folder, so that it is the same on every machine."""
+        """Make the paths in a message relative to the benchmarks folder, so that the message is the same on every machine."""
         return str(message).replace(f"{chosen.root.parent}/", "")
 
     left_out = [(name, relative(why)) for name, why in (*(("", problem) for problem in loaded.problems), *checked.left_out)]
@@ -175,7 +175,7 @@ def _evaluate_one(model: Asked, chosen: Chosen, loaded: Loaded, out: Path, setti
 def _outcomes(
     model: Asked, chosen: Chosen, settings: Settings, checked: Checked, journal: Partial, label: str, barrier: ProgressBarrier
 ) -> list[Outcome]:
-    """Score the groups (or generate the texts) that are not yet on disk (``journal``), and return the outcomes of all items."""
+    """Score the groups, or generate the texts, that ``journal`` does not contain yet. Return the outcomes of all items."""
     way, rows, world, items = chosen.way, journal.rows, model.world, checked.items
     if isinstance(way, Generate):
         items_of, turns = Counter(range(len(items))), _written(model, items, way, settings, rows, barrier)
@@ -239,8 +239,8 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that the caller can raise
-    it on all ranks.
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop. The caller can then raise the
+    error on all ranks.
     """
     try:
         for rows in turns:

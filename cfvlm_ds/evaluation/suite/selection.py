@@ -26,7 +26,7 @@ _SKIP = "use --on_error skip to leave such items out; they are counted and named
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark with one of its probes. ``label`` is the probe's name in paths; it includes the values of non-default options."""
+    """A benchmark with one of its probes. ``label`` names the probe in paths, with the values of non-default options."""
 
     name: str
     benchmark: Benchmark
@@ -36,7 +36,7 @@ class Chosen:
 
     @property
     def read(self) -> Parser | Mentions:
-        """Function that parses a generated text."""
+        """Function that parses a generated answer, or counts the mentions in a description."""
         return self.benchmark.mentions or PARSERS.get(self.name, answer)
 
     @property
@@ -45,7 +45,7 @@ class Chosen:
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that scores depend on, in the format of results.json. ``model`` holds the model's hashes, keyed by name."""
+        """Return everything that the scores depend on, as stored in results.json. ``model`` maps names to the hashes of the model."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,
@@ -58,8 +58,8 @@ class Chosen:
 
 
 def choose(names: Sequence[str], root: Path, probes: Sequence[str] = ()) -> list[Chosen]:
-    """Select the named benchmarks, each with all ``probes`` that it supports. If ``probes`` is empty, use each benchmark's default probe.
-    ``root`` contains the benchmarks' folders.
+    """Select the named benchmarks. Each benchmark is evaluated with those of ``probes`` that it supports, or with its default probe if
+    ``probes`` is empty. ``root`` contains the benchmarks' folders.
 
     Raises ConfigError for an unknown name, a benchmark that supports none of the probes, or a probe that none of the benchmarks supports.
     """

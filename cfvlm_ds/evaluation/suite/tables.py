@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.suite.results import Result
 TABLES = {"blank": "blank image", "random": "random scores"}
 """Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics to use for a blank image if the headline metric compares images and is therefore undefined."""
+"""Metrics shown for a blank image if the headline metric compares images, and is therefore undefined there."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
@@ -40,8 +40,8 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line that states by how many points the model exceeds random scores, with the items' images and with a blank image.
-    For a benchmark with two headline metrics, the line gives the values of both metrics instead.
+    """Return a line that states by how many points the model exceeds random scores, with the items' images and with a blank image. For a
+    benchmark with two headline metrics, the line states the values of both metrics instead.
     """
     seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:
@@ -62,7 +62,9 @@ def summary(result: Result) -> str:
 
 
 def omissions(result: Result) -> list[str]:
-    """Return a line about items left out and a line about items that count as wrong because of non-finite scores, if there are any."""
+    """Return up to two lines: one about items that were left out, and one about items that count as wrong because their scores are not
+    finite.
+    """
     left_out, broken = result.record["left_out"], result.record["not_finite"]
     notes = []
     if left_out:
@@ -102,8 +104,8 @@ def _section(result: Result) -> list[str]:
 
 
 def logged(name: str, tables: Mapping[str, Values]) -> dict[str, float]:
-    """Return the metrics keyed by logged name: eval/NAME/METRIC and, for the language prior, eval/NAME/blind_METRIC.
-    Undefined metrics are left out.
+    """Return the metrics keyed by logged name: eval/NAME/METRIC and, on a blank image, eval/NAME/blind_METRIC. Undefined metrics are left
+    out.
     """
     prefixes = {"seen": "", "blank": "blind_"}
     return {
