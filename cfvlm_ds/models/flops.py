@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,8 +42,7 @@ class ModelFlops:
         head = model.get_output_embeddings().weight
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head)}
         unused = tuple(f"{prefix}." for prefix in family.unused(model.config))
-        self._weights = dict.fromkeys(MODULES, 0.0)
-        self._trained = dict.fromkeys(MODULES, 0.0)
+        self._weights, self._trained = defaultdict[str, float](float), defaultdict[str, float](float)
         self._patch_weights = 0.0  # weights of convolutions over pixels; the pixels need no gradient
         for name, parameter in model.named_parameters():
             if id(parameter) not in tables and len(whole_shape(parameter)) > 1 and not name.startswith(unused):

@@ -89,17 +89,17 @@ def measure(
     measured: Measured,
     objectives: Objectives,
     part_of_step: float,
+    progress: float,
     flops: ModelFlops,
     sources: Sequence[str] = (),
-    progress: float = 1.0,
 ) -> None:
     """Add a micro-batch's measurements to the meter.
 
     Args:
         part_of_step: fraction of a step that the micro-batch represents. A step's loss is the sum over its micro-batches and ranks.
+        progress: fraction of all steps completed before this one. The weights of terms with a warm-up depend on it.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, each of which is also measured separately.
-        progress: fraction of all steps completed before this one. The weights of terms with a warm-up depend on it.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured

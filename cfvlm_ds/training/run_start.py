@@ -71,12 +71,14 @@ class Start:
         """On rank 0, print the changes and append them to a file in the run folder. Return this file in a list, which is empty if there are
         no changes.
         """
+        if not self.changed:
+            return []
         for change in self.changed:
             world.say(f"after step {step}: {change}")
-        if self.changed and world.is_main:
+        if world.is_main:
             changes = {change.option: [change.before, change.now] for change in self.changed}
             append(run_dir / CHANGES, json.dumps({"step": step, "changes": changes}), world.say)
-        return [run_dir / CHANGES] if self.changed else []
+        return [run_dir / CHANGES]
 
 
 def decide(

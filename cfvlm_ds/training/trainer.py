@@ -157,7 +157,7 @@ class Trainer:
             meter.wait(result.waited_s)
             for measured in result.measured:
                 progress = state.step / self.total_steps
-                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources, progress)
+                measure(meter, measured, self.config.objective, part_of_step, progress, self._flops, self._sources)
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps

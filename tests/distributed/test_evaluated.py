@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from cfvlm_ds.core.config import HabitsConfig, ModelConfig
 from cfvlm_ds.demo.base import write_base
 from cfvlm_ds.demo.habits import build_habits
-from cfvlm_ds.models import fingerprint
+from cfvlm_ds.models import adapter_fingerprint, fingerprint
 
 COMMAND = """\
 import sys
@@ -158,7 +158,7 @@ def test_a_partitioned_training_writes_what_evaluate_writes(manifests, tmp_path,
 
 
 def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, capsys):
-    """In its metrics, for save_best, and as results that compare reads; beside a manifest, on two ranks."""
+    """In its metrics, for save_best, and as results that compare reads; of adapters, beside a manifest, on two ranks."""
     run_dir = tmp_path / "run"
     root = shutil.copytree(root, tmp_path / "benchmarks")
     trained = sorted((manifests["train"].parent / "images").glob("train-*.png"))
@@ -166,7 +166,8 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     own, shown = ({path.read_bytes() for path in found} for found in ((root / "coco").rglob("*.png"), trained))
     evaluated = {"crepe": {"benchmark": "sugarcrepe", "root": str(root), "probe": "caption"}, "test": str(manifests["test"])}
     more = ["--data.evaluation", json.dumps(evaluated), "--train.max_steps=2", "--train.eval_steps=1", "--train.export=true"]
-    more += ["--train.save_best=eval/crepe/macro/swap_obj"]
+    more += ["--train.save_best=eval/crepe/macro/swap_obj", "--model.language_model.tuning=lora"]
+    more += [f"--model.{module}.tuning=frozen" for module in ("vision_tower", "projector")]
     (said, _), recorded = run_train(2, train_arguments(model_dir, manifests, run_dir, *more)), metrics(run_dir)
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures also occur in the training set" in said
     assert "21 items of SugarCrepe, probe caption, in" in said and "after step 1, crepe: macro " in said
@@ -177,8 +178,8 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     assert "| crepe (own files) | caption | macro |" in compared and "different prompts" not in compared
     record = read_json(run_dir / "benchmarks/crepe/caption/results.json")
     assert record["versions"]["torch"] == torch.__version__ and record["settings"] == {"limit": None}
-    identity = fingerprint(ModelConfig(str(run_dir / "export")))
-    assert {part: record["model"][part] for part in identity} == identity, "of the exported model"
+    identity = fingerprint(ModelConfig(str(model_dir))) | {"adapter": adapter_fingerprint(run_dir / "adapter")}
+    assert {part: record["model"][part] for part in identity} == identity, "of the exported adapters on their base"
     assert "Describe the image." in record["prompt"]
     for change, sentence in (
         (["--train.save_best=eval/crepe/macro/nothing"], "is not a metric of data.evaluation"),

@@ -333,7 +333,9 @@ def build_late(config: Any, alive: Callable[[], object]) -> None:
 
 
 def read_late(manifest: str, model: str, run: str, bad: str) -> None:
-    """A rank whose collectives end after three seconds reads the data, and takes five for the pictures if it is the first."""
+    """A rank whose collectives end after three seconds reads the data, and takes five for the pictures if it is the first. The other one
+    then sees neither the token counts nor, because its folder is another one, the run.
+    """
     world = engine.start()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
     config = parse_config(
@@ -363,6 +365,11 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
             preflight.read_data(configured(config, Path(run), train=wrong), world)
         except DataError as error:
             print("refused", error)
+    os.chdir(Path(run).parent if world.is_main else "/")
+    try:
+        preflight.read_data(configured(config, Path(Path(run).name), train=manifest, num_workers=0), world)
+    except DataError as error:
+        print("unseen", error)
 
 
 def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, data, model_dir, tmp_path):
@@ -387,6 +394,8 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
     for _, output in ended:
         refused = [line for line in output.splitlines() if line.startswith("refused")]
         assert len(refused) == 2 and all("no such image file" in line and "(2 more: see" in line for line in refused), output
+        (unseen,) = [line for line in output.splitlines() if line.startswith("unseen")]
+        assert unseen.endswith("; every node must have access to run"), output
 
 
 # --- what all ranks know is said by one of them ---------------------------------------------------------------------------------------

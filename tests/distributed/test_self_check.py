@@ -22,7 +22,7 @@ from cfvlm_ds.data import read_manifest
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models import forest_attention as attention
 from cfvlm_ds.training.run import _checked
-from cfvlm_ds.training.self_check import check_scores
+from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite
 
 
 class Engine:
@@ -141,6 +141,15 @@ def test_ranks_name_what_is_not_finite_in_their_parts(model_dir, manifests, tmp_
     said = f"{broken} has weights that are not finite: lm_head.weight"
     assert said in first.splitlines()[-1] and said not in second
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_bounds_of_clipping_may_be_infinite_and_not_nan():
+    layer = torch.nn.Linear(2, 2)
+    layer.register_buffer("input_max", torch.tensor(torch.inf))
+    refuse_nonfinite(layer, "m", ONE)
+    layer.input_max.fill_(torch.nan)
+    with pytest.raises(ConfigError, match="not finite: input_max;"):
+        refuse_nonfinite(layer, "m", ONE)
 
 
 def test_the_check_can_be_a_warning_or_left_out(capsys):

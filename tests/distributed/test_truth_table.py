@@ -504,3 +504,5 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     (tmp_path / "samples.jsonl").write_text("broken\n[]\n")
     samples.resume(5)
     assert capsys.readouterr().out.count("warning: ") == 1
+    samples.splits = {"one": groups[:1], "test": groups}
+    assert [name for name, _ in samples._groups()] == ["one", *["test"] * len(groups)], "in turn, and the longer set's rest"

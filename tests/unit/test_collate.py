@@ -223,7 +223,9 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
             assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
         else:
             assert ours[name] == value, name
-    assert len({value.untyped_storage().data_ptr() for value in ours.values() if isinstance(value, Tensor)}) == 1
+    pieces = [value for value in ours.values() if isinstance(value, Tensor)]
+    assert len({value.untyped_storage().data_ptr() for value in pieces}) == 1
+    assert pieces[0].untyped_storage().nbytes() < sum(value.nbytes + 64 for value in pieces), "no larger than they are"
     moved = dict(flat(expected.to(torch.device("meta")), "batch"))
     assert {value.device.type for value in moved.values() if isinstance(value, Tensor)} == {"meta"}
     assert {name: value.dtype for name, value in moved.items() if isinstance(value, Tensor)} == {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from conftest import REPO, read_json, write_json
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -16,7 +17,7 @@ from cfvlm_ds.cli.train import run as train
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import family_of, meta_model
-from cfvlm_ds.models.adapters import linear_weights
+from cfvlm_ds.models.adapters import BYTES_OF_4BIT, linear_weights
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training.dry_run import activations, attention_without_data, dry_run
 
@@ -226,11 +227,13 @@ def test_the_peak_of_activations_is_what_torch_tracks(name, recompute, tmp_path)
 
 
 def test_4_bit_weights_are_those_that_bitsandbytes_quantises(tmp_path):
-    """By hand: the seven matrices of each of 28 blocks, whose keys and values are 512 wide."""
+    """By hand: the seven matrices of each of 28 blocks, whose keys and values are 512 wide; and what the library makes of one weight."""
     config = configured(REPO / "examples" / "qwen2_5_vl_7b_qlora.yaml", tmp_path)
     model = meta_model(config.model, torch.bfloat16, attention_without_data())
     block = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944
     assert linear_weights(model, family_of(model.config)) == 28 * block
+    packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4")
+    assert (packed.nbytes + state.absmax.nbytes) / 64**2 == BYTES_OF_4BIT
 
 
 def test_adapters_without_a_module_are_warned_of(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
+from cfvlm_ds.models.flops import _operations_per_pair
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import registered
 from cfvlm_ds.models.gated_delta_net import fork_states
@@ -90,3 +91,10 @@ def test_what_would_change_scores_without_an_error_is_refused(model):
     forest = FORESTS["one tree"]
     with pytest.raises(ValueError, match="needs a forest and accepts no cache or mask"):
         model.layer(row(forest), forest=forest, attention_mask=torch.ones(1, forest.bounds[-1]))
+
+
+def test_operations_per_pair_are_those_of_full_attention_alone():
+    """By hand: one layer of four attends to pairs, with 3 heads of 5, a product of queries and keys and one of weights and values."""
+    text = Qwen3_5TextConfig(num_hidden_layers=4, num_attention_heads=3, head_dim=5)
+    assert text.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    assert _operations_per_pair(text) == {None: 2 * 2 * 3 * 5}

@@ -276,13 +276,13 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
 
 
 def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
-    groups = in_a_step(many(6))
+    """Nor is it with the stand-in of a rank that has lost its only group, the step's first."""
+    groups = in_a_step(many(6), {"b": 9})
     table, objective = Table(groups), {"batch_align": BatchAlign(weight=1.0, warmup=0.0)}
-    lost = groups[0].in_step.in_batch[0].source_group
-    kept = [each for k, each in enumerate(groups) if k != lost]
-    scores = table.scores(kept)
-    seen = CrossRankScores.gathered([scores], ALONE).added_to(scores)
-    orphans = seen.layout.in_batch.source_group[..., 0] == lost
+    scores, stand_in = table.scores(groups[1:]), table.scores(groups[:1])
+    stand_in = replace(stand_in, layout=replace(stand_in.layout, in_batch=None))
+    seen = CrossRankScores.gathered([scores, stand_in], ALONE).added_to(scores)
+    orphans = seen.layout.in_batch.source_group[..., 0] == 0
     assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
     assert torch.autograd.grad(loss, table.values)[0].isfinite().all()
@@ -374,9 +374,12 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir, pict
     """It is named there, and no group that it would have visited is left out with it."""
     groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
-    batch = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
+    collator = load_collator(ModelConfig(str(model_dir)), "star")
+    batch = collator.without_unreadable(groups)
     assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
     assert batch.layout.in_batch is not None and batch.layout.in_batch.source_group[..., 0].max() == 2
+    batch = collator.without_unreadable([*groups[:3], DataError("rows.jsonl:9: broken")])
+    assert batch.layout.ids == ("g0", "g1", "g2") and batch.dropped == (("rows.jsonl:9", "rows.jsonl:9: broken"),), "nor does a row"
 
 
 def test_the_prior_of_a_guest_is_that_of_its_own_group(pictured):

@@ -275,6 +275,11 @@ def test_a_model_that_thinks_answers_after_an_empty_thought(case, tmp_path):
     assert collator.row_length(PROMPT, TEXT, tuple(SIZES[:1])) == sum(map(len, ours(collator, images, tmp_path)))
 
 
+def test_a_switch_that_writes_no_empty_thought_is_not_used(tmp_path):
+    collator = thinking("", "{%- if enable_thinking is defined and enable_thinking is false %}{{- '/no_think' }}{%- endif %}")
+    assert ours(collator, [], tmp_path)[0] == librarys(collator.processor, [])
+
+
 def test_thoughts_of_earlier_turns_are_what_the_template_makes_of_them(tmp_path):
     """As for every user of that model: here, as in Qwen3's, a thought of an earlier turn is dropped, and the answer has an empty one."""
     collator = thinking(*THINKING["by itself, unless told"])
