@@ -36,7 +36,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
-ONE = World(0, 1, 0, torch.device("cpu"))
+ONE = World(0, 1, torch.device("cpu"))
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}

@@ -112,7 +112,7 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
     if other_options:
         raise ConfigError(f"--config cannot be combined with {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     validate(run, world)
     build(run.build)
     prepare(run, world)

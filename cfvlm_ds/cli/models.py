@@ -211,7 +211,7 @@ def joined(zero3: bool = False) -> World:
         from cfvlm_ds import engine
 
         return engine.start()
-    return World(0, 1, 0, own_device())
+    return World(0, 1, own_device())
 
 
 def load_scorer(

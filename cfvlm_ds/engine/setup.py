@@ -25,7 +25,7 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's global and local rank, the world size and the device.
+    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's rank, the world size and the device.
 
     ``timeout`` bounds every collective, so that a dead peer causes an error instead of a hang.
     """
@@ -54,7 +54,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     with meeting_point():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    world = World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+    world = World(rank, int(os.environ["WORLD_SIZE"]), device)
     if unknown := unknown_version(version("deepspeed")):
         world.say(f"warning: {unknown}")
     return world

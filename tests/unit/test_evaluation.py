@@ -377,7 +377,7 @@ def on_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[World]
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(World(rank, ranks, rank, torch.device("cpu")))
+            found[rank] = work(World(rank, ranks, torch.device("cpu")))
         except DataError as error:
             found[rank] = error
 

@@ -166,7 +166,7 @@ def test_scores_equal_one_plain_forward_per_cell(sharp, collator, folder, groups
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
 
 
-CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, 0, torch.device("cpu"))
+CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, torch.device("cpu"))
 UNUSED = ("vision_tower.encoder.layers.1.", "post_layernorm", "vision_tower.head", "audio_tower.", "embed_audio.")
 """Parts of the names of weights that no forward uses."""
 WAYS = {
