@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from scoring import PROMPT, TEXT, clock  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
+from two_levels import two_levels  # noqa: E402
 
 from cfvlm_ds.core.errors import ConfigError  # noqa: E402
 from cfvlm_ds.core.versions import git_revision, version  # noqa: E402
@@ -146,13 +147,13 @@ def kernels(run: Run) -> Iterator[Case]:
 
 def forests(sizes: Sizes) -> dict[str, Forest]:
     visual = sizes.visual
-    found = {f"{visual} + {k} texts": Forest.of((visual + PROMPT,), ((TEXT,) * k,)) for k in sorted(sizes.texts)}
+    found = {f"{visual} + {k} texts": two_levels((visual + PROMPT,), ((TEXT,) * k,)) for k in sorted(sizes.texts)}
     lengths, parents = [visual], [-1]
     for _ in range(4):  # four questions with four answers each
         parents += [0, *[len(lengths)] * 4]
         lengths += [24, *[4] * 4]
     found[f"{visual} + 4 questions"] = Forest(tuple(lengths), tuple(parents))
-    found[f"8 trees of {visual // 4}"] = Forest.of((visual // 4,) * 8, ((TEXT,) * 4,) * 8)
+    found[f"8 trees of {visual // 4}"] = two_levels((visual // 4,) * 8, ((TEXT,) * 4,) * 8)
     return found
 
 
