@@ -83,9 +83,7 @@ class Unusable(Exception):
     """Raised if this machine does not support a back end. The package provides the message."""
 
 
-def usable(backend: str, run: Run) -> None:
-    if backend == "flex" and run.device.type == "cpu":
-        return  # on CPUs, FlexAttention runs without a kernel
+def usable(backend: str) -> None:
     try:
         attention(backend)
     except ConfigError as error:
@@ -128,7 +126,7 @@ def about(run: Run) -> dict[str, Any]:
     found["backends"] = {}
     for backend in BACKENDS:
         try:
-            usable(backend, run)
+            usable(backend)
             found["backends"][backend] = "yes"
         except Unusable as error:
             found["backends"][backend] = str(error)
@@ -162,7 +160,7 @@ def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
     step) is measured only.
     """
     if backend != "causal":
-        usable(backend, run)
+        usable(backend)
     qkv, weights = attention_inputs(forest, run)
     if backend == "causal":
 
@@ -278,7 +276,7 @@ def layouts(texts: int, run: Run) -> dict[str, Any]:
             if name in run.without:
                 raise RuntimeError("killed the process; left out")
             if name not in STOCK:
-                usable(name.partition(", ")[2], run)
+                usable(name.partition(", ")[2])
             scoring.weighed(taken[name], of)  # compiles; an out-of-memory error here affects only this layout
         except Exception as error:
             found[name] = told(error)
