@@ -56,7 +56,7 @@ def dry_run(config: RunConfig) -> str:
     working = working_memory(model, ds_config, tokens, recompute)
     quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
     stage, names = ds_config.get("zero_optimization", {}).get("stage", 0), {"optimizer": "optimizer", "param": "weights"}
-    moved = " and ".join(names[name] for name, is_offloaded in offloaded(ds_config).items() if is_offloaded)
+    moved = " and ".join(names[name] for name, is_offloaded in engine.offloaded(ds_config).items() if is_offloaded)
     without = f", {moved} offloaded" if moved else ""
     lines.append(
         f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs per node{without}; peak with {tokens} tokens per forward"
@@ -85,17 +85,11 @@ def dry_run(config: RunConfig) -> str:
 # Memory -------------------------------------------------------------------------------------------------------------------------------
 
 
-def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Return {"optimizer": bool, "param": bool}: whether the optimizer states and the weights are offloaded from the GPU."""
-    zero = ds_config.get("zero_optimization", {})
-    return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
-
-
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
     """Estimate the memory for weights, gradients and optimizer states in mixed precision. Return bytes per GPU and host bytes per node."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
+    is_offloaded, nodes = engine.offloaded(ds_config), max(1, gpus // gpus_per_node)
     layout = min(gpus, gpus_per_node), nodes
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
