@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.core.distributed import World, gather_objects, random_state, set_random_state
+from cfvlm_ds.core.distributed import World, gather_objects, preserve_rng
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups, InBatchNegative, Pictures, Prompt, normalised
 from cfvlm_ds.core.scores import Scores
@@ -228,9 +228,8 @@ def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Seque
     These forward passes use the same random numbers as those in training that follow, so the dropout masks are the same. Every rank runs
     the same number of passes.
     """
-    state, scored = random_state(device), []
-    with torch.no_grad():
-        for micro_batch, number in zip(micro_batches, forwards, strict=True):
-            scored.append(micro_batch.scores([engine(**batch.model_inputs) for batch in micro_batch.padded(number)]))
-    set_random_state(state, device)
-    return scored
+    with torch.no_grad(), preserve_rng(device):
+        return [
+            micro_batch.scores([engine(**batch.model_inputs) for batch in micro_batch.padded(number)])
+            for micro_batch, number in zip(micro_batches, forwards, strict=True)
+        ]
