@@ -100,7 +100,7 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(trajectories, model_di
     below = denominators(objective, batch.layout)
     shares = [
         weighted_loss(objective, each, below)[1]["batch_align"].sum().item()
-        for each in (scores, CrossRankScores.gathered([scores], ONE).added_to(scores))
+        for each in (scores, CrossRankScores([scores], ONE).added_to(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
 

@@ -266,7 +266,7 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
     (gradient,) = torch.autograd.grad(expected, table.values)
     micro_batches = [table.scores([groups[k] for k in part]) for part in parts]
     units = {"batch_align": sum(denominators(objective, each.layout)["batch_align"] for each in micro_batches)}
-    seen = CrossRankScores.gathered(micro_batches, ALONE)
+    seen = CrossRankScores(micro_batches, ALONE)
     losses = [weighted_loss(objective, seen.added_to(each), units)[0] for each in micro_batches]
     assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-6)  # shares are float32
     (found,) = torch.autograd.grad(sum(losses), table.values)
@@ -281,7 +281,7 @@ def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
     lost = groups[0].in_step.in_batch[0].source_group
     kept = [each for k, each in enumerate(groups) if k != lost]
     scores = table.scores(kept)
-    seen = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    seen = CrossRankScores([scores], ALONE).added_to(scores)
     orphans = seen.layout.in_batch.source_group[..., 0] == lost
     assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
@@ -294,7 +294,7 @@ def test_report_by_hand():
     layout = layout_of(groups)
     logp = torch.tensor([[[math.log(4), 0.0]], [[math.log(4), 0.0]]], dtype=torch.float64)
     scores = Scores(layout, logp, torch.zeros_like(logp))
-    scores = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    scores = CrossRankScores([scores], ALONE).added_to(scores)
     assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
     report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0).report(scores).items()}
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}
