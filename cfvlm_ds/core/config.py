@@ -284,13 +284,13 @@ class HabitsConfig:
     """
 
     out_dir: str
-    num_train: int = 4000
-    num_test: int = 400
-    num_counterfactuals: int = 1
-    num_questions: int = 0
+    num_train: int = option(4000, within=AT_LEAST_ONE)
+    num_test: int = option(400, within=AT_LEAST_ONE)
+    num_counterfactuals: int = option(1, within=COUNT)
+    num_questions: int = option(0, within=COUNT)
     seed: int = 0
-    strength: float = 0.96
-    text_bias: float = 0.0
+    strength: float = option(0.96, within=SHARE)
+    text_bias: float = option(0.0, within=SHARE)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import pytest
 from conftest import read_json, read_rows, write_json
 from PIL import Image
 
+from cfvlm_ds.core import strict
 from cfvlm_ds.core.config import HabitsConfig
-from cfvlm_ds.core.errors import DataError
+from cfvlm_ds.core.errors import DataError, InputError
 from cfvlm_ds.core.groups import SHAM
 from cfvlm_ds.data.cfgroup import from_row
 from cfvlm_ds.data.picture_file import picture_bytes
@@ -479,5 +480,5 @@ def test_content_is_pinned():
     ],
 )
 def test_wrong_settings_are_named(wrong):
-    with pytest.raises(DataError, match=next(iter(wrong))):
-        build_habits(HabitsConfig("unused", **wrong))
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        build_habits(strict.build(HabitsConfig, {"out_dir": "unused", **wrong}))
