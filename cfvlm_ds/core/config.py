@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
-from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
 """Names of transformers' schedules that need no options."""
@@ -322,8 +321,6 @@ class RunConfig:
     deepspeed: str
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, with every default filled in."""
-    shows: Shows = "progress"
-    """Verbosity of the run; not part of its identity."""
     yaml_folder: str = ""
     """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working directory."""
 

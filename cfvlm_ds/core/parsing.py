@@ -16,7 +16,7 @@ from cfvlm_ds.core.options import sentences
 from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
 from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
 from cfvlm_ds.core.strict import Given, build, dotted
-from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
+from cfvlm_ds.core.verbosity import VERBOSITY
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
@@ -53,8 +53,8 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         print(yaml_of(resolved), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    json_file, shows = resolve_shipped(built.deepspeed, "ds_configs"), selected_verbosity("quiet" in switches, "verbose" in switches)
-    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
+    json_file = resolve_shipped(built.deepspeed, "ds_configs")
+    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, yaml_folder=folder)
 
 
 def _options(objectives: Mapping[str, type]) -> type:
