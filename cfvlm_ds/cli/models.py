@@ -251,7 +251,7 @@ def load_scorer(
         if adapter is not None:
             loaded = attach_adapters(loaded, adapter)
         scorer = Scorer(loaded, family_of(loaded.config)).to(world.device).eval()
-    collator = load_collator(model, "full", max_pixels, checked=checked)
+    collator = load_collator(model, max_pixels, checked=checked)
     refuse_unusable(scorer, collator, model.name_or_path, world.device)
     return scorer, collator, world
 

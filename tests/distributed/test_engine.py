@@ -424,7 +424,7 @@ def hook(name):
 for name, module in ds_engine.module.model.named_modules():
     if type(module).__name__ == "Linear":
         module.register_forward_pre_hook(hook(name))
-batch = load_collator(config.model, "full", config.data.max_pixels)(read_manifest(config.data.train)[:2])
+batch = load_collator(config.model, config.data.max_pixels)(read_manifest(config.data.train)[:2])
 logp = ds_engine(**batch.model_inputs)
 ds_engine.backward(logp.sum(), scale_wrt_gas=False)
 ds_engine.step()

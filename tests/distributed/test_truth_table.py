@@ -183,13 +183,13 @@ def test_objectives_compare_answers_to_one_prompt(name):
 def test_a_second_question_is_trained_on_every_image(model_dir):
     """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
     one, _ = SHAPES["NaturalBench: two images, two questions"]
-    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
+    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None)._layout([one])
     assert layout.valid.all()
     ones = torch.ones(layout.valid.shape)
     compared = Csd().violations(ones, layout)[1].nonzero()[:, 1:].tolist()
     assert sorted(compared) == [[0, 0, 1], [0, 3, 2], [1, 1, 0], [1, 2, 3]], "image, true text, false text"
     (own,) = (replace(one, match=((1, 0, None, None), (0, 1, 1, 0))),)  # of the second question nothing is known on the factual image
-    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([own]).valid[0]
+    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None)._layout([own]).valid[0]
     assert star.tolist() == [[True, True, False, False], [True] * 4]
 
 

@@ -334,7 +334,7 @@ def pictured(tmp_path_factory):
 
 def test_a_guest_scores_on_an_image_what_it_scores_there_alone(model_dir, scorer, pictured):
     """Against the library's own forward of one image and one string; own cells are as without in-batch negatives; parts add up."""
-    collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star"), in_a_step(pictured)
+    collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None), in_a_step(pictured)
     processor = load_processor(ModelConfig(str(model_dir)))
     batch = collator(groups)
     with torch.no_grad():
@@ -358,7 +358,10 @@ def test_a_guest_scores_on_an_image_what_it_scores_there_alone(model_dir, scorer
 
 def test_guests_that_do_not_fit_the_window_are_left_out(model_dir, pictured):
     """Of the group they visit, that is: a text that fits behind its own pictures is no error behind larger ones."""
-    collator, groups = load_collator(ModelConfig(str(model_dir)), "star"), in_a_step([*pictured, group("long", "a circle " * 40)], {"b": 9})
+    collator, groups = (
+        load_collator(ModelConfig(str(model_dir))).building("star", None),
+        in_a_step([*pictured, group("long", "a circle " * 40)], {"b": 9}),
+    )
     (visited,) = (each for each in groups if "a circle " * 40 in drawn(each) and each.id == "g0")
     column = 2 + drawn(visited).index("a circle " * 40)
     longest = max(collator.row_length(PROMPT, text.text, ((48, 48),)) for text in visited.candidates)
@@ -374,7 +377,7 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir, pict
     """It is named there, and no group that it would have visited is left out with it."""
     groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
-    batch = load_collator(ModelConfig(str(model_dir)), "star").without_unreadable(groups)
+    batch = load_collator(ModelConfig(str(model_dir))).building("star", None).without_unreadable(groups)
     assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
     assert batch.layout.in_batch is not None and batch.layout.in_batch.source_group[..., 0].max() == 2
 

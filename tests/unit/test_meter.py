@@ -27,7 +27,7 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
     """On the meta device, whose tensors have no contents: whatever asks for a value of one, or for a copy elsewhere, raises."""
     objective = OBJECTIVE | {"csd": OBJECTIVES["csd"](token_credit=True)}
     groups = read_manifest(manifests["train"])[:4]
-    collated = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, **scored_besides(objective))(groups)
+    collated = load_collator(ModelConfig(str(model_dir))).of_run("full", None, None, **scored_besides(objective))(groups)
     device = torch.device("meta")
     batch = collated.to(device)
     batch = Batch(
@@ -86,7 +86,7 @@ def test_sums_are_those_of_float64(alone):
 
 def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, manifests):
     """A loss of 0 without a comparison would be averaged in: three steps by hand, for a term of one part and one of two."""
-    batch = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None)(read_manifest(manifests["train"])[:1])
+    batch = load_collator(ModelConfig(str(model_dir))).of_run("full", None, None)(read_manifest(manifests["train"])[:1])
     logp = -torch.ones(batch.layout.valid.shape)
     scores, meter = Scores(batch.layout, logp, logp), Meter(None)
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
@@ -102,7 +102,7 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
     """Against the loss of the same groups without the others, each term with its own global denominators; two micro-batches."""
     groups = [replace(group, source="ab"[n % 3 == 0]) for n, group in enumerate(read_manifest(manifests["train"])[:8])]
     groups = [replace(group, objectives=("align",)) if group.source == "b" else group for group in groups]
-    collate = load_collator(ModelConfig(str(model_dir)), "full").of_run("full", None, None, blank=True)
+    collate = load_collator(ModelConfig(str(model_dir))).of_run("full", None, None, blank=True)
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
     chance, meter = torch.Generator().manual_seed(0), Meter(None)
     drawn: dict[str, torch.Tensor] = {}

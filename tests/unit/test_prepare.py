@@ -261,7 +261,7 @@ def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(source,
     def tokens(run, train=copied, check="rows"):
         config = reading(train, tmp_path / run, model_dir, check)
         data = read_data(config, alone)
-        collator = load_collator(config.model, "full").of_run("full", None, data.pictures)
+        collator = load_collator(config.model).of_run("full", None, data.pictures)
         return _sampler(config, alone, data, collator).tokens.tolist(), data  # type: ignore[attr-defined]
 
     expected, plain_data = tokens("files", source, "full")

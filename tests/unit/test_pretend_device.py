@@ -54,7 +54,7 @@ def step(folder: Path, groups: list[CounterfactualGroup], backend: str, dtype: t
         recompute_activations(model)
         scorer, batch, objectives = (
             Scorer(model, family_of(model.config)),
-            load_collator(config, "full")(groups),
+            load_collator(config)(groups),
             {"a": Align(), "c": Csd()},
         )
         with ExitStack() as on_device:
