@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
+from scipy.fft import dctn
 
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
@@ -60,11 +61,8 @@ def perceptual_hash(image: Image.Image) -> int:
     median.
     """
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
-    low = (_COSINES @ grey @ _COSINES.T).ravel()
+    low = dctn(grey)[:8, :8].ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
-
-
-_COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_HASHED)[None, :] + 1) / (2 * _HASHED))
 
 
 def _rounded(value: float) -> float:
