@@ -29,14 +29,13 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
     Returns:
-        A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
+        A dict with ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
         contains ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of
         these in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at
         all).
     """
     first, second = open_image(original), open_image(edited)
-    facts: dict[str, Any] = {"same_size": first.size == second.size}
-    facts["hash"] = int(perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
+    facts: dict[str, Any] = {"hash": (perceptual_hash(first) ^ perceptual_hash(second)).bit_count()}
     if first.size != second.size:
         return facts
     changed = np.abs(reduced(first, SIDE).astype(np.int16) - reduced(second, SIDE)).max(2) > VISIBLE

@@ -95,8 +95,6 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
     if mined:  # two different photographs with similar captions
         return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
-    if not checks["same_size"]:
-        return "picture: the size changed"
     low, high = thresholds.bounds(kind)
     if checks["identical"] or checks["changed"] < low:
         return "picture: hardly anything changed"
