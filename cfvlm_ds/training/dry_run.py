@@ -93,15 +93,14 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
     layout = min(gpus, gpus_per_node), nodes
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
+    layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    card, host = settings.model_states(stage, num_trained, layer, *layout, is_offloaded)
     if stage == 3:
-        layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        card, host = settings.states_of_stage_3(num_trained, layer, *layout, is_offloaded["optimizer"], is_offloaded["param"])
         node = zero.get("zero_hpz_partition_size", 1)
         copy = 2 * (num_trained + num_frozen) // min(gpus, node) if node > 1 else 0  # a copy of all weights, partitioned within a node
         card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus + copy
         host += 2 * num_frozen // nodes if is_offloaded["param"] else 0
     else:
-        card, host = settings.states_of_stage_2(num_trained, *layout, is_offloaded["optimizer"])
         card += 2 * num_frozen
         if stage == 1:  # every GPU holds all gradients, summed in float32
             card += 4 * num_trained * (gpus - 1) // gpus
