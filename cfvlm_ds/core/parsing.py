@@ -13,9 +13,9 @@ from cfvlm_ds.core.config import CFVLM, SECTIONS, ModelConfig, RunConfig, TrainC
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
-from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
+from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, yaml_of
 from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
-from cfvlm_ds.core.strict import Given, build, dotted
+from cfvlm_ds.core.strict import Given, build, dotted, read_options
 from cfvlm_ds.core.verbosity import VERBOSITY
 
 
@@ -137,15 +137,12 @@ def _document(given: str) -> dict[str, Any]:
     """
     path = resolve_shipped(given, "examples")
     refuse_no_file(given, path)
+    options, nested = read_options(path, "write YAML as in examples/"), dict[str, Any]()
     try:
-        options = read_yaml(path)
-        if not isinstance(options, Mapping):
-            raise ValueError("it has no options")
-        nested: dict[str, Any] = {}
         _merge(nested, options, once=True)
-        return nested
-    except (OSError, ValueError, RecursionError) as error:
+    except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; write YAML as in examples/") from error
+    return nested
 
 
 def _plain(value: str) -> Any:
