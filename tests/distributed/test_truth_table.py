@@ -332,12 +332,12 @@ def test_the_blind_row_says_what_language_alone_achieves():
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
     options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
-    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
+    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits, {})
     for name in ("eval/s/group", "eval/s/count/pair"):
         with pytest.raises(ConfigError, match=rf"^train.save_best '{name}' .* eval/s/blind_factual, [^\n]*eval/s/pair, "):
-            check_best(parse_config([*options, name], OBJECTIVES), splits)
+            check_best(parse_config([*options, name], OBJECTIVES), splits, {})
     with pytest.raises(ConfigError, match="comparison"):
-        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]}, {})
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, tmp_path):
