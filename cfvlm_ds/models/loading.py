@@ -91,15 +91,14 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
-        raise ConfigError(_ALL_FROZEN)
+        raise ConfigError(
+            "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
+        )
     check_4bit(config, zero3)
     if there:
         _limit_images(config, None, load_config(config.name_or_path))
         if weights:
             _check_folder(config.name_or_path)
-
-
-_ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -210,7 +209,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if no parameter is trained.
+    """Add adapters, and enable gradients for the parameters that the configuration trains.
 
     Weights that the model's own forward pass does not use are not trained, because they would have no gradient.
     """
@@ -221,8 +220,6 @@ def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
         tuning = getattr(config, family.module_of(name)).tuning
         used = not any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
         parameter.requires_grad_(used and (is_adapter(name) if tuning == "lora" else tuning == "full"))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(_ALL_FROZEN)
 
 
 def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
