@@ -11,16 +11,15 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 
+from cfvlm_ds.core import reading
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.options import flat
-from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
 from cfvlm_ds.deepspeed_compat import settings
 from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
@@ -31,7 +30,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 def read_json(path: str) -> dict[str, Any]:
     """Read a run's DeepSpeed JSON. Raises ConfigError naming the file if it is missing or broken."""
     try:
-        content = parse_json(Path(path).read_bytes().decode())
+        content = reading.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"--deepspeed {path}: no such file; available: {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:

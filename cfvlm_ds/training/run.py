@@ -129,8 +129,8 @@ def _run(config: RunConfig, world: World) -> None:
         raise
     if start is None:
         return
-    run_on_rank0(world, lambda: heartbeat.prepare(run_dir))
-    with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
+    folder = run_on_rank0(world, lambda: heartbeat.prepare(run_dir))
+    with heartbeat.Heartbeat(folder, world, config.train.hang_timeout_s) as pulse:
         importing = import_mlflow() if world.is_main and config.tracking.enabled else None
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
         model = ds_engine.module.model
