@@ -627,7 +627,7 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
             some = index.rows(key, word, 2, draw_word.getrandbits(64))
             assert len(some) == len(set(some)) == min(2, len(others)) and set(some) <= set(others)
     assert index.rows(b"\xff" * 8, "a", 10, 0) == []
-    assert list((tmp_path / "i").iterdir()) == [tmp_path / "i" / "slots.bin"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "i.bin"]
     assert indexed(tmp_path / "none.bin", []).rows(b"key of 8", "a", 5, 0) == []
 
 
