@@ -134,8 +134,7 @@ def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
 def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
     record = out / "habits.json"
     if record.exists():
-        found = read_json(record).get("settings", {})
-        if {name: value for name, value in found.items() if value is not None} != settings:  # an earlier version wrote unset options
+        if (found := read_json(record).get("settings")) != settings:
             raise DataError(f"{out} contains a world with other settings ({found}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
