@@ -34,11 +34,11 @@ from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.counterfactuals import EDITORS
 from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
+from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
