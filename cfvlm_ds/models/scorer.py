@@ -128,6 +128,9 @@ class Scorer(nn.Module):
             # text embeddings are frozen, only image features carry gradients through the language model.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
+        # Only transformers' own attention uses the argument that marks visual tokens, in families whose masks need it.
+        mark = self.family.visual_mark
+        marked = {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
         language_model = self.model.get_submodule(self.family.language_model[0])
         handle = language_model.register_forward_pre_hook(show, with_kwargs=True)
         try:
@@ -137,19 +140,12 @@ class Scorer(nn.Module):
                     position_ids=position_ids,
                     forest=forest,
                     use_cache=False,
-                    **self._marked(input_ids),
+                    **marked,
                 ).last_hidden_state
                 self.routed = routers.routed(forest)
         finally:
             handle.remove()
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
-
-    def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the keyword argument that marks visual tokens, if the family's own masks need one. Only transformers' own attention uses
-        it.
-        """
-        mark = self.family.visual_mark
-        return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
