@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from scoring import PROMPT, TEXT, clock  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
+from two_levels import two_levels  # noqa: E402
 
 from cfvlm_ds.core.errors import ConfigError  # noqa: E402
 from cfvlm_ds.core.versions import git_revision, version  # noqa: E402
@@ -82,9 +83,7 @@ class Unusable(Exception):
     """Raised if this machine does not support a back end. The package provides the message."""
 
 
-def usable(backend: str, run: Run) -> None:
-    if backend == "flex" and run.device.type == "cpu":
-        return  # on CPUs, FlexAttention runs without a kernel
+def usable(backend: str) -> None:
     try:
         attention(backend)
     except ConfigError as error:
@@ -127,7 +126,7 @@ def about(run: Run) -> dict[str, Any]:
     found["backends"] = {}
     for backend in BACKENDS:
         try:
-            usable(backend, run)
+            usable(backend)
             found["backends"][backend] = "yes"
         except Unusable as error:
             found["backends"][backend] = str(error)
@@ -146,13 +145,13 @@ def kernels(run: Run) -> Iterator[Case]:
 
 def forests(sizes: Sizes) -> dict[str, Forest]:
     visual = sizes.visual
-    found = {f"{visual} + {k} texts": Forest.of((visual + PROMPT,), ((TEXT,) * k,)) for k in sorted(sizes.texts)}
+    found = {f"{visual} + {k} texts": two_levels((visual + PROMPT,), ((TEXT,) * k,)) for k in sorted(sizes.texts)}
     lengths, parents = [visual], [-1]
     for _ in range(4):  # four questions with four answers each
         parents += [0, *[len(lengths)] * 4]
         lengths += [24, *[4] * 4]
     found[f"{visual} + 4 questions"] = Forest(tuple(lengths), tuple(parents))
-    found[f"8 trees of {visual // 4}"] = Forest.of((visual // 4,) * 8, ((TEXT,) * 4,) * 8)
+    found[f"8 trees of {visual // 4}"] = two_levels((visual // 4,) * 8, ((TEXT,) * 4,) * 8)
     return found
 
 
@@ -161,7 +160,7 @@ def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
     step) is measured only.
     """
     if backend != "causal":
-        usable(backend, run)
+        usable(backend)
     qkv, weights = attention_inputs(forest, run)
     if backend == "causal":
 
@@ -277,7 +276,7 @@ def layouts(texts: int, run: Run) -> dict[str, Any]:
             if name in run.without:
                 raise RuntimeError("killed the process; left out")
             if name not in STOCK:
-                usable(name.partition(", ")[2], run)
+                usable(name.partition(", ")[2])
             scoring.weighed(taken[name], of)  # compiles; an out-of-memory error here affects only this layout
         except Exception as error:
             found[name] = told(error)

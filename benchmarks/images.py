@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from scoring import SIZES, TEXT, VOCABULARY, add_common_options, build, case, clear, now, packed_inputs, peak, reset_peak
 from torch import Tensor
+from two_levels import two_levels
 
 from cfvlm_ds.batching.batch import MicroBatch
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.models import FAMILIES, Scorer
-from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import registered
 from cfvlm_ds.training.gradient_cache import forward
 
@@ -141,7 +141,7 @@ def in_one_row(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "input_ids": torch.cat([part["input_ids"] for part in parts], 1),
         "position_ids": torch.cat([part["position_ids"] for part in parts], -1),
-        "forest": Forest.of([forest.lengths[0] for forest in forests], [forest.lengths[1:] for forest in forests]),
+        "forest": two_levels([forest.lengths[0] for forest in forests], [forest.lengths[1:] for forest in forests]),
         **{name: torch.cat([part[name] + start for part, start in zip(parts, starts, strict=True)]) for name in ("visual", "scored")},
         "predicted_by": torch.cat([part["predicted_by"] + sum(scored[:k]) for k, part in enumerate(parts)]),
         "targets": torch.cat([part["targets"] for part in parts]),

@@ -302,7 +302,7 @@ class Ours:
         self.scorer, self.max_grad_norm = Scorer(model, family_of(model.config)).train(), settings.max_grad_norm
         self.objectives = {"dpo": Dpo(weight=1.0, beta=settings.beta)}
         self.groups = read_manifest(folder / "groups.jsonl")
-        self.collator = load_collator(config, required_cells(self.objectives), stored=stored_scores(folder, self.groups))
+        self.collator = load_collator(config).building(required_cells(self.objectives), stored_scores(folder, self.groups))
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
 

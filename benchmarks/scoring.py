@@ -38,11 +38,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from two_levels import two_levels
 
 from cfvlm_ds.core.scores import token_logprobs
 from cfvlm_ds.engine.setup import keep_freed_memory
 from cfvlm_ds.models import FAMILIES, ModelFlops, Scorer
-from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import BACKENDS, registered, stock_attention
 
 PROMPT, TEXT = 16, 16  # number of tokens in a prompt without its image, and in each text
@@ -211,7 +211,7 @@ def packed_inputs(case: Case) -> dict[str, Any]:
     return {
         "input_ids": torch.cat([case.prefix, case.texts.flatten()]).unsqueeze(0),
         "position_ids": torch.cat([one[..., :prefix], *[one[..., prefix:]] * texts], -1),
-        "forest": Forest.of((prefix,), ((TEXT,) * texts,)),
+        "forest": two_levels((prefix,), ((TEXT,) * texts,)),
         "visual": (case.prefix == case.model.config.image_token_id).nonzero().squeeze(1),
         "scored": places.to(case.prefix.device),
         "predicted_by": predicted_by.to(case.prefix.device),
@@ -356,11 +356,11 @@ def flop(name: str, of: Case) -> float:
     repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
     encoded = texts if name in ("concatenated", "sparse") else 1
     if name == "supervised":
-        forest, scored = Forest.of((prefix + texts * TEXT,), ((),)), texts * TEXT
+        forest, scored = two_levels((prefix + texts * TEXT,), ((),)), texts * TEXT
     elif name == "shared prefix":
-        forest, scored = Forest.of((prefix,), ((TEXT,) * texts,)), texts * (TEXT - 1) + 1
+        forest, scored = two_levels((prefix,), ((TEXT,) * texts,)), texts * (TEXT - 1) + 1
     else:
-        forest = Forest.of((prefix,) * texts, ((TEXT,),) * texts)
+        forest = two_levels((prefix,) * texts, ((TEXT,),) * texts)
         scored = texts * (prefix + TEXT - 1 if name == "concatenated" else TEXT)
     inputs = {
         "forest": forest,

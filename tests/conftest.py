@@ -36,7 +36,7 @@ from cfvlm_ds.models.forest_attention import stock_attention
 
 REPO = Path(__file__).resolve().parent.parent
 PROMPT = "Describe the image."
-ONE = World(0, 1, 0, torch.device("cpu"))
+ONE = World(0, 1, torch.device("cpu"))
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
@@ -412,7 +412,7 @@ def varlen(
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Stand-ins with the signatures of the two kernels that need a GPU: what is tested is how they are called."""
+    """Stand-ins with the signatures of the three kernels that need a GPU: what is tested is how they are called."""
     flash: Any = types.ModuleType("flash_attn")
 
     def called(q: Any, k: Any, v: Any, at: Any, of: Any, longest: int, longest_of: int, *options: Any) -> torch.Tensor:
@@ -431,3 +431,14 @@ def kernels(monkeypatch):
         return called(*arguments, scale, window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("cfvlm_ds.models.flex_attention.compiled_flex", lambda: flex_on_cpus)
+
+
+def flex_on_cpus(query: Any, key: Any, value: Any, block_mask: Any, **options: Any) -> torch.Tensor:
+    """FlexAttention, which has no gradients on CPUs: there, a dense attention with the same mask gives them."""
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    if query.requires_grad:
+        mask = create_mask(block_mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    return flex_attention(query.detach(), key.detach(), value.detach(), block_mask=block_mask, **options)

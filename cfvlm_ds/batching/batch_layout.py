@@ -34,7 +34,6 @@ def group_layout(groups: Groups, texts: Sequence[Sequence[Encoded]], cells: Cell
         end_tokens[g, : size[0], : size[1]] = torch.tensor([len(t.end_ids) for t in encoded])
     valid = exists & wanted_cells(groups, match, prompt, cells)
     weight = torch.tensor([group.weight for group in groups], dtype=torch.float32)
-    named = tuple(group.objectives for group in groups)
     return GroupLayout(
         valid,
         match,
@@ -44,7 +43,7 @@ def group_layout(groups: Groups, texts: Sequence[Sequence[Encoded]], cells: Cell
         ids=tuple(group.id for group in groups),
         prompt=prompt,
         sources=tuple(group.source for group in groups),
-        objectives=named if any(names is not None for names in named) else (),
+        objectives=tuple(group.objectives for group in groups),
     )
 
 

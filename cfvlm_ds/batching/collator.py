@@ -56,11 +56,8 @@ class Collator:
         processor: the model's processor.
         family: the model's family record.
         model_config: the model's configuration.
-        cells: the set of cells to score.
         max_length: the model's context window in tokens; a longer sequence raises DataError and is never truncated.
         max_pixels: maximum number of pixels per picture.
-        stored: reference and blind scores by group id, for objectives that need them.
-        share_prefix: True if an image's texts share one prefix; separate trees give the same scores at a higher cost.
         checked: picture properties recorded by the data check; a picture is compared with its entry when it is opened.
     """
 
@@ -69,20 +66,16 @@ class Collator:
         processor: Any,
         family: Family,
         model_config: PreTrainedConfig,
-        cells: Cells,
         max_length: int,
-        max_pixels: int = MAX_PIXELS,
-        stored: ScoresById | None = None,
-        share_prefix: bool = True,
-        checked: PictureTable | None = None,
+        max_pixels: int,
+        checked: PictureTable | None,
     ) -> None:
         self.processor = processor
         self.family = family
         self.model_config = model_config
-        self.cells = cells
+        self.cells: Cells = "full"
         self.max_length = max_length
-        self.stored = stored
-        self.share_prefix = share_prefix
+        self.stored: ScoresById | None = None
         self.prompts = Prompts(processor, max_length, family.around, model_config.get_text_config().vocab_size)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.images: ImageFiles | CachedFeatures = self.files
@@ -121,7 +114,9 @@ class Collator:
         """Return a copy of the collator for a training run.
 
         Args:
-            cells, stored, checked: as for the constructor.
+            cells: the set of cells to score.
+            stored: reference and blind scores by group id, for objectives that need them.
+            checked: as for the constructor.
             packs_again: keep the data that ``packed_again`` needs.
             tokens: mark the tokens in which a group's texts differ.
             blank: also score texts on the blank image.
@@ -298,7 +293,7 @@ class Collator:
         for g, i, c in layout.valid.nonzero().tolist():
             text, pictures = self._text(groups[g], c) if c < own else in_batch[g][c - own], self.files.keys(shown(groups[g], i))
             cell = (g * num_images + i) * num_texts + c
-            key = _tree_of(pictures, text, g, placeholder_id(self.processor)) if self.share_prefix else (cell,)
+            key = _tree_of(pictures, text, g, placeholder_id(self.processor))
             trees.setdefault(key, Tree(pictures, [])).branches.append((cell, text))
         return list(trees.values())
 
@@ -345,15 +340,9 @@ def _check_window(groups: Groups, trees: Sequence[Tree], prompt_length: PromptLe
                 )
 
 
-def load_collator(
-    model: ModelConfig,
-    cells: Cells,
-    max_pixels: int = MAX_PIXELS,
-    stored: ScoresById | None = None,
-    checked: PictureTable | None = None,
-) -> Collator:
-    """Load a model's processor and configuration, and build its collator. Raises ConfigError if the chat template or tokenizer cannot be
-    used.
+def load_collator(model: ModelConfig, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> Collator:
+    """Load a model's processor and configuration, and build a collator that scores all cells. Raises ConfigError if the chat template or
+    tokenizer cannot be used.
     """
     config = load_config(model.name_or_path)
     processor = load_processor(model)
@@ -363,6 +352,6 @@ def load_collator(
         window = int(min(config.get_text_config().max_position_embeddings, processor.tokenizer.model_max_length))
     if window < 1:
         raise ConfigError(f"the window of {model.name_or_path!r} is {window} tokens; correct its config.json or tokenizer_config.json")
-    collator = Collator(processor, family_of(config), config, cells, window, max_pixels, stored, checked=checked)
+    collator = Collator(processor, family_of(config), config, window, max_pixels, checked)
     collator.prompts.check(model.name_or_path)
     return collator

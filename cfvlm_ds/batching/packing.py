@@ -90,17 +90,16 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """A row's tokens, collected node by node."""
+    """A row's tokens, collected node by node. ``ends`` are the indices where the nodes end."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     predicts: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     cell: list[int] = field(default_factory=list)
     is_end: list[bool] = field(default_factory=list)
-    length: int = 0
 
     def grow(self, prompts: Sequence[_Prompt], since: int = 0, parent: int = -1) -> None:
         """Add sorted prompts whose first ``since`` ids are equal and already in the row. The next ids that all prompts share become one
@@ -121,8 +120,8 @@ class _Tokens:
             rest = rest[len(alike) :]
 
     def _text(self, index: int, text: Encoded, prompt: _Prompt, parent: int) -> None:
-        response, last = [*text.text_ids, *text.end_ids], self._last[parent]
-        begin, first = self.length, int(prompt.positions.max()) + 1
+        response, last = [*text.text_ids, *text.end_ids], self.ends[parent] - 1
+        begin, first = self.ends[-1], int(prompt.positions.max()) + 1
         positions = torch.arange(first, first + len(response)).expand(*prompt.positions.shape[:-1], -1)
         self._node(torch.tensor(response), positions, parent)
         # The prompt's last token predicts the text's first token, and each token of the text predicts the next.
@@ -134,13 +133,9 @@ class _Tokens:
     def _node(self, ids: Tensor, positions: Tensor, parent: int) -> int:
         self.ids.append(ids)
         self.positions.append(positions)
-        self.lengths.append(len(ids))
+        self.ends.append(sum(self.ends[-1:]) + len(ids))
         self.parents.append(parent)
-        self.length += len(ids)
-        self._last.append(self.length - 1)
-        return len(self.lengths) - 1
-
-    _last: list[int] = field(default_factory=list)
+        return len(self.parents) - 1
 
 
 def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTrainedConfig, image_token: int) -> Row:
@@ -164,7 +159,7 @@ def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTr
     model_inputs = {
         "input_ids": ids.unsqueeze(0),
         "position_ids": torch.cat(tokens.positions, -1).unsqueeze(-2),
-        "forest": Forest(tuple(tokens.lengths), tuple(tokens.parents), blocks, attended_whole == "everywhere"),
+        "forest": Forest(tuple(map(len, tokens.ids)), tuple(tokens.parents), blocks, attended_whole == "everywhere"),
         "visual": (ids == config.image_token_id).nonzero().squeeze(1),
         "scored": places,
         "predicted_by": predicted_by,
@@ -173,7 +168,7 @@ def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTr
         "visual_tokens": [ids.count(config.image_token_id) for ids in material.placeholders],
         "image_inputs": image_inputs,
     }
-    return Row(model_inputs, torch.tensor(tokens.cell), torch.tensor(tokens.is_end), tokens.length, len(places))
+    return Row(model_inputs, torch.tensor(tokens.cell), torch.tensor(tokens.is_end), len(ids), len(places))
 
 
 def _runs(marked: Tensor) -> tuple[tuple[int, int], ...]:

@@ -6,19 +6,18 @@ number of pictures whose features are missing. In this pass, all ranks run the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvlm_ds.batching.batch import on_device
+from cfvlm_ds.batching.batch import Inputs, on_device
 from cfvlm_ds.batching.image_source import ImageFiles, PictureKey
 from cfvlm_ds.cluster.signals import shield_worker
 from cfvlm_ds.core.config import ModelConfig
@@ -30,7 +29,6 @@ from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.data.features import FeatureCache, Features, picture_digest, write_features
 from cfvlm_ds.models import fingerprint
 
-Prepared = tuple[dict[str, Tensor], Features]
 _FORM = "2"  # version of the file format; files of other versions are ignored
 
 
@@ -97,7 +95,7 @@ def _fill(
     loader: Any = DataLoader(
         own_share,  # type: ignore[arg-type]
         batch_size=1,
-        collate_fn=_preparing(files),
+        collate_fn=partial(_prepared, files),
         num_workers=num_workers,
         worker_init_fn=shield_worker,
         generator=isolated_rng(),
@@ -119,7 +117,8 @@ def _fill(
                 sizes[digest] = cache.file(digest).stat().st_size
             except OSError as error:
                 problem = f"data.feature_cache: {cache.file(digest)} cannot be written ({error}); free some space, or use another folder"
-        _agree(problem, world)
+        if problems := [reported for reported in gather_objects(problem, world) if reported]:
+            raise StorageError(problems[0])
         progress.advance(min(world.size, len(missing) - number * world.size))
     written = gather_objects((sizes, unreadable), world)
     reasons_by_digest = {digest: reason for _, reasons in written for digest, reason in reasons.items()}
@@ -129,30 +128,15 @@ def _fill(
     return {digest: size for own_sizes, _ in written for digest, size in own_sizes.items()}
 
 
-def _preparing(files: ImageFiles) -> Callable[[list[Any]], Prepared | str | None]:
-    """Return the data workers' collate function. It converts a picture and its digest to the tower's inputs, or to an error message."""
-
-    def prepare(items: list[tuple[PictureKey, bytes] | None]) -> Prepared | str | None:
-        if items[0] is None:
-            return None
-        key, digest = items[0]
-        try:
-            prepared = files.tower_inputs(key)
-            if picture_digest(files.content(key), key[1]) != digest:
-                raise DataError(f"{key[0]}: the image has changed since this run started; start the run again")
-            return prepared
-        except DataError as error:
-            return str(error)
-
-    return prepare
-
-
-def _agree(problem: str | None, world: World) -> None:
-    """Raise StorageError on all ranks if any of them reports a problem."""
-    if world.size > 1:
-        bad = torch.tensor(float(problem is not None), device=world.device)
-        dist.all_reduce(bad)
-        if not bad:
-            return
-    if problems := [reported for reported in gather_objects(problem, world) if reported]:
-        raise StorageError(problems[0])
+def _prepared(files: ImageFiles, items: list[tuple[PictureKey, bytes] | None]) -> tuple[Inputs, Features] | str | None:
+    """Convert a picture and its digest to the tower's inputs, or to an error message. This is the data workers' collate function."""
+    if items[0] is None:
+        return None
+    key, digest = items[0]
+    try:
+        prepared = files.tower_inputs(key)
+        if picture_digest(files.content(key), key[1]) != digest:
+            raise DataError(f"{key[0]}: the image has changed since this run started; start the run again")
+        return prepared
+    except DataError as error:
+        return str(error)

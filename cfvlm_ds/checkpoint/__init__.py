@@ -6,18 +6,3 @@ from cfvlm_ds.checkpoint.finding import damaged, description, find, incomplete, 
 from cfvlm_ds.checkpoint.loading import kept_state, load
 from cfvlm_ds.checkpoint.saving import SaveError, save
 from cfvlm_ds.checkpoint.state import SCHEMA, TrainState, refuse_other_version
-
-__all__ = [
-    "SCHEMA",
-    "SaveError",
-    "TrainState",
-    "damaged",
-    "description",
-    "find",
-    "incomplete",
-    "kept_state",
-    "load",
-    "newest",
-    "refuse_other_version",
-    "save",
-]

@@ -112,7 +112,7 @@ def _prepare_run(config: str, other_options: list[str]) -> None:
     if other_options:
         raise ConfigError(f"--config cannot be combined with {', '.join(other_options)}; set them in {config}")
     run = parse_config(["--config", config], OBJECTIVES)
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     validate(run, world)
     build(run.build)
     prepare(run, world)
@@ -193,7 +193,7 @@ def _check(manifest: str, *, reading: Reading, model: str | None = None, limits:
     if model:
         from cfvlm_ds.batching.collator import load_collator
 
-        collator = load_collator(model_named(model, limits)[0], "full", reading.max_pixels)
+        collator = load_collator(model_named(model, limits)[0], reading.max_pixels)
     report = check_manifest(manifest, reading.root, reading.format, lengths=collator, max_pixels=reading.max_pixels)
     if report.num_groups or len(report.problems) > 1:
         print(report)

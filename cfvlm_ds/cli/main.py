@@ -17,7 +17,7 @@ from cfvlm_ds.cli.options import Parser, add_function, add_verbosity, refuse_emp
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.ranks import num_ranks
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.verbosity import selected_verbosity, show
+from cfvlm_ds.core.verbosity import show
 
 _BEFORE_TRAIN = ("--local_rank", "--quiet", "--verbose")
 """Options that may precede ``train``: DeepSpeed's launcher inserts --local_rank before all other arguments."""
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mask_tracebacks()
     escape_unencodable()
     arguments, unknown = parser().parse_known_args([word for word in words[:first] if not word.startswith("--local_rank=")] + words[first:])
-    show(selected_verbosity(arguments.quiet, arguments.verbose))
+    show(arguments.quiet, arguments.verbose)
     if unknown:
         exit_cleanly(lambda: refuse_unknown(arguments.asked_for, unknown))
 

@@ -211,7 +211,7 @@ def joined(zero3: bool = False) -> World:
         from cfvlm_ds import engine
 
         return engine.start()
-    return World(0, 1, 0, own_device())
+    return World(0, 1, own_device())
 
 
 def load_scorer(
@@ -251,7 +251,7 @@ def load_scorer(
         if adapter is not None:
             loaded = attach_adapters(loaded, adapter)
         scorer = Scorer(loaded, family_of(loaded.config)).to(world.device).eval()
-    collator = load_collator(model, "full", max_pixels, checked=checked)
+    collator = load_collator(model, max_pixels, checked=checked)
     refuse_unusable(scorer, collator, model.name_or_path, world.device)
     return scorer, collator, world
 

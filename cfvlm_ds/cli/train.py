@@ -16,7 +16,7 @@ from cfvlm_ds.core.config import BuildConfig, RunConfig
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.core.progress import Alive, no_op
 from cfvlm_ds.core.secrets import mask_tracebacks
-from cfvlm_ds.core.verbosity import selected_verbosity, show
+from cfvlm_ds.core.verbosity import show
 
 if TYPE_CHECKING:
     from cfvlm_ds.core.distributed import World
@@ -27,7 +27,6 @@ QUICKSTART = "examples/quickstart.yaml"
 def train_main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Run train.py. Without options, it runs examples/quickstart.yaml."""
     arguments = with_quickstart(sys.argv[1:] if argv is None else argv)
-    show(selected_verbosity("--quiet" in arguments, "--verbose" in arguments))  # set before the options are parsed, which may fail
     mask_tracebacks()
     escape_unencodable()
     signals.install()
@@ -51,10 +50,10 @@ _STANDALONE = ("config", "model.name_or_path", *(f"data.{name}" for name in ("tr
 
 def run(arguments: Sequence[str], prog: str = "train.py") -> None:
     """Parse the options, build the requested data and models, and train."""
+    show("--quiet" in arguments, "--verbose" in arguments)  # before the options are parsed, which may fail
     from cfvlm_ds.objectives import OBJECTIVES
 
     config = parse_config(arguments, OBJECTIVES, prog=prog)
-    show(config.shows)
     if config.data.benchmark_sets:
         from cfvlm_ds.demo.habits.writing import register
 

@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cfvlm_ds.cluster.signals import EXIT_HANG
@@ -134,7 +133,7 @@ class Heartbeat:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._timeout_s > 0:
             self._over.set()
             self._thread.join()

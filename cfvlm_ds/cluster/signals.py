@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -56,20 +55,12 @@ def install() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in _SIGNALS:
-        signal.signal(number, _request_stop)
+        signal.signal(number, lambda number, frame: _stop_requested.set())
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_detach_child)
+    # A child process must not report its signals to the parent: a SIGTERM to a process pool's worker would stop the run.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_listen, args=(reader,), name="cfvlm_ds-signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _request_stop(number: int, frame: FrameType | None) -> None:
-    _stop_requested.set()
-
-
-def _detach_child() -> None:
-    """Detach a forked child from this process's signal pipe. Otherwise, a SIGTERM to a worker of a process pool would stop the run."""
-    signal.set_wakeup_fd(-1)
 
 
 def _listen(reader: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
-from cfvlm_ds.core.verbosity import Shows
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
 """Learning rate schedules of transformers that need no options."""
@@ -285,13 +284,13 @@ class HabitsConfig:
     """
 
     out_dir: str
-    num_train: int = 4000
-    num_test: int = 400
-    num_counterfactuals: int = 1
-    num_questions: int = 0
+    num_train: int = option(4000, within=AT_LEAST_ONE)
+    num_test: int = option(400, within=AT_LEAST_ONE)
+    num_counterfactuals: int = option(1, within=COUNT)
+    num_questions: int = option(0, within=COUNT)
     seed: int = 0
-    strength: float = 0.96
-    text_bias: float = 0.0
+    strength: float = option(0.96, within=SHARE)
+    text_bias: float = option(0.0, within=SHARE)
 
 
 @dataclass(frozen=True)
@@ -323,8 +322,6 @@ class RunConfig:
     deepspeed: str
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, with every default filled in."""
-    shows: Shows = "progress"
-    """Verbosity of the console output; not part of ``resolved``."""
     yaml_folder: str = ""
     """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working directory."""
 

@@ -28,11 +28,10 @@ from cfvlm_ds.core.verbosity import shows_progress
 
 @dataclass(frozen=True)
 class World:
-    """Place of this process in the distributed job: rank, world size, local rank and device."""
+    """Place of this process in the distributed job: rank, world size and device."""
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property

@@ -172,6 +172,12 @@ class CounterfactualGroup:
             if len(pictures) != number:
                 raise DataError(f"group {self.id!r}: image {index} has {len(pictures)} pictures, but image 0 has {number}; split the row")
 
+    @classmethod
+    def to_score(cls, id: str, images: tuple[Pictures, ...], candidates: tuple[Candidate, ...]) -> CounterfactualGroup:
+        """Build a group that is only scored. It must have a true cell, so its first cell counts as true, and all others as unknown."""
+        texts = len(candidates)
+        return cls(id, images, candidates, ((1, *[None] * (texts - 1)), *[(None,) * texts] * (len(images) - 1)))
+
     def with_images(self, images: tuple[Pictures, ...]) -> CounterfactualGroup:
         """Return a copy of the group with its image paths replaced by ``images``. Only one check is repeated: all images must have the same
         number of pictures.

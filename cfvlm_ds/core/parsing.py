@@ -13,10 +13,10 @@ from cfvlm_ds.core.config import CFVLM, SECTIONS, ModelConfig, RunConfig, TrainC
 from cfvlm_ds.core.data_config import DataConfig, EvaluationSet
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import sentences
-from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, read_yaml, yaml_of
+from cfvlm_ds.core.reading import DuplicateKey, parse_yaml, yaml_of
 from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
-from cfvlm_ds.core.strict import Given, build, dotted
-from cfvlm_ds.core.verbosity import VERBOSITY, selected_verbosity
+from cfvlm_ds.core.strict import Given, build, dotted, read_options
+from cfvlm_ds.core.verbosity import VERBOSITY
 
 
 def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str | None = None) -> RunConfig:
@@ -53,8 +53,8 @@ def parse_config(argv: Sequence[str], objectives: Mapping[str, type], prog: str 
         print(yaml_of(resolved), end="")
         raise SystemExit(0)
     values = {name: getattr(built, name) for name in SECTIONS}
-    json_file, shows = resolve_shipped(built.deepspeed, "ds_configs"), selected_verbosity("quiet" in switches, "verbose" in switches)
-    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, shows=shows, yaml_folder=folder)
+    json_file = resolve_shipped(built.deepspeed, "ds_configs")
+    return RunConfig(**values, objective=active, deepspeed=json_file, resolved=resolved, yaml_folder=folder)
 
 
 def _options(objectives: Mapping[str, type]) -> type:
@@ -137,15 +137,12 @@ def _document(given: str) -> dict[str, Any]:
     """
     path = resolve_shipped(given, "examples")
     refuse_no_file(given, path)
+    options, nested = read_options(path, "write YAML as in examples/"), dict[str, Any]()
     try:
-        options = read_yaml(path)
-        if not isinstance(options, Mapping):
-            raise ValueError("it has no options")
-        nested: dict[str, Any] = {}
         _merge(nested, options, once=True)
-        return nested
-    except (OSError, ValueError, RecursionError) as error:
+    except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; write YAML as in examples/") from error
+    return nested
 
 
 def _plain(value: str) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 from cfvlm_ds.core.config import SECTIONS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import MALFORMED, counted_from, read_json, read_yaml
-from cfvlm_ds.core.strict import build
+from cfvlm_ds.core.reading import MALFORMED, counted_from, read_json
+from cfvlm_ds.core.strict import build, read_options
 from cfvlm_ds.core.untrusted import refuse_link
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -123,14 +123,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
     """Read the config.yaml of a run folder. Raises ConfigError if it holds no configuration."""
-    path = run_dir / "config.yaml"
-    try:
-        options = read_yaml(path)
-        if not isinstance(options, dict):
-            raise ValueError(f"it contains a {type(options).__name__}")
-        return options
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a run's configuration ({type(error).__name__}: {error}); restore it") from error
+    return read_options(run_dir / "config.yaml", "restore it")
 
 
 def recorded_model(run_dir: Path) -> ModelConfig:

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import ENDLESS, Range
-from cfvlm_ds.core.reading import parse_yaml
+from cfvlm_ds.core.reading import parse_yaml, read_yaml
 from cfvlm_ds.core.text import one_line, quoted
 
 _MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
@@ -32,6 +33,16 @@ TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
 
 class Given(str):
     """A scalar from the command line. Depending on the option's type, it is used as a string or parsed as YAML."""
+
+
+def read_options(path: str | Path, remedy: str) -> dict[str, Any]:
+    """Read a YAML file of options. Raises ConfigError, whose message names the file and the ``remedy``."""
+    try:
+        if not isinstance(options := read_yaml(path), dict):
+            raise ValueError(f"it contains a {type(options).__name__}, not options")
+        return options
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}; {remedy}") from error
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
+from scipy.fft import dctn
 
 from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.page.pictures import reduced
@@ -28,14 +29,13 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
     Returns:
-        A dict with ``same_size`` and ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
+        A dict with ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
         contains ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of
         these in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at
         all).
     """
     first, second = open_image(original), open_image(edited)
-    facts: dict[str, Any] = {"same_size": first.size == second.size}
-    facts["hash"] = int(perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
+    facts: dict[str, Any] = {"hash": (perceptual_hash(first) ^ perceptual_hash(second)).bit_count()}
     if first.size != second.size:
         return facts
     changed = np.abs(reduced(first, SIDE).astype(np.int16) - reduced(second, SIDE)).max(2) > VISIBLE
@@ -60,11 +60,8 @@ def perceptual_hash(image: Image.Image) -> int:
     median.
     """
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
-    low = (_COSINES @ grey @ _COSINES.T).ravel()
+    low = dctn(grey)[:8, :8].ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
-
-
-_COSINES = np.cos(np.pi * np.arange(8)[:, None] * (2 * np.arange(_HASHED)[None, :] + 1) / (2 * _HASHED))
 
 
 def _rounded(value: float) -> float:

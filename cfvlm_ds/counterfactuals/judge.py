@@ -17,7 +17,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.options import COUNT, SHARE
-from cfvlm_ds.core.reading import read_json, read_yaml
+from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
@@ -95,8 +95,6 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:
     if mined:  # two different photographs with similar captions
         return "picture: both pictures are the same" if checks.get("identical") or checks["hash"] <= 2 else ""
-    if not checks["same_size"]:
-        return "picture: the size changed"
     low, high = thresholds.bounds(kind)
     if checks["identical"] or checks["changed"] < low:
         return "picture: hardly anything changed"
@@ -151,12 +149,12 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a JSON or YAML file, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take precedence over the
-    file. Raises ConfigError for invalid thresholds.
+    """Read thresholds from a YAML file, which can be JSON, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take
+    precedence over the file. Raises ConfigError for invalid thresholds.
     """
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
-        value = {} if not file else read_json(file) if str(file).endswith(".json") else read_yaml(file)
+        value = read_yaml(file) if file else {}
         if not isinstance(value, dict):
             raise ValueError("it does not contain thresholds; write them as `cfvlm-ds data verify --calibrate` does")
         thresholds: Thresholds = build(Thresholds, value | given)

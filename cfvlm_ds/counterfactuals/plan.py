@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
-from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.shipped import refuse_no_file, resolve_shipped
-from cfvlm_ds.core.strict import build, dotted
+from cfvlm_ds.core.strict import build, dotted, read_options
 from cfvlm_ds.counterfactuals.options import EditOptions, ProposeOptions, SelectOptions, VerifyOptions, named
 from cfvlm_ds.counterfactuals.work_folder import MAX_SHARDS, STEPS, WorkFolder
 
@@ -72,13 +71,7 @@ def read_plan(file: str) -> Plan:
     """
     path = resolve_shipped(file, "examples")
     refuse_no_file(file, path)
-    try:
-        given = read_yaml(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); write YAML as in examples/build_coco.yaml") from error
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{path}: it contains a {type(given).__name__}; write YAML as in examples/build_coco.yaml")
-    listed = dict(given)
+    listed = read_options(path, "write YAML as in examples/build_coco.yaml")
     for section in (value for value in listed.values() if isinstance(value, dict)):  # join names with commas, as on the command line
         section |= {name: ",".join(map(str, value)) for name, value in section.items() if isinstance(value, list)}
     if isinstance(listed.get("root"), str):

@@ -169,8 +169,7 @@ def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGrou
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
-    match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(cells))) for i in range(len(item.images)))
-    return CounterfactualGroup(f"{item.id}@{candidate.record['attempt']}", item.images, cells, match)
+    return CounterfactualGroup.to_score(f"{item.id}@{candidate.record['attempt']}", item.images, cells)
 
 
 def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptions) -> dict[str, Any]:

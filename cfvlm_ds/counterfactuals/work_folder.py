@@ -150,7 +150,7 @@ class WorkFolder:
         """Read a step's completion record for a shard: number of records, sha256, counts. Return None if the shard is not finished or its
         journal is missing.
         """
-        record = _read(self.path / step / f"shard-{shard:05d}.done.json")
+        record = _read(self.file(step, shard).with_suffix(".done.json"))
         return record if record and self.file(step, shard).is_file() else None
 
     def again(self, step: str, shard: int) -> str:
@@ -246,7 +246,7 @@ class ShardStep:
         steps = self.work.steps
         if self.step != steps[0] and (before := self.work.done(steps[steps.index(self.step) - 1], self.shard)) is not None:
             done["of"] = before["sha256"]
-        replace(self.work.path / self.step / f"shard-{self.shard:05d}.done.json", json.dumps(done, indent=1).encode() + b"\n", shared=True)
+        replace(self._journal.path.with_suffix(".done.json"), json.dumps(done, indent=1).encode() + b"\n", shared=True)
         return done
 
     def __enter__(self) -> ShardStep:

@@ -8,21 +8,3 @@ from cfvlm_ds.data.manifest import Root, data_roots, named_apart, open_groups, r
 from cfvlm_ds.data.report import CheckReport
 from cfvlm_ds.data.sampler import GroupSampler, PackedSampler
 from cfvlm_ds.data.store import GroupStore
-
-__all__ = [
-    "MAX_PIXELS",
-    "CheckReport",
-    "GroupSampler",
-    "GroupStore",
-    "PackedSampler",
-    "Root",
-    "check_manifest",
-    "check_rows",
-    "data_roots",
-    "image_size",
-    "named_apart",
-    "open_groups",
-    "open_image",
-    "read_manifest",
-    "sound_groups",
-]

@@ -8,36 +8,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cfvlm_ds.core.progress import Say
-
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "fuse.sshfs", "ceph", "9p", "wekafs")
 _STALE_AFTER_S = 300.0
 
 
-def clear_stale_locks(folder: Path | None = None, say: Say = print) -> list[Path]:
-    """Remove the build locks that killed processes left behind in torch's extension cache, and return their paths. Otherwise, every later
-    start would wait for these locks forever.
+def clear_stale_locks() -> None:
+    """Remove and print the build locks that killed processes left behind in torch's extension cache. Otherwise, every later start would
+    wait for these locks forever.
 
     A lock's holder keeps the file open, so a lock that no process on this machine has open is stale. On a network file system, the holder
     can be on another machine, so a lock there is removed only if its folder has not changed for five minutes.
     """
-    if folder is None:
-        from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
+    from torch.utils.cpp_extension import _get_build_directory  # also honours TORCH_EXTENSIONS_DIR
 
-        probe = Path(_get_build_directory("probe", verbose=False))
-        folder = probe.parent
-        with contextlib.suppress(OSError):
-            probe.rmdir()
-    removed = []
-    for lock in sorted(folder.glob("*/lock")):
+    probe = Path(_get_build_directory("probe", verbose=False))
+    with contextlib.suppress(OSError):
+        probe.rmdir()
+    for lock in sorted(probe.parent.glob("*/lock")):
         while (reason := _held(lock)) and reason != "process":
-            say(f"waiting for the extension build lock {lock}: {reason}")
+            print(f"waiting for the extension build lock {lock}: {reason}")
             time.sleep(5)
         if reason is None and lock.exists():
             lock.unlink(missing_ok=True)
-            removed.append(lock)
-            say(f"removed the stale extension build lock {lock}, left by a process that was killed")
-    return removed
+            print(f"removed the stale extension build lock {lock}, left by a process that was killed")
 
 
 def _held(lock: Path) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cfvlm_ds.core.journal import records
+from cfvlm_ds.core.text import plain_tables
 
 MEASURED = Path(__file__).resolve().parent / "measured.json"
 """Results of `python benchmarks/learning.py --report`: {objective: {"title": text, "seeds": number, "mean": {row: value}}}."""
@@ -48,17 +49,11 @@ def report(run: Path) -> str:
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     before, after = axes_of(run)
     columns = {"base": before, **{each["title"]: each["mean"] for each in measured.values()}, "this run": after}
-    width = max(map(len, AXES)) + 2
-    lines = ["%".ljust(width) + "".join(f"{title:>{_width(title)}}" for title in columns), ""]
-    for axis in AXES:
-        cells = (f"{values[axis]:.1f}" if axis in values else "" for values in columns.values())
-        lines.append(axis.ljust(width) + "".join(f"{cell:>{_width(title)}}" for cell, title in zip(cells, columns, strict=True)))
+    rows = [["%", *columns], ["---", *["---:"] * len(columns)]]
+    rows += [[axis, *(f"{values[axis]:.1f}" if axis in values else "" for values in columns.values())] for axis in AXES]
+    table = plain_tables("\n".join(f"| {' | '.join(row)} |" for row in rows))
     seeds = ", ".join(f"{each['title']} {each['seeds']}" for each in measured.values())
-    return "\n".join([*lines, "", _NOTE.format(seeds=seeds)])
-
-
-def _width(title: str) -> int:
-    return max(len(title), 6) + 3
+    return f"{table}\n\n{_NOTE.format(seeds=seeds)}"
 
 
 _NOTE = """Pairs and questions: share of groups in which both pictures get the right text; a model that ignores the pictures has 0.

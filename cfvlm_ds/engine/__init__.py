@@ -10,22 +10,5 @@ from cfvlm_ds.deepspeed_compat.running_engine import (
     optimizer_options,
     release,
 )
-from cfvlm_ds.engine.configuration import read_json, resolve, validate
+from cfvlm_ds.engine.configuration import offloaded, read_json, resolve, validate
 from cfvlm_ds.engine.setup import hidden_size, in_parts, initialize, recompute_activations, start
-
-__all__ = [
-    "apply_optimizer_options",
-    "drop_prefetch_recording",
-    "gather_clock",
-    "hidden_size",
-    "in_parts",
-    "initialize",
-    "invalidate_prefetch_trace",
-    "optimizer_options",
-    "read_json",
-    "recompute_activations",
-    "release",
-    "resolve",
-    "start",
-    "validate",
-]

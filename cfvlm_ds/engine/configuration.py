@@ -11,18 +11,17 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 
+from cfvlm_ds.core import reading
 from cfvlm_ds.core.config import RunConfig
 from cfvlm_ds.core.errors import ConfigError, first_line
 from cfvlm_ds.core.options import flat
-from cfvlm_ds.core.reading import parse_json
 from cfvlm_ds.core.shipped import listed
-from cfvlm_ds.deepspeed_compat import settings as settings
+from cfvlm_ds.deepspeed_compat import settings
 from cfvlm_ds.deepspeed_compat.starting import import_deepspeed
 
 _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
@@ -31,7 +30,7 @@ _SECTIONS = ("bf16", "fp16", "optimizer", "scheduler", "zero_optimization")
 def read_json(path: str) -> dict[str, Any]:
     """Read a run's DeepSpeed JSON. Raises ConfigError naming the file if it is missing or broken."""
     try:
-        content = parse_json(Path(path).read_bytes().decode())
+        content = reading.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"--deepspeed {path}: no such file; available: {listed('ds_configs')}") from None
     except json.JSONDecodeError as error:
@@ -205,13 +204,13 @@ def _unsupported(parsed: Any, options: Mapping[str, Any], world_size: int, devic
     zero = parsed.zero_config
     if zero.stage == 0:
         yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
-    offloads = {name: _device(getattr(zero, f"offload_{name}")) for name in ("optimizer", "param")}
+    offloads = offloaded(options)
     on_cpu = device is not None and device.type == "cpu"
     if on_cpu and parsed.float16_config.enabled:
         yield "fp16.enabled=true needs a GPU, but this machine has none; set it to false (bf16 also works on CPUs)"
-    if offloads["param"] != "none" and zero.stage != 3:
+    if offloads["param"] and zero.stage != 3:
         yield f"zero_optimization.offload_param needs stage 3, but stage is {int(zero.stage)}; set its device to none"
-    if "optimizer" not in options and offloads["optimizer"] != "none" and parsed.zero_force_ds_cpu_optimizer:
+    if "optimizer" not in options and offloads["optimizer"] and parsed.zero_force_ds_cpu_optimizer:
         yield (
             'zero_optimization.offload_optimizer needs an "optimizer" section, from which DeepSpeed builds its CPU Adam; copy the section '
             "from ds_configs/z3_offload.json, or set the device to none"
@@ -239,5 +238,7 @@ would have no effect, because the run makes its own batches and only ZeRO partit
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 
 
-def _device(options: Any) -> str:
-    return "none" if options is None else str(getattr(options.device, "value", options.device))
+def offloaded(options: Mapping[str, Any]) -> dict[str, bool]:
+    """Return {"optimizer": bool, "param": bool}: whether the optimizer states and the weights are offloaded from the GPU."""
+    zero = options.get("zero_optimization", {})
+    return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}

@@ -24,10 +24,10 @@ from cfvlm_ds.engine.configuration import unusable, warmup_steps
 from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainable
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's global and local rank, the world size and the device.
+def start() -> World:
+    """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's rank, the world size and the device.
 
-    ``timeout`` bounds every collective, so that a dead peer causes an error instead of a hang.
+    A collective takes at most half an hour, so that a dead peer causes an error instead of a hang.
     """
     launch_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,9 +52,11 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         if "OMP_NUM_THREADS" not in os.environ:  # sharing a core with a data worker costs a fifth of the speed
             torch.set_num_threads(max(1, cores_per_rank() - default_workers()))
     with meeting_point():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), auto_mpi_discovery=False, verbose=False
+        )
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    world = World(rank, int(os.environ["WORLD_SIZE"]), local_rank, device)
+    world = World(rank, int(os.environ["WORLD_SIZE"]), device)
     if unknown := unknown_version(version("deepspeed")):
         world.say(f"warning: {unknown}")
     return world

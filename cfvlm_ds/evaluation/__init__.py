@@ -15,22 +15,6 @@ from cfvlm_ds.evaluation.scoring import Batching, Forward, GroupScores, guarded,
 from cfvlm_ds.evaluation.view import view
 from cfvlm_ds.objectives import Objectives
 
-__all__ = [
-    "Accuracy",
-    "Batching",
-    "GroupScores",
-    "accuracies",
-    "evaluate",
-    "flat_metrics",
-    "guarded",
-    "headline",
-    "metric_names",
-    "rehearse",
-    "score_groups",
-    "table",
-    "view",
-]
-
 
 def evaluate(
     forward: Forward,

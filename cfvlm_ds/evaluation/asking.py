@@ -53,16 +53,12 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. A group must have a true cell, so its first cell is marked as true. Metrics ignore this mark and use the
-        items' truth tables.
-
-        Raises DataError if a group has too many cells.
+        """Return the groups. Metrics ignore their truth tables: they use those of the items. Raises DataError if a group has too many
+        cells.
         """
-        groups = []
-        for name, images, known in self._started:
-            match = tuple(tuple(1 if (i, c) == (0, 0) else None for c in range(len(known))) for i in range(len(images)))
-            groups.append(CounterfactualGroup(name, images, tuple(cell for _, cell in known.values()), match))
-        return tuple(groups)
+        return tuple(
+            CounterfactualGroup.to_score(name, images, tuple(cell for _, cell in known.values())) for name, images, known in self._started
+        )
 
 
 @dataclass(frozen=True)

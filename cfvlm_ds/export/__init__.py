@@ -32,8 +32,6 @@ from cfvlm_ds.export.zero import BLOCK, ZeroWeights
 from cfvlm_ds.models import model_folder
 from cfvlm_ds.models.model_files import INDEX, SINGLE, check_files, side_files
 
-__all__ = ["export_adapter", "export_hf"]
-
 
 def export_hf(
     checkpoint: Path,

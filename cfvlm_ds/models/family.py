@@ -36,27 +36,8 @@ def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dic
     return projected
 
 
-def everything_used(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return no prefixes, because the forward pass uses all weights."""
-    return ()
-
-
 Whole = Literal["nowhere", "windows", "everywhere"]
 """Layers with bidirectional attention among the tokens of a picture: none, sliding-window layers, or all."""
-
-
-def causally(config: PreTrainedConfig) -> Whole:
-    """Return "nowhere", because the model's picture tokens attend causally."""
-    return "nowhere"
-
-
-def no_cap(config: PreTrainedConfig) -> float | None:
-    """Return None, because the model does not cap its logits."""
-    return None
-
-
-def as_loaded(model: nn.Module) -> None:
-    """No-op: tokens in this model interact only through attention, and the attention back ends already handle trees."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +82,13 @@ class Family:
     tiles_alone: bool = False
     arrange: Arrange = as_projected
     from_grids: Callable[[PreTrainedConfig, Tensor], dict[str, Any]] | None = None
-    unused: Callable[[PreTrainedConfig], tuple[str, ...]] = everything_used
-    take_trees: Callable[[nn.Module], None] = as_loaded
+    unused: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
+    take_trees: Callable[[nn.Module], None] = lambda model: None
     around: tuple[str, str] = ("", "")
-    whole_pictures: Callable[[PreTrainedConfig], Whole] = causally
+    whole_pictures: Callable[[PreTrainedConfig], Whole] = lambda config: "nowhere"
     visual_mark: str | None = None
     projector_inputs: tuple[str, ...] = ()
-    logit_cap: Callable[[PreTrainedConfig], float | None] = no_cap
+    logit_cap: Callable[[PreTrainedConfig], float | None] = lambda config: None
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
     limited_by: tuple[str, ...] = ()
 

@@ -92,20 +92,7 @@ def compiled_flex() -> Any:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Return the attention output [1, T, H, D] for query [1, H, T, D], and key and value [1, J, T, D].
-
-    FlexAttention has no backward pass on CPUs. If gradients are needed there, dense attention with the same mask is used instead.
-    """
-    from torch.nn.attention.flex_attention import create_mask, flex_attention
-
+    """Return the attention output [1, T, H, D] for query [1, H, T, D], and key and value [1, J, T, D]."""
     mask = forest.on(Blocks.of, query.device, sight)
-    grouped = query.shape[1] != key.shape[1]
-    if query.device.type != "cpu":
-        out: Tensor = compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        mask_tensor = create_mask(mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_tensor, scale=scale, enable_gqa=grouped)
-    else:
-        q, k, v = (t.detach() for t in (query, key, value))  # FlexAttention on CPUs requires this even without gradients
-        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    out: Tensor = compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out.transpose(1, 2)

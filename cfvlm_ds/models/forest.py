@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,6 @@ class Forest:
         for begin, end in self.blocks:
             if not any(start <= begin < end <= stop for start, stop in itertools.pairwise(self.starts)):
                 raise ValueError(f"tokens {begin} to {end} attend to each other in both directions, but do not belong to one node")
-
-    @classmethod
-    def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is stored unchanged."""
-        lengths, parents = list[int](), list[int]()
-        for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
-            root = len(lengths)
-            lengths += [prefix, *lengths_of_branches]
-            parents += [-1, *[root] * len(lengths_of_branches)]
-        return cls(tuple(lengths), tuple(parents), blocks)
 
     @functools.cached_property
     def starts(self) -> list[int]:

@@ -91,15 +91,14 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
-        raise ConfigError(_ALL_FROZEN)
+        raise ConfigError(
+            "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
+        )
     check_4bit(config, zero3)
     if there:
         _limit_images(config, None, load_config(config.name_or_path))
         if weights:
             _check_folder(config.name_or_path)
-
-
-_ALL_FROZEN = "every module is frozen; set model.vision_tower.tuning, model.projector.tuning or model.language_model.tuning to full or lora"
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -145,43 +144,39 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     trees = registered(attention(config.attn_implementation, model_config, dtype))
     backends = _in_each_part("sdpa") | {"text_config": trees}
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
-        return _loaded(config, family, dtype, backends, quantised)
-
-
-def _loaded(config: ModelConfig, family: Family, dtype: torch.dtype, backends: dict[str, str], quantised: Any) -> PreTrainedModel:
-    try:
-        result: Any = AutoModelForImageTextToText.from_pretrained(
-            config.name_or_path,
-            dtype=dtype,
-            attn_implementation=backends,
-            output_loading_info=True,
-            quantization_config=quantised,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # mismatches are refused below, by name
-        )
-        model, info = result
-    except pickle.UnpicklingError:
-        raise ConfigError(
-            f"the pickled weights of {config.name_or_path!r} contain objects other than tensors; convert them to safetensors"
-        ) from None
-    except RuntimeError as error:  # under ZeRO-3, a mismatch raises despite the option
-        if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
-            raise
-        info = {"mismatched_keys": mismatched}
-    for kind, keys in info.items():
-        if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = ", ".join(sorted(str(key) for key in keys)[:5])
-            raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {names}; repair it")
-    _check_folder(config.name_or_path)  # the files of a hub name are cached by now
-    _limit_images(config, None, model.config)
-    # Under ZeRO-3, this version of transformers keeps unused conversions and would rename every weight when saving.
-    model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
-    by_segments(model.config.vision_config)
-    for name, module in model.named_modules():
-        if name.endswith("patch_embed.proj") and type(module) is nn.Conv3d:
-            module.__class__ = _PatchProduct
-    tune(model, family, config)
-    return model
+        try:
+            result: Any = AutoModelForImageTextToText.from_pretrained(
+                config.name_or_path,
+                dtype=dtype,
+                attn_implementation=backends,
+                output_loading_info=True,
+                quantization_config=quantised,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # mismatches are refused below, by name
+            )
+            model, info = result
+        except pickle.UnpicklingError:
+            raise ConfigError(
+                f"the pickled weights of {config.name_or_path!r} contain objects other than tensors; convert them to safetensors"
+            ) from None
+        except RuntimeError as error:  # under ZeRO-3, a mismatch raises despite the option
+            if not (mismatched := re.findall(r"size mismatch for (.+)", str(error))):
+                raise
+            info = {"mismatched_keys": mismatched}
+        for kind, keys in info.items():
+            if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                names = ", ".join(sorted(str(key) for key in keys)[:5])
+                raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {names}; repair it")
+        _check_folder(config.name_or_path)  # the files of a hub name are cached by now
+        _limit_images(config, None, model.config)
+        # Under ZeRO-3, this version of transformers keeps unused conversions and would rename every weight when saving.
+        model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
+        by_segments(model.config.vision_config)
+        for name, module in model.named_modules():
+            if name.endswith("patch_embed.proj") and type(module) is nn.Conv3d:
+                module.__class__ = _PatchProduct
+        tune(model, family, config)
+        return model
 
 
 class _PatchProduct(nn.Conv3d):
@@ -214,7 +209,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters, and enable gradients for the parameters that the configuration trains. Raises ConfigError if no parameter is trained.
+    """Add adapters, and enable gradients for the parameters that the configuration trains.
 
     Weights that the model's own forward pass does not use are not trained, because they would have no gradient.
     """
@@ -225,8 +220,6 @@ def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
         tuning = getattr(config, family.module_of(name)).tuning
         used = not any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
         parameter.requires_grad_(used and (is_adapter(name) if tuning == "lora" else tuning == "full"))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(_ALL_FROZEN)
 
 
 def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:

@@ -23,23 +23,8 @@ class ScoringHead(nn.Linear):
     It is a separate module because ZeRO-3 gathers a weight only while the weight's module runs.
     """
 
-    def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head on the meta device. ``cap`` bounds the logits that log-probs are computed from. Logits that the head returns are
-        not capped, because the model caps them itself.
-        """
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.cap = cap
-
-    @classmethod
-    def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
-        """Return a scoring head that shares the parameters of ``head``. Raises ValueError for a head with a bias, which no supported family
-        has.
-        """
-        if head.bias is not None:
-            raise ValueError("the model's output head has a bias, which is not supported")
-        scoring = cls(head.in_features, head.out_features, cap)
-        scoring.weight = head.weight
-        return scoring.train(head.training)
+    cap: float | None
+    """Bound of the logits that log-probs are computed from. Logits that the head returns are not capped, because the model caps them."""
 
     def forward(
         self,
@@ -66,8 +51,10 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         super().__init__()
-        if not isinstance(head := model.get_output_embeddings(), ScoringHead):
-            model.set_output_embeddings(ScoringHead.of(head, family.logit_cap(model.config)))
+        head: Any = model.get_output_embeddings()
+        if head.bias is not None:
+            raise ValueError("the model's output head has a bias, which is not supported")
+        head.__class__, head.cap = ScoringHead, family.logit_cap(model.config)
         family.take_trees(model)
         self.model = model
         self.family = family
@@ -141,6 +128,9 @@ class Scorer(nn.Module):
             # text embeddings are frozen, only image features carry gradients through the language model.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
+        # Only transformers' own attention uses the argument that marks visual tokens, in families whose masks need it.
+        mark = self.family.visual_mark
+        marked = {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
         language_model = self.model.get_submodule(self.family.language_model[0])
         handle = language_model.register_forward_pre_hook(show, with_kwargs=True)
         try:
@@ -150,19 +140,12 @@ class Scorer(nn.Module):
                     position_ids=position_ids,
                     forest=forest,
                     use_cache=False,
-                    **self._marked(input_ids),
+                    **marked,
                 ).last_hidden_state
                 self.routed = routers.routed(forest)
         finally:
             handle.remove()
         return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
-
-    def _marked(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return the keyword argument that marks visual tokens, if the family's own masks need one. Only transformers' own attention uses
-        it.
-        """
-        mark = self.family.visual_mark
-        return {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]

@@ -46,26 +46,6 @@ CELLS: tuple[Cells, ...] = ("anchor", "matched", "star", "full")
 
 Objectives = Mapping[str, Objective]
 
-__all__ = [
-    "OBJECTIVES",
-    "Align",
-    "BatchAlign",
-    "ContrastDistill",
-    "Csd",
-    "Dpo",
-    "Fcd",
-    "Misp",
-    "Objective",
-    "Objectives",
-    "Retain",
-    "Sham",
-    "Svco",
-    "SymMPO",
-    "likelihood_report",
-    "required_cells",
-    "weighted_loss",
-]
-
 
 def required_cells(objectives: Objectives) -> Cells:
     """Return the smallest of the sets anchor, matched, star and full that includes all cells that the objectives need."""

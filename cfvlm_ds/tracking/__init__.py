@@ -4,5 +4,3 @@ from __future__ import annotations
 
 from cfvlm_ds.tracking.mlflow_delivery import deliver, import_mlflow
 from cfvlm_ds.tracking.tracker import NullTracker, Tracker, open_tracker
-
-__all__ = ["NullTracker", "Tracker", "deliver", "import_mlflow", "open_tracker"]

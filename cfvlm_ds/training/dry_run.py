@@ -56,7 +56,7 @@ def dry_run(config: RunConfig) -> str:
     working = working_memory(model, ds_config, tokens, recompute)
     quantised = config.model.lora.load_in_4bit and linear_weights(model, family_of(model.config))
     stage, names = ds_config.get("zero_optimization", {}).get("stage", 0), {"optimizer": "optimizer", "param": "weights"}
-    moved = " and ".join(names[name] for name, is_offloaded in offloaded(ds_config).items() if is_offloaded)
+    moved = " and ".join(names[name] for name, is_offloaded in engine.offloaded(ds_config).items() if is_offloaded)
     without = f", {moved} offloaded" if moved else ""
     lines.append(
         f"memory of the model's states, ZeRO-{stage}, {_GPUS_PER_NODE} GPUs per node{without}; peak with {tokens} tokens per forward"
@@ -85,29 +85,22 @@ def dry_run(config: RunConfig) -> str:
 # Memory -------------------------------------------------------------------------------------------------------------------------------
 
 
-def offloaded(ds_config: dict[str, Any]) -> dict[str, bool]:
-    """Return {"optimizer": bool, "param": bool}: whether the optimizer states and the weights are offloaded from the GPU."""
-    zero = ds_config.get("zero_optimization", {})
-    return {name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")}
-
-
 def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, gpus_per_node: int) -> tuple[int, int]:
     """Estimate the memory for weights, gradients and optimizer states in mixed precision. Return bytes per GPU and host bytes per node."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    is_offloaded, nodes = offloaded(ds_config), max(1, gpus // gpus_per_node)
+    is_offloaded, nodes = engine.offloaded(ds_config), max(1, gpus // gpus_per_node)
     layout = min(gpus, gpus_per_node), nodes
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
+    layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    card, host = settings.model_states(stage, num_trained, layer, *layout, is_offloaded)
     if stage == 3:
-        layer = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-        card, host = settings.states_of_stage_3(num_trained, layer, *layout, is_offloaded["optimizer"], is_offloaded["param"])
         node = zero.get("zero_hpz_partition_size", 1)
         copy = 2 * (num_trained + num_frozen) // min(gpus, node) if node > 1 else 0  # a copy of all weights, partitioned within a node
         card += 0 if is_offloaded["param"] else 2 * num_frozen // gpus + copy
         host += 2 * num_frozen // nodes if is_offloaded["param"] else 0
     else:
-        card, host = settings.states_of_stage_2(num_trained, *layout, is_offloaded["optimizer"])
         card += 2 * num_frozen
         if stage == 1:  # every GPU holds all gradients, summed in float32
             card += 4 * num_trained * (gpus - 1) // gpus

@@ -43,7 +43,6 @@ class Evaluator:
     splits: Splits
     benchmarks: Benchmarks
     stop: Stop
-    num_workers: int
 
     def __call__(self, splits: Splits) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
         """Evaluate sets of groups, and return the accuracies and scores, each keyed by set.
@@ -132,13 +131,13 @@ class Evaluator:
             f"lower train.per_device_eval_batch_size ({size}), set a lower data.max_tokens_per_forward (now {limit or 'none'}) or limits "
             "on visual tokens (model.max_pixels, model.max_tiles)"
         )
-        return Batching(size, limit, self.num_workers, remedy)
+        return Batching(size, limit, data.workers, remedy)
 
 
-def check_best(config: RunConfig, splits: Splits, benchmarks: Benchmarks | None = None) -> None:
+def check_best(config: RunConfig, splits: Splits, benchmarks: Benchmarks) -> None:
     """Raise ConfigError if train.save_best names a metric that an evaluation on these data cannot produce."""
     name = config.train.save_best
-    if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks or {})):
+    if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks)):
         raise ConfigError(
             f"train.save_best {name!r} is not a metric of data.evaluation, or its groups have no comparison for it; leave it unset, or use "
             f"one of: {', '.join(sorted(known)) or 'none'}"

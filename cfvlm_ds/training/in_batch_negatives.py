@@ -15,12 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cfvlm_ds.batching.batch import MicroBatch
-from cfvlm_ds.core.distributed import World, gather_objects, random_state, set_random_state
+from cfvlm_ds.core.distributed import World, gather_objects, preserve_rng
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups, InBatchNegative, Pictures, Prompt, normalised
 from cfvlm_ds.core.scores import Scores
@@ -157,22 +155,16 @@ def _comparable(text: str) -> str:
 
 
 class CrossRankScores:
-    """A step's scores, keyed by text: each text's scores on its own group's images and on the images of groups that use it as a negative.
-
-    Args:
-        table: [M, 4], the rows that ``_entries`` returned on all ranks.
+    """A step's scores, keyed by text: each text's scores on its own group's images and on the images of groups that use it as a
+    negative.
     """
 
-    def __init__(self, table: npt.NDArray[np.float64]) -> None:
-        self._of: dict[tuple[int, int], list[tuple[int, float]]] = {}
-        for source_group, text, place, score in table.tolist():
-            self._of.setdefault((int(source_group), int(text)), []).append((int(place), score))
-
-    @classmethod
-    def gathered(cls, local: Sequence[Scores], world: World) -> CrossRankScores:
+    def __init__(self, local: Sequence[Scores], world: World) -> None:
         """Gather the scores of the step's micro-batches from all ranks. Every rank must call this."""
-        mine = np.concatenate([_entries(scores) for scores in local])
-        return cls(np.concatenate(gather_objects(mine, world)))
+        self._of: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        for of_rank in gather_objects([entry for scores in local for entry in _entries(scores)], world):
+            for name, place, score in of_rank:
+                self._of.setdefault(name, []).append((place, score))
 
     def added_to(self, scores: Scores) -> Scores:
         """Extend a micro-batch's scores with the scores of its texts on other groups' images.
@@ -196,21 +188,20 @@ class CrossRankScores:
             yield from (score for scored_by, score in entries if scored_by != place)
 
 
-def _entries(scores: Scores) -> npt.NDArray[np.float64]:
-    """Return an [M, 4] array with one row for each score that other groups need. The columns are the text's source group, its index in that
-    group, the group on whose image it was scored, and the score in nats.
+def _entries(scores: Scores) -> list[tuple[tuple[int, int], int, float]]:
+    """List the scores that other groups need. Each entry holds the text's source group and its index in that group, the group on whose
+    image it was scored, and the score in nats.
     """
     layout = scores.layout
     if layout.in_batch is None:
-        return np.zeros((0, 4))
+        return []
     own = own_images(layout)
     compared = own | (layout.negative & layout.same_prompt[:, :1] & own.any(1, keepdim=True))
     compared[:, :, layout.num_own :] = layout.valid[:, :, layout.num_own :]
     compared = compared.cpu()
-    logp, names, place = scores.logp.detach().double().cpu()[compared], _names(scores), layout.in_batch.place.tolist()
+    logp, names, place = scores.logp.detach().double().cpu()[compared].tolist(), _names(scores), layout.in_batch.place.tolist()
     group, _, column = compared.nonzero().T.tolist()
-    keys = [(*names[g][c], place[g]) for g, c in zip(group, column, strict=True)]
-    return np.column_stack([np.array(keys, np.float64).reshape(-1, 3), logp.numpy()])
+    return [(names[g][c], place[g], score) for g, c, score in zip(group, column, logp, strict=True)]
 
 
 def _names(scores: Scores) -> list[list[tuple[int, int]]]:
@@ -228,9 +219,8 @@ def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Seque
     These forward passes use the same random numbers, and therefore the same dropout masks, as the training passes that follow. Every rank
     runs the same number of passes.
     """
-    state, scored = random_state(device), []
-    with torch.no_grad():
-        for micro_batch, number in zip(micro_batches, forwards, strict=True):
-            scored.append(micro_batch.scores([engine(**batch.model_inputs) for batch in micro_batch.padded(number)]))
-    set_random_state(state, device)
-    return scored
+    with torch.no_grad(), preserve_rng(device):
+        return [
+            micro_batch.scores([engine(**batch.model_inputs) for batch in micro_batch.padded(number)])
+            for micro_batch, number in zip(micro_batches, forwards, strict=True)
+        ]

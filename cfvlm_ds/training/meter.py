@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +13,6 @@ from cfvlm_ds.core.distributed import World, all_reduce_sums
 from cfvlm_ds.models import ModelFlops
 from cfvlm_ds.objectives import Objectives, likelihood_report, ramp, scores_of
 from cfvlm_ds.training.step import Measured
-
-
-class _Key(NamedTuple):
-    """A metric's name and the index of one of its parts."""
-
-    name: str
-    part: int = 0
-    is_rate: bool = False
 
 
 class Meter:
@@ -36,7 +27,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self._sums: dict[_Key, list[Tensor | float]] = {}  # [sum, count]
+        self._sums: dict[tuple[str, int, bool], list[Tensor | float]] = {}  # (metric, part, is a rate) -> [sum, count]
         self._waited = 0.0
         self.since = time.monotonic()
         if self.gathering is not None:
@@ -45,20 +36,14 @@ class Meter:
     def __len__(self) -> int:
         return len(self._sums)
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
-        """Add a total and a count to the running float64 sums of one part of a metric. The metric is the sum of its parts' means.
+    def add(self, name: str, total: Tensor | float, count: Tensor | float | None, part: int = 0) -> None:
+        """Add a value to the running float64 sum and count of one part of a metric. The metric is the sum of its parts' means or, if
+        ``count`` is None, a rate: the sum per second.
 
         Tensors stay on their device, because copying them to the host would force a synchronisation with the GPU.
         """
-        self._add(_Key(name, part), total, count)
-
-    def add_rate(self, name: str, amount: Tensor | float) -> None:
-        """Add an amount to a metric that is recorded as a rate per second."""
-        self._add(_Key(name, is_rate=True), amount, 1)
-
-    def _add(self, key: _Key, total: Tensor | float, count: Tensor | float) -> None:
-        sums = self._sums.setdefault(key, [0.0, 0.0])
-        for place, value in enumerate((total, count)):
+        sums = self._sums.setdefault((name, part, count is None), [0.0, 0.0])
+        for place, value in enumerate((total, 1 if count is None else count)):
             sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
@@ -74,9 +59,9 @@ class Meter:
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
         metrics: dict[str, float] = {}
-        for key, (total, count) in both.items():
+        for (name, _, is_rate), (total, count) in both.items():
             if count:
-                metrics[key.name] = metrics.get(key.name, 0.0) + total / (elapsed if key.is_rate else count)
+                metrics[name] = metrics.get(name, 0.0) + total / (elapsed if is_rate else count)
         metrics["throughput/data_wait_share"] = self._waited / elapsed
         if self.gathering is not None:
             metrics["throughput/all_gather_share"] = self.gathering() / elapsed
@@ -114,8 +99,8 @@ def measure(
             meter.add(key, total * real, count * real)
     for key, (total, count) in likelihood_report(scores).items():
         meter.add(key, total * real, count * real)
-    meter.add_rate("throughput/groups_per_s", len(scores.layout.ids))
-    meter.add_rate("throughput/candidates_per_s", scores.layout.valid.sum() * real)
+    meter.add("throughput/groups_per_s", len(scores.layout.ids), None)
+    meter.add("throughput/candidates_per_s", scores.layout.valid.sum() * real, None)
     if measured.hardest is not None:
         meter.add("hard_negatives/proposed", measured.hardest.proposed, len(scores.layout.ids))
         meter.add("hard_negatives/entered", measured.hardest.entered, len(scores.layout.ids))
@@ -123,9 +108,9 @@ def measure(
         for expert, taken in enumerate(routed.taken):
             meter.add(f"router/load/{expert:03d}", taken * len(routed.taken), routed.taken.sum())
     for batch in measured.micro_batch.forwards:
-        meter.add_rate("throughput/tokens_per_s", batch.num_tokens)
-        meter.add_rate("throughput/images_per_s", batch.num_images)
-        meter.add_rate("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12)
+        meter.add("throughput/tokens_per_s", batch.num_tokens, None)
+        meter.add("throughput/images_per_s", batch.num_images, None)
+        meter.add("throughput/model_tflop_per_s", flops.of(batch.model_inputs, batch.num_scored) / 1e12, None)
     for source in sources:  # every rank adds the same metrics, whether or not it has groups of the source
         layout = scores.layout.of_source(source)
         for name, objective in objectives.items():

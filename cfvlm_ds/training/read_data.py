@@ -86,7 +86,7 @@ def read_data(config: RunConfig, world: World, *, most_rows: int | None = MOST_R
     scan = Scan(barrier.alive, shield_worker)
     if hub := [each.path for each in (*train_sets.values(), *evaluation_sets.values()) if is_hub(each.path)]:
         run_on_rank0(world, lambda: [str(local_path(path, scan, world.say)) for path in hub], barrier)
-    collator = load_collator(config.model, "full", data.max_pixels)
+    collator = load_collator(config.model, data.max_pixels)
     stores = _Stores(config, world, barrier, scan, most_rows, collator)
     train = {name: stores.open(each) for name, each in train_sets.items()}
     splits = {name: stores.open(each) for name, each in evaluation_sets.items()}

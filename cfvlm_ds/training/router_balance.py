@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfvlm_ds.batching.batch import Batch, MicroBatch
-from cfvlm_ds.core.distributed import World, all_reduce_sums, random_state, set_random_state
+from cfvlm_ds.core.distributed import World, all_reduce_sums, preserve_rng
 from cfvlm_ds.models import Routed
 
 
@@ -41,14 +41,12 @@ class RouterBalance:
         """
         if not self.weight or sum(forwards) == 1:
             return
-        before = random_state(self.world.device)
         routings: list[Routed | None] = []
-        with torch.no_grad():
+        with torch.no_grad(), preserve_rng(self.world.device):
             for micro_batch, number in zip(micro_batches, forwards, strict=True):
                 for k, batch in enumerate(micro_batch.padded(number), len(micro_batch.forwards) - number):
                     self.engine(**batch.model_inputs)
                     routings.append(self._last(batch, k >= 0))
-        set_random_state(before, self.world.device)
         self._agree([routed for routed in routings if routed is not None])
 
     def term(self, batch: Batch, counts: bool) -> Tensor | float:

@@ -129,8 +129,8 @@ def _run(config: RunConfig, world: World) -> None:
         raise
     if start is None:
         return
-    run_on_rank0(world, lambda: heartbeat.prepare(run_dir))
-    with heartbeat.Heartbeat(run_dir / heartbeat.FOLDER, world, config.train.hang_timeout_s) as pulse:
+    folder = run_on_rank0(world, lambda: heartbeat.prepare(run_dir))
+    with heartbeat.Heartbeat(folder, world, config.train.hang_timeout_s) as pulse:
         importing = import_mlflow() if world.is_main and config.tracking.enabled else None
         ds_engine, state = engine.initialize(config, resolved, world, total_steps), TrainState(data=start.data)
         model = ds_engine.module.model
@@ -140,16 +140,15 @@ def _run(config: RunConfig, world: World) -> None:
         if importing is not None:
             # A process that is forked during an import inherits a locked import lock and hangs at its first import.
             importing.join()
-        num_workers = config.data.workers
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
         if config.data.feature_cache is not None:
             pulse.mark("features", 0)
             groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
             folder = Path(config.data.feature_cache)
-            cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, num_workers)
+            cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, config.data.workers)
             engine.invalidate_prefetch_trace(ds_engine)  # the trace contains the vision tower, which does not run again
             collator = collator.taking_features(cache)
-        trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse, num_workers)
+        trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse)
         if start.checkpoint_dir is not None:
             options = engine.optimizer_options(ds_engine)
             checkpoint.load(ds_engine, start.checkpoint_dir, state, world, run_dir)

@@ -153,7 +153,7 @@ class OptimizerStep:
         with self._memory_explained(number, micro_batches):
             self.mark("computation", number)
             if coupled and len(micro_batches) > 1:
-                of_step = CrossRankScores.gathered(look_ahead(engine, micro_batches, forwards, world.device), world)
+                of_step = CrossRankScores(look_ahead(engine, micro_batches, forwards, world.device), world)
             balance.look_ahead(micro_batches, forwards)
             for remaining, (micro_batch, count) in zip(
                 reversed(range(len(forwards))), zip(micro_batches, forwards, strict=True), strict=True
@@ -162,7 +162,7 @@ class OptimizerStep:
                 last = remaining == 0
                 scores, backward = forward(engine, micro_batch, count, world.device, self._reference, last, balance.term)
                 if coupled:
-                    of_step = of_step or CrossRankScores.gathered([scores], world)  # one micro-batch per rank
+                    of_step = of_step or CrossRankScores([scores], world)  # one micro-batch per rank
                     scores = of_step.added_to(scores)
                 loss, shares = weighted_loss(objective, scores, denominators, world.size, progress)
                 finite.mul_(torch.isfinite(loss.detach()))

@@ -117,7 +117,7 @@ def _files(folders: Sequence[Path], depends_on: Callable[[], Any] | None, collat
     """Return the paths where the counts can be stored. The list is empty if ``depends_on`` is None."""
     if depends_on is None:
         return []
-    parts = [_FORM, depends_on(), collator.cells, collator.blank, collator.share_prefix, transformers.__version__]
+    parts = [_FORM, depends_on(), collator.cells, collator.blank, transformers.__version__]
     return [folder / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_NAME]}.npy" for folder in folders]
 
 

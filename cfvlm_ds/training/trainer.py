@@ -68,7 +68,6 @@ class Trainer:
         collator: collator that makes batches from groups.
         sampler: sampler of groups, already moved to the position where training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
-        num_workers: number of data workers. Forking them requires that no other thread is importing a module.
     """
 
     config: RunConfig
@@ -80,7 +79,6 @@ class Trainer:
     state: TrainState
     total_steps: int
     pulse: Heartbeat
-    num_workers: int
 
     def __post_init__(self) -> None:
         config, data, say = self.config, self.data, self.world.say
@@ -89,9 +87,7 @@ class Trainer:
         self._sources = tuple(data.sources) if config.data.is_mixture else ()
         self._stop, self._idle = Stop(config.train.stop_margin_s), Idle(config, say)
         self._displacement = Displacement(config, self.state, say)
-        self.evaluator = Evaluator(
-            config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop, self.num_workers
-        )
+        self.evaluator = Evaluator(config, self.world, self.engine, self.collator, data.splits, data.benchmarks, self._stop)
         limits = (self._run_dir, config.data.max_pixels)
         self.samples = Samples(config.train.samples, data.splits, self.engine, self.collator, self.world, *limits, self.evaluator)
 
@@ -195,7 +191,7 @@ class Trainer:
 
         Raises WorkerLost if a data worker has died.
         """
-        groups, sampler, num_workers, terms = self.data.groups, self.sampler, self.num_workers, batch_terms(self.config.objective)
+        groups, sampler, num_workers, terms = self.data.groups, self.sampler, self.config.data.workers, batch_terms(self.config.objective)
         loader: Any = DataLoader(
             WithNegatives(groups, terms, self.config.train.seed) if terms else Unraised(groups),  # type: ignore[arg-type]
             batch_sampler=WholeSteps(sampler) if terms else sampler,  # type: ignore[arg-type]

@@ -355,25 +355,30 @@ def plant(folder: Path, name: str) -> Path:
     return folder / name / "lock"
 
 
-def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_left_alone(tmp_path):
-    held, stale, said = plant(tmp_path, "a"), plant(tmp_path, "b"), []
+def test_a_stale_lock_is_removed_and_named_and_one_that_a_process_holds_open_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    held, stale = plant(tmp_path, "a"), plant(tmp_path, "b")
     (tmp_path / "b" / "b.so").touch()
     holder = subprocess.Popen(
         [sys.executable, "-c", f"import sys; handle = open({str(held)!r}); print('open', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "open\n"
-    assert starting.clear_stale_locks(tmp_path, said.append) == [stale]
-    assert held.exists() and (tmp_path / "b" / "b.so").exists() and len(said) == 1 and str(stale) in said[0]
+    starting.clear_stale_locks()
+    assert held.exists() and not stale.exists() and (tmp_path / "b" / "b.so").exists()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert str(stale) in said
     holder.communicate("")
-    assert starting.clear_stale_locks(tmp_path, said.append) == [held]
+    starting.clear_stale_locks()
+    assert not held.exists()
 
 
-def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path, monkeypatch):
+def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path, monkeypatch, capsys):
     """Another machine may hold it; untouched for five minutes it is stale."""
     import psutil
 
-    lock, said = plant(tmp_path, "a"), []
+    lock = plant(tmp_path, "a")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="nfs4")])
     naps: list[float] = []
 
@@ -384,8 +389,8 @@ def test_on_a_network_file_system_a_fresh_lock_is_waited_for(tmp_path, monkeypat
         os.utime(lock, (age, age))
 
     monkeypatch.setattr(starting, "time", SimpleNamespace(sleep=nap, time=time.time))  # and not that of other threads
-    assert starting.clear_stale_locks(tmp_path, said.append) == [lock]
-    assert len(naps) == 3 and "nfs4" in said[0]
+    starting.clear_stale_locks()
+    assert len(naps) == 3 and not lock.exists() and "nfs4" in capsys.readouterr().out.splitlines()[0]
 
 
 # --- a real process -----------------------------------------------------------------------------------------------------------------
@@ -419,7 +424,7 @@ def hook(name):
 for name, module in ds_engine.module.model.named_modules():
     if type(module).__name__ == "Linear":
         module.register_forward_pre_hook(hook(name))
-batch = load_collator(config.model, "full", config.data.max_pixels)(read_manifest(config.data.train)[:2])
+batch = load_collator(config.model, config.data.max_pixels)(read_manifest(config.data.train)[:2])
 logp = ds_engine(**batch.model_inputs)
 ds_engine.backward(logp.sum(), scale_wrt_gas=False)
 ds_engine.step()

@@ -81,7 +81,7 @@ def write(out: str, jobs: list[tuple[str, str, int, str | None]]) -> None:
         optimizer = engine.optimizer
         for flat in optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups:
             flat.data.mul_(FACTOR)
-        save(engine, TrainState(step=1), Path(out) / name, World(rank, ranks, rank, torch.device("cpu")), 0)
+        save(engine, TrainState(step=1), Path(out) / name, World(rank, ranks, torch.device("cpu")), 0)
         engine.destroy()
 
 

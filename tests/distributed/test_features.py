@@ -77,7 +77,7 @@ def folder(request, tmp_path_factory):
 
 
 def filled(where: Path, model: ModelConfig, engine: Engine, groups: list[CounterfactualGroup]) -> Collator:
-    collator, numbers = load_collator(model, "full"), torch.get_rng_state()
+    collator, numbers = load_collator(model), torch.get_rng_state()
     collator = collator.taking_features(precompute_features(where, model, engine, collator.files, groups, ONE, 0))
     assert torch.equal(torch.get_rng_state(), numbers), "dropout has the numbers that it has without a cache"
     return collator
@@ -89,7 +89,7 @@ def test_scores_and_gradients_are_those_of_the_tower(folder, groups, tmp_path):
     In float64, because gradients of a decay (Qwen3.5) are small sums of large terms; experts have no float64 product.
     """
     model = configured(folder)
-    engine, plain = Engine(model, torch.float32 if "moe" in folder.name else torch.float64), load_collator(model, "full")
+    engine, plain = Engine(model, torch.float32 if "moe" in folder.name else torch.float64), load_collator(model)
     cached = filled(tmp_path, model, engine, groups)
     passed = engine.tower_runs
     found = []
@@ -129,8 +129,8 @@ def test_adapters_of_the_projector_drop_out_alike(folder, groups, tmp_path):
         for name, parameter in engine.module.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-        for seed, collator in ((0, load_collator(model, "full")), (0, filled(tmp_path, model, engine, groups)), (1, None)):
-            batch = (collator or load_collator(model, "full"))(groups)
+        for seed, collator in ((0, load_collator(model)), (0, filled(tmp_path, model, engine, groups)), (1, None)):
+            batch = (collator or load_collator(model))(groups)
             torch.manual_seed(seed)
             engine.module.train()
             found.append(engine(**batch.model_inputs))
@@ -141,7 +141,7 @@ def test_adapters_of_the_projector_drop_out_alike(folder, groups, tmp_path):
 
 def test_the_blank_control_is_that_of_the_tower(folder, groups, tmp_path):
     model = configured(folder)
-    engine, plain = Engine(model), load_collator(model, "full")
+    engine, plain = Engine(model), load_collator(model)
     blind = [blinded(group) for group in groups]
     with torch.no_grad():
         first, second = (
@@ -162,7 +162,7 @@ def test_a_second_run_does_not_run_the_tower_and_bfloat16_stays_apart(folder, gr
     batch = filled(tmp_path / "cache", model, narrow, groups)(groups[1:2])
     assert narrow.tower_runs == engine.tower_runs
     assert {tensor.dtype for tensor in batch.model_inputs["image_inputs"]["tower_features"].values()} == {torch.bfloat16}
-    own, tower = (narrow(**inputs) for inputs in (batch.model_inputs, load_collator(model, "full")(groups[1:2]).model_inputs))
+    own, tower = (narrow(**inputs) for inputs in (batch.model_inputs, load_collator(model)(groups[1:2]).model_inputs))
     assert torch.equal(own, tower) or (folder.name == "mistral3" and (own - tower).abs().max() < 0.05)
 
 
@@ -266,7 +266,7 @@ def test_a_picture_is_known_by_its_bytes(next_dir, groups, tmp_path):
     batch = filled(tmp_path / "cache", model, engine, [moved])([moved])
     assert engine.tower_runs == 3
     with torch.no_grad():
-        assert torch.equal(engine(**batch.model_inputs), engine(**load_collator(model, "full")([moved]).model_inputs))
+        assert torch.equal(engine(**batch.model_inputs), engine(**load_collator(model)([moved]).model_inputs))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another byte", "gone"])

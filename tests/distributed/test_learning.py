@@ -42,7 +42,7 @@ def groups(manifest):
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(model_config(model_dir), "full")
+    return load_collator(model_config(model_dir))
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_a_run_is_prepared_before_it_has_its_gpus(data, model_dir, tmp_path, ope
         monkeypatch.setattr(module, name, pytest.fail)
     run = parse_config(["--config", str(tmp_path / "run.yaml")], OBJECTIVES)
     read = preflight.read_data(run, ONE)
-    collator = load_collator(run.model, "full").of_run(required_cells(run.objective), None, read.pictures)
+    collator = load_collator(run.model).of_run(required_cells(run.objective), None, read.pictures)
     assert len(training_run._tokens(run, ONE, read, collator)) == 6
 
 
@@ -227,7 +227,7 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(own, co
 
 def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config, data):
     """An image's texts are divided between forwards; one text with its prompt and image is not."""
-    groups, collator = read_manifest(data), load_collator(config.model, "full")
+    groups, collator = read_manifest(data), load_collator(config.model)
     batches = collator.parts(groups, max_tokens=1)
     least, whole = max(batch.num_tokens for batch in batches), max(part.num_tokens for group in groups for part in collator.parts([group]))
     assert least < whole
@@ -268,7 +268,7 @@ def test_a_check_that_is_killed_goes_on(own, tmp_path, opened, monkeypatch):
 def test_a_picture_is_held_against_the_check_when_it_is_opened(own, config):
     """Written again with the same bytes it passes; with others, of the same size too, it is refused by name."""
     read = preflight.read_data(own, ONE)
-    collator = load_collator(config.model, "full", checked=read.pictures)
+    collator = load_collator(config.model, checked=read.pictures)
     (picture,) = read.groups[1].images[1]
     before = picture.read_bytes()
     picture.write_bytes(before)
@@ -353,7 +353,7 @@ def read_late(manifest: str, model: str, run: str, bad: str) -> None:
     if not world.is_main:  # a node that does not see what the first has written
         token_counts._mapped = lambda file, count: None  # type: ignore[assignment]
     kept = {"folders": [Path(run) / "counts"], "depends_on": lambda: dict(read.identity)}
-    tokens = group_tokens(read.groups, load_collator(config.model, "full"), config.data, world, read.pictures, **kept)
+    tokens = group_tokens(read.groups, load_collator(config.model), config.data, world, read.pictures, **kept)
     print(json.dumps({"opened": opened, "identity": dict(read.identity), "tokens": tokens.tolist(), "known": len(read.pictures or [])}))
     commands.build = build_late
     commands.build_once(config.build, world)
@@ -385,7 +385,7 @@ def test_ranks_wait_for_a_check_that_takes_longer_than_a_collective_may(config, 
     assert [code for code, _ in ended] == [0, 0], ended
     said = [json.loads(next(line for line in output.splitlines() if line.startswith("{"))) for _, output in ended]
     alone = preflight.read_data(configured(config, tmp_path / "alone", train=str(train)), ONE)
-    tokens = group_tokens(alone.groups, load_collator(config.model, "full"), config.data, ONE, alone.pictures)
+    tokens = group_tokens(alone.groups, load_collator(config.model), config.data, ONE, alone.pictures)
     for rank in said:
         assert rank["identity"] == alone.identity and rank["known"] == 36 and rank["tokens"] == tokens.tolist()
     assert ["hashed" in output.splitlines() for _, output in ended] == [True, False], "a model is read by one rank"

@@ -48,7 +48,7 @@ def wide(model_dir: Path, dtype: torch.dtype, seed: int) -> Engine:
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(ModelConfig(str(model_dir)), "star")
+    return load_collator(ModelConfig(str(model_dir))).building("star", None)
 
 
 @pytest.fixture(scope="module")

@@ -183,13 +183,13 @@ def test_objectives_compare_answers_to_one_prompt(name):
 def test_a_second_question_is_trained_on_every_image(model_dir):
     """Two images, two questions, yes and no: star has each question's own false answer on either image, and each answer's false image."""
     one, _ = SHAPES["NaturalBench: two images, two questions"]
-    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([one])
+    layout = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None)._layout([one])
     assert layout.valid.all()
     ones = torch.ones(layout.valid.shape)
     compared = Csd().violations(ones, layout)[1].nonzero()[:, 1:].tolist()
     assert sorted(compared) == [[0, 0, 1], [0, 3, 2], [1, 1, 0], [1, 2, 3]], "image, true text, false text"
     (own,) = (replace(one, match=((1, 0, None, None), (0, 1, 1, 0))),)  # of the second question nothing is known on the factual image
-    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star")._layout([own]).valid[0]
+    star = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None)._layout([own]).valid[0]
     assert star.tolist() == [[True, True, False, False], [True] * 4]
 
 
@@ -332,12 +332,12 @@ def test_the_blind_row_says_what_language_alone_achieves():
 def test_save_best_by_a_metric_that_the_data_cannot_have_is_refused():
     options = ["--train.eval_steps=1", "--data.evaluation.s=s.jsonl", "--data.train=t.jsonl", "--train.save_best"]
     splits = {"s": [group([[1, 0]])]}
-    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits)
+    check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), splits, {})
     for name in ("eval/s/group", "eval/s/count/pair"):
         with pytest.raises(ConfigError, match=rf"^train.save_best '{name}' .* eval/s/blind_factual, [^\n]*eval/s/pair, "):
-            check_best(parse_config([*options, name], OBJECTIVES), splits)
+            check_best(parse_config([*options, name], OBJECTIVES), splits, {})
     with pytest.raises(ConfigError, match="comparison"):
-        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]})
+        check_best(parse_config([*options, "eval/s/pair"], OBJECTIVES), {"s": [group([[1]])]}, {})
 
 
 def test_save_best_is_refused_before_anything_is_trained(model_dir, manifests, tmp_path):
@@ -491,7 +491,7 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
         for name in shown
     ]
     write_rows(tmp_path / "samples.jsonl", rows)
-    samples = Samples(9, {"test": groups}, None, None, World(0, 1, 0, torch.device("cpu")), tmp_path, 10**6)
+    samples = Samples(9, {"test": groups}, None, None, World(0, 1, torch.device("cpu")), tmp_path, 10**6)
     samples.resume(5)
     section, files = samples.report()
     assert [file.name for file in files] == ["samples.jsonl", "1.png", "1-1.png", "3.png"]

@@ -93,14 +93,14 @@ def test_the_first_loss_is_that_of_the_whole_step_at_once(trajectories, model_di
     place: dict[str, Any] = {"gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "seed": 0}
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=GLOBAL_BATCH, **place)
     step = WithNegatives(groups, {"batch_align": 4}, 0).__getitems__(next(iter(WholeSteps(sampler))))
-    batch = load_collator(config, "star", stored=stored)(step)
+    batch = load_collator(config).building("star", stored)(step)
     with torch.no_grad():
         scores = batch.scores(Scorer(model, family_of(model.config)).eval()(**batch.model_inputs))
     objective = {"batch_align": BatchAlign(texts=4)}
     below = denominators(objective, batch.layout)
     shares = [
         weighted_loss(objective, each, below)[1]["batch_align"].sum().item()
-        for each in (scores, CrossRankScores.gathered([scores], ONE).added_to(scores))
+        for each in (scores, CrossRankScores([scores], ONE).added_to(scores))
     ]
     assert metrics(trajectories[1, 1])[0]["loss/batch_align"] == pytest.approx(shares[1], rel=1e-4) and shares[1] > shares[0] + 0.1
 
@@ -126,7 +126,7 @@ def test_the_first_step_is_that_of_the_hardest(trajectories, model_dir, manifest
     groups, config = read_manifest(manifests["train"]), ModelConfig(str(model_dir), attn_implementation="sdpa")
     sampler = GroupSampler(num_groups=48, groups_per_micro_batch=16, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     step = [groups[index] for index in next(iter(sampler))]
-    collator, model = load_collator(config, "star"), load_model(config, torch.float32)
+    collator, model = load_collator(config).building("star", None), load_model(config, torch.float32)
     scorer = Scorer(model, family_of(model.config)).eval()
     objective: Any = parse_config(["--config", "tests/support/train.yaml"], OBJECTIVES).objective
 

@@ -73,7 +73,7 @@ def rank_0(recipe: Path, file: Path, ranks: int, model: Path, folder: Path) -> N
     engine.validate(config, resolved, world.size, world.device)
     running = engine.initialize(config, resolved, world, 10)
     copied = [getattr(each, "ds_secondary_tensor", None) for each in running.module.parameters()]  # until the weights change
-    collator = load_collator(config.model, "full", config.data.max_pixels)
+    collator = load_collator(config.model, config.data.max_pixels)
     micro_batch = MicroBatch((collator.scoring_everything()([STAND_IN]),))
     kept = SkippedGroups(config.data, folder / "run", {}, world), NonfiniteSteps(config.train, folder / "run", world)
     running.train()

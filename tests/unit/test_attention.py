@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AttentionInterface
+from two_levels import two_levels
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.models import flex_attention
@@ -21,10 +22,10 @@ from cfvlm_ds.models.forest_attention import BACKENDS, registered
 pytestmark = pytest.mark.usefixtures("kernels")
 
 FORESTS = {
-    "ragged": Forest.of((20, 1, 50, 3), ((3, 4, 1), (2,), (7, 7), (30,))),
-    "one tree": Forest.of((9,), ((4, 4, 4),)),
-    "alike": Forest.of((12, 12), ((2, 3), (2, 3))),
-    "prefix shorter than its branches": Forest.of((1, 2), ((9, 1), (8,))),
+    "ragged": two_levels((20, 1, 50, 3), ((3, 4, 1), (2,), (7, 7), (30,))),
+    "one tree": two_levels((9,), ((4, 4, 4),)),
+    "alike": two_levels((12, 12), ((2, 3), (2, 3))),
+    "prefix shorter than its branches": two_levels((1, 2), ((9, 1), (8,))),
     "questions": Forest((12, 4, 2, 1, 5, 1, 1, 1, 3, 2), (-1, 0, 1, 1, 0, 4, 4, 4, 0, 8)),
     "questions of two pictures": Forest((12, 4, 2, 1, 4, 2, 1, 9, 3, 1, 3, 1), (-1, 0, 1, 1, 0, 4, 4, -1, 7, 8, 7, 10)),
     "answers after both question and image": Forest((6, 3, 4, 2, 2, 1, 3), (-1, 0, 0, 2, 2, 0, 5)),
@@ -37,7 +38,7 @@ SEVERAL_BLOCKS = Forest((150, 60, 20, 30, 7, 130, 9, 40), (-1, 0, 1, 1, 0, -1, 5
 """More tokens than a block of FlexAttention has, which is left out where no query of it sees a key."""
 
 
-PICTURES = Forest.of((20, 9), ((3, 4), (6,)), blocks=((2, 9), (9, 12), (28, 34)))  # two pictures side by side
+PICTURES = two_levels((20, 9), ((3, 4), (6,)), blocks=((2, 9), (9, 12), (28, 34)))  # two pictures side by side
 NARROWED = {
     "a window": (FORESTS["ragged"], 5),
     "a window of one token": (FORESTS["deep"], 1),
@@ -119,7 +120,7 @@ def test_as_many_pairs_are_counted_as_see_each_other(name):
 
 def test_a_block_across_nodes_is_refused():
     with pytest.raises(ValueError, match="tokens 7 to 10 attend to each other in both directions, but do not belong to one node"):
-        Forest.of((9,), ((4,),), blocks=((7, 10),))
+        two_levels((9,), ((4,),), blocks=((7, 10),))
 
 
 @pytest.mark.parametrize("name", ROWS)

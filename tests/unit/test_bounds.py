@@ -235,7 +235,7 @@ def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path, model_dir):
     png(tmp_path / "long.png", 9, 9)
     os.truncate(tmp_path / "long.png", 2**40)
     os.mkfifo(tmp_path / "pipe.png")
-    collator = load_collator(ModelConfig(str(model_dir)), "full")
+    collator = load_collator(ModelConfig(str(model_dir)))
     for name, said in (("long.png", f"has (more than {MAX_BYTES}|{2**40}) bytes"), ("pipe.png", "no such image|a named pipe, not")):
         path = tmp_path / name
         with within(20):
@@ -273,11 +273,11 @@ def test_a_chat_template_that_raises_is_one_sentence_with_its_folder(model_dir, 
     ):
         (copy / "chat_template.jinja").write_text(template + CHAT_TEMPLATE)
         with pytest.raises(ConfigError, match=f"^model '{copy}': .*{raised}"):
-            load_collator(ModelConfig(str(copy)), "full")
+            load_collator(ModelConfig(str(copy)))
 
 
 def test_the_characters_of_a_text_are_bounded_by_the_window(model_dir):
-    collator = load_collator(ModelConfig(str(model_dir)), "full")
+    collator = load_collator(ModelConfig(str(model_dir)))
     limit = 16 * collator.max_length
     long = "a" * 10_000_000
     with within(20):

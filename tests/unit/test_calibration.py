@@ -50,7 +50,7 @@ def test_gaps_are_those_that_training_compares(model_dir, tmp_path):
     texts = (*asked.candidates, Candidate("Is it red?", "yes"), Candidate("Is it red?", "no"))
     truth = tuple((*row, int(i > 0), 0) for i, row in enumerate(asked.match))  # of image 0 neither answer is true
     groups[place] = replace(asked, candidates=texts, match=truth)
-    layout: GroupLayout = load_collator(ModelConfig(str(model_dir)), "star")._layout(groups)
+    layout: GroupLayout = load_collator(ModelConfig(str(model_dir))).building("star", None)._layout(groups)
     scores = scored(groups)
     logp = torch.zeros(layout.valid.shape)
     for g, each in enumerate(scores):

@@ -110,7 +110,7 @@ def test_a_card_says_what_it_does_not_know(tmp_path):
     assert "Not known: these weights had not been evaluated" in model_card(earlier, adapter=False), "the results are of step 900"
     assert "| test | `colour` |" in model_card(earlier, adapter=False, evaluated=True)
     assert "None: the run had no evaluation sets." in model_card(run_folder(tmp_path / "none", results={}), adapter=False)
-    with pytest.raises(ConfigError, match=r"config\.yaml is not a run's configuration"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*; restore it"):
         model_card(run_folder(tmp_path / "torn", config=[1]), adapter=False)
     said: list[str] = []
     assert card_of(tmp_path / "torn" / "checkpoint-300", said.append, adapter=False) is None

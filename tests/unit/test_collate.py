@@ -70,7 +70,7 @@ def groups(tmp_path_factory):
 def make(model_dir):
     def make(cells="full", **changes):
         limit = changes.pop("max_pixels", MAX_PIXELS)
-        collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), cells, limit)  # type: ignore[arg-type]
+        collator = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), limit).building(cells, None)
         for name, value in changes.items():
             assert hasattr(collator, name)
             setattr(collator, name, value)
@@ -115,9 +115,16 @@ def plain(scorer, processor, groups):
 # Scores and gradients -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.fixture(params=[True, False])
+def share_prefix(request, monkeypatch):
+    """False: each text gets a tree of its own, with its own copy of the prefix."""
+    if not request.param:
+        monkeypatch.setattr("cfvlm_ds.batching.collator._tree_of", lambda *given: object())
+    return request.param
+
+
 def test_08_every_cell_and_its_gradient_equal_one_plain_forward(share_prefix, make, scorer, groups, plain):
-    batch = make(share_prefix=share_prefix)(groups)
+    batch = make()(groups)
     assert len(batch.model_inputs["forest"].roots) - 1 == (8 if share_prefix else 19)
     cells = by_cell(scored(scorer, batch), groups)
     assert_same(cells, {key: values[:2] for key, values in plain.items()})
@@ -239,13 +246,12 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(make, groups):
 # Images -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
 def test_each_image_is_opened_and_encoded_once(share_prefix, make, scorer, groups, monkeypatch):
     """Also an image of two groups, of two prompts and of several texts."""
     opened = []
     original = image_source.open_image
     monkeypatch.setattr(image_source, "open_image", lambda path, limit: opened.append(path) or original(path, limit))
-    batch = make(share_prefix=share_prefix)(groups)
+    batch = make()(groups)
     distinct = {picture for group in groups for pictures in group.images for picture in pictures}
     assert len(opened) == len(distinct) == 8 and set(opened) == distinct
     assert batch.model_inputs["image_inputs"]["pixel_values"].shape[0] == batch.num_images == 8
@@ -474,7 +480,7 @@ def narrow(scorer):
 
 def test_bf16_states_have_fp32_logits(make, narrow, groups):
     """Bit for bit what the head's product gives in fp32, and not what its bf16 logits give."""
-    batch = make(share_prefix=False)(groups)
+    batch = make()(groups)
     inputs = batch.model_inputs | {"image_inputs": {"pixel_values": batch.model_inputs["image_inputs"]["pixel_values"].bfloat16()}}
     states = []
     hook = narrow.model.lm_head.register_forward_hook(lambda module, args, output: states.append(args[0]))

@@ -325,7 +325,7 @@ def groups(manifests):
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "anchor")
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("anchor", None)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +377,7 @@ def on_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[World]
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(World(rank, ranks, rank, torch.device("cpu")))
+            found[rank] = work(World(rank, ranks, torch.device("cpu")))
         except DataError as error:
             found[rank] = error
 
@@ -482,7 +482,7 @@ def test_the_largest_batch_is_tried_before_training(collator, scorer, groups):
 
 def test_the_batch_that_is_tried_may_show_no_image_of_its_own(tmp_path):
     """Where images have as many tokens as they are large: a blank image is larger than small ones."""
-    collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2), "full")
+    collator = load_collator(ModelConfig(str(write_small("qwen2_5_vl", tmp_path / "qwen")), max_pixels=448**2))
     sides = {"small": 28, "wide": 28, "large": 448}
     for name, side in sides.items():
         Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")

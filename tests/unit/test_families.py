@@ -127,7 +127,7 @@ def sharp(folder):
 
 @pytest.fixture(scope="module")
 def collator(folder):
-    return load_collator(configured(folder), "full").of_run("full", None, None, packs_again=True)
+    return load_collator(configured(folder)).of_run("full", None, None, packs_again=True)
 
 
 def test_a_row_from_which_cells_are_cut_scores_the_others_as_before(sharp, collator, groups):
@@ -166,7 +166,7 @@ def test_scores_equal_one_plain_forward_per_cell(sharp, collator, folder, groups
         assert abs(found[0, 0, 0] - found[0, 1, 0]) > 1e-3, "the image matters"
 
 
-CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, 0, torch.device("cpu"))
+CAPTIONS, ALONE = ("a red circle", "two blue dogs on a lawn"), World(0, 1, torch.device("cpu"))
 UNUSED = ("vision_tower.encoder.layers.1.", "post_layernorm", "vision_tower.head", "audio_tower.", "embed_audio.")
 """Parts of the names of weights that no forward uses."""
 WAYS = {
@@ -324,7 +324,7 @@ def test_gradients_reach_what_trains_and_nothing_else(frozen, folder, groups):
     options = {frozen: ModuleConfig("frozen")} if frozen else {}
     model = load_model(configured(folder, **options), torch.float32)
     scorer = Scorer(model, family_of(model.config))
-    batch = load_collator(configured(folder, **options), "matched")(groups)
+    batch = load_collator(configured(folder, **options)).building("matched", None)(groups)
     objectives = {"align": Align()}
     in_graph = []
     for name, module in model.named_modules():
@@ -359,7 +359,7 @@ def test_adapters_have_gradients_in_every_module(folder, scorer, groups):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
-    batch = load_collator(configured(folder), "matched")(groups)
+    batch = load_collator(configured(folder)).building("matched", None)(groups)
     objectives = {"align": Align()}
     loss, _ = weighted_loss(objectives, batch.scores(scorer(**batch.model_inputs)), denominators(objectives, batch.layout))
     loss.backward()
@@ -400,7 +400,7 @@ def test_adapters_stand_beside_the_linear_layers_of_their_module(module, folder,
     whole = Scorer(load_model(configured(folder), torch.float32), scorer.family).requires_grad_(True)
     layers = {name: layer.weight for name, layer in whole.model.named_modules() if isinstance(layer, torch.nn.Linear)}
     picture = CounterfactualGroup("one", ((ONE,),), TEXTS[:1], ((1,),))
-    logp = whole(**load_collator(configured(folder), "full")([picture]).model_inputs)
+    logp = whole(**load_collator(configured(folder))([picture]).model_inputs)
     reached = dict(zip(layers, torch.autograd.grad(logp.sum(), list(layers.values()), allow_unused=True), strict=True))
     inside = {name for name, grad in reached.items() if grad is not None and scorer.family.module_of(name) == module}
     assert found == inside - {"lm_head"} and found
@@ -429,30 +429,30 @@ def test_limits_bound_the_visual_tokens(folder, scorer, collator, groups):
     if not family.limited_by:
         kind = scorer.model.config.model_type
         with pytest.raises(ConfigError, match=f"max_tiles does not apply to model type '{kind}': its images have a fixed number"):
-            load_collator(configured(folder, max_tiles=2), "full")
+            load_collator(configured(folder, max_tiles=2))
         return
     least = {"gemma4": 70, "mistral3": 4}.get(
         scorer.model.config.model_type, 2
     )  # visual tokens; Gemma 4 has budgets, and the first of them
     options = {"max_pixels": least * side**2} if "max_pixels" in family.limited_by else {"max_tiles": 1 if family.limit is patches else 2}
     if least == 70:
-        collator = load_collator(configured(folder, max_pixels=2 * least * side**2), "full")
+        collator = load_collator(configured(folder, max_pixels=2 * least * side**2))
     tight = configured(folder, **options)
-    limited, model, processor = load_collator(tight, "full"), load_model(tight, torch.float32).eval(), load_processor(tight)
+    limited, model, processor = load_collator(tight), load_model(tight, torch.float32).eval(), load_processor(tight)
     tokens = {size: (limited.visual_tokens((size,)), collator.visual_tokens((size,))) for size in SIZES}
     assert all(few <= many for few, many in tokens.values()) and any(few < many for few, many in tokens.values()), tokens
     if "max_pixels" in family.limited_by:
         assert max(few for few, _ in tokens.values()) <= least
     if least > 2:
         with pytest.raises(ConfigError, match=rf"model.max_pixels is {side**2}\b.*\b{least * side**2}\b"):
-            load_collator(configured(folder, max_pixels=side**2), "full")
+            load_collator(configured(folder, max_pixels=side**2))
     if "min_pixels" in family.limited_by:
-        wide = load_collator(configured(folder, min_pixels=9 * side**2), "full")
+        wide = load_collator(configured(folder, min_pixels=9 * side**2))
         assert all(wide.visual_tokens((size,)) >= 9 for size in SIZES)
         with pytest.raises(ConfigError, match=r"model\.min_pixels \(\d+\) exceeds model\.max_pixels \(5\)"):
-            load_collator(configured(folder, max_pixels=5), "full")
+            load_collator(configured(folder, max_pixels=5))
         with pytest.raises(ConfigError, match=r"max_tiles does not apply to .*: use model\.min_pixels and model\.max_pixels"):
-            load_collator(configured(folder, max_tiles=5), "full")
+            load_collator(configured(folder, max_tiles=5))
     batch = limited(groups[:2])
     with torch.no_grad():
         scores = batch.scores(Scorer(model, family)(**batch.model_inputs))

@@ -167,7 +167,7 @@ def good(tmp_path_factory):
     config = parse_config(
         ["--config", "tests/support/train.yaml", "--model.name_or_path", str(build_test_model(folder / "model"))], OBJECTIVES
     )
-    collator = load_collator(config.model, "full")
+    collator = load_collator(config.model)
     (folder / "outside.png").write_bytes((folder / "own" / one).read_bytes())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:

@@ -11,13 +11,14 @@ from test_attention import FORESTS, SEVERAL_BLOCKS
 from torch import Tensor, nn
 from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from two_levels import two_levels
 
 from cfvlm_ds.models.flops import _operations_per_pair
 from cfvlm_ds.models.forest import Forest
 from cfvlm_ds.models.forest_attention import registered
 from cfvlm_ds.models.gated_delta_net import fork_states
 
-ROWS = {**FORESTS, "several chunks": SEVERAL_BLOCKS, "roots of several lengths": Forest.of((150, 70, 3), ((2, 80), (5,), (1, 1)))}
+ROWS = {**FORESTS, "several chunks": SEVERAL_BLOCKS, "roots of several lengths": two_levels((150, 70, 3), ((2, 80), (5,), (1, 1)))}
 
 
 class Model(nn.Module):

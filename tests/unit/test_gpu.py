@@ -79,7 +79,7 @@ def test_a_run_in_bfloat16(backend, wider, manifests, tmp_path):
 
 def test_commands_score_near_a_cpu(wider, manifests):
     groups, found = list(read_manifest(manifests["train"]))[:4], []
-    for world in (None, World(0, 1, 0, torch.device("cpu"))):
+    for world in (None, World(0, 1, torch.device("cpu"))):
         scorer, collator, place = load_scorer(ModelConfig(str(wider)), max_pixels=MAX_PIXELS, world=world)
         batch = collator.scoring_everything()(groups).to(place.device)
         with torch.no_grad():

@@ -27,8 +27,8 @@ def test_the_command_runs_on_a_cpu(tmp_path):
     assert all(result["exact"] for result in written.values() if "exact" in result)
     assert "needs a CUDA device" in written["kernels", "16 + 2 texts, varlen"]["unusable"]
     layouts = written["scoring", "2 texts"]["layouts"]
-    losses = [layouts[name]["loss"] for name in ("sparse", "shared prefix, sdpa", "shared prefix, flex")]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    losses = [layouts[name]["loss"] for name in ("sparse", "shared prefix, sdpa")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     training = written["training", "ZeRO-3, gloo, 1 rank"]
     assert training["finite"] and len(training["losses"]) == 2 and training["losses"][-1] < training["losses"][0]
     (ranks,) = [result for (part, _), result in written.items() if part == "ranks"]

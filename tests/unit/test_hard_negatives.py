@@ -65,7 +65,7 @@ def test_one_sided_counterfactuals_and_what_always_stays():
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star").of_run("star", None, None, packs_again=True)
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).of_run("star", None, None, packs_again=True)
 
 
 @pytest.fixture(scope="module")

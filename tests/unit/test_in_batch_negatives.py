@@ -266,7 +266,7 @@ def test_the_loss_over_a_step_equals_one_graph_of_it(parts, options):
     (gradient,) = torch.autograd.grad(expected, table.values)
     micro_batches = [table.scores([groups[k] for k in part]) for part in parts]
     units = {"batch_align": sum(denominators(objective, each.layout)["batch_align"] for each in micro_batches)}
-    seen = CrossRankScores.gathered(micro_batches, ALONE)
+    seen = CrossRankScores(micro_batches, ALONE)
     losses = [weighted_loss(objective, seen.added_to(each), units)[0] for each in micro_batches]
     assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-6)  # shares are float32
     (found,) = torch.autograd.grad(sum(losses), table.values)
@@ -281,7 +281,7 @@ def test_a_text_whose_group_is_left_out_of_the_step_is_compared_with_nothing():
     table, objective = Table(groups), {"batch_align": BatchAlign(weight=1.0, warmup=0.0)}
     scores, stand_in = table.scores(groups[1:]), table.scores(groups[:1])
     stand_in = replace(stand_in, layout=replace(stand_in.layout, in_batch=None))
-    seen = CrossRankScores.gathered([scores, stand_in], ALONE).added_to(scores)
+    seen = CrossRankScores([scores, stand_in], ALONE).added_to(scores)
     orphans = seen.layout.in_batch.source_group[..., 0] == 0
     assert orphans.any() and (seen.cross_group[:, seen.layout.num_own :][orphans] == float("-inf")).all()
     loss, _ = weighted_loss(objective, seen, denominators(objective, seen.layout))
@@ -294,7 +294,7 @@ def test_report_by_hand():
     layout = layout_of(groups)
     logp = torch.tensor([[[math.log(4), 0.0]], [[math.log(4), 0.0]]], dtype=torch.float64)
     scores = Scores(layout, logp, torch.zeros_like(logp))
-    scores = CrossRankScores.gathered([scores], ALONE).added_to(scores)
+    scores = CrossRankScores([scores], ALONE).added_to(scores)
     assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
     report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0).report(scores).items()}
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}
@@ -334,7 +334,7 @@ def pictured(tmp_path_factory):
 
 def test_a_guest_scores_on_an_image_what_it_scores_there_alone(model_dir, scorer, pictured):
     """Against the library's own forward of one image and one string; own cells are as without in-batch negatives; parts add up."""
-    collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "star"), in_a_step(pictured)
+    collator, groups = load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa")).building("star", None), in_a_step(pictured)
     processor = load_processor(ModelConfig(str(model_dir)))
     batch = collator(groups)
     with torch.no_grad():
@@ -358,7 +358,10 @@ def test_a_guest_scores_on_an_image_what_it_scores_there_alone(model_dir, scorer
 
 def test_guests_that_do_not_fit_the_window_are_left_out(model_dir, pictured):
     """Of the group they visit, that is: a text that fits behind its own pictures is no error behind larger ones."""
-    collator, groups = load_collator(ModelConfig(str(model_dir)), "star"), in_a_step([*pictured, group("long", "a circle " * 40)], {"b": 9})
+    collator, groups = (
+        load_collator(ModelConfig(str(model_dir))).building("star", None),
+        in_a_step([*pictured, group("long", "a circle " * 40)], {"b": 9}),
+    )
     (visited,) = (each for each in groups if "a circle " * 40 in drawn(each) and each.id == "g0")
     column = 2 + drawn(visited).index("a circle " * 40)
     longest = max(collator.row_length(PROMPT, text.text, ((48, 48),)) for text in visited.candidates)
@@ -374,7 +377,7 @@ def test_a_text_that_cannot_be_encoded_costs_its_own_group_alone(model_dir, pict
     """It is named there, and no group that it would have visited is left out with it."""
     groups = in_a_step([*pictured, group("bad", "a red </s> circle")], {"b": 9})
     assert all("a red </s> circle" in drawn(each) for each in groups[:3])
-    collator = load_collator(ModelConfig(str(model_dir)), "star")
+    collator = load_collator(ModelConfig(str(model_dir))).building("star", None)
     batch = collator.without_unreadable(groups)
     assert batch.layout.ids == ("g0", "g1", "g2") and [name for name, _ in batch.dropped] == ["bad"]
     assert batch.layout.in_batch is not None and batch.layout.in_batch.source_group[..., 0].max() == 2

@@ -62,5 +62,5 @@ def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch)
     ]
     write_rows(tmp_path / "metrics.jsonl", lines)
     rows = [line.split() for line in demo_report.report(tmp_path).splitlines()]
-    assert rows[0] == ["%", "base", "NLL", "this", "run"] and rows[2] == ["pairs,", "habit", "agrees", "50.0", "61.0", "71.0"]
+    assert rows[0] == ["%", "base", "NLL", "this", "run"] and rows[1] == ["pairs,", "habit", "agrees", "50.0", "61.0", "71.0"]
     assert ["POPE's", "form,", "F1", "61.0", "8.0"] in rows

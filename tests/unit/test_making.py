@@ -34,11 +34,11 @@ from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import CounterfactualGroup
-from cfvlm_ds.counterfactuals import EDITORS
 from cfvlm_ds.counterfactuals.audit import shortcuts
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.report import audit, write_report
 from cfvlm_ds.counterfactuals.checks import compared, largest_piece, perceptual_hash
+from cfvlm_ds.counterfactuals.edit import EDITORS
 from cfvlm_ds.counterfactuals.edit.base import Picture, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import OLDEST, Diffusers, call_options
 from cfvlm_ds.counterfactuals.edit.flip import Flip
@@ -443,7 +443,7 @@ def test_a_verdict_by_hand():
     log = math.log
     record = {
         "type": "colour",
-        "checks": {"same_size": True, "changed": 0.05, "identical": False, "largest": 0.9, "hash": 4},
+        "checks": {"changed": 0.05, "identical": False, "largest": 0.9, "hash": 4},
         "scores": {
             "match": [[log(0.9), log(0.2)], [log(0.3), log(0.8)]],
             "likelihood": [[-9.0, -12.0], [-12.5, -10.0]],
@@ -461,7 +461,7 @@ def test_a_verdict_by_hand():
     for change, said in (
         ({"changed": 0.001}, "picture: hardly anything changed"), ({"identical": True}, "picture: hardly anything changed"),
         ({"changed": 0.7}, "picture: too much changed"), ({"largest": 0.01}, "picture: the changes are scattered"),
-        ({"outside": 0.01}, "picture: changed outside its mask"), ({"same_size": False}, "picture: the size changed"),
+        ({"outside": 0.01}, "picture: changed outside its mask"),
     ):  # fmt: skip
         assert verdict(record | {"checks": record["checks"] | change}, Thresholds()).reason == said
     assert verdict(record | {"type": "relation", "checks": record["checks"] | {"changed": 0.7}}, Thresholds()).reason == GOOD
@@ -593,9 +593,8 @@ def test_facts_of_two_pictures_by_hand(tmp_path):
     found = compared(tmp_path / "a.png", tmp_path / "b.png", mask)
     assert found["changed"] == 20 * 20 / 5000 and found["largest"] == 1
     assert found["outside"] == round(20 * 5 / (5000 - 20 * 15), 5)
-    assert (
-        compared(tmp_path / "a.png", tmp_path / "a.png")["identical"] and not compared(tmp_path / "a.png", tmp_path / "c.png")["same_size"]
-    )
+    assert compared(tmp_path / "a.png", tmp_path / "a.png")["identical"]
+    assert compared(tmp_path / "a.png", tmp_path / "c.png").keys() == {"hash"}
     (tmp_path / "d.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"d\.png"):
         compared(tmp_path / "a.png", tmp_path / "d.png")

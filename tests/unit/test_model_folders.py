@@ -160,7 +160,7 @@ def test_processors_that_cannot_be_loaded(case, model_dir, tmp_path):
     edit, said = PROCESSORS[case]
     edit(folder := shutil.copytree(model_dir, tmp_path / "model"))
     with pytest.raises(ConfigError) as refused:
-        load_collator(ModelConfig(str(folder)), "full")
+        load_collator(ModelConfig(str(folder)))
     assert said in str(refused.value) and str(folder) in str(refused.value) and "; " in str(refused.value), refused.value
 
 

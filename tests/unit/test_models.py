@@ -216,7 +216,7 @@ def test_code_in_a_models_folder_is_not_run(model_dir, tmp_path):
         content = read_json(folder / name)
         write_json(folder / name, content | {"auto_map": {each: f"own.{each}" for each in classes}})
     model = load_model(ModelConfig(str(folder)), torch.float32)
-    load_collator(ModelConfig(str(folder)), "full")
+    load_collator(ModelConfig(str(folder)))
     assert type(model).__module__.startswith("transformers.") and not (tmp_path / "ran").exists()
 
 

@@ -167,7 +167,7 @@ def test_what_cannot_be_used_is_left_out_and_listed(packs, source, model_dir, tm
     assert named == sorted([6, len(rows) + 2, *(k + 1 + (k >= 5) for k in showing)])
     for store, said in (("store", f" ({len(problems)} were left out"), ("rest", "")):
         capsys.readouterr()
-        read_data(reading(tmp_path / store, tmp_path / "run", model_dir, "full"), World(0, 1, 0, torch.device("cpu")))
+        read_data(reading(tmp_path / store, tmp_path / "run", model_dir, "full"), World(0, 1, torch.device("cpu")))
         assert f"/{store}: {len(left)} groups{said}" in (printed := capsys.readouterr().out) and ("left out" in printed) == bool(said)
     path.write_text("{\n")
     with pytest.raises(DataError, match=r"m.jsonl:1: .*none of the 1 groups"):
@@ -256,12 +256,12 @@ def reading(train: Path, run: Path, model: Path, check: str) -> Any:
 def test_a_run_on_a_store_knows_its_pictures_and_shares_its_token_counts(source, store, model_dir, tmp_path, monkeypatch):
     """Under ``check: rows`` the identity is that of a full check of the files; counts are made once for all runs."""
     shutil.copytree(store, copied := tmp_path / "store")
-    alone = World(0, 1, 0, torch.device("cpu"))
+    alone = World(0, 1, torch.device("cpu"))
 
     def tokens(run, train=copied, check="rows"):
         config = reading(train, tmp_path / run, model_dir, check)
         data = read_data(config, alone)
-        collator = load_collator(config.model, "full").of_run("full", None, data.pictures)
+        collator = load_collator(config.model).of_run("full", None, data.pictures)
         return _sampler(config, alone, data, collator).tokens.tolist(), data  # type: ignore[attr-defined]
 
     expected, plain_data = tokens("files", source, "full")
@@ -375,7 +375,7 @@ def test_a_run_refuses_pictures_larger_than_its_own_limit(source, stores, model_
     def limited(most):
         config = reading(stores[False], tmp_path / "run", model_dir, "full")
         return read_data(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, max_pixels=most)), World(0, 1, 0, torch.device("cpu"))
+            dataclasses.replace(config, data=dataclasses.replace(config.data, max_pixels=most)), World(0, 1, torch.device("cpu"))
         )
 
     limited(found)

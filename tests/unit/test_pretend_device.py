@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from test_attention import FORESTS, NARROWED, call, dense, inputs, relative
 from test_families import groups as every_group
+from two_levels import two_levels
 
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.core.config import ModelConfig, ModuleConfig
@@ -53,7 +54,7 @@ def step(folder: Path, groups: list[CounterfactualGroup], backend: str, dtype: t
         recompute_activations(model)
         scorer, batch, objectives = (
             Scorer(model, family_of(model.config)),
-            load_collator(config, "full")(groups),
+            load_collator(config)(groups),
             {"a": Align(), "c": Csd()},
         )
         with ExitStack() as on_device:
@@ -107,8 +108,8 @@ def test_the_device_computes_what_a_cpu_does_and_refuses_what_is_not_on_it(card,
 
 
 ROWS: dict[str, tuple[Forest, int | None]] = {
-    "one text": (Forest.of((40,), ((5,),)), None),
-    "eight texts": (Forest.of((40,), ((5, 1, 3, 8, 2, 2, 7, 4),)), None),
+    "one text": (two_levels((40,), ((5,),)), None),
+    "eight texts": (two_levels((40,), ((5, 1, 3, 8, 2, 2, 7, 4),)), None),
     "packed": (FORESTS["questions of two pictures"], None),
     **NARROWED,
 }

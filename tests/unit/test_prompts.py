@@ -17,6 +17,7 @@ from cfvlm_ds.batching.collator import Collator
 from cfvlm_ds.batching.prompts import Prompts
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import PICTURE, Candidate, CounterfactualGroup, Prompt, Turn
+from cfvlm_ds.data.decoding import MAX_PIXELS
 from cfvlm_ds.demo.family_checkpoints import SMALL
 from cfvlm_ds.models import family_of
 
@@ -26,7 +27,7 @@ SIZES = [(60, 40), (90, 30)]
 
 def make(model_type: str) -> Collator:
     config, processor = SMALL[model_type](model_type)
-    return Collator(processor, family_of(config), config, "full", 4096)
+    return Collator(processor, family_of(config), config, 4096, MAX_PIXELS, None)
 
 
 @pytest.fixture(params=list(SMALL))

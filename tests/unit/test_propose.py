@@ -605,6 +605,11 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
     assert made[1] == made[7] and len(made[1]) == 120 and len(pairs) > 100
 
 
+def indexed(path: Path, captions: list[tuple[int, str]]) -> mine.SlotIndex:
+    mine._write(path, captions)
+    return mine.SlotIndex(path)
+
+
 def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     """Of every key the rows with another word in its place, from any start; where more are there than are asked for, of all words."""
     draw_word = random.Random(3)
@@ -613,7 +618,7 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
     for row, caption in captions:
         for key, _, word in mine.slots(caption):
             expected.setdefault(key, {}).setdefault(word, []).append(row)
-    index = mine.opened(tmp_path / "i" / "slots.bin", iter(captions))
+    index = indexed(tmp_path / "i.bin", captions)
     assert {len(of_word) > 1 for of_word in expected.values()} == {True, False}
     for key, of_word in expected.items():
         for word in "abcd":
@@ -622,8 +627,8 @@ def test_the_index_of_open_slots_is_that_of_a_dictionary(tmp_path):
             some = index.rows(key, word, 2, draw_word.getrandbits(64))
             assert len(some) == len(set(some)) == min(2, len(others)) and set(some) <= set(others)
     assert index.rows(b"\xff" * 8, "a", 10, 0) == []
-    assert list((tmp_path / "i").iterdir()) == [tmp_path / "i" / "slots.bin"]
-    assert mine.opened(tmp_path / "none.bin", iter([])).rows(b"key of 8", "a", 5, 0) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "i.bin"]
+    assert indexed(tmp_path / "none.bin", []).rows(b"key of 8", "a", 5, 0) == []
 
 
 def test_registered_back_ends_are_called_by_name(captions, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ class Engine:
 def test_it_is_the_librarys_of_each_text_alone(folder, groups, alone):
     """Value and gradient of all groups in one row, by the library's function on the logits that its own forward gives for a row of each
     text; fp32, relative 1e-5."""
-    engine, collator = Engine(folder), load_collator(ModelConfig(str(folder)), "full")
+    engine, collator = Engine(folder), load_collator(ModelConfig(str(folder)))
     model: Any = engine.module.model
     rows = []
     for single in alone_texts(groups):
@@ -123,7 +123,7 @@ def gradients(
 def test_the_gradient_is_one_however_the_step_is_cut(recompute, folder, groups, alone):
     """In one micro-batch, in three, in parts with a repeat for another rank's sake: a picture has one prefix or several. A stand-in counts
     for nothing. fp32, relative 1e-4."""
-    engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)), "full")
+    engine, collator = Engine(folder, recompute), load_collator(ModelConfig(str(folder)))
     at_once = [MicroBatch((collator(groups),))]
     whole, plain = gradients(engine, at_once, [1], alone, 300.0), gradients(engine, at_once, [1], alone, 0.0)
     assert (whole[0] - plain[0]).norm() > 0.01 * plain[0].norm(), "it matters here"
@@ -150,7 +150,7 @@ def test_the_gradient_is_one_however_the_step_is_cut(recompute, folder, groups, 
 
 def test_loads_are_counted(folder, groups, alone):
     """By the experts that the routers' own outputs name for each text alone, with the loss left out; their mean is an even share."""
-    engine, collator, chosen = Engine(folder), load_collator(ModelConfig(str(folder)), "full"), []
+    engine, collator, chosen = Engine(folder), load_collator(ModelConfig(str(folder))), []
     hooks = [m.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for m in engine.module.modules() if "Router" in type(m).__name__]
     singles = alone_texts(groups)
     for single in singles:

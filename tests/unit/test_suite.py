@@ -69,7 +69,7 @@ SCENES = [[("red", "circle"), ("blue", "square")], [("green", "circle"), ("red",
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "full")
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_every_benchmark_is_evaluated_from_its_official_form(family, scorer, col
     if family:
         config = ModelConfig(str(write_small(family, tmp_path / family)), attn_implementation="sdpa")
         model = load_model(config, torch.float32).eval()
-        scorer, collator = Scorer(model, family_of(model.config)), load_collator(config, "full")
+        scorer, collator = Scorer(model, family_of(model.config)), load_collator(config)
     root = everything(tmp_path / "benchmarks", monkeypatch)
     described = [name for name, benchmark in PUBLIC.items() if benchmark.mentions]
     model = asked(scorer, collator, say=partial(generation.write, scorer.model, collator, ALONE.device, do_sample=False))

@@ -23,7 +23,7 @@ SAID = [("what is in the image?", caption(SCENE)), ("which is red?", "a circle")
 
 @pytest.fixture(scope="module")
 def collator(model_dir):
-    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), "matched", MAX_PIXELS)
+    return load_collator(ModelConfig(str(model_dir), attn_implementation="sdpa"), MAX_PIXELS).building("matched", None)
 
 
 @pytest.fixture(scope="module")

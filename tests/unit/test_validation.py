@@ -204,7 +204,7 @@ def test_a_step_takes_no_group_twice(options, ranks, fits, capsys):
     sections = {name: "data" if name.startswith("max") else "train" for name in options}
     config = parse_config([part for name, value in options.items() for part in (f"--{sections[name]}.{name}", str(value))], OBJECTIVES)
     groups: Any = type("Groups", (list,), {"together": None})(range(25))
-    data, world = RunData(groups, {}, {}, None, None, sources={"train": SourceData(groups, {})}), World(0, ranks, 0, CPU)
+    data, world = RunData(groups, {}, {}, None, None, sources={"train": SourceData(groups, {})}), World(0, ranks, CPU)
     if isinstance(fits, str):
         with pytest.raises(ConfigError, match=fits):
             _fitted(config, data, world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cfvlm_ds.counterfactuals.edit.base import Editor
+from cfvlm_ds.counterfactuals.edit.base import Editor, Picture, Refused, Task
 from cfvlm_ds.counterfactuals.edit.diffusion import Diffusers
 from cfvlm_ds.counterfactuals.edit.flip import Flip
 from cfvlm_ds.counterfactuals.edit.outside import Command, Folder, TextAlone

@@ -28,7 +28,7 @@ any module that the folder names.
 class Diffusers(Editor):
     """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
 
-    varies, threads = True, 1
+    varies = True
 
     def __init__(self, options: EditOptions) -> None:
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cfvlm_ds.counterfactuals.propose.base import Context, Proposer
+from cfvlm_ds.counterfactuals.propose.base import Context, Proposal, Proposer, Rejected, Source
 from cfvlm_ds.counterfactuals.propose.llm import LanguageModel
 from cfvlm_ds.counterfactuals.propose.mine import Mine
 from cfvlm_ds.counterfactuals.propose.rules import Rules

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cfvlm_ds.counterfactuals.propose.edit_rules import Edit
 from cfvlm_ds.counterfactuals.work_folder import seed_of
 
 _ROUNDS, _CLOSE = 1000, 0.01
@@ -22,20 +23,6 @@ _DIGITS = 6  # significant digits of a price: few enough that all machines agree
 Numbers = npt.NDArray[Any]
 
 
-class Edit(Protocol):
-    """An edit with its type, and the words that it removes (``gone``) and introduces (``come``). Both are empty if the edit only reorders
-    words.
-    """
-
-    @property
-    def type(self) -> str: ...
-    @property
-    def gone(self) -> str: ...
-    @property
-    def come(self) -> str: ...
-
-
-E = TypeVar("E", bound=Edit)
 Prices = Mapping[str, Mapping[str, float]]
 """Edit type -> word or phrase -> price."""
 
@@ -50,7 +37,7 @@ def share(edit: Edit, prices: Prices) -> float:
     return min(1.0, come / gone) if gone else 0.0
 
 
-def drawn(edits: Sequence[E], prices: Prices, most: int, *purpose: object) -> list[E]:
+def drawn(edits: Sequence[Edit], prices: Prices, most: int, *purpose: object) -> list[Edit]:
     """Draw at most ``most`` of a caption's edits of one type. The edits' probabilities (see ``share``) are scaled down if their sum
     exceeds ``most``.
     """

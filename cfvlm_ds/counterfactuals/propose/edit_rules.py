@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from cfvlm_ds.counterfactuals.propose.base import Proposal
 from cfvlm_ds.counterfactuals.propose.english import Caption, article, described, doer, governor, modifiers, objects
 from cfvlm_ds.counterfactuals.propose.vocabulary import (
     ACTIONS,
@@ -20,9 +22,36 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
     by_word,
     word_set,
 )
+from cfvlm_ds.counterfactuals.propose.word_difference import defect, difference
 
 Change = tuple[dict[int, str], str]
 """A mapping from the index of an old word to its replacement, and the instruction for a picture editor."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit that the rules allow.
+
+    ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
+    both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
+    """
+
+    type: str
+    caption: Caption
+    changes: Mapping[int, str]
+    instruction: str
+    gone: str
+    come: str
+
+    def proposal(self) -> Proposal | None:
+        """Return the proposal, or None if the new text is not a counterfactual of the caption."""
+        text = self.caption.with_words(self.changes)
+        if defect(self.caption.text, text, self.type) is not None:
+            return None
+        differs = difference(self.caption.text, text)
+        instruction = self.instruction or f"Make the picture show: {text}"
+        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), instruction, "rules")
+
 
 _KINDS = {"colour": COLOURS, "size": tuple(SIZES), "material": MATERIALS, "texture": TEXTURES}
 _ALIKE = {word: {other for group in LISTS["colours_alike"] if word in group.split() for other in group.split()} for word in COLOURS}

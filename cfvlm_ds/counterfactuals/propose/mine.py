@@ -61,11 +61,6 @@ class SlotIndex:
         return [int.from_bytes(entry.ljust(20, b"\0")[12:], "big") for entry in entries]  # numpy strips trailing zeros
 
 
-def opened(path: Path, captions: Iterable[tuple[int, str]]) -> SlotIndex:
-    """Open the index file at ``path``. If it does not exist, build it from (row index, caption) pairs."""
-    return SlotIndex(made_once(path, lambda: _write(path, captions)))
-
-
 def _write(path: Path, captions: Iterable[tuple[int, str]]) -> None:
     with whole_file(path) as file:
         for row, caption in captions:
@@ -93,7 +88,8 @@ class Mine:
 
     def __init__(self, context: Context) -> None:
         self._store, self._types, self._most = context.store, context.options.wanted, context.options.per_type
-        self._index = opened(context.work.path / "mine" / "slots.bin", self._captions(context))
+        path = context.work.path / "mine" / "slots.bin"
+        self._index = SlotIndex(made_once(path, lambda: _write(path, self._captions(context))))
 
     def _captions(self, context: Context) -> Iterator[tuple[int, str]]:
         progress = Progress(context.say, "mine: indexing", len(self._store), "captions")

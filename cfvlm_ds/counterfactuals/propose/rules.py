@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +15,9 @@ from cfvlm_ds.core.text import printable
 from cfvlm_ds.counterfactuals.propose import vocabulary as v
 from cfvlm_ds.counterfactuals.propose.balance import Prices, drawn, prices_of
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, made_once, sources
-from cfvlm_ds.counterfactuals.propose.edit_rules import MAKERS
+from cfvlm_ds.counterfactuals.propose.edit_rules import MAKERS, Edit
 from cfvlm_ds.counterfactuals.propose.english import Caption, versions
-from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS, defect, difference
+from cfvlm_ds.counterfactuals.propose.word_difference import MOST_CHARACTERS, SYNONYMS
 
 VERSION = 8
 """Version of the rules. Increment it if the edits of any caption change."""
@@ -77,31 +76,6 @@ class Rules:
             replace(path, json.dumps({"settings": settings, "prices": prices}, indent=1).encode(), shared=True)
 
         return parse_json(made_once(path, write, lambda file: parse_json(file.read_text())["settings"] == settings).read_text())["prices"]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An edit that the rules allow.
-
-    ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
-    both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
-    """
-
-    type: str
-    caption: Caption
-    changes: Mapping[int, str]
-    instruction: str
-    gone: str
-    come: str
-
-    def proposal(self) -> Proposal | None:
-        """Return the proposal, or None if the new text is not a counterfactual of the caption."""
-        text = self.caption.with_words(self.changes)
-        if defect(self.caption.text, text, self.type) is not None:
-            return None
-        differs = difference(self.caption.text, text)
-        instruction = self.instruction or f"Make the picture show: {text}"
-        return Proposal(self.type, text, " ".join(differs.before), " ".join(differs.after), instruction, "rules")
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:

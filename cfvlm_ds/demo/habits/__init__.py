@@ -2,5 +2,3 @@
 
 from cfvlm_ds.demo.habits.build import build_habits, is_true, scenes_in
 from cfvlm_ds.demo.habits.grammar import judge
-
-__all__ = ["build_habits", "is_true", "judge", "scenes_in"]

@@ -78,7 +78,10 @@ def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive 
     ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if the settings are invalid or the
     folder contains other files.
     """
-    _check(config)
+    if config.text_bias and config.num_counterfactuals:
+        raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
+    if config.num_counterfactuals > len(EDITS):
+        raise DataError(f"habits: num_counterfactuals must be at most {len(EDITS)}, because the edits of a group differ in type")
     out = Path(config.out_dir).resolve()
     settings = {"generator": GENERATOR} | {name: value for name, value in asdict(config).items() if name != "out_dir"}
     if _is_built(out, settings):
@@ -133,24 +136,10 @@ def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
     return None if verdict.unparsed or not verdict.statements else all(verdict.statements.values())
 
 
-def _check(config: HabitsConfig) -> None:
-    if config.num_train < 1 or config.num_test < 1 or config.num_counterfactuals < 0 or config.num_questions < 0:
-        raise DataError("habits: num_train and num_test must be at least 1, and num_counterfactuals and num_questions at least 0")
-    if not 0 <= config.strength <= 1:
-        raise DataError(f"habits: strength must be between 0 and 1, not {config.strength}")
-    if not 0 <= config.text_bias <= 1:
-        raise DataError(f"habits: text_bias must be between 0 and 1, not {config.text_bias}")
-    if config.text_bias and config.num_counterfactuals:
-        raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
-    if config.num_counterfactuals > len(EDITS):
-        raise DataError(f"habits: num_counterfactuals must be at most {len(EDITS)}, because the edits of a group differ in type")
-
-
 def _is_built(out: Path, settings: Mapping[str, object]) -> bool:
     record = out / "habits.json"
     if record.exists():
-        found = read_json(record).get("settings", {})
-        if {name: value for name, value in found.items() if value is not None} != settings:  # an earlier version wrote unset options
+        if (found := read_json(record).get("settings")) != settings:
             raise DataError(f"{out} contains a world with other settings ({found}); choose another out_dir or delete the folder")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

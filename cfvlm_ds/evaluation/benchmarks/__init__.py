@@ -43,21 +43,6 @@ from cfvlm_ds.evaluation.benchmarks.vsr import VSR
 from cfvlm_ds.evaluation.benchmarks.whatsup import WHATSUP
 from cfvlm_ds.evaluation.benchmarks.winoground import WINOGROUND
 
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "File",
-    "Item",
-    "Judged",
-    "Loaded",
-    "Outcome",
-    "Row",
-    "Source",
-    "load",
-    "random_scores",
-    "results",
-]
-
 BENCHMARKS: dict[str, Benchmark] = {
     "sugarcrepe": SUGARCREPE,
     "winoground": WINOGROUND,

@@ -17,16 +17,6 @@ from cfvlm_ds.models.family import Family, Whole
 from cfvlm_ds.models.visual_token_limits import budgets
 
 
-def pooled_output(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefix of the tower's unused pooling head, which some checkpoints contain."""
-    return ("model.vision_tower.head",)
-
-
-def sound(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the prefixes of the unused audio modules, which some checkpoints contain."""
-    return ("model.audio_tower", "model.embed_audio")
-
-
 def in_windows(config: PreTrainedConfig) -> Whole:
     """Return the layers in which a picture's tokens attend to each other in both directions: the sliding-window layers if the configuration
     requires it, otherwise none.
@@ -58,7 +48,7 @@ def _generates(config: Any) -> None:
 
 GEMMA_3 = Family(
     model_types=("gemma3",),
-    unused=pooled_output,
+    unused=lambda config: ("model.vision_tower.head",),  # a pooling head, which some checkpoints contain
     around=("\n\n", "\n\n"),
     whole_pictures=lambda config: "everywhere",
     visual_mark="token_type_ids",
@@ -70,7 +60,7 @@ GEMMA_4 = Family(
     vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for audio and unused
     projector=("model.embed_vision",),
     image_inputs=("pixel_values", "image_position_ids"),
-    unused=sound,
+    unused=lambda config: ("model.audio_tower", "model.embed_audio"),  # which some checkpoints contain
     whole_pictures=in_windows,
     visual_mark="mm_token_type_ids",
     logit_cap=lambda config: config.get_text_config().final_logit_softcapping,
