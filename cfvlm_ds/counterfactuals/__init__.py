@@ -24,7 +24,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import an exported name on first use. An import of the commands' options therefore does not import the steps, which is slow."""
+    """Import an exported name on first use. The steps are slow to import, and the commands' options do not need them."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
