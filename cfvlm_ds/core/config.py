@@ -245,7 +245,7 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Groups per micro-batch and rank: ``per_device_train_batch_size``, or its default."""
+        """Groups per micro-batch and rank: ``per_device_train_batch_size`` or, if that is not set, ``MICRO_BATCH_SIZE``."""
         return self.per_device_train_batch_size or MICRO_BATCH_SIZE
 
 
@@ -295,7 +295,7 @@ class HabitsConfig:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Data and models that are built before training unless they already exist; by default none.
+    """Data and models that are built before training unless they already exist. By default, nothing is built.
 
     Args:
         habits: the built-in world with habits.
@@ -327,5 +327,5 @@ class RunConfig:
 
     @property
     def loss(self) -> str:
-        """The objective as text, such as ``1 align + 1 csd + 1 fcd``: each term with its weight."""
+        """Summary of the objective for display: each term with its weight, such as ``1 align + 1 csd + 1 fcd``."""
         return " + ".join(f"{term.weight:g} {name}" for name, term in self.objective.items())

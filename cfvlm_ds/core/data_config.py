@@ -173,7 +173,7 @@ class DataConfig:
 
     @property
     def trained_on(self) -> str:
-        """Paths of the training data, for messages."""
+        """Paths of the training data as one string, for messages."""
         return self.train if isinstance(self.train, str) else ", ".join(source.path for source in self.train)
 
     @property

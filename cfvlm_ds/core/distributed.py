@@ -113,7 +113,7 @@ def _published_port(file: Path) -> str:
 
 
 def _tasks_on_node(notation: str, node: int) -> int:
-    """Return the number of tasks on a node, from Slurm's notation: "8(x2),1" means 8, 8, 1."""
+    """Parse Slurm's notation for tasks per node, and return the number of tasks on node ``node``. "8(x2),1" means 8, 8, 1."""
     counts: list[int] = []
     for part in notation.split(","):
         tasks, _, repeats = part.partition("(x")
@@ -188,7 +188,7 @@ class ProgressBarrier:
 
     def meet(self) -> None:
         """Wait for every rank, so that all ranks enter the next collective together. If no rank shows a sign of life for half an hour,
-        raises TimeoutError with the missing ranks.
+        raises a TimeoutError that names the missing ranks.
         """
         self.alive()
         if self._store is None:
@@ -234,7 +234,7 @@ _SIGN_OF_LIFE_S, _POLL_S, _LIMIT_S = 5.0, 0.1, 1800.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python and torch with the same seed on every rank. The data order depends only on this seed and the position in training."""
+    """Seed the random generators of Python and torch, identically on every rank. The data order does not depend on their state."""
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -54,7 +54,7 @@ _BLOCK = 1 << 24  # bytes read at a time
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder, for files that can be recreated."""
+    """Return the package's folder in the user's cache, for files that can be recreated."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cfvlm_ds"
 
 

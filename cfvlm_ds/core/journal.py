@@ -20,7 +20,7 @@ _BLOCK = 1 << 20
 
 
 def as_line(record: Any) -> bytes:
-    """Encode a record as a line of JSON; unpaired surrogates, which some writers produce, are escaped."""
+    """Encode a record as a line of JSON. Unpaired surrogates, which UTF-8 cannot represent, are escaped."""
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 

@@ -131,7 +131,7 @@ class GroupLayout:
         return replace(self, valid=self.valid & keep.view(-1, 1, 1), weight=self.weight * keep)
 
     def of_objective(self, name: str) -> GroupLayout:
-        """Return the layout that an objective uses: groups that are only for other objectives are masked out."""
+        """Return the layout that the objective ``name`` uses: groups that list only other objectives are masked out."""
         if all(named is None for named in self.objectives):
             return self
         return self.only([named is None or name in named for named in self.objectives])

@@ -10,8 +10,8 @@ from typing import Any, Literal
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
 """Reaction to an option that has changed since the checkpoint. "confirm", the default, refuses the change unless ``train.resume_changes``
 allows it. "refuse" always refuses the change, because the run cannot continue from a checkpoint with a different value. "free" accepts it,
-because only speed or memory use changes. "ignored" does not compare the values. It is for names, records and checks, and for files, whose
-contents are compared instead.
+because only speed or memory use changes. "ignored" excludes the option from the comparison: names, records and checks, and paths of files,
+whose contents are compared instead.
 """
 
 Range = tuple[float, float]
@@ -41,7 +41,7 @@ def declared(section: type, prefix: str) -> dict[str, OnResume]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections to a mapping from dotted names to values."""
+    """Flatten nested sections into a mapping from dotted names to values."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         options |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}

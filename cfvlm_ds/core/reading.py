@@ -43,7 +43,7 @@ def counted_from(path: str | Path) -> str:
 
 
 class TooLarge(ValueError):
-    """A file or line that is longer than its limit."""
+    """A file or line that exceeds its size limit."""
 
 
 class DuplicateKey(ValueError):

@@ -221,7 +221,7 @@ def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresh
 
 
 def _between(low: float, high: float) -> float:
-    """Return a number with few digits that is at least ``low`` and less than ``high``."""
+    """Return a number in [``low``, ``high``), with at most four decimal places if possible."""
     return middle if low <= (middle := round((low + high) / 2, 4)) < high else low
 
 

@@ -213,7 +213,7 @@ def _kept(
     home: str,
     ends: dict[str, float],
 ) -> list[Edited]:
-    """Return a source's edits that are kept, in the order of proposal. Count the outcome of every edit in ``survival``.
+    """Return the edits of ``history`` that are kept, in the order of proposal. Count the outcome of every edit in ``survival``.
 
     ``home`` is the source's split. Edits whose mined picture belongs to another split are left out.
     """

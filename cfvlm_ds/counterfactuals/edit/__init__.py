@@ -17,4 +17,4 @@ EDITORS: dict[str, Callable[[EditOptions], Editor]] = {
     "diffusers": Diffusers,
     "command": Command,
 }
-"""Name -> editor. A user's script can add an editor with ``EDITORS["my_editor"] = ...``."""
+"""Editors by name. A user's script can add one with ``EDITORS["my_editor"] = ...``."""

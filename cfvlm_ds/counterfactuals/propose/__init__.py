@@ -12,4 +12,4 @@ from cfvlm_ds.counterfactuals.propose.mine import Mine
 from cfvlm_ds.counterfactuals.propose.rules import Rules
 
 PROPOSERS: dict[str, Callable[[Context], Proposer]] = {"rules": Rules, "mine": Mine, "llm": LanguageModel}
-"""Name -> back end. A user's script can add a back end with ``PROPOSERS["my_rules"] = ...``."""
+"""Back ends by name. A user's script can add one with ``PROPOSERS["my_rules"] = ...``."""

@@ -172,7 +172,7 @@ def _object(caption: Caption) -> Iterator[Change]:
 
 
 def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
-    """Return whether the words around a noun allow replacing it with another noun."""
+    """Return whether the words around a noun allow its replacement by another noun."""
     kept = {*by_word("kept_beside").get(category, ()), *by_word("kept_beside").get(one, ())} - {*NOUNS.get(one, ())}
     if caption.said & kept or (category != "person" and caption.said & {"it", "its", "them"}):
         return False
