@@ -23,8 +23,23 @@ class ScoringHead(nn.Linear):
     It is a separate module because ZeRO-3 gathers a weight only while the weight's module runs.
     """
 
-    cap: float | None
-    """Bound of the logits that log-probs are computed from. Logits that the head returns are not capped, because the model caps them."""
+    def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
+        """Create the head on the meta device. ``cap`` bounds the logits that log-probs are computed from. Logits that the head returns are
+        not capped, because the model caps them itself.
+        """
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.cap = cap
+
+    @classmethod
+    def of(cls, head: nn.Linear, cap: float | None) -> ScoringHead:
+        """Return a scoring head that shares the parameters of ``head``. Raises ValueError for a head with a bias, which no supported family
+        has.
+        """
+        if head.bias is not None:
+            raise ValueError("the model's output head has a bias, which is not supported")
+        scoring = cls(head.in_features, head.out_features, cap)
+        scoring.weight = head.weight
+        return scoring.train(head.training)
 
     def forward(
         self,
@@ -51,10 +66,8 @@ class Scorer(nn.Module):
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         super().__init__()
-        head: Any = model.get_output_embeddings()
-        if head.bias is not None:
-            raise ValueError("the model's output head has a bias, which is not supported")
-        head.__class__, head.cap = ScoringHead, family.logit_cap(model.config)
+        if not isinstance(head := model.get_output_embeddings(), ScoringHead):
+            model.set_output_embeddings(ScoringHead.of(head, family.logit_cap(model.config)))
         family.take_trees(model)
         self.model = model
         self.family = family
