@@ -20,14 +20,14 @@ from cfvlm_ds.core.layout import GroupLayout, InBatchNegatives
 from cfvlm_ds.core.scores import Scores, score_matrix, token_matrix
 
 Inputs = dict[str, Any]
-"""Keyword arguments of the model, or of its vision tower."""
+"""Keyword arguments for a forward pass of the model or its vision tower."""
 BLANK = Path("\0/<blank image>")
-"""Path of the blind control's mid-grey picture, which no file can have. If an image has several blank pictures, their suffixes differ."""
+"""Path that stands for a blank (mid-grey) picture; no real file can have it. The blank pictures of one image differ in their suffixes."""
 BLANK_SIZE = (336, 336)
 """Width and height of a blank picture in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""Group that a rank scores if it cannot read any of its own groups, because under ZeRO-3 the other ranks wait for its forward."""
+"""Group that a rank scores if it can read none of its own. Under ZeRO-3, the other ranks wait for this rank's forward pass."""
 
 
 def blank_view(num_pictures: int) -> Pictures:
@@ -36,12 +36,12 @@ def blank_view(num_pictures: int) -> Pictures:
 
 
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
-    """Return an image's pictures. An index past the group's last image stands for a blank image with the same number of pictures."""
+    """Return the pictures of the group's image at this index. Past the last image, return the same number of blank pictures."""
     return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 
 def blinded(group: CounterfactualGroup) -> CounterfactualGroup:
-    """Return the group with one blank image in place of its images. The first text counts as true, and all other texts as unknown."""
+    """Return the group with a single blank image in place of its images. The first text is marked as true, all others as unknown."""
     return replace(group, images=(shown(group, len(group.images)),), match=((1, *[None] * (len(group.candidates) - 1)),), edits=())
 
 
@@ -72,7 +72,7 @@ class Batch:
     num_scored: int
     num_images: int
     material: Any = None
-    """The row's trees (cfvlm_ds.batching.packing.Material), kept for packing the row again, or None."""
+    """The row's trees (cfvlm_ds.batching.packing.Material) if the row may have to be packed again, otherwise None."""
 
     def to(self, device: torch.device) -> Batch:
         """Return a copy of the batch with its tensors on ``device``. Picture sizes stay on the host."""
@@ -102,7 +102,7 @@ class Batch:
         return _rejoined, (skeleton, joined)
 
     def scores(self, token_logp: Tensor) -> Scores:
-        """Convert the engine's output to the batch's score matrix and divergence sums."""
+        """Convert the engine's output to Scores: the batch's score matrix, and each divergence's sum per cell."""
         compared, shape = self.model_inputs.get("compared", {}), self.layout.valid.shape
         token_logp, *each = token_logp.split([len(self.cell), *(pairs.shape[1] for pairs in compared.values())])
         sums = [
@@ -126,12 +126,12 @@ class MicroBatch:
 
     @property
     def layout(self) -> GroupLayout:
-        """Layout of the whole micro-batch."""
+        """Layout of the whole micro-batch, which all its batches share."""
         return self.forwards[0].layout
 
     def padded(self, number: int) -> tuple[Batch, ...]:
-        """Return ``number`` batches: the micro-batch's own, preceded by copies of the first as padding. Under ZeRO-3, all ranks must run
-        the same number of forward passes. The copies' results are ignored.
+        """Return ``number`` batches: copies of the first batch as padding, then the micro-batch's own batches. Padding is needed because
+        under ZeRO-3 all ranks must run the same number of forward passes. The copies' results are ignored.
         """
         return (self.forwards[0],) * (number - len(self.forwards)) + self.forwards
 
@@ -170,7 +170,7 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to every object of type ``kind`` in ``value``, including the contents of dicts and dataclasses."""
+    """Return ``value`` with ``change`` applied to every object of type ``kind``, also inside dicts and the package's dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
@@ -182,7 +182,7 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 @contextlib.contextmanager
 def explain_out_of_memory(where: str, parts: Sequence[Batch], remedy: str) -> Iterator[None]:
-    """Convert an allocation failure to an OutOfMemory error that states the size of the largest of ``parts`` and the ``remedy``."""
+    """Convert an allocation failure within the block to an OutOfMemory error that states the ``remedy`` and the largest batch's size."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and the CPU allocator raises a RuntimeError

@@ -1,4 +1,4 @@
-"""A batch's layout, which is built before the forward pass: scored cells, token counts and stored scores."""
+"""Layout of a batch (scored cells, true cells, token counts), built before the forward pass, and lookup of its stored scores."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def group_layout(groups: Groups, texts: Sequence[Sequence[Encoded]], cells: Cell
 
 
 def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded]:
-    """Encode the in-batch negatives of a group as answers to its factual prompt. Raises DataError if a text cannot be encoded."""
+    """Encode a group's in-batch negatives as answers to the factual text's prompt. Raises DataError if a text cannot be encoded."""
     prompt, in_batch = group.candidates[0].prompt, () if group.in_step is None else group.in_step.in_batch
     where = f"group {group.id!r}: text of group"
     return [prompts.encoded(prompt, negative.text, group.num_pictures, f"{where} {negative.group!r}") for negative in in_batch]
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group with unencodable in-batch negatives removed. Their errors are reported for the groups they come from."""
+    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported for the groups that they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -122,8 +122,8 @@ def with_blank_picture(layout: GroupLayout, groups: Groups) -> GroupLayout:
 
 
 def with_changed_tokens(layout: GroupLayout, groups: Groups, texts: Sequence[Sequence[Encoded]]) -> GroupLayout:
-    """Add the mask ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt, and in both
-    texts the span from the first to the last differing token is marked.
+    """Add the mask ``changed`` [G, C, T] to the layout. Each text is compared with the first text that has the same prompt. In both, the
+    tokens from the first to the last difference are marked.
     """
     changed = torch.zeros((*layout.valid.shape[::2], int(layout.num_tokens.max())), dtype=torch.bool)
     for g, (group, encoded) in enumerate(zip(groups, texts, strict=True)):

@@ -1,5 +1,5 @@
-"""The collator, which converts groups to batches: it encodes texts, opens pictures and packs both into rows of tokens. It drops unreadable
-groups and records the reasons.
+"""Collator, which converts groups to batches: it encodes texts, opens pictures, packs both into rows of tokens, and drops unreadable groups
+(recording the reasons).
 
 Shapes: G groups, I images, C candidates.
 """
@@ -43,7 +43,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class GroupTokens(NamedTuple):
-    """A group's size in tokens: ``whole`` with all images and texts, and ``least`` with only the image and text that need the most."""
+    """Token counts of a group: ``whole`` for all images and texts, ``least`` for the one image and text that need the most tokens."""
 
     whole: int
     least: int
@@ -61,7 +61,7 @@ class Collator:
         max_pixels: maximum number of pixels per picture.
         stored: reference and blind scores by group id, for objectives that need them.
         share_prefix: True if an image's texts share one prefix; separate trees give the same scores at a higher cost.
-        checked: picture table from the data check; pictures are compared with it when they are opened.
+        checked: picture properties recorded by the data check; a picture is compared with its entry when it is opened.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Collator:
 
     @cached_property
     def pictures_first(self) -> bool:
-        """True if the chat template writes pictures before the question, so that all prompts of a picture share one tree."""
+        """True if the chat template places pictures before the question. All prompts about a picture then share one tree."""
         picture = (("picture", False),)
         encoded = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
         return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
@@ -147,8 +147,9 @@ class Collator:
     def parts(self, groups: Groups, max_tokens: int | None = None) -> list[Batch]:
         """Collate groups into batches of at most ``max_tokens`` tokens each.
 
-        A tree that exceeds the limit is split between its texts. A single text that exceeds it gets a separate batch. Every batch has the
-        whole micro-batch's layout, and the batches' score matrices add up to the micro-batch's. Raises the same DataErrors as ``__call__``.
+        A tree (a prefix and the texts that branch from it) that exceeds the limit is split at text boundaries; no text is cut. A single
+        text that exceeds the limit gets its own batch. Every batch has the layout of the whole micro-batch, whose score matrix is the sum
+        of the batches' score matrices. Raises the same DataErrors as ``__call__``.
         """
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
@@ -225,8 +226,8 @@ class Collator:
         """Collate the readable groups into a micro-batch, divided as in ``parts``. Its ``dropped`` lists the groups and manifest
         rows that cannot be read.
 
-        If no group is readable, the micro-batch is a stand-in that adds nothing to the loss or its counts. It is needed because under
-        ZeRO-3 the other ranks wait for this rank's forward and backward pass.
+        If no group is readable, the micro-batch is a stand-in that contributes nothing to the loss, its denominators or the metrics. It is
+        needed because under ZeRO-3 the other ranks wait for this rank's forward and backward pass.
         """
         groups_read = [group for group in groups if not isinstance(group, DataError)]
         unread = tuple((str(entry).partition(": ")[0], str(entry)) for entry in groups if isinstance(entry, DataError))
@@ -245,7 +246,8 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a prompt with pictures of these ``sizes`` (width, height) and one text with its end-of-turn token.
+        """Count the tokens of a row that contains a prompt with pictures of these ``sizes`` (width, height), one text and its end-of-turn
+        token.
 
         Raises the same DataErrors as ``__call__``.
         """
@@ -279,7 +281,7 @@ class Collator:
         return sum(self.files.num_placeholders(size, len(sizes) > 1)[1] for size in sizes)
 
     def _prefix_length(self, text: Encoded, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a text's prompt, with placeholders expanded for pictures of these sizes."""
+        """Count the tokens of a text's prompt after its placeholders are expanded for pictures of these sizes."""
         return len(text.prompt_ids) + sum(self.files.num_placeholders(size, len(sizes) > 1)[0] - 1 for size in sizes)
 
     def _layout(self, groups: Groups) -> GroupLayout:
@@ -306,7 +308,9 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return the key of a text's tree: the pictures, and the prompt up to the last picture. A group without pictures is a single tree."""
+    """Return a key that texts of the same tree share: their pictures, and their prompt up to the last picture. Without pictures, all texts
+    of a group form one tree.
+    """
     if not pictures:
         return (group,)
     ids = text.prompt_ids
@@ -314,7 +318,9 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Remove in-batch negatives that, together with their prompt, exceed the context window. Mark their cells as invalid in ``layout``."""
+    """Return the trees without the in-batch negatives that, with their prompt, exceed the context window. Mark the cells of these negatives
+    as invalid in ``layout``.
+    """
     if layout.in_batch is None:
         return trees
     kept = []

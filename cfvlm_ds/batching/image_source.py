@@ -29,7 +29,7 @@ PictureKey = tuple[Path, bool]
 
 
 class Unprocessable(DataError):
-    """The model's processor failed on a picture of a certain size."""
+    """Raised if the model's processor fails on a picture of this ``size``."""
 
     def __init__(self, size: Size, error: BaseException) -> None:
         self.size = size
@@ -40,7 +40,7 @@ class Unprocessable(DataError):
 
 
 def with_names(error: Unprocessable, groups: Groups, sizes: Mapping[Path, Size]) -> str:
-    """Return the error message, preceded by the group and file name of the first picture of the size that caused the error."""
+    """Return the error message, preceded by the group and file of the first picture that has the size at which the processor failed."""
     for group in groups:
         for picture in (picture for pictures in group.images for picture in pictures):
             if sizes.get(picture) == error.size:
@@ -56,7 +56,7 @@ class ImageFiles:
         processor: the model's processor.
         family, config: the model's family record and configuration.
         max_pixels: maximum number of pixels per picture.
-        checked: picture table from the data check, or None; a picture that has changed since the check raises DataError.
+        checked: picture properties recorded by the data check, or None; a picture that has changed since then raises DataError.
     """
 
     processor: Any
@@ -67,7 +67,7 @@ class ImageFiles:
     _counted: dict[tuple[Size, bool], tuple[int, int]] = field(default_factory=dict, init=False)
 
     def keys(self, pictures: Pictures) -> tuple[PictureKey, ...]:
-        """Return the keys of an image's pictures."""
+        """Return an image's pictures as keys (see ``PictureKey``)."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
     def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
@@ -76,7 +76,9 @@ class ImageFiles:
         return list(dict.fromkeys([*self.blank_keys(), *shown]))
 
     def blank_keys(self) -> list[PictureKey]:
-        """List the blank picture's keys. There is a second key if the family processes pictures differently when a prompt has several."""
+        """List the blank picture's key and, if the family processes a picture differently in a multi-image prompt, a second key for that
+        case.
+        """
         return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
 
     def open(self, key: PictureKey) -> Image.Image:
@@ -103,10 +105,10 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
-        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures that share a prompt with others must
-        come last in ``opened`` and ``keys``.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures from multi-image prompts must come last
+        in ``opened`` and ``keys``.
 
-        Raises Unprocessable for the first picture that the processor cannot process. The error does not name the file and group.
+        Raises Unprocessable for the first picture that the processor cannot process. The error names neither the file nor the group.
         """
         return self._processed(list(opened), sum(together for _, together in keys))
 
@@ -123,9 +125,9 @@ class ImageFiles:
         return self._counted[size, together]
 
     def tower_inputs(self, key: PictureKey) -> tuple[Inputs, Features]:
-        """Return the inputs to ``get_image_features`` for one picture, and its Features, still without the tower's outputs.
+        """Return the inputs to ``get_image_features`` for one picture, and a Features record in which only the tower's outputs are missing.
 
-        A picture that shares its prompt with others is passed to the processor twice, so that it is processed as one of several. Raises
+        A picture from a multi-image prompt is passed to the processor twice, because processors treat a lone picture differently. Raises
         DataError naming the file if it cannot be opened or processed.
         """
         picture, together = self.open(key), key[1]
@@ -136,7 +138,9 @@ class ImageFiles:
         return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[Inputs, list[list[int]]]:
-        """Process pictures. The last ``together`` pictures share one prompt."""
+        """Run the processor, with the last ``together`` pictures in one prompt. Return the tower's inputs and each picture's placeholder
+        ids.
+        """
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together
         samples = [[picture] for picture in opened[:alone]] + ([opened[alone:]] if together else [])

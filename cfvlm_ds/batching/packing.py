@@ -1,4 +1,4 @@
-"""Packer that puts trees into one row without padding. No other module depends on the order of tokens in a row. ``PackedSampler``
+"""Packing of trees into one row without padding. Only this module determines the order of tokens in a row. ``PackedSampler``
 (data/sampler.py) chooses the groups that share a row.
 
 A tree starts with the tokens that all prompts about its pictures share, including the pictures. Where the prompts differ, each continues as
@@ -29,7 +29,7 @@ from cfvlm_ds.models.forest import Forest
 
 @dataclass
 class Tree:
-    """Pictures and the texts that are scored on them. A branch is (flat cell index, text with its prompt).
+    """Pictures and the texts that are scored on them. A branch is a pair: the flat index of a cell, and its encoded text.
 
     If there are pictures, the prompts are identical up to and including the last one.
     """
@@ -177,7 +177,7 @@ def pack(material: Material, image_inputs: Inputs, family: Family, config: PreTr
 
 
 def _runs(marked: Tensor) -> tuple[tuple[int, int], ...]:
-    """Return the (begin, end) of each run of marked tokens."""
+    """Return the (begin, end) of each run of consecutive True values."""
     edges = torch.nn.functional.pad(marked.int(), (1, 1)).diff().nonzero().squeeze(1).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
@@ -191,7 +191,7 @@ def _prompts(
     config: PreTrainedConfig,
     image_token: int,
 ) -> list[_Prompt]:
-    """Return a tree's prompts in order, each with its texts and with expanded placeholders."""
+    """Return a tree's distinct prompts in sorted order, with placeholders expanded, each with its texts."""
     prompts: list[_Prompt] = []
     shown = grids[list(pictures)] if family.grid else grids
     for index, text in tree.ordered:
@@ -209,8 +209,9 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return the indices [3, D] for a divergence. Each column belongs to one token of a text and holds the indices of the hidden state
-    that predicts the token given the text's own image, of the one given another image, and of the text's cell on this other image.
+    """Return the indices [3, D] for a divergence, one column per token of a text. Row 0 holds the index of the hidden state that predicts
+    the token given the text's own image. Row 1 holds the same given another image, and row 2 the flat index of the text's cell on that
+    other image.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):
@@ -226,7 +227,7 @@ def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
 
 
 PromptLength = Callable[[Tree, Encoded], int]
-"""Function of a tree and one of its texts that counts the tokens in the text's prompt, with placeholders expanded."""
+"""(tree, one of its texts) -> number of tokens in the text's prompt after placeholders are expanded."""
 
 
 def num_tokens(tree: Tree, prompt_length: PromptLength) -> int:
@@ -245,8 +246,8 @@ def _added(tree: Tree, prompt_length: PromptLength) -> Iterator[tuple[tuple[int,
 
 
 def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int | None) -> list[list[Tree]]:
-    """Divide trees into parts of at most ``max_tokens`` tokens. A tree that exceeds the limit is split between its texts. A single text
-    that exceeds it gets a separate part.
+    """Divide trees into parts of at most ``max_tokens`` tokens. A tree that exceeds the limit is split at text boundaries. A single text
+    that exceeds the limit gets its own part.
     """
     if max_tokens is None:
         return [list(trees)]
@@ -264,8 +265,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Split a tree into the fewest trees of at most ``max_tokens`` tokens. A text that exceeds the limit together with its prompt gets a
-    separate tree.
+    """Split a tree into the fewest trees of at most ``max_tokens`` tokens. A text that, with its prompt, exceeds the limit gets its own
+    tree.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens

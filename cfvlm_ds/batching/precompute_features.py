@@ -1,7 +1,7 @@
-"""Precomputation of a frozen vision tower's features for all pictures in a run. It precedes the first step, so that no step runs the tower.
+"""Precomputation of a frozen vision tower's features for all pictures in a run, before the first step. No step then runs the tower.
 
-A separate pass is needed because under ZeRO-3 all ranks must run a module together. In a training step, the number of pictures without
-features would differ between ranks. In this pass, all ranks run the same number of forward passes.
+A separate pass is needed because under ZeRO-3 all ranks must run the tower equally often. In a training step, ranks would differ in the
+number of pictures whose features are missing. In this pass, all ranks run the same number of forward passes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def precompute_features(
 ) -> FeatureCache:
     """Return a feature cache for all pictures in ``groups``. Missing features are computed in evaluation mode, each on a single rank.
 
-    ``engine`` wraps a Scorer. If a picture is unreadable, the error is recorded, and raised when the picture is used. Every rank must call
+    ``engine`` wraps a Scorer. The error for an unreadable picture is recorded, and raised when the picture is used. Every rank must call
     this. Raises StorageError on all ranks if features cannot be written.
     """
     scorer, barrier = engine.module, ProgressBarrier(world)
@@ -64,8 +64,8 @@ def precompute_features(
 
 
 def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKey], world: World) -> dict[bytes, int]:
-    """Add all pictures' digests to ``cache``. Each rank reads a share of the pictures. Return the sizes in bytes of existing features, by
-    digest.
+    """Add all pictures' digests to ``cache``; each rank reads a share of the pictures. Return the size in bytes of each existing feature
+    file, keyed by digest.
     """
 
     def look(key: PictureKey) -> tuple[bytes | str, int | None]:
@@ -90,7 +90,7 @@ def _existing_sizes(cache: FeatureCache, files: ImageFiles, keys: list[PictureKe
 def _fill(
     cache: FeatureCache, engine: Any, files: ImageFiles, missing: list[tuple[PictureKey, bytes]], world: World, num_workers: int
 ) -> dict[bytes, int]:
-    """Compute and write the missing features. Return the sizes in bytes of the files written, by digest."""
+    """Compute and write the missing features. Return the size in bytes of each file written, keyed by digest."""
     rounds = -(-len(missing) // world.size)
     blank = files.blank_keys()[0]
     own_share = [missing[place] if place < len(missing) else None for place in range(world.rank, rounds * world.size, world.size)]

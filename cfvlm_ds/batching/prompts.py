@@ -39,7 +39,7 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Number of tokens after the prompt."""
+        """Number of tokens in the answer, including its end-of-turn token."""
         return len(self.text_ids) + len(self.end_ids)
 
 
@@ -61,7 +61,7 @@ class _Head:
 
 
 class _ModelFails(DataError):
-    """The model's chat template or tokenizer failed: it raised an exception or omitted text."""
+    """Raised if the model's chat template or tokenizer raises an exception or alters the conversation."""
 
 
 def placeholder_id(processor: Any) -> int:
@@ -173,7 +173,7 @@ class Prompts:
         return Encoded(head.text, head.ids, tuple(answer), self._end_of_turn(head.after))
 
     def _new_head(self, prompt: Prompt, num_pictures: int) -> _Head:
-        """Render a prompt and locate its answer. Raises _ModelFails if the template or tokenizer fails."""
+        """Render a prompt and locate where the template inserts the answer. Raises _ModelFails if the template or tokenizer fails."""
         try:
             question = self._render(_conversation(prompt, num_pictures), True)
         except _ModelFails as error:
@@ -203,7 +203,7 @@ class Prompts:
         return _Head(text, tuple(self.ids(text)), stem, before, after, follows, problem)
 
     def _render(self, conversation: list[dict[str, Any]], ask: bool, **options: Any) -> str:
-        """Render a conversation. Raises _ModelFails with the template's exception."""
+        """Render a conversation with the chat template. Raises _ModelFails if the template raises an exception."""
         try:
             written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
         except Exception as error:  # a template can raise anything that Python raises
@@ -212,7 +212,7 @@ class Prompts:
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of the control tokens that mark the parts of a conversation. A text must not contain them."""
+        """Ids of control tokens, such as those that delimit turns. A text must not contain them."""
         tokenizer = self.processor.tokenizer
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
@@ -230,7 +230,7 @@ _ROLES_SHOWN = 8
 def _left_out(turns: tuple[Turn, ...], written: str) -> str:
     """Return an error message if the template omits or changes part of a conversation, otherwise "".
 
-    The thinking block of an assistant turn is allowed to be missing, because templates of thinking models omit it.
+    An assistant turn's thinking block may be missing, because templates of thinking models omit it.
     """
     place = 0
     for turn in turns:

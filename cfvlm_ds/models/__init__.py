@@ -1,4 +1,4 @@
-"""Models: loading, families, adapters, and the scoring of rows of trees."""
+"""Models: loading, families, adapters, and scoring of packed rows."""
 
 from __future__ import annotations
 

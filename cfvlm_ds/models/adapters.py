@@ -1,4 +1,4 @@
-"""Low-rank adapters with peft: choosing the layers to adapt, loading, 4-bit weights, and disabling adapters."""
+"""Low-rank adapters (peft): selection of the layers to adapt, loading, disabling, and 4-bit base weights."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 
 BYTES_OF_4BIT = 0.5 + 4 / 64
-"""Size of a 4-bit weight in bytes, including its share of the float32 scale of a block of 64 weights."""
+"""Bytes per 4-bit weight, including its share of the float32 scale that each block of 64 weights has."""
 
 
 def linear_weights(model: Any, family: Family) -> int:

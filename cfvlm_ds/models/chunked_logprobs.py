@@ -23,7 +23,8 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return the log-probs [N] (nats, fp32) of ``targets``: the result of ``token_logprobs``, but never with all logits in memory.
+    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but not all logits are in memory at
+    once.
 
     ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
     the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
@@ -100,8 +101,8 @@ class _HeadLogProbs(torch.autograd.Function):
 def _pairs(
     hidden: Tensor, weight: Tensor, cap: float | None, compared: Mapping[Divergence, Tensor]
 ) -> Iterator[tuple[Divergence, Tensor, Tensor, Tensor]]:
-    """Split each divergence's pairs of states into parts that fit in memory. For each part, yields the divergence, the indices [2, D'] of
-    its states, and their logits given the text's own image and given another image, both [D', V].
+    """Split each divergence's pairs of states into parts that fit in memory. For each part, yield the divergence, the indices [2, D'] of
+    its states, and two tensors of logits [D', V]: given the text's own image, and given another image.
 
     A part and all tensors computed from it take no more memory than ``LOGITS`` logits with their probabilities and gradients.
     """
@@ -128,8 +129,8 @@ def _divergence(kind: Divergence, own: Tensor, other: Tensor) -> tuple[Tensor, .
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the logits of states. Half-precision states give float32 logits, because a bfloat16 logit between 16 and 32 is off by up to
-    0.0625 nats.
+    """Return the logits of the ``hidden`` states, in float32 if the states are in half precision. In bfloat16, rounding a logit between 16
+    and 32 would cause an error of up to 0.0625 nats.
     """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ weight.T
@@ -143,7 +144,7 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Split the states into slices whose logits fit into memory."""
+    """Return slices of the states, each with at most ``LOGITS`` logits (or a single state)."""
     rows = max(1, LOGITS // len(weight))
     return [slice(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
 

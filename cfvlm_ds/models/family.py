@@ -26,8 +26,8 @@ def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tenso
 
 
 Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Sequence[Tensor]]
-"""(model, projector output for several images, number of output rows per image, the images' ``per_image`` inputs) -> features, image by
-image.
+"""(model, projector output for several images, number of output rows per image, the images' ``per_image`` inputs) -> the images' features,
+in the same order.
 """
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees, with a block mask that selects the attended token pairs."""
+"""FlexAttention over a row of trees. A block mask defines which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def compiled_flex() -> Any:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D].
+    """Return the attention output [1, T, H, D] for query [1, H, T, D], and key and value [1, J, T, D].
 
     FlexAttention has no backward pass on CPUs. If gradients are needed there, dense attention with the same mask is used instead.
     """

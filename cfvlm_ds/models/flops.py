@@ -27,7 +27,7 @@ def peak(device: torch.device) -> float | None:
 
 
 class ModelFlops:
-    """Count of the multiplications and additions in a forward and backward pass.
+    """Counter of the multiplications and additions in a forward and backward pass.
 
     For each token, a weight counts as two operations in the forward pass, two more if the activations need a gradient, and two more if the
     weight itself is trained. The language model's attention is counted per query and attended key. In a mixture of experts, only the

@@ -50,7 +50,7 @@ class Forest:
 
     @classmethod
     def of(cls, prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is stored as it is."""
+        """Build two-level trees from the token counts of prefixes and their branches. ``blocks`` is stored unchanged."""
         lengths, parents = list[int](), list[int]()
         for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
             root = len(lengths)
@@ -65,7 +65,7 @@ class Forest:
 
     @functools.cached_property
     def ancestors(self) -> list[tuple[int, ...]]:
-        """Ancestors of each node, from the root down."""
+        """Indices of each node's ancestors, from the root down."""
         ancestors: list[tuple[int, ...]] = []
         for parent in self.parents:
             ancestors.append(() if parent < 0 else (*ancestors[parent], parent))
@@ -73,7 +73,7 @@ class Forest:
 
     @functools.cached_property
     def roots(self) -> list[int]:
-        """Root of each tree. The last entry is the number of nodes."""
+        """Index of each tree's root node. The last entry is the number of nodes."""
         return [*(node for node, parent in enumerate(self.parents) if parent < 0), len(self.parents)]
 
     @functools.cached_property

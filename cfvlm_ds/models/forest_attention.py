@@ -6,7 +6,7 @@ keyword argument that passes through every layer, even when gradient checkpointi
 position ids that restart, because several kernels silently misinterpret these.
 
 A layer can limit attention to a sliding window along a token's path, and can allow bidirectional attention among a picture's tokens.
-``Sight`` describes both. Each back end implements them exactly or refuses the model.
+``Sight`` describes both. Every back end implements both exactly.
 
     sdpa      torch's kernel with a mask, on trees of similar length that are padded to the longest; suited to many short trees
     flash_attention_2  one call to flash-attn's variable-length kernel; the keys of each node and its ancestors are gathered
@@ -40,8 +40,8 @@ _PADDED = 1.25  # largest ratio between the lengths of trees that are padded tog
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Sort the trees into buckets of similar length. Return each bucket as (indices [B, L] of its tokens in the row, mask [B, 1, L, L]
-    bool), and the index of each token of the row in the concatenated buckets.
+    """Sort the trees into buckets of similar length. Return each bucket as (its tokens' indices in the row [B, L], mask [B, 1, L, L] bool),
+    and, for each token of the row, its index in the concatenated buckets.
     """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
@@ -106,7 +106,7 @@ _PREFIX = "forest_"
 
 
 def sees_trees(text: Any) -> bool:
-    """Return True if the language model with this configuration runs one of this module's back ends, not transformers' own attention."""
+    """Return True if a language model with this configuration uses a back end of this module instead of transformers' own attention."""
     return str(text._attn_implementation).startswith(_PREFIX)
 
 
@@ -135,7 +135,7 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Within the block, use transformers' own attention, which needs ordinary rows. Its scores are an independent reference."""
+    """Use transformers' own attention within the block. It supports only rows of one text; their scores are an independent reference."""
     parts = model.config.get_text_config(), model.config.vision_config
     backends = [part._attn_implementation for part in parts]
     for part in parts:
@@ -160,7 +160,7 @@ def _interface(attend: Callable[[Tensor, Tensor, Tensor, Forest, float, Sight], 
         forest: Forest | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
+        """Return the attention output [1, T, H, D] for query [1, H, T, D], and key and value [1, J, T, D]."""
         if forest is None or attention_mask is not None:
             raise ValueError("a model loaded for scoring needs a forest and accepts no mask; for other uses, load it with transformers")
         if dropout:

@@ -24,8 +24,8 @@ _CHUNK = 64  # tokens per chunk in transformers' rule, which pads to whole chunk
 _PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padded together
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
-"""Batches of nodes in one level of the trees. A batch consists of the tokens' indices [N, L] in the row (T for padding), the indices of the
-real tokens among the N * L, and the parents' indices [N] in the level above (None for roots).
+"""Batches of nodes in one level of the trees. A batch has three parts: its tokens' indices in the row, [N, L] (T for padding); the indices
+of its real tokens among the N * L; and its parents' indices in the level above, [N] (None for roots).
 """
 
 
@@ -73,8 +73,8 @@ def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
 
 
 def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
-    """Return two tensors: the token indices of all nodes, each node preceded by the ``size - 1`` tokens before it on its path (T if there
-    is none), and the positions of the nodes' own tokens in the first tensor.
+    """Return two index tensors. The first lists all nodes' tokens, each node preceded by the ``size - 1`` tokens before it on its path (T
+    where there is none). The second holds the positions of the nodes' own tokens in the first.
     """
     places, own, nothing = list[int](), list[int](), forest.bounds[-1]
     for node, ancestors in enumerate(forest.ancestors):
@@ -90,7 +90,8 @@ def _windows(forest: Forest, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, forest: Forest) -> Tensor:
-    """Apply the gated delta rule along each path, level by level, and return [T, H, D]. A node's initial state is its parent's final state.
+    """Apply the gated delta rule along each path, level by level, and return the outputs [T, H, D]. A node's initial state is its parent's
+    final state.
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
@@ -147,5 +148,5 @@ def _chunks(forest: Forest, node: int) -> int:
 
 
 def _with_zeros(row: Tensor) -> Tensor:
-    """Append one position of zeros to [1, T, ...]."""
+    """Append one token of zeros to a row [1, T, ...]."""
     return torch.cat([row, row.new_zeros(1, 1, *row.shape[2:])], 1)

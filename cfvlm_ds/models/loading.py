@@ -77,8 +77,8 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return the option that sets the attention implementation of the language model and the vision tower. Other submodels, such as an
-    audio encoder, keep transformers' default.
+    """Return the ``attn_implementation`` argument that selects this back end for the language model and the vision tower. Other submodels,
+    such as an audio encoder, keep transformers' default.
     """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
@@ -195,8 +195,8 @@ class _PatchProduct(nn.Conv3d):
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Build the model on the meta device, with adapters and gradients as configured. It has names, shapes and trainable parameters, but
-    takes no memory.
+    """Build the model on the meta device, with adapters and gradients as configured. Its parameters have names, shapes and
+    ``requires_grad``, but take no memory.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -230,7 +230,7 @@ def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
 
 
 def trainable(scorer: Scorer) -> Iterator[tuple[Module, str, nn.Parameter]]:
-    """Yield (module, name, parameter) of every trainable parameter."""
+    """Yield (module, name, parameter) for every trainable parameter."""
     for name, parameter in scorer.model.named_parameters():
         if parameter.requires_grad:
             yield scorer.family.module_of(name), name, parameter

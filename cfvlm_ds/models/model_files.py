@@ -1,4 +1,4 @@
-"""Files of a model folder, which are not trusted: checks of their names, links and completeness."""
+"""Files of a model folder, which is not trusted: lists of the files, and checks of names, links and completeness."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Check a model folder without reading its weights. Raises ConfigError for an index that lists a path instead of a file name, a link
-    that leads out of the folder, missing or truncated weights, or a folder with both a model and adapters.
+    """Check a model folder without reading its weights. Raises ConfigError for missing or truncated weights, a folder with both a model and
+    adapters, a link that leads out of the folder, or an index that lists a path instead of a file name.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
@@ -64,7 +64,7 @@ def weight_patterns(files: Iterable[str]) -> list[str]:
 
 
 def hashed_files(folder: Path) -> list[Path]:
-    """Return the files with the model's weights, in any format."""
+    """Return the paths of the model's weight files: safetensors or, if there are none, pickled weights."""
     return [folder / name for name in weight_files(folder)] or sorted(path for path in folder.glob("*.bin") if path.is_file())
 
 

@@ -71,7 +71,7 @@ def _counts(forest: Forest) -> Tensor:
 
 
 BALANCED = ("qwen3_vl_moe", "qwen3_5_moe")
-"""Model types whose load-balancing loss in transformers counts the experts that the routers select: the likeliest experts."""
+"""Model types whose routers select the experts with the highest probabilities, as transformers' load-balancing loss assumes."""
 
 
 def check_balanced(model_type: str) -> None:

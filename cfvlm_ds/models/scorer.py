@@ -167,8 +167,8 @@ class Scorer(nn.Module):
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the image features of all trees (for the embeddings, then for any deeper layers), and the sum of all features of images
-        that do not belong to any tree.
+        """Return a list of the trees' image features (first for the embeddings, then for any deeper layers), and the summed features of all
+        images that belong to no tree.
         """
         model: Any = self.model
         has_features = "tower_features" in image_inputs

@@ -65,7 +65,7 @@ def _call(forest: Forest, segments: list[tuple[int, int, int]], window: int | No
 
 
 def _attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, sight: Sight) -> Tensor:
-    """Attend from query [1, H, T, D] to key and value [1, J, T, D], and return [1, T, H, D]."""
+    """Return the attention output [1, T, H, D] for query [1, H, T, D], and key and value [1, J, T, D]."""
     calls, back = forest.on(_calls, query.device, sight)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     outputs = [
@@ -90,7 +90,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Attend bidirectionally within segments, which are padded to the longest. Segment lengths are never copied from the device."""
+    """Compute bidirectional attention within segments, which are padded to the longest. Segment lengths stay on the device."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
@@ -111,7 +111,7 @@ def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
 
 
 def flash_attention() -> Callable[..., Any] | None:
-    """Return ``flash_attn_varlen_func`` from flash-attn 2, or else from flash-attn 3, or None."""
+    """Return ``flash_attn_varlen_func`` from flash-attn 2 or, failing that, flash-attn 3. Return None if neither is installed."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_2_available():

@@ -55,7 +55,9 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Exclude grids with too many tiles (LLaVA-NeXT and OneVision, which use the best-fitting grid for an image)."""
+    """Remove tile grids with more than ``max_tiles`` tiles from the model's list (LLaVA-NeXT and OneVision, which use the best-fitting grid
+    for an image).
+    """
     side = None if config is None else config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
         if holder is not None and model.max_tiles:
@@ -68,7 +70,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def patches(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the number of tiles, not counting the overview (InternVL)."""
+    """Limit the number of tiles to ``max_tiles``, not counting the overview (InternVL)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         images.max_patches = model.max_tiles

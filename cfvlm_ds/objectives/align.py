@@ -1,4 +1,6 @@
-"""L_align: the NLL of true pairs (CF-VLM, arXiv 2506.17267, section 3). ``batch_align`` is the paper's contrast over the batch."""
+"""L_align: the NLL of true pairs (CF-VLM, arXiv 2506.17267, section 3). ``batch_align`` corresponds to the paper's contrastive loss over
+the batch.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two weighted sums over groups: that of the factual pair's entry in ``values`` [G, I, C], and that of the mean entry of the
-    other true pairs.
+    """Return two sums over groups, weighted by the groups' weights: of the factual pair's entry in ``values`` [G, I, C], and of the mean
+    entry of the other true pairs.
     """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()

@@ -22,9 +22,9 @@ class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
-    false; no other objective uses unknown cells as negatives. A text is never used as a group's negative if it equals one of the group's
-    texts or has the same ``key`` as one of them, if the group's ``exclude`` lists it or its key, or if its own group marks it as true of
-    one of this group's pictures.
+    false; no other objective uses unknown cells as negatives. Three kinds of text are excluded from a group's negatives: those that equal
+    one of its texts or have the ``key`` of one, those that its ``exclude`` lists (by text or key), and those that their own group marks as
+    true of one of this group's pictures.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
     and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs
@@ -37,7 +37,7 @@ class BatchAlign(Objective):
         texts: number of texts from other groups that are scored on each image.
         temperature: divisor of the scores after ``len_norm``.
         len_norm: ``own`` divides each text's log-likelihood by its own token count; ``none`` does not divide.
-        pmi: the blind score times this factor is subtracted on the text side; needs ``--data.scores`` unless it is 0.
+        pmi: weight of the blind score, which is subtracted on the text side; needs ``--data.scores`` unless it is 0.
     """
 
     weight: float = 1.0
@@ -100,8 +100,8 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar that is 0 but has a gradient: that of the image-side losses of other groups, whose texts are scored on this
-        batch's images, with respect to these scores.
+        """Return a scalar with value 0 that adds a gradient: that of other groups' image-side losses with respect to the scores of their
+        texts on this batch's images.
         """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
@@ -112,7 +112,9 @@ class BatchAlign(Objective):
         return (share * (total - total.detach())).sum()
 
     def _between_images(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return each text's scores, divided by the temperature, on its group's images [G, I, C] and R images of other groups [G, R, C]."""
+        """Return each text's scores on its own group's images [G, I, C] and on R images of other groups [G, R, C]. Both are
+        length-normalised and divided by the temperature.
+        """
         layout = scores.layout
         tokens = token_counts(layout, self.len_norm)
         similarity = scores.logp / tokens / self.temperature

@@ -1,4 +1,6 @@
-"""Divergences between a text's next-token distributions on two images: contrastive self-distillation, and consistency on a sham."""
+"""Divergences between a text's next-token distributions on two images: contrastive self-distillation, and consistency between the factual
+image and its sham.
+"""
 
 from __future__ import annotations
 

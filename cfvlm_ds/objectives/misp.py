@@ -1,6 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss. MISP-DPO contrasts the image that a text describes with all images of which
-the text is false.
-"""
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: contrasts a text's own image with all images of which the text is false."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Objective(Protocol):
 
     @property
     def cells(self) -> Cells:
-        """Cells that the objective needs; fewer cells cost less."""
+        """Set of cells that the objective needs. A smaller set costs less."""
         return "full"
 
     @property
@@ -71,11 +71,11 @@ class Objective(Protocol):
 
     @property
     def divergence(self) -> Divergence | None:
-        """Divergence that the objective needs, or None. To compute it, the output head runs twice at the compared tokens."""
+        """Divergence that the objective needs, or None. Computing it applies the output head twice more to the compared tokens."""
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        """Return the number of tokens or groups over which each part averages: scalar or [P]."""
+        """Return the number of tokens or groups over which each part is averaged: scalar or [P]."""
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
@@ -83,7 +83,7 @@ class Objective(Protocol):
         ...
 
     def report(self, scores: Scores) -> Report:
-        """Return additional metrics as sums and counts."""
+        """Return the term's additional metrics, each as (sum, count)."""
         return {}
 
 
@@ -144,7 +144,7 @@ class MarginTerm(Objective):
             maximum.
         len_norm: ``anchor`` divides all log-likelihoods of a group by the token count of its factual text, ``own`` divides each by its
             text's own token count, and ``none`` does not divide.
-        pmi: the blind score log p(text | blank) times this factor is subtracted; needs ``--data.scores``.
+        pmi: weight of the blind score log p(text | blank), which is subtracted; needs ``--data.scores`` unless it is 0.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
             tokens that are more likely on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.

@@ -20,7 +20,7 @@ from cfvlm_ds.objectives.objective import Objective, Report, comparisons, has_an
 Compared = tuple[Tensor, Tensor]
 """(violation, mask) of comparisons. Violations are differences of log-ratios, in nats."""
 Part = tuple[Tensor, Tensor]
-"""Two tensors [G]: each group's loss, and a mask of the groups that have a comparison."""
+"""One part of a term as two tensors [G]: each group's loss, and a mask of the groups that have a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class ReferenceTerm(Objective):
         return (scores.layout.weight.to(losses).unsqueeze(1) * losses).sum(0)
 
     def preferred(self, weight: float, violation: Tensor, mask: Tensor) -> Part:
-        """Return a part: the weighted mean of -log sigmoid(-beta violation) over a group's comparisons."""
+        """Return a part: ``weight`` times the mean of -log sigmoid(-beta violation) over each group's comparisons."""
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:

@@ -1,4 +1,4 @@
-"""Retention of the initial model's behaviour on unrelated rows (learning without forgetting, arXiv 1606.09282)."""
+"""Retention of the initial model's behaviour on unrelated data (learning without forgetting, arXiv 1606.09282)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Retain(Objective):
         return torch.where(self._selected(scores.layout), ratio, 0), tokens
 
     def _selected(self, layout: GroupLayout) -> Tensor:
-        """Return a mask [G, I, C] of the true pairs in the selected rows."""
+        """Return a mask [G, I, C] of the true pairs in the groups that ``rows`` selects."""
         if self.rows == "all":
             return layout.positive
         plain = ~(layout.match == 0).flatten(1).any(1)

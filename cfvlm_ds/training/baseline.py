@@ -96,7 +96,9 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Delete an earlier run's baseline from the run folder. Copy cached accuracies into that folder, and return them."""
+        """Return the cached accuracies of the ``wanted`` sets, and copy them into the run folder. An earlier run's baseline is deleted from
+        there first.
+        """
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:

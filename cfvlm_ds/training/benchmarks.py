@@ -1,5 +1,5 @@
-"""Benchmarks in a run's evaluation. They are read and checked before the first step and scored with the training engine. Results are
-written at the end.
+"""Benchmarks among a run's evaluation sets. They are read and checked before the first step, and scored with the training engine. Results
+are written at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BEFORE = "baseline/benchmarks"
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark in a run's evaluation.
+    """A benchmark that a run evaluates.
 
     ``plan`` holds the groups to score, ``identity`` is a fingerprint of the items, and ``prompt`` is the first item's prompt.
     """
@@ -92,7 +92,7 @@ def read_benchmarks(config: RunConfig, world: World, collator: Collator) -> dict
 
 
 def benchmark_metrics(benchmarks: Benchmarks, outcomes: Outcomes) -> dict[str, float]:
-    """Return the benchmarks' metrics under their logged names."""
+    """Return the benchmarks' metrics, keyed by the names under which they are logged."""
     flat: dict[str, float] = {}
     for name, outcome in outcomes.items():
         flat |= logged(name, results(benchmarks[name].chosen.benchmark, outcome))
@@ -108,7 +108,7 @@ def benchmark_names(benchmarks: Benchmarks) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Format the headline metrics as a line for the progress log."""
+    """Format a benchmark's headline metrics, each with its values for the controls, as a line for the progress log."""
     controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:

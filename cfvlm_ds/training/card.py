@@ -1,4 +1,4 @@
-"""Model card for an export: the base model, the results, the use, the data, the objective and the training.
+"""Model card for an export: base model, results, usage, data, objective and training.
 
 The card is a README.md with the front matter that Hugging Face reads. Each value is written with secrets removed, on one line and in a code
 span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
@@ -55,7 +55,7 @@ processor = AutoProcessor.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), name)"""
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.seed", *_STEP)
-"""Options that are listed even if they have their defaults, as are the tuning of modules and the options of adapters."""
+"""Options that are listed even if they have their default values. Module tuning and adapter options are also always listed."""
 _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
@@ -74,7 +74,7 @@ def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None
 
 
 def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None, repo: str | None = None) -> str:
-    """Return the card's text. Raises ConfigError if the run folder has no configuration."""
+    """Return the text of the model card for an export of this checkpoint. Raises ConfigError if the run folder has no configuration."""
     from huggingface_hub import ModelCardData
 
     run_dir, step = checkpoint.parent, int(checkpoints.description(checkpoint)["step"])
@@ -165,7 +165,9 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
 
 
 def _samples(run_dir: Path, step: int) -> list[str]:
-    """Return the first two texts that the model wrote at this step (``train.samples``), if there are any."""
+    """Return a Markdown table, as lines, of the first two texts that the model wrote at this step (``train.samples``); [] if there are
+    none.
+    """
     written = [row for row in records(run_dir / "samples.jsonl", "delete it") if row["step"] == step][:2]
     rows = [[_cell(row["prompt"]), _cell(" / ".join(row["true"])), _cell(row["text"])] for row in written]
     return ["", "What the model writes about the first pictures:", "", *_table("prompt | true text | written", rows)] if rows else []

@@ -115,8 +115,8 @@ def model_states(model: torch.nn.Module, ds_config: dict[str, Any], gpus: int, g
 
 
 def attention_without_data() -> str:
-    """Register with transformers an attention function for models on the meta device, and return its name. For the backward pass, it saves
-    the same tensors as flash attention.
+    """Register a transformers attention function for models on the meta device, and return its name. For the backward pass, the function
+    saves the same tensors as flash attention.
     """
     from transformers import AttentionInterface
 
@@ -170,7 +170,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Tracks the current and peak memory, in bytes, of live tensors created by operations."""
+    """Dispatch mode that tracks the current and peak memory, in bytes, of live tensors that operations have created."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from cfvlm_ds.training.evaluator import Accuracies, Splits
 FEWEST, MOST = 30, 300
 """Minimum and maximum number of sampled groups per set. If the budget is too small for the minimum, the set has no sample."""
 SHARE = 0.15
-"""Number of scored groups per trained group. A group costs three forward passes in training and up to two in scoring, so evaluation takes
-up to a tenth of the training time.
+"""Ratio of groups scored in evaluations to groups trained on. Training on a group costs as much as three forward passes, and scoring it up
+to two, so evaluation takes up to a tenth of the training time.
 """
 _PARTS = 4
 """Number of equal parts into which the sample's evaluations divide the run."""
@@ -54,11 +54,11 @@ class EvaluationSample:
         return {f"eval_sample/{name}/{metric}": size for name, size in sizes.items() for metric in HEADLINES}
 
     def is_due(self, step: int) -> bool:
-        """Return True if the sample is to be scored after this step."""
+        """Return True if the sample must be scored after this step."""
         return bool(self.groups) and step in {self.total_steps * part // _PARTS for part in range(1, _PARTS)}
 
     def metrics(self, results: Accuracies) -> dict[str, float]:
-        """Return the headline accuracy, in %, on each set's sample, named eval_sample/SET/METRIC.
+        """Return the headline accuracy, in %, on each set's sample, keyed by eval_sample/SET/METRIC.
 
         A set whose sample is the whole set is omitted, because eval/SET/METRIC has the same value.
 

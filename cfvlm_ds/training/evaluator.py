@@ -29,7 +29,7 @@ from cfvlm_ds.training.benchmarks import Benchmarks, RunBenchmark, benchmark_nam
 
 Splits = Mapping[str, Groups]
 Accuracies = Mapping[str, Sequence[Accuracy]]
-"""Name of an evaluation set -> its rows of results."""
+"""Name of an evaluation set -> its accuracies: one row per edit type, then their mean."""
 
 
 @dataclass(frozen=True)

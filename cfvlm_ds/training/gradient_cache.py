@@ -14,8 +14,8 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""Function that returns the last forward's additional loss. Its arguments are that forward's batch and a flag. The flag is False for a
-padding copy (MicroBatch.padded), whose additional loss is 0.
+"""(batch of the last forward pass, flag) -> additional loss of that pass. The flag is False for a padding copy (MicroBatch.padded), whose
+additional loss is 0.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]
 """Function that returns a batch's reference scores [G, I, C], or None if they are stored or not needed."""

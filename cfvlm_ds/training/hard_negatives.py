@@ -37,7 +37,7 @@ def cut_to_hardest(
     number: int,
     pack: Callable[[MicroBatch, Tensor], MicroBatch],
 ) -> tuple[list[MicroBatch], list[Hardest]]:
-    """Keep only the hardest counterfactuals of each group, ``number`` per group. Return the new micro-batches and the selections.
+    """Keep only the ``number`` hardest counterfactuals of each group. Return the repacked micro-batches and the selections.
 
     Every rank must call this. ``pack`` is Collator.packed_again, which repacks a micro-batch with a subset of its cells.
     """
@@ -50,10 +50,10 @@ def cut_to_hardest(
 def hardest(scores: Scores, number: int) -> Hardest:
     """Select the ``number`` hardest counterfactuals of each group, and all cells that do not belong to any counterfactual.
 
-    A counterfactual is either a text that is not true of the factual image, together with the images that match this text but not the
-    factual one, or any other image of which the factual text is false. Its hardness is the largest violation in a comparison with the
-    factual pair (two texts on one image, or two images for one text). Of equally hard counterfactuals, the first is selected. A group with
-    several prompts keeps all its cells.
+    A counterfactual is a text that is not true of the factual image, together with the images that match this text but not the factual one.
+    Any other image of which the factual text is false is also a counterfactual. Its hardness is the largest violation in a comparison with
+    the factual pair (two texts on one image, or two images for one text). Of equally hard counterfactuals, the first is selected. A group
+    with several prompts keeps all its cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()
@@ -80,7 +80,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
 
 
 Counterfactual = tuple[int | None, tuple[int, ...]]
-"""Index of the counterfactual's text, or None, and indices of its images."""
+"""(index of the counterfactual's text or None, indices of its images)."""
 
 
 def _counterfactuals(match: Sequence[Sequence[int]]) -> list[Counterfactual]:

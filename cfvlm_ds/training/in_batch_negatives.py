@@ -177,7 +177,7 @@ class CrossRankScores:
     def added_to(self, scores: Scores) -> Scores:
         """Extend a micro-batch's scores with the scores of its texts on other groups' images.
 
-        If the group that a text comes from was left out of the step, the text does not get these scores and is not compared.
+        A text gets no such scores, and is not compared, if its source group was left out of the step.
         """
         layout = scores.layout
         if layout.in_batch is None:
@@ -225,8 +225,8 @@ def _names(scores: Scores) -> list[list[tuple[int, int]]]:
 def look_ahead(engine: Any, micro_batches: Sequence[MicroBatch], forwards: Sequence[int], device: torch.device) -> list[Scores]:
     """Score all micro-batches of this rank before any gradients are computed.
 
-    These forward passes use the same random numbers as those in training that follow, so the dropout masks are the same. Every rank runs
-    the same number of passes.
+    These forward passes use the same random numbers, and therefore the same dropout masks, as the training passes that follow. Every rank
+    runs the same number of passes.
     """
     state, scored = random_state(device), []
     with torch.no_grad():

@@ -25,7 +25,7 @@ class _Key(NamedTuple):
 
 
 class Meter:
-    """Sums and counts since the last record. Ratios are computed only after all ranks' sums have been added up.
+    """Running sums and counts of metrics since the last record. Ratios are computed only after sums and counts are added over ranks.
 
     ``gathering`` is a function that returns how many seconds computation has waited for partitioned weights since the previous call. It is
     None if weights are not partitioned.
@@ -46,7 +46,7 @@ class Meter:
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, part: int = 0) -> None:
-        """Add a value to the running float64 sum and count of one part of a metric. The metric is the sum of its parts' means.
+        """Add a total and a count to the running float64 sums of one part of a metric. The metric is the sum of its parts' means.
 
         Tensors stay on their device, because copying them to the host would force a synchronisation with the GPU.
         """
@@ -62,7 +62,7 @@ class Meter:
             sums[place] += value.detach().double() if isinstance(value, Tensor) else value
 
     def wait(self, seconds: float) -> None:
-        """Add the seconds that a step has waited for its data."""
+        """Add the time, in seconds, that a step waited for its data."""
         self._waited += seconds
 
     def reduce(self, world: World) -> dict[str, float]:

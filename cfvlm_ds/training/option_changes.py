@@ -22,7 +22,7 @@ from cfvlm_ds.models import fingerprint
 ON_RESUME: dict[str, OnResume] = {
     name: kind for section, options in SECTIONS.items() for name, kind in declared(options, f"{section}.").items()
 }
-"""Option -> the effect of a change on a resume."""
+"""Option -> how a change of its value affects resuming."""
 _KINDS: dict[OnResume, tuple[str, ...]] = {
     "free": (
         # compared as values that _effective derives, or as train.* options, which the JSON may not contradict
@@ -50,14 +50,16 @@ _UNSET = {
     **{name: False for name in DEEPSPEED if "zero_quantized" in name},
 }
 _Effects = dict[str, tuple[Any, OnResume]]
-"""Option or setting -> its value, and the effect of a change on a resume."""
+"""Option or setting -> (its value, how a change of it affects resuming)."""
 _STEPS, _TOTAL = ("train.max_steps", "train.num_train_epochs"), "total steps (train.max_steps, train.num_train_epochs)"
 _WEIGHTS, _INPUTS = "weights of model.name_or_path", "tokenizer, processor or chat template of model.name_or_path"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A changed option: its name, its earlier value and its value in this run."""
+    """A changed option: its name, its earlier value and its value in this run. If ``fixed`` is True, the run cannot resume with this
+    change.
+    """
 
     option: str
     before: Any

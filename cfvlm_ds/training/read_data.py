@@ -44,7 +44,7 @@ from cfvlm_ds.training.benchmarks import Benchmarks, read_benchmarks
 
 _FOLDER = "prepared"
 MOST_ROWS = 100_000
-"""Maximum number of groups in a data set that a run prepares itself. A larger set would leave the GPUs idle for too long."""
+"""Maximum number of groups in a data set that a run prepares itself. Preparing a larger set would leave the GPUs idle for too long."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _Stores:
     collator: Collator
 
     def open(self, data_set: DataSet) -> GroupStore:
-        """Open the groups of a data set. Rank 0 prints a summary. All ranks raise DataError with the first problem."""
+        """Open the groups of a data set, and print a summary on rank 0. If there are problems, all ranks raise DataError for the first."""
         prepared = self._by_rank_0(lambda: self._prepared(data_set))
         stores, problem = list[GroupStore](), None
         try:

@@ -43,8 +43,8 @@ WORST = "worst"
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Alive, dtype: torch.dtype) -> None:
     """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained.
 
-    ``alive`` is called repeatedly during the export. ``dtype`` is the dtype of the run's evaluation; a different dtype of the export is
-    reported.
+    ``alive`` is called repeatedly during the export. ``dtype`` is the dtype in which the run evaluates. The printed line notes if the
+    export's dtype differs.
     """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)

@@ -1,9 +1,9 @@
 """Load-balancing loss for mixture-of-experts routers (arXiv 2101.03961, equation 4, as in transformers), computed over an optimizer step.
 
-The loss is E * sum_e f_e * P_e, where f_e is the fraction of rows (a row is a token in a layer) that are routed to expert e, and P_e is the
-mean probability of e. Both are means over the rows of all ranks and accumulation steps. A shared prefix counts once per text, so the loss
-does not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forward
-passes therefore first runs all of them without gradients.
+The loss is E * sum_e f_e * P_e, where f_e is the fraction of (token, layer) pairs that are routed to expert e, and P_e is the mean
+probability of e. Both are means over the pairs of all ranks and accumulation steps. A shared prefix counts once per text, so the loss does
+not depend on how groups are packed. The f_e have no gradient, but the first backward pass needs them. A step with several forward passes
+therefore first runs all of them without gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class RouterBalance:
     _since: list[Routed] = field(default_factory=list)
 
     def look_ahead(self, micro_batches: Sequence[MicroBatch], forwards: Sequence[int]) -> None:
-        """If a step has several forward passes, run all of them without gradients. ``forwards`` holds their number per micro-batch."""
+        """Run all forward passes of a step without gradients to determine the f_e, unless there is only one pass. ``forwards`` holds the
+        number of passes per micro-batch.
+        """
         if not self.weight or sum(forwards) == 1:
             return
         before = random_state(self.world.device)

@@ -1,4 +1,4 @@
-"""A run, from its options to its results. Each phase uses the result of the previous phase."""
+"""A training run from options to results: validation, data, resume, engine, self-check and training."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _LEFT = {
 
 @contextlib.contextmanager
 def exit_with_message(world: World) -> Iterator[None]:
-    """Within the block, a signal that terminates a rank immediately terminates all ranks, and rank 0 prints how to continue."""
+    """If a signal makes a rank exit at once within the block, all ranks exit, and rank 0 prints how to continue the run."""
     with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
         yield
 
@@ -223,7 +223,7 @@ def _sampler(config: RunConfig, world: World, data: RunData, collator: Collator)
 
 
 def _fitted(config: RunConfig, data: RunData, world: World) -> RunConfig:
-    """Return the configuration. If a step would need more groups than an epoch has, the default micro-batch size is lowered.
+    """Return the configuration, with the default micro-batch size lowered if a step would need more groups than an epoch has.
 
     A configured size is never lowered. Raises ConfigError if it is so large that a step would contain a group twice.
     """
@@ -260,7 +260,9 @@ def _order(config: RunConfig, data: RunData) -> Order:
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model. A failure is an error on all ranks, or a warning if train.self_check is ``warn``."""
+    """Run a check of the model. ``train.self_check`` determines whether a failure raises ConfigError or only causes a warning, or whether
+    the check is skipped.
+    """
     mode = config.train.self_check
     try:
         if mode != "off":
@@ -272,7 +274,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 
 
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
-    """Compare the packed scores of this rank's first micro-batch with the scores from single-row forward passes."""
+    """Compare scores in this rank's first packed row with the scores of the same texts in rows of their own."""
     ds_engine.eval()
     if config.data.feature_cache is None:  # the cache has no features for the stand-in's picture
         refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)

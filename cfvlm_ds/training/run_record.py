@@ -69,15 +69,15 @@ def write_record(config: RunConfig, scorer: Scorer, ds_config: Mapping[str, Any]
 
 
 def _processor() -> str:
-    """Return the processor's model name, which only Linux lists, or its architecture."""
+    """Return the processor's model name (available only on Linux) or, failing that, its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.is_file() else []
     return names[0] if names else platform.machine()
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size, digest and, for an evaluation set, the rows and pictures that occur in training
-    sets. The data are not read again.
+    """Describe a run's data sets by name, source, size and digest, and evaluation sets also by the rows and pictures that they share with
+    training sets. The data are not read again.
     """
     sets: list[tuple[str, str, DataSet, GroupStore, Identity, Mapping[str, str]]] = [
         (name, "training", data_set, *data.sources[name], {}) for name, data_set in config.data.train_sets.items()

@@ -1,4 +1,4 @@
-"""Decides, before anything is loaded or written, whether a run starts at step 0, from a checkpoint, or not at all."""
+"""Start of a run: the decision, before anything is loaded or written, to start at step 0, to resume from a checkpoint, or not to start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHANGES = "resume_changes.jsonl"
 
 
 class OtherData(ConfigError):
-    """The training groups differ from the checkpoint's groups."""
+    """Raised if the training groups differ from those that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True)

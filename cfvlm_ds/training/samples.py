@@ -149,7 +149,7 @@ class Samples:
             return str(error)
 
     def _groups(self) -> Iterator[tuple[str, CounterfactualGroup]]:
-        """Yield ``number`` groups at most, taken from the sets in turn. Groups whose first image has no true text are skipped."""
+        """Yield at most ``number`` groups, taken from the sets in turn. Groups whose first image has no true text are skipped."""
         found = 0
         for index in range(max(map(len, self.splits.values()), default=0)):
             for name, groups in self.splits.items():
@@ -161,8 +161,8 @@ class Samples:
 
 
 def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
-    """Return the first prompt's likeliest text, and the margin of its likeliest true text over its likeliest false text. Without a false
-    text, the margin is None.
+    """Return the likeliest answer to the first prompt, and the margin of the likeliest true answer over the likeliest false one. If either
+    is missing, the margin is None.
     """
     texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
     best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}

@@ -1,8 +1,9 @@
-"""Self-check before training: weights must be finite, and packed rows must give the same scores as single rows with stock attention.
+"""Self-check before training: weights must be finite, and packed rows must give the same scores as rows of one text with transformers' own
+attention.
 
 Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error,
-which has two sources: the spread of scores if every module's output is rounded differently (measured on single rows), and the rounding of
-the largest logit. A wrong mask or position causes a larger difference.
+which has two sources: the spread of scores if every module's output is rounded differently (measured on rows of one text), and the rounding
+of the largest logit. A wrong mask or position causes a larger difference.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def refuse_unusable(forward: Any, collator: Collator, name: str, device: torch.d
 @dataclass
 class Cell:
     """A cell that is scored in a packed row and in a separate row: both scores in nats, the number of tokens in the text, and the inputs
-    and largest logit of the single-row forward pass.
+    and largest logit of the forward pass over the separate row.
     """
 
     packed: float
@@ -92,8 +93,8 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Groups, world: World) -> None:
-    """Compare the scores of two cells of the first packed row of ``groups`` (the first cell, and one that follows other texts) with their
-    scores from single-row forward passes.
+    """Compare two cells' scores in the first packed row of ``groups`` with their scores in rows of their own. The cells are the row's
+    first, and one that follows other texts.
 
     Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a cell's
     two scores differ by more than rounding can explain.
@@ -158,8 +159,8 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
     """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts: the spread of a text's score if outputs are rounded differently, which grows with the square root of
-    the number of tokens, and one unit in the last place of the text's largest logit.
+    The rounding error has two parts. The first is the spread of a text's score if outputs are rounded differently; it grows with the square
+    root of the number of tokens. The second is one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):

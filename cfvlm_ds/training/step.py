@@ -65,7 +65,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Runs optimizer steps.
+    """Runs optimizer steps and handles failures in the same way on all ranks.
 
     Args:
         engine: DeepSpeed engine that wraps a Scorer.
@@ -180,7 +180,9 @@ class OptimizerStep:
         return measured, bool(finite)
 
     def _forwards(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
-        """Return the number of forward passes per micro-batch, equal on all ranks, since they gather weights together under ZeRO-3."""
+        """Return the number of forward passes per micro-batch. All ranks get the same number, because they gather weights together under
+        ZeRO-3.
+        """
         forwards = [len(micro_batch.forwards) for micro_batch in micro_batches]
         if self.config.data.max_tokens_per_forward is None:
             return forwards

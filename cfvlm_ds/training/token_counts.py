@@ -42,14 +42,14 @@ def group_tokens(
     folders: Sequence[Path] = (),
     depends_on: Callable[[], Any] | None = None,
 ) -> Tokens:
-    """Return each group's number of tokens in the rows that ``collator`` builds. Rank 0 counts them on all its cores.
+    """Return each group's number of tokens in the rows that ``collator`` builds. Rank 0 counts them, using all its cores.
 
     If a picture is not in ``pictures``, its header is read. The counts are stored in the first writable folder of ``folders``, in a file
     named after a hash of everything that they depend on. All ranks map this file into memory, and the next start reads it. If
     ``depends_on`` is None, nothing is stored.
 
-    Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The
-    micro-batch limit applies to a group's images and texts together, the limit per forward pass to one image with one text.
+    Raises DataError on every rank for a picture file without a readable header, and for a group that exceeds a limit in ``data``. The limit
+    per micro-batch applies to all images and texts of a group together, the limit per forward pass to one image with one text.
     """
     barrier, counted = ProgressBarrier(world), list[Tokens]()
 
@@ -69,7 +69,9 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return token counts [2, groups]: one for each whole group, and one for the group's largest image with one text."""
+        """Return token counts [2, groups]: row 0 for whole groups, row 1 for the one image and text of each group that need the most
+        tokens.
+        """
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):

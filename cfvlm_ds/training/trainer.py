@@ -123,7 +123,7 @@ class Trainer:
             )
 
     def _train(self, tracker: Any) -> str | None:
-        """Train to the end, or until the ranks agree to stop. Return the reason to stop, or None at the end."""
+        """Train to the end, or until the ranks agree to stop. Return the reason to stop, or None if training is complete."""
         train, state, world = self.config.train, self.state, self.world
         skipped = SkippedGroups(self.config.data, self._run_dir, state.skipped, world)
         nonfinite = NonfiniteSteps(train, self._run_dir, world)
@@ -236,7 +236,7 @@ class Trainer:
         return {"checkpoint/seconds": ended - started, "checkpoint/share": share, "checkpoint/failed": float(failed)}
 
     def _record(self, tracker: Any, meter: Meter, left: str) -> None:
-        """Log and print the metrics since the last record."""
+        """Log and print the metrics accumulated since the last record."""
         engine, state, world = self.engine, self.state, self.world
         metrics = meter.reduce(world)
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
@@ -346,7 +346,7 @@ class Trainer:
             raise failed
 
     def _exit_for_resume(self, tracker: Any, why: str) -> NoReturn:
-        """Exit from a run that will continue from the checkpoint of its last step. Every rank must call this."""
+        """Print why the run stops, and exit with ``EXIT_STOPPED``. The same command resumes the run. Every rank must call this."""
         done, goes_on = f"stopped after step {self.state.step} of {self.total_steps}", "continues from the checkpoint"
         self.world.say(f"{done}: {why}; the same command {goes_on if self.state.step else 'starts again'}")
         tracker.close("SCHEDULED")
@@ -354,7 +354,7 @@ class Trainer:
         sys.exit(EXIT_STOPPED)
 
     def _end(self, tracker: Any, what: str, then: str, alone: bool) -> NoReturn:
-        """Exit from a run that has lost a data worker. If ``alone`` is False, all ranks exit together."""
+        """Report that a data worker was lost, and exit with code 1. If ``alone`` is False, all ranks exit together."""
         tracker.close("FAILED")
         if self.world.is_main or alone:
             print_line(f"error: {what}; such processes are usually killed for lack of memory: lower data.num_workers; {then}", error=True)

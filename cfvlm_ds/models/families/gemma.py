@@ -1,7 +1,7 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
 Gemma 3 has a SigLIP tower with a fixed number of visual tokens. A picture's tokens attend to each other in both directions in all layers.
-Gemma 4 has a different tower, and its number of visual tokens can be chosen. In its larger models, attention among a picture's tokens is
+Gemma 4 has a different tower, and its number of visual tokens is configurable. In its larger models, attention among a picture's tokens is
 bidirectional only in the sliding-window layers; in its smaller models, it is causal everywhere.
 """
 
@@ -44,7 +44,7 @@ def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to the largest budget within ``max_pixels``."""
+    """Limit visual tokens to the largest budget within ``max_pixels``. Raises ConfigError for a model whose text attends to later text."""
     _generates(config)
     budgets(processor, config, model)
 
