@@ -79,11 +79,11 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
     """Describe a run's data sets by name, source, size and digest, and evaluation sets also by the rows and pictures that they share with
     training sets. The data are not read again.
     """
-    sets: list[tuple[str, str, DataSet, GroupStore, Identity]] = [
-        (name, "training", data_set, *data.sources[name]) for name, data_set in config.data.train_sets.items()
+    sets: list[tuple[str, str, DataSet, GroupStore, Identity, Mapping[str, str]]] = [
+        (name, "training", data_set, *data.sources[name], {}) for name, data_set in config.data.train_sets.items()
     ]
     for name, data_set in config.data.evaluation_sets.items():
-        sets.append((name, "evaluation", data_set, data.splits[name], data.identities[name]))
+        sets.append((name, "evaluation", data_set, data.splits[name], data.identities[name], data.overlaps.get(name, {})))
     return [
         {
             "name": name,
@@ -92,9 +92,9 @@ def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
             "format": groups.format,
             "groups": len(groups),
             "digest": digest(identity),
-            "overlaps": data.overlaps.get(name, {}) if context == "evaluation" else {},
+            "overlaps": overlaps,
         }
-        for name, context, data_set, groups, identity in sets
+        for name, context, data_set, groups, identity, overlaps in sets
     ]
 
 

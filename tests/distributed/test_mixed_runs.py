@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, metrics, read_rows, run_plans, train_arguments, write_manifest, write_rows
+from conftest import losses, metrics, read_json, read_rows, run_plans, train_arguments, write_manifest, write_rows
 
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
@@ -109,6 +109,8 @@ def test_what_is_shared_is_named_and_a_term_without_work_refused(trained, manife
     counts = f"{there} of its {which} rows and {len(trained_on)} of its {len(set(pictures))} pictures"
     whole = f"warning: data.evaluation.half: {counts} also occur in the training set {manifests['train']}"
     assert len({line for line in said["two"].splitlines() if line.startswith(whole)}) == 1, "at the start, and with the results"
+    described = {each["name"]: each["overlaps"] for each in read_json(folder / "two" / "data.json")}
+    assert described.pop("half")[str(manifests["train"])] == counts and not any(described.values())
     refusal = "rank 0 raised ConfigError: no training group used by"
     assert f"{refusal} csd, fcd " in said["idle"]
     assert f"{refusal} fcd " in said["masked"], "for the source that has some does not count in it"
