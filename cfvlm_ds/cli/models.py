@@ -202,8 +202,8 @@ def _track(run: str) -> None:
 
 
 def joined(zero3: bool = False) -> World:
-    """Initialize the process group if a launcher has started several ranks or ``zero3`` is set, and return the ``World``. Otherwise, this
-    process is the only rank.
+    """Return the ``World``. The process group is initialized only if a launcher has started several ranks or ``zero3`` is set; otherwise,
+    this process is the only rank.
     """
     from cfvlm_ds.core.distributed import World, own_device
 

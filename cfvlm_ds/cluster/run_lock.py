@@ -1,4 +1,6 @@
-"""Lock of a run folder: a locked file that identifies its holder, a process. The lock is released when the process exits or crashes."""
+"""Lock of a run folder: a file that the process using the folder locks, and that identifies this process. The lock is released when the
+process exits or crashes.
+"""
 
 from __future__ import annotations
 

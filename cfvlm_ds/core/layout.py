@@ -101,7 +101,7 @@ class GroupLayout:
 
     @property
     def own(self) -> Tensor:
-        """Each text's own image, [G, I, C] bool: the first image of which the text is true. For the factual text, this is the factual
+        """Each text's own image, [G, I, C] bool: the first image for which the text is true. For the factual text, this is the factual
         image, not its sham.
         """
         return self.positive & (self.positive.cumsum(1) == 1)
@@ -109,7 +109,7 @@ class GroupLayout:
     def compared(self, against: str) -> Tensor:
         """Return the cells, [G, I, C] bool, whose distributions a ``Divergence`` compares with those of the same text on its own image.
 
-        ``against`` selects the images of these cells. ``false``: images of which the text is false. ``blank``: the blank picture. ``sham``:
+        ``against`` selects the images of these cells. ``false``: images for which the text is false. ``blank``: the blank image. ``sham``:
         images whose known truth values agree with those of the factual image, if the text is true of both images.
         """
         own = self.own

@@ -43,7 +43,7 @@ class CheckReport:
     edit_types: Counter[str] = field(default_factory=Counter)
     num_counterfactuals: Counter[int] = field(default_factory=Counter)
     """K -> number of groups with K counterfactuals. K is the number of texts that are not true of the factual image, or the number of
-    images (without shams) of which the factual text is not true, whichever is larger.
+    images (without shams) for which the factual text is not true, whichever is larger.
     """
     text_lengths: Counter[int] = field(default_factory=Counter)
     longest_text: int = 0

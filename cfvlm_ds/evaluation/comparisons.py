@@ -29,8 +29,8 @@ class Comparison:
     - ``quad``: (i, j, c, d), for images i and j and texts c and d of one prompt. c is true only of i, and d is true only of j. (i, c) is
       the prompt's anchor, its first true cell. For the prompt of the factual text, the anchor is the factual pair;
     - ``text``: (i, c, d), for an image i, a text c that is true of it, and a text d of the same prompt that is false of it;
-    - ``image``: (c, i, j), for a text c, an image i of which it is true, and an image j of which it is false;
-    - ``sham``: (c, i, j), for the factual text c, a sham image i, and an image j of which the text is false.
+    - ``image``: (c, i, j), for a text c, an image i for which it is true, and an image j for which it is false;
+    - ``sham``: (c, i, j), for the factual text c, a sham image i, and an image j for which the text is false.
     """
 
     kind: Kind

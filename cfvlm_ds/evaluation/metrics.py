@@ -11,7 +11,7 @@ The other metrics are shares of two-cell comparisons that are won:
 
 - pair: on one image, a true text must beat a false text of the same prompt;
 - factual: the same, on the factual image only;
-- image_pair: for one text, an image of which it is true must beat an image of which it is false;
+- image_pair: for one text, an image for which it is true must beat an image for which it is false;
 - sham: for the factual text, a sham image must beat a counterfactual image. A model that merely detects edited pictures loses.
 
 A tie counts as a loss. Text comparisons depend on the texts' prior likelihood; ``text_pmi`` and ``group_pmi`` subtract it.
@@ -51,7 +51,7 @@ METRICS = tuple(RANDOM)
 HEADLINES = ("group", "pair", "image_pair")
 """Metrics that can summarise a split in one number, in order of preference."""
 COMPARED = (*HEADLINES, "factual", "sham")
-"""Metrics that are compared before and after training. ``text`` and ``image`` are parts of ``group``."""
+"""Metrics that are compared before and after training. ``text`` and ``image`` are omitted because ``group`` requires both."""
 MEANINGS = {
     "text": "each of two pictures prefers its own text; random scores give 25 %",
     "image": "each of two texts prefers its own picture; random scores give 25 %",

@@ -30,8 +30,8 @@ of its real tokens among the N * L; and its parents' indices in the level above,
 
 
 def fork_states(model: nn.Module) -> None:
-    """Patch a model's gated delta nets so that they support rows of trees. If the model uses transformers' own attention, the original
-    ``forward`` runs.
+    """Patch a model's gated delta nets to support packed prefix trees: each branch continues from the state at the end of its prefix. The
+    patch has no effect while the model uses transformers' own attention.
     """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for module in model.modules():

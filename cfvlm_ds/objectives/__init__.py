@@ -110,8 +110,8 @@ def likelihood_report(scores: Scores) -> Report:
     """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A falling mean of true pairs, in nats per
     token, reveals likelihood displacement.
 
-    The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images of which it is false (lp_k0), and false
-    texts on the factual image (lp_0k).
+    The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images for which it is false (lp_k0), and
+    false texts on the factual image (lp_0k).
     """
     layout = scores.layout
     first_image, first_text = torch.zeros_like(layout.valid), torch.zeros_like(layout.valid)

@@ -59,7 +59,7 @@ class ContrastDistill(DivergenceTerm):
     model, and the temperature is 2 instead of 1.
 
     Args:
-        contrast: ``edited`` compares with every image of which the text is false; ``blank`` compares with the blank picture (the paper's
+        contrast: ``edited`` compares with every image for which the text is false; ``blank`` compares with the blank picture (the paper's
             form).
         alpha: exponent of p / q.
         beta: minimum probability of a token in the target, as a fraction of the most likely token's probability.

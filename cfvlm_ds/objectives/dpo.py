@@ -18,7 +18,7 @@ class Dpo(ReferenceTerm):
     """-log sigmoid(beta (r_true - r_false)) with r = log p - log p_reference; the reference comes from ``--data.scores``.
 
     Text side: on every image, a true text is chosen and each false text of the same prompt is rejected. Image side: a text is chosen on its
-    own image and rejected on each image of which it is false. Each side is a mean over a group's pairs, so each group counts once.
+    own image and rejected on each image for which it is false. Each side is a mean over a group's pairs, so each group counts once.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

@@ -17,7 +17,7 @@ class Fcd(MarginTerm):
     """Margin between images: the factual text must prefer its own image to the hardest counterfactual image, h(m + max_k S_k0 - S_00).
 
     Args:
-        symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to images of which it is
+        symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to images for which it is
             false. Each half has a weight of 1/2, or of 1 if the group has only that half. Without the second half, a counterfactual image
             is never a positive, and a model that merely detects edits minimises the term. ``false`` is the paper's form.
     """

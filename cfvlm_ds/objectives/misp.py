@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: contrasts a text's own image with all images of which the text is false."""
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: contrasts a text's own image with all images for which it is false."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, image_pairs, text
 class Misp(ReferenceTerm):
     """DPO between texts, plus a Plackett-Luce loss for ranking a text's own image first: log(1 + sum_k exp(beta (r_k - r))).
 
-    r = log p - log p_reference on the text's own image, and r_k is this log-ratio on an image of which the text is false. The reference
+    r = log p - log p_reference on the text's own image, and r_k is this log-ratio on an image for which the text is false. The reference
     comes from ``--data.scores``. If the text is false of only one image, the Plackett-Luce loss is mDPO's image term. The paper's search
     for negative pictures (CLIP, a sparse autoencoder, importance sampling) is not included; all negatives are pictures of the same group.
 

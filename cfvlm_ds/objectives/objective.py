@@ -3,7 +3,7 @@
 Shapes: G groups, I images, C candidates, P parts of one objective. The truth table defines two kinds of comparison:
 
 - text side: a true and a false text on one image, both answers to the same prompt;
-- image side: one text on an image of which it is true and on an image of which it is false. The text's prior and length cancel.
+- image side: one text on an image for which it is true and on an image for which it is false. The text's prior and length cancel.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class MarginTerm(Objective):
             text's own token count, and ``none`` does not divide.
         pmi: weight of the blind score log p(text | blank), which is subtracted; needs ``--data.scores`` unless it is 0.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
-            tokens that are more likely on images of which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
+            tokens that are more likely on images for which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.
     """
 

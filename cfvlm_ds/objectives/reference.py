@@ -87,5 +87,5 @@ def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Compare each text on its own image with the text on each image of which it is false. Results have shape [G, C, I true, I false]."""
+    """Compare each text on its own image with the text on each image for which it is false. Results have shape [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, layout.own, layout.negative)))

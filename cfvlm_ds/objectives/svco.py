@@ -1,5 +1,5 @@
-"""S-VCO (arXiv 2502.13928): a text prefers its own picture to a blank picture, and the blank picture to a picture of which the text is
-false.
+"""S-VCO (arXiv 2502.13928): for each text, its own picture is preferred to a blank one, and the blank one to a picture that contradicts the
+text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Svco(ReferenceTerm):
 
     Args:
         attend: weight of the comparisons between a text's own image and the blank picture.
-        reject: weight of the comparisons between the blank picture and each image of which the text is false.
+        reject: weight of the comparisons between the blank picture and each image for which the text is false.
     """
 
     attend: float = 1.0
@@ -43,7 +43,7 @@ class Svco(ReferenceTerm):
 
 
 def _with_blank(ratio: Tensor, layout: GroupLayout) -> tuple[Compared, Compared]:
-    """Compare each text's own image with the blank picture, and the blank picture with each image of which the text is false.
+    """Compare each text's own image with the blank picture, and the blank picture with each image for which the text is false.
 
     Texts that are not true of any image are left out. All tensors are [G, I, C].
     """

@@ -51,7 +51,7 @@ def hardest(scores: Scores, number: int) -> Hardest:
     """Select the ``number`` hardest counterfactuals of each group, and all cells that do not belong to any counterfactual.
 
     A counterfactual is a text that is not true of the factual image, together with the images that match this text but not the factual one.
-    Any other image of which the factual text is false is also a counterfactual. Its hardness is the largest violation in a comparison with
+    Any other image for which the factual text is false is also a counterfactual. Its hardness is the largest violation in a comparison with
     the factual pair (two texts on one image, or two images for one text). Of equally hard counterfactuals, the first is selected. A group
     with several prompts keeps all its cells.
     """

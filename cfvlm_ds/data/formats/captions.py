@@ -65,7 +65,7 @@ class Captions:
         image: column with the picture or a list of pictures.
         caption: column with the captions that are true of the picture.
         negative_caption: column with the captions that are false of the picture.
-        negative_image: column with pictures of which the captions are false.
+        negative_image: column with pictures for which the captions are false.
         prompt: column with the prompt that the captions answer.
         edit: column with the counterfactuals' edit type, by which result tables are broken down.
         id: column with the group's id.

@@ -11,8 +11,9 @@
 Messages are written as in ``llava`` or ``messages``. The question can also be in ``question``, or in ``instruction`` and ``input``. It can
 be omitted if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
-If a row has only a rejected answer, this answer is false of the picture. If it has only ``rejected_images``, the chosen answer is false of
-them. If it has both, the rejected answer is false of the rejected pictures, and other cells with a rejected answer or picture are unknown.
+If a row has only a rejected answer, this answer is false for the picture. If it has only ``rejected_images``, the chosen answer is false
+for them. If it has both, the rejected answer is false for the rejected pictures, and the table leaves the truth of the rejected answer for
+the chosen pictures, and of the chosen answer for the rejected ones, unknown.
 """
 
 from __future__ import annotations

@@ -95,9 +95,11 @@ def share(part: float, whole: float) -> float:
 
 
 def described(table: Sequence[Judged]) -> Values:
-    """Return four metrics in %. ``hallucinated``: share of mentioned objects that are not in the picture (false). ``covered``: share of the
-    pictures' objects that are mentioned. ``chair_i`` (CHAIR): share of mentions that are false. ``chair_s`` (CHAIR): share of descriptions
-    with a false object. Objects and mentions are pooled over all descriptions.
+    """Return four metrics in %, pooled over all descriptions. An object is hallucinated if it is mentioned but not in the picture.
+
+    ``hallucinated``: share of distinct mentioned objects that are hallucinated. ``covered``: share of the pictures' objects that are
+    mentioned. ``chair_i`` (CHAIR): share of mentions, counting repetitions, of hallucinated objects. ``chair_s`` (CHAIR): share of
+    descriptions with a hallucinated object.
     """
     if not table:
         return {}

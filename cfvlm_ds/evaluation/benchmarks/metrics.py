@@ -80,7 +80,7 @@ def all_right(judged: Judged) -> float:
 
 
 def image_right(judged: Judged) -> float:
-    """Return 1 if every text scores higher on all images of which it is true than on all images of which it is false, else 0."""
+    """Return 1 if every text scores higher on all images for which it is true than on all images for which it is false, else 0."""
     match, scores = judged.item.match, judged.scores
     for c in range(len(judged.item.texts)):
         true = [row[c] for row, truth in zip(scores, match, strict=True) if truth[c]]

@@ -87,7 +87,7 @@ class Compared:
 
 def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
     """Return True if the true texts of an item all beat its false texts on every image. If the benchmark's headline metric compares images,
-    each text must also score higher on the images of which it is true than on the others. A description is right if it mentions no false
+    each text must also score higher on the images for which it is true than on the others. A description is right if it mentions no false
     object.
     """
     table = Judged(outcome.item, outcome.seen)
