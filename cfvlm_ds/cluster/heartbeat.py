@@ -71,7 +71,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """Return the hanging rank and a sentence that describes the hang, or None if no rank hangs."""
+    """Return the hung rank and a sentence that describes the hang, or None if no rank hangs."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # a command's --help does not need these imports
 EXIT_STOPPED = 85
 """Exit code of a run that stopped on request. Its state is saved, so it can be resumed."""
 EXIT_HANG = 86
-"""Exit code of every rank that has detected a hanging rank (see heartbeat.py)."""
+"""Exit code of every rank that has detected a hung rank (see heartbeat.py)."""
 EXIT_DISK_FULL = 87
 """Exit code of a command that failed because a disk or a quota is full."""
 EXIT_INTERRUPTED = 130

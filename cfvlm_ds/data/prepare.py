@@ -442,8 +442,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """Remove a store of different data or options from ``out``, complete or unfinished, if ``remove_it`` is True. Return the picture tables
-    of the removed store, or no tables if nothing was removed.
+    """If ``remove_it`` is True, remove from ``out`` any store, complete or not, of different data or different options. Return the
+    picture tables of the removed store, or no tables if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)

@@ -23,8 +23,8 @@ _Groups: TypeAlias = Mapping[_Key, Mapping[str, Mapping[str, list[float]]]]
 """[comparisons won, total comparisons], keyed by group, metric and edit type."""
 
 FEWEST_CHANGED = 6
-"""Minimum number of changed groups (or benchmark clusters) for an interval. If n groups change, all in one direction, the sign test gives
-p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
+"""Minimum number of changed groups (or benchmark clusters) for reporting a confidence interval. If n groups change, all in one direction,
+the two-sided sign test gives p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
 FEWEST_GROUPS = 20
 """Number of groups below which an unresolved difference gets the verdict "too few groups to tell" instead of "not resolved". Training often

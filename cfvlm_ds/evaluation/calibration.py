@@ -78,7 +78,7 @@ def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[Counte
 
 
 def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, margin and weight of csd and fcd, based on the gaps alone. Margins are in total nats (``len_norm: none``)."""
+    """Recommend the link, margin and weight of csd and fcd, based on the gaps alone. Margins are in nats per text (``len_norm: none``)."""
     options: dict[str, dict[str, Any]] = {"align": {}}
     reasons = []
     priors = [abs(gap.prior) for gap in all_gaps if gap.prior is not None]

@@ -75,11 +75,11 @@ class Objective(Protocol):
         return None
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        """Return the number of tokens or groups over which each part is averaged: scalar or [P]."""
+        """Return the number of tokens or groups over which the loss is averaged: a scalar, or [P] for a loss that is a sum of P means."""
         ...
 
     def numerator(self, scores: Scores) -> Tensor:
-        """Return each part's differentiable sum over tokens or groups, in nats: scalar or [P]."""
+        """Return the differentiable sum over tokens or groups, in nats, in the shape of ``denominator``."""
         ...
 
     def report(self, scores: Scores) -> Report:

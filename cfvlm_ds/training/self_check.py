@@ -1,9 +1,9 @@
-"""Self-check before training: weights must be finite, and packed rows must give the same scores as rows of one text with transformers' own
-attention.
+"""Self-check before training: weights must be finite, and packed rows must give the same scores as unpacked rows, which have one text each
+and run with transformers' own attention.
 
-Untested combinations of kernels and library versions can give wrong scores without an error. The allowed difference is the rounding error,
-which has two sources: the spread of scores if every module's output is rounded differently (measured on rows of one text), and the rounding
-of the largest logit. A wrong mask or position causes a larger difference.
+Untested combinations of kernels and library versions can give wrong scores without an error. The tolerance covers rounding errors from two
+sources: the spread of scores when every module's output is perturbed by its rounding error (measured on unpacked rows), and the rounding of
+the largest logit. A wrong mask or position causes a larger difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""World with habits: synthetic scenes whose objects mostly look as usual, exact edits, and a judge of texts about the scenes."""
+"""World with habits: synthetic scenes whose objects usually have typical attributes, exact edits of these scenes, and a judge that checks
+texts against them.
+"""
 
 from cfvlm_ds.demo.habits.build import build_habits, is_true, scenes_in
 from cfvlm_ds.demo.habits.grammar import judge

@@ -133,10 +133,11 @@ class Scene:
         return frozenset(broken)
 
     def as_usual(self, share: float, rng: Random) -> Scene:
-        """Return the scene that a biased text describes. With probability ``share`` for each broken habit, a thing gets its usual colour,
-        number or row, or its usual company is added. Two things can then share a cell. The background is unchanged.
+        """Return the scene that a biased text describes. Each broken habit is restored with probability ``share``: the thing gets its usual
+        colour, number or row, or the thing that usually accompanies it is added. Two things can then share a cell. The background is
+        unchanged.
 
-        Return the scene itself if the result would have more than MOST copies.
+        Return the original scene if the result would have more than MOST copies of things.
         """
         things = {thing.kind: thing for thing in self.things}
         for kind, factor, _ in sorted(self.broken, key=str):

@@ -27,7 +27,7 @@ from cfvlm_ds.data.fields import further_keys
 from cfvlm_ds.data.picture_file import picture_file
 
 MAX_FILE = 256 * MIB
-"""Maximum size in bytes of an annotation file that is read as a whole: ten times the largest official file."""
+"""Maximum size in bytes of an annotation file that is read into memory at once: ten times the largest official file."""
 MAX_ROW = 4 * MIB
 _OUTSIDE = "put the picture itself there; only a whole folder of pictures may be a link"
 _AGAIN = "get the official file again"
