@@ -163,8 +163,8 @@ class Scorer(nn.Module):
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Encode the images. Return the features of the trees' images, with one tensor for the embeddings and one for each deeper layer that
-        takes image features, and the sum of all other images' features, which keeps them in the autograd graph.
+        """Encode the images. Return the features of the trees' images, with one tensor for the embeddings and one for each deeper layer
+        that takes image features, and the sum of all other images' features, which keeps them in the autograd graph.
         """
         model: Any = self.model
         has_features = "tower_features" in image_inputs
