@@ -44,8 +44,8 @@ class GroupLayout:
     All tensors are [G, I, C] except ``weight`` [G] and ``prompt`` [G, C]. ``valid`` (bool) marks the scored cells. ``match`` (int8) is 1
     for true, 0 for false and -1 for unknown cells. ``num_tokens`` (int64) counts the response tokens of the cell's text without end-of-turn
     tokens. ``num_end_tokens`` (int64) counts the text's end-of-turn tokens, which only the NLL uses. ``prompt`` (int64) is the index of
-    each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group, or
-    are empty if no group sets them (see CounterfactualGroup). If ``in_batch`` is set, C includes the texts of other groups.
+    each text's prompt within its group, or None if every group has one prompt. ``sources`` and ``objectives`` have one entry per group (see
+    CounterfactualGroup), or are empty in a layout built without them. If ``in_batch`` is set, C includes the texts of other groups.
 
     If an objective needs them, two more fields are set. ``changed`` [G, C, T] (bool) marks the tokens in which a text differs from the
     first text with the same prompt. In that first text, it marks every token in which another text differs. T is the number of tokens in

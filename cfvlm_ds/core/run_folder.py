@@ -123,7 +123,7 @@ def _paths(options: Any) -> Iterator[Path]:
 
 def recorded_options(run_dir: Path) -> dict[str, Any]:
     """Read the config.yaml of a run folder. Raises ConfigError if it holds no configuration."""
-    return read_options(run_dir / "config.yaml", "restore it")
+    return read_options(run_dir / "config.yaml", "it should be the configuration of a run; restore it")
 
 
 def recorded_model(run_dir: Path) -> ModelConfig:

@@ -39,9 +39,11 @@ def read_options(path: str | Path, remedy: str) -> dict[str, Any]:
     """Read a YAML file of options. Raises ConfigError, whose message names the file and the ``remedy``."""
     try:
         if not isinstance(options := read_yaml(path), dict):
-            raise ValueError(f"it contains a {type(options).__name__}, not options")
+            raise ValueError("it contains no options")
         return options
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; {remedy}") from error
 
 

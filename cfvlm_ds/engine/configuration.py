@@ -204,7 +204,7 @@ def _unsupported(parsed: Any, options: Mapping[str, Any], world_size: int, devic
     zero = parsed.zero_config
     if zero.stage == 0:
         yield "zero_optimization.stage 0 writes checkpoints that cannot be exported; set 1, 2 or 3 (on one rank, 1 trains identically)"
-    offloads = offloaded(options)
+    offloads = {name: getattr(getattr(zero, f"offload_{name}"), "device", "none") != "none" for name in ("optimizer", "param")}
     on_cpu = device is not None and device.type == "cpu"
     if on_cpu and parsed.float16_config.enabled:
         yield "fp16.enabled=true needs a GPU, but this machine has none; set it to false (bf16 also works on CPUs)"

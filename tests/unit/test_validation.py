@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "not a DeepSpeed configuration": ("z3", {"zero_optimization": {"offload_param": "cpu"}}),
     "Apex AMP": ("z3", {"amp": {"enabled": True}}),
     'offload_optimizer needs an "optimizer" section': ("z3", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "zero_optimization.offload_param needs stage 3": ("z2", {"zero_optimization": {"cpu_offload_param": True}}),
     "offload_param needs stage 3": ("z2", {"zero_optimization": {"offload_param": {"device": "cpu"}}}),
     "fp16.enabled=true needs a GPU": ("z3", {"fp16": {"enabled": True}}),
     "zero_quantized_weights=true": ("z3_zeropp", {}),

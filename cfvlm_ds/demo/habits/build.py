@@ -75,8 +75,8 @@ def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive 
     folder.
 
     The folder is built under a temporary name and renamed when it is complete. Two processes must not build a folder at the same time.
-    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if the settings are invalid or the
-    folder contains other files.
+    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if settings exclude each other or
+    the folder contains other files; ranges are checked where options are parsed.
     """
     if config.text_bias and config.num_counterfactuals:
         raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
