@@ -39,7 +39,7 @@ def read_options(path: str | Path, remedy: str) -> dict[str, Any]:
     """Read a YAML file of options. Raises ConfigError, whose message names the file and the ``remedy``."""
     try:
         if not isinstance(options := read_yaml(path), dict):
-            raise ValueError("it contains no options")
+            raise ValueError("it has no options" if options is None else f"it contains a {type(options).__name__}, not options")
         return options
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); {remedy}") from error

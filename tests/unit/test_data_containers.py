@@ -536,8 +536,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
         self.end_headers()
         with contextlib.suppress(OSError):
-            for k in range(0, len(content), 50):
-                self.wfile.write(content[k : k + 50])
+            for k in range(0, len(content), 10):
+                self.wfile.write(content[k : k + 10])
                 time.sleep(self.path == "/slow.png")
 
     def log_message(self, *_: Any) -> None:
@@ -554,7 +554,7 @@ def server():
 
 
 def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, monkeypatch):
-    for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 1.0), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
+    for name, value in (("MAX_DOWNLOAD", 4000), ("WHOLE_S", 3.0), ("TIMEOUT_S", 2.0), ("PAUSE_S", 0.0)):
         monkeypatch.setattr(downloading, name, value)
     text = "data:image/png;base64," + base64.b64encode(picture(3)).decode()
     said = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}}]}, {"role": "assistant", "content": "x"}]
@@ -566,7 +566,7 @@ def test_pictures_of_the_network_are_fetched_once_and_checked(tmp_path, server, 
     bad = {
         "none": "the server replied 404 Not Found", "away": "unknown url type: ftp", "loop": "infinite loop|error that would lead",
         "page": "not a picture", "large": "more than 4000 bytes", "cut": "were received|IncompleteRead|bytes read",
-        "slow": "no complete reply within 1 s",
+        "slow": "no complete reply within 3 s",
     }  # fmt: skip
     rows = [
         *good,
