@@ -19,7 +19,6 @@ from cfvlm_ds.deepspeed_compat import settings
 from cfvlm_ds.models import MODULES, attention, family_of, meta_model, parameter_counts
 from cfvlm_ds.models.adapters import BYTES_OF_4BIT, linear_weights
 from cfvlm_ds.models.chunked_logprobs import LOGITS
-from cfvlm_ds.training.validation import validate
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
 _GPUS_PER_NODE = 8
@@ -37,6 +36,8 @@ def dry_run(config: RunConfig) -> str:
     The memory for the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. The memory for
     activations is the language model's peak during a forward and backward pass in bfloat16.
     """
+    from cfvlm_ds.training.validation import validate  # not above, because benchmarks/gpu.py plans memory without Pillow
+
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
     model = meta_model(config.model, torch.bfloat16, attention_without_data())

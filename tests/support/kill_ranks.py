@@ -16,7 +16,7 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in ("", "unit"))
+sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in ("", "unit", "../benchmarks"))
 
 import forkserver_ranks
 import torch

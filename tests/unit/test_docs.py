@@ -6,6 +6,7 @@ import ast
 import csv
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -174,7 +175,7 @@ def test_the_notebook_makes_a_compared_model_of_twenty_pictures(tmp_path):
     (tmp_path / "work" / "groups.jsonl").write_text("of an earlier run\n")
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     (compared,) = (cell.outputs[0].text for cell in notebook.cells if "cfvlm-ds compare" in cell.source)
-    assert "| 0.0 | 100.0 | +100.0 |" in compared
+    assert "| group | 0.0 | 100.0 |" in compared
     assert len([*tmp_path.glob("work*/runs/notebook/export/model.safetensors")]) == 1
 
 
@@ -217,8 +218,17 @@ def test_the_tutorial_runs(tmp_path):
 
 @pytest.mark.long
 def test_data_are_made_as_the_page_says(tmp_path):
-    """From drawn pictures and a table of captions to adapters: the page's first section."""
-    (tmp_path / "pictures").mkdir()
+    """From drawn pictures and a table of captions to adapters, and from twenty pictures to a comparison."""
+    for folder in ("pictures", "photos"):
+        (tmp_path / folder).mkdir()
+    lines = ["image,caption"]
+    for number, (first, second) in enumerate(itertools.permutations(("red", "green", "blue", "yellow", "purple"), 2)):
+        picture = Image.new("RGB", (96, 96), "white")
+        ImageDraw.Draw(picture).ellipse((8, 32, 40, 64), fill=first)
+        ImageDraw.Draw(picture).rectangle((56, 32, 88, 64), fill=second)
+        picture.save(tmp_path / "photos" / f"{number}.png")
+        lines.append(f"{number}.png,a {first} circle to the left of a {second} square")
+    (tmp_path / "twenty.csv").write_text("\n".join(lines) + "\n")
 
     def draw(title: str, block: str) -> None:
         for number, row in enumerate(csv.DictReader(block.splitlines()) if title == "plain.csv" else ()):
@@ -234,6 +244,7 @@ def test_data_are_made_as_the_page_says(tmp_path):
     assert len(groups) == 3 and "back end: mine" in said and "editor: flip" in said and "step 4/4" in said
     assert any(len(group.images) > 1 and "shard-" in str(group.images[1][0]) for group in groups)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert "| test |" in (tmp_path / "runs" / "twenty" / "results.md").read_text() and "colour" in said
 
 
 def draw_pictures(folder: Path) -> None:
