@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in ("", "../benchmarks")]
+sys.path.extend(str(Path(__file__).resolve().parent.parent / part) for part in ("", "../benchmarks"))
 
 import torch
 from conftest import build_test_model, write_manifest
