@@ -1,5 +1,5 @@
 """Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, SymMPO, S-VCO, and the default
-objective with full contrast, with light contrast, and with light contrast and token credit or distillation.
+objective, alone and with token credit or distillation.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
     python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one per core
@@ -49,7 +49,7 @@ TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
 """Table row -> NLL of a set's captions or answers, in nats per token. The columns of arms show the difference from the base's NLL."""
-DEMO = ("nll", "default", "light")
+DEMO = ("nll", "default")
 """Arms in the demo's table and in docs/learning.png."""
 CURVES = ("pairs, habit contradicted", "yes/no, habit contradicted", "POPE's form, F1", "false statements, habit contradicted")
 """Axes in docs/learning_time.png."""
@@ -81,10 +81,9 @@ ARMS = {
     ),
     "symmpo": Arm("SymMPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.symmpo.weight=1"), scores=True),
     "svco": Arm("S-VCO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.svco.weight=1"), scores=True),
-    "default": Arm("default", ("--objective.csd.weight=1", "--objective.fcd.weight=1")),
-    "light": Arm("default, contrast x 0.1"),
-    "credit": Arm("contrast x 0.1, token credit", ("--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
-    "distill": Arm("contrast x 0.1, distillation", ("--objective.contrast_distill.weight=0.1",)),
+    "default": Arm("default"),
+    "credit": Arm("default, token credit", ("--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
+    "distill": Arm("default, distillation", ("--objective.contrast_distill.weight=0.1",)),
 }
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ TRIED = {
     "nll-natural": ("2e-4", "5e-4", "1e-3", "2e-3"),
     "nll-all": ("2e-4", "5e-4", "1e-3", "2e-3"),
     "dpo": ("1e-4", "2e-4", "5e-4", "1e-3"),
-    "default": ("5e-4", "1e-3", "2e-3"),
+    "soft": ("5e-4", "1e-3", "2e-3"),
     "margins-1-1": ("2e-4", "5e-4", "1e-3", "2e-3"),
     "margins-1-5": ("2e-4", "5e-4", "1e-3", "2e-3"),
     "margins-3-3": ("1e-3",),
@@ -75,21 +76,25 @@ SHOWN = {
     ("nll-all", "1e-3"): 1,
     ("nll-all", "2e-3"): 3,
     ("dpo", "5e-4"): 3,
-    ("default", "1e-3"): 1,
     ("default", "2e-3"): 3,
-    ("light", "2e-3"): 1,
-    ("credit", "2e-3"): 1,
-    ("margins-1-5", "2e-3"): 3,
     ("margins-1-1", "1e-3"): 1,
     ("margins-1-1", "2e-3"): 3,
+    ("margins-1-5", "2e-3"): 3,
     ("margins-3-3", "1e-3"): 1,
     ("margins-5-5", "1e-3"): 1,
     ("margins-1-1-mixed", "2e-3"): 1,
     ("margins-1-1-retain", "2e-3"): 1,
+    ("soft", "1e-3"): 1,
+    ("soft", "2e-3"): 3,
+    ("light", "2e-3"): 1,
+    ("credit", "2e-3"): 1,
 }
 """Number of seeds for each arm and rate in RESULTS.md."""
 RECORDS = REPO / "benchmarks" / "real_prior"
 PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")
+WRITTEN = ("colour", "count")
+"""Edits whose changed word a description states whatever its form."""
+ONE = {"a": "one", "an": "one"}
 GUESSED = ("colour", "count", "place")
 """Edits in which one picture is usual and the other unusual."""
 
@@ -108,26 +113,32 @@ class Arm:
     natural: bool = False
 
 
+def _contrast(**options: float) -> tuple[str, ...]:
+    """Return options for both contrast terms."""
+    return tuple(f"--objective.{term}.{name}={value}" for term in ("csd", "fcd") for name, value in options.items())
+
+
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for the default link with ``beta`` 1 and the given margins."""
-    return (*(f"--objective.{term}.beta=1" for term in ("csd", "fcd")), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
+    """Return options for weight 1 and the given margins."""
+    return (*_contrast(weight=1), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
-LIGHT = ("--objective.csd.weight=0.1", "--objective.fcd.weight=0.1")
+LIGHT = _contrast(weight=0.1, beta=0.3, margin=5)
 ARMS = {
     "nll-natural": Arm("NLL, natural pairs", ("--objective.align.counterfactual=0", *NO_CONTRAST)),
     "nll-all": Arm("NLL, all pairs", NO_CONTRAST),
     "dpo": Arm("DPO", ("--objective.align.weight=0", *NO_CONTRAST, "--objective.dpo.weight=1"), scores="train"),
     "default": Arm("default objective"),
-    "light": Arm("default, contrast x 0.1", LIGHT),
-    "credit": Arm("contrast x 0.1, token credit", (*LIGHT, "--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
+    "soft": Arm("weight 1, beta 0.3, margins 5", _contrast(weight=1, beta=0.3, margin=5)),
+    "light": Arm("weight 0.1, beta 0.3, margins 5", LIGHT),
+    "credit": Arm("the same, token credit", (*LIGHT, "--objective.csd.token_credit=true", "--objective.fcd.token_credit=true")),
     **{
-        f"margins-{csd}-{fcd}": Arm(f"beta 1, margins {csd} and {fcd}", _margins(csd, fcd))
+        f"margins-{csd}-{fcd}": Arm(f"weight 1, margins {csd} and {fcd}", _margins(csd, fcd))
         for csd, fcd in ((1, 1), (1, 5), (3, 3), (5, 1), (5, 5), (1, 10), (10, 10))
     },
-    "margins-1-1-mixed": Arm("beta 1, margins 1 and 1, natural captions mixed in", _margins(1, 1), natural=True),
+    "margins-1-1-mixed": Arm("weight 1, natural captions mixed in", _margins(1, 1), natural=True),
     "margins-1-1-retain": Arm(
-        "beta 1, margins 1 and 1, natural captions mixed in, retain",
+        "weight 1, natural captions mixed in, retain",
         (*_margins(1, 1), "--objective.retain.weight=1"),
         scores="natural",
         natural=True,
@@ -217,6 +228,8 @@ def evaluated(
     command += ["--out", str(folder / "results.json"), *(["--limit", str(limit)] if limit else [])]
     spent = {"evaluation_seconds": round(run_process(command, folder, {"OMP_NUM_THREADS": "1"}))}
     found = {**(about or {}), **spent, "results": accuracies(folder / "results.json"), "processor": processor()}
+    if "names" in splits:
+        found |= {"written": written(options, of)}
     add_record(RECORDS / RUNS, name, found)
 
 
@@ -238,15 +251,50 @@ def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str]
     found = {**asdict(job), "steps": steps, "processor_seconds": round(spent), "processor": processor()}
     found |= {"natural_nats_per_token": {"first": round(factual[0], 3), "last": round(factual[-1], 3)}}
     found |= {"results": accuracies(folder / "results.json")}
+    if file == RUNS:
+        found |= {"written": written(options, folder)}
     add_record(RECORDS / file, job.name, found)
-    for path in folder.glob("checkpoint-*/*.pt"):
+    for path in (*folder.glob("checkpoint-*/*.pt"), *folder.glob("adapter/*.safetensors")):
         path.unlink()
     print(f"{name}: {steps} steps, {json.dumps(found['results'][splits[0]])}", flush=True)
+
+
+def written(options: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:
+    """Let a model describe the pictures of the test groups that change a colour or a number, and return ``statements``."""
+    data = options.out / "data"
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    pictures = [str(data / image["path"]) for row in rows if row["edits"][0]["type"] in WRITTEN for image in row["images"]]
+    folder = options.out / f"written-{model.parent.name if model.name == 'export' else model.name}"
+    command = [sys.executable, "-m", "cfvlm_ds", "describe", str(model), *pictures, "--max_new_tokens", "16"]
+    run_process(command, folder, {"OMP_NUM_THREADS": "1"})
+    found = re.findall(r"^(/.*\.png)\n(.*)\n", folder.with_name(f"{folder.name}.log").read_text(), re.MULTILINE)
+    return statements(rows, {str(Path(path).relative_to(data)): text for path, text in found})
+
+
+def statements(rows: Sequence[dict[str, Any]], texts: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Return, for each edit in WRITTEN, the percentage of descriptions that state the natural picture's colour or number (``agree``), the
+    changed picture's (``conflict``), and the natural picture's although the changed picture is shown (``habit``).
+
+    A description states the first colour or number in it that occurs in any group of the edit. ``texts`` maps pictures to descriptions.
+    """
+    found = {}
+    for edit in WRITTEN:
+        groups = [row for row in rows if row["edits"][0]["type"] == edit]
+        values = {row["edits"][0][side] for row in groups for side in ("from", "to")}
+
+        def states(row: dict[str, Any], image: int, side: str, values: set[str] = values) -> bool:
+            words = (ONE.get(word, word) for word in re.findall("[a-z]+", texts[row["images"][image]["path"]].lower()))
+            return next((word for word in words if word in values), None) == row["edits"][0][side]
+
+        asked = {"agree": (0, "from"), "conflict": (1, "to"), "habit": (1, "from")}
+        found[edit] = {name: 100 * statistics.mean(states(row, *of) for row in groups) for name, of in asked.items()}
+    return found
 
 
 def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, splits: Sequence[str]) -> float:
     arm = ARMS[job.arm]
     given = [f"--train.seed={job.seed}", f"--train.learning_rate={job.rate}", "--model.vision_tower.tuning=frozen", *arm.options]
+    given.append(f"--train.export={json.dumps('test' in splits)}")
     given.append(f"--data.evaluation={json.dumps({split: str(options.out / 'data' / f'{split}.jsonl') for split in splits})}")
     return train(options.out / name, options.out / "base" / "export", steps, [*rows_of(options, arm), *given])
 
@@ -328,6 +376,11 @@ def mean_of(edits: Sequence[str], name: str, split: str = "test") -> Any:
     return find
 
 
+def mean_written(name: str) -> Any:
+    """Return a function that maps a record to the mean of ``statements`` over edits, or to None if the model's texts were not recorded."""
+    return lambda record: statistics.mean(each[name] for each in record["written"].values()) if "written" in record else None
+
+
 COMMANDS = {name: f"benchmarks/real_prior.py --table {name}" for name in ("arms", "edits", "rates")}
 """Table -> command that prints it."""
 SUMMARY = {
@@ -343,6 +396,9 @@ SUMMARY = {
     "its colour? agree": mean_of(("colour",), "agree", "yes_no"),
     "its colour? conflict": mean_of(("colour",), "conflict", "yes_no"),
     "name": mean_of(("name",), "pair", "names_new"),
+    "writes: agree": mean_written("agree"),
+    "writes: conflict": mean_written("conflict"),
+    "writes the usual": mean_written("habit"),
     "natural text in training, nats per token": lambda record: record.get("natural_nats_per_token", {}).get("last"),
 }
 BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.EDITS for name in ("agree", "conflict", "group")}

@@ -16,7 +16,7 @@ from cfvlm_ds.core.config import ModelConfig
 from cfvlm_ds.core.conversation import DESCRIBE
 from cfvlm_ds.core.data_config import DataConfig
 from cfvlm_ds.core.errors import ConfigError, DataError, StorageError
-from cfvlm_ds.core.files import replace, whole_file
+from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.progress import Progress
 from cfvlm_ds.core.ranks import num_ranks, own_rank
 from cfvlm_ds.core.run_folder import recorded_model
@@ -106,21 +106,18 @@ def _scores(model: str, groups: Groups, scorer: Any, collator: Collator, world: 
     return scores
 
 
-def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Measure how well a model separates a manifest's true texts from its false ones, and recommend margins and weights for the objectives.
+def _calibrate(model: str, manifest: str, *, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
+    """Measure how well a model separates a manifest's true texts and images from its false ones.
 
     Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/world/train.jsonl --limit 500
 
     Args:
         model: model folder or hub name, run folder, or folder of adapters.
         manifest: training groups; with --limit, only the first groups are scored.
-        out: YAML file for the recommended objective.
     """
     from cfvlm_ds.data import sound_groups
     from cfvlm_ds.evaluation import calibration
 
-    if out:
-        own_output(Path(out), calibration.is_block, "calibrate", manifest)
     groups = sound_groups(manifest, reading.root, reading.format, scoring.limit, say)
     scorer, collator, world = load_scorer(*model_named(model, limits), max_pixels=reading.max_pixels, zero3=scoring.zero3)
     scores = _scores(model, groups, scorer, collator, world, scoring)
@@ -137,7 +134,6 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
         )
     if not world.is_main:
         return
-    advice = calibration.advise(all_gaps)
     compared = {gap.group for gap in all_gaps}
     idle = [group.id for group in groups if group.id not in compared]
     without = f"{len(idle)} of {len(groups)} groups have nothing to compare, for example {quoted(idle[0])}" if idle else ""
@@ -146,10 +142,7 @@ def _calibrate(model: str, manifest: str, *, out: str | None = None, scoring: Sc
         if len(all_gaps) < calibration.FEW
         else ""
     )
-    reasons = "\n".join(f"- {reason}" for reason in advice.reasons)
-    print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, reasons, calibration.block(advice)) if part))
-    if out:
-        replace(Path(out), f"{calibration.block(advice)}\n".encode())
+    print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, calibration.warning(all_gaps)) if part))
 
 
 def export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:

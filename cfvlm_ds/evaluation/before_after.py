@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,11 +27,17 @@ FEWEST_CHANGED = 6
 the two-sided sign test gives p = 2 / 2^n, which is above 5 % for fewer than 6 groups.
 """
 FEWEST_GROUPS = 20
-"""Number of groups below which an unresolved difference gets the verdict "too few groups to tell" instead of "not resolved". Training often
+"""Number of groups below which a difference without a significant interval gets the verdict "too few groups to tell". Training often
 changes less than a third of the groups, and a third of 20 groups is about ``FEWEST_CHANGED``.
 """
 _TOO_FEW = "too few groups to tell"
-_VERDICTS = ("better", "worse", "unchanged", "not resolved", _TOO_FEW)
+_VERDICTS = ("better", "worse", "not resolved", _TOO_FEW, "unchanged")
+"""Verdicts in order of priority: an edit type has the first verdict that one of its rows has."""
+_COLUMNS = (
+    "set", "edit type", "groups", "of", "metric", "before, %", "after, %", "difference, points", "95 % low", "95 % high",
+    "groups +", "groups -", "blank image after, %", "blank image before, %", "NLL before", "NLL after",
+)  # fmt: skip
+"""Names of the fields of ``Change`` in before_after.json."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,24 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``unchanged`` if no group changed, ``better`` or ``worse`` if the interval excludes 0, otherwise ``_TOO_FEW`` if the row has few
-        groups, else ``not resolved``.
+        """``better`` or ``worse`` if the interval excludes 0, otherwise ``_TOO_FEW`` if the row has few groups, ``unchanged`` if no group
+        changed, else ``not resolved``.
         """
-        if not self.better + self.worse:
-            return "unchanged"
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
-            return _TOO_FEW if self.groups < FEWEST_GROUPS else "not resolved"
-        return "better" if self.low > 0 else "worse"
+        if self.low is not None and self.high is not None and not self.low <= 0 <= self.high:
+            return "better" if self.low > 0 else "worse"
+        if self.groups < FEWEST_GROUPS:
+            return _TOO_FEW
+        return "not resolved" if self.better + self.worse else "unchanged"
 
 
 def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
     """Return {"columns": names, "data": rows}, the format of before_after.json, which MLflow shows as a table."""
-    return {"columns": [each.name for each in fields(Change)], "data": [list(vars(each).values()) for each in changes]}
+    return {"columns": [*_COLUMNS], "data": [list(vars(each).values()) for each in changes]}
 
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
-    """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
-    return [Change(**dict(zip(table["columns"], row, strict=True))) for row in table["data"]]
+    """Return the rows of a table made by ``to_table``. Raises KeyError or TypeError for any other table."""
+    return [Change(*row) for row in table["data"]]
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
@@ -203,7 +209,7 @@ def changes_table(
         each, *others = of_set
         of_type = dict[str, str]()
         for row in (row for row in types if row.set == name):
-            of_type[row.edit] = row.verdict if of_type.get(row.edit, "unchanged") == "unchanged" else of_type[row.edit]
+            of_type[row.edit] = min(of_type.get(row.edit, "unchanged"), row.verdict, key=_VERDICTS.index)
         verdicts = Counter(of_type.values())
         counts = [f"{verdicts[kind]} {'with ' * (kind == _TOO_FEW)}{kind}" for kind in _VERDICTS if verdicts[kind]]
         fell = [f"{row.metric} {row.before:.1f} -> {row.after:.1f}" for row in (each, *others) if round(row.difference, 1) < 0]
@@ -213,25 +219,33 @@ def changes_table(
         sets.append(f"| {' | '.join(cells)} |")
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.metric == "group" for each in changes):
-        notes.append("text and image, the two parts of group: not compared; for one model, `cfvlm-ds evaluate` and All metrics give them")
+        missing = ", ".join(metric for metric in MEANINGS if metric not in COMPARED)
+        notes.append(f"{missing}: not compared; for one model, `cfvlm-ds evaluate` and All metrics give them")
     if any(each.edit == MEAN for each in changes):
         notes.append(f"{MEAN}: unweighted, so a type with few groups counts as much as one with many")
     notes.append(
-        "edit types, by the type's first row that is not unchanged: better or worse if the interval excludes 0, otherwise not resolved or, "
-        f"if there are fewer than {FEWEST_GROUPS} groups, too few to tell"
+        f"edit types: better or worse if an interval excludes 0, otherwise too few to tell if there are fewer than {FEWEST_GROUPS} groups, "
+        "otherwise unchanged if no group changed, or not resolved"
     )
     notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; above 50 %, the "
-            "texts alone reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. If this rises as much as "
-            "the result, the model has learned from the texts, not from the pictures. If a result is lower than this, the pictures mislead "
-            "the model more often than they help, or the groups are few"
+            "texts alone reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. pair is always 50 % here "
+            "if every text is true of one picture and false of another: see factual. If this rises as much as the result, the model has "
+            "learned from the texts, not from the pictures. If a result is lower than this, the pictures mislead the model more often than "
+            "they help, or the groups are few"
         )
     if any(each.nll_after is not None for each in changes):
-        notes.append("NLL: negative log-likelihood of the true texts in nats per token; if it rises, true texts have become less likely")
+        notes.append(
+            "NLL: negative log-likelihood of the true texts in nats per token, including the end-of-turn token; if it rises, true texts "
+            "have become less likely"
+        )
         if vocabulary:
-            notes.append(f"NLL of uniform guessing: {math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)")
+            notes.append(
+                f"NLL of uniform guessing: {math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens); above it, the texts "
+                "are less likely than random tokens"
+            )
     notes.append(
         "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, and if an edit type has one group"
@@ -321,9 +335,10 @@ def compare_results(before: Path, after: Sequence[Path], say: Say) -> dict[str, 
 
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
     """Return Markdown tables of the changes that ``compare_results`` returned."""
-    tables = list[str]()
+    tables, record = list[str](), before / "environment.json"
+    vocabulary = read_json(record).get("vocabulary") if record.is_file() else None
     for label, changes in compared.items():
-        tables.append(changes_table(changes, (str(before), label)))
+        tables.append(changes_table(changes, (str(before), label), vocabulary=vocabulary))
         tables += [rows_table(types, (str(before), label))] if (types := of_types(changes)) else []
     note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(compared) > 1)
     return "\n\n".join([*tables, *note])

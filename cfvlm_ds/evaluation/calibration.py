@@ -1,15 +1,13 @@
-"""Calibration: margins and weights of objectives for a model and a data set, derived from the model's gaps before training.
+"""Calibration: the gaps between a model's scores of true and false texts and images, before training.
 
 A gap is the score difference S[true] - S[false] of two texts on one image (for csd), or of two images for one text (for fcd).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,20 +17,14 @@ from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.evaluation.comparisons import Kind, comparisons
 from cfvlm_ds.evaluation.scoring import GroupScores
-from cfvlm_ds.objectives.objective import MarginTerm
 
 TERMS = {"text": "csd", "image": "fcd"}
 """Kind of comparison -> term that uses it."""
 QUANTILES = (5, 25, 50, 75, 95)
 FEW = 50
 """Minimum number of comparisons for reliable quantiles."""
-_NATS = (0.5, 5.0)  # smallest and largest useful margin
-_MEASURED_TOKENS = 12  # caption length for which the weight 1 was measured together with align
-_LEAST_WEIGHT = 0.1
-_KNOWN = 10  # minimum number of comparisons for an edit type to count
-_LOST = 4  # in units of the margin; equal to MarginTerm.hinge_cap
+_LOST = 20  # nats
 _MANY_LOST = 0.1
-_GUESSED = 75  # percentile of the gaps on a blank image that a margin must cover
 
 
 @dataclass(frozen=True)
@@ -49,14 +41,6 @@ class Gap:
     tokens: int
     prior: float | None
     group: str = ""
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Recommended options for each term, and the reasons as sentences."""
-
-    options: dict[str, dict[str, Any]]
-    reasons: list[str]
 
 
 def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]) -> Iterator[Gap]:
@@ -77,53 +61,16 @@ def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[Counte
                     yield Gap(comparison.kind, comparison.labels, logp[i][c] - logp[j][d], tokens, prior, group.id)
 
 
-def advise(all_gaps: Sequence[Gap]) -> Advice:
-    """Recommend the link, margin and weight of csd and fcd, based on the gaps alone. Margins are in nats per text (``len_norm: none``)."""
-    options: dict[str, dict[str, Any]] = {"align": {}}
-    reasons = []
-    priors = [abs(gap.prior) for gap in all_gaps if gap.prior is not None]
-    guessed = quantile(priors, _GUESSED) if priors else 0.0  # the picture must change the scores by more than this
-    for side, term in TERMS.items():
-        of_side = [gap for gap in all_gaps if gap.side == side]
-        if not of_side:
-            reasons.append(f"{term} is left out: no group has a comparison for it")
-            continue
-        size = quantile([gap.tokens for gap in of_side], 50)
-        values, (low, high) = [gap.nats for gap in of_side], _NATS
-        sizes: dict[str, list[float]] = {}
-        for gap, value in zip(of_side, values, strict=True):
-            for label in gap.labels:
-                sizes.setdefault(label, []).append(abs(value))
-        known = {in_cell(label): some for label, some in sizes.items() if len(some) >= _KNOWN} or {"all": list(map(abs, values))}
-        scale, label = min((quantile(some, 50), label) for label, some in known.items())
-        why = f"{label}, the least decided edit type, has a median gap of {scale:.2g} in either direction"
-        if guessed > scale:
-            scale, of_pairs = guessed, f"in {_GUESSED} % of comparisons, which a picture must outweigh"
-            why = f"language alone prefers one of two texts by at most {guessed:.2g} {of_pairs}"
-        margin = _round(min(max(scale, low), high))
-        bounded = "" if low <= scale <= high else f"; useful margins are between {low:g} and {high:g}"
-        reasons.append(f"{term}.margin {margin:g} nats: {why}{bounded}")
-        pull = torch.sigmoid(MarginTerm.beta * (margin - torch.tensor(values, dtype=torch.float64))).mean().item()
-        weight = _round(min(1.0, max(_LEAST_WEIGHT, _MEASURED_TOKENS / size)))
-        compared = f"no more than the {_MEASURED_TOKENS} for which the weight 1 was measured"
-        if (times := size / _MEASURED_TOKENS) > 1:
-            compared = f"over which align averages, so a comparison would weigh {times:.1f} times as much as with {_MEASURED_TOKENS}"
-        reasons.append(
-            f"{term}.weight {weight:g}: texts have {size:.0f} tokens, {compared}; at the start, its comparisons have {100 * pull:.0f} % of "
-            "their largest gradient"
-        )
-        lost = sum(value < -_LOST * margin for value in values) / len(values)
-        hinge = side == "image" and lost > _MANY_LOST
-        observed = (
-            f"{term}.link {'hinge' if hinge else 'logsigmoid'}: {100 * lost:.0f} % of its comparisons are lost by more than {_LOST} margins"
-        )
-        reasons.append(
-            f"{observed}; between images, neither length nor prior explains this: inspect these edits; a hinge bounds their loss"
-            if hinge
-            else f"{observed}, so a smooth link is used, whose gradient fades as a comparison is won"
-        )
-        options[term] = {"weight": weight, "margin": margin, "link": "hinge" if hinge else "logsigmoid"}
-    return Advice(options, reasons)
+def warning(all_gaps: Sequence[Gap]) -> str:
+    """Return a warning if many images contradict their labels, otherwise ""."""
+    images = [gap.nats for gap in all_gaps if gap.side == "image"]
+    lost = sum(nats < -_LOST for nats in images)
+    return (
+        f"warning: {lost} of {len(images)} comparisons of images are lost by more than {_LOST} nats, which neither the texts' length nor "
+        "their prior explains; inspect these edits"
+        if lost > _MANY_LOST * len(images)
+        else ""
+    )
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
@@ -144,23 +91,6 @@ def table(all_gaps: Sequence[Gap]) -> str:
     return "\n".join(lines)
 
 
-def block(advice: Advice) -> str:
-    """Return the options as YAML for a run's configuration."""
-    lines = ["objective:"]
-    for term, options in advice.options.items():
-        lines.append(f"  {term}: {{{', '.join(f'{name}: {value}' for name, value in options.items())}}}")
-    return "\n".join(lines)
-
-
-def is_block(file: IO[bytes]) -> bool:
-    """Return True if a file contains only the output of ``block``, so that it can be overwritten."""
-    return re.fullmatch(r"objective:\n(  \w+: \{[^{}\n]*\}\n)+", file.read().decode()) is not None
-
-
 def quantile(values: Sequence[float], percent: float) -> float:
     """Return a percentile, interpolated linearly between the two nearest values."""
     return float(np.percentile(values, percent))
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.2g}")

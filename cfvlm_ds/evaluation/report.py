@@ -67,8 +67,8 @@ def headline(rows: Sequence[Accuracy]) -> str:
     more = len(values) - _MOST_TYPES
     shown = ", ".join(values if more <= 1 else [*values[: _MOST_TYPES - 1], f"{more} more types", values[-1]])
     used, num = rows[-1].groups[metric], rows[-1].num
-    counted = f" (of {used} of {num} groups)" if used < num else ""
-    return f"{metric} accuracy {shown}{counted}{nll_text}"
+    counted = f"{used} of {num} groups" if used < num else f"{num} groups"
+    return f"{metric} accuracy {shown} % ({counted}){nll_text}"
 
 
 def _cells(metrics: Mapping[str, float], shown: Sequence[str]) -> str:

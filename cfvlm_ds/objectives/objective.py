@@ -128,9 +128,10 @@ class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
-    divide their gradient by the text's length. The language prior can favour a false text by several nats, and the picture's effect must
-    outweigh this advantage. The default link therefore saturates slowly; a link that a small margin satisfies would stop widening the
-    margin too early. The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    divide their gradient by the text's length. The loss is then divided by the token counts of the factual texts, like the NLL of align:
+    a group's comparisons weigh ``weight`` times as much as the NLL of its factual text, however long the text is. The default link
+    saturates when a true text leads by a few nats, which keeps true texts likely. The paper uses a hinge link, len_norm anchor, weight
+    0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.
@@ -143,18 +144,18 @@ class MarginTerm(Objective):
         hinge_cap: maximum of the hinge, as a multiple of the margin, so that a pair with a very large violation has no gradient; 0 for no
             maximum.
         len_norm: ``anchor`` divides all log-likelihoods of a group by the token count of its factual text, ``own`` divides each by its
-            text's own token count, and ``none`` does not divide.
+            text's own token count, and ``none`` does not divide. ``anchor`` and ``own`` average the loss over groups instead of tokens.
         pmi: weight of the blind score log p(text | blank), which is subtracted; needs ``--data.scores`` unless it is 0.
         token_credit: replace log p(text) = sum_t log p_t by sum_t w_t log p_t. The weights w_t lie between 1/2 and 3/2 and are larger for
             tokens that are more likely on images for which the text is true (TPO, arXiv 2412.14487). They are 1 if the text is true of all
             images or false of all images.
     """
 
-    weight: float = 1.0
+    weight: float = 8.0
     warmup: float = 0.05
-    margin: float = 5.0
+    margin: float = 1.0
     link: Literal["hinge", "logsigmoid"] = "logsigmoid"
-    beta: float = 0.3
+    beta: float = 1.0
     hinge_cap: float = 4.0
     len_norm: LengthNorm = "none"
     pmi: float = 0.0
@@ -181,7 +182,10 @@ class MarginTerm(Objective):
         raise NotImplementedError
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        return (layout.weight * has_any(self.violations(no_scores(layout), layout)[1])).sum()
+        groups = layout.weight * has_any(self.violations(no_scores(layout), layout)[1])
+        if self.len_norm == "none":
+            groups = groups * (layout.num_tokens + layout.num_end_tokens)[:, 0, 0].clamp(min=1)
+        return groups.sum()
 
     def numerator(self, scores: Scores) -> Tensor:
         violation, mask = self._violations_of(scores)

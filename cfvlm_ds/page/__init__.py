@@ -97,11 +97,6 @@ class ScoreTable:
         return sum(not margin > 0 for margin in self.decided)
 
     @property
-    def worst(self) -> float | None:
-        """Smallest margin that is not NaN, or None if there is no such margin."""
-        return min((margin for margin in self.decided if margin == margin), default=None)
-
-    @property
     def rank(self) -> float | None:
         """Smallest margin per word that is not NaN, or None if there is no such margin. Groups are sorted by it.
 

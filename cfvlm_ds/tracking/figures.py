@@ -73,7 +73,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     for title, label, prefix in _PANELS:
         names = [name for name in series if name.startswith(prefix) and not (label == "fraction" and _is_constant(series[name]))]
         if prefix == "eval/":
-            names = [name for name in names if name.split("/")[1] not in sampled]
+            names = [name for name in names if name.split("/")[1] not in sampled and not name.split("/")[-1].startswith(("loss", "nll"))]
         if fit := sorted((rank, name) for name in names if (rank := _place(name)) is not None):
             shown = {name: series[name] for _, name in fit[:_MOST_SERIES]}
             panels.append((title, label, shown, len(names) - len(shown)))
@@ -153,10 +153,10 @@ _PANELS = (
 """(title, unit, prefix of metric names) of each panel."""
 _LABELS = {
     "loss/align": "align (sum of NLLs)",
-    "logp/lp_00": "true text, its image",
-    "logp/lp_kk": "edited text, its edited image",
-    "logp/lp_0k": "false text, true image",
-    "logp/lp_k0": "true text, edited image (false)",
+    "logp/lp_00": "original text, original image",
+    "logp/lp_kk": "edited text, edited image",
+    "logp/lp_0k": "edited text, original image (false)",
+    "logp/lp_k0": "original text, edited image (false)",
 }
 """Metric -> legend label, for metrics whose names are not self-explanatory."""
 

@@ -28,8 +28,9 @@ from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
 from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE, read_rows
 from cfvlm_ds.training.card import card_of
+from cfvlm_ds.training.run_start import CHANGES as OPTION_CHANGES
 
 CHANGES = "before_after.json"
 """File with the accuracies before and after training."""
@@ -85,6 +86,7 @@ def _exported(config: RunConfig) -> tuple[bool, Path, str]:
 def write_results(
     config: RunConfig,
     step: int,
+    trained: str,
     splits: Mapping[str, GroupStore],
     results: Mapping[str, Sequence[Accuracy]],
     scores: Mapping[str, Sequence[GroupScores]],
@@ -99,13 +101,15 @@ def write_results(
     write a page that shows the worst groups. Return the opening of results.md, and the paths of results.md, results.json and
     before_after.json.
 
-    results.md also contains the results in ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training. Raises
-    StorageError if the disk is full.
+    results.md also contains the results in ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training.
+    ``trained`` gives the numbers of training groups and epochs. Raises StorageError if the disk is full.
     """
     run_dir = path = Path(config.train.output_dir)
-    parts = [summary_of(config, step, results, changes, warning)]
+    parts = [summary_of(config, f"{step} steps ({trained})", results, changes, warning)]
     if config.train.figures and _worst_groups(config, step, splits, scores, say):
-        parts.append(f"Groups with the smallest margins per word after training: [{WORST}/index.html]({WORST}/index.html)")
+        parts.append(
+            f"Groups with the smallest margins per word after training: [{WORST}/index.html]({WORST}/index.html) in the run folder"
+        )
     parts += ["## By edit type", rows_table(types)] if (types := of_types(changes)) else []
     parts += [samples] * bool(samples)
     parts += ["## All metrics, after training", table(results)] * bool(changes)
@@ -129,14 +133,17 @@ def write_results(
     return parts[0], list(contents)
 
 
-def summary_of(config: RunConfig, step: int, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
-    """Return the opening of results.md: model, data, number of steps, objective, a ``warning`` about the training, if any, and the
-    accuracies before and after training.
+def summary_of(config: RunConfig, trained: str, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
+    """Return the opening of results.md: model, data, amount of training (``trained``), objective, options changed on resume, a ``warning``
+    about the training, if any, and the accuracies before and after training.
     """
+    run_dir = Path(config.train.output_dir)
+    rows = read_rows(run_dir / OPTION_CHANGES) if (run_dir / OPTION_CHANGES).is_file() else ()
+    changed = dict.fromkeys(f" Changed after step {row['step']}: {', '.join(row['changes'])}." for row in rows)
     lines = [
-        f"# {in_cell(Path(config.train.output_dir).absolute().name)}",
+        f"# {in_cell(run_dir.absolute().name)}",
         "",
-        f"{config.model.name_or_path} after {step} steps on {config.data.trained_on}; objective: {config.loss}.",
+        f"{config.model.name_or_path} after {trained} on {config.data.trained_on}; objective: {config.loss}.{''.join(changed)}",
         "",
         *[warning, ""] * bool(warning),
     ]
@@ -189,11 +196,17 @@ def description(summary: str, files: Sequence[Path]) -> str:
     figures = [f"![{path.stem}](get-artifact?path={path.name}&run_uuid=RUN_ID)" for path in files if path.suffix == ".png"]
     if len(summary) > _MOST_DESCRIBED:
         summary = summary[:_MOST_DESCRIBED].rpartition("\n")[0] + "\n\nresults.md has the whole table."
-    return "\n\n".join([summary, "The metric grad_norm is measured before clipping.", *figures[:6]])
+    return "\n\n".join([summary, _METRICS, *figures[:6]])
 
 
 _MOST_DESCRIBED = 4000
 """Maximum length of the summary in the description, in characters. MLflow accepts tags of up to 5,000 characters."""
+_METRICS = """\
+- loss_mean: detail/loss divided by the sum of the weights; compare detail/eval/SET/loss with detail/loss
+- learning_rate: of the last step; the parameter train.learning_rate is the rate that was set
+- grad_norm: before clipping
+- eval_SET_METRIC: in %, mean of edit types; the tables above give the number of groups"""
+"""Explanations of the metrics in ``Main/`` for the description."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "
     "from the training data."

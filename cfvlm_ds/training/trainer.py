@@ -317,8 +317,9 @@ class Trainer:
             warnings += [overlap_warning(name, *pair[::-1]) for name, of_set in self.data.overlaps.items() for pair in of_set.items()]
             warning = "\n\n".join(filter(None, warnings))
             identities = self.data.identities
+            trained = f"{len(self.data.groups):,} groups, {self.sampler.epoch:.1f} epochs"
             first, written = write_results(
-                config, step, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
+                config, step, trained, self.data.splits, results, scores, identities, changes, say, benchmark_results, sections, warning
             )
             figures = draw_curves(self._run_dir, results, self.sample.counts, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)

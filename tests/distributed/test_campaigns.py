@@ -12,6 +12,8 @@ import sys
 import pytest
 from conftest import REPO, environment, launcher, read_json, run
 
+from cfvlm_ds.evaluation.before_after import from_table
+
 pytestmark = pytest.mark.long
 
 
@@ -30,10 +32,9 @@ def test_the_quickstart_runs_to_its_end_and_learns(tmp_path):
     options += ["--train.output_dir", str(tmp_path / "run")]
     run([*launcher(1), "train.py", "--deepspeed", "ds_configs/z3.json", *options], timeout=4200)
     print((tmp_path / "run" / "results.md").read_text())
-    table = read_json(tmp_path / "run" / "before_after.json")
-    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    (change,) = (row for row in rows if row["edit"] == "mean of edit types" and row["metric"] == "group")
-    assert change["difference"] > 2 and change["low"] > 0
+    rows = from_table(read_json(tmp_path / "run" / "before_after.json"))
+    (change,) = (row for row in rows if row.edit == "mean of edit types" and row.metric == "group")
+    assert change.difference > 2 and change.low > 0
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 

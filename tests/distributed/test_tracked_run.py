@@ -145,6 +145,10 @@ def test_what_a_run_writes_is_known_by_name(finished):
 def test_the_page_of_results_leads_to_the_worst_groups(finished, manifests):
     """Smallest margin first; test_view has the margins by hand."""
     page = (finished / "results.html").read_text()
+    assert (
+        f" after 4 steps ({len(read_manifest(manifests['train']))} groups, {on_disk(finished)['detail/epoch'][-1][1]:.1f} epochs) on "
+        in page
+    )
     assert '<a href="worst/index.html">' in page and page.count("<table>") >= 2 and '<img src="learning_curves.png"' in page
     page = (finished / "worst" / "index.html").read_text()
     assert (

@@ -107,7 +107,7 @@ def softplus(x: float) -> float:
 
 
 def link(violation: float) -> float:
-    """The default one: margin 5 and beta 0.3."""
+    """With a margin of 5 and a beta of 0.3."""
     return softplus(0.3 * (5 + violation)) / 0.3
 
 
@@ -157,9 +157,9 @@ def naive_symmpo(g: Asked) -> list[float]:
 
 
 NAIVE = {
-    "csd": (Csd(), 0, lambda g: naive_csd(g, "cross")),
-    "csd matched": (Csd(mode="matched"), 0, lambda g: naive_csd(g, "matched")),
-    "fcd": (Fcd(), 0, naive_fcd),
+    "csd": (Csd(margin=5, beta=0.3), 0, lambda g: naive_csd(g, "cross")),
+    "csd matched": (Csd(mode="matched", margin=5, beta=0.3), 0, lambda g: naive_csd(g, "matched")),
+    "fcd": (Fcd(margin=5, beta=0.3), 0, naive_fcd),
     "dpo": (Dpo(beta=1.0), 0, naive_dpo),
     "symmpo": (SymMPO(beta=1.0, symmetric=1.0, consistency=2.0), 1, naive_symmpo),
 }
@@ -361,7 +361,8 @@ def finishing(run_dir: Path) -> tuple[Any, list[str]]:
     ended._displacement = SimpleNamespace(warning=lambda _: "")
     ended.baseline, ended.sample = SimpleNamespace(compare=lambda _: []), SimpleNamespace(metrics=lambda _: {})
     ended.samples = SimpleNamespace(write=lambda _: None, report=lambda: ("", []))
-    ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}, overlaps={}), run_dir
+    ended.data, ended._run_dir = SimpleNamespace(splits={}, identities={}, benchmarks={}, overlaps={}, groups=()), run_dir
+    ended.sampler = SimpleNamespace(epoch=1.0)
     return ended, said
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 from conftest import write_manifest
 
@@ -14,7 +11,6 @@ from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.data import open_groups
 from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.data.stored_scores import StoredScores, is_written, write_scores
-from cfvlm_ds.evaluation import calibration
 from cfvlm_ds.export.folder import refuse_others_model, sealed
 
 
@@ -120,7 +116,7 @@ MINE = {
 @pytest.mark.parametrize(
     "command",
     [
-        "score model a.jsonl --out", "calibrate model a.jsonl --out", "evaluate model a.jsonl --out", "data convert a.jsonl --out",
+        "score model a.jsonl --out", "evaluate model a.jsonl --out", "data convert a.jsonl --out",
         "data download a.jsonl --out",
     ],
 )  # fmt: skip
@@ -164,17 +160,13 @@ def test_rows_replace_no_file(command, here, ended):
     assert listed.read_text() == '{"mine": 1}\n'
 
 
-def test_own_scores_and_options_are_known_again(here):
+def test_own_scores_are_known_again(here):
     groups = open_groups(here / "a.jsonl")
     scores = {group.id: StoredScores(((0.0, 0.0),) * 2, (0.0, 0.0)) for group in groups}
     identity = data_identity(groups, groups.roots)
     write_scores(here / "own", groups, scores, "m", identity, made_by={"weights": "w", "inputs": "i"})
     write_scores(here / "of a run", groups, scores, "m", identity)
     assert [is_written((here / name).open("rb")) for name in ("own", "of a run")] == [True, False]
-    advice: Any = SimpleNamespace(options={"align": {}, "csd": {"weight": 1.0, "link": "hinge"}})
-    for more, own in (("", True), ("train:\n  seed: 1\n", False)):
-        (here / "block").write_text(f"{calibration.block(advice)}\n{more}")
-        assert calibration.is_block((here / "block").open("rb")) is own
 
 
 def test_a_model_of_somebodys_own_is_not_taken_for_an_export(here):

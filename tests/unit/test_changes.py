@@ -56,7 +56,7 @@ RESUMABLE = (
     ("train.learning_rate", "1e-05", "0.1"), ("train.weight_decay", "0.0", "0.1"), ("train.adam_beta2", "0.999", "0.95"),
     ("train.lr_scheduler_type", "cosine", "linear"), ("model.projector.learning_rate", "not set", "0.1"),
     ("model.lora.alpha", "32.0", "8.0"), ("model.lora.dropout", "0.0", "0.1"), ("model.max_pixels", "not set", "999"),
-    ("objective.csd.margin", "5.0", "2.0"), ("objective.csd.weight", "1.0", "0.0"), ("objective.dpo.weight", "0.0", "1.0"),
+    ("objective.csd.margin", "1.0", "2.0"), ("objective.csd.weight", "8.0", "0.0"), ("objective.dpo.weight", "0.0", "1.0"),
     ("train.gradient_accumulation_steps", "16", "64"),
 )  # fmt: skip
 FIXED = (

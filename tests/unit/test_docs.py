@@ -130,7 +130,7 @@ def test_the_reference_lists_what_the_parser_takes():
     assert text == script("options").page(), "written anew by `python docs/options.py`"
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.partition("\n## All options\n")[2].splitlines()]
     rows = {row[0].strip("`"): row for row in cells if row and row[0].startswith("`")}
-    every_term = [part for name in OBJECTIVES for part in (f"--objective.{name}.weight", "1")]
+    every_term = [part for name, term in OBJECTIVES.items() for part in (f"--objective.{name}.weight", str(term().weight))]
     taken = flat(parse_config(every_term, OBJECTIVES).resolved)
     del taken["deepspeed"]
     nested = ("build.habits", "train.rounds")

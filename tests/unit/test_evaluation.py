@@ -191,9 +191,11 @@ def test_every_edit_type_of_a_set_with_mixed_shapes_is_compared_once():
     ]
     overall = changes_table(changes).splitlines()
     assert "| 37.5 -> 12.5 |" in overall[6]
-    assert overall[2] == "| test | 4 of 5 | 3 unchanged, 1 with too few groups to tell | factual 25.0 -> 0.0 |  |  |"
-    assert headline(after).startswith("pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5")
-    for few, of_set in ((19, "1 unchanged, 1 with too few groups to tell"), (20, "1 unchanged, 1 not resolved")):
+    assert overall[2] == "| test | 4 of 5 | 4 with too few groups to tell | factual 25.0 -> 0.0 |  |  |"
+    assert "| +0.0, too few groups to tell | +0 -0 |" in overall[8], "no change of one group"
+    assert "- text, image, group_pmi: not compared" in "\n".join(overall)
+    assert headline(after) == "pair accuracy colour 0.0, count 0.0, object 0.0, relation 50.0, mean of edit types 12.5 % (4 groups)"
+    for few, of_set in ((19, "1 with too few groups to tell, 1 unchanged"), (20, "1 not resolved, 1 unchanged")):
         many = [replace(plain[k >= 25], id=f"g{k}") for k in range(25 + few)]
         won = scores([[-1.0, -2.0]], [-2.0, -1.0])
         before, after = (accuracies(many, [lost] * 25 + [one] + [lost] * (few - 1)) for one in (lost, won))
@@ -287,6 +289,11 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     assert (changes[0].difference, changes[0].better, changes[0].worse) == (0.0, 10, 10)
     assert [(each.edit, each.verdict) for each in of_types(changes)] == [("a", "better"), ("b", "worse"), ("c", "unchanged")]
     assert "| s | 75 | 1 better, 1 worse, 1 unchanged | none |" in changes_table(changes)
+    changes[1:] = [
+        Change("s", "a", 19, 19, "group", 0, 0, 0, None, None, 0, 0),
+        Change("s", "a", 19, 19, "pair", 80, 40, -40, -60, -20, 0, 8),
+    ]
+    assert "| s | 75 | 1 worse | none |" in changes_table(changes), "few groups, but a second metric has clearly fallen"
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():

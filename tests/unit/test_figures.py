@@ -73,6 +73,7 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
         for metric in ("text", "image", "group", "pair", "blind_pair", "sham")
     ]
     rows = [{"step": step, **{name: 80.0 + place / 40 + step for place, name in enumerate(names)}} for step in (1, 2, 3)]
+    rows[0] |= {f"eval/split_0/{loss}": 1.0 for loss in ("loss", "loss_align", "nll")}  # not accuracies
     learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [*rows, {"step": 3, "logp/lp_00": -1.0}]))
     (figure,) = drawn
     logp, accuracy = figure.axes

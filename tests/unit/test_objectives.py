@@ -242,14 +242,18 @@ def twin_csd(g: Group, o: Csd) -> list[tuple[float, float]]:
                 terms.append(h(g, o, S(g, o, i, 0) - S(g, o, i, c)))
         elif i is not None and c is not None:
             terms.append(h(g, o, S(g, o, i, c) - S(g, o, 0, 0)))
-    return [(mean(terms), float(bool(terms)))]
+    return [(mean(terms), units(g, o) * bool(terms))]
+
+
+def units(g: Group, o: Csd | Fcd) -> float:
+    return float(g.tokens[0] + g.ends[0] if o.len_norm == "none" else 1)
 
 
 def twin_fcd(g: Group, o: Fcd) -> list[tuple[float, float]]:
     first = [S(g, o, i, 0) - S(g, o, 0, 0) for i, _ in g.pairs if i is not None and g.truth.get((i, 0)) == 0]
     second = [S(g, o, 0, c) - S(g, o, i, c) for i, c in g.pairs if i is not None and c is not None and g.truth.get((0, c)) == 0]
     halves = [h(g, o, max(v)) for v in ([first, second] if o.symmetric else [first]) if v]
-    return [(mean(halves), float(bool(halves)))]
+    return [(mean(halves), units(g, o) * bool(halves))]
 
 
 def text_gaps(g: Group, r: Callable[[int, int], float]) -> Iterator[float]:

@@ -132,3 +132,16 @@ def test_agree_and_conflict_are_the_two_comparisons_of_each_group(tmp_path):
     colour = real_prior.accuracies(tmp_path / "results.json")["test"]["colour"]
     assert (colour["agree"], colour["conflict"], colour["group"]) == (75, 25, 25)
     assert (colour["blind_agree"], colour["blind_conflict"]) == (100, 0)
+
+
+def test_a_description_states_its_first_colour_or_number():
+    """Two groups a kind: of four changed pictures one text is right, two state what is usual, and one states nothing."""
+    edits = [("colour", "yellow", "blue"), ("colour", "red", "green"), ("count", "one", "three"), ("count", "one", "two")]
+    rows = [
+        {"edits": [{"type": kind, "from": usual, "to": changed}], "images": [{"path": f"{n}a"}, {"path": f"{n}b"}]}
+        for n, (kind, usual, changed) in enumerate(edits)
+    ]
+    texts = {"0a": "a Yellow banana", "0b": "a blue or yellow banana", "1a": "a purple rose, not red", "1b": "red rose"}
+    texts |= {"2a": "a castle", "2b": "an old castle", "3a": "One cat", "3b": "cats"}
+    found = real_prior.statements(rows, texts)
+    assert found == {"colour": {"agree": 100, "conflict": 50, "habit": 50}, "count": {"agree": 100, "conflict": 0, "habit": 50}}

@@ -22,7 +22,7 @@ def config(terms: dict[str, Any], **train: Any) -> Any:
     return SimpleNamespace(objective=terms, train=SimpleNamespace(**options))
 
 
-def test_a_fall_stands_in_the_results_with_its_last_value():
+def test_a_fall_stands_in_the_results_with_its_last_value(tmp_path):
     """The console repeats the warning only when the fall has doubled; results.md has that of the last record, or none after a recovery,
     also if another process trained.
     """
@@ -35,8 +35,11 @@ def test_a_fall_stands_in_the_results_with_its_last_value():
     warnings = list(map(resumed.warning, records))
     fallen = [re.findall(r"fell (\d\.\d\d) nats", warning) for warning in warnings]
     assert fallen == [[], ["0.20"], ["0.30"], [], ["0.35"]] and [line for line in said if "fell 0.20" in line] == said
-    run = parse_config(["--train.output_dir=runs/mine", "--data.train=t.jsonl"], OBJECTIVES)
-    assert f"\n\n{warnings[-1]}\n\n" in summary_of(run, 5, {}, [], warnings[-1])
+    run = parse_config([f"--train.output_dir={tmp_path}", "--data.train=t.jsonl"], OBJECTIVES)
+    assert f".\n\n{warnings[-1]}\n\n" in summary_of(run, "5 steps", {}, [], warnings[-1])
+    change = '{"step": 20, "changes": {"train.learning_rate": [0.1, 0.2], "train.seed": [1, 2]}}\n'
+    (tmp_path / "resume_changes.jsonl").write_text(change * 2)  # killed before the next checkpoint, and resumed again
+    assert summary_of(run, "5 steps", {}, [], "").count(" Changed after step 20: train.learning_rate, train.seed.\n") == 1
 
 
 def test_options_that_do_nothing_are_named_once():

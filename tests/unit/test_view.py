@@ -369,8 +369,8 @@ def test_margins_by_hand():
         )
 
     found = table(((1, 0), (0, 1)), ((-10.0, -12.0), (-9.0, -11.5)))
-    assert found.margins == [[[2.0, -1.0], None], [None, [-2.5, 0.5]]] and (found.lost, found.worst) == (2, -2.5)
-    assert table(((1, None), (None, None)), ((-1.0, -2.0), (-3.0, -4.0))).worst is None
+    assert found.margins == [[[2.0, -1.0], None], [None, [-2.5, 0.5]]] and (found.lost, found.rank) == (2, -1.25)
+    assert table(((1, None), (None, None)), ((-1.0, -2.0), (-3.0, -4.0))).rank is None
     several = table(((1, 0, 0, 0, 1),), ((-1.0, -5.0, -6.0, -7.0, -7.0),), "pppqq")
     assert several.margins == [[[4.0, None], None, None, None, [0.0, None]]] and several.lost == 1
 
@@ -404,7 +404,7 @@ def test_a_run_shows_its_worst_groups(folder, monkeypatch):
     view(folder / "test.jsonl", folder / "page", scores=folder / "scores.jsonl")
     first, second = drawn(folder / "page")
     assert first["b"] == ["\u221210.0", "\u221220.0", "\u22125.0", "\u221213.0", "\u22121.0", "\u22125.0"]
-    assert "+3.0" in first["verdict"][0] and "1 of 2" in second["verdict"][0]
+    assert first["verdict"][0].endswith(", smallest margin +1.0 per word") and "1 of 2" in second["verdict"][0]
     assert second["margin"] == ["\u25bc \u22122.0 vs texts", "\u25b2 +7.0 vs images"]
 
 
