@@ -59,7 +59,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """Yield an image after checking its header. Any error inside the ``with`` block is converted to a DataError."""
     try:
         if not picture_file(path).is_file():  # a named pipe would block for ever
-            raise DataError(f"{path}: no such image file; restore it, or correct its path in the manifest")
+            raise DataError(f"{path}: no such image file; restore it, correct its path, or name the pictures' folder (--root or data.root)")
         if (size := picture_stat(path)[0]) > MAX_BYTES:
             raise DataError(f"{path}: image file has {size} bytes, over the limit of {MAX_BYTES}; save it again, or drop the row")
         with open_picture(path) as handle:
