@@ -68,7 +68,7 @@ def convert(
         if not groups:
             problems = report.problems
             raise DataError(problems[0] + f" (none of the {len(problems)} groups is usable)" * (len(problems) > 1))
-    if described := report.prompts[repr(DESCRIBE)]:
+    if (described := report.prompts[repr(DESCRIBE)]) and "ask=" not in format:
         say(
             f"{described} of {report.num_groups} groups use the prompt {DESCRIBE!r}, the default for captions without one (the format "
             "option ask= sets another)"
