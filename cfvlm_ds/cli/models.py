@@ -276,7 +276,7 @@ def _describe(
     if num_ranks() > 1:
         raise ConfigError(f"describe runs in one process, but {num_ranks()} were started; start only one")
     if missing := [each for each in picture if not Path(each).is_file()]:
-        raise ConfigError(f"{missing[0]} is not a file; name image files")
+        raise ConfigError(f"{missing[0]} is not a file; name the model first, then image files")
     if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
         raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
     if choices and len(set(choices)) < len(choices):
