@@ -142,8 +142,10 @@ def _in_folder(path: Path) -> list[Path]:
     if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         _refuse_unread(path, pictures)
         return pictures
-    raise DataError(f"{path} is a folder without {', '.join(_IN_FOLDERS)} or captions in .txt files, and not a store; name the data file "
-        "(after the model, if the command takes one)")
+    raise DataError(
+        f"{path} is a folder without {', '.join(_IN_FOLDERS)} or captions in .txt files, and not a store; name the data file "
+        "(after the model, if the command takes one)"
+    )
 
 
 def _saved(path: Path) -> list[Path]:
