@@ -110,7 +110,7 @@ def load_processor(config: ModelConfig) -> Any:
     family_of(model_config)
     _check_folder(config.name_or_path)
     what = f"the processor of {config.name_or_path!r}"
-    with explained(f"{what} cannot be loaded", "its folder or repository needs the tokenizer and processor files of the published model"):
+    with explained(f"{what} cannot be loaded", "the model needs the tokenizer and processor files that were published with it"):
         processor = AutoProcessor.from_pretrained(config.name_or_path, trust_remote_code=False)
         parts = {"tokenizer": "tokenizer", "image_processor": "image processor", "chat_template": "chat template"}
         if missing := [name for part, name in parts.items() if getattr(processor, part, None) is None]:
