@@ -200,6 +200,8 @@ def refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> 
     known = [option.strip("-") for action in command._actions for option in action.option_strings]
     near = difflib.get_close_matches(wrong.strip("-"), known, n=1, cutoff=0.7)
     remedy = f"did you mean --{near[0]}?" if near else f"see `{command.prog} --help`"
+    if "root" in known and not wrong.startswith("-"):
+        remedy = f"give a folder with pictures as --root, and see `{command.prog} --help`"
     raise ConfigError(f"{command.prog} does not take {wrong!r}; {remedy}")
 
 
