@@ -47,8 +47,8 @@ class Start:
         assert state.data is not None and state.record is not None
         if change := changed_data(state.data, self.data):
             raise OtherData(
-                f"{self.checkpoint_dir} was trained on {config.data.trained_on} before these changed: {change}; restore the data, or start "
-                "a new run in another train.output_dir"
+                f"{self.checkpoint_dir} was trained on other data, from which {config.data.trained_on} differs in {change}; restore the "
+                "data, or start a new run in another train.output_dir"
             )
         if state.step > self.total_steps:
             raise ConfigError(

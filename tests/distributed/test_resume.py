@@ -119,7 +119,7 @@ REFUSED = {
     "rank": "tracked/checkpoint-2 cannot be continued with these changes: model.lora.rank was 16 and is 4; restore them, or choose",
     "full": "cannot be continued with these changes: model.language_model.tuning was lora and is full; restore",
     "stage": "cannot be continued with these changes: --deepspeed zero_optimization.stage was 3 and is 2; restore",
-    "data": "tracked/checkpoint-2 was trained on ",
+    "data": "tracked/checkpoint-2 was trained on other data, from which ",
     "never": "already holds checkpoint-2; use train.resume=auto",
     "named": "checkpoint-9' is not a folder; give auto, never, restart or the path of a checkpoint",
     "late": "the scores are wrong",

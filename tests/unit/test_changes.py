@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from typing import Any
 
 import pytest
 from conftest import ONE, REPO, read_json, write_json
 
+from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
@@ -161,6 +163,15 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
         files["finished.json"] = json.dumps({"step": 5, "record": record, **other})
         with pytest.raises(ConfigError, match=f"^{tmp_path} was written by another version"):
             start()
+
+
+def test_other_data_are_not_taken_for_the_trained_data(told, tmp_path):
+    config = parse_config(["--model.name_or_path", "base@here", "--data.train", "five.jsonl"], OBJECTIVES)
+    sampler = GroupSampler(num_groups=5, groups_per_micro_batch=1, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    start = run_start.Start(tmp_path, [], {}, 5, {"rows": 5})
+    message = f"{tmp_path} was trained on other data, from which five.jsonl differs in the number of rows (5, was 7); restore"
+    with pytest.raises(run_start.OtherData, match=re.escape(message)):
+        start.check(TrainState(data={"rows": 7}, record={}), config, sampler)
 
 
 def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(told, tmp_path, capsys):
