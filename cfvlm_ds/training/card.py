@@ -132,12 +132,13 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
         changed = kind in ("confirm", "refuse") and ".lora." not in name and options.get(name) != _DEFAULTS[name]
         if (always or changed) and options.get(name) is not None:
             listed[name] = options[name]
+    precision = " ".join(half for half in ("bf16", "fp16") if ds_config.get(f"{half}.enabled"))
     known = {
         "optimizer steps": step,
         "ranks": environment.get("world_size"),
         "device": environment.get("device"),
         "ZeRO stage": ds_config.get("zero_optimization.stage"),
-        "bfloat16": ds_config.get("bf16.enabled"),
+        "precision of training and evaluation": precision or ("fp32" if ds_config else None),
         **listed,
         **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds (training)": environment.get("packages.cfvlm-ds"),
