@@ -158,7 +158,7 @@ def export(run: str, *, adapter: bool = False, out: str | None = None, push: str
     """
     from cfvlm_ds.checkpoint import damaged, description, incomplete, newest
     from cfvlm_ds.export import export_adapter, export_hf
-    from cfvlm_ds.export.folder import refuse_others_model
+    from cfvlm_ds.export.folder import refuse_others_model, stale_card
     from cfvlm_ds.training.card import card_of
 
     path = Path(run)
@@ -173,6 +173,10 @@ def export(run: str, *, adapter: bool = False, out: str | None = None, push: str
     refuse_others_model(folder)
     write = export_adapter if adapter else export_hf
     card = card_of(checkpoint, print, adapter=adapter, repo=push)
+    if stale := stale_card(folder, card):
+        if push:
+            raise ConfigError(stale)
+        say(f"warning: {stale}")
     print(f"exported to {write(checkpoint, model.name_or_path, folder, say=say, lora=model.lora, card=card)}")
     if push:
         from cfvlm_ds.export import hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _OF_MODELS = ("config.json", "adapter_config.json")
 _SEAL = "<!-- cfvlm-ds wrote this card: "
 """Start of a card's last line, the seal, which contains a digest of the text above it. If the digest does not match, the user has edited
 the card."""
+
+_STEPS = re.compile(r"after \d+ optimizer steps")
 
 
 def sealed(text: str) -> str:
@@ -57,6 +60,20 @@ def write_card(folder: Path, card: str) -> bool:
         return False
     replace(path, card.encode())
     return True
+
+
+def stale_card(folder: Path, card: str | None) -> str | None:
+    """Return an error message if the user has edited a folder's card and it describes another step than ``card``; otherwise None."""
+    path = folder / CARD
+    if not path.is_file() or is_own_card(path):
+        return None
+    kept, new = _STEPS.search(path.read_text(errors="replace")), _STEPS.search(card or "")
+    if not kept or not new or kept[0] == new[0]:
+        return None
+    return (
+        f"{path} has been edited and describes weights {kept[0]}, but these are weights {new[0]}; correct it, or move it away and export "
+        "again to have a new one"
+    )
 
 
 def place_card(partial: Path, out_dir: Path, card: str | None) -> None:

@@ -24,7 +24,7 @@ from cfvlm_ds.evaluation.suite.results import Result
 from cfvlm_ds.evaluation.suite.tables import markdown
 from cfvlm_ds.evaluation.view import view_worst
 from cfvlm_ds.export import export_adapter, export_hf
-from cfvlm_ds.export.folder import CARD, refuse_others_model, write_card
+from cfvlm_ds.export.folder import CARD, refuse_others_model, stale_card, write_card
 from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure
@@ -65,7 +65,7 @@ def complete_card(config: RunConfig, checkpoint: Path, say: Say) -> None:
     card = card_of(checkpoint, say, adapter=adapter, evaluated=True)
     with harmless(folder / CARD, say):
         if card is not None and not write_card(folder, card):
-            say(f"warning: {folder / CARD} was not written by this package and is left unchanged")
+            say(f"warning: {stale_card(folder, card) or f'{folder / CARD} has been edited and is left unchanged'}")
 
 
 def refuse_export(config: RunConfig) -> None:

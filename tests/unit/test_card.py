@@ -12,10 +12,12 @@ import pytest
 import yaml
 from conftest import write_json
 
+from cfvlm_ds.checkpoint.finding import own_sum
+from cfvlm_ds.cli import models
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.untrusted import replaced
 from cfvlm_ds.evaluation.before_after import Change, to_table
-from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, is_own_card, place_card, sealed, write_card
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, is_own_card, place_card, sealed, stale_card, write_card
 from cfvlm_ds.training.card import card_of, license_of, model_card
 
 ROWS = [
@@ -218,6 +220,24 @@ def test_a_card_of_ours_is_replaced_and_anything_else_stays(tmp_path):
         assert (out / CARD).read_bytes() == theirs.encode()
     export(out, None)
     assert (out / CARD).exists(), "nor is it lost where no card is written"
+
+
+def test_an_edited_card_of_another_step_is_not_published(tmp_path):
+    """The run continues from step 20 to 30: the card that the user edited at step 20 stays, but the weights beside it are of step 30."""
+    cards = {step: model_card(run_folder(tmp_path / str(step), step), adapter=False) for step in (20, 30)}
+    described = {"step": 30, "files": {}}
+    write_json(tmp_path / "30" / "checkpoint-30" / "complete.json", described | {"crc32": own_sum(described)})
+    export = tmp_path / "30" / "export"
+    assert stale_card(export, cards[30]) is None, "there is no card"
+    export.mkdir()
+    for card, is_stale in ((cards[20], False), (cards[30] + "mine", False), ("# mine\n", False), (cards[20] + "mine", True)):
+        (export / CARD).write_text(card)
+        assert (stale_card(export, cards[30]) is not None) == is_stale
+    with pytest.raises(
+        ConfigError, match=r"README\.md has been edited and describes weights after 20 optimizer steps, .*after 30 optimizer"
+    ):
+        models.export(str(tmp_path / "30"), push="me/tuned")
+    assert (export / CARD).read_text() == cards[20] + "mine" and len(list(export.iterdir())) == 1
 
 
 def test_a_link_of_that_name_is_not_followed(tmp_path):
