@@ -123,7 +123,7 @@ def _run(config: RunConfig, world: World) -> None:
         if (scored := dtype_of(file)) not in (None, dtype := str(resolved.dtype()).removeprefix("torch.")):
             world.say(f"warning: {file} was computed in {scored}, but this run trains in {dtype}; see `cfvlm-ds score --dtype`")
     try:
-        start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), total_steps)
+        start = run_start.decide(config, resolved.config, world, sampler, dict(data.identity), data.identities, total_steps)
     except run_start.OtherData:
         forget(config, world)
         raise
@@ -173,11 +173,9 @@ def _run(config: RunConfig, world: World) -> None:
                 tracker.artifact(path)
             trainer.run(tracker)
     if world.is_main:
-        write_if_possible(
-            run_dir / run_start.FINISHED,
-            json.dumps({"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}),
-            world.say,
-        )
+        ended = {"schema": checkpoint.SCHEMA, "step": state.step, "total_steps": total_steps, "record": state.record}
+        ended |= {"data": state.data, "evaluation": {name: dict(identity) for name, identity in data.identities.items()}}
+        write_if_possible(run_dir / run_start.FINISHED, json.dumps(ended), world.say)
     engine.release(ds_engine)
     world.wait()
 

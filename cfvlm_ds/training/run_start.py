@@ -18,6 +18,7 @@ from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.journal import append
 from cfvlm_ds.core.reading import MALFORMED, read_json
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.identity import Identity
 from cfvlm_ds.data.identity import changes as changed_data
 from cfvlm_ds.training import option_changes
 from cfvlm_ds.training.option_changes import Change
@@ -45,11 +46,7 @@ class Start:
     def check(self, state: TrainState, config: RunConfig, sampler: GroupSampler) -> None:
         """Move the sampler to the position stored in ``state``. Raises ConfigError or DataError if the run cannot continue from there."""
         assert state.data is not None and state.record is not None
-        if change := changed_data(state.data, self.data):
-            raise OtherData(
-                f"{self.checkpoint_dir} was trained on other data, from which {config.data.trained_on} differs in {change}; restore the "
-                "data, or start a new run in another train.output_dir"
-            )
+        _refuse_other_data(state.data, self.data, self.checkpoint_dir, config)
         if state.step > self.total_steps:
             raise ConfigError(
                 f"{self.checkpoint_dir} is beyond the run's last step {self.total_steps}; raise train.max_steps, or set train.resume to an "
@@ -82,10 +79,16 @@ class Start:
 
 
 def decide(
-    config: RunConfig, deepspeed: Mapping[str, Any], world: World, sampler: GroupSampler, data: dict[str, Any], total_steps: int
+    config: RunConfig,
+    deepspeed: Mapping[str, Any],
+    world: World,
+    sampler: GroupSampler,
+    data: dict[str, Any],
+    evaluation: Mapping[str, Identity],
+    total_steps: int,
 ) -> Start | None:
-    """Decide where to start. Return None if the run has finished and ``train.resume`` does not name a checkpoint. ``data`` holds hashes of
-    the groups.
+    """Decide where to start. Return None if the run has finished and ``train.resume`` does not name a checkpoint. ``data`` and
+    ``evaluation`` hold hashes of the training groups and of each evaluation set.
 
     Raises ConfigError or DataError on all ranks if the run cannot continue because of unusable checkpoints, a changed option or changed
     data.
@@ -105,13 +108,17 @@ def decide(
     finished = partial(run_on_rank0, world, lambda: _finished_at(run_dir, train.early_stopping))
     if train.resume in ("auto", "restart") and (ended := finished()) is not None and ended[1] == total_steps:
 
-        def refuse_changed() -> None:
-            record = read_json(run_dir / FINISHED)
-            checkpoint.refuse_other_version(record, run_dir)
-            changed_since(record["record"], run_dir, total_steps)
+        def refuse_changed() -> str:
+            before = read_json(run_dir / FINISHED)
+            checkpoint.refuse_other_version(before, run_dir)
+            changed_since(before["record"], run_dir, total_steps)
+            _refuse_other_data(before.get("data", data), data, run_dir, config)
+            sets = before.get("evaluation", {})
+            changes = {name: changed_data(sets.get(name, identity), identity) for name, identity in evaluation.items()}
+            return "".join(f"; {name} has changed since in {change}" for name, change in changes.items() if change)
 
-        run_on_rank0(world, refuse_changed)
-        message = f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do"
+        changes = run_on_rank0(world, refuse_changed)
+        message = f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do{changes}"
         if (run_dir / f"checkpoint-{ended[0]}").is_dir():  # without it, the run would be trained again
             message += f"; remove {run_dir / FINISHED} to evaluate it again"
         world.say(message)
@@ -134,6 +141,14 @@ def decide(
     )
     start.check(state, config, sampler)
     return start
+
+
+def _refuse_other_data(before: Identity, now: Identity, what: Path | None, config: RunConfig) -> None:
+    if change := changed_data(before, now):
+        raise OtherData(
+            f"{what} was trained on other data, from which {config.data.trained_on} differs in {change}; restore the data, or start a new "
+            "run in another train.output_dir"
+        )
 
 
 def _finished_at(run_dir: Path, early_stopping: int | None) -> tuple[int, int] | None:

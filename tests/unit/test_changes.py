@@ -15,10 +15,13 @@ from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
+from cfvlm_ds.data.identity import data_identity
 from cfvlm_ds.objectives import OBJECTIVES
 from cfvlm_ds.training import option_changes, run_start
 
 Z3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": False}, "gradient_clipping": 1.0}
+
+DATA = {**data_identity([], []), "rows": 7}
 
 
 def test_every_option_says_what_its_change_means():
@@ -154,7 +157,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
             (tmp_path / name).write_text(content)
         before = sorted(tmp_path.iterdir())
         try:
-            return run_start.decide(config, Z3, ONE, sampler, {}, 5)
+            return run_start.decide(config, Z3, ONE, sampler, DATA, {}, 5)
         finally:
             assert sorted(tmp_path.iterdir()) == before
 
@@ -174,6 +177,19 @@ def test_other_data_are_not_taken_for_the_trained_data(told, tmp_path):
         start.check(TrainState(data={"rows": 7}, record={}), config, sampler)
 
 
+def test_a_finished_run_is_refused_other_data_and_names_other_evaluation_sets(told, tmp_path, capsys):
+    options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--data.train", "five.jsonl"]
+    config = parse_config(options, OBJECTIVES)
+    ended = {"schema": 2, "step": 5, "record": option_changes.record(config, Z3, 1, 5), "data": DATA, "evaluation": {"a": DATA, "b": DATA}}
+    write_json(tmp_path / "finished.json", ended)
+    sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
+    fewer = {**DATA, "rows": 5}
+    assert run_start.decide(config, Z3, ONE, sampler, DATA, {"a": fewer, "b": DATA, "new": DATA}, 5) is None
+    assert "5 of 5: nothing to do; a has changed since in the number of rows (5, was 7)\n" in capsys.readouterr().out
+    with pytest.raises(run_start.OtherData, match=r"was trained on other data, from which five\.jsonl differs in"):
+        run_start.decide(config, Z3, ONE, sampler, fewer, {}, 5)
+
+
 def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(told, tmp_path, capsys):
     options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--train.early_stopping=2"]
     options += ["--data.evaluation.a=b", "--train.save_best=eval/a/pair", "--train.eval_steps=1"]
@@ -181,13 +197,13 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
     write_json(tmp_path / "finished.json", ended)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
-    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None
+    assert run_start.decide(config, Z3, ONE, sampler, DATA, {}, 5) is None
     said = capsys.readouterr().out
     assert "finished at step 3 of 5" in said and "remove" not in said, (
         "without its checkpoint, the run would be trained again over its export"
     )
     (tmp_path / "checkpoint-3").mkdir()
-    assert run_start.decide(config, Z3, ONE, sampler, {}, 5) is None
+    assert run_start.decide(config, Z3, ONE, sampler, DATA, {}, 5) is None
     assert f"remove {tmp_path / 'finished.json'} to evaluate it again" in capsys.readouterr().out
     assert [run_start._finished_at(tmp_path, patience) for patience in (2, 3, None)] == [(3, 5), (3, 3), (3, 3)]
 
