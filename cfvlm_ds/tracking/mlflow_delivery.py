@@ -45,8 +45,7 @@ class DeliveryRecord:
 
     Attributes:
         inputs: data sets used since the latest start of the run, each a dict with the keys listed in ``INPUT``.
-        token: random id, used to find the run on a server to which it was copied before, or if the response to the create request was
-            lost.
+        token: random id, used to find the run on the server if the response to the create request was lost.
         offset: number of bytes of metrics.jsonl that have been delivered.
         artifacts: maps a file's path (relative if in the run folder) to its ``folder`` in MLflow and to ``pending`` (True until it is
             uploaded).
@@ -265,8 +264,8 @@ class Delivery:
             say(f"MLflow run {run.info.run_id} at {self._uri}, experiment {self.record.experiment!r}")
 
     def _find_run(self, client: Any) -> Any:
-        """Return the existing run, or None. The status of a run that is not finished is set to RUNNING. If the server does not have the
-        recorded run, all data go to the server's run with the same token or, if there is none, to a new run.
+        """Return the existing run, or None. The status of a run that is not finished is set to RUNNING. If the server no longer has the
+        run, all data go to a new run.
         """
         record, run = self.record, None
         if record.run_id is not None:
@@ -275,20 +274,16 @@ class Delivery:
             except _mlflow("mlflow.exceptions").MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSED) or record.run_id not in str(error):
                     raise
-            if run is not None and run.info.lifecycle_stage == "deleted":
-                run = None
-        if run is None:
-            if (experiment := client.get_experiment_by_name(record.experiment)) is not None:
-                runs = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
-                run = runs[0] if runs else None
-            if record.run_id is not None:
-                target = f"its copy {run.info.run_id}, which keeps what it has" if run else "a new one"
-                say(f"MLflow at {self._uri} has no run {record.run_id}; everything in {METRICS_FILE} is sent to {target}")
+            if run is None or run.info.lifecycle_stage == "deleted":
+                say(f"MLflow at {self._uri} has no run {record.run_id}; everything in {METRICS_FILE} is sent to a new one")
                 with self._lock:
                     artifacts = {path: {**artifact, "pending": True} for path, artifact in record.artifacts.items()}
-                    tags = {name: value for name, value in record.tags.items() if name != "continues_run"}
-                    tags |= {} if run else {"continues_run": record.run_id}
-                    self.record = replace(record, tags=tags, run_id=None, offset=0, artifacts=artifacts)
+                    tags, token = {**record.tags, "continues_run": record.run_id}, uuid.uuid4().hex
+                    self.record = replace(record, tags=tags, run_id=None, offset=0, token=token, artifacts=artifacts)
+                run = None
+        elif (experiment := client.get_experiment_by_name(record.experiment)) is not None:
+            runs = client.search_runs([experiment.experiment_id], f"tags.`{_TOKEN_TAG}` = '{record.token}'", max_results=1)
+            run = runs[0] if runs else None
         if run is not None:
             self._steps_on_server = {}
             if record.status is None:

@@ -257,13 +257,6 @@ def test_local_store_is_what_mlflow_ui_shows(ui, tmp_path, remote, monkeypatch):
     assert deliver(run_dir, timeout=30)
     copy = mlflow.MlflowClient(tracking_uri=remote.url).get_run(_delivered(run_dir))
     assert (copy.data.metrics["detail/loss/lm"], copy.data.tags["continues_run"], copy.info.status) == (0.5, tracker.run_id, "FINISHED")
-    # Both stores keep one run each, whichever of them is addressed next.
-    for uri, run_id in ((None, tracker.run_id), (remote.url, copy.info.run_id)):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri or "")
-        assert deliver(run_dir, timeout=30) and _delivered(run_dir) == run_id
-        known = mlflow.MlflowClient(tracking_uri=uri or f"sqlite:///{run_dir}/mlflow.db")
-        assert _history(known, run_id, "loss/lm") == [(1, 0.5)]
-        assert known.get_run(run_id).data.tags.get("continues_run") == (tracker.run_id if uri else None)
 
 
 @pytest.mark.parametrize("name", ["a%41b", "a?b"])
