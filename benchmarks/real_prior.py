@@ -426,7 +426,8 @@ def table(title: str, columns: dict[str, Any], rows: Sequence[tuple[str, list[di
         for find in columns.values():
             values = [value for each in records if (value := find(each)) is not None]
             spread = f" ± {half_width(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
+            few = f" (seeds: {len(values)})" if len(values) < len(records) else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}{few}" if values else "")
         steps = "/".join(sorted({str(each["steps"]) for each in records if "steps" in each}))
         lines.append(f"| {name} | {len(records) if steps else ''} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,8 +10,8 @@ from typing import Any
 
 from cfvlm_ds.core.errors import ConfigError
 
-SCHEMA = 2
-"""Format version of the files that a run resumes from."""
+SCHEMA = 3
+"""Version of the files that a run resumes from. It also rises when the same options give another loss."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,7 +31,7 @@ FEWEST_GROUPS = 20
 changes less than a third of the groups, and a third of 20 groups is about ``FEWEST_CHANGED``.
 """
 _TOO_FEW = "too few groups to tell"
-_VERDICTS = ("better", "worse", "not resolved", _TOO_FEW, "unchanged")
+_VERDICTS = ("worse", "better", "not resolved", _TOO_FEW, "unchanged")
 """Verdicts in order of priority: an edit type has the first verdict that one of its rows has."""
 _COLUMNS = (
     "set", "edit type", "groups", "of", "metric", "before, %", "after, %", "difference, points", "95 % low", "95 % high",
@@ -90,7 +90,9 @@ def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
 
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
-    """Return the rows of a table made by ``to_table``. Raises KeyError or TypeError for any other table."""
+    """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
+    if table["columns"] not in ([*_COLUMNS], [each.name for each in fields(Change)]):  # the second: until December 2026
+        raise ValueError(f"columns {table['columns']}")
     return [Change(*row) for row in table["data"]]
 
 
@@ -224,8 +226,8 @@ def changes_table(
     if any(each.edit == MEAN for each in changes):
         notes.append(f"{MEAN}: unweighted, so a type with few groups counts as much as one with many")
     notes.append(
-        f"edit types: better or worse if an interval excludes 0, otherwise too few to tell if there are fewer than {FEWEST_GROUPS} groups, "
-        "otherwise unchanged if no group changed, or not resolved"
+        "edit types: worse or better if an interval excludes 0 (worse if one metric fell and one rose), otherwise too few to tell if there "
+        f"are fewer than {FEWEST_GROUPS} groups, otherwise unchanged if no group changed, or not resolved"
     )
     notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
     if any(each.blank is not None for each in changes):
@@ -335,10 +337,9 @@ def compare_results(before: Path, after: Sequence[Path], say: Say) -> dict[str, 
 
 def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) -> str:
     """Return Markdown tables of the changes that ``compare_results`` returned."""
-    tables, record = list[str](), before / "environment.json"
-    vocabulary = read_json(record).get("vocabulary") if record.is_file() else None
+    tables = list[str]()
     for label, changes in compared.items():
-        tables.append(changes_table(changes, (str(before), label), vocabulary=vocabulary))
+        tables.append(changes_table(changes, (str(before), label)))
         tables += [rows_table(types, (str(before), label))] if (types := of_types(changes)) else []
     note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(compared) > 1)
     return "\n\n".join([*tables, *note])

@@ -128,10 +128,10 @@ class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
-    divide their gradient by the text's length. The loss is then divided by the token counts of the factual texts, like the NLL of align:
-    a group's comparisons weigh ``weight`` times as much as the NLL of its factual text, however long the text is. The default link
-    saturates when a true text leads by a few nats, which keeps true texts likely. The paper uses a hinge link, len_norm anchor, weight
-    0.5, and margins of 0.25 (csd) and 0.30 (fcd).
+    divide their gradient by the text's length. The loss is then divided by the token counts of the factual texts, like the NLL of align,
+    but only of groups with a comparison. If every group has one, a group's comparisons weigh ``weight`` times as much as the NLL of its
+    factual text, however long the text is. The default link saturates when a true text leads by a few nats, which keeps true texts likely.
+    The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 
     Args:
         weight: factor of the term in the loss; 0 leaves the term out.

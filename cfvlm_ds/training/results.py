@@ -28,7 +28,7 @@ from cfvlm_ds.export.folder import CARD, refuse_others_model, stale_card, write_
 from cfvlm_ds.models import load_config, only_adapters_train
 from cfvlm_ds.page.report import write_report_page
 from cfvlm_ds.tracking.figures import learning_curves_figure
-from cfvlm_ds.tracking.metrics_log import METRICS_FILE, read_rows
+from cfvlm_ds.tracking.metrics_log import METRICS_FILE
 from cfvlm_ds.training.card import card_of
 from cfvlm_ds.training.run_start import CHANGES as OPTION_CHANGES
 
@@ -134,16 +134,15 @@ def write_results(
 
 
 def summary_of(config: RunConfig, trained: str, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
-    """Return the opening of results.md: model, data, amount of training (``trained``), objective, options changed on resume, a ``warning``
-    about the training, if any, and the accuracies before and after training.
+    """Return the opening of results.md: model, data, amount of training (``trained``), objective, a note if options were changed on resume,
+    a ``warning`` about the training, if any, and the accuracies before and after training.
     """
     run_dir = Path(config.train.output_dir)
-    rows = read_rows(run_dir / OPTION_CHANGES) if (run_dir / OPTION_CHANGES).is_file() else ()
-    changed = dict.fromkeys(f" Changed after step {row['step']}: {', '.join(row['changes'])}." for row in rows)
+    changed = f" Options were changed on resume; see {OPTION_CHANGES}." if (run_dir / OPTION_CHANGES).is_file() else ""
     lines = [
         f"# {in_cell(run_dir.absolute().name)}",
         "",
-        f"{config.model.name_or_path} after {trained} on {config.data.trained_on}; objective: {config.loss}.{''.join(changed)}",
+        f"{config.model.name_or_path} after {trained} on {config.data.trained_on}; objective: {config.loss}.{changed}",
         "",
         *[warning, ""] * bool(warning),
     ]
@@ -205,7 +204,7 @@ _METRICS = """\
 - loss_mean: detail/loss divided by the sum of the weights; compare detail/eval/SET/loss with detail/loss
 - learning_rate: of the last step; the parameter train.learning_rate is the rate that was set
 - grad_norm: before clipping
-- eval_SET_METRIC: in %, mean of edit types; the tables above give the number of groups"""
+- eval_SET_METRIC: nll in nats per token, others in %; accuracies are means of edit types; the tables above give the number of groups"""
 """Explanations of the metrics in ``Main/`` for the description."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ONE, REPO, read_json, write_json
 
-from cfvlm_ds.checkpoint import TrainState
+from cfvlm_ds.checkpoint import SCHEMA, TrainState
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.data import GroupSampler
@@ -150,7 +150,7 @@ def test_a_finished_run_is_what_the_folder_says(told, tmp_path):
     config = parse_config(["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path)], OBJECTIVES)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     record = option_changes.record(config, Z3, 1, 5)
-    files = {"finished.json": json.dumps({"schema": 2, "step": 5, "record": record})}
+    files = {"finished.json": json.dumps({"schema": SCHEMA, "step": 5, "record": record})}
 
     def start() -> Any:
         for name, content in files.items():
@@ -180,7 +180,13 @@ def test_other_data_are_not_taken_for_the_trained_data(told, tmp_path):
 def test_a_finished_run_is_refused_other_data_and_names_other_evaluation_sets(told, tmp_path, capsys):
     options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--data.train", "five.jsonl"]
     config = parse_config(options, OBJECTIVES)
-    ended = {"schema": 2, "step": 5, "record": option_changes.record(config, Z3, 1, 5), "data": DATA, "evaluation": {"a": DATA, "b": DATA}}
+    ended = {
+        "schema": SCHEMA,
+        "step": 5,
+        "record": option_changes.record(config, Z3, 1, 5),
+        "data": DATA,
+        "evaluation": {"a": DATA, "b": DATA},
+    }
     write_json(tmp_path / "finished.json", ended)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     fewer = {**DATA, "rows": 5}
@@ -194,7 +200,7 @@ def test_a_run_that_early_stopping_ended_has_finished_until_the_option_changes(t
     options = ["--model.name_or_path", "base@here", "--train.output_dir", str(tmp_path), "--train.early_stopping=2"]
     options += ["--data.evaluation.a=b", "--train.save_best=eval/a/pair", "--train.eval_steps=1"]
     config = parse_config(options, OBJECTIVES)
-    ended = {"schema": 2, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
+    ended = {"schema": SCHEMA, "step": 3, "total_steps": 5, "record": option_changes.record(config, Z3, 1, 5)}
     write_json(tmp_path / "finished.json", ended)
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     assert run_start.decide(config, Z3, ONE, sampler, DATA, {}, 5) is None

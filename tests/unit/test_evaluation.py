@@ -288,12 +288,14 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     changes = compare_accuracies("s", before, after)
     assert (changes[0].difference, changes[0].better, changes[0].worse) == (0.0, 10, 10)
     assert [(each.edit, each.verdict) for each in of_types(changes)] == [("a", "better"), ("b", "worse"), ("c", "unchanged")]
-    assert "| s | 75 | 1 better, 1 worse, 1 unchanged | none |" in changes_table(changes)
+    assert "| s | 75 | 1 worse, 1 better, 1 unchanged | none |" in changes_table(changes)
     changes[1:] = [
         Change("s", "a", 19, 19, "group", 0, 0, 0, None, None, 0, 0),
         Change("s", "a", 19, 19, "pair", 80, 40, -40, -60, -20, 0, 8),
     ]
     assert "| s | 75 | 1 worse | none |" in changes_table(changes), "few groups, but a second metric has clearly fallen"
+    changes[1] = Change("s", "a", 25, 25, "group", 0, 20, 20, 10, 30, 8, 0)
+    assert "| s | 75 | 1 worse | none |" in changes_table(changes), "a metric that rose does not hide one that fell"
 
 
 def test_table_is_valid_markdown_and_metrics_are_named():
