@@ -946,15 +946,13 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch)
 
 
 def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
-    """What a command wrote it replaces: groups, tables and thinned sets. Captions, other rows, journals and somebody's files stay."""
+    """What a command wrote it replaces: groups and tables. Captions, other rows, journals and somebody's files stay."""
     out, groups = tmp_path / "W", tmp_path / "g.jsonl"
     edited(photos, out)
     verified(out)
     selecting = ["data", "select", out, "--out"]
-    write_rows(tmp_path / "pairs.jsonl", [row | {"meta": {"steps": {}}} for row in pair_rows(tmp_path, 20)])
-    auditing = ["data", "audit", tmp_path / "pairs.jsonl", "--out", tmp_path / "a", "--refine"]
-    for words in ([*selecting, groups], [*auditing, tmp_path / "thin.jsonl"]) * 2:
-        printed(capsys, *words)
+    for _ in range(2):
+        printed(capsys, *selecting, groups)
     for name, text in (
         ("notes.jsonl", '{"schema": "cfgroup/1", "meta": {"mine": 1}}\n'), ("h.a.jsonl", "notes\n"), ("i.jsonl.survival.md", "notes\n"),
     ):  # fmt: skip
@@ -962,8 +960,7 @@ def test_no_file_that_somebody_wrote_is_replaced(photos, tmp_path, capsys):
     before = contents(tmp_path)
     for name, words in (
         ("captions.jsonl", selecting), ("notes.jsonl", selecting), ("W/run.json", selecting), ("W/edit/shard-00000.jsonl", selecting),
-        ("thin.jsonl", selecting), ("i.jsonl", selecting), ("h.jsonl", [*selecting[:3], "--splits", "a=0.5,b=0.5", "--out"]),
-        ("pairs.jsonl", auditing), ("g.jsonl", auditing), ("a/thin.jsonl", auditing),
+        ("i.jsonl", selecting), ("h.jsonl", [*selecting[:3], "--splits", "a=0.5,b=0.5", "--out"]),
     ):  # fmt: skip
         assert Path(name).name.replace(".jsonl", "") in refused(capsys, *words, tmp_path / name)
         assert contents(tmp_path) == before, name
@@ -1021,39 +1018,6 @@ def test_an_area_over_the_limit_is_a_fault_only_if_its_interval_excludes_chance(
     assert [row.exceeds for row in rows] == [False, True] and ["above the limit" in str(row) for row in rows] == [True, False]
     below = shortcuts.Shortcut("w", 0.55, 0.52, 0.58, 999)
     assert not below.exceeds and "limit" not in str(below)
-
-
-def test_refine_thins_planted_cues_by_the_command_line(tmp_path, capsys):
-    """Of 300 groups, 200 have a counterfactual that is longer and 60 one with a word of its own; judged by naive counts of the file."""
-    rows = []
-    for k in range(300):
-        old, new = ("red", "blue") if k % 2 else ("blue", "red")
-        texts = [f"a {old} disc number {k}", f"a {new} disc number {k}"]
-        texts[k % 3 != 0] += " here and there"
-        texts[1] = texts[1].replace("disc", "orb" if k % 5 == 0 else "disc")
-        rows.append({
-            "id": f"g{k}", "source": "test", "images": [{"id": "i0", "path": "0-0.png"}],
-            "texts": [{"id": f"t{i}", "text": text} for i, text in enumerate(texts)], "match": [["i0", "t0", 1], ["i0", "t1", 0]],
-            "edits": [{"type": "colour", "text": "t1", "from": old, "to": new}],
-        })  # fmt: skip
-    pair_rows(tmp_path, 1)
-    write_rows(tmp_path / "g.jsonl", rows)
-    said = {}
-    for seed in (1, 1, 2):
-        words = ["data", "audit", tmp_path / "g.jsonl", "--out", tmp_path / "a", "--refine", tmp_path / "kept.jsonl", "--seed", seed]
-        shown = printed(capsys, *words)
-        content = (tmp_path / "kept.jsonl").read_bytes()
-        assert said.setdefault(seed, content) == content and re.search(r"refined \| \d+ of 300 groups; correct blind guesses: ", shown)
-    kept = [[each["text"] for each in json.loads(line)["texts"]] for line in said[1].splitlines()]
-    longer, shorter = sum(len(new) > len(old) for old, new in kept), sum(len(new) < len(old) for old, new in kept)
-    assert said[1] != said[2] and len(kept) >= 60 and abs(longer - shorter) <= 0.04 * len(kept)
-    assert sum("orb" in new for _, new in kept) <= 0.04 * len(kept)  # it was 20 %
-    assert len(read_manifest(tmp_path / "kept.jsonl")) == len(said[2].splitlines())
-    for row in rows:
-        row["texts"][1]["text"] = row["texts"][0]["text"] + " indeed"
-    write_rows(tmp_path / "g.jsonl", rows)
-    assert "(length)" in refused(capsys, *words)
-    assert (tmp_path / "kept.jsonl").read_bytes() == said[2]
 
 
 def audited(tmp_path: Path, rows: dict[str, list[dict[str, Any]]], score: Any = None, **options: Any) -> Any:
@@ -1134,8 +1098,6 @@ def test_answers_to_different_questions_are_not_compared(tmp_path):
         sentence for sentence, _ in found.faults
     ]
     assert found.shortcuts[1].auc == pytest.approx(0.5, abs=0.15), "yes is true as often as no"
-    with pytest.raises(ConfigError, match=r"--refine: .*\(the scorer\).* 24 groups"):
-        audited(tmp_path, {"train": rows}, score, refine=str(tmp_path / "kept.jsonl"))
 
 
 def test_what_is_not_measured_has_no_number(tmp_path):

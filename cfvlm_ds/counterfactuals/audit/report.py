@@ -15,7 +15,6 @@ from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
 from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
-from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import LIMIT_AUC, Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.verify import Score
@@ -28,6 +27,7 @@ from cfvlm_ds.page import Written, group_item, write_page
 LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
+_GRAINS = 5000  # maximum number of picture pairs whose grain is compared
 
 
 @dataclass
@@ -89,10 +89,8 @@ def audit(
     _duplicates(report, sets)
     if options.against:
         _against(report, sets, options.against, say)
-    margins = _blind(report, sets, score, say) if score is not None else None
-    if options.refine:
-        groups = [group for split in sets for group in split.groups]
-        report.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
+    if score is not None:
+        _blind(report, sets, score, say)
     return report, sets
 
 
@@ -128,15 +126,16 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
         for group in split.groups:
             source = group.images[0][0].name if group.num_pictures else group.id
             half = bool(seed_of("half", options.seed, source) & 1)
-            texts += (pairs := text_pairs(group))
+            pairs = [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
+            texts += pairs
             text_halves += [half] * len(pairs)
             for edit in group.edits:
                 if edit.type != SHAM and edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
         report.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
-    if len(pictures) > options.sample:
-        pictures = random.Random(options.seed).sample(pictures, options.sample)
+    if len(pictures) > _GRAINS:
+        pictures = random.Random(options.seed).sample(pictures, _GRAINS)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
     progress = Progress(say, "measuring the grain of pictures", len(pictures), "pairs")
     for original, edited, half in progress.over(pictures):
@@ -220,29 +219,29 @@ def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> Non
                 )
 
 
-def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """Score all texts on a blank picture, and return each group's mean margin of true over false texts, in nats."""
-    margins: list[list[float]] = []
+def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> None:
+    """Score all texts on a blank picture, and report how often true texts are preferred to false ones. A tie counts as one half."""
+    right, total = 0.0, 0
     for split in sets:
         progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")
         for start in range(0, len(split.groups), _SCORED):
             groups = list(split.groups[start : start + _SCORED])
             for group, scores in zip(groups, score(groups), strict=True):
                 blank = scores.blank.tolist()
-                margins.append([blank[true] - blank[false] for true, false in factual_texts(group)])
+                for true, false in factual_texts(group):
+                    right += (blank[true] > blank[false]) + 0.5 * (blank[true] == blank[false])
+                    total += 1
             progress.advance(len(groups))
-    every = [margin for group in margins for margin in group]
-    share = right(every)
-    result = f"{100 * share:.1f} % of {len(every)} comparisons"
+    share = right / max(total, 1)
+    result = f"{100 * share:.1f} % of {total} comparisons"
     report.facts.append(
         (
             "true texts preferred on a blank picture",
-            result if every else "not measured: no group has a true and a false text for the same prompt",
+            result if total else "not measured: no group has a true and a false text for the same prompt",
         )
     )
-    if every and max(share, 1 - share) > LIMIT_BLIND:
+    if total and max(share, 1 - share) > LIMIT_BLIND:
         report.fault(f"a scorer that sees no picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
-    return [sum(group) / max(len(group), 1) for group in margins]
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:
