@@ -150,7 +150,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
     """Report duplicates, leaks between splits, and shortcuts: cues by which an edited text or picture can be recognised on its own.
 
-    Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
+    Example: cfvlm-ds data audit train.jsonl test.jsonl --out audit
 
     Args:
         manifest: one or more manifests; several are treated as splits of one data set.

@@ -231,12 +231,10 @@ class AuditOptions:
 
     Args:
         scorer: model that measures how well true and false texts can be told apart without a picture.
-        against: benchmarks that the data must not overlap with, as manifests or picture folders separated by commas.
         seed: seed for dividing the groups into halves and drawing samples.
         strict: exit with code 1 if a limit is exceeded.
     """
 
     scorer: str = ""
-    against: str = ""
     seed: int = 0
     strict: bool = False

@@ -1120,29 +1120,23 @@ def test_what_is_not_measured_has_no_number(tmp_path):
 
 def test_duplicates_and_leaks_are_found_and_named(tmp_path):
     rows = pair_rows(tmp_path, 30)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty"):
-        audited(tmp_path, {"train": rows[:20]}, against=str(tmp_path / "empty"))
     shutil.copy(tmp_path / "3-0.png", tmp_path / "5-0.png")  # the same picture in two groups
     Image.open(tmp_path / "7-0.png").resize((80, 80)).save(tmp_path / "25-0.jpg", quality=70)  # nearly so in another split
     rows[25]["images"][0]["path"] = "25-0.jpg"
-    bench = tmp_path / "bench"
-    bench.mkdir()
-    Image.open(tmp_path / "9-1.png").save(bench / "x.jpg", quality=80)  # an edited picture that is a benchmark's
-    (bench / "y.png").write_bytes(b"no picture")
+    shutil.copy(tmp_path / "9-1.png", tmp_path / "21-0.png")  # an edited picture
+    rows[22]["texts"][1]["text"] = rows[11]["texts"][1]["text"].upper()
+    (tmp_path / "23-0.png").write_bytes(b"no picture")
     with pytest.raises(DataError) as broken:
-        open_image(bench / "y.png")
-    (bench / "text.jsonl").write_text(json.dumps({"image": "x.jpg", "caption": rows[11]["texts"][1]["text"].upper()}) + "\n")
-    found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]}, against=f"{bench},{bench / 'text.jsonl'}")
+        open_image(tmp_path / "23-0.png")
+    found, sets = audited(tmp_path, {"train": rows[:20], "test": rows[20:]})
     said = {sentence: ids for sentence, ids in found.faults}
     assert [(sorted(ids), sentence) for sentence, ids in said.items()] == [
+        (["g23"], f"1 pictures cannot be read; the first: {broken.value}"),
         (["g3", "g5"], "train: 1 pairs of originals are identical (1) or near duplicates (0)"),
-        (["g25", "g7"], "train and test share 1 equal or nearly equal originals, and 0 picture files"),
-        ([], f"{bench}: 1 of its 2 pictures cannot be read and were not compared; the first: {broken.value}"),
-        (["g9"], "train contains 0 pictures of bench, and 2 near duplicates of its pictures"),  # its original is alike, but for a disc
-        (["g9"], "train contains 0 pictures of text.jsonl, and 2 near duplicates of its pictures"),
-        (["g11"], f"train: 1 groups contain a text of text.jsonl, for example {rows[11]['texts'][1]['text']!r}"),
+        # two originals are alike, each pair but for a disc, and so are their edits
+        (["g21", "g25", "g7", "g9"], "train and test: 1 pairs of pictures are identical, and 3 are near duplicates"),
     ]
+    assert dict(found.facts)["texts of train and test"] == f"1 in both, such as {rows[11]['texts'][1]['text']!r}"
     write_report(found, sets, tmp_path / "page", quiet)
     assert "near duplicates (0): 3-0.png (g3), 5-0.png (g5)" in (tmp_path / "page" / "report.md").read_text()
     found, _ = audited(tmp_path, {"train": rows[:2], "test": [rows[2] | {"id": "g0"}]})
@@ -1156,8 +1150,8 @@ def test_a_strict_audit_ends_with_an_error(photos, tmp_path):
     through_all(photos, tmp_path / "W", 1)
     select(tmp_path / "W", groups := tmp_path / "groups.jsonl", SelectOptions(), quiet)
     with pytest.raises(SystemExit) as ended:
-        main(["data", "audit", str(groups), "--out", str(tmp_path / "audit"), "--strict", "--against", str(tmp_path)])
-    assert ended.value.code == 1 and "near duplicates of its pictures" in (tmp_path / "audit" / "report.md").read_text()
+        main(["data", "audit", str(groups), str(shutil.copy(groups, tmp_path / "again.jsonl")), "--out", str(tmp_path / "a"), "--strict"])
+    assert ended.value.code == 1 and "groups and again: " in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_a_plan_is_all_of_it(photos, tmp_path, capsys):

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Groups
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
-from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
+from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import LIMIT_AUC, Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.verify import Score
@@ -87,8 +88,6 @@ def audit(
         report.fault(f"{len(broken)} pictures cannot be read; the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(report, sets, options, say)
     _duplicates(report, sets)
-    if options.against:
-        _against(report, sets, options.against, say)
     if score is not None:
         _blind(report, sets, score, say)
     return report, sets
@@ -156,67 +155,31 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report original (unedited) pictures that occur in several groups, and pictures that occur in several splits. Edited pictures are not
-    searched for near duplicates, because edits of one picture resemble each other.
+    """Report original (unedited) pictures that occur in several groups, and pictures and texts (of more than three words) that occur in
+    several splits. Within a split, edited pictures are not compared, because edits of one picture resemble each other.
     """
-    originals = []
-    for split in sets:
+    texts = []
+    for k, split in enumerate(sets):
         firsts = {group.images[0][0]: group.id for group in split.groups if group.num_pictures == 1}
-        originals.append([(split.looks[path], name) for path, name in firsts.items() if path in split.looks])
-    for k, (split, own_originals) in enumerate(zip(sets, originals, strict=True)):
-        own = [look for look, _ in own_originals]
-        pairs = [pair for pair in near_pairs(own, own) if pair[0] < pair[1]]
-        if pairs:
+        originals = [(split.looks[path], name) for path, name in firsts.items() if path in split.looks]
+        own = [look for look, _ in originals]
+        if pairs := [pair for pair in near_pairs(own, own) if pair[0] < pair[1]]:
             exact = sum(same for *_, same in pairs)
-            ids = [own_originals[k][1] for *pair, _ in pairs for k in pair]
+            ids = [originals[place][1] for *pair, _ in pairs for place in pair]
             report.fault(
                 f"{split.name}: {len(pairs)} pairs of originals are identical ({exact}) or near duplicates ({len(pairs) - exact})", ids
             )
-        for other, other_originals in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
-            pairs = list(near_pairs(own, [look for look, _ in other_originals]))
-            shared = {look.digest for look in split.looks.values()} & {look.digest for look in other.looks.values()}
-            if pairs or shared:
-                ids = [name for i, j, _ in pairs for name in (own_originals[i][1], other_originals[j][1])]
-                report.fault(
-                    f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files",
-                    ids,
-                )
-
-
-def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
-    for path in map(Path, filter(None, map(str.strip, against.split(",")))):
-        texts: list[str] = []
-        if path.is_dir() and not (path / "store.json").is_file():
-            pictures = pictures_below(path)
-            if not pictures:
-                raise ConfigError(f"--against {path} contains no picture; name a folder of a benchmark's pictures, or its manifest")
-        else:
-            store = open_groups(path, progress=say)
-            pictures = []
-            for group in store:
-                pictures += [picture for image in group.images for picture in image]
-                texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
-        looks = list(_looks(path.name, dict.fromkeys(pictures), say))
-        theirs = [result for result in looks if not isinstance(result, str)]
-        report.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
-        if unread := [result for result in looks if isinstance(result, str)]:
-            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read and were not compared; the first: {unread[0]}")
-        for split in sets:
-            ours = list(split.looks.values())
-            pairs = list(near_pairs(ours, theirs))
-            if pairs:
-                exact = {i for i, _, same in pairs if same}
-                nearly = {i for i, *_ in pairs} - exact
-                ids = [name for i, *_ in pairs for name in split.owners[ours[i].path]]
-                report.fault(
-                    f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids
-                )
-            own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
-            if shared := shared_texts(own_texts, texts):
-                report.fault(
-                    f"{split.name}: {len(shared)} groups contain a text of {path.name}, for example {next(iter(shared.values()))!r}",
-                    list(shared),
-                )
+        looks, every = list(split.looks.values()), {candidate.text for group in split.groups for candidate in group.candidates}
+        texts.append({normalised(text).lower() for text in every if len(text.split()) > 3})
+        for other, other_texts in zip(sets[:k], texts, strict=False):
+            theirs = list(other.looks.values())
+            both = f"{other.name} and {split.name}"
+            if pairs := list(near_pairs(theirs, looks)):
+                exact = sum(same for *_, same in pairs)
+                ids = [name for i, j, _ in pairs for name in (*other.owners[theirs[i].path], *split.owners[looks[j].path])]
+                report.fault(f"{both}: {exact} pairs of pictures are identical, and {len(pairs) - exact} are near duplicates", ids)
+            shared = sorted(texts[k] & other_texts)
+            report.facts.append((f"texts of {both}", f"{len(shared)} in both{''.join(f', such as {text!r}' for text in shared[:1])}"))
 
 
 def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> None:
