@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,13 +78,6 @@ class Collator:
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
         self.packs_again = self.tokens = self.blank = False
         self.divergences: tuple[Divergence, ...] = ()
-
-    @cached_property
-    def pictures_first(self) -> bool:
-        """True if the chat template places pictures before the question. All prompts about a picture then share one tree."""
-        picture = (("picture", False),)
-        encoded = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
-        return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
 
     def scoring_everything(self) -> Collator:
         """Return a copy of the collator for evaluation. It scores all cells and has no stored scores."""
