@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,7 +91,7 @@ def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
     """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
-    if table["columns"] != [*_COLUMNS]:
+    if table["columns"] not in ([*_COLUMNS], [each.name for each in fields(Change)]):  # the second: until December 2026
         raise ValueError(f"columns {table['columns']}")
     return [Change(*row) for row in table["data"]]
 
