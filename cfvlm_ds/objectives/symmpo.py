@@ -15,14 +15,13 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair. This loss penalises a
-    difference between the two images' gaps (see below).
+    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair.
 
     Let r_ic = log p - log p_reference for text c on image i; the reference comes from ``--data.scores``. The gap between two texts is
     d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
 
     - text pairs: -log sigmoid(beta d_k) and -log sigmoid(beta e_k), over every false text of each image;
-    - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;
+    - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2, so that both gaps become equal;
     - anchors: -log sigmoid(beta r_00) and -log sigmoid(beta r_kk).
 
     Each part is a mean over a group's pairs, so each group counts once. Texts are always compared on the same image, so the partition
