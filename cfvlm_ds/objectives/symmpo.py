@@ -21,7 +21,7 @@ class SymMPO(ReferenceTerm):
     d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are
 
     - text pairs: -log sigmoid(beta d_k) and -log sigmoid(beta e_k), over every false text of each image;
-    - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2, so that both gaps become equal;
+    - complete pairs: -log sigmoid(beta d_k) - log sigmoid(beta e_k), and (d_k - e_k)^2;
     - anchors: -log sigmoid(beta r_00) and -log sigmoid(beta r_kk).
 
     Each part is a mean over a group's pairs, so each group counts once. Texts are always compared on the same image, so the partition
