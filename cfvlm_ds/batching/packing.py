@@ -204,9 +204,8 @@ def _prompts(
 
 
 def compared(row: Row, layout: GroupLayout, against: str) -> Tensor:
-    """Return the indices [3, D] for a divergence, one column per token of a text. Row 0 holds the index of the hidden state that predicts
-    the token given the text's own image. Row 1 holds the same given another image, and row 2 the flat index of the text's cell on that
-    other image.
+    """Return the indices [3, D] for a divergence, one column per token of a text. Rows 0 and 1 hold the indices of the hidden states that
+    predict the token given the text's own image and given another image. Row 2 holds the flat index of the text's cell on that other image.
     """
     tokens = defaultdict[int, list[int]](list)
     for place, (cell, is_end) in enumerate(zip(row.cell.tolist(), row.is_end.tolist(), strict=True)):

@@ -279,8 +279,8 @@ class HabitsConfig:
         num_questions: maximum number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability that a thing in a training picture follows each of its habits.
-        text_bias: probability that the texts of a training picture state what is usual where the picture breaks a habit. Needs
-            num_counterfactuals 0. A base model pretrained on such texts states what is usual even if the picture shows something else.
+        text_bias: probability that a training picture's texts state the usual attribute where the picture breaks a habit. Needs
+            num_counterfactuals 0. A base model pretrained on such texts states usual attributes even if the picture contradicts them.
     """
 
     out_dir: str

@@ -83,7 +83,7 @@ def printed_once(sentence: str) -> Iterator[bool]:
     mark = Path(tempfile.gettempdir()) / f"cfvlm_ds-{os.getuid()}-{launcher()}-{key}.said"
     if own_rank():
         _wait_for(mark, _WAIT_S + _STAGGER_S * own_rank())
-    if _is_said(mark):
+    if _is_printed(mark):
         yield False
         return
     yield True
@@ -100,11 +100,11 @@ def _wait_for(mark: Path, seconds: float) -> None:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end = time.monotonic() + seconds
-    while time.monotonic() < end and not _is_said(mark):
+    while time.monotonic() < end and not _is_printed(mark):
         time.sleep(_POLL_S)
 
 
-def _is_said(mark: Path) -> bool:
+def _is_printed(mark: Path) -> bool:
     """Return whether a rank of this launch has created the marker file (see ``printed_once``).
 
     A marker file older than this process comes from an earlier launch by the same parent, and does not count.

@@ -161,8 +161,8 @@ def _called(hint: Any) -> list[str]:
 def nearest(option: str, names: Sequence[str]) -> str | None:
     """Return the dotted option among ``names`` that an unknown ``option`` most likely means, or None.
 
-    It is the shortest name with all words of ``option`` and the same last word, as for batch_size, or else the most similar name. The last
-    parts of the names must be similar too, because all options of a section begin with the same letters.
+    The result is the shortest name with all words of ``option`` and the same last word or, if there is none, the most similar name whose
+    last part is also similar: all options of a section begin with the same letters.
     """
     last = option.rpartition(".")[2]
     words = {name: re.split(r"[._]", name) for name in (option, *names)}

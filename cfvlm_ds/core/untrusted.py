@@ -16,8 +16,8 @@ from cfvlm_ds.core.reading import MALFORMED, open_regular
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 
 
-def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
-    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``said_by``, the file that contains the
+def bare_name(name: Any, source: Path | str, ending: str = "") -> str:
+    """Return ``name`` if it is a file name, not a path. Otherwise, raise a ConfigError that names ``source``, the file that contains the
     name.
 
     A file name is not empty, ``.`` or ``..``. It contains only printable characters, contains no path separator of any operating system,
@@ -27,16 +27,16 @@ def bare_name(name: Any, said_by: Path | str, ending: str = "") -> str:
     is_plain = text not in ("", ".", "..") and not {"/", "\\"} & {*text} and text.isprintable()
     if not is_plain or len(text.encode("utf-8", "surrogatepass")) > _LONGEST_NAME or not text.endswith(ending):
         what = f"the plain name of a file{ending and f' that ends in {ending}'}, and only files of the folder itself are read"
-        raise ConfigError(f"{said_by}: {str(name)[:300]!r} is not {what}; correct it, or download the folder again")
+        raise ConfigError(f"{source}: {str(name)[:300]!r} is not {what}; correct it, or download the folder again")
     return text
 
 
-def own_file(folder: Path, name: Any, said_by: Path | str) -> Path:
+def own_file(folder: Path, name: Any, source: Path | str) -> Path:
     """Return the path of a file in ``folder``, given its file name or relative path ``name``. Raises ConfigError for any other name, and
     for a link that leads out of the folder.
     """
     parts = name.split("/") if isinstance(name, str) else [name]
-    path = folder.joinpath(*(bare_name(part, said_by) for part in parts))
+    path = folder.joinpath(*(bare_name(part, source) for part in parts))
     refuse_foreign(path, folder)
     return path
 

@@ -29,10 +29,10 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     """Compare an edited picture with its original. Raises DataError if a picture cannot be read.
 
     Returns:
-        A dict with ``hash`` (number of differing bits in the 64-bit perceptual hashes). If the sizes are equal, it also
-        contains ``identical`` (True if no pixel differs), ``changed`` (fraction of pixels that differ visibly), ``largest`` (fraction of
-        these in their largest connected component) and, with a mask, ``outside`` (fraction of the pixels outside the mask that differ at
-        all).
+        A dict. ``hash`` is the number of differing bits in the 64-bit perceptual hashes. The other keys exist only if the sizes are equal.
+        ``identical`` is True if no pixel differs. ``changed`` is the fraction of pixels that differ visibly, and ``largest`` the fraction
+        of these in their largest connected component. ``outside``, which needs a mask, is the fraction of the pixels outside the mask that
+        differ at all.
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"hash": (perceptual_hash(first) ^ perceptual_hash(second)).bit_count()}

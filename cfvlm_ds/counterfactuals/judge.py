@@ -36,7 +36,7 @@ class Thresholds:
         changed: minimum and maximum fraction of visibly changed pixels, keyed by edit type; the key "*" covers all other types.
         largest: minimum fraction of the changed pixels that lie in the largest connected component.
         outside: maximum fraction of the pixels outside the mask that differ at all, even invisibly.
-        drop: maximum decrease in nats from the caption's log-likelihood on the original picture to the new text's on the edited picture;
+        drop: maximum decrease in log-likelihood, in nats, from the caption on the original picture to the new text on the edited picture;
             null for no limit. A large drop suggests a second change, which the four comparisons do not detect.
     """
 

@@ -32,7 +32,7 @@ from cfvlm_ds.data.passes import Array, Done, Keyed, Scan, contains, distinct
 from cfvlm_ds.data.picture_file import picture_bytes, picture_stat
 from cfvlm_ds.data.picture_index import Picture, PictureTable, find, picture_key, picture_of
 from cfvlm_ds.data.report import CheckReport
-from cfvlm_ds.data.store import GroupStore, told_apart
+from cfvlm_ds.data.store import GroupStore, are_distinguished
 from cfvlm_ds.data.stored import StoredRows
 
 _AHEAD = 64  # number of pictures opened ahead of their use
@@ -137,7 +137,7 @@ def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator
     """Yield a problem for each pair of images in a group that are byte-identical although the truth table distinguishes them."""
     for second in range(1, len(group.images)):
         for first in range(second):
-            if told_apart(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
+            if are_distinguished(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
                 files = " and ".join(", ".join(map(str, group.images[place])) for place in (second, first))
                 yield (
                     f"group {group.id!r}: counterfactual image {second} is byte-identical to image {first} ({files}), but match "
@@ -184,7 +184,7 @@ def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:
 
 class SeenRows(NamedTuple):
     """Result of the row pass. ``pictures`` holds the key of each distinct picture and the index of the first group that uses it.
-    ``repeats`` holds the indices of groups whose id an earlier group already has.
+    ``repeats`` holds the indices of groups that repeat an earlier group's id.
     """
 
     pictures: Keyed
@@ -239,8 +239,8 @@ def _arrays(values: dict[int, int]) -> Keyed:
 
 
 def _repeated(store: GroupStore, ids: Sequence[Keyed], scan: Scan) -> Iterator[tuple[int, str]]:
-    """Yield (index, error message) for each group whose id an earlier group already has. Only groups with equal id hashes are read, to
-    compare the ids themselves.
+    """Yield (index, error message) for each group that repeats an earlier group's id. Only groups with equal id hashes are read, to compare
+    the ids themselves.
     """
     hashes = np.concatenate([part for part, _ in ids])
     hashes.sort()

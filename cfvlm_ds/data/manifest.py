@@ -84,7 +84,7 @@ def read_manifest(path: str | Path, root: Root = None, format: str = AUTO) -> li
 
 
 def repeated(store: GroupStore, index: int, first: int, group_id: str) -> str:
-    """Return the error message for a group (``index``) whose id an earlier group (``first``) already has."""
+    """Return the error message for a group (``index``) that repeats the id of an earlier group (``first``)."""
     where, before = store.where(index), store.where(first)
     return f"{where}: group id {group_id!r} is already used by {before}; make ids unique, or remove the row if it repeats that one"
 

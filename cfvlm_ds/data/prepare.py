@@ -342,7 +342,7 @@ class RowLines:
         root: folder that picture paths are relative to.
         pictures: picture table; None if no picture was opened.
         broken: mapping from the key of each broken picture to its problem.
-        repeats: indices of groups whose id an earlier group already has.
+        repeats: indices of groups that repeat an earlier group's id.
         name: function from a picture's path to the path to write; None for the picture's absolute path.
     """
 

@@ -55,7 +55,7 @@ class CheckReport:
     num_repeated_rows: int = 0
     """Number of rows with the same prompts, texts and pictures as an earlier row."""
     num_repeated_pictures: int = 0
-    """Number of picture files whose contents an earlier file already has."""
+    """Number of picture files with the same contents as an earlier file."""
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)

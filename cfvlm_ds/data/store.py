@@ -183,7 +183,7 @@ def confined(group: CounterfactualGroup, confine: Confinement) -> Counterfactual
     equal: dict[Pictures, list[int]] = {}
     for second, pictures in enumerate(group.images):
         for first in equal.setdefault(pictures, []):
-            if told_apart(group, first, second):
+            if are_distinguished(group, first, second):
                 raise DataError(
                     f"group {group.id!r}: counterfactual image {second} is the same file as image {first} ({group.images[first][0]}), "
                     "but match distinguishes them; name the edited image, or remove it"
@@ -192,6 +192,6 @@ def confined(group: CounterfactualGroup, confine: Confinement) -> Counterfactual
     return group
 
 
-def told_apart(group: CounterfactualGroup, first: int, second: int) -> bool:
+def are_distinguished(group: CounterfactualGroup, first: int, second: int) -> bool:
     """Return whether any text is known to be true of one of the two images and false of the other."""
     return any({a, b} == {0, 1} for a, b in zip(group.match[first], group.match[second], strict=True))

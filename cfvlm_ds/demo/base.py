@@ -1,4 +1,4 @@
-"""Pretrained base model of the demo: a small LLaVA that recognises objects but relies on what is usual. `make base` trains it."""
+"""Pretrained base model of the demo: a small LLaVA that recognises things but relies on habits. `make base` trains it."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ def evaluate(
     objectives: Objectives | None = None,
     reference: Reference | None = None,
 ) -> tuple[dict[str, list[Accuracy]], dict[str, Sequence[GroupScores]]]:
-    """Score every split. Return two dicts, accuracies and scores, both keyed by split name and equal on all ranks.
+    """Score every split. Return two dicts keyed by split name, equal on all ranks: tables of accuracies, and scores.
 
-    The last row of a split's accuracies contains the means over edit types, the NLL of the true texts and the losses of ``objectives``.
-    ``reference`` computes the reference scores that some objectives need. For the other arguments, see ``score_groups``.
+    A table's last row contains the means over edit types, the NLL of the true texts and the losses of ``objectives``. ``reference``
+    computes the reference scores that some objectives need. For the other arguments, see ``score_groups``.
     """
     results, scores = {}, {}
     for name, groups in splits.items():

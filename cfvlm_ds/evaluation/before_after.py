@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,7 +91,7 @@ def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
     """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
-    if table["columns"] != [*_COLUMNS]:
+    if table["columns"] not in ([*_COLUMNS], [each.name for each in fields(Change)]):  # the second: until December 2026
         raise ValueError(f"columns {table['columns']}")
     return [Change(*row) for row in table["data"]]
 
@@ -104,12 +104,12 @@ def of_types(changes: Iterable[Change]) -> list[Change]:
 
 
 def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Accuracy]) -> list[Change]:
-    """Return the rows for an evaluation set: the mean over edit types for each metric of ``COMPARED``, then one or two rows per edit type.
+    """Return an evaluation set's rows: one mean over edit types for each metric of ``COMPARED``, then one or two rows per edit type.
 
-    The first row shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
-    the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. If this metric did not fall in an edit type but
-    others did, the type's second row shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every
-    group has one image.
+    The first mean shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
+    the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. A second row is added if this metric did not fall
+    but others did; it shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group has one
+    image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
@@ -143,7 +143,8 @@ def is_tested(better: int, worse: int) -> bool:
 
 
 def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | None, Change]:
-    """Return a metric's rows, keyed by edit type. The key of the mean over types is None. Return {} if no group was measured both times.
+    """Return a metric's rows, keyed by edit type. The key of the mean over types is None. Return {} if no group was measured both before
+    and after.
 
     An edit type's accuracy is the number of comparisons won divided by the total number, over all groups. The mean row averages these
     ratios. The interval is the difference plus or minus 1.96 standard errors, estimated by the delta method with groups as independent

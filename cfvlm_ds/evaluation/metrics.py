@@ -179,8 +179,8 @@ _ALL = ""
 
 
 def _outcomes(group: CounterfactualGroup, score: GroupScores) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    """Yield the labels (edit types) of each comparison, and its points keyed by metric: 1 for a win and 0 for a loss. A tie counts 1/2 on a
-    blank image, and 0 otherwise.
+    """For each comparison, yield its edit types and its points by metric: 1 for a win and 0 for a loss. A tie counts as 1/2 on a blank
+    image, otherwise as 0.
     """
     matrices = {"": score.logp.tolist(), "_pmi": (score.logp - score.blank).tolist()}
     blank = score.blank.tolist()

@@ -100,8 +100,8 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar with value 0 that adds a gradient: that of other groups' image-side losses with respect to the scores of their
-        texts on this batch's images.
+        """Return a scalar of value 0. Its gradient is that of other groups' image-side losses with respect to their texts' scores on this
+        batch's images.
         """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)

@@ -15,8 +15,7 @@ from cfvlm_ds.objectives.reference import Part, ReferenceTerm, text_pairs
 
 @dataclass(frozen=True, kw_only=True)
 class SymMPO(ReferenceTerm):
-    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair. This loss penalises a
-    difference between the two images' gaps (see below).
+    """DPO between texts on every image, plus a symmetric loss over both images of each counterfactual pair.
 
     Let r_ic = log p - log p_reference for text c on image i; the reference comes from ``--data.scores``. The gap between two texts is
     d_k = r_00 - r_0k on the factual image and e_k = r_kk - r_k0 on the counterfactual image. The parts are

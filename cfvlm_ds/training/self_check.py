@@ -93,11 +93,11 @@ class Cell:
 
 
 def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Groups, world: World) -> None:
-    """Compare two cells' scores in the first packed row of ``groups`` with their scores in rows of their own. The cells are the row's
-    first, and one that follows other texts.
+    """Score two cells of the first packed row of ``groups`` again in rows of their own, and compare the scores. The cells are the row's
+    first cell and a cell that follows other texts.
 
     Every rank must call this with its own groups. ``forward`` is the engine in evaluation mode. Raises ConfigError on all ranks if a cell's
-    two scores differ by more than rounding can explain.
+    two scores differ by more than the rounding error.
     """
     model = forward.module.model
     dtype = next(model.parameters()).dtype

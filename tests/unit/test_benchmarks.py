@@ -140,6 +140,11 @@ OFFICIAL: dict[str, tuple[dict[str, Any], str]] = {
         },
         "images/ex_0_img_0.png images/ex_0_img_1.png images/ex_1_img_0.png images/ex_1_img_1.png",
     ),
+    "eqben": (
+        {"all_select.json": [quad(k, "image0", "image1", "caption0", "caption1") | {f"image{i}": f"{name}/{k}_{i}.png" for i in (0, 1)}
+                             for k, name in enumerate(("eqbensd", "eqbenag"))]},
+        "images/eqbensd/0_0.png images/eqbensd/0_1.png images/eqbenag/1_0.png images/eqbenag/1_1.png",
+    ),
     "bivlc": (
         {"test.jsonl": [quad(k, "image", "negative_image", "caption", "negative_caption") | {"type": kind, "subtype": "Object"}
                         for k, kind in enumerate(("Replace", "Swap"))]},
@@ -533,6 +538,36 @@ def test_aro_cuts_pictures_to_their_box_once(tmp_path):
     assert image.size == (3, 4) and image.getpixel((0, 0))[0] > 150 and max(image.getpixel((2, 3))) < 100
     before = cut.stat().st_mtime_ns
     assert read("aro_relation", tmp_path / "aro_relation")[0].images[0][0] == cut and cut.stat().st_mtime_ns == before
+
+
+def test_frames_of_videos_are_arrays_of_blue_green_and_red(tmp_path):
+    """As EqBen's own loader reads them; written once. A file that declares more than it holds costs no memory."""
+    write("eqben", tmp_path)
+    frame = np.zeros((2, 3, 3), np.uint8)
+    frame[0, 1] = (255, 0, 9)
+    (tmp_path / "images/eqbenyoucook2/v").mkdir(parents=True)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"images/eqbenyoucook2/v/{name}.npy", frame)
+    row = {"image0": "eqbenyoucook2/v/a.npy", "image1": "eqbenyoucook2/v/b.npy", "caption0": "a cup", "caption1": "a hat"}
+    put(tmp_path / "all_select.json", [row])
+    (item,) = read("eqben", tmp_path)
+    assert item.images[0][0] == tmp_path / "png/eqbenyoucook2/v/a.png" and item.tags["subset"] == "youcook2"
+    with Image.open(item.images[0][0]) as image:
+        assert image.size == (3, 2) and image.getpixel((1, 0)) == (9, 0, 255)
+    written = item.images[0][0].stat().st_mtime_ns
+    assert read("eqben", tmp_path)[0].images[0][0].stat().st_mtime_ns == written
+    header = {"descr": "|u1", "fortran_order": False, "shape": (40_000, 40_000, 3)}
+    for content in (b"\x93NUMPY", b"PK\x03\x04", None, frame[0], frame * 1.0):
+        item.images[0][0].unlink(missing_ok=True)
+        with open(tmp_path / "images/eqbenyoucook2/v/a.npy", "wb") as file:
+            if content is None:
+                np.lib.format.write_array_header_1_0(file, header)
+            elif isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content)
+        (problem,) = load(BENCHMARKS["eqben"], tmp_path).problems
+        assert "all_select.json" in str(problem) and "a.npy" in str(problem) and "\n" not in str(problem)
 
 
 def test_orders_are_frozen_and_differ():

@@ -101,7 +101,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
             never = {other for word in caption.words[max(0, token.i - 3) : token.i + 4] for other in _ALIKE.get(word, ())}
             if caption.word(token.i - 1) in ("light", "dark"):
                 never |= set(COLOURS) - word_set("shaded_colours")
-            if noun == "hair" and caption.said & word_set("young"):
+            if noun == "hair" and caption.distinct & word_set("young"):
                 never |= {"gray", "white", "grey"}
             for new in others(kind, token.lower_, noun):
                 if new not in never:
@@ -112,17 +112,22 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 def _is_compared(caption: Caption, size: Any) -> bool:
     """Return whether the caption mentions another thing as a size reference. A picture of a single ball does not show its size."""
-    if caption.said & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
+    if caption.distinct & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())
 
 
 def _count(caption: Caption) -> Iterator[Change]:
-    if caption.said & word_set("fixed_number"):
+    if caption.distinct & word_set("fixed_number"):
         return
     if caption.words[:3] == ["a", "group", "of"]:
         people = objects(caption.doc[2])
-        if len(people) == 1 and people[0].tag_ == "NNS" and _singular(people[0]) in _PEOPLE and not caption.said & word_set("of_a_group"):
+        if (
+            len(people) == 1
+            and people[0].tag_ == "NNS"
+            and _singular(people[0]) in _PEOPLE
+            and not caption.distinct & word_set("of_a_group")
+        ):
             yield {0: "two", 1: "", 2: ""}, f"Show two {people[0].lower_} and not a group."
     for token in caption.doc:
         word, noun = token.lower_, token.head
@@ -133,7 +138,7 @@ def _count(caption: Caption) -> Iterator[Change]:
         noun_words = {_singular(noun)} | modifiers(noun)
         bounded = any(child.dep_ in ("quantmod", "advmod") for child in token.children)
         is_enumerated = any(child.dep_ == "appos" for child in noun.children)
-        ridden = noun_words & _PEOPLE and caption.said & word_set("ridden_by_few")
+        ridden = noun_words & _PEOPLE and caption.distinct & word_set("ridden_by_few")
         if (
             noun_words & word_set("not_counted")
             or caption.word(token.i - 1) in word_set("before_number")
@@ -145,7 +150,7 @@ def _count(caption: Caption) -> Iterator[Change]:
         most = max(number, 3 if noun.dep_ == "dobj" else 5)
         options = ["two"] if word == "several" else [new for new, n in NUMBERS.items() if 1 < n <= min(most, 5) and 0 < abs(n - number) < 3]
         if word == "two":
-            of_a_group = token.i == 0 and noun_words & _PEOPLE and not caption.said & word_set("of_two") and not any(noun.conjuncts)
+            of_a_group = token.i == 0 and noun_words & _PEOPLE and not caption.distinct & word_set("of_two") and not any(noun.conjuncts)
             options += ["several", "a group of"] if of_a_group else ["several"]
         for new in options:
             new = str(NUMBERS[new]) if word.isdecimal() else new
@@ -165,7 +170,7 @@ def _object(caption: Caption) -> Iterator[Change]:
         if not _may_change(caption, token, category, one):
             continue
         for new in by_word("instead").get(one, ()):
-            unfit = caption.said.intersection(by_word("never_beside").get(new, ())) or new in ones
+            unfit = caption.distinct.intersection(by_word("never_beside").get(new, ())) or new in ones
             if not unfit and all(_fits(child, category, new) for child in token.children):
                 form = NOUNS[new][1 + plural]
                 yield {token.i: form}, f"Replace the {token.lower_} with {'' if plural else article(form) + ' '}{form}."
@@ -174,9 +179,9 @@ def _object(caption: Caption) -> Iterator[Change]:
 def _may_change(caption: Caption, token: Any, category: str, one: str) -> bool:
     """Return whether the words around a noun allow its replacement by another noun."""
     kept = {*by_word("kept_beside").get(category, ()), *by_word("kept_beside").get(one, ())} - {*NOUNS.get(one, ())}
-    if caption.said & kept or (category != "person" and caption.said & {"it", "its", "them"}):
+    if caption.distinct & kept or (category != "person" and caption.distinct & {"it", "its", "them"}):
         return False
-    if category in by_word("only_beside") and not caption.said.intersection(by_word("only_beside")[category]):
+    if category in by_word("only_beside") and not caption.distinct.intersection(by_word("only_beside")[category]):
         return False
     return category not in by_word("governed") or governor(token) in by_word("governed")[category]
 
@@ -200,7 +205,7 @@ def _fits(child: Any, category: str, new: str) -> bool:
 def _action(caption: Caption) -> Iterator[Change]:
     for token in caption.doc:
         who = doer(token) if token.lower_ in ACTIONS and token.pos_ == "VERB" else None
-        if who is None or _singular(who) not in _ACTING or caption.said.intersection(by_word("kept_action").get(token.lemma_, ())):
+        if who is None or _singular(who) not in _ACTING or caption.distinct.intersection(by_word("kept_action").get(token.lemma_, ())):
             continue
         of_mood = token.lemma_ in ("smile", "cry")
         busy = token.dep_ == "conj" or any(child.dep_ in ("conj", "prt", "dobj", "ccomp") for child in token.children if not of_mood)
@@ -235,7 +240,7 @@ def _says_where(caption: Caption, places: list[int], phrase: str) -> bool:
     where, subject = [_singular(noun) for noun in objects(caption.doc[places[-1]])], caption.doc[places[0]].head
     while subject.pos_ in ("VERB", "AUX", "ADP") and doer(subject) is not None:
         subject = doer(subject)
-    if not {"left", "right"} & set(phrase.split()) and caption.said & word_set("fixed_place"):
+    if not {"left", "right"} & set(phrase.split()) and caption.distinct & word_set("fixed_place"):
         return False
     if phrase in _BESIDE_A_THING:
         of_a_thing = len(where) == 1 and (_singular(subject) in NOUNS or _singular(subject) in _ACTING)

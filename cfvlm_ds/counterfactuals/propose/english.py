@@ -57,12 +57,12 @@ def like(word: str, model: str) -> str:
 
 
 class Caption:
-    """A caption with its parse. ``doc`` holds spaCy's tokens, and ``said`` is the set of all words in lower case."""
+    """A caption with its parse. ``doc`` holds spaCy's tokens, and ``distinct`` is the set of its words in lower case."""
 
     def __init__(self, text: str) -> None:
         self.text, self.doc = text, _parsed(text)
         self.words = [token.lower_ for token in self.doc]
-        self.said = frozenset(self.words)
+        self.distinct = frozenset(self.words)
         first = next(self.doc.sents).end if len(self.words) else 0
         lettering = next((place for place, word in enumerate(self.words) if word in word_set("lettering_after")), len(self.words))
         names = {token.i for token in self.doc if token.pos_ == "PROPN" and token.text[0].isupper()}

@@ -85,7 +85,7 @@ def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]]
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "the caption is not one printable line")
     caption = Caption(text)
-    if caption.said & v.word_set("no_edit") or caption.is_definition:
+    if caption.distinct & v.word_set("no_edit") or caption.is_definition:
         return Rejected("rules", "a negation, an alternative, a question or a definition")
     meanings = {SYNONYMS.get(word, word) for word in caption.words}
     edits: dict[tuple[tuple[int, str], ...], Edit] = {}

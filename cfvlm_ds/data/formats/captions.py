@@ -30,7 +30,7 @@ from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.fields import Row, as_list, as_meta, name, row_id, value_of, without
 from cfvlm_ds.data.formats.chat import PATHS, placed, read_pictures, row_pictures, without_nulls
 from cfvlm_ds.data.formats.messages import spoken_as
-from cfvlm_ds.data.formats.truth import Claim, Said, check_label, is_question, joined, truth_of
+from cfvlm_ds.data.formats.truth import Claim, LabelledText, check_label, is_question, joined, truth_of
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "image": ("image", *PATHS),
@@ -149,7 +149,7 @@ class Captions:
             )
         kind = value_of(read.row, read.columns["edit"][0]) if read.columns["edit"] else ""
         statements = [
-            Said(text, truth_of(label, self.label, self.true, self.false), name({"edit": kind}, "edit", "row"))
+            LabelledText(text, truth_of(label, self.label, self.true, self.false), name({"edit": kind}, "edit", "row"))
             for text, label in zip(read.texts, labels, strict=True)
         ]
         kept = self._kept(read, ("image", "caption", "prompt", "edit"))

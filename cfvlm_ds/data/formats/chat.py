@@ -19,7 +19,7 @@ from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Groups, Pictures
 from cfvlm_ds.core.text import quoted
 from cfvlm_ds.data.fields import Row, as_meta, row_id, string, value_of, without
-from cfvlm_ds.data.formats.truth import Claim, Said, check_label, joined, listed, truth_of
+from cfvlm_ds.data.formats.truth import Claim, LabelledText, check_label, joined, listed, truth_of
 
 IMAGES = ("image", "images")
 PATHS = ("image_path", "img_path", "file_name", "filename", "filepath")
@@ -282,7 +282,7 @@ class Instruct:
         label = value_of(read.row, self.label)
         truth = truth_of(label[-1] if isinstance(label, list) and label else label, self.label, self.true, self.false)
         prompt, shown, answer = self._asked(read, last := len(read.turns) - 1)
-        return Claim(shown, prompt, (Said(answer, truth),), self.source, self._meta(read, last))
+        return Claim(shown, prompt, (LabelledText(answer, truth),), self.source, self._meta(read, last))
 
     def _answers(self, row: Row) -> int:
         return sum(turn.role == "assistant" for turn in self._spoken(without_nulls(row, self.ignore))[0].turns)

@@ -12,8 +12,8 @@ Messages are written as in ``llava`` or ``messages``. The question can also be i
 be omitted if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
 If a row has only a rejected answer, this answer is false for the picture. If it has only ``rejected_images``, the chosen answer is false
-for them. If it has both, the rejected answer is false for the rejected pictures, and the table leaves the truth of the rejected answer for
-the chosen pictures, and of the chosen answer for the rejected ones, unknown.
+for them. If it has both, the rejected answer is false for the rejected pictures. It is unknown whether the rejected answer is true of the
+chosen pictures, or the chosen answer of the rejected pictures.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Preference:
     def __call__(self, row: Row) -> CounterfactualGroup:
         """Convert a row to a group. The caller adds the file and line to any DataError."""
         row = unpacked(without_nulls(row, self.ignore))
-        used, question, chosen, rejected, further = _said(row)
+        used, question, chosen, rejected, further = _question_and_answers(row)
         question = with_system(question, row)
         turns, pictures, paths = shown_in(row, question)
         check_conversation(turns, "row")
@@ -99,7 +99,7 @@ def unpacked(row: Row) -> Row:
     return {key: value for key, value in row.items() if key != "text"} | answers
 
 
-def _said(row: Row) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
+def _question_and_answers(row: Row) -> tuple[tuple[str, ...], Spoken, str, str | None, dict[str, Any]]:
     """Read the question and the answers of a row. Return, in this order: the columns that contain the question and the chosen answer; the
     question; the chosen answer; the rejected answer or None; the extra message keys in each column.
     """

@@ -210,7 +210,7 @@ def is_question(text: str) -> bool:
     return text.endswith(("?", "\uff1f"))
 
 
-class Said(NamedTuple):
+class LabelledText(NamedTuple):
     """A text, its truth value (None if unknown), and its edit type, which applies if the text is false."""
 
     text: str
@@ -223,7 +223,7 @@ class Claim(NamedTuple):
 
     pictures: Pictures
     prompt: Prompt
-    said: tuple[Said, ...]
+    texts: tuple[LabelledText, ...]
     source: str
     meta: dict[str, Any]
     where: str = "the row"
@@ -241,9 +241,9 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
-    first, known, places = claims[0], dict[str, Said](), dict[str, str]()
+    first, known, places = claims[0], dict[str, LabelledText](), dict[str, str]()
     for claim in claims:
-        for statement in claim.said:
+        for statement in claim.texts:
             before = known.setdefault(text := normalised(statement.text), statement)
             place = places.setdefault(text, claim.where)
             if before.truth != statement.truth:
@@ -254,7 +254,7 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
         shown = ", ".join(map(str, first.pictures)) or "this prompt"
         rows = f"{len(claims)} row{'s' * (len(claims) > 1)}"
         raise DataError(f"row: no text about {shown} is true ({rows}), but a group needs a true text; add one, or leave these rows out")
-    repeated = sum(len(claim.said) for claim in claims) - len(statements)
+    repeated = sum(len(claim.texts) for claim in claims) - len(statements)
     meta = {key: [claim.meta.get(key) for claim in claims] for key in dict.fromkeys(key for claim in claims for key in claim.meta)}
     kept = {key: values[0] if all(value == values[0] for value in values) else values for key, values in meta.items()}
     texts = [statement.text for statement in statements]

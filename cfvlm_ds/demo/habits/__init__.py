@@ -1,5 +1,5 @@
-"""World with habits: synthetic scenes whose objects usually have typical attributes, exact edits of these scenes, and a judge that checks
-texts against them.
+"""World with habits: synthetic scenes of things with usual attributes, exact edits of these scenes, and a judge that checks texts against
+them.
 """
 
 from cfvlm_ds.demo.habits.build import build_habits, is_true, scenes_in

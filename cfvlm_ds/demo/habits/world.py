@@ -1,6 +1,6 @@
 """World with habits: synthetic scenes of a few things (objects), most of which have their usual look and place.
 
-``HABITS`` defines the habits: what is usual for each kind of thing, such as green for trees. ``draw_scene`` follows each habit with a given
+``HABITS`` defines each kind's habits: its usual attributes, such as green for trees. ``draw_scene`` follows each habit with a given
 probability. In pretraining pictures, this probability is 0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to
 expose a model that relies on habits.
 

@@ -25,6 +25,7 @@ from cfvlm_ds.evaluation.benchmarks.chair import CHAIR
 from cfvlm_ds.evaluation.benchmarks.cola import COLA
 from cfvlm_ds.evaluation.benchmarks.conme import CONME
 from cfvlm_ds.evaluation.benchmarks.cvbench import CVBENCH
+from cfvlm_ds.evaluation.benchmarks.eqben import EQBEN
 from cfvlm_ds.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
 from cfvlm_ds.evaluation.benchmarks.mme import MME
 from cfvlm_ds.evaluation.benchmarks.mmstar import MMSTAR
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "valse": VALSE,
     "hallusionbench": HALLUSIONBENCH,
     "whatsup": WHATSUP,
+    "eqben": EQBEN,
     "sugarcrepe_pp": SUGARCREPE_PP,
     "bivlc": BIVLC,
     "vismin": VISMIN,
