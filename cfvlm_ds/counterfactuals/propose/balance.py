@@ -92,7 +92,7 @@ def _balanced(moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbe
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
-    slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # step size: an edit's probability depends on all of its words
+    slow = 2 / max(int(np.max(np.bincount(edit), initial=0)), 2)  # step size: an edit's probability depends on all of its words
     logs = np.zeros(len(places))
     for _ in range(_ROUNDS if moves else 0):
         kept = np.exp(np.minimum(0.0, np.bincount(edit, direction * logs[word], edits)))
