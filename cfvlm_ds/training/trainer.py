@@ -155,7 +155,7 @@ class Trainer:
                 progress = state.step / self.total_steps
                 measure(meter, measured, self.config.objective, part_of_step, progress, self._flops, self._sources)
             self.sampler.advance()
-            state.step, state.sampler = state.step + 1, self.sampler.state_dict()
+            state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
             if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was skipped
                 passed_s = time.monotonic() - started
