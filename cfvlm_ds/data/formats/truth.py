@@ -76,7 +76,7 @@ _DEEP = 8  # maximum nesting depth that is searched
 
 @dataclass
 class Column:
-    """A metadata column, and the evidence for and against its being a truth label.
+    """A metadata column, and the evidence on whether it is a truth label.
 
     Args:
         name: name of the column.
