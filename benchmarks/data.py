@@ -3,8 +3,8 @@
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, four minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # ten million: 12 GB, half an hour
 
-Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is a process's private memory, without mapped
-files, which all processes share; for preparing, it is the largest resident size of any process. "Start" covers everything from a store to
+Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the largest resident size of any process that
+prepares. "Start" covers everything from a store to
 a run's first micro-batch: opening the store, mapping the token counts, building the packed sampler, counting its steps, and getting a batch
 of groups from a data worker. The script prints the table of RESULTS.md.
 """
@@ -64,11 +64,8 @@ def main() -> None:
         ("prepare: s of all processes on a core", [each["processor_s"] for each in prepared], ""),
         ("prepare: MB of memory", [each["mb"] for each in prepared], "1,000"),
         ("opening the store: s", [each["s"] for each in opened], "1 for 1 M, 2 for 10 M"),
-        ("opening: MB of memory", [each["mb"] for each in opened], "500"),
         ("reading a random row: us", [each["row_us"] for each in opened], ""),
         ("start: s", [each["s"] for each in started], ""),
-        ("start: s more than with the fewest rows", [each["s"] - started[0]["s"] for each in started], "10 % of a first step"),
-        ("start: MB more than with the fewest rows", [each["mb"] - started[0]["mb"] for each in started], "20"),
     ])  # fmt: skip
     table(sizes[-1:], [("shuffled rows of the store, one worker: per s", [read["rows"]], "at least 5,000")])
     print(f"2 ranks with {sizes[-1]:,} rows, killed and resumed on 1 and on 4: same groups in the same order as without a kill: {went_on}")
@@ -126,12 +123,6 @@ def make(folder: Path, rows: int) -> None:
     np.save(folder / f"{rows}.npy", np.random.default_rng(0).integers(600, 800, rows, np.int32))
 
 
-def private_mb() -> float:
-    """Return this process's private memory in MB, without the shared pages of mapped files."""
-    found = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in found if line.startswith("Anonymous")) / 1000
-
-
 def preparing(folder: Path, rows: str) -> dict[str, float]:
     """Measure the time and memory to check data and write a store, on all cores."""
     began = time.perf_counter()
@@ -147,26 +138,25 @@ def preparing(folder: Path, rows: str) -> dict[str, float]:
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the time and memory to open a store, and the time to read a random row."""
-    before, began = private_mb(), time.perf_counter()
+    """Measure the time to open a store, and to read a random row."""
+    began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
-    memory = private_mb() - before
     chance, began = random.Random(0), time.perf_counter()
     for _ in range(2000):
         groups[chance.randrange(len(groups))]
-    return {"s": seconds, "mb": memory, "row_us": (time.perf_counter() - began) / 2000 * 1e6}
+    return {"s": seconds, "row_us": (time.perf_counter() - began) / 2000 * 1e6}
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the time and memory to get from a store to the first micro-batch of groups."""
-    before, began = private_mb(), time.perf_counter()
+    """Measure the time to get from a store to the first micro-batch of groups."""
+    began = time.perf_counter()
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
     sampler.num_steps(1.0)
     loader: Any = DataLoader(groups, batch_sampler=sampler, collate_fn=list, num_workers=1, generator=isolated_rng())  # type: ignore[arg-type]
     next(iter(loader))
-    return {"s": time.perf_counter() - began, "mb": private_mb() - before}
+    return {"s": time.perf_counter() - began}
 
 
 def reading(folder: Path, rows: str) -> dict[str, float]:

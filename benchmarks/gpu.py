@@ -3,7 +3,6 @@
     python benchmarks/gpu.py                                       # one GPU of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
     python benchmarks/gpu.py --device cpu --small                  # every part at small sizes, to find bugs without a GPU
-    python benchmarks/gpu.py --table runs/gpu.json                 # prints the table of the results in this file
 
 The script needs a clone, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
 
@@ -16,9 +15,9 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
     ranks     a smaller model on two ranks that share the GPU, with gloo, because NCCL allows one rank per GPU; losses compared with
               a run on one rank
 
-Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. A
-result is written as soon as its case is finished. A failed case is listed in the table; the other cases still run, in a new process if the
-previous one crashed.
+Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
+part runs in its own process with a time limit. The table lists a failed case with its error; if a process crashes or is too late, the table
+lists the part's remaining cases with the reason.
 """
 
 from __future__ import annotations
@@ -48,16 +47,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit, after which the results so far are kept (default 8)")
-    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"), help="file of all results, written when a case ends")
-    parser.add_argument("--table", type=Path, help="only print the table of this file")
+    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"), help="file of all results, written when a part ends")
     arguments = parser.parse_args()
-    if arguments.table:
-        written = json.loads(arguments.table.read_text())
-        print_table({(each["part"], each["case"]): each["result"] for each in written["results"]})
-        return 0
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    results = Parts(arguments).run()
+    results, end = Results(), time.monotonic()
+    for part in arguments.parts:
+        end += SHARES[part]
+        results |= run_part(part, end - time.monotonic(), arguments)
+        rows = [{"part": part, "case": case, "result": result} for (part, case), result in results.items()]
+        arguments.json.write_text(json.dumps({"command": " ".join(sys.argv), "results": rows}, indent=1) + "\n")
     print_table(results)
     failed = [key for key, result in results.items() if "error" in result]
     failed += [key for key, result in results.items() if any("error" in each for each in result.get("layouts", {}).values())]
@@ -65,129 +63,36 @@ def main() -> int:
     return 1 if failed else 0
 
 
-# --- running the parts ------------------------------------------------------------------------------------------------------------------
-
-
-class Parts:
-    """Runs all cases in a separate process. If this process dies, a new one runs the remaining cases."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.results: Results = {}
-        self.left: list[Key] | None = None  # unknown until the first process reports it
-        self.without: list[str] = []
-        self.begun: Key | None = None
-        self.at: str | None = None
-        scale = (60 * arguments.minutes - 10) / sum(SHARES[part] for part in arguments.parts)
-        end, self.ends = time.monotonic(), {}
-        for part in SHARES:
-            if part in arguments.parts:
-                end += scale * SHARES[part]
-                self.ends[part] = end
-
-    def run(self) -> Results:
-        with tempfile.TemporaryDirectory() as folder:
-            number = 0
-            while self.left is None or self.left:
-                number += 1
-                before = len(self.results), len(self.without)
-                self.process(Path(folder) / f"{number}.jsonl")
-                if (len(self.results), len(self.without)) == before:  # a new process would not get further
-                    break
-        return self.results
-
-    def process(self, into: Path) -> None:
-        """Run one process until it finishes, crashes or times out."""
-        into.touch()
-        said = into.with_suffix(".txt")
-        with said.open("w") as errors:
+def run_part(part: str, limit: float, arguments: argparse.Namespace) -> Results:
+    """Run a part in a new process for at most ``limit`` seconds. A case without a result gets the reason as its error."""
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {})}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    print(f"{part}: at most {limit:.0f} s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        into, said = Path(folder) / "results.jsonl", Path(folder) / "said.txt"
+        command = [sys.executable, Path(__file__).with_name("gpu_parts.py"), "--device", arguments.device, "--part", part, "--into", into]
+        with said.open("w") as output:
             child = subprocess.Popen(
-                self.command(into), stdout=errors, stderr=subprocess.STDOUT, env=self.environment(), start_new_session=True
+                [*command, *(["--small"] if arguments.small else [])],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
             )
         try:
-            late = self.follow(child, into)
+            code = child.wait(limit)
+            last = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["no output"]
+            reason = f"the process ended with exit code {code}: {last[0][:300]}"
+        except subprocess.TimeoutExpired:
+            reason = "no result when the part's time was up"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # also ends its ranks
             child.wait()
-        if late is not None:
-            self.out_of_time(late)
-        elif child.returncode or self.left or self.left is None:
-            self.lost(child.returncode, said.read_text(errors="replace"))
-
-    def command(self, into: Path) -> list[str]:
-        command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), "--device", self.arguments.device, "--into", str(into)]
-        command += ["--parts", *self.arguments.parts, *(["--small"] if self.arguments.small else [])]
-        command += ["--without", *self.without] if self.without else []
-        return command if self.left is None else [*command, "--cases", json.dumps(self.left)]
-
-    def environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-        return {**environment, "CUDA_VISIBLE_DEVICES": ""} if self.arguments.device == "cpu" else environment
-
-    def follow(self, child: subprocess.Popen[bytes], into: Path) -> str | None:
-        """Read the process's results. Returns the part that timed out, or None when the process has exited."""
-        taken = 0
-        while True:
-            ended = child.poll() is not None  # before the last lines are read, so that none is missed
-            whole = into.read_text()[taken:].rpartition("\n")[0]
-            for line in whole.splitlines():
-                self.take(json.loads(line))
-            taken += len(whole) + bool(whole)
-            if ended:
-                return None
-            part = self.begun[0] if self.begun else self.left[0][0] if self.left else self.arguments.parts[0]
-            if time.monotonic() > self.ends[part]:
-                return part
-            time.sleep(0.1)
-
-    def take(self, line: dict[str, Any]) -> None:
-        if "cases" in line:
-            self.left = [(part, case) for part, case in line["cases"]]
-        elif "begun" in line:
-            self.begun, self.at = (line["begun"][0], line["begun"][1]), None
-        elif "at" in line:
-            self.at = line["at"]
-        else:
-            self.end((line["ended"][0], line["ended"][1]), line["result"])
-            self.begun = None
-
-    def end(self, key: Key, result: dict[str, Any]) -> None:
-        self.results[key] = result
-        if self.left and key in self.left:
-            self.left.remove(key)
-        said = next((result[name] for name in ("error", "unusable") if name in result), "measured")
-        print(f"{key[0]}, {key[1]}: {said}", file=sys.stderr, flush=True)
-        rows = [{"part": part, "case": case, "result": result} for (part, case), result in self.results.items()]
-        command = " ".join(["benchmarks/gpu.py", *sys.argv[1:]])
-        whole = self.arguments.json.with_name(self.arguments.json.name + ".part")
-        whole.write_text(json.dumps({"command": command, "results": rows}, indent=1) + "\n")
-        whole.replace(self.arguments.json)
-
-    def out_of_time(self, part: str) -> None:
-        if self.left is None:
-            self.end((part, "start"), {"error": "the process did not start within the part's time"})
-            self.left = []
-        for key in [key for key in self.left if key[0] == part]:
-            self.end(
-                key, {"error": "unfinished when the part's time was up" if key == self.begun else "not started: the part's time was up"}
-            )
-        self.begun = None
-
-    def lost(self, code: int, said: str) -> None:
-        """Record the case or layout in which the process crashed, and exclude it from now on."""
-        last = [line.strip() for line in said.splitlines() if line.strip()][-1:] or ["no output"]
-        reason = f"the process ended with exit code {code}: {last[0][:300]}"
-        if self.begun is None:
-            self.end((self.arguments.parts[0], "start"), {"error": reason})
-            self.left = []
-        elif self.at is not None and self.at not in self.without:
-            self.without.append(self.at)
-        else:
-            self.end(self.begun, {"error": reason})
-        self.begun = None
+        lines = [json.loads(line) for line in into.read_text().splitlines(keepends=True) if line.endswith("\n")] if into.exists() else []
+    cases = lines.pop(0)["cases"] if lines else ["start"]
+    return {(part, case): {"error": reason} for case in cases} | {(part, line["case"]): line["result"] for line in lines}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------------------------
@@ -204,9 +109,7 @@ def print_table(results: Results) -> None:
             f"{cell:<{width}}" if column < 2 else f"{cell:>{width}}" for column, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         print("  ".join([*cells, row[-1]]).rstrip())
-    print()
-    for line in answers(results):
-        print(line)
+    print("\nratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)")
 
 
 def rows_of(part: str, case: str, result: dict[str, Any], results: Results) -> Iterator[tuple[str, ...]]:
@@ -277,35 +180,6 @@ def share(value: float | None) -> str:
 
 def ratio(value: float, beside: float | None) -> str:
     return "" if beside is None else f"{value / beside:.2f} x"
-
-
-def answers(results: Results) -> Iterator[str]:
-    """Yield the conclusions: the fastest exact back end for the largest number of texts, compared with the other layouts."""
-    yield "ratio: to the causal sequence (kernels), the supervised step (scoring), the planned memory (training, ranks)"
-    cases = {case: result["layouts"] for (part, case), result in results.items() if part == "scoring" and "layouts" in result}
-    if not cases:
-        return
-    most = max(cases, key=lambda case: int(case.split()[0]))
-    exact: dict[str, bool] = {}
-    for (part, case), result in results.items():
-        if part == "kernels" and "exact" in result:
-            backend = case.rpartition(", ")[2]
-            exact[backend] = exact.get(backend, True) and result["exact"]
-    timed = {name: each for name, each in cases[most].items() if "time" in each}
-    ours = {backend: timed[f"shared prefix, {backend}"] for backend in exact if exact[backend] and f"shared prefix, {backend}" in timed}
-    if not ours:
-        yield f"{most}: no back end is both exact and timed"
-        return
-    best = min(ours, key=lambda backend: ours[backend]["time"])
-    said = f"{most}: the fastest exact back end is {best}"
-    for name, what in (("supervised", "a supervised step"), ("sparse", "one sequence per text")):
-        if name in timed:
-            quick = ours[best]["time"] / timed[name]["time"]
-            said += f", {quick:.2f} x {what}" if quick > 0.5 else f", {1 / quick:.1f} x faster than {what}"
-    if "supervised" in timed:
-        points = 100 * (timed["supervised"]["of_matmul"] - ours[best]["of_matmul"])
-        said += f"; {points:.1f} points of the matmul rate below the supervised step"
-    yield said
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Parts of benchmarks/gpu.py, run in a separate process that writes a line to a file after each case.
-
-gpu.py starts the process. If a case kills the process, gpu.py starts another one for the remaining cases.
-"""
+"""Parts of benchmarks/gpu.py. Each runs in a separate process that writes a line to a file after each case."""
 
 from __future__ import annotations
 
@@ -67,12 +64,10 @@ SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Settings of the process: device, sizes, progress function and excluded layouts."""
+    """Settings of the process: device and sizes."""
 
     device: torch.device
     sizes: Sizes
-    note: Callable[[dict[str, Any]], None]
-    without: tuple[str, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -271,17 +266,13 @@ def layouts(texts: int, run: Run) -> dict[str, Any]:
     taken |= {f"shared prefix, {backend}": functools.partial(shared_prefix, backend) for backend in BACKENDS}
     found: dict[str, dict[str, Any]] = {}
     for name in [*taken]:
-        run.note({"at": name})
         try:
-            if name in run.without:
-                raise RuntimeError("killed the process; left out")
             if name not in STOCK:
                 usable(name.partition(", ")[2])
             scoring.weighed(taken[name], of)  # compiles; an out-of-memory error here affects only this layout
         except Exception as error:
             found[name] = told(error)
             del taken[name]
-    run.note({"at": None})
     timed, rate = scoring.take_turns(taken, of, run.sizes.repeats)
     for figures in timed.values():
         figures["of_matmul"] = figures["flop"] / figures["time"] / rate
@@ -327,7 +318,8 @@ def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, 
     from cfvlm_ds import engine
     from cfvlm_ds.training.dry_run import attention_without_data, model_states, working_memory
 
-    free()
+    gc.collect()
+    torch.cuda.empty_cache()
     sizes, config = run.sizes, configured(folder, steps, accumulation)
     world = engine.start()
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, world.size, world.device, engine.hidden_size(config), steps)
@@ -382,7 +374,6 @@ def two_ranks(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")
-        free()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -423,22 +414,11 @@ PARTS: dict[str, Callable[[Run], Iterator[Case]]] = {
 }
 
 
-def free() -> None:
-    """Release the memory that other parts have cached."""
-    for cached in (attention_inputs, references, model_of):
-        cached.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--cases", help="JSON list of [part, case]: run only these")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS))
-    parser.add_argument("--without", nargs="*", default=[], help="layouts that have killed a process")
+    parser.add_argument("--part", choices=PARTS, default="ranks")
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--rank", type=Path, help="run as one of two ranks that train the model in this folder")
     arguments = parser.parse_args()
@@ -447,31 +427,19 @@ def main() -> None:
     elif not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device; to try every part without one, use --device cpu --small")
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
-
-    def note(line: dict[str, Any]) -> None:
-        with arguments.into.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
     scoring.VOCABULARY[FAMILY] = (SMALL if arguments.small else LARGE).words
-    run = Run(device, SMALL if arguments.small else LARGE, note, tuple(arguments.without))
+    run = Run(device, SMALL if arguments.small else LARGE)
     if arguments.rank is not None:
         return as_rank(run, arguments.rank, arguments.into)
-    cases = {(part, name): work for part in arguments.parts for name, work in PARTS[part](run)}
-    if arguments.cases is not None:
-        wanted = {tuple(each) for each in json.loads(arguments.cases)}
-        cases = {key: work for key, work in cases.items() if key in wanted}
-    note({"cases": list(cases)})
-    last = ""
-    for (part, name), work in cases.items():
-        if part != last:
-            free()
-        last = part
-        note({"begun": [part, name]})
-        try:
-            result = work(run)
-        except Exception as error:
-            result = told(error)
-        note({"ended": [part, name], "result": result})
+    cases = dict(PARTS[arguments.part](run))
+    with arguments.into.open("w", buffering=1) as file:
+        file.write(json.dumps({"cases": list(cases)}) + "\n")
+        for name, work in cases.items():
+            try:
+                result = work(run)
+            except Exception as error:
+                result = told(error)
+            file.write(json.dumps({"case": name, "result": result}) + "\n")
 
 
 if __name__ == "__main__":

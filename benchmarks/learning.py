@@ -302,7 +302,7 @@ def report() -> None:
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
     budgets = by_budget(records.values())
-    tables = {budget: table(base, runs) for budget, runs in budgets.items()}
+    tables = {budget: table(base, runs, [*AXES, *LIKELIHOODS] if budget == STEPS else [*AXES]) for budget, runs in budgets.items()}
     print(*(f"{budget} steps:\n\n{text}\n" for budget, text in tables.items()), sep="\n")
     page = REPO / "benchmarks" / "RESULTS.md"
     page.write_text(with_tables(page.read_text(), tables))
@@ -346,7 +346,7 @@ def values_of(found: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
     return [each["axes"][axis] for each in found if axis in each["axes"]]
 
 
-def table(base: Mapping[str, float], runs: Runs) -> str:
+def table(base: Mapping[str, float], runs: Runs, axes: Iterable[str] = (*AXES, *LIKELIHOODS)) -> str:
     """Return a Markdown table of the base and each arm and rate: means over seeds with half the width of the 95 % t interval.
 
     Old records lack the NLL. A cell without values is empty. A cell with values of some seeds states their number.
@@ -356,7 +356,7 @@ def table(base: Mapping[str, float], runs: Runs) -> str:
         for (arm, rate), found in runs.items()
     ]
     lines = [f"| % | base | {' | '.join(titles)} |", f"|---|---:|{'---:|' * len(titles)}"]
-    for axis in (axis for axis in (*AXES, *LIKELIHOODS) if axis in base):
+    for axis in (axis for axis in axes if axis in base):
         start, sign, digits = (base[axis], "+", ".3f") if axis in LIKELIHOODS else (0.0, "", ".1f")
         cells = []
         for found in runs.values():

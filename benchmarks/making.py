@@ -2,8 +2,7 @@
 
     python benchmarks/making.py FOLDER                          # ten thousand, a hundred thousand and a million captions; takes hours
     python benchmarks/making.py FOLDER --rows 2000 20000        # fewer captions
-    python benchmarks/making.py FOLDER --parts rules            # only some parts
-    python benchmarks/making.py FOLDER --parts steps --rows 1000000 --steps propose edit
+    python benchmarks/making.py FOLDER --rows 1000000 --steps propose edit
 
 The captions describe a thousand pictures. Each caption has a colour, two nouns and a side ("left") that `flip` exchanges. Twenty captions
 name the same street, and `mine` finds pairs among them. Each step runs in its own process. Times are CPU seconds. Memory is the peak
@@ -28,7 +27,6 @@ from cfvlm_ds.core.files import remove
 
 SIZES = (10_000, 100_000, 1_000_000)
 PICTURES, SIDE = 1000, 64
-PARTS = ("rules", "steps")
 STEPS = ("propose", "edit", "verify", "select")
 COLOURS, NOUNS = ("red", "blue", "green", "white"), ("car", "bus", "bicycle", "truck", "tractor", "bench", "table", "chair", "dog", "cat")
 
@@ -37,7 +35,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which steps, in their order (default all)")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -47,16 +44,9 @@ def main() -> None:
         print(json.dumps(measured(ONE[name], folder, int(rows))))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if "rules" in arguments.parts:
-        found = fresh(folder, "rules", min(arguments.rows[0], 10_000))
-        print(
-            f"rules, one core: {found['edits'] / found['s']:,.0f} proposals/s, {found['captions'] / found['s']:,.0f} captions/s", flush=True
-        )
-    if "steps" in arguments.parts:
-        of_steps(folder, sorted(arguments.rows), [step for step in STEPS if step in arguments.steps])
-
-
-def of_steps(folder: Path, sizes: list[int], steps: list[str]) -> None:
+    made = fresh(folder, "rules", min(arguments.rows[0], 10_000))
+    print(f"rules, one core: {made['edits'] / made['s']:,.0f} proposals/s, {made['captions'] / made['s']:,.0f} captions/s", flush=True)
+    sizes, steps = sorted(arguments.rows), [step for step in STEPS if step in arguments.steps]
     found: dict[str, list[dict[str, float]]] = {step: [] for step in steps}
     for rows in sizes:
         captions(folder, rows)

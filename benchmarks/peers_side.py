@@ -4,8 +4,7 @@
 
 FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format; benchmarks/peers.py writes them.
 The output is JSON lines. The first line has the versions, the resident memory before the first step, and the trainer's token ids of the
-first batch. Each step adds a line. If the trainer fails, the next line is {"error": ...}. Times are in seconds, and memory is in MB. Only
-`ours` needs this package.
+first batch. Each step adds a line. Times are in seconds, and memory is in MB. Only `ours` needs this package.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -35,18 +33,7 @@ def main() -> None:
     os.dup2(2, 1)  # stdout is the protocol, so the output of libraries goes to stderr
     torch.set_num_threads(1)
     peer, folder = PEERS[sys.argv[1]], Path(sys.argv[2]).resolve()
-    clock = Clock(out)
-    try:
-        peer(folder, json.loads((folder / "settings.json").read_text()), clock)
-    except Exception as error:
-        traceback.print_exc()
-        clock.write({"error": first_line(error), "versions": versions()})
-        sys.exit(1)
-
-
-def first_line(error: BaseException) -> str:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    peer(folder, json.loads((folder / "settings.json").read_text()), Clock(out))
 
 
 def versions() -> dict[str, str]:
@@ -74,10 +61,10 @@ class Clock:
     def write(self, found: dict[str, Any]) -> None:
         self.out.write(json.dumps(found) + "\n")
 
-    def ready(self, rows: Rows, **more: Any) -> None:
+    def ready(self, rows: Rows) -> None:
         """Report that everything is loaded, and reset the peak memory."""
         Path("/proc/self/clear_refs").write_text("5")
-        self.write({"versions": versions(), "memory": memory("VmRSS"), "rows": rows, **more})
+        self.write({"versions": versions(), "memory": memory("VmRSS"), "rows": rows})
 
     def begin(self) -> None:
         if not sys.stdin.readline():

@@ -1,4 +1,4 @@
-"""Cost of scoring K texts on one image, forward and backward, in four layouts, compared with a supervised step on the same tokens.
+"""Cost of scoring K texts on one image, forward and backward, in three layouts, compared with a supervised step on the same tokens.
 
     python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
@@ -10,7 +10,6 @@ All layouts compute the same loss, InfoNCE over the texts' scores plus the first
 
     concatenated   one sequence per text, each with the image; logits of every token (the usual batch of preference trainers)
     sparse         the same, with logits at scored tokens only
-    encoded once   the same, with the image's features computed once and repeated
     shared prefix  cfvlm_ds: one row with the image and the prompt once, followed by every text
     supervised     the shared prefix's tokens as one ordinary causal sequence, with the NLL of the texts: the minimum cost of these tokens
 
@@ -80,7 +79,7 @@ def main() -> None:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that evaluation.py and images.py share."""
+    """Add the options that evaluation.py shares."""
     parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="back end of the shared prefix (default sdpa)")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the language model")
     parser.add_argument("--repeats", type=int, default=3)
@@ -167,15 +166,12 @@ def case(model: Any, family: str, visual: int, texts: int, seed: int = 1) -> Cas
 # --- layouts: each returns log-probs [K, TEXT] of the texts' tokens ----------------------------------------------------------------------
 
 
-def concatenated(case: Case, keep: bool = False, once: bool = False) -> Tensor:
+def concatenated(case: Case, keep: bool = False) -> Tensor:
     texts, prefix = len(case.texts), len(case.prefix)
     ids = torch.cat([case.prefix.expand(texts, -1), case.texts], 1)
     positions = case.positions(ids.shape[1])
     positions = positions.expand(*positions.shape[:-2], texts, -1)
-    images = case.images if once else {n: torch.cat([t] * texts) for n, t in case.images.items()}
-    features = case.model.get_image_features(**images, return_dict=True)
-    if once:
-        features.pooler_output = [piece for _ in range(texts) for piece in features.pooler_output]
+    features = case.model.get_image_features(**{n: torch.cat([t] * texts) for n, t in case.images.items()}, return_dict=True)
     wanted = torch.arange(prefix - 1, ids.shape[1] - 1, device=ids.device)
     kept = {"logits_to_keep": wanted} if keep else {}
     with stock_attention(case.model):
@@ -231,7 +227,6 @@ Layout = Callable[[Case], Tensor]
 LAYOUTS: dict[str, Layout] = {
     "concatenated": concatenated,
     "sparse": lambda case: concatenated(case, keep=True),
-    "encoded once": lambda case: concatenated(case, keep=True, once=True),
     "shared prefix": shared_prefix,
     "supervised": supervised,
 }
@@ -353,8 +348,7 @@ def flop(name: str, of: Case) -> float:
     """Return the number of floating-point operations of forward and backward. The part of ``name`` after a comma is ignored."""
     name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
-    repeated = texts if name in ("concatenated", "sparse", "encoded once") else 1
-    encoded = texts if name in ("concatenated", "sparse") else 1
+    repeated = texts if name in ("concatenated", "sparse") else 1
     if name == "supervised":
         forest, scored = two_levels((prefix + texts * TEXT,), ((),)), texts * TEXT
     elif name == "shared prefix":
@@ -365,8 +359,8 @@ def flop(name: str, of: Case) -> float:
     inputs = {
         "forest": forest,
         "input_ids": torch.empty(repeated * prefix + texts * TEXT, device="meta"),
-        "visual_tokens": [of.visual] * encoded,
-        "image_inputs": {"pixel_values": of.images["pixel_values"].expand(encoded, *of.images["pixel_values"].shape)},
+        "visual_tokens": [of.visual] * repeated,
+        "image_inputs": {"pixel_values": of.images["pixel_values"].expand(repeated, *of.images["pixel_values"].shape)},
     }
     return ModelFlops(of.model, FAMILIES[of.model.config.model_type]).of(inputs, scored)
 
@@ -414,7 +408,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 4 * 2 * size**3 / (clock(device) - start)
 
 
-COLUMNS = ("concatenated", "sparse", "encoded once", "supervised")
+COLUMNS = ("concatenated", "sparse", "supervised")
 
 
 def show(row: dict[str, Any], first: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from cfvlm_ds.batching.batch_layout import (
     with_in_batch_negatives,
     without_broken_negatives,
 )
-from cfvlm_ds.batching.image_source import CachedFeatures, ImageFiles, Unprocessable, with_names
+from cfvlm_ds.batching.image_source import ImageFiles, Unprocessable, with_names
 from cfvlm_ds.batching.packing import Material, PromptLength, Tree, compared, divide, num_tokens, pack
 from cfvlm_ds.batching.prompts import Encoded, Prompts, placeholder_id
 from cfvlm_ds.core.config import ModelConfig
@@ -35,7 +34,6 @@ from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.groups import Cells, CounterfactualGroup, Groups, Prompt
 from cfvlm_ds.core.layout import Divergence, GroupLayout
 from cfvlm_ds.data.decoding import MAX_PIXELS, Size
-from cfvlm_ds.data.features import FeatureCache
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.data.stored_scores import ScoresById
 from cfvlm_ds.models import Family, family_of, load_config, load_processor
@@ -78,20 +76,8 @@ class Collator:
         self.stored: ScoresById | None = None
         self.prompts = Prompts(processor, max_length, family.around, model_config.get_text_config().vocab_size)
         self.files = ImageFiles(processor, family, model_config, max_pixels, checked)
-        self.images: ImageFiles | CachedFeatures = self.files
         self.packs_again = self.tokens = self.blank = False
         self.divergences: tuple[Divergence, ...] = ()
-
-    @cached_property
-    def pictures_first(self) -> bool:
-        """True if the chat template places pictures before the question. All prompts about a picture then share one tree."""
-        picture = (("picture", False),)
-        encoded = (self.prompts.encoded(prompt, "yes", 1, "a prompt") for prompt in ("What is red?", "Is it day?"))
-        return len({_tree_of(picture, text, 0, placeholder_id(self.processor)) for text in encoded}) == 1
-
-    def taking_features(self, cache: FeatureCache) -> Collator:
-        """Return a copy of the collator that reads the vision tower's cached outputs instead of the pictures."""
-        return self._changed(images=CachedFeatures(cache))
 
     def scoring_everything(self) -> Collator:
         """Return a copy of the collator for evaluation. It scores all cells and has no stored scores."""
@@ -124,7 +110,7 @@ class Collator:
         """
         files = replace(self.files, checked=checked)
         changes = {"packs_again": packs_again, "tokens": tokens, "blank": blank, "divergences": divergences}
-        return self._changed(cells=cells, stored=stored, files=files, images=files, **changes)
+        return self._changed(cells=cells, stored=stored, files=files, **changes)
 
     def _changed(self, **changes: Any) -> Collator:
         other = copy.copy(self)  # shares the cached tokens
@@ -149,7 +135,7 @@ class Collator:
         groups = [without_broken_negatives(group, self.prompts) for group in groups]
         layout = self._layout(groups)
         trees = self._trees(groups, layout)
-        opened: dict[Any, Any] = {key: self.images.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
+        opened: dict[Any, Any] = {key: self.files.open(key) for key in dict.fromkeys(key for tree in trees for key in tree.pictures)}
         reference, prior = (None, None) if self.stored is None else stored_scores(self.stored, groups, layout)
         batches = []
 
@@ -160,10 +146,9 @@ class Collator:
             trees = _without_long_negatives(layout, trees, prompt_length, self.max_length)
             for part in divide(trees, prompt_length, max_tokens):
                 # Under ZeRO-3 the tower must run on every rank, even on a rank whose groups have no picture.
-                blank = self.files.blank_keys()[:1]
-                keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or blank
-                image_inputs, placeholders = self.images.model_inputs(
-                    [opened[key] if key in opened else self.images.open(key) for key in keys], keys
+                keys = sorted(dict.fromkeys(key for tree in part for key in tree.pictures), key=lambda key: key[1]) or [(BLANK, False)]
+                image_inputs, placeholders = self.files.model_inputs(
+                    [opened[key] if key in opened else self.files.open(key) for key in keys], keys
                 )
                 material = Material(tuple(part), tuple(keys), tuple(placeholders))
                 batches.append(self._packed(material, image_inputs, layout, reference, prior))

@@ -1,25 +1,23 @@
-"""Sources of picture inputs for a batch: picture files that the model's processor converts, or cached features.
+"""Source of picture inputs for a batch: the model's inputs for a picture file, and the placeholder ids that represent it in the prompt.
 
-Both return the model's inputs for a picture and the placeholder ids that represent it in the prompt. Sizes are (width, height) in pixels.
+Sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
 from cfvlm_ds.batching.batch import BLANK, BLANK_SIZE, Inputs
 from cfvlm_ds.batching.prompts import placeholder_id
 from cfvlm_ds.core.errors import DataError, is_failure
-from cfvlm_ds.core.groups import CounterfactualGroup, Groups, Pictures
+from cfvlm_ds.core.groups import Groups, Pictures
 from cfvlm_ds.data.decoding import MAX_BYTES, MAX_PIXELS, Size, open_image
-from cfvlm_ds.data.features import FeatureCache, Features
 from cfvlm_ds.data.picture_file import picture_bytes
 from cfvlm_ds.data.picture_index import PictureTable
 from cfvlm_ds.models import Family
@@ -70,17 +68,6 @@ class ImageFiles:
         """Return an image's pictures as keys (see ``PictureKey``)."""
         return tuple((picture, self.family.tiles_alone and len(pictures) > 1) for picture in pictures)
 
-    def all_keys(self, groups: Iterable[CounterfactualGroup]) -> list[PictureKey]:
-        """List the keys of the blank picture and of the groups' pictures, without duplicates and in the same order on every rank."""
-        shown = (key for group in groups for pictures in group.images for key in self.keys(pictures))
-        return list(dict.fromkeys([*self.blank_keys(), *shown]))
-
-    def blank_keys(self) -> list[PictureKey]:
-        """List the blank picture's key and, if the family processes a picture differently in a multi-image prompt, a second key for that
-        case.
-        """
-        return [(BLANK, False), *[(BLANK, True)] * self.family.tiles_alone]
-
     def open(self, key: PictureKey) -> Image.Image:
         """Open a picture. Raises DataError naming the file if it cannot be opened or has changed since the data check."""
         path = key[0]
@@ -124,19 +111,6 @@ class ImageFiles:
             self._counted[size, together] = len(ids), ids.count(self.config.image_token_id)
         return self._counted[size, together]
 
-    def tower_inputs(self, key: PictureKey) -> tuple[Inputs, Features]:
-        """Return the inputs to ``get_image_features`` for one picture, and a Features record in which only the tower's outputs are missing.
-
-        A picture from a multi-image prompt is passed to the processor twice, because processors treat a lone picture differently. Raises
-        DataError naming the file if it cannot be opened or processed.
-        """
-        picture, together = self.open(key), key[1]
-        try:
-            inputs, placeholders = self._processed([picture] * (1 + together), 2 * together)
-        except Unprocessable as error:
-            raise DataError(f"{key[0]}: {error}") from error
-        return inputs, Features(picture.size, placeholders[0], {}, {name: inputs[name][:1] for name in self.family.per_image})
-
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[Inputs, list[list[int]]]:
         """Run the processor, with the last ``together`` pictures in one prompt. Return the tower's inputs and each picture's placeholder
         ids.
@@ -168,21 +142,3 @@ class ImageFiles:
         if self.family.grid and self.family.from_grids:
             image_inputs |= self.family.from_grids(self.config, image_inputs[self.family.grid])
         return image_inputs, placeholders
-
-
-class CachedFeatures:
-    """Source of picture inputs that reads a frozen vision tower's cached outputs instead of the pictures."""
-
-    def __init__(self, cache: FeatureCache) -> None:
-        self.cache = cache
-
-    def open(self, key: PictureKey) -> Features:
-        """Read a picture's features. Raises DataError naming the picture if the cache has none."""
-        return self.cache.of((BLANK, key[1]) if key[0].parent == BLANK.parent else key)
-
-    def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
-        """Return the same as ``ImageFiles.model_inputs``, but with cached features in place of the tower's inputs."""
-        tower = {name: torch.cat([picture.tower[name] for picture in opened]) for name in opened[0].tower}
-        inputs = {name: torch.cat([picture.inputs[name] for picture in opened]) for name in opened[0].inputs}
-        rows = [len(next(iter(picture.tower.values()))) for picture in opened]
-        return {"tower_features": tower, "rows": rows, **inputs}, [picture.placeholder_ids for picture in opened]

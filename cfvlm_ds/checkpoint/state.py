@@ -40,11 +40,6 @@ class TrainState:
     skipped: dict[str, str] = field(default_factory=dict)
     record: dict[str, Any] | None = None
 
-    def step_done(self, sampler: dict[str, Any]) -> None:
-        """Count a finished optimizer step. ``sampler`` is the sampler's state after the step."""
-        self.step += 1
-        self.sampler = sampler
-
     def evaluated(self, value: float) -> bool:
         """Record a value of the metric that ``train.save_best`` names. Returns True if it is the best so far; NaN is never the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -151,23 +150,16 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, reading: Reading) -> None:
     """Report duplicates, leaks between splits, and shortcuts: cues by which an edited text or picture can be recognised on its own.
 
-    Example: cfvlm-ds data audit train.jsonl test.jsonl --against /data/benchmarks --out audit
+    Example: cfvlm-ds data audit train.jsonl test.jsonl --out audit
 
     Args:
         manifest: one or more manifests; several are treated as splits of one data set.
         out: folder for an HTML page and report.md.
     """
-    from cfvlm_ds.counterfactuals.audit.refine import refined_file
     from cfvlm_ds.counterfactuals.audit.report import audit, write_report
     from cfvlm_ds.page import refuse_foreign_folder
 
     folder = refuse_foreign_folder(Path(out))
-    if options.refine:
-        if Path(os.path.realpath(options.refine)).is_relative_to(os.path.realpath(folder)):
-            raise ConfigError(
-                f"--refine {options.refine} is inside the page's folder {folder}, which will be replaced; name a file elsewhere"
-            )
-        refined_file(Path(options.refine), *manifest, *options.against.split(","))
     score = _scoring(options.scorer, 16)[0] if options.scorer else None
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(findings, sets, folder, say)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -298,7 +298,7 @@ def _describe(
         names = [str(dtype).removeprefix("torch.") for dtype in (loaded, stored)]
         say(f"note: computed in {names[0]}, as by evaluate; transformers loads the weights in {names[1]} by default")
     failed = 0
-    for path in picture or _typed():
+    for path in picture or iter(_line, ""):
         try:
             answer = (
                 _preferences(scorer, collator, world, Path(path), prompt, choices)
@@ -312,11 +312,6 @@ def _describe(
             print(f"{path}\n{answer}\n", flush=True)
     if failed and not (sys.stdin and sys.stdin.isatty() and not picture):
         raise DataError(f"{failed} pictures could not be described; see the errors above")
-
-
-def _typed() -> Iterator[str]:
-    while line := _line():
-        yield line
 
 
 def _line() -> str:

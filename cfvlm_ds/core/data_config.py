@@ -119,8 +119,6 @@ class DataConfig:
         max_tokens_per_forward: split a micro-batch with more tokens than this into forward passes of at most this size; all but the last
             run twice (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes
             about a third longer. If an image has too many texts for one pass, the texts are divided among several.
-        feature_cache: folder for the outputs of a frozen vision tower, one file per picture. It is filled before the first step; after
-            that, the tower never runs. Every rank needs access to the folder; several runs can share it. docs/families.md states its size.
     """
 
     train: list[Source] | str = option("", on_resume="ignored")
@@ -136,7 +134,6 @@ class DataConfig:
     num_workers: int | None = option(None, within=(0, 1024), on_resume="free")
     max_tokens_per_micro_batch: int | None = option(None, within=AT_LEAST_ONE)
     max_tokens_per_forward: int | None = option(None, within=AT_LEAST_ONE, on_resume="free")
-    feature_cache: str | None = option(None, on_resume="free")
 
     @property
     def is_mixture(self) -> bool:

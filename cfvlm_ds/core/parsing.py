@@ -192,11 +192,6 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
             raise ConfigError(f"data.train: objectives of {source.path!r} is an empty list; name its objectives, or omit the list")
     for split, given in data.evaluation.items():
         _check_evaluation_set(split, EvaluationSet(given) if isinstance(given, str) else given)
-    if data.feature_cache is not None and model.vision_tower.tuning != "frozen":
-        raise ConfigError(
-            f"data.feature_cache {data.feature_cache!r} requires a frozen vision tower, but model.vision_tower.tuning is "
-            f"{model.vision_tower.tuning}; set it to frozen, or leave out the cache"
-        )
     if train.early_stopping is not None and train.save_best is None:
         raise ConfigError("train.early_stopping needs a metric; set train.save_best, for example to eval/test/group")
     if (best := train.save_best) is not None:

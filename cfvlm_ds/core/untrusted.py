@@ -134,14 +134,14 @@ def replaced(folder: Path, marker: str, needed: Iterable[Path] = (), names: Coll
         yield partial
 
 
-def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path, option: str = "--out") -> Path:
+def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path) -> Path:
     """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file, unless it is empty or was
     written by ``writer``.
 
     ``ours`` is a function that returns True for a file written by ``writer``. For any other file, it returns False or raises a parser's
     error.
     """
-    output_file(path, *inputs, option=option)
+    output_file(path, *inputs)
     if path.exists() and path.stat().st_size > 0:
         try:
             with open_regular(path) as handle:
@@ -149,5 +149,5 @@ def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inpu
         except (StopIteration, *MALFORMED):
             known = False
         if not known:
-            raise ConfigError(f"{path} already exists and was not written by {writer}; name another file with {option}")
+            raise ConfigError(f"{path} already exists and was not written by {writer}; name another file with --out")
     return path

@@ -42,7 +42,7 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
     exact = np.asarray(first) != np.asarray(second)
     facts |= {"changed": _rounded(changed.mean()), "identical": not bool(exact.any())}
     if changed.any():
-        facts["largest"] = _rounded(largest_piece(changed) / changed.sum())
+        facts["largest"] = _rounded(largest_piece(changed) / int(changed.sum()))
     if mask is not None:
         unmasked = np.asarray(mask.resize(first.size)) < 128
         facts["outside"] = _rounded((exact.any(2) & unmasked).sum() / max(int(unmasked.sum()), 1))
@@ -52,7 +52,7 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 def largest_piece(mask: Array) -> int:
     """Count the pixels of the mask's largest connected component. Pixels that touch at a corner are connected."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    return int(np.bincount(labels[mask], minlength=1).max())
+    return int(np.max(np.bincount(labels[mask], minlength=1)))
 
 
 def perceptual_hash(image: Image.Image) -> int:

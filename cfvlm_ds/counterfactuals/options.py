@@ -231,20 +231,10 @@ class AuditOptions:
 
     Args:
         scorer: model that measures how well true and false texts can be told apart without a picture.
-        against: benchmarks that the data must not overlap with, as manifests or picture folders separated by commas.
-        sample: maximum number of picture pairs whose grain (low-level statistics) is compared.
         seed: seed for dividing the groups into halves and drawing samples.
-        refine: output file for a balanced subset of the groups. In the subset, edits introduce every word about as often as they remove it,
-            and guesses based on length (or, with --scorer, on blank-picture scores) are right as often as wrong.
         strict: exit with code 1 if a limit is exceeded.
     """
 
     scorer: str = ""
-    against: str = ""
-    sample: int = 5000
     seed: int = 0
-    refine: str = ""
     strict: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least(self, sample=1)

@@ -24,7 +24,6 @@ from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.strict import Given, fitted
 from cfvlm_ds.core.text import in_cell
 from cfvlm_ds.core.untrusted import own_output
-from cfvlm_ds.counterfactuals.audit.refine import REFINED
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
 from cfvlm_ds.counterfactuals.options import SelectOptions, pairs
@@ -167,7 +166,7 @@ def _beside(file: Path) -> Path:
 
 def _is_selected(file: IO[bytes]) -> bool:
     row = parse_json(next(lines(file, MAX_LINE)).decode())
-    return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict) and REFINED not in row["meta"]
+    return row["schema"] == SCHEMA and isinstance(row["meta"]["steps"], dict)
 
 
 def _is_survival(file: IO[bytes]) -> bool:

@@ -17,8 +17,8 @@ from cfvlm_ds.core.text import one_line
 _SHOWN_PROBLEMS = 50
 
 
-_PROVENANCE = {"edits", "steps", "rule", "margin", "drop", "refined"}
-"""Metadata that `data select` and `data audit --refine` write to record how a group was made."""
+_PROVENANCE = {"edits", "steps", "rule", "margin", "drop"}
+"""Metadata that `data select` writes to record how a group was made."""
 _SHOWN, _SHOWN_CHARS = 30, 60  # maximum names per line and characters per name
 
 

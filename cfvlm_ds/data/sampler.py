@@ -151,8 +151,8 @@ class PackedSampler(GroupSampler):
             order=order,
         )
         self.tokens: npt.NDArray[np.int32] = np.asarray(tokens, np.int32)
-        if (most := int(self.tokens.max())) > max_tokens:
-            raise ValueError(f"group {int(self.tokens.argmax())} has {most} tokens, over max_tokens ({max_tokens})")
+        if (most := int(np.max(self.tokens))) > max_tokens:
+            raise ValueError(f"group {int(np.argmax(self.tokens))} has {most} tokens, over max_tokens ({max_tokens})")
         self.max_tokens = max_tokens
         self._position = _Position()
 

@@ -83,13 +83,6 @@ def gather_clock(engine: Any, device: torch.device) -> Callable[[], float] | Non
     return since_last
 
 
-def invalidate_prefetch_trace(engine: Any) -> None:
-    """Make ZeRO-3 record a new prefetch trace. Call this before a forward pass that runs different modules than the previous passes."""
-    coordinator = _coordinator(engine)
-    if coordinator is not None and not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-
-
 def drop_prefetch_recording(engine: Any) -> None:
     """Drop the trace of a forward pass that had no backward pass, so that the next forward pass is recorded with its backward pass."""
     coordinator = _coordinator(engine)

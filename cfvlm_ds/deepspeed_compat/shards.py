@@ -163,10 +163,6 @@ class Shards:
             tensor = tensor[key]
         return tensor.detach().reshape(-1)
 
-    def unmap(self) -> None:
-        """Drop the memory mappings until the next use, because pages that were read count as this process's memory."""
-        self.contents.cache_clear()
-
     def resharded(self, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> Iterator[tuple[str, Any]]:
         """Yield (name, contents) for each file that rank ``rank`` needs in a run with ``ranks`` ranks. All values are preserved exactly.
 

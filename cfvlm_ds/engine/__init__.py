@@ -6,7 +6,6 @@ from cfvlm_ds.deepspeed_compat.running_engine import (
     apply_optimizer_options,
     drop_prefetch_recording,
     gather_clock,
-    invalidate_prefetch_trace,
     optimizer_options,
     release,
 )

@@ -40,16 +40,13 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             key = row.groups[metric], row.comparisons[metric], tuple(row.unused.get(metric, ()))
             metrics_by_counts.setdefault(key, []).append(metric)
         for (groups, comparisons, unused), metrics in metrics_by_counts.items():
-            missing = _without(row.num - groups, unused, plain) if groups else "all"
+            left = row.num - groups
+            missing = f"{left}: {', '.join(map(plain, unused))}{', ...' * (left > len(unused))}" * bool(left) if groups else "all"
             lines.append(f"| {split} | {', '.join(metrics)} | {groups} | {comparisons} | {missing} |")
         notes += [
             f"- eval/{split}/loss_{name} is not computed: {reason(why)}" for name, term in row.losses.items() if (why := term["lacking"])
         ]
     return "\n".join([*lines, *([""] * bool(notes)), *notes])
-
-
-def _without(count: int, names: Sequence[str], plain: Callable[[str], str]) -> str:
-    return f"{count}: {', '.join(map(plain, names))}{', ...' * (count > len(names))}" if count else ""
 
 
 def overlap_warning(name: str, shared: str, trained: str) -> str:

@@ -97,7 +97,9 @@ def export_adapter(
         tensors = {}
         for name in adapters:
             alive()
-            tensors[_saved_name(name)] = zero.tensor(name, torch.float32)
+            # peft omits the adapter's name and, in DoRA's magnitude vectors, ".weight"
+            saved = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
+            tensors[f"base_model.model.{saved}"] = zero.tensor(name, torch.float32)
         with create(
             partial / "adapter_model.safetensors"
         ) as handle:  # safetensors' save_file creates files that only their owner can read, and does not raise OSError
@@ -108,8 +110,3 @@ def export_adapter(
         place_card(partial, out_dir, card)
     say(f"export: {len(tensors)} adapter tensors of {', '.join(modules)}")
     return out_dir
-
-
-def _saved_name(name: str) -> str:
-    """Return a tensor's name in peft's format, which omits the adapter's name and, in DoRA's magnitude vectors, ``.weight``."""
-    return "base_model.model." + name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")

@@ -36,7 +36,7 @@ class ZeroWeights:
             for start in range(part.start, part.stop, BLOCK):
                 # Mapped pages that have been read count as this process's memory.
                 if self._read > self._mapped:
-                    self._shards.unmap()
+                    self._shards.contents.cache_clear()
                     self._read = 0
                 block = self._shards.flat(part)[start : min(start + BLOCK, part.stop, start + remaining)]
                 remaining -= block.numel()

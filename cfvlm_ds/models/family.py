@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,17 +25,6 @@ def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tenso
     return torch.arange(len(visual))
 
 
-Arrange = Callable[[Any, Tensor, Sequence[int], dict[str, Tensor]], Tensor | Sequence[Tensor]]
-"""(model, projector output for several images, number of output rows per image, the images' ``per_image`` inputs) -> the images' features,
-in the same order.
-"""
-
-
-def as_projected(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the projector's output unchanged, because the model does not rearrange it."""
-    return projected
-
-
 Whole = Literal["nowhere", "windows", "everywhere"]
 """Layers with bidirectional attention among the tokens of a picture: none, sliding-window layers, or all."""
 
@@ -50,12 +39,10 @@ class Family:
             so a projector can lie inside the tower. The output head belongs to the language model. The defaults are LLaVA's names.
         output_head: prefix of the output head, which gets no adapter and keeps its precision.
         image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
-        per_image: the members of ``image_inputs`` that have one row per image and are needed after the tower.
-        grid: the member of ``per_image`` that holds an image's grid of patches, for families whose positions depend on it.
+        grid: the member of ``image_inputs`` that holds an image's grid of patches, for families whose positions depend on it.
         positions: function that computes a prompt's position ids. Texts that answer the prompt continue at the largest id plus one, on
             every axis.
         tiles_alone: True if an image is cut into tiles only when its prompt has no other image.
-        arrange: function that reproduces the model's computation between its projector and its language model.
         from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise
             with the device.
         unused: function that returns the prefixes of checkpoint weights that the forward pass does not use.
@@ -65,7 +52,6 @@ class Family:
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
         visual_mark: keyword argument of the model's own ``forward`` that marks visual tokens, for families with bidirectional attention
             among a picture's tokens.
-        projector_inputs: the members of ``per_image`` that the projector takes as arguments after the tower's output.
         logit_cap: function that returns the soft cap on the model's logits (logit -> cap * tanh(logit / cap)), or None.
         limit: function that limits an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
     """
@@ -76,18 +62,15 @@ class Family:
     language_model: tuple[str, ...] = ("model.language_model", "lm_head")
     output_head: str = "lm_head"
     image_inputs: tuple[str, ...] = ("pixel_values",)
-    per_image: tuple[str, ...] = ()
     grid: str | None = None
     positions: Positions = sequential
     tiles_alone: bool = False
-    arrange: Arrange = as_projected
     from_grids: Callable[[PreTrainedConfig, Tensor], dict[str, Any]] | None = None
     unused: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
     take_trees: Callable[[nn.Module], None] = lambda model: None
     around: tuple[str, str] = ("", "")
     whole_pictures: Callable[[PreTrainedConfig], Whole] = lambda config: "nowhere"
     visual_mark: str | None = None
-    projector_inputs: tuple[str, ...] = ()
     logit_cap: Callable[[PreTrainedConfig], float | None] = lambda config: None
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
     limited_by: tuple[str, ...] = ()
@@ -105,9 +88,3 @@ class Family:
         if not matches:
             raise KeyError(f"parameter {name!r} is in no module of family {self.model_types[0]!r}; add its prefix to the family record")
         return max(matches)[1]
-
-    def projectors(self, model: nn.Module) -> list[str]:
-        """Return the names of the projector's modules, in the order in which they are called on the tower's output."""
-        modules = {name: module for name, module in model.named_modules() if name in self.projector}
-        lists = {name: [f"{name}.{k}" for k in range(len(module))] for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-        return [part for name in self.projector if name in modules for part in lists.get(name, [name])]

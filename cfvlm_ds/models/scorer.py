@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,36 +70,10 @@ class Scorer(nn.Module):
         family.take_trees(model)
         self.model = model
         self.family = family
-        self.projectors = family.projectors(model)
         self.routed: Routed | None = None
         self._routers = Routers(model)
 
-    def forward(self, **inputs: Any) -> Any:
-        """Return the result of ``logp`` or, if only ``image_inputs`` are given, of ``tower_features``. Under ZeRO-3, both must be called
-        through this method.
-        """
-        return self.logp(**inputs) if "input_ids" in inputs else self.tower_features(**inputs)
-
-    def tower_features(self, image_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tower output for each projector module, keyed by the module's name."""
-        model: Any = self.model
-        taken: dict[str, Tensor] = {}
-
-        def take(name: str) -> Any:
-            def note(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
-                taken[name] = (*args, *named.values())[0]
-
-            return model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
-
-        hooks = [take(name) for name in self.projectors]
-        try:
-            model.get_image_features(**image_inputs, return_dict=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return taken
-
-    def logp(
+    def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -125,7 +98,7 @@ class Scorer(nn.Module):
             predicted_by: [N] index into ``scored`` of the position that predicts each target.
             images_of_tree: for each tree, its images as indices into the distinct images of ``image_inputs``.
             visual_tokens: number of visual tokens in each distinct image.
-            image_inputs: inputs of the tower, or ``tower_features`` to skip the tower.
+            image_inputs: inputs of the tower.
             compared: pairs of positions for each divergence, as in ``head_logprobs``.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
@@ -167,25 +140,12 @@ class Scorer(nn.Module):
         that takes image features, and the sum of all other images' features, which keeps them in the autograd graph.
         """
         model: Any = self.model
-        has_features = "tower_features" in image_inputs
-        output = self._projected(**image_inputs) if has_features else model.get_image_features(**image_inputs, return_dict=True)
+        output = model.get_image_features(**image_inputs, return_dict=True)
         shown = [i for images in images_of_tree for i in images]
         layers = [_per_image(layer, visual_tokens) for layer in (output.pooler_output, *getattr(output, "deepstack_features", ()))]
         hidden = [layer[i].sum() for layer in layers for i in range(len(visual_tokens)) if i not in shown]
         unused = torch.stack(hidden).sum() if hidden else torch.zeros((), dtype=layers[0][0].dtype, device=layers[0][0].device)
         return [torch.cat([layer[i] for i in shown]) for layer in layers if shown], unused
-
-    def _projected(self, tower_features: dict[str, Tensor], rows: Sequence[int], **inputs: Tensor) -> Any:
-        """Compute the result of ``get_image_features`` from the tower's output. ``rows`` is the number of rows per image in the projector's
-        output.
-        """
-        model: Any = self.model
-        projector_inputs = [inputs[name] for name in self.family.projector_inputs]
-        *further, first = (  # adapters' dropout must draw its random numbers in the model's own order
-            self.family.arrange(model, model.get_submodule(name)(tower_features[name], *projector_inputs), rows, inputs)
-            for name in self.projectors
-        )
-        return SimpleNamespace(pooler_output=first, deepstack_features=further)
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
         ValueError: the metrics file contains none of these metrics.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     series: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(metrics_jsonl):
@@ -107,6 +107,12 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
             axes.grid(axis="y")
             if label in ("fraction", "%"):
                 axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
+            signs = {value > 0 for points in chosen.values() for _, value in points if math.isfinite(value) and value}
+            if label == "loss" and signs == {True}:
+                axes.set_yscale("log")  # terms differ by orders of magnitude, and small ones would be flat lines
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
             if others:
                 axes.plot([], [], linestyle="none", label=f"and {others} more in metrics.jsonl")

@@ -99,7 +99,7 @@ _MAX_PARAM_CHARS, _MAX_TAG_CHARS, _MAX_NAME_CHARS, _MAX_DATASET_CHARS = 6000, 50
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
-_FIRST_PAGE = re.compile("loss_mean|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval/[^/]+/(covered|cover|yes_ratio)")
+_FIRST_PAGE = re.compile("loss|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval/[^/]+/(covered|cover|yes_ratio)")
 """Metrics that MLflow shows first (``Main/``), in addition to one headline metric per evaluation set."""
 _HEADLINES = (
     *("f1_macro", "g_acc", "mean_pictures", "individual", "group_macro", "macro", "cv_bench", "perception", "chair", "hallucinated"),

@@ -108,8 +108,14 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         if settings["weight"] != 0:
             terms.append([_cell(name), _cell(settings["weight"]), _cell(others)])
     load = _USE_ADAPTER.format(base=json.dumps(_line(_last(base) if local else base))) if adapter else _USE
+    shared = [(each["name"], *pair) for each in data for pair in each.get("overlaps", {}).items()]
+    warnings = [overlap_warning(_code(name), _code(keys), _code(_last(trained))) for name, trained, keys in shared]
     sections = {
-        "Results": [*_overlaps(data), *_results(results, changes, evaluated, environment.get("vocabulary")), *_samples(run_dir, step)],
+        "Results": [
+            *(line for warning in warnings for line in (warning, "")),
+            *_results(results, changes, evaluated, environment.get("vocabulary")),
+            *_samples(run_dir, step),
+        ],
         "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or UNNAMED_REPO), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
@@ -172,11 +178,6 @@ def _samples(run_dir: Path, step: int) -> list[str]:
     written = [row for row in records(run_dir / "samples.jsonl", "delete it") if row["step"] == step][:2]
     rows = [[_cell(row["prompt"]), _cell(" / ".join(row["true"])), _cell(row["text"])] for row in written]
     return ["", "What the model writes about the first pictures:", "", *_table("prompt | true text | written", rows)] if rows else []
-
-
-def _overlaps(data: Iterable[Mapping[str, Any]]) -> list[str]:
-    overlaps = [(each["name"], trained, shared) for each in data for trained, shared in each.get("overlaps", {}).items()]
-    return [line for name, trained, shared in overlaps for line in (overlap_warning(_code(name), _code(shared), _code(_last(trained))), "")]
 
 
 _CONTROLS = (

@@ -82,15 +82,15 @@ def measure(
 
     Args:
         part_of_step: fraction of a step that the micro-batch represents. A step's loss is the sum over its micro-batches and ranks.
-        progress: fraction of all steps completed before this one. The weights of terms with a warm-up depend on it.
+        progress: fraction of all steps completed before this one. The warm-up of weights depends on it.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, each of which is also measured separately.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured
-    meter.add("loss", measured.loss, part_of_step)
-    weights = sum(objective.weight * ramp(objective, progress) for objective in objectives.values())
-    meter.add("loss_mean", measured.loss / (weights or 1.0), part_of_step)
+    missing = {name: objective.weight * (1 - ramp(objective, progress)) for name, objective in objectives.items()}
+    loss = measured.loss + sum(weight * measured.shares[name].sum() for name, weight in missing.items() if weight)
+    meter.add("loss", loss, part_of_step)  # with the full weights, because a loss that rises with a warm-up looks like divergence
     for name, shares in measured.shares.items():
         for part, (share, some) in enumerate(zip(shares, measured.has_comparisons[name], strict=True)):
             meter.add(f"loss/{name}", share, some * part_of_step, part)

@@ -201,7 +201,7 @@ def description(summary: str, files: Sequence[Path]) -> str:
 _MOST_DESCRIBED = 4000
 """Maximum length of the summary in the description, in characters. MLflow accepts tags of up to 5,000 characters."""
 _METRICS = """\
-- loss_mean: detail/loss divided by the sum of the weights; compare detail/eval/SET/loss with detail/loss
+- loss: the weighted sum of the terms; compare it with detail/eval/SET/loss
 - learning_rate: of the last step; the parameter train.learning_rate is the rate that was set
 - grad_norm: before clipping
 - eval_SET_METRIC: nll in nats per token, others in %; accuracies are means of edit types; the tables above give the number of groups"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 
 from cfvlm_ds import checkpoint, engine
 from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.batching.precompute_features import precompute_features
 from cfvlm_ds.checkpoint import TrainState
 from cfvlm_ds.cluster import heartbeat, signals
 from cfvlm_ds.cluster.run_lock import RunLock
@@ -105,7 +103,7 @@ def locked(run_dir: Path, world: World, check: Callable[[], object] = no_op, opt
 def _run(config: RunConfig, world: World) -> None:
     """Check everything, then train. The run folder and MLflow stay unchanged until the weights are loaded and have passed the self-check.
 
-    Only the data check's cache, the feature cache and the ranks' heartbeats are written earlier.
+    Only the data check's cache and the ranks' heartbeats are written earlier.
     """
     seed_everything(config.train.seed)
     run_dir = Path(config.train.output_dir)
@@ -141,13 +139,6 @@ def _run(config: RunConfig, world: World) -> None:
             # A process that is forked during an import inherits a locked import lock and hangs at its first import.
             importing.join()
         _checked(config, world, refuse_nonfinite, model, config.model.name_or_path)
-        if config.data.feature_cache is not None:
-            pulse.mark("features", 0)
-            groups = itertools.chain(data.groups, *data.splits.values(), *(each.plan.groups for each in data.benchmarks.values()))
-            folder = Path(config.data.feature_cache)
-            cache = precompute_features(folder, config.model, ds_engine, collator.files, groups, world, config.data.workers)
-            engine.invalidate_prefetch_trace(ds_engine)  # the trace contains the vision tower, which does not run again
-            collator = collator.taking_features(cache)
         trainer = Trainer(config, world, ds_engine, collator, data, sampler, state, total_steps, pulse)
         if start.checkpoint_dir is not None:
             options = engine.optimizer_options(ds_engine)
@@ -273,8 +264,7 @@ def _checked(config: RunConfig, world: World, check: Callable[..., None], *argum
 def _check_scores(config: RunConfig, world: World, ds_engine: Any, collator: Collator, data: RunData, sampler: GroupSampler) -> None:
     """Compare scores in this rank's first packed row with the scores of the same texts in rows of their own."""
     ds_engine.eval()
-    if config.data.feature_cache is None:  # the cache has no features for the stand-in's picture
-        refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)
+    refuse_unusable(ds_engine, collator, config.model.name_or_path, world.device)
     groups = [data.groups[index] for index in next(iter(sampler))]
     _checked(config, world, check_scores, config, ds_engine, collator, groups)
     ds_engine.train()

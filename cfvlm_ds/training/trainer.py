@@ -155,7 +155,7 @@ class Trainer:
                 progress = state.step / self.total_steps
                 measure(meter, measured, self.config.objective, part_of_step, progress, self._flops, self._sources)
             self.sampler.advance()
-            state.step_done(self.sampler.state_dict())
+            state.step, state.sampler = state.step + 1, self.sampler.state_dict()
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
             if (state.step % train.logging_steps == 0 or last) and len(meter):  # the meter is empty if every step was skipped
                 passed_s = time.monotonic() - started
@@ -371,7 +371,7 @@ def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: s
     speed = metrics["throughput/model_tflop_per_s"]
     flops = f"{speed:.3g} TFLOP/s{utilisation} " if speed >= _SHOWN_TFLOPS else ""
     return (
-        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss_mean {metrics['loss_mean']:.4f} ({terms}) "
+        f"step {step}/{total_steps} epoch {metrics['epoch']:.2f} loss {metrics['loss']:.4f} ({terms}) "
         f"lr {metrics['learning_rate']:.2e} {rates['groups_per_s']:.1f} groups/s {rates['tokens_per_s']:.0f} tokens/s "
         f"{flops}wait {rates['data_wait_share']:.1%}{gathering} ETA {left}"
     )

@@ -83,22 +83,22 @@ def seeing_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def going_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions of the row, not of each tree."""
-    right = Scorer.logp
+    right = Scorer.forward
 
-    def logp(self: Scorer, **inputs: Any) -> Any:
+    def forward(self: Scorer, **inputs: Any) -> Any:
         return right(self, **inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]})
 
-    monkeypatch.setattr(Scorer, "logp", logp)
+    monkeypatch.setattr(Scorer, "forward", forward)
 
 
 def other_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Scorer.logp
+    right = Scorer.forward
 
-    def logp(self: Scorer, **inputs: Any) -> Any:
+    def forward(self: Scorer, **inputs: Any) -> Any:
         shown = inputs["images_of_tree"]
         return right(self, **inputs | {"images_of_tree": [*shown[1:], shown[0]]})
 
-    monkeypatch.setattr(Scorer, "logp", logp)
+    monkeypatch.setattr(Scorer, "forward", forward)
 
 
 SEEDS = range(4)

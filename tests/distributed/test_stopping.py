@@ -71,7 +71,7 @@ def the_run(folder: Path) -> tuple[str, str]:
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(client.get_metric_history(found.info.run_id, "detail/loss")) == len(losses(folder)), "everything is delivered"
+    assert len(client.get_metric_history(found.info.run_id, "Main/loss")) == len(losses(folder)), "everything is delivered"
     return found.info.run_id, found.info.status
 
 

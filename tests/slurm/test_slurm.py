@@ -108,7 +108,7 @@ def test_a_signal_and_a_lost_node_change_nothing(nodes, lost, cluster, options, 
     client = MlflowClient(f"sqlite:///{job.run_dir}/mlflow.db")
     (found,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert (found.info.run_id, found.info.status) == (first, "FINISHED")
-    assert [point.step for point in client.get_metric_history(found.info.run_id, "detail/loss")] == list(range(1, STEPS + 1))
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "Main/loss")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.long

@@ -123,10 +123,9 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **({"text": text} if text and kind == "keyDown" else {}))
 
-    def look(self, width: int, height: int, dark: bool = False) -> None:
-        """Set the size of the window in pixels, and its colour scheme (light or dark)."""
+    def look(self, width: int, height: int) -> None:
+        """Set the size of the window in pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """Write a PNG of the visible part of the page, or of the whole page."""

@@ -24,7 +24,6 @@ from test_run_files import full, handle_of
 from torch import Tensor
 
 from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint
-from cfvlm_ds.batching import precompute_features
 from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.cli.train import run
 from cfvlm_ds.core.errors import ConfigError
@@ -59,24 +58,6 @@ def full_disk(*steps: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with patch.object(checkpoint, "save", limited):
-        yield
-
-
-@contextlib.contextmanager
-def no_room() -> Iterator[None]:
-    """Make the system refuse feature files on rank 1."""
-    write = precompute_features.write_features
-
-    def limited(file, features):  # type: ignore[no-untyped-def]
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank() == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
-            write(file, features)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    with patch.object(precompute_features, "write_features", limited):
         yield
 
 
@@ -295,7 +276,6 @@ FAULTS = {
     "nothing": nothing,
     "full disk": full_disk,
     "full metrics": full_metrics,
-    "no room": no_room,
 }
 
 

@@ -231,7 +231,7 @@ def test_the_sides_and_pixels_of_a_picture_are_bounded_by_its_header(tmp_path):
 
 
 def test_the_file_of_a_picture_is_regular_and_bounded(tmp_path, model_dir):
-    """A small picture before a terabyte of zeros, and a pipe: not read to be hashed either, for stored scores or a feature cache."""
+    """A small picture before a terabyte of zeros, and a pipe: neither is read for its digest."""
     png(tmp_path / "long.png", 9, 9)
     os.truncate(tmp_path / "long.png", 2**40)
     os.mkfifo(tmp_path / "pipe.png")

@@ -104,8 +104,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     **{f"train.{name}": (f"--train.{name} -1",) for name in ("save_minutes", "stop_margin_s", "hang_timeout_s")},
     "train": ("train: 5", "train: null"),
     "'train' occurs twice": ("train: 5\ntrain.seed: 3\n",),
-    "model.vision_tower.tuning": ("model: {vision_tower: {tuning: freeze}}", "model: {vision_tower: frozen}", "model: {vision_tower: 5}",
-                                  *(f"--data.feature_cache f --model.vision_tower.tuning {how}" for how in ("full", "lora"))),
+    "model.vision_tower.tuning": ("model: {vision_tower: {tuning: freeze}}", "model: {vision_tower: frozen}", "model: {vision_tower: 5}"),
     "model.name_or_path": ("--model org/name", "org/name a.jsonl"),
     "data.root": ("data: {root: 3}", "--data.root="),
     "data.train": ("data: groups.jsonl", *(f"data: {{train: [{source}]}}" for source in (

@@ -312,13 +312,6 @@ def test_every_parameter_has_a_module(scorer):
     assert {scorer.family.module_of(name) for name, _ in scorer.model.named_parameters()} == set(MODULES)
 
 
-def test_cached_inputs_are_those_of_one_picture(collator, groups):
-    """Also of a picture that is processed as one of several."""
-    for key in collator.files.all_keys(groups):
-        inputs = collator.files.tower_inputs(key)[1].inputs
-        assert inputs.keys() == {*collator.family.per_image} and all(len(value) == 1 for value in inputs.values())
-
-
 @pytest.mark.parametrize("frozen", [None, *MODULES])
 def test_gradients_reach_what_trains_and_nothing_else(frozen, folder, groups):
     options = {frozen: ModuleConfig("frozen")} if frozen else {}

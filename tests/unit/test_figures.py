@@ -96,6 +96,17 @@ def test_a_line_has_the_number_of_groups_behind_it(tmp_path, drawn):
     assert accuracy == ["val/group, 5 groups", "val/pair, 9 groups\n= val/factual, 8 groups"]
 
 
+@pytest.mark.parametrize(("lowest", "scale"), [(0.01, "log"), (0.0, "log"), (-0.01, "linear")])
+def test_a_small_loss_term_is_no_flat_line(tmp_path, drawn, lowest, scale):
+    """The lines of two terms that both halve have the same height in the panel, unless a term is negative."""
+    rows = [{"step": step, "loss/align": 0.7 / step, "loss/csd": 0.02 / step, "loss/fcd": lowest} for step in (1, 2)]
+    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
+    (panel,) = drawn[0].axes
+    assert panel.get_yscale() == scale
+    align, csd = ([panel.transData.transform(point)[1] for point in line.get_xydata()] for line in panel.lines[:2])
+    assert (align[0] - align[1] == pytest.approx(csd[0] - csd[1])) == (scale == "log")
+
+
 def test_learning_curves_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))

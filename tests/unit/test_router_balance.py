@@ -168,7 +168,7 @@ def test_loads_are_counted(folder, groups, alone):
     loads = {int(name[-3:]): value for name, value in metrics.items() if name.startswith("router/load/")}
     counts = counts.bincount(minlength=len(loads)).double()
     assert [loads[expert] for expert in range(len(loads))] == pytest.approx((counts * len(counts) / counts.sum()).tolist())
-    assert sum(loads.values()) / len(loads) == pytest.approx(1) and metrics["loss_mean"] == 0
+    assert sum(loads.values()) / len(loads) == pytest.approx(1) and metrics["loss"] == 0
 
 
 def test_a_model_without_experts_is_refused():

@@ -219,18 +219,18 @@ OPTIONS = "{model: {}, data: {}, train: {}, tracking: {}, build: {}, objective: 
 
 
 def test_a_run_does_not_begin_among_somebodys_files(tmp_path):
-    for name in ("slurm", "prepared", "heartbeat", "scenes", "features"):
+    for name in ("slurm", "prepared", "heartbeat", "scenes"):
         (tmp_path / name).mkdir()
     for name in ("train-17.log", ".notes"):
         (tmp_path / name).touch()
-    data = {"train": [{"path": str(tmp_path / "scenes" / "train.jsonl")}], "feature_cache": str(tmp_path / "features")}
+    data = {"train": [{"path": str(tmp_path / "scenes" / "train.jsonl")}]}
     with locked(tmp_path, ONE, options={"data": data}):
         pass
     (tmp_path / "dog.jpg").touch()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"'dog\.jpg'"), locked(tmp_path, ONE, options={"data": data}):
         raise AssertionError
-    with pytest.raises(ConfigError, match=r"'dog\.jpg' and 2 more"), locked(tmp_path, ONE):
+    with pytest.raises(ConfigError, match=r"'dog\.jpg' and 1 more"), locked(tmp_path, ONE):
         raise AssertionError
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "config.yaml").write_text(OPTIONS)  # of a run, in whose folder people may leave what they like

@@ -268,7 +268,7 @@ def test_a_folder_that_no_address_of_a_database_can_name_keeps_its_metrics(name,
     assert "set MLFLOW_TRACKING_URI, or rename the folder" in said and "To deliver them later" in said
     assert os.listdir(tmp_path / "runs") == [name] and not list(tmp_path.rglob("*.db*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
-    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["detail/loss"] == 1.0
+    assert deliver(run_dir, 60) and client.get_run(_delivered(run_dir)).data.metrics["Main/loss"] == 1.0
 
 
 def test_the_callers_own_mlflow_state_is_untouched(remote, tmp_path):

@@ -1,10 +1,8 @@
-"""Search for duplicate pictures in a data set, and for pictures and texts that it shares with benchmarks. Near duplicates are detected by
-their perceptual hashes.
-"""
+"""Search for duplicate pictures. Near duplicates are detected by their perceptual hashes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cfvlm_ds.core.conversation import normalised
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.counterfactuals.checks import perceptual_hash
-from cfvlm_ds.counterfactuals.propose.word_difference import words
-from cfvlm_ds.data.decoding import ENDINGS, open_image
+from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
 """Pictures are near duplicates if their hashes differ in at most this number of bits (of 64)."""
 _BLOCK = 64
-GRAM = 8
-"""Two captions that share this number of consecutive words count as copies."""
-_SUFFIXES = {f".{ending}" for ending in ENDINGS}
 
 
 @dataclass(frozen=True)
@@ -67,31 +60,3 @@ def _close(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> Iterator[tuple[i
     for start in range(0, len(first), _BLOCK):
         for i, j in np.argwhere(first[start : start + _BLOCK] @ second.T >= 64 - 2 * NEAR):
             yield start + int(i), int(j)
-
-
-def pictures_below(folder: Path) -> list[Path]:
-    """List every picture file below a folder. Links to folders are not followed."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-
-
-def grams(text: str) -> set[tuple[str, ...]]:
-    """Return the word 8-grams of a text. A text of four to seven words is a single n-gram; a shorter text has none."""
-    tokens = [word for word in words(text) if word.isalnum()]
-    return {tuple(tokens[k : k + GRAM]) for k in range(max(1, len(tokens) - GRAM + 1))} if len(tokens) >= 4 else set()
-
-
-def shared_texts(ours: Mapping[str, Iterable[str]], theirs: Iterable[str]) -> dict[str, str]:
-    """Return the first text of each group that equals a benchmark text or shares eight consecutive words with one, keyed by group id.
-    Groups without such a text are absent.
-    """
-    known: set[tuple[str, ...]] = set()
-    exact: set[str] = set()
-    for text in theirs:
-        exact.add(normalised(text).lower())
-        known |= {gram for gram in grams(text) if len(gram) == GRAM}
-    shared: dict[str, str] = {}
-    for name, texts in ours.items():
-        for text in texts:
-            if normalised(text).lower() in exact or not known.isdisjoint(grams(text)):
-                shared.setdefault(name, text)
-    return shared

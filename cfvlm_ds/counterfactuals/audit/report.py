@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfvlm_ds.core.errors import ConfigError, DataError
+from cfvlm_ds.core.conversation import normalised
+from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import SHAM, Groups
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
-from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs, pictures_below, shared_texts
-from cfvlm_ds.counterfactuals.audit.refine import refine, right, text_pairs
+from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import LIMIT_AUC, Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.verify import Score
@@ -28,6 +28,7 @@ from cfvlm_ds.page import Written, group_item, write_page
 LIMIT_BLIND = 0.6
 _SHOWN = 20  # groups on the page if there is no fault
 _SCORED = 256  # groups scored at a time
+_GRAINS = 5000  # maximum number of picture pairs whose grain is compared
 
 
 @dataclass
@@ -87,12 +88,8 @@ def audit(
         report.fault(f"{len(broken)} pictures cannot be read; the first: {next(iter(broken.values()))}", list(broken))
     _shortcuts(report, sets, options, say)
     _duplicates(report, sets)
-    if options.against:
-        _against(report, sets, options.against, say)
-    margins = _blind(report, sets, score, say) if score is not None else None
-    if options.refine:
-        groups = [group for split in sets for group in split.groups]
-        report.facts.append(("refined", refine(groups, margins, options.seed, Path(options.refine))))
+    if score is not None:
+        _blind(report, sets, score, say)
     return report, sets
 
 
@@ -128,15 +125,16 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
         for group in split.groups:
             source = group.images[0][0].name if group.num_pictures else group.id
             half = bool(seed_of("half", options.seed, source) & 1)
-            texts += (pairs := text_pairs(group))
+            pairs = [(group.candidates[true].text, group.candidates[false].text) for true, false in factual_texts(group)]
+            texts += pairs
             text_halves += [half] * len(pairs)
             for edit in group.edits:
                 if edit.type != SHAM and edit.image is not None and group.num_pictures == 1:
                     pictures.append((group.images[0][0], group.images[edit.image][0], half))
     if texts:
         report.shortcuts.extend([by_length(texts), by_words(texts, text_halves)])
-    if len(pictures) > options.sample:
-        pictures = random.Random(options.seed).sample(pictures, options.sample)
+    if len(pictures) > _GRAINS:
+        pictures = random.Random(options.seed).sample(pictures, _GRAINS)
     grains: tuple[list[Array], list[Array], list[bool]] = ([], [], [])
     progress = Progress(say, "measuring the grain of pictures", len(pictures), "pairs")
     for original, edited, half in progress.over(pictures):
@@ -157,92 +155,56 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report original (unedited) pictures that occur in several groups, and pictures that occur in several splits. Edited pictures are not
-    searched for near duplicates, because edits of one picture resemble each other.
+    """Report original (unedited) pictures that occur in several groups, and pictures and texts (of more than three words) that occur in
+    several splits. Within a split, edited pictures are not compared, because edits of one picture resemble each other.
     """
-    originals = []
-    for split in sets:
+    texts = []
+    for k, split in enumerate(sets):
         firsts = {group.images[0][0]: group.id for group in split.groups if group.num_pictures == 1}
-        originals.append([(split.looks[path], name) for path, name in firsts.items() if path in split.looks])
-    for k, (split, own_originals) in enumerate(zip(sets, originals, strict=True)):
-        own = [look for look, _ in own_originals]
-        pairs = [pair for pair in near_pairs(own, own) if pair[0] < pair[1]]
-        if pairs:
+        originals = [(split.looks[path], name) for path, name in firsts.items() if path in split.looks]
+        own = [look for look, _ in originals]
+        if pairs := [pair for pair in near_pairs(own, own) if pair[0] < pair[1]]:
             exact = sum(same for *_, same in pairs)
-            ids = [own_originals[k][1] for *pair, _ in pairs for k in pair]
+            ids = [originals[place][1] for *pair, _ in pairs for place in pair]
             report.fault(
                 f"{split.name}: {len(pairs)} pairs of originals are identical ({exact}) or near duplicates ({len(pairs) - exact})", ids
             )
-        for other, other_originals in zip(sets[k + 1 :], originals[k + 1 :], strict=True):
-            pairs = list(near_pairs(own, [look for look, _ in other_originals]))
-            shared = {look.digest for look in split.looks.values()} & {look.digest for look in other.looks.values()}
-            if pairs or shared:
-                ids = [name for i, j, _ in pairs for name in (own_originals[i][1], other_originals[j][1])]
-                report.fault(
-                    f"{split.name} and {other.name} share {len(pairs)} equal or nearly equal originals, and {len(shared)} picture files",
-                    ids,
-                )
+        looks, every = list(split.looks.values()), {candidate.text for group in split.groups for candidate in group.candidates}
+        texts.append({normalised(text).lower() for text in every if len(text.split()) > 3})
+        for other, other_texts in zip(sets[:k], texts, strict=False):
+            theirs = list(other.looks.values())
+            both = f"{other.name} and {split.name}"
+            if pairs := list(near_pairs(theirs, looks)):
+                exact = sum(same for *_, same in pairs)
+                ids = [name for i, j, _ in pairs for name in (*other.owners[theirs[i].path], *split.owners[looks[j].path])]
+                report.fault(f"{both}: {exact} pairs of pictures are identical, and {len(pairs) - exact} are near duplicates", ids)
+            shared = sorted(texts[k] & other_texts)
+            report.facts.append((f"texts of {both}", f"{len(shared)} in both{''.join(f', such as {text!r}' for text in shared[:1])}"))
 
 
-def _against(report: Audit, sets: Sequence[_Set], against: str, say: Say) -> None:
-    for path in map(Path, filter(None, map(str.strip, against.split(",")))):
-        texts: list[str] = []
-        if path.is_dir() and not (path / "store.json").is_file():
-            pictures = pictures_below(path)
-            if not pictures:
-                raise ConfigError(f"--against {path} contains no picture; name a folder of a benchmark's pictures, or its manifest")
-        else:
-            store = open_groups(path, progress=say)
-            pictures = []
-            for group in store:
-                pictures += [picture for image in group.images for picture in image]
-                texts += [candidate.text for candidate in group.candidates if len(candidate.text.split()) > 3]
-        looks = list(_looks(path.name, dict.fromkeys(pictures), say))
-        theirs = [result for result in looks if not isinstance(result, str)]
-        report.facts.append((f"against {path}", f"{len(theirs)} pictures, {len(texts)} texts"))
-        if unread := [result for result in looks if isinstance(result, str)]:
-            report.fault(f"{path}: {len(unread)} of its {len(looks)} pictures cannot be read and were not compared; the first: {unread[0]}")
-        for split in sets:
-            ours = list(split.looks.values())
-            pairs = list(near_pairs(ours, theirs))
-            if pairs:
-                exact = {i for i, _, same in pairs if same}
-                nearly = {i for i, *_ in pairs} - exact
-                ids = [name for i, *_ in pairs for name in split.owners[ours[i].path]]
-                report.fault(
-                    f"{split.name} contains {len(exact)} pictures of {path.name}, and {len(nearly)} near duplicates of its pictures", ids
-                )
-            own_texts = {group.id: [candidate.text for candidate in group.candidates] for group in split.groups}
-            if shared := shared_texts(own_texts, texts):
-                report.fault(
-                    f"{split.name}: {len(shared)} groups contain a text of {path.name}, for example {next(iter(shared.values()))!r}",
-                    list(shared),
-                )
-
-
-def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> list[float]:
-    """Score all texts on a blank picture, and return each group's mean margin of true over false texts, in nats."""
-    margins: list[list[float]] = []
+def _blind(report: Audit, sets: Sequence[_Set], score: Score, say: Say) -> None:
+    """Score all texts on a blank picture, and report how often true texts are preferred to false ones. A tie counts as one half."""
+    right, total = 0.0, 0
     for split in sets:
         progress = Progress(say, f"blind scores of {split.name}", len(split.groups), "groups")
         for start in range(0, len(split.groups), _SCORED):
             groups = list(split.groups[start : start + _SCORED])
             for group, scores in zip(groups, score(groups), strict=True):
                 blank = scores.blank.tolist()
-                margins.append([blank[true] - blank[false] for true, false in factual_texts(group)])
+                for true, false in factual_texts(group):
+                    right += (blank[true] > blank[false]) + 0.5 * (blank[true] == blank[false])
+                    total += 1
             progress.advance(len(groups))
-    every = [margin for group in margins for margin in group]
-    share = right(every)
-    result = f"{100 * share:.1f} % of {len(every)} comparisons"
+    share = right / max(total, 1)
+    result = f"{100 * share:.1f} % of {total} comparisons"
     report.facts.append(
         (
             "true texts preferred on a blank picture",
-            result if every else "not measured: no group has a true and a false text for the same prompt",
+            result if total else "not measured: no group has a true and a false text for the same prompt",
         )
     )
-    if every and max(share, 1 - share) > LIMIT_BLIND:
+    if total and max(share, 1 - share) > LIMIT_BLIND:
         report.fault(f"a scorer that sees no picture is right in {result} (limit {100 * LIMIT_BLIND:.0f})")
-    return [sum(group) / max(len(group), 1) for group in margins]
 
 
 def write_report(report: Audit, sets: Sequence[Any], out: Path, say: Say) -> Written:

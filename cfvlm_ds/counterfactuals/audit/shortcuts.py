@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cfvlm_ds.counterfactuals.propose.word_difference import words
+from cfvlm_ds.evaluation.benchmarks import metrics
 
 Array = npt.NDArray[Any]
 _TELLING = 12
@@ -58,11 +59,8 @@ def _not_measured(name: str) -> Shortcut:
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, float, float]:
     """Compute the area under the ROC curve and its 95 % confidence interval (Hanley and McNeil 1982). A tie counts as one half."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata([*positive, *negative])
     n, m = len(positive), len(negative)
-    area = float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+    area = (metrics.auc(np.array([*positive, *negative]), np.arange(n + m) < n) or 0.0) / 100
     first, second = area / (2 - area), 2 * area * area / (1 + area)
     spread = (area * (1 - area) + (n - 1) * (first - area * area) + (m - 1) * (second - area * area)) / (n * m)
     half = 1.96 * math.sqrt(max(spread, 0.25 / (n * m) if area in (0.0, 1.0) else 0.0))

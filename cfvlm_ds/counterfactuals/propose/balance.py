@@ -8,7 +8,7 @@ introduced as often as it is removed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def prices_of(captions: Iterable[Sequence[Edit]], types: Sequence[str], most: in
         return np.asarray(np.minimum(1.0, most / np.maximum(np.bincount(together, kept), 1e-9))[together])
 
     prices: dict[str, dict[str, float]] = {kind: {} for kind in types}
-    for (kind, word), log in balanced(moves, len(together), room)[0].items():
+    for (kind, word), log in _balanced(moves, len(together), room).items():
         if kind:
             prices[kind][word] = float(f"{math.exp(log):.{_DIGITS}g}")
     return prices
@@ -86,26 +86,21 @@ Move = tuple[int, Any, int]
 """(index of an edit, word, direction). The direction is 1 if the edit introduces the word and -1 if it removes it."""
 
 
-def balanced(
-    moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers | float] = lambda kept: 1.0, exact: Collection[Any] = ()
-) -> tuple[dict[Any, float], Numbers]:
-    """Compute the logarithm of each word's price, and the probability of keeping each edit.
-
-    A word in ``exact`` is, on average, introduced as often as it is removed. For any other word, the two expected numbers differ by at most
-    one standard deviation.
+def _balanced(moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers]) -> dict[Any, float]:
+    """Compute the logarithm of each word's price. The expected numbers of times that a word is introduced and removed differ by at most one
+    standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T
-    tolerance = np.array([float(name not in exact) for name in places])
-    slow = 2 / max(np.bincount(edit).max(initial=0), 2)  # step size: an edit's probability depends on all of its words
-    logs, kept = np.zeros(len(places)), np.ones(edits)
+    slow = 2 / max(int(np.max(np.bincount(edit), initial=0)), 2)  # step size: an edit's probability depends on all of its words
+    logs = np.zeros(len(places))
     for _ in range(_ROUNDS if moves else 0):
         kept = np.exp(np.minimum(0.0, np.bincount(edit, direction * logs[word], edits)))
         kept *= room(kept)
         into, out = (np.bincount(word[direction == side], kept[edit[direction == side]], len(places)) for side in (1, -1))
-        surplus, chance = into - out, tolerance * np.sqrt(into + out)
-        excess = np.sign(surplus) * np.maximum(0.0, np.abs(surplus) - chance)
+        surplus = into - out
+        excess = np.sign(surplus) * np.maximum(0.0, np.abs(surplus) - np.sqrt(into + out))
         if np.abs(excess).max() < _CLOSE:
             break
         logs -= slow * excess / np.maximum(into + out, 1e-9)
-    return dict(zip(places, logs.tolist(), strict=True)), kept
+    return dict(zip(places, logs.tolist(), strict=True))

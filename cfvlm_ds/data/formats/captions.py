@@ -158,7 +158,7 @@ class Captions:
     def _read(self, row: Row) -> _Read:
         row = without_nulls(row, self.ignore)
         row_pictures(row, ())  # refuses videos
-        columns = {option: self.columns_of(row, option) for option in DEFAULTS}
+        columns = {option: self._columns(row, option) for option in DEFAULTS}
         for option in ("caption", *(("image",) if self.image or self.usual else ())):
             if not columns[option]:
                 raise DataError(
@@ -187,7 +187,7 @@ class Captions:
                 raise DataError(f"row: column {columns[0]!r} holds {quoted(text, 40)}, which looks like a list or an object; {remedy}")
         return [text.strip() for text in texts]
 
-    def columns_of(self, row: Row, option: str) -> list[str]:
+    def _columns(self, row: Row, option: str) -> list[str]:
         """Return the row's columns for an option: those that the option names or, if it is not set, the first column with a common name.
 
         Raises DataError if the option names a missing column that the format needs.

@@ -18,7 +18,7 @@ from cfvlm_ds.data.containers.kinds import container_of
 from cfvlm_ds.data.containers.open import open_rows
 from cfvlm_ds.data.fields import Row
 from cfvlm_ds.data.formats import format_named
-from cfvlm_ds.data.formats.captions import DEFAULTS, Captions
+from cfvlm_ds.data.formats.captions import DEFAULTS
 from cfvlm_ds.data.formats.chat import without_nulls
 from cfvlm_ds.data.formats.preference import unpacked
 from cfvlm_ds.data.formats.truth import JoinedRows, joined, leaves, marks, option_value
@@ -139,14 +139,8 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
     elif first.false_text:
         what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
     if hasattr(convert, option) and not label:
-        named = {option: [first.name]}
-        if isinstance(convert, Captions) and first.false_text:
-            row, false = store.rows.value(first.row), [column for column in columns if column.false_text]
-            named = {each: convert.columns_of(row, each) for each in dict.fromkeys(column.negative for column in false)}
-            for column in false:
-                named[column.negative].append(column.name)
-        added = ",".join(f"{each}={option_value('+'.join(names))}" for each, names in named.items())
-        use = f"add {added} to --format {store.format.partition(':')[0]}:..."
+        join = " (join it with + to the columns that are already read)" * (option != "label")
+        use = f"add {option}={option_value(first.name)} to --format {store.format.partition(':')[0]}:...{join}"
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, otherwise add ignore={ignore}"

@@ -162,8 +162,13 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
     for _ in range(_MAX_DRAWS):
         anchor = draw_scene(rng, float(agrees) if split in TESTS else config.strength, held_out)
         edited = [scene for kind in edits if (scene := EDITS[kind](anchor, rng, held_out)) is not None]
-        if len(edited) < len(edits) or (split in TESTS and not _is_balanced(anchor, edited[0], agrees)):
+        if len(edited) < len(edits):
             continue
+        if split in TESTS:
+            # a test row breaks no habit at all, or it breaks one and the edit changes which are broken, or what is unusual about a thing
+            first, second = anchor.broken, edited[0].broken
+            if (first or second) if agrees else (not first or first == second):
+                continue
         sham = [] if split == "train" else [replace(anchor, seed=rng.getrandbits(32))]
         if drawn := _with_texts(config, split, (anchor, *edited, *sham), tuple(edits), rng):
             return drawn
@@ -173,13 +178,6 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
 def question_of(split: str) -> str:
     """Return the kind of question that a split asks. The result is not in ``QUESTIONS`` if the split asks for descriptions."""
     return split.removeprefix("test_").removesuffix("_agrees").removesuffix("_contradicts")
-
-
-def _is_balanced(anchor: Scene, edited: Scene, agrees: bool) -> bool:
-    """Return whether the scenes suit a test row. If ``agrees`` is True, neither scene may break a habit. Otherwise, the first scene must
-    break a habit, and the edit must change the set of broken habits or an unusual value.
-    """
-    return not (anchor.broken or edited.broken) if agrees else bool(anchor.broken) and anchor.broken != edited.broken
 
 
 def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edits: tuple[str, ...], rng: Random) -> Drawn | None:

@@ -91,14 +91,11 @@ def read(sentence: str) -> list[Statement] | None:
     for name, phrasing, pattern in _PATTERNS:
         if match := pattern.fullmatch(sentence):
             slots = match.groupdict()
-            statements = _things(slots["things"]) if name == "things" else [_statement(name, slots)]
+            one: Statement = (name, _KIND[slots["x"]], slots[name]) if "x" in slots else (name, slots[name])
+            statements = _things(slots["things"]) if name == "things" else [one]
             if statements and form(name, phrasing, **{key: value for key, value in slots.items() if key not in ("is", "at")}) == sentence:
                 return statements
     return None
-
-
-def _statement(name: str, slots: dict[str, str]) -> Statement:
-    return (name, _KIND[slots["x"]], slots[name]) if "x" in slots else (name, slots[name])
 
 
 def _things(text: str) -> list[Statement] | None:

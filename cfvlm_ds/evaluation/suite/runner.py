@@ -121,11 +121,6 @@ def evaluate_benchmarks(model: Asked, chosen: Sequence[tuple[Chosen, Loaded]], o
     """
     world = model.world
     run_on_rank0(world, lambda: _refuse_another_model(out, model))
-    if not model.collator.pictures_first:
-        world.say(
-            f"{model.name}: its chat template puts the question before the picture, so the prompts of a picture share its encoding but no "
-            "tokens; each prompt is a separate tree"
-        )
     results = [_evaluate_one(model, benchmark, loaded, out, settings) for benchmark, loaded in chosen]
     run_on_rank0(world, lambda: write_whole(out / _TABLES, (markdown(read_results(out)) + "\n").encode()))
     return results

@@ -8,13 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 from cfvlm_ds.models.families.qwen import QWEN_VL
-from cfvlm_ds.models.family import as_projected
 from cfvlm_ds.models.visual_token_limits import pixels
 
 GLM_4V = replace(
     QWEN_VL,
     model_types=("glm4v", "glm46v"),
     projector=("model.visual.merger",),
-    arrange=as_projected,
     limit=partial(pixels, counts_frames=True),
 )

@@ -6,14 +6,11 @@ after each row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedConfig
 
-from cfvlm_ds.models.family import Arrange, Family
+from cfvlm_ds.models.family import Family
 from cfvlm_ds.models.visual_token_limits import grids
 
 
@@ -27,20 +24,6 @@ def after_selected_layer(config: PreTrainedConfig, blocks: str = "model.vision_t
     return (*(f"{blocks}.{k}" for k in range(last, depth)), "model.vision_tower.post_layernorm", "model.vision_tower.head")
 
 
-def tiles_packed(option: str) -> Arrange:
-    """Return an ``Arrange`` function that puts features in the model's order: first the overview, then the tiles side by side, with padding
-    removed and a newline token after each row.
-
-    ``option`` names the configuration option that the model's ``pack_image_features`` takes as an argument.
-    """
-
-    def arrange(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Sequence[Tensor]:
-        base, options = model.base_model, {option: getattr(model.config, option)}
-        return base.pack_image_features(projected.split(rows), inputs["image_sizes"], image_newline=base.image_newline, **options)[0]
-
-    return arrange
-
-
 LLAVA = Family(
     model_types=("llava",),
     unused=after_selected_layer,
@@ -50,8 +33,6 @@ NEXT = Family(
     projector=("model.multi_modal_projector", "model.image_newline"),
     unused=after_selected_layer,
     image_inputs=("pixel_values", "image_sizes"),
-    per_image=("image_sizes",),
-    arrange=tiles_packed("vision_feature_select_strategy"),
     limit=grids,
     limited_by=("max_tiles",),
 )
@@ -59,6 +40,5 @@ ONEVISION = replace(
     NEXT,
     model_types=("llava_onevision",),
     image_inputs=("pixel_values", "image_sizes", "batch_num_images"),
-    arrange=tiles_packed("vision_aspect_ratio"),
     tiles_alone=True,
 )

@@ -11,8 +11,6 @@ from cfvlm_ds.models.visual_token_limits import longest_edge
 MISTRAL_3 = Family(
     model_types=("mistral3",),
     image_inputs=("pixel_values", "image_sizes"),
-    per_image=("image_sizes",),
-    projector_inputs=("image_sizes",),
     unused=partial(after_selected_layer, blocks="model.vision_tower.transformer.layers"),
     limit=longest_edge,
     limited_by=("max_pixels",),

@@ -5,7 +5,7 @@ In Qwen3.5, three out of four layers are gated delta nets. Each text starts from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -45,15 +45,6 @@ def m_rope(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tensor:
     return positions
 
 
-def in_row_major_order(model: Any, projected: Tensor, rows: Sequence[int], inputs: dict[str, Tensor]) -> Tensor:
-    """Return the visual tokens in row-major order. A tower with window attention (Qwen2.5-VL) outputs them window by window."""
-    vision = model.config.vision_config
-    if not hasattr(vision, "window_size"):
-        return projected
-    order, _ = get_vision_window_index(inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size)
-    return projected[order.argsort().to(projected.device)]
-
-
 def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
     """Compute the tower inputs that depend on the image grids, as transformers does."""
     vision = config.vision_config
@@ -87,11 +78,9 @@ QWEN_VL = Family(
     vision_tower=("model.visual",),
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
     image_inputs=("pixel_values", "image_grid_thw"),
-    per_image=("image_grid_thw",),
     grid="image_grid_thw",
     positions=m_rope,
     from_grids=tower_inputs,
-    arrange=in_row_major_order,
     limit=pixels,
     limited_by=("min_pixels", "max_pixels"),
 )
