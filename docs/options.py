@@ -49,7 +49,10 @@ def _section(prefix: str, section: Any, kind: str) -> str:
         if not nested or several:
             rows.append(_row(prefix, option, hint, said[option.name], own))
     table = "| option | type | default | range | on resume | |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
-    return f"### {prefix.rstrip('.')}\n\n{_plain(inspect.getdoc(section).split('Args:')[0])}\n\n{table}\n" + "\n".join(inside)
+    return (
+        f"### {prefix.rstrip('.')}\n\n{(inspect.getdoc(section) or '').split('Args:')[0].replace('``', '`').strip()}\n\n{table}\n"
+        + "\n".join(inside)
+    )
 
 
 def _row(prefix: str, option: Any, hint: Any, sentence: str, kind: str) -> str:

@@ -41,7 +41,7 @@ from cfvlm_ds.models.model_files import explained
 
 
 class GroupTokens(NamedTuple):
-    """Token counts of a group: ``whole`` for all images and texts, ``least`` for the one image and text that need the most tokens."""
+    """Token counts of a group: ``whole`` for all images and texts, ``least`` for the longest pair of an image and a text."""
 
     whole: int
     least: int

@@ -53,10 +53,10 @@ def skeleton(source: str) -> Any:
 
 
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
-    """Return the tensors to export, keyed by name in the order of their files, and the metadata of the source's index.
+    """Return the tensors to export, keyed by name, and the metadata of the source's index.
 
-    The tensors and their files are those of the source. If the source has no safetensors files, the tensors are those that transformers
-    would save for its configuration, in one file.
+    The tensors and their files are those of the source, in the order of the files. If the source has no safetensors files, the tensors are
+    those that transformers would save for its configuration, in one file.
     """
     if files := weight_files(folder):
         return read_headers(folder, files), {} if files == [SINGLE] else read_index(folder / INDEX, ".safetensors")[1]

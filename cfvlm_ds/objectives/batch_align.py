@@ -22,9 +22,11 @@ class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
-    false; no other objective uses unknown cells as negatives. Three kinds of text are excluded from a group's negatives: those that equal
-    one of its texts or have the ``key`` of one, those that its ``exclude`` lists (by text or key), and those that their own group marks as
-    true of one of this group's pictures.
+    false; no other objective uses unknown cells as negatives. Excluded are texts that
+
+    - equal one of the group's texts or have its ``key``;
+    - are listed in the group's ``exclude`` (by text or key);
+    - are marked in their own group as true of one of this group's pictures.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
     and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs

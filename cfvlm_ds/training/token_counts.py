@@ -69,9 +69,7 @@ def group_tokens(
             return str(error)
 
     def counts_of_all() -> Tokens:
-        """Return token counts [2, groups]: row 0 for whole groups, row 1 for the one image and text of each group that need the most
-        tokens.
-        """
+        """Return token counts [2, groups]: row 0 for whole groups, row 1 for each group's longest pair of an image and a text."""
         parts, scan = [np.zeros((2, 0), np.int32)], Scan(barrier.alive, shield_worker)
         for part in scan.over(range(len(groups)), work, Progress(world.say, "tokens", len(groups), "groups")):
             if isinstance(part, str):

@@ -107,7 +107,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute a picture's low-level statistics (listed in FEATURES), which depend on how it was made rather than on what it shows."""
+    """Compute a picture's low-level statistics (listed in FEATURES), which depend on its production, not on its content."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)

@@ -30,7 +30,7 @@ class Source:
 class Proposal:
     """A counterfactual caption, which differs from the source's caption in one detail.
 
-    ``source`` and ``target`` are the replaced words and their replacement. ``instruction`` tells a picture editor what to change.
+    ``source`` and ``target`` are the replaced words and their replacement. ``instruction`` describes the change for a picture editor.
     ``picture`` is an existing picture that the text describes, or None.
     """
 
