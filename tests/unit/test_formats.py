@@ -378,6 +378,16 @@ MARKS = {
         ["of.label"],
     ),
     "grades": ("captions", of("human_label", 1.0, 4.0, 5.0, float("nan")), ["human_label"]),
+    "grades that no word means": ("captions", of("human_label", 2, 4, 5), ["human_label"]),
+    "another language": ("captions", of("verdict", "richtig", "falsch"), ["verdict"]),
+    "a verdict of many words": ("captions", of("verdict", "true", "false", *"abcdefg"), ["verdict"]),
+    "with a third word": ("captions", of("is_correct", True, False, "partly"), ["is_correct"]),
+    "rarely": ("captions", of("ok", *[None] * 90, False, *[None] * 9), ["ok"]),
+    "beside notations of gaps": ("captions", of("ok", "nan", "n/a", "-", "?", "none", "null", "na", False), ["ok"]),
+    "by its values alone": ("captions", of("status", "right", "wrong", "right", None), ["status"]),
+    "a weight of 0 among many": ("captions", of("weight", *(k / 10 for k in range(9))), ["weight"]),
+    "places among many": ("captions", of("correct_choice_idx", *range(2, 12)), ["correct_choice_idx"]),
+    "false texts of noise": ("captions", of("noisy_caption", "a cat on a mat"), ["noisy_caption"]),
     "places of the right one": ("captions", of("correct_choice_idx", 2, 0, 1, 3, 2), ["correct_choice_idx"]),
     "all at once": ("captions:caption=caption", [row | {"label": 1} for row in of("meta.ok", True, False)], ["label", "meta.ok"]),
     "false pictures": ("captions", of("wrong_image", "images/001.png", "images/002.png"), ["wrong_image"]),
@@ -390,7 +400,9 @@ MARKS = {
     "pictures that no row shows": ("messages", [row | {"img": IMAGE} for row in told("x", {})], ["img"]),
 }  # fmt: skip
 OTHER_VALUES = (
-    "of turns", "of a message", "all at once", "grades",
+    "of turns", "of a message", "all at once", "grades", "grades that no word means", "another language", "a verdict of many words",
+    "with a third word", "rarely", "beside notations of gaps",
+    "by its values alone", "a weight of 0 among many", "places among many",
 )  # fmt: skip
 
 
@@ -426,7 +438,7 @@ METADATA = {
     "free answers": of("reply", "yes", "no", "red", "two", "a bus", "on top", "none"),
     "classes": of("label", *range(8)),
     "a word of FOIL": of("foil_word", "ORIG", "dog"),
-    "verdicts under another name": of("status", "right", "wrong", "hallucinated"),
+    "a verdict among other words": of("status", "blue", "nan", "hallucinated"),
     "another picture of a row that shows one": of("depth_map", "images/001.png"),
     "counts": of("num_errors", 0, 1, 2, 1),
     "times": of("last_modified", "2026-11-30 10:00:00", "2026-12-01 10:00:00", "2026-12-01 10:00:01"),
@@ -459,7 +471,7 @@ def test_what_messages_and_samples_say_beside_is_kept(tmp_path):
     assert json.loads(group.meta) == {"id": "a", "sample.txt": "x", "json.image": "coco/1.jpg"}
 
 
-@pytest.mark.parametrize("column", ["foil", "isfoil", "not_true"])
+@pytest.mark.parametrize("column", ["foil", "isfoil", "not_true", "has_error", "hallucinates", "contradictory", "mismatches", "noisy"])
 def test_a_column_that_marks_false_texts_needs_its_values(column, tmp_path):
     """Its 1 means false, and a label's 1 means true; a table with gaps writes 1.0."""
     write_pictures(tmp_path)

@@ -1,8 +1,8 @@
 """Truth labels: columns that mark the texts of a picture as true or false.
 
-The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name is common for labels in public
-data sets and it holds a label value, or if its name suggests false texts. Without this check, training could treat false texts as true, or
-ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
+The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
+public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
+texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
 """
 
 from __future__ import annotations
@@ -39,20 +39,35 @@ _UNKNOWN = ("neutral", "unknown", "unsure", "uncertain", "not enough info", "nei
 _TRUTHS: dict[str, int | None] = {**dict.fromkeys(_TRUE, 1), **dict.fromkeys(_FALSE, 0), **dict.fromkeys(_UNKNOWN)}
 """Lower-case label value -> truth value: 1, 0 or None (unknown)."""
 
+_SAID_FALSE = frozenset(_FALSE) - {
+    "0", "false", "f", "no", "n", "negative", "invalid", "fake", "bad", "rejected", "neg", "fail", "failed",
+}  # fmt: skip
+"""Values that identify a label column, regardless of its name."""
+
+_GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
+"""Notations for missing values in tables."""
+
 _FALSE_NAMES = frozenset((
-    *(word for word in _FALSE if len(word) > 2), "foiled", "counterfactual", "hallucinations", "contradicts", "contradicted", "neg",
-    "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted", "altered", "adversarial", "contrast",
-    "contrastive", "cf", "hn", "not", "non", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
+    *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
+    "contradicted", "contradictory", "neg", "negatives", "negated", "distractor", "distractors", "perturbed", "swapped", "corrupted",
+    "altered", "adversarial", "contrast", "contrastive", "cf", "hn", "not", "non", "error", "errors", "erroneous", "noise", "noisy",
+    "misaligned", "unrelated", "irrelevant", "edited", "modified", "changed", "manipulated",
 ))  # fmt: skip
 """Words in the names of columns that contain false texts, and of label columns in which "yes" may mean that the text is false."""
 
+_CHOICES = {"correct", "right", "answer"}
+"""Words in the names of label columns whose values may also be indices into a list of texts."""
+
+_VERDICTS = {"label", "labels", "gold", "verdict"}
+"""Words in the names of label columns that may contain values that are not in ``_TRUTHS``."""
+_FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
-    *_TRUTHS, *_FALSE_NAMES, "label", "labels", "answer", "gold", "verdict", "cls", "class", "truth", "target", "gt", "kto", "weight",
-    "correctness", "validity", "entails",
-} - {"t", "f", "n"}  # fmt: skip
+    *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
+    "entails",
+}  # fmt: skip
+_LABEL_NAMES -= {"t", "f", "n"}
 """Words in the names of label columns."""
 
-_FEW = 5
 _PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$|#\d+\+\d+$", re.IGNORECASE)
 """Pattern for the end of a picture's file name or of a reference to a picture in a container."""
 _MEMBER = re.compile(r"\.(txt|text|caption|cls|value|content|image|img|png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
@@ -61,44 +76,58 @@ _DEEP = 8  # maximum nesting depth that is searched
 
 @dataclass
 class Column:
-    """A metadata column that may be a truth label or may hold false texts.
+    """A metadata column, and the evidence for and against its being a truth label.
 
     Args:
         name: name of the column.
+        words: words in the name.
         row: index of the first row that has the column.
-        values: distinct label values, keyed by lower-case form, if the column's name suggests a label.
-        others: the column's other values.
+        values: distinct values, keyed by lower-case form. Unless the column's name suggests a label, only common label values are
+            collected.
+        has_others: whether the column has values that were not collected.
         false_text: a text or picture name from the column, if the column's name suggests false texts.
         unseen: a picture name from the column, if it occurs in a row without pictures.
     """
 
     name: str
+    words: list[str]
     row: int
     values: dict[str, Any] = field(default_factory=dict)
-    others: set[str] = field(default_factory=set)
+    has_others: bool = False
     false_text: str = ""
     unseen: str = ""
 
     def add(self, value: Any, blind: bool) -> None:
-        words, value = _words(self.name), as_list(value)
+        value = as_list(value)
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str):
                 picture = _PICTURE.search(item)
                 is_text = (" " in item.strip() and re.search(r"[^\W\d_]", item)) or not item.isascii()  # a time is not a text
-                if (picture or is_text) and not _FALSE_NAMES.isdisjoint(words):
+                if (picture or is_text) and not _FALSE_NAMES.isdisjoint(self.words):
                     self.false_text = self.false_text or item
                 if blind and picture:
                     self.unseen = self.unseen or item
-            word = _word(item)
-            if word not in _TRUTHS or ("weight" in words and word != "0"):  # OpenAI's weight 0 marks an answer that must not be learned
-                self.others.add(word)
-            elif not _LABEL_NAMES.isdisjoint(words) and words[-1] not in ("id", "ids"):
+            if (word := _word(item)) in _TRUTHS or not _LABEL_NAMES.isdisjoint(self.words):
                 self.values.setdefault(word, item)
+            else:
+                self.has_others |= word not in _GAPS
 
     @property
     def is_label(self) -> bool:
-        """True if the column's name suggests a label and it has label values, and at most five others, such as grades or typing errors."""
-        return bool(self.values) and len(self.others) <= _FEW
+        """True if the column's name and values indicate a label."""
+        values = self.values.keys() - _GAPS - {""}
+        if not values or self.words[-1:] in (["id"], ["ids"]):
+            return False
+        if _LABEL_NAMES.isdisjoint(self.words):
+            return not self.has_others and not _SAID_FALSE.isdisjoint(values)
+        if "weight" in self.words:  # in OpenAI's messages, 0 marks an answer that must not be learned
+            return "0" in values
+        others = values - _TRUTHS.keys() - {"-1"}
+        if not others or (not _CHOICES.isdisjoint(self.words) and all(map(str.isdecimal, others))):
+            return True
+        has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
+        has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
+        return has_few + has_verdict + has_both > 1  # two signs suffice: a label may have typing errors, another language or a 1-5 scale
 
     @property
     def negative(self) -> str:
@@ -121,10 +150,10 @@ def marks(rows: Iterable[tuple[int, Row, bool]], ignore: str) -> list[Column]:
     for number, row, blind in rows:
         for name, value in leaves(row):
             if (column := columns.get(name)) is None:
-                column = columns[name] = Column(name, number)
+                column = columns[name] = Column(name, _words(name), number)
             column.add(value, blind)
-    marked = [column for column in columns.values() if column.is_label or column.false_text or column.unseen]
-    marked = [column for column in marked if column.name not in listed(ignore)]
+    marked = [column for column in columns.values() if column.name not in listed(ignore)]
+    marked = [column for column in marked if column.is_label or column.false_text or column.unseen]
     return sorted(marked, key=lambda column: (not column.is_label, not column.false_text, "label" not in column.name))
 
 
