@@ -18,6 +18,7 @@ from cfvlm_ds.tracking.metrics_log import read_rows
 
 INK, MUTED, RULE = "#1f2933", "#6b7785", "#d9dee4"
 LINES = ("#2563a8", "#e8710a", "#2f9e62", "#8a4fbf", "#c2334d", "#6b7785", "#b08900", "#1296a8")
+_MOST_RATIO = 1e6  # largest ratio of two values on a logarithmic axis
 _MOST_SERIES, _SERIES_CHARS, _MOST_ROWS, _TITLE_CHARS = 8, 30, 40, 90
 
 _STYLE: Any = {
@@ -84,13 +85,17 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     with _figure(path, 5.2 * columns, 3.0 * rows, layout) as figure:
         for place, (title, label, chosen, others) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
+            finite = [value for points in chosen.values() for _, value in points if math.isfinite(value)]
+            # terms differ by orders of magnitude, and small ones would be flat lines
+            logarithmic = label == "loss" and any(finite) and min(finite) >= 0
+            edge = max(min(filter(None, finite)) / 2, max(finite) / _MOST_RATIO) if logarithmic else -math.inf
             lines: dict[tuple[str, str], list[str]] = {}  # names of equal series, which would hide each other
             for name, points in chosen.items():
                 lines.setdefault((name.split("/")[0], str(points)), []).append(name)
             for index, (name, *equal) in enumerate(lines.values()):
                 points = chosen[name]
                 steps = [step for step, _ in points]
-                values = [value if math.isfinite(value) else math.nan for _, value in points]
+                values = [max(value, edge) if math.isfinite(value) else math.nan for _, value in points]
                 colour = LINES[index % len(LINES)]
                 dense = len(points) > 60
                 smooth = _smoothed(values) if dense else values
@@ -107,9 +112,10 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
             axes.grid(axis="y")
             if label in ("fraction", "%"):
                 axes.set_ylim(*(-0.03, 1.03) if label == "fraction" else (-3, 103))
-            signs = {value > 0 for points in chosen.values() for _, value in points if math.isfinite(value) and value}
-            if label == "loss" and signs == {True}:
-                axes.set_yscale("log")  # terms differ by orders of magnitude, and small ones would be flat lines
+            if logarithmic:
+                if min(finite) < edge:
+                    axes.set_ylabel(f"loss (lower values drawn at {edge:.1g})")
+                axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()

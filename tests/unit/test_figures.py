@@ -107,6 +107,19 @@ def test_a_small_loss_term_is_no_flat_line(tmp_path, drawn, lowest, scale):
     assert (align[0] - align[1] == pytest.approx(csd[0] - csd[1])) == (scale == "log")
 
 
+@pytest.mark.parametrize("end", [0.0, 1e-30])
+def test_a_loss_term_that_ends_at_zero_leaves_the_others_visible(tmp_path, drawn, end):
+    """A long series, whose moving average falls by a constant factor per step: the axis keeps its ticks, and the label names the edge."""
+    rows = [{"step": step, "loss/align": 3 / step, "loss/csd": 0.02 if step < 20 else end} for step in range(1, 200)]
+    learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", rows))
+    (panel,) = drawn[0].axes
+    low, high = panel.get_ylim()
+    assert high / low < 1e7 and sum(low <= tick <= high for tick in panel.get_yticks()) > 3
+    assert panel.get_ylabel().startswith("loss (lower values drawn at ")
+    drawn_at = [value for line in panel.lines for value in line.get_ydata()]
+    assert low <= min(drawn_at), "no value is below the panel"
+
+
 def test_learning_curves_without_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         learning_curves_figure(tmp_path / "x.png", _write(tmp_path / "m.jsonl", [{"step": 1, "lr": 0.1}]))
