@@ -114,8 +114,9 @@ def decide(
             changed_since(before["record"], run_dir, total_steps)
             _refuse_other_data(before.get("data", data), data, run_dir, config)
             sets = before.get("evaluation", {})
-            changes = {name: changed_data(sets.get(name, identity), identity) for name, identity in evaluation.items()}
-            return "".join(f"; {name} has changed since in {change}" for name, change in changes.items() if change)
+            changes = {name: changed_data(sets[name], identity) for name, identity in evaluation.items() if name in sets}
+            changed = [f"; {name} has changed since in {change}" for name, change in changes.items() if change]
+            return "".join([*changed, *(f"; {name} was not evaluated" for name in evaluation if name not in sets)])
 
         changes = run_on_rank0(world, refuse_changed)
         message = f"{run_dir} has finished at step {ended[0]} of {total_steps}: nothing to do{changes}"

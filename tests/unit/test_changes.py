@@ -191,7 +191,7 @@ def test_a_finished_run_is_refused_other_data_and_names_other_evaluation_sets(to
     sampler = GroupSampler(num_groups=8, groups_per_micro_batch=2, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     fewer = {**DATA, "rows": 5}
     assert run_start.decide(config, Z3, ONE, sampler, DATA, {"a": fewer, "b": DATA, "new": DATA}, 5) is None
-    assert "5 of 5: nothing to do; a has changed since in the number of rows (5, was 7)\n" in capsys.readouterr().out
+    assert "5 of 5: nothing to do; a has changed since in the number of rows (5, was 7); new was not evaluated\n" in capsys.readouterr().out
     with pytest.raises(run_start.OtherData, match=r"was trained on other data, from which five\.jsonl differs in"):
         run_start.decide(config, Z3, ONE, sampler, fewer, {}, 5)
 

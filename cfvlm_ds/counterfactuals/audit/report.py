@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -174,10 +175,14 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
         for other, other_texts in zip(sets[:k], texts, strict=False):
             theirs = list(other.looks.values())
             both = f"{other.name} and {split.name}"
-            if pairs := list(near_pairs(theirs, looks)):
-                exact = sum(same for *_, same in pairs)
-                ids = [name for i, j, _ in pairs for name in (*other.owners[theirs[i].path], *split.owners[looks[j].path])]
-                report.fault(f"{both}: {exact} pairs of pictures are identical, and {len(pairs) - exact} are near duplicates", ids)
+            kinds, owners = Counter[bool](), set[str]()  # pairs can be as many as the product of the splits' sizes
+            for i, j, identical in near_pairs(theirs, looks):
+                kinds[identical] += 1
+                owners.update(other.owners[theirs[i].path], split.owners[looks[j].path])
+            if kinds:
+                report.fault(
+                    f"{both}: {kinds[True]} pairs of pictures are identical, and {kinds[False]} are near duplicates", sorted(owners)
+                )
             shared = sorted(texts[k] & other_texts)
             report.facts.append((f"texts of {both}", f"{len(shared)} in both{''.join(f', such as {text!r}' for text in shared[:1])}"))
 
