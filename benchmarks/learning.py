@@ -4,6 +4,7 @@ objective, alone and with token credit or distillation.
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
     python benchmarks/learning.py --seeds 3            # runs what is missing at the best rates, one per core
     python benchmarks/learning.py --seeds 3 --steps 2000    # the same with four times the training time
+    python benchmarks/learning.py --seeds 1 --data wrong    # the same with wrong labels in a tenth of the training groups
     python benchmarks/learning.py --report             # writes the tables, the figures in docs/ and the demo's table
 
 Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes ``--steps`` steps.
@@ -24,11 +25,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renewed
 
+from cfvlm_ds.demo.habits.build import scenes_in
+from cfvlm_ds.demo.habits.grammar import SENTENCES, form, noun, written
+from cfvlm_ds.demo.habits.world import ROWS
 from cfvlm_ds.demo.report import AXES, MEASURED, axes_of
 
 REPO = Path(__file__).resolve().parent.parent
@@ -40,6 +46,9 @@ STEPS, GROUPS = 500, 12
 """Number of the default's steps, and of groups per step in every arm, as in the demo."""
 BUDGETS = (200, STEPS, 2000)
 """Numbers of the default's steps that a comparison can have; they take about 2, 5 and 20 minutes."""
+DATA = PLAIN, WRONG, LONG_TEXTS = "plain", "wrong", "long"
+"""Training data: the demo's; with swapped texts in a tenth of the groups; with about MORE_WORDS more words in each description."""
+SWAPPED, MORE_WORDS = 0.1, 60
 RATES = ("1e-4", "3e-4", "1e-3")
 CHOOSING = 99
 """Seed of the runs that choose a rate; the table has others."""
@@ -89,16 +98,19 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Training run of one arm, rate and seed, in the CPU time of ``budget`` steps of the default."""
+    """Training run of one arm, rate and seed on ``data``, in the CPU time of ``budget`` steps of the default."""
 
     arm: str
     rate: str
     seed: int
     budget: int = STEPS
+    data: str = PLAIN
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-{self.rate}-seed{self.seed}" + ("" if self.budget == STEPS else f"-{self.budget}")
+        return "-".join(
+            [self.arm, self.rate, f"seed{self.seed}", *[str(self.budget)] * (self.budget != STEPS), *[self.data] * (self.data != PLAIN)]
+        )
 
 
 def main() -> None:
@@ -106,6 +118,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--steps", type=int, default=STEPS, choices=BUDGETS, help="steps of the default (default %(default)s)")
+    parser.add_argument("--data", default=PLAIN, choices=DATA, help="training data (default %(default)s)")
     parser.add_argument("--rates", nargs="+", help="learning rates instead of the best by --choose")
     parser.add_argument("--choose", action="store_true", help="try the rates of each arm on the validation set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default one per core)")
@@ -115,7 +128,7 @@ def main() -> None:
     if not arguments.report:
         records = RECORDS / (RATE_RUNS if arguments.choose else RUNS)
         jobs = [
-            Job(arm, rate, seed, arguments.steps)
+            Job(arm, rate, seed, arguments.steps, arguments.data)
             for seed in ([CHOOSING] if arguments.choose else range(arguments.seeds))
             for arm in arguments.arms
             for rate in arguments.rates or (RATES if arguments.choose else [best_rate(arm, arguments.steps)])
@@ -146,12 +159,14 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
     out: Path = arguments.out
     train(out, out / "build", Job("default", RATES[0], 0), 1, {})
     budget: int = arguments.steps
-    steps = {"default": budget} | {arm: steps_of(out, arm, budget) for arm in sorted({job.arm for job in jobs} - {"default"})}
+    data: str = arguments.data
+    write_data(out, data)
+    steps = {"default": budget} | {arm: steps_of(out, arm, budget, data) for arm in sorted({job.arm for job in jobs} - {"default"})}
     print("steps in equal processor time:", steps, flush=True)
 
     def one(job: Job) -> None:
         world = out / "world"
-        sets: dict[str, Any] = {"validation": str(world / "validation.jsonl")} if arguments.choose else evaluation_sets(world)
+        sets: dict[str, Any] = {"validation": str(world / "validation.jsonl")} if arguments.choose else evaluation_sets(world, data)
         folder = out / ("rates" if arguments.choose else "runs") / job.name
         known = read_records(records).get(BASE, {"axes": {}})["axes"]
         first = not arguments.choose and job == jobs[0] and not {*AXES, *LIKELIHOODS} <= {*known}
@@ -171,24 +186,72 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
         list(pool.map(one, jobs))
 
 
-def evaluation_sets(world: Path) -> dict[str, Any]:
-    """Return data.evaluation for the sets named in examples/quickstart.yaml, but with more groups."""
+def rows_of(out: Path, data: str) -> Path:
+    return out / "world" / ("train.jsonl" if data == PLAIN else f"train_{data}.jsonl")
+
+
+def write_data(out: Path, data: str) -> None:
+    """Write the training rows of ``data`` beside those of the demo, from which they are made, unless they exist."""
+    path = rows_of(out, data)
+    if not path.exists():
+        rng, change = Random(0), {WRONG: with_swapped_texts, LONG_TEXTS: with_longer_texts}[data]
+        lines = [json.dumps(change(json.loads(line), rng)) + "\n" for line in rows_of(out, PLAIN).read_text().splitlines()]
+        path.write_text("".join(lines))
+
+
+def with_swapped_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """Swap the texts of each prompt with a probability of SWAPPED, so that the false text is labelled as true."""
+    if rng.random() < SWAPPED:
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        for text in row["texts"]:
+            by_prompt.setdefault(json.dumps(text.get("prompt")), []).append(text)
+        for pair in by_prompt.values():
+            for text, swapped in zip(pair, [each["text"] for each in reversed(pair)], strict=True):
+                text["text"] = swapped
+    return row
+
+
+def with_longer_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """Add sentences about things that no edit of the row changes to each description, until they have about MORE_WORDS words."""
+    scenes, sentences = scenes_in(row["meta"]), list[str]()
+    for thing in scenes[0].things:
+        if all(thing in scene.things for scene in scenes):
+            for name, value in (("colour", thing.colour), ("row", ROWS[thing.row])):
+                sentences += [form(name, k, x=noun(thing.kind, thing.number), **{name: value}) for k in range(len(SENTENCES[name]))]
+    rng.shuffle(sentences)
+    ends = accumulate(len(sentence.split()) for sentence in sentences)
+    more = written([sentence for sentence, end in zip(sentences, ends, strict=True) if end <= MORE_WORDS])
+    for text in row["texts"][: len(scenes)]:
+        text["text"] = f"{text['text']} {more}"
+    return row
+
+
+def evaluation_sets(world: Path, data: str) -> dict[str, Any]:
+    """Return data.evaluation for the sets named in examples/quickstart.yaml, but with more groups, and longer descriptions if trained."""
     splits = ("agrees", "contradicts", "combo", "yes_no_agrees", "yes_no_contradicts", "choice", "count", "colour")
     return {split: str(world / f"test_{split}.jsonl") for split in splits} | {
         "pope": {"benchmark": "pope", "root": str(world)},
-        "habits": {"benchmark": "habits", "root": str(world), "probe": "write:max_new_tokens=64", "limit": WRITTEN},
+        "habits": {
+            "benchmark": "habits",
+            "root": str(world),
+            "probe": f"write:max_new_tokens={160 if data == LONG_TEXTS else 64}",
+            "limit": WRITTEN,
+        },
     }
 
 
-def steps_of(out: Path, arm: str, budget: int) -> int:
+def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
     """Return the number of steps that an arm can take in the default's CPU time, which also covers scoring with the base if needed."""
 
     def seconds(one: str) -> float:
-        job = Job(one, RATES[0], 0)
-        short, long = (train(out, out / f"steps-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
+        job = Job(one, RATES[0], 0, data=data)
+        kind = "" if data == PLAIN else f"-{data}"
+        short, long = (train(out, out / f"steps-{arm}-{one}-{steps}{kind}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
-    scored = score(out) * 2 / 3 if ARMS[arm].scores else 0.0  # the blank picture, a third of a group's pictures, is scored for PMI only
+    scored = (
+        score(out, data) * 2 / 3 if ARMS[arm].scores else 0.0
+    )  # the blank picture, a third of a group's pictures, is scored for PMI only
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
     return affordable(own, default, scored, budget)
@@ -203,29 +266,25 @@ def affordable(own: float, default: float, scored: float, budget: int = STEPS) -
     return round(steps if steps * GROUPS <= TRAIN else (budget * default - scored) / own)
 
 
-def score(out: Path) -> float:
+def score(out: Path, data: str) -> float:
     """Write the base's scores unless they exist. Returns the CPU time of scoring in seconds."""
-    rows = out / "world" / "train.jsonl"
-    command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(scores_of(out))]
+    rows = rows_of(out, data)
+    command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(rows.with_suffix(".scores.jsonl"))]
     command += ["--dtype", "bfloat16"] if "_bf16" in cpuinfo() else []
-    return run_process(command, out / "score", {"OMP_NUM_THREADS": "1"})
-
-
-def scores_of(out: Path) -> Path:
-    return out / "world" / "train.scores.jsonl"
+    return run_process(command, out / ("score" if data == PLAIN else f"score-{data}"), {"OMP_NUM_THREADS": "1"})
 
 
 def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any], before: bool = False) -> float:
     """Train to the end. Returns the CPU time in seconds, including the start and the evaluation of ``sets``."""
     if ARMS[job.arm].scores:
-        score(out)
+        score(out, job.data)
     options = {
         "build.habits.out_dir": out / "world",
         "build.habits.num_train": TRAIN,
         "build.habits.num_test": TEST,
         "build.base": out / "base",
         "model.name_or_path": out / "base",
-        "data.train": out / "world" / "train.jsonl",
+        "data.train": rows_of(out, job.data),
         "data.evaluation": json.dumps(sets),
         "data.num_workers": 0,
         "train.output_dir": folder,
@@ -241,7 +300,7 @@ def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any]
         "train.figures": "false",
         "train.export": "false",
         "tracking.enabled": "false",
-    } | ({"data.scores": scores_of(out)} if ARMS[job.arm].scores else {})
+    } | ({"data.scores": rows_of(out, job.data).with_suffix(".scores.jsonl")} if ARMS[job.arm].scores else {})
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z2.json", "--config", "examples/quickstart.yaml"]
     command += [*(f"--{name}={value}" for name, value in options.items()), *ARMS[job.arm].options]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
@@ -298,35 +357,43 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def report() -> None:
-    """Write a table per budget into RESULTS.md, the means into the package (for the demo), and the figures."""
+    """Write a table per budget and data into RESULTS.md, the means into the package (for the demo), and the figures."""
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
-    budgets = by_budget(records.values())
-    tables = {budget: table(base, runs, [*AXES, *LIKELIHOODS] if budget == STEPS else [*AXES]) for budget, runs in budgets.items()}
-    print(*(f"{budget} steps:\n\n{text}\n" for budget, text in tables.items()), sep="\n")
+    found = by_comparison(records.values())
+    main = (PLAIN, STEPS)
+    tables = {command(*key): table(base, runs, [*AXES, *LIKELIHOODS] if key == main else [*AXES]) for key, runs in found.items()}
+    print(*(f"`python {each}`:\n\n{text}\n" for each, text in tables.items()), sep="\n")
     page = REPO / "benchmarks" / "RESULTS.md"
     page.write_text(with_tables(page.read_text(), tables))
-    runs = {arm: found for arm, found in by_arm(budgets[STEPS]).items() if arm in DEMO}
+    runs = {arm: each for arm, each in by_arm(found[main]).items() if arm in DEMO}
     means = {
         arm: {
             "title": ARMS[arm].title,
-            "seeds": len(found),
-            "mean": {axis: round(statistics.mean(values_of(found, axis)), 1) for axis in AXES},
+            "seeds": len(each),
+            "mean": {axis: round(statistics.mean(values_of(each, axis)), 1) for axis in AXES},
         }
-        for arm, found in runs.items()
+        for arm, each in runs.items()
     }
     MEASURED.write_text(json.dumps(means, indent=1) + "\n")
     figure(REPO / "docs" / "learning.png", base, runs)
+    budgets = {budget: by_arm(runs) for (data, budget), runs in found.items() if data == PLAIN}
     if len(budgets) > 1:
-        time_figure(REPO / "docs" / "learning_time.png", base, {budget: by_arm(runs) for budget, runs in budgets.items()})
+        time_figure(REPO / "docs" / "learning_time.png", base, budgets)
 
 
-def by_budget(records: Iterable[dict[str, Any]]) -> dict[int, Runs]:
-    """Group the records by budget, then by arm and rate, in the order of BUDGETS, ARMS and rates."""
-    budgets: dict[int, Runs] = {}
-    for each in sorted(records, key=lambda each: (each.get("budget", STEPS), [*ARMS].index(each["arm"]), float(each["rate"]))):
-        budgets.setdefault(each.get("budget", STEPS), {}).setdefault((each["arm"], each["rate"]), []).append(each)
-    return budgets
+def by_comparison(records: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Runs]:
+    """Group the records by data and budget, then by arm and rate, in the order of DATA, BUDGETS, ARMS and rates."""
+    found: dict[tuple[str, int], Runs] = {}
+    for each in sorted(records, key=lambda each: ([*ARMS].index(each["arm"]), float(each["rate"]))):
+        key = each.get("data", PLAIN), each.get("budget", STEPS)
+        found.setdefault(key, {}).setdefault((each["arm"], each["rate"]), []).append(each)
+    return dict(sorted(found.items(), key=lambda item: (DATA.index(item[0][0]), item[0][1])))
+
+
+def command(data: str, budget: int) -> str:
+    """Return the command above a comparison's table in RESULTS.md."""
+    return COMMAND + f" --steps {budget}" * (budget != STEPS) + f" --data {data}" * (data != PLAIN)
 
 
 def by_arm(runs: Runs) -> dict[str, list[dict[str, Any]]]:
@@ -334,12 +401,12 @@ def by_arm(runs: Runs) -> dict[str, list[dict[str, Any]]]:
     return {arm: max((found for (each, _), found in runs.items() if each == arm), key=len) for arm, _ in runs}
 
 
-def with_tables(page: str, tables: Mapping[int, str]) -> str:
-    """Put each budget's table after its command in ``page``. The command of a new budget is added after the table of STEPS steps."""
-    shown = {COMMAND if budget == STEPS else f"{COMMAND} --steps {budget}": text for budget, text in tables.items()}
-    new = [command for command in shown if f"`python {command}`" not in page]
-    added = "".join(f"\n\n`python {command}`:\n\n{shown.pop(command)}" for command in new)
-    return renewed(page, [*shown.items()]).replace(shown[COMMAND], shown[COMMAND] + added)
+def with_tables(page: str, tables: Mapping[str, str]) -> str:
+    """Put each table after its command in ``page``. A new command is added after the table of COMMAND."""
+    new = [each for each in tables if f"`python {each}`" not in page]
+    added = "".join(f"\n\n`python {each}`:\n\n{tables[each]}" for each in new)
+    shown = [(each, text) for each, text in tables.items() if each not in new]
+    return renewed(page, shown).replace(tables[COMMAND], tables[COMMAND] + added)
 
 
 def values_of(found: Sequence[Mapping[str, Any]], axis: str) -> list[float]:

@@ -164,7 +164,9 @@ class Maker:
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def names_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Build a group with natural pictures of two things, and the things' names. The things have the same colour if possible."""
+        """Build a group of two natural pictures of different things, with the things' names as texts. Both things have the same colour if
+        possible.
+        """
         first = self.rng.choice(list(among))
         others = [each for each in among if each is not first]
         second = self.rng.choice([each for each in others if each.colour == first.colour] or others)

@@ -166,8 +166,9 @@ def scored_batches(
 
 
 def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` holds the batch's scores in each view. If no blank image
-    was scored, ``GroupScores.blank`` holds the scores on the group's own first image.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` holds the batch's scores on the groups' own
+    images, followed by those on other images, the blank image last. If only the own images were scored, ``GroupScores.blank`` holds the
+    scores on the first of them.
     """
     seen, blind = scored[0].logp, scored[-1].logp
     by_index = {}

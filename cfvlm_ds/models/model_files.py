@@ -1,4 +1,4 @@
-"""Files of a model folder, which is not trusted: lists of the files, and checks of names, links and completeness."""
+"""Files of an untrusted model folder: their list, and checks of their names, links and completeness."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class ReferenceTerm(Objective):
         return (scores.layout.weight.to(losses).unsqueeze(1) * losses).sum(0)
 
     def preferred(self, weight: float, violation: Tensor, mask: Tensor) -> Part:
-        """Return a part: ``weight`` times the mean of -log sigmoid(-beta violation) over each group's comparisons."""
+        """Return a part of the loss: ``weight`` times the mean of -log sigmoid(-beta * violation) over each group's comparisons."""
         return weight * mean_over(F.softplus(self.beta * violation), mask), has_any(mask)
 
     def compared(self, *pairs: Compared) -> Report:

@@ -1,4 +1,4 @@
-"""Start of a run: the decision, before anything is loaded or written, to start at step 0, to resume from a checkpoint, or not to start."""
+"""Start of a run: decides, before anything is loaded or written, whether it starts at step 0, resumes from a checkpoint or is refused."""
 
 from __future__ import annotations
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import learning
 import pytest
-from conftest import read_json, write_json, write_rows
+from conftest import read_json, read_rows, write_json, write_rows
 
+from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.demo import report as demo_report
+from cfvlm_ds.demo.habits.build import build_habits, scenes_in
+from cfvlm_ds.demo.habits.grammar import judge
 
 
 def test_scores_and_steps_share_the_time():
@@ -28,6 +31,26 @@ def test_the_rate_that_was_best_on_the_validation_set(tmp_path, monkeypatch):
     assert (learning.best_rate("nll", 200), learning.best_rate("nll", 2000)) == ("1e-3", "6e-4")
     with pytest.raises(SystemExit):
         learning.best_rate("mdpo", 500)
+
+
+def test_longer_and_swapped_texts(tmp_path):
+    build_habits(HabitsConfig(str(tmp_path / "world"), num_train=100, num_test=8, num_questions=1))
+    for data, swapped in ((learning.LONG_TEXTS, 0), (learning.WRONG, 5)):
+        learning.write_data(tmp_path, data)
+        plain, changed = (read_rows(learning.rows_of(tmp_path, each)) for each in (learning.PLAIN, data))
+        more = [
+            len(new["texts"][0]["text"].split()) - len(old["texts"][0]["text"].split()) for old, new in zip(plain, changed, strict=True)
+        ]
+        assert (sum(more) / len(more) > 45 and max(more) <= 60) if data == learning.LONG_TEXTS else max(more) < 3
+        wrong = 0
+        for row in changed:
+            match = {(image, text): value for image, text, value in row["match"]}
+            truths = [
+                [all(judge(text["text"], scene).statements.values()) for text in row["texts"][:2]] for scene in scenes_in(row["meta"])
+            ]
+            labels = [[match[f"i{i}", f"t{k}"] for k in range(2)] for i in range(2)]
+            wrong += truths != labels
+        assert wrong == swapped
 
 
 def test_the_nll_of_a_set_relative_to_the_base():

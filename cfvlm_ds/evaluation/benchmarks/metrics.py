@@ -167,7 +167,7 @@ def _answer(judged: Judged) -> tuple[float, ...]:
 def answers(table: Sequence[Judged]) -> Any:
     """Return an array [items, 6] for items with the texts yes and no.
 
-    The first five columns are indicators (0 or 1; for a tie in a blind table also 1/2): answer is yes, answer is no, yes is correct, no is
+    The first five columns are indicators, 0 or 1 (1/2 for a tie in a blind table): answer is yes, answer is no, yes is correct, no is
     correct, answer is correct. The last column contains the log-odds of yes over no in nats.
     """
     return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 6)
