@@ -357,7 +357,7 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def report() -> None:
-    """Write a table per budget and data into RESULTS.md, the means into the package (for the demo), and the figures."""
+    """Write a table per budget and data to RESULTS.md, save the means in the package for the demo, and draw the figures."""
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
     found = by_comparison(records.values())

@@ -294,7 +294,9 @@ class Scene:
         return canvas
 
     def _places(self, rng: Random) -> list[tuple[float, float, float]]:
-        """Return the left edge, top edge and side length of each thing's part. In a grid, additional things do not move the first ones."""
+        """Return the left edge, top edge and side length of the square that each thing is drawn in. In a grid, the first things keep their
+        places when more are added.
+        """
         half = SIDE / 2
         if self.layout == "free":
             side = rng.uniform(0.55, 0.95) * SIDE

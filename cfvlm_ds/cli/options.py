@@ -97,8 +97,8 @@ class ImageLimits:
 def add_function(parent: Any, function: Callable[..., None]) -> None:
     """Add a command to ``parent`` that calls ``function``. The help consists of the docstring's first paragraph, its example and its Args.
 
-    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. An
-    Annotated type's metadata become keyword arguments of add_argument.
+    Parameters before ``*`` become arguments; parameters after it become options. A dataclass parameter adds its fields as options. The
+    metadata of an Annotated type is passed to add_argument as keyword arguments.
     """
     text, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     text = " ".join(text.split())

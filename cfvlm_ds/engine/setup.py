@@ -27,7 +27,7 @@ from cfvlm_ds.models import Scorer, family_of, load_config, load_model, trainabl
 def start() -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU). Return this process's rank, the world size and the device.
 
-    A collective takes at most half an hour, so that a dead peer causes an error instead of a hang.
+    Collectives time out after half an hour, so a dead peer causes an error instead of a hang.
     """
     launch_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

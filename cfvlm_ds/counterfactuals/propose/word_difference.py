@@ -91,7 +91,7 @@ def defect(caption: str, text: str, kind: str) -> str | None:
 
 
 def _uncounted(side: Sequence[str]) -> list[str]:
-    """Return the words with numbers and function words removed, each reduced to its base form."""
+    """Remove numbers and function words, and return the base form of each remaining word."""
     kept = [
         word
         for word in side

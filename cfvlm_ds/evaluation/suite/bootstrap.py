@@ -79,7 +79,7 @@ def drawn_together(
 ) -> list[Values]:
     """Return the metrics of each bootstrap draw, in order, on every rank. Return [] if there are too few clusters.
 
-    The draws are divided among the ranks, which wait for each other as long as any rank makes progress.
+    The draws are divided among the ranks. A rank that finishes early waits for the others while any of them makes progress.
     """
     members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
