@@ -58,7 +58,7 @@ TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
 """Table row -> NLL of a set's captions or answers, in nats per token. The columns of arms show the difference from the base's NLL."""
-DEMO = ("nll", "default")
+DEMO = ("nll", "dpo-nll", "mdpo", "default")
 """Arms in the demo's table and in docs/learning.png."""
 CURVES = ("pairs, habit contradicted", "yes/no, habit contradicted", "POPE's form, F1", "false statements, habit contradicted")
 """Axes in docs/learning_time.png."""
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the tables and figures")
     arguments = parser.parse_args()
+    if arguments.choose and arguments.data != PLAIN:
+        parser.error("--choose trains on plain data, whose rates apply to all")
     if not arguments.report:
         records = RECORDS / (RATE_RUNS if arguments.choose else RUNS)
         jobs = [
@@ -453,7 +455,7 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
         axes.bar(place, means, 0.92 * width, color=colour, label=name)
         if len(each[0]) > 1:
             axes.errorbar(place, means, [half_width(values) for values in each], fmt="none", ecolor="#333333", elinewidth=0.8)
-    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n").replace(" statements", "\nstatements") for axis in shown], fontsize=8)
+    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n").replace(" statements", "\nstatements") for axis in shown], fontsize=7.5)
     axes.set_ylim(0, 100)
     axes.set_ylabel("%")
     axes.spines[["top", "right"]].set_visible(False)
