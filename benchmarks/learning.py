@@ -108,9 +108,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return "-".join(
-            [self.arm, self.rate, f"seed{self.seed}", *[str(self.budget)] * (self.budget != STEPS), *[self.data] * (self.data != PLAIN)]
-        )
+        budget, data = f"-{self.budget}" * (self.budget != STEPS), f"-{self.data}" * (self.data != PLAIN)
+        return f"{self.arm}-{self.rate}-seed{self.seed}{budget}{data}"
 
 
 def main() -> None:
@@ -204,12 +203,8 @@ def write_data(out: Path, data: str) -> None:
 def with_swapped_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
     """Swap the texts of each prompt with a probability of SWAPPED, so that the false text is labelled as true."""
     if rng.random() < SWAPPED:
-        by_prompt: dict[str, list[dict[str, Any]]] = {}
-        for text in row["texts"]:
-            by_prompt.setdefault(json.dumps(text.get("prompt")), []).append(text)
-        for pair in by_prompt.values():
-            for text, swapped in zip(pair, [each["text"] for each in reversed(pair)], strict=True):
-                text["text"] = swapped
+        for first, second in zip(row["texts"][::2], row["texts"][1::2], strict=True):
+            first["text"], second["text"] = second["text"], first["text"]
     return row
 
 
@@ -247,8 +242,7 @@ def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0, data=data)
-        kind = "" if data == PLAIN else f"-{data}"
-        short, long = (train(out, out / f"steps-{arm}-{one}-{steps}{kind}", job, steps, {}) for steps in (SHORT, LONG))
+        short, long = (train(out, out / f"steps-{data}-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
     scored = (
@@ -273,7 +267,7 @@ def score(out: Path, data: str) -> float:
     rows = rows_of(out, data)
     command = [sys.executable, "-m", "cfvlm_ds", "score", str(out / "base"), str(rows), "--out", str(rows.with_suffix(".scores.jsonl"))]
     command += ["--dtype", "bfloat16"] if "_bf16" in cpuinfo() else []
-    return run_process(command, out / ("score" if data == PLAIN else f"score-{data}"), {"OMP_NUM_THREADS": "1"})
+    return run_process(command, out / f"score-{data}", {"OMP_NUM_THREADS": "1"})
 
 
 def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any], before: bool = False) -> float:
@@ -448,14 +442,14 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
     bars: list[tuple[str, list[list[float]]]] = [("base", [[base[axis]] for axis in shown])]
     bars += [(f"+ {ARMS[arm].title}", [[each["axes"][axis] for each in found] for axis in shown]) for arm, found in runs.items()]
     canvas, axes = pyplot.subplots(figsize=(10, 3.8), layout="constrained")
-    width, colours = 0.8 / len(bars), ("#c9c9c9", "#7f8790", "#d08c3f", "#7a5c99", "#1f6f8b")
-    for k, ((name, each), colour) in enumerate(zip(bars, colours, strict=False)):
+    width = 0.8 / len(bars)
+    for k, (name, each) in enumerate(bars):
         place = [x + (k - (len(bars) - 1) / 2) * width for x in range(len(shown))]
         means = [statistics.mean(values) for values in each]
-        axes.bar(place, means, 0.92 * width, color=colour, label=name)
+        axes.bar(place, means, 0.92 * width, color=f"C{k - 1}" if k else "#c9c9c9", label=name)
         if len(each[0]) > 1:
-            axes.errorbar(place, means, [half_width(values) for values in each], fmt="none", ecolor="#333333", elinewidth=0.8)
-    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n").replace(" statements", "\nstatements") for axis in shown], fontsize=7.5)
+            axes.errorbar(place, means, [half_width(values) for values in each], fmt="none", ecolor="#333333")
+    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n") for axis in shown], fontsize=7)
     axes.set_ylim(0, 100)
     axes.set_ylabel("%")
     axes.spines[["top", "right"]].set_visible(False)
@@ -478,7 +472,7 @@ def time_figure(path: Path, base: Mapping[str, float], budgets: Mapping[int, Map
             widths = [half_width(values) if len(values) > 1 else 0.0 for values in points.values()]
             if points:
                 means = [statistics.mean(values) for values in points.values()]
-                panel.errorbar([*points], means, widths, marker=".", linewidth=1.2, elinewidth=0.6, label=f"+ {ARMS[arm].title}")
+                panel.errorbar([*points], means, widths, marker=".", elinewidth=0.6, label=f"+ {ARMS[arm].title}")
         panel.set_xscale("log")
         panel.set_xticks([*budgets], [str(budget) for budget in budgets])
         panel.minorticks_off()
