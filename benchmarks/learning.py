@@ -219,7 +219,7 @@ def with_longer_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
     ends = accumulate(len(sentence.split()) for sentence in sentences)
     more = written([sentence for sentence, end in zip(sentences, ends, strict=True) if end <= MORE_WORDS])
     for text in row["texts"][: len(scenes)]:
-        text["text"] = f"{text['text']} {more}"
+        text["text"] = f"{text['text']} {more}".rstrip()
     return row
 
 
@@ -472,7 +472,7 @@ def time_figure(path: Path, base: Mapping[str, float], budgets: Mapping[int, Map
             widths = [half_width(values) if len(values) > 1 else 0.0 for values in points.values()]
             if points:
                 means = [statistics.mean(values) for values in points.values()]
-                panel.errorbar([*points], means, widths, marker=".", elinewidth=0.6, label=f"+ {ARMS[arm].title}")
+                panel.errorbar([*points], means, widths, marker=".", label=f"+ {ARMS[arm].title}")
         panel.set_xscale("log")
         panel.set_xticks([*budgets], [str(budget) for budget in budgets])
         panel.minorticks_off()

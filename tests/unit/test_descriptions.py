@@ -16,6 +16,7 @@ from test_benchmarks import pictures, put
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.evaluation.asking import written
 from cfvlm_ds.evaluation.benchmarks import BENCHMARKS, Item, Judged, Outcome, load, results
+from cfvlm_ds.evaluation.benchmarks.descriptions import named
 from cfvlm_ds.evaluation.probes import Write
 from cfvlm_ds.evaluation.suite.comparing import is_right
 
@@ -167,6 +168,30 @@ def test_objects_of_captions_count_where_there_are_captions(tmp_path):
     put(path, content)
     (problem,) = load(BENCHMARKS["chair"], tmp_path).problems
     assert "instances_val2014.json" in str(problem) and "'omnibus'" in str(problem) and "synonyms.txt" in str(problem)
+
+
+def test_parts_that_number_their_pictures_alike_do_not_mix(tmp_path):
+    """Picture 1 of each part: a person and "a dog" in one, a bicycle and "a bus" in the other; a third part has no captions."""
+    put(tmp_path / "synonyms.txt", SYNONYMS)
+    categories = [{"id": k, "name": name} for k, name in enumerate(("person", "bicycle"))]
+    for part, number, caption in (("one", 0, "a dog"), ("two", 1, "a bus"), ("three", 1, "")):
+        images, instances = [{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "category_id": number}]
+        put(tmp_path / f"annotations/instances_{part}.json", {"images": images, "annotations": instances, "categories": categories})
+        if caption:
+            put(tmp_path / f"annotations/captions_{part}.json", {"annotations": [{"image_id": 1, "caption": caption}]})
+        pictures(tmp_path, f"{part}/a.jpg")
+    said: list[str] = []
+    items = load(BENCHMARKS["chair"], tmp_path, said.append).items
+    shown = {item.id: {text.partition(":")[0] for text, true in zip(item.texts, item.match[0], strict=True) if true} for item in items}
+    assert shown == {"one/1": {"person", "dog"}, "two/1": {"bicycle", "bus"}, "three/1": {"bicycle"}}
+    assert [("captions_three.json" in line, "captions_one" in line) for line in said if "the instances alone" in line] == [(True, False)]
+
+
+def test_a_plural_is_not_another_word():
+    names = dict.fromkeys(("tap", "tape", "pan", "pane", "car", "bus", "dish", "tomato", "box", "horse"), 0)
+    words = {"tapes": "tape", "panes": "pane", "buses": "bus", "dishes": "dish", "tomatoes": "tomato", "boxes": "box", "horses": "horse"}
+    assert {word: named(word, names) for word in words} == {word: [name] for word, name in words.items()}
+    assert [named(word, {"pan": 0, "car": 0, "tub": 0}) for word in ("panes", "cares", "tubes")] == [[], [], []]
 
 
 @pytest.mark.parametrize(

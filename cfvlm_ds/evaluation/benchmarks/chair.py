@@ -40,9 +40,12 @@ def items(row: Row) -> list[Item]:
             raise instance.error(f"category_id {category_id!r} is in no entry of 'categories'")
         shown[instance["image_id"]].add(objects[category_id])
     captions, part = _captions(row.source), PurePosixPath(row.file).stem.removeprefix("instances_")
+    if not (row.source.root / (file := f"annotations/captions_{part}.json")).exists():
+        message = "so the objects are those of the instances alone; the authors add those of captions"
+        row.source.say(f"{row.source.root}: no {file}, {message}")
     found = []
     for image in row.rows("images"):
-        name, present = str(image["file_name"]), shown[image["id"]].union(captions.get(image["id"], ()))
+        name, present = str(image["file_name"]), shown[image["id"]].union(captions.get((part, image["id"]), ()))
         picture = image.picture(name, part, f"images/{part}", f"../coco/{part}")
         found.append(single(f"{part}/{image['id']}", picture, texts, name, tuple(int(k in present) for k in range(len(texts)))))
     return found
@@ -72,17 +75,19 @@ def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
 
 
 @lru_cache(1)
-def _captions(source: Source) -> dict[Any, set[int]]:
-    """Return a dict from each picture id to the indices of the objects that the picture's captions mention."""
+def _captions(source: Source) -> dict[tuple[str, Any], set[int]]:
+    """Return a dict from each (part, picture id) to the indices of the objects that the captions of the part's picture mention. Parts can
+    number their pictures alike, so captions_PART.json belongs to instances_PART.json alone.
+    """
     texts, _ = _objects(source)
-    reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[Any, set[int]](set)
+    reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[tuple[str, Any], set[int]](set)
     if not glob(CAPTIONS.name, root_dir=source.root):
-        source.say(f"{source.root}: no {CAPTIONS.name}, so the objects are those of the instances alone; the authors add those of captions")
         return found
     for row in source.sound_rows(CAPTIONS):
+        part = PurePosixPath(row.file).stem.removeprefix("captions_")
         for caption in row.rows("annotations"):
             counts = mentions(str(caption["caption"]), reader)
-            found[caption["image_id"]].update(number for number, count in enumerate(counts) if count)
+            found[part, caption["image_id"]].update(number for number, count in enumerate(counts) if count)
     return found
 
 

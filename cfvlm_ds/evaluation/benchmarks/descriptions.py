@@ -17,7 +17,7 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Values
 _TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]")
 _PLURALS = (
     ("men", "man"), ("children", "child"), ("people", "person"), ("mice", "mouse"), ("geese", "goose"), ("ies", "y"), ("ves", "f"),
-    ("ves", "fe"), ("es", ""), ("s", ""),
+    ("ves", "fe"), ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("oes", "o"),
 )  # fmt: skip
 """(plural ending, singular ending)."""
 
