@@ -32,6 +32,7 @@ from typing import Any
 
 from records import RATE_RUNS, RUNS, add_record, half_width, read_records, renewed
 
+from cfvlm_ds.core.files import replace
 from cfvlm_ds.demo.habits.build import scenes_in
 from cfvlm_ds.demo.habits.grammar import SENTENCES, form, noun, written
 from cfvlm_ds.demo.habits.world import ROWS
@@ -197,7 +198,7 @@ def write_data(out: Path, data: str) -> None:
     if not path.exists():
         rng, change = Random(0), {WRONG: with_swapped_texts, LONG_TEXTS: with_longer_texts}[data]
         lines = [json.dumps(change(json.loads(line), rng)) + "\n" for line in rows_of(out, PLAIN).read_text().splitlines()]
-        path.write_text("".join(lines))
+        replace(path, "".join(lines).encode())
 
 
 def with_swapped_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
@@ -245,9 +246,8 @@ def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
         short, long = (train(out, out / f"steps-{data}-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
-    scored = (
-        score(out, data) * 2 / 3 if ARMS[arm].scores else 0.0
-    )  # the blank picture, a third of a group's pictures, is scored for PMI only
+    # the blank picture, a third of a group's pictures, is scored for PMI only
+    scored = score(out, data) * 2 / 3 if ARMS[arm].scores else 0.0
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
     return affordable(own, default, scored, budget)
@@ -446,9 +446,8 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
     for k, (name, each) in enumerate(bars):
         place = [x + (k - (len(bars) - 1) / 2) * width for x in range(len(shown))]
         means = [statistics.mean(values) for values in each]
-        axes.bar(place, means, 0.92 * width, color=f"C{k - 1}" if k else "#c9c9c9", label=name)
-        if len(each[0]) > 1:
-            axes.errorbar(place, means, [half_width(values) for values in each], fmt="none", ecolor="#333333")
+        widths = [half_width(values) for values in each] if len(each[0]) > 1 else None
+        axes.bar(place, means, 0.92 * width, yerr=widths, color=f"C{k - 1}" if k else "#c9c9c9", label=name)
     axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n") for axis in shown], fontsize=7)
     axes.set_ylim(0, 100)
     axes.set_ylabel("%")
@@ -480,7 +479,7 @@ def time_figure(path: Path, base: Mapping[str, float], budgets: Mapping[int, Map
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("%")
     canvas.supxlabel("CPU time, as steps of the default", fontsize=9)
-    canvas.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside upper center")
+    canvas.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside upper center")
     canvas.savefig(path, dpi=160)
 
 

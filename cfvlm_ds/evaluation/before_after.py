@@ -251,7 +251,7 @@ def changes_table(
             )
     notes.append(
         "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
-        f"{FEWEST_CHANGED} groups changed, if all changed alike, and if an edit type has one group"
+        f"{FEWEST_CHANGED} groups changed, if all changed alike, or if an edit type has one group"
     )
     if any(each.groups < each.of for each in changes):
         notes.append("groups, as N of M: only N allow this metric and were measured both times")

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.files import replace
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.core.secrets import without_secrets
-from cfvlm_ds.export.folder import CARD, UNNAMED_BASE, UNNAMED_REPO
+from cfvlm_ds.export.folder import CARD, UNNAMED_BASE
+
+_NAME = re.compile(rb'^name = ".*"$', re.MULTILINE)
+"""Line of the card's example: the model that it loads."""
 
 
 def push(folder: Path, repo: str, say: Say) -> str:
     """Upload an export to a model repository and return the repository's URL. A repository that does not exist is created as private.
 
     If HF_ENDPOINT names a server other than the hub, files are uploaded through Git LFS unless HF_HUB_DISABLE_XET is set: other servers
-    often lack the Xet protocol, and the client would wait minutes for it. The export is not changed, except that the repository's name
-    replaces the placeholder in its card. Raises ConfigError if the card does not name the base model, and if the hub refuses the upload or
-    cannot be reached.
+    often lack the Xet protocol, and the client would wait minutes for it. The export is not changed, except that the example in its card
+    loads ``repo`` after a successful upload. Raises ConfigError if the card does not name the base model, and if the hub refuses the upload
+    or cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
@@ -29,16 +33,18 @@ def push(folder: Path, repo: str, say: Say) -> str:
             f"{card} does not name the base model, which is a local folder; replace the paragraph 'The base model is a local folder...', "
             "add `base_model: ORG/NAME` between the --- lines if the base model is on the hub, and push again; your changes are kept"
         )
-    if UNNAMED_REPO.encode() in text:
-        replace(card, text.replace(UNNAMED_REPO.encode(), repo.encode()))
     if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT and "HF_HUB_DISABLE_XET" not in os.environ:
         constants.HF_HUB_DISABLE_XET = True  # there is no option of a single call
+    if (named := _NAME.sub(lambda _: f'name = "{repo}"'.encode(), text, count=1)) != text:
+        replace(card, named)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     say(f"pushing {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, to {without_secrets(constants.ENDPOINT)}/{repo}")
     try:
         address = HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of cfvlm-ds")
     except Exception as error:  # the network, the hub or the disk may fail
+        if named != text:
+            replace(card, text)
         reason = " ".join(str(error).split())[:300]
         xet = "" if constants.HF_HUB_DISABLE_XET else ", set HF_HUB_DISABLE_XET=1 if the server lacks Xet"
         raise ConfigError(

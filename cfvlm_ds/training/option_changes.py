@@ -117,14 +117,20 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return changes
 
 
-def refused(changes: Sequence[Change], what: str, step: int, allowed: bool) -> str | None:
-    """Return an error message if a run cannot continue from ``what`` (a run folder or checkpoint) with these changes, otherwise None."""
+def refused(changes: Sequence[Change], what: str, step: int | None, allowed: bool) -> str | None:
+    """Return an error message if a run cannot continue from ``what`` (a run folder or checkpoint) with these changes, otherwise None.
+
+    ``step`` is the checkpoint's step, or None if the run has finished, so that nothing can be continued.
+    """
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
     if changes and not allowed:
+        trained = f"{what} was trained with other options: {'; '.join(map(str, changes))}; restore them"
+        if step is None:
+            return f"{trained}, or choose another train.output_dir"
         return (
-            f"{what} was trained with other options: {'; '.join(map(str, changes))}; restore them, choose another train.output_dir, or set "
-            f"train.resume_changes=allow to continue with the new options after step {step}"
+            f"{trained}, choose another train.output_dir, or add --train.resume_changes allow to continue with the new options after "
+            f"step {step}"
         )
     return None
 

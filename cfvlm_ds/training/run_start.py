@@ -99,7 +99,7 @@ def decide(
     make_record = partial(option_changes.record, config, deepspeed, world.size, total_steps, barrier.alive, world.say)
     record = run_on_rank0(world, make_record, barrier)
 
-    def changed_since(before: Mapping[str, Any], what: Path, step: int) -> list[Change]:
+    def changed_since(before: Mapping[str, Any], what: Path, step: int | None) -> list[Change]:
         changes = option_changes.compare(before, record)
         if problem := option_changes.refused(changes, str(what), step, allowed):
             raise ConfigError(problem)
@@ -111,7 +111,7 @@ def decide(
         def refuse_changed() -> str:
             before = read_json(run_dir / FINISHED)
             checkpoint.refuse_other_version(before, run_dir)
-            changed_since(before["record"], run_dir, total_steps)
+            changed_since(before["record"], run_dir, None)
             _refuse_other_data(before.get("data", data), data, run_dir, config)
             sets = before.get("evaluation", {})
             changes = {name: changed_data(sets[name], identity) for name, identity in evaluation.items() if name in sets}

@@ -113,9 +113,9 @@ def test_allowed_changes_are_kept_with_the_run(trained):
 
 REFUSED = {
     "learning rate": "tracked/checkpoint-2 was trained with other options: total steps (train.max_steps, train.num_train_epochs) was 2 "
-    "and is 4; train.learning_rate was 0.003 and is 0.001; restore them, choose another train.output_dir, or set "
-    "train.resume_changes=allow to continue with the new options after step 2",
-    "finished": "tracked was trained with other options: train.weight_decay was 0.0 and is 0.5; restore them",
+    "and is 4; train.learning_rate was 0.003 and is 0.001; restore them, choose another train.output_dir, or add "
+    "--train.resume_changes allow to continue with the new options after step 2",
+    "finished": "tracked was trained with other options: train.weight_decay was 0.0 and is 0.5; restore them, or choose",
     "rank": "tracked/checkpoint-2 cannot be continued with these changes: model.lora.rank was 16 and is 4; restore them, or choose",
     "full": "cannot be continued with these changes: model.language_model.tuning was lora and is full; restore",
     "stage": "cannot be continued with these changes: --deepspeed zero_optimization.stage was 3 and is 2; restore",

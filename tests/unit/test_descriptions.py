@@ -176,6 +176,8 @@ def test_parts_that_number_their_pictures_alike_do_not_mix(tmp_path):
     categories = [{"id": k, "name": name} for k, name in enumerate(("person", "bicycle"))]
     for part, number, caption in (("one", 0, "a dog"), ("two", 1, "a bus"), ("three", 1, "")):
         images, instances = [{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "category_id": number}]
+        if part == "two":
+            instances += [{"image_id": "1", "category_id": 0}, {"image_id": 7, "category_id": 0}]
         put(tmp_path / f"annotations/instances_{part}.json", {"images": images, "annotations": instances, "categories": categories})
         if caption:
             put(tmp_path / f"annotations/captions_{part}.json", {"annotations": [{"image_id": 1, "caption": caption}]})
@@ -185,6 +187,9 @@ def test_parts_that_number_their_pictures_alike_do_not_mix(tmp_path):
     shown = {item.id: {text.partition(":")[0] for text, true in zip(item.texts, item.match[0], strict=True) if true} for item in items}
     assert shown == {"one/1": {"person", "dog"}, "two/1": {"bicycle", "bus"}, "three/1": {"bicycle"}}
     assert [("captions_three.json" in line, "captions_one" in line) for line in said if "the instances alone" in line] == [(True, False)]
+    assert [line for line in said if "left out" in line] == [
+        "annotations/instances_two.json: instances of 2 pictures and captions of 0 are left out, as 'images' lacks them"
+    ]
 
 
 def test_a_plural_is_not_another_word():

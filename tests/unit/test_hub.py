@@ -164,8 +164,11 @@ def test_an_export_is_pushed_file_by_file(server, tmp_path, monkeypatch):
     files["README.md"] += b'# mine\nname = "me/tuned"\n'
     assert push(folder, "me/tuned", said.append).endswith("/me/tuned") and server.pushed == files
     assert said == [f"pushing 3 files, 0.0 MB, to http://127.0.0.1:{server.server_port}/me/tuned"]
+    (folder / "README.md").write_bytes(files["README.md"].replace(b"me/tuned", b"me/earlier"))
+    assert push(folder, "me/tuned", said.append) and server.pushed == files
     with pytest.raises(ConfigError, match=r"cannot be pushed to other/tuned .*no rights to this namespace.*log in with `hf auth login`"):
         push(folder, "other/tuned", said.append)
+    assert (folder / "README.md").read_bytes() == files["README.md"]
     server.shutdown()
     server.server_close()
     with pytest.raises(ConfigError, match=r"cannot be pushed to me/tuned \(ConnectError"):

@@ -43,8 +43,13 @@ def items(row: Row) -> list[Item]:
     if not (row.source.root / (file := f"annotations/captions_{part}.json")).exists():
         message = "so the objects are those of the instances alone; the authors add those of captions"
         row.source.say(f"{row.source.root}: no {file}, {message}")
+    images = list(row.rows("images"))
+    ids = {image["id"] for image in images}
+    unknown = len(shown.keys() - ids), sum(of == part and number not in ids for of, number in captions)
+    if any(unknown):
+        row.source.say(f"{row.file}: instances of {unknown[0]} pictures and captions of {unknown[1]} are left out, as 'images' lacks them")
     found = []
-    for image in row.rows("images"):
+    for image in images:
         name, present = str(image["file_name"]), shown[image["id"]].union(captions.get((part, image["id"]), ()))
         picture = image.picture(name, part, f"images/{part}", f"../coco/{part}")
         found.append(single(f"{part}/{image['id']}", picture, texts, name, tuple(int(k in present) for k in range(len(texts)))))
