@@ -115,7 +115,7 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="(default: all)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--steps", type=int, default=STEPS, choices=BUDGETS, help="steps of the default (default %(default)s)")
     parser.add_argument("--data", default=PLAIN, choices=DATA, help="training data (default %(default)s)")
@@ -158,10 +158,8 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
     """Run the jobs, ``arguments.jobs`` at a time, after a run of one step that writes the data."""
     if not jobs:
         return
-    out: Path = arguments.out
+    out, budget, data = arguments.out, arguments.steps, arguments.data
     train(out, out / "build", Job("default", RATES[0], 0), 1, {})
-    budget: int = arguments.steps
-    data: str = arguments.data
     write_data(out, data)
     steps = {"default": budget} | {arm: steps_of(out, arm, budget, data) for arm in sorted({job.arm for job in jobs} - {"default"})}
     print("steps in equal processor time:", steps, flush=True)
@@ -178,11 +176,11 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
             rows = json.loads((folder / "results.json").read_text())["validation"]
             add_record(records, job.name, record | {"validation": rows[-1]["metrics"]["group"]})
             return
-        base, axes = axes_of(folder, AXES | LIKELIHOODS)
+        evaluated = axes_of(folder, AXES | LIKELIHOODS)
         if first:
-            add_record(records, BASE, {"axes": base | known})
-        add_record(records, job.name, record | {"axes": axes})
-        print(job.name, json.dumps(axes), flush=True)
+            add_record(records, BASE, {"axes": evaluated[0] | known})
+        add_record(records, job.name, record | {"axes": evaluated[-1]})
+        print(job.name, flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(one, jobs))
@@ -205,7 +203,8 @@ def with_swapped_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
     """Swap the texts of each prompt with a probability of SWAPPED, so that the false text is labelled as true."""
     if rng.random() < SWAPPED:
         for first, second in zip(row["texts"][::2], row["texts"][1::2], strict=True):
-            first["text"], second["text"] = second["text"], first["text"]
+            for name in {"text", "key"} & {*first}:
+                first[name], second[name] = second[name], first[name]
     return row
 
 
