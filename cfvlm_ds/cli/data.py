@@ -52,9 +52,9 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, a folder that training opens at once. To divide the work among N processes, start one with
-    --shard I/N for every I, wait until all have finished, and start all of them again. The first round checks the pictures. The second
-    round writes the rows, and the last process to finish completes the store.
+    """Check a data set and write it as a store, a folder that training opens within a second. To divide the work among N processes, start
+    one with --shard I/N for every I, wait until all have finished, and start all of them again. The first round checks the pictures. The
+    second round writes the rows, and the last process to finish completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 

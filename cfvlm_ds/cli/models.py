@@ -48,7 +48,7 @@ def _score(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Score the groups of a manifest, and write their reference scores (for DPO) and blind scores (for PMI).
+    """Score the groups of a manifest, and write their reference scores (for DPO) and their blind scores on a blank image (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 

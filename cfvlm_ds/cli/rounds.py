@@ -32,7 +32,7 @@ from cfvlm_ds.training.run_start import FINISHED
 from cfvlm_ds.training.validation import scores_needed, validate
 
 _SAMPLED = "sampled"
-"""Name that the sampled groups have as a source of a round's training data."""
+"""Source name of the sampled groups in a round's training data."""
 
 _SHARDS = 64
 """Number of shards that a round's pictures are divided into. It is fixed, because the number of ranks can differ between two starts."""

@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents; for a link, only the link itself."""
+    """Remove a file, a link (but not its target), or a folder with its contents."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:

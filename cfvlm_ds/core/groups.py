@@ -49,7 +49,7 @@ Cells = Literal["anchor", "matched", "star", "full", "batch"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to score and the prompt that it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
+    """A text to score and the prompt that it answers. The prompt is a string or a conversation (see cfvlm_ds.core.conversation)."""
 
     prompt: Prompt
     text: str
@@ -174,7 +174,9 @@ class CounterfactualGroup:
 
     @classmethod
     def to_score(cls, id: str, images: tuple[Pictures, ...], candidates: tuple[Candidate, ...]) -> CounterfactualGroup:
-        """Build a group that is only scored. It must have a true cell, so its first cell counts as true, and all others as unknown."""
+        """Build a group for scoring only. Its first cell is marked as true, because every group needs a true cell, and all others as
+        unknown.
+        """
         texts = len(candidates)
         return cls(id, images, candidates, ((1, *[None] * (texts - 1)), *[(None,) * texts] * (len(images) - 1)))
 

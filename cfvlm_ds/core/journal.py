@@ -99,7 +99,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Append a complete line to a file. If that fails, only warn. Return whether the line was appended."""
+    """Append a line to a file. If that fails, only warn. Return whether the line was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")

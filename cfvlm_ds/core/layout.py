@@ -72,7 +72,9 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout, with the in-batch negatives included if ``in_batch`` is True, and the blank picture if ``blank`` is True."""
+        """Return the layout without the in-batch negatives if ``in_batch`` is False, and without the blank picture if ``blank`` is
+        False.
+        """
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self

@@ -1,4 +1,4 @@
-"""Option parsing: builds a RunConfig from YAML files and the command line; an invalid option or value raises a one-sentence error."""
+"""Option parsing: YAML files and the command line become a RunConfig. An invalid option or value raises an error of one sentence."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def others_wait() -> Iterator[None]:
 
 
 def cores_per_rank() -> int:
-    """Return the number of cores per rank on this machine or, within ``others_wait``, the number of all its cores."""
+    """Return the number of cores per rank on this machine or, within ``others_wait``, the total number of cores."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)

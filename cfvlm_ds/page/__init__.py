@@ -129,7 +129,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Written page: its folder and its contents. ``problems`` contains the reason for each picture that could not be shown."""
+    """A written page: its folder, and its numbers of groups and pictures. ``problems`` maps each picture that could not be shown to the
+    reason.
+    """
 
     folder: Path
     num_items: int
