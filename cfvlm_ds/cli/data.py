@@ -60,8 +60,8 @@ def _prepare(
 
     Args:
         manifest: data in any known format.
-        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as the run would do
-            at its first start.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as at the run's
+            first start.
         out: folder to write; work that an earlier call finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.

@@ -27,7 +27,7 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function and flush stdout. Re-raises an OSError, such as that of a full disk, as a StorageError with a one-sentence message.
+    """Call a function and flush stdout. Re-raises an OSError (a full disk, for example) as a StorageError with a one-sentence message.
     Exits if the reader of stdout has closed the pipe.
     """
     try:

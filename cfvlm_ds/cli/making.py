@@ -269,7 +269,6 @@ def author(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print which ``--root`` options are needed to read the groups."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}, or list them in data.root")

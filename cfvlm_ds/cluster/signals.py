@@ -99,7 +99,7 @@ def _leave(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if children:
-            time.sleep(0.5)  # lets a thread that compiles an extension release its lock, for which the next start would wait
+            time.sleep(0.5)  # time for a thread that compiles an extension to release its lock; the next start would wait for it
     os._exit(code)
 
 

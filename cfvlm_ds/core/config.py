@@ -1,4 +1,4 @@
-"""Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
+"""Run configuration: nested dataclasses that are filled from YAML files and dotted command-line options.
 
 Unknown options are errors, and the resolved configuration can be printed as YAML. Options that also exist in transformers'
 TrainingArguments have the same names. The DeepSpeed JSON sets the ZeRO stage, precision and offloading; the run configuration sets batch
@@ -70,8 +70,9 @@ class ModelConfig:
         attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or one of torch's GPU kernels, ``varlen`` or ``flex``.
             ``auto`` selects ``flash_attention_2`` or ``varlen`` if it is available and supports the model, otherwise ``sdpa``.
         gradient_checkpointing: recompute activations in the backward pass. This saves memory, but a step takes about a third longer.
-        min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
-        max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        min_pixels: enlarge smaller images to at least this many pixels (Qwen-VL, GLM-4V).
+        max_pixels: shrink larger images to at most this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma
+            4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
@@ -120,7 +121,7 @@ class RoundsConfig:
     Args:
         number: number of rounds.
         pictures: data set of pictures with true texts, in any supported format.
-        judge: judge that decides whether a text is true, as in ``cfvlm-ds data sample``: ``answers`` or MODULE:FUNCTION.
+        judge: ``answers`` or MODULE:FUNCTION, which decides whether a text is true (as in ``cfvlm-ds data sample``).
         n: number of texts to sample per picture and prompt.
         temperature: sampling temperature.
         max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
@@ -160,7 +161,7 @@ class TrainConfig:
             takes extra time.
         hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
             selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
-        lr_scheduler_type: learning rate schedule: any schedule of transformers that needs no options.
+        lr_scheduler_type: name of a learning rate schedule of transformers that needs no options.
         warmup_ratio: fraction of the steps over which the learning rate warms up linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.

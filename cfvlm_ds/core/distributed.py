@@ -152,7 +152,7 @@ def all_reduce_rate(device: torch.device) -> float:
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Return the ``item`` of every rank, in rank order, on every rank. With a single rank, no process group is needed."""
+    """Gather every rank's ``item``, and return the items in rank order on all ranks. With a single rank, no process group is needed."""
     if world.size == 1:
         return [item]
     gathered: list[Any] = [None] * world.size

@@ -64,7 +64,7 @@ _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether an error is a failure of a library, not a request to exit: any Exception, or a panic in a Rust library, which does not
-    derive from Exception.
+    """Return whether an error is a library failure rather than a request to exit. Failures are Exceptions, and panics in Rust libraries,
+    which do not derive from Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

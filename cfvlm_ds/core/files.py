@@ -72,7 +72,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     even after a crash.
 
     If ``shared`` is True, several processes can write the file at the same time. Otherwise, raises ConfigError if another process is
-    writing it. If writing fails, raises an OSError that names ``path``. The temporary file is removed in any case.
+    writing it. If writing fails, raises an OSError that names ``path``.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -176,7 +176,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing ``final`` is kept.
 
     If two processes create the same folder at the same time, the later one removes the other's temporary folder and continues; the earlier
-    one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.
+    one raises FileExistsError. Raises OSError if a folder cannot be written.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:

@@ -27,7 +27,7 @@ MAX_CELLS = 1 << 16
 """Maximum number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
 """Maximum number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
-same text. 256 images with one text each give half this number. A table with MAX_CELLS cells, half of them true, would give millions.
+same text. A table with MAX_CELLS cells, half of them true, would give millions.
 """
 SHAM = "sham"
 """Edit type of an image that was rendered again without a change. The factual text is still true of it."""
@@ -43,7 +43,7 @@ Cells = Literal["anchor", "matched", "star", "full", "batch"]
 - ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell). They pair the anchor's image with the
   prompt's texts, and the anchor's text with every image. For the first prompt, they are row 0 and column 0;
 - ``full``: all cells;
-- ``batch``: ``star`` and, on each image of the group, texts of other groups in the optimizer step.
+- ``batch``: ``star``, plus texts of other groups in the optimizer step on each image of the group.
 """
 
 
@@ -174,9 +174,7 @@ class CounterfactualGroup:
 
     @classmethod
     def to_score(cls, id: str, images: tuple[Pictures, ...], candidates: tuple[Candidate, ...]) -> CounterfactualGroup:
-        """Build a group for scoring only. Its first cell is marked as true, because every group needs a true cell, and all others as
-        unknown.
-        """
+        """Build a group for scoring only. Every group needs a true cell, so the first cell is marked as true and all others as unknown."""
         texts = len(candidates)
         return cls(id, images, candidates, ((1, *[None] * (texts - 1)), *[(None,) * texts] * (len(images) - 1)))
 
@@ -227,7 +225,7 @@ class CounterfactualGroup:
 
 
 Groups: TypeAlias = Sequence[CounterfactualGroup]
-"""A sequence of groups, which are in memory or read on access."""
+"""A sequence of groups, held in memory or read on access."""
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:

@@ -1,4 +1,4 @@
-"""Append-only files. If a process is killed, only the last entry can be incomplete. It is dropped when the file is next opened."""
+"""Append-only files. If a process is killed, only the last entry can be incomplete, and it is then dropped when the file is next opened."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
+    """For each group in a batch, N texts from other groups in the optimizer step. They are the layout's last N columns, and their truth is
+    unknown.
 
     ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] holds two numbers per text: the position of the text's
     own group in the step, and the text's index in that group. Both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the

@@ -1,4 +1,4 @@
-"""Option parsing: YAML files and the command line become a RunConfig. An invalid option or value raises an error of one sentence."""
+"""Option parsing: from YAML files and the command line to a RunConfig. An invalid option or value raises a one-sentence error."""
 
 from __future__ import annotations
 

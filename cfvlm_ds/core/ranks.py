@@ -57,7 +57,7 @@ def default_workers() -> int:
 def launcher() -> str:
     """Return a key that identifies this launch on this machine: the process id and start time of the ranks' parent.
 
-    The start time is in ticks since the machine booted. Unlike a time of day, it is the same in every process.
+    The start time is in ticks since the machine booted. Unlike a wall-clock time, it is the same in every process.
     """
     parent, started = os.getppid(), "0"
     with contextlib.suppress(OSError, IndexError):

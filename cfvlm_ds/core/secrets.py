@@ -21,7 +21,7 @@ _PARAMETER = re.compile(r"([?&#][^=&#\s\"<>]*=|[?&](?![^=&#\s\"<>]*=))[^&#\s\"<>
 """A parameter in a query or fragment, or a value without a name in a query. Anchors and punctuation after the URL do not match."""
 _QUERY = re.compile(r"[?#]\S+")
 _CLOSING = ")]}',.:;!"
-"""Punctuation that can follow a value and is part of the sentence."""
+"""Punctuation after a value that belongs to the surrounding sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
 """A name and the separator before its value. After an option, the separator can also be a space, as in ``--api-key VALUE``."""

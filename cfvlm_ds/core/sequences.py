@@ -37,7 +37,7 @@ def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
 
 
 def differing(one: Sequence[T], other: Sequence[T]) -> tuple[slice, slice]:
-    """Return a slice of each sequence that leaves out their common prefix and then the common suffix of the rest."""
+    """Return one slice per sequence, which leaves out the common prefix and then the common suffix of the rest."""
     first = shared_start(one, other)
     last = shared_start(one[first:][::-1], other[first:][::-1])
     return slice(first, len(one) - last), slice(first, len(other) - last)

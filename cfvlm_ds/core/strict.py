@@ -87,7 +87,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to the type ``hint``. If that fails, raises a ConfigError whose message starts with the option's name, ``option``."""
+    """Convert a value to the type ``hint``. If that fails, raises a ConfigError whose message starts with ``option``, the option's name."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:

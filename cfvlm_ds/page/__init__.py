@@ -129,7 +129,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """A written page: its folder, and its numbers of groups and pictures. ``problems`` maps each picture that could not be shown to the
+    """A written page: its folder, and the number of its groups and pictures. ``problems`` maps each picture that could not be shown to the
     reason.
     """
 
@@ -216,8 +216,8 @@ def write_page(
     """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
     complete.
 
-    ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one at a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.
+    ``scored`` describes the values in the score tables. ``beside`` maps names of additional files to their texts. Items are consumed one at
+    a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
