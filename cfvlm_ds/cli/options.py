@@ -83,9 +83,12 @@ class ImageLimits:
     """Limits that determine the number of visual tokens per picture.
 
     Args:
-        min_pixels: minimum number of pixels per picture; use the same value as in training. By default, the model's own limit.
-        max_pixels: maximum number of pixels per picture; use the same value as in training. By default, the model's own limit.
-        max_tiles: maximum number of tiles per picture; use the same value as in training. By default, the model's own limit.
+        min_pixels: minimum number of pixels per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
+        max_pixels: maximum number of pixels per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
+        max_tiles: maximum number of tiles per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
     """
 
     PREFIX: ClassVar = "model."

@@ -17,7 +17,7 @@ from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-"""Learning rate schedules of transformers that need no options."""
+"""Learning rate schedules in transformers that need no further options."""
 CFVLM = ("align", "csd", "fcd")
 """Default terms of the objective, from CF-VLM (arXiv 2506.17267)."""
 
@@ -126,7 +126,7 @@ class RoundsConfig:
         temperature: sampling temperature.
         max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
         prompt: one prompt for all pictures; by default, each picture is shown with the prompts of its row.
-        weight: weight of the sampled groups in the training mixture. A single training set without a weight has weight 1.
+        weight: weight of the sampled groups in the training mixture. A single training set without a weight gets weight 1.
     """
 
     number: int = option(within=AT_LEAST_ONE)
@@ -161,7 +161,7 @@ class TrainConfig:
             takes extra time.
         hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
             selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
-        lr_scheduler_type: name of a learning rate schedule of transformers that needs no options.
+        lr_scheduler_type: name of a transformers learning rate schedule that needs no further options.
         warmup_ratio: fraction of the steps over which the learning rate warms up linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.

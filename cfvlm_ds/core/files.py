@@ -147,8 +147,8 @@ def file_lock(path: Path, waiting: Alive = no_op, alive: Alive = no_op) -> Itera
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    If the file system does not support locks, print a warning once and return True. The package filelock is not used, because it locks a
-    separate file and raises an error on a file system without locks (ENOLCK, ENOTSUP).
+    If the file system does not support locks, print a warning once and return True. The filelock package is not suitable: it locks a
+    separate file, and raises an error on a file system without locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

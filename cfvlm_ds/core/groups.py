@@ -41,7 +41,7 @@ Cells = Literal["anchor", "matched", "star", "full", "batch"]
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
 - ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell). They pair the anchor's image with the
-  prompt's texts, and the anchor's text with every image. For the first prompt, they are row 0 and column 0;
+  prompt's texts, and the anchor's text with every image. For the first prompt, they are in row 0 and column 0;
 - ``full``: all cells;
 - ``batch``: ``star``, plus texts of other groups in the optimizer step on each image of the group.
 """

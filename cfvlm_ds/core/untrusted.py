@@ -103,8 +103,8 @@ def refuse_replacing(
 ) -> Path:
     """Return the resolved path of a folder that can be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
-    Raises ConfigError for any other folder, for a link or file, and for a folder that contains the working directory or a path in
-    ``needed``. If ``names`` is given, also raises it for a folder with an entry whose name is not in ``names``.
+    Raises ConfigError for any other folder, for a link or file, for a folder that contains the working directory or a path in ``needed``,
+    and, if ``names`` is given, for a folder with an entry that is not in ``names``.
     """
     refuse_link(folder, remedy)
     final = folder.resolve()
