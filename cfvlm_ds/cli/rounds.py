@@ -105,7 +105,6 @@ def _refuse_run(out: Path) -> None:
 
 
 def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]) -> RunConfig:
-    """Return the configuration of a round's run, which trains ``model`` on ``sources`` in ``folder``."""
     sections: dict[str, Any] = {
         "model": replace(config.model, name_or_path=model),
         "data": replace(config.data, train=sources, scores=None),

@@ -116,7 +116,7 @@ MICRO_BATCH_SIZE = 8
 class RoundsConfig:
     """Rounds of sampling and training. In each round, the model generates texts about pictures, a judge labels them as true or false, and
     the model is trained on the training data and these texts. Each round starts from the model of the previous one. The run folder of round
-    K is ``output_dir/round-K``. All other options of the run apply to every round.
+    K is ``output_dir/round-K``. All other options apply to every round.
 
     Args:
         number: number of rounds.
@@ -270,8 +270,8 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class HabitsConfig:
-    """The built-in world with habits: drawn scenes whose things usually have certain attributes (moons are white). It is written as
-    ordinary manifests with pictures of 64 x 64 pixels.
+    """The built-in world with habits: drawn scenes of things with usual attributes (such as white moons), written as ordinary manifests
+    with pictures of 64 x 64 pixels.
 
     Args:
         out_dir: folder to write; left unchanged if it already holds this world.
@@ -301,7 +301,7 @@ class BuildConfig:
 
     Args:
         habits: the built-in world with habits.
-        base: folder for a copy of the package's small model, which was pretrained on this world.
+        base: folder for a copy of the package's small model, pretrained on the world with habits.
     """
 
     habits: HabitsConfig | None = option(None, on_resume="ignored")

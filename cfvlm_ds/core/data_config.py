@@ -111,7 +111,7 @@ class DataConfig:
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. If the check before training finds
             broken data, the run does not start; ``cfvlm-ds data prepare --on_error skip`` leaves broken rows out.
-        max_skipped: maximum number of groups that are skipped in a run; if more cannot be read, the run fails.
+        max_skipped: maximum number of skipped groups in a run; the run fails if there are more.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
             ``train.per_device_train_batch_size`` groups. The ranks then have similar amounts of work, even if images and texts differ in

@@ -72,8 +72,8 @@ def printed_once(sentence: str) -> Iterator[bool]:
 
     Usually rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not. A
     rank can fail before the process group is initialized, or while others wait in a collective, so the ranks cannot exchange messages.
-    Instead, the printing rank creates a marker file: an empty file in the machine's temporary folder, named after the launch and the
-    sentence. The sentence is therefore printed once per machine.
+    Instead, the printing rank creates an empty marker file in the machine's temporary folder, named after the launch and the sentence. The
+    sentence is therefore printed once per machine.
     """
     if num_ranks() == 1:
         yield True

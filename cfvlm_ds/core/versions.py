@@ -25,7 +25,7 @@ def version(package: str) -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit that this package was checked out or built from, or ``unknown``. The working directory does not matter.
+    """Return the commit that this package was checked out or built from, or ``unknown``.
 
     If the package is installed inside another repository, for instance in its .venv, that repository's commit is not returned.
     """

@@ -320,8 +320,8 @@ def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
 def _is_hidden(text: str, place: int) -> bool:
     """Return True if a character is invisible or changes the direction of the text after it.
 
-    This is true of all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian
-    and emoji.
+    These are all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian and
+    emoji.
     """
     character = text[place]
     if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":
