@@ -87,8 +87,8 @@ Move = tuple[int, Any, int]
 
 
 def _balanced(moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers]) -> dict[Any, float]:
-    """Compute the logarithm of each word's price. The expected numbers of times that a word is introduced and removed differ by at most one
-    standard deviation.
+    """Compute the logarithm of each word's price. At these prices, the expected numbers of introductions and removals of a word differ by
+    at most one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

@@ -82,7 +82,7 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``: proposes captions of other pictures that differ in one word. Its index is a file in the work folder."""
+    """Back end ``mine``: proposes other pictures' captions that differ from the source's caption in one word."""
 
     threads = 1
 
