@@ -53,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file``. If ``file`` is "", read thresholds.json in the work folder instead, if it exists. If there is no file
-    and no candidate was scored, the rule defaults to ``checks`` (pixels only).
+    """Read thresholds from ``file``. If ``file`` is "", use thresholds.json in the work folder, if it exists. If there is no file and no
+    candidate was scored, the rule defaults to ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

@@ -53,7 +53,9 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. Metrics use the truth tables of the items instead of theirs. Raises DataError for a group with too many cells."""
+        """Return the groups. Metrics use the items' truth tables instead of the groups' own. Raises DataError if a group has too many
+        cells.
+        """
         return tuple(
             CounterfactualGroup.to_score(name, images, tuple(cell for _, cell in known.values())) for name, images, known in self._started
         )

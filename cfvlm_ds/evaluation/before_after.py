@@ -97,7 +97,7 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for individual edit types, only from sets with several edit types."""
+    """Return the rows for individual edit types of sets that have several."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
@@ -108,8 +108,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
     The first mean shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
     the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. A second row is added if this metric did not fall
-    but others did; it shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group has one
-    image.
+    but others did; it shows the metric that fell most. ``factual`` is left out if it equals ``pair`` because every group has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
@@ -281,7 +280,7 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
 
 
 def is_results(path: Path) -> bool:
-    """Return True for a run folder or an accuracies file, False for a folder of benchmark results. Raises ConfigError for anything else."""
+    """Return True for a run folder or an accuracies file, and False for a folder of benchmark results. Otherwise raises ConfigError."""
     if path.is_file() or (path / "config.yaml").is_file():
         return True
     if not any(path.glob("*/*/results.json")):

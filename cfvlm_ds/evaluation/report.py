@@ -17,7 +17,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     are missing from all splits are left out, and so is ``text_pmi``, because ``group_pmi`` includes it.
 
     A second table counts the groups and comparisons behind each metric, and names a few groups without comparisons for it. A list explains
-    the metrics, and states why any loss terms could not be computed. ``plain`` escapes names from the data for a table cell.
+    the metrics, and gives the reason for each loss term that could not be computed. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell

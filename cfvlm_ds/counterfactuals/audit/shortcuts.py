@@ -25,7 +25,7 @@ _TELLING = 12
 _RIDGE = 1.0
 LIMIT_AUC = 0.6
 _FEWEST = 10
-"""Minimum number of pairs for fitting, and also for evaluation. The interval of an AUC from 10 pairs is about 0.5 wide."""
+"""Minimum number of pairs, both for fitting and for evaluation. The interval of an AUC from 10 pairs is about 0.5 wide."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Folder(Editor):
 
 
 class TextAlone(Editor):
-    """Editor ``none``: only the text is edited."""
+    """Editor ``none``: edits only the text."""
 
     def settings(self) -> Mapping[str, Any]:
         return {}

@@ -28,9 +28,7 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability of keeping an edit. It is 1 if the type has no prices or the edit only reorders words, and 0 if a word has no
-    price.
-    """
+    """Compute the probability of keeping an edit: 1 if its type has no prices or it only reorders words, and 0 if a word has no price."""
     if edit.type not in prices or not edit.gone:
         return 1.0
     gone, come = (prices[edit.type].get(word, 0.0) for word in (edit.gone, edit.come))

@@ -64,7 +64,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return the adjectives of type ``kind`` that can replace ``word`` before ``noun``. The list can be empty."""
+    """Return the adjectives of type ``kind`` that can replace ``word`` before ``noun``."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]

@@ -114,8 +114,8 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return intervals for the differences between two models. ``differences`` contains the observed differences, then those after each
-    exchange.
+    """Return intervals for the differences between two models. ``differences`` contains the observed differences, followed by those
+    after each exchange.
 
     As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference at least as large as the observed one. The
     metrics are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.

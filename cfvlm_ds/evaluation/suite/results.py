@@ -71,7 +71,7 @@ class Result:
 
     @property
     def shown(self) -> str:
-        """Name shown in tables: the value of ``called``, followed by a note if the files differ from the published files."""
+        """Name shown in tables: the value of ``called``, followed by a note if the files differ from the published ones."""
         return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
