@@ -97,7 +97,7 @@ def from_table(table: Mapping[str, Any]) -> list[Change]:
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for individual edit types of sets that have several."""
+    """Return the rows for individual edit types in sets with several types."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
@@ -280,7 +280,7 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
 
 
 def is_results(path: Path) -> bool:
-    """Return True for a run folder or an accuracies file, and False for a folder of benchmark results. Otherwise raises ConfigError."""
+    """Return True for a run folder or an accuracies file, and False for a folder of benchmark results. Raises ConfigError otherwise."""
     if path.is_file() or (path / "config.yaml").is_file():
         return True
     if not any(path.glob("*/*/results.json")):

@@ -68,7 +68,7 @@ MEANINGS = {
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
 NAMED = 5
-"""Maximum number of groups to name, per metric, that have no comparison for it."""
+"""Maximum number of groups without a comparison that are listed per metric."""
 Matrix = list[list[float]]
 
 

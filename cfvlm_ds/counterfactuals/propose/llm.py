@@ -1,5 +1,5 @@
 """Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted: every edit is checked against the
-caption, size and duration are limited, redirects are refused, and secrets are removed from stored messages.
+caption, the size and duration of replies are limited, redirects are refused, and secrets are removed from stored messages.
 
 The server is called with the standard library, because the openai client (version 3.57) does not give these guarantees. Despite a timeout
 of 0.5 s, it waited 6 s for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a
