@@ -25,7 +25,7 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """Propose edits for shard ``shard`` (0 to ``of`` - 1), and return its completion record. Work that an earlier call finished is not
     repeated.
 
-    Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder.
+    Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder, and DataError if no row is usable.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
