@@ -17,7 +17,7 @@ class Rows(Protocol):
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders that references to pictures in containers are relative to; () for a file without such references."""
+    """Folders that picture paths can be relative to, in addition to the data roots."""
 
     def __len__(self) -> int: ...
 

@@ -45,7 +45,7 @@ _SAID_FALSE = frozenset(_FALSE) - {
 """Values that identify a label column, regardless of its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
-"""Notations for missing values in tables."""
+"""Strings that stand for missing values in tables."""
 
 _FALSE_NAMES = frozenset((
     *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
@@ -59,7 +59,7 @@ _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of label columns that may contain values that are not in ``_TRUTHS``."""
+"""Words in the names of label columns whose values need not be in ``_TRUTHS``."""
 _FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
@@ -127,7 +127,7 @@ class Column:
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # two signs suffice: a label may have typing errors, another language or a 1-5 scale
+        return has_few + has_verdict + has_both > 1  # two signs suffice: labels may contain typos, be in another language or use a 1-5 scale
 
     @property
     def negative(self) -> str:
@@ -143,7 +143,7 @@ def marks(rows: Iterable[tuple[int, Row, bool]], ignore: str) -> list[Column]:
     """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
-        rows: index and metadata of each row, and True if the row has no pictures.
+        rows: index and metadata of each row, and whether the row lacks pictures.
         ignore: columns to skip, joined by ``+``.
     """
     columns: dict[str, Column] = {}
@@ -304,7 +304,7 @@ class JoinedRows:
 
     Args:
         rows: rows of the manifest.
-        claim: the format's function from a row to its claim.
+        claim: the format's function that returns the claim of a row.
         over: callable that maps a function over chunks of the rows.
     """
 

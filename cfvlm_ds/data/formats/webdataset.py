@@ -1,4 +1,4 @@
-"""Samples of a WebDataset tar. All members ``KEY.EXTENSION`` with the same key form a sample, keyed by extension.
+"""Samples of a WebDataset tar. Members ``KEY.EXTENSION`` with the same key form a sample; their extensions are its columns.
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
@@ -38,7 +38,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the checks of options, because the user does not set these options."""
+        """Skip the option checks, because these options are not set by the user."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WebDataset:
     """Format of the samples in a WebDataset tar.
 
     Args:
-        caption: member or ``json`` column with the caption; ``txt.KEY`` selects a value from a ``txt`` that is a JSON object.
+        caption: member or ``json`` column with the caption; ``txt.KEY`` selects a value from a ``txt`` member that contains a JSON object.
         json: whether captions may be JSON objects.
         ask: prompt for the captions; empty for no prompt.
         label: member or ``json`` column that marks the text as true or false.
