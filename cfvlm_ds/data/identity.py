@@ -1,5 +1,5 @@
-"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. An
-error message can therefore state which of these have changed.
+"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. Error
+messages can therefore name what has changed.
 """
 
 from __future__ import annotations

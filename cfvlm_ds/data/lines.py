@@ -26,7 +26,7 @@ _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
 
 
 class IndexedLines:
-    """Non-blank lines of a file, accessed by index. Threads and forked processes can share one object.
+    """Non-blank lines of a file, accessed by index. An instance can be shared by threads and forked processes.
 
     Args:
         path: the file.

@@ -99,7 +99,7 @@ class PictureTable:
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Say = no_op) -> PictureTable:
-        """Build a table by hashing the contents of files. Unreadable files are left out; opening them later reports the error."""
+        """Build a table by hashing the contents of files. Unreadable files are left out; the error is reported when they are opened."""
 
         def look(path: Path) -> Picture | None:
             with contextlib.suppress(OSError, ValueError):

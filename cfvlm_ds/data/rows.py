@@ -13,7 +13,7 @@ from cfvlm_ds.data.lines import IndexedLines
 
 
 class Rows(Protocol):
-    """Rows of a file, accessed by index. Threads and forked processes can share one object."""
+    """Rows of a file, accessed by index. An instance can be shared by threads and forked processes."""
 
     path: Path
     roots: tuple[Path, ...]

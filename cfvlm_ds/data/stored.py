@@ -1,9 +1,9 @@
 """Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
 pictures and smaller tables, and store.json.
 
-A store never changes after it has been written. When a store is opened, file sizes and index checksums are checked, but modification times
-are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest
-and dimensions of every picture, so no picture has to be opened to determine them.
+The files listed in store.json never change. When a store is opened, their sizes and the checksums of the indexes and tables are verified.
+Modification times are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the
+file size, digest and dimensions of every picture, so no picture has to be opened to determine them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard by shard, and the results of the data check during its preparation.
+    """Rows of a store, and the results of the data check that was made when it was prepared.
 
     Args:
         folder: the store.
@@ -96,7 +96,7 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return the location of a row as ``file:line`` of its shard."""
+        """Return the location of a row as ``file:line``."""
         rows, place = self._find(row)
         return rows.where(place)
 

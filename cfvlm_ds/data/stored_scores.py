@@ -1,4 +1,5 @@
-"""Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
+"""Stored scores: log-likelihoods of a manifest's texts under a fixed model, given each image and given a blank image. ``cfvlm-ds score``
+writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
 sha256, "dtype": "bfloat16"}. Each further line holds one group's scores: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data``

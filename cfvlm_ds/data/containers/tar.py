@@ -1,4 +1,4 @@
-"""WebDataset tars. Members whose names agree up to the first dot form a row; the rest of each name is a column.
+"""WebDataset tars. Members whose names agree up to the first dot form a row; the rest of each name is the column name.
 
 Pictures are not copied. A row refers to them by the offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be
 compressed. Texts and JSON become values in the rows.

@@ -2,7 +2,9 @@
 
 The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
 public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
-texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
+texts as true, or ignore them.
+
+A claim is the set of texts that one row labels. All claims about the same image and prompt form one group.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ class Column:
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # two signs suffice: labels may contain typos, be in another language or use a 1-5 scale
+        return has_few + has_verdict + has_both > 1  # two signs suffice: labels can have typos, another language or a 1-5 scale
 
     @property
     def negative(self) -> str:
@@ -265,8 +267,8 @@ class Claim(NamedTuple):
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Merge the claims about one image and prompt into a group, true texts first. Duplicates of a text are dropped, and their number is
-    recorded in the metadata.
+    """Merge all claims about an image and prompt into a group, true texts first. Duplicate texts are dropped; their number is recorded in
+    the metadata.
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
