@@ -361,7 +361,7 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Say = print_line,
 ) -> CheckReport:
-    """Check a data set completely and return a report of its contents and problems. Problems do not raise exceptions. Every picture is
+    """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
     decoded once.
 
     If ``lengths`` is given (for instance a Collator), visual tokens are counted, and rows that exceed the model's context window are

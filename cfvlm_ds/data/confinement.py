@@ -86,4 +86,4 @@ def mode_of(path: str) -> int | None:
         return None
 
 
-_FOLDERS = 4096  # limit on the cached folders, and on the cached files; needed because every row may have its own folder
+_FOLDERS = 4096  # limit on cached folders and on cached files, because every row may have its own folder

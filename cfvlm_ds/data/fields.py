@@ -141,7 +141,7 @@ def row_id(row: Row, *contents: Any) -> str:
     """Build a group's id from its row's id, if there is one, and a hash of the row's contents.
 
     The hash is needed because several rows of a public data set can have the same id. The group's id does not depend on the row's position.
-    A duplicate row gets the same id as the original and is therefore detected.
+    A duplicate row gets the same id, so it is detected.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

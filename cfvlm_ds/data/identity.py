@@ -37,8 +37,8 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity (a set of hashes) of a data set from its groups. Picture paths are hashed relative to ``roots``, so moving these
-    folders does not change the identity.
+    """Compute the identity of a data set from its groups. Picture paths are hashed relative to ``roots``, so moving these folders does not
+    change the identity.
 
     Edits are not part of the identity, because they only label rows of result tables.
     """

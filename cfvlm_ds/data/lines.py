@@ -42,8 +42,8 @@ class IndexedLines:
 
     @classmethod
     def scanned(cls, path: Path, *, alive: Alive = no_op, progress: Say = no_op) -> IndexedLines:
-        """Read a file once and index its lines. Raises OSError if the file cannot be read, ValueError if it is not a regular file or
-        changes meanwhile, and DataError for a line of more than MAX_LINE bytes. A ValueError does not name the file.
+        """Read a file once and index its lines. Raises OSError, ValueError (without the file's name) if the file is not regular or changes
+        meanwhile, and DataError for a line of more than MAX_LINE bytes.
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)

@@ -134,7 +134,7 @@ class Order:
         return groups.tolist()
 
     def mean(self, values: npt.NDArray[Any]) -> Fraction:
-        """Compute the mean over the stream of a value that is given for each group."""
+        """Compute the mean of a per-group value over the stream."""
         counts, sums = self.draws.counts.tolist(), np.add.reduceat(values, np.cumsum([0, *self.sizes[:-1]]), dtype=np.int64).tolist()
         of_sources = (Fraction(count * total, size) for count, total, size in zip(counts, sums, self.sizes, strict=True))
         return sum(of_sources, Fraction(0)) / sum(counts)

@@ -16,9 +16,7 @@ from cfvlm_ds.data.picture_index import PictureTable, picture_key
 
 
 class Shared(NamedTuple):
-    """Overlap of an evaluation set with the training set: how many of its distinct rows and pictures occur in both, and how many it has in
-    total.
-    """
+    """Numbers of distinct rows and pictures in an evaluation set: shared with the training set, and in total."""
 
     rows: int
     pictures: int

@@ -3,8 +3,8 @@
 For up to ``STORED`` groups, a permutation is drawn and kept in memory. For more groups, a Feistel network over the next power of two
 computes entries on demand. An entry that is too large is passed through the network again until it is a valid group index.
 
-If rows have several groups, such as the answers of a conversation, the rows are permuted and each row's groups stay together. A micro-batch
-then encodes what they share only once.
+If rows have several groups, such as the answers of a conversation, the rows are permuted and each row's groups stay together, so a
+micro-batch encodes what they share only once.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables combined. A picture's entry comes from the first table that has the picture."""
+    """Combination of tables. A picture's entry comes from the first table that has the picture."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)

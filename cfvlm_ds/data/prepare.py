@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. This work is divided into units. A unit consists of the pictures that first occur in a
-range of groups; if ``pack`` is set, they are copied into one uncompressed tar, where each is located by its offset. Each picture is copied
-once. The contents of every file depend only on the data set and the options, not on the number of processes or on interruptions.
+range of groups; if ``pack`` is set, they are copied into one uncompressed tar, and rows refer to them by offset. The contents of every file
+depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures form one unit of work. With ``pack``, a unit is one tar, a few GB for photographs."""
+"""Number of groups whose pictures form one unit of work. With ``pack``, a unit is one tar of a few GB for photographs."""
 
 ROWS = 1 << 18
 """Number of groups per file of rows. It is large because each process keeps all of these files open."""

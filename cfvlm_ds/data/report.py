@@ -158,7 +158,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Return a problem's text without the file and row, so that the same problem in several rows has the same text."""
+    """Return a problem without its file and row, so that equal problems in different rows have equal texts."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

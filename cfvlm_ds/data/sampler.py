@@ -8,8 +8,8 @@ epochs, so no batch is short and no group is dropped. Element j of a step goes t
 
 The groups of a step therefore depend only on B and the position, not on the factors of B.
 
-PackedSampler instead fills each micro-batch up to a limit on its tokens. Its micro-batches differ in their numbers of groups but have
-similar numbers of tokens.
+PackedSampler instead fills each micro-batch up to a token limit. Its micro-batches have different numbers of groups but similar numbers of
+tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class GroupSampler:
     """Sampler that endlessly yields one rank's micro-batches of group indices. It can serve as a DataLoader's ``batch_sampler``.
 
     Because a DataLoader prefetches, the position counts consumed groups, not yielded groups. The training loop calls advance() once per
-    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` is the number of groups consumed so far by all
-    ranks together.
+    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` is the number of groups consumed by all ranks
+    together.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. In a step, micro-batch k belongs to
-        rank k % ``world_size``. Never ends.
+        """Endlessly yield the micro-batches of all ranks, step by step, from the consumed position on. In a step, micro-batch k belongs to
+        rank k % ``world_size``.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:
@@ -81,7 +81,7 @@ class GroupSampler:
             start += len(step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches, ``gradient_accumulation_steps`` per step, starting at the consumed position. Never ends."""
+        """Endlessly yield this rank's micro-batches, ``gradient_accumulation_steps`` per step, from the consumed position on."""
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
@@ -160,12 +160,10 @@ class PackedSampler(GroupSampler):
         self._position = _Position()
 
     def advance(self) -> None:
-        """Advance the consumed position by one optimizer step."""
         _, self._position = self._pack(self._position)
         self.samples_seen = self._position.read - len(self._position.waiting)
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Never ends."""
         position = self._position
         while True:
             bins, position = self._pack(position)
@@ -176,7 +174,7 @@ class PackedSampler(GroupSampler):
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
         and the result is extrapolated to all groups in proportion to their token counts. Because steps are nearly full, the error is below
-        one in a thousand. A resumed run gets the same result as a new one, and no run has to pack a whole epoch before its first step.
+        one in a thousand. A resumed run gets the same result as a new one.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)

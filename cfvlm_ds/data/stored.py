@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, and the results of the data check that was made when it was prepared.
+    """Rows of a store, and the results of its data check.
 
     Args:
         folder: the store.
@@ -96,12 +96,10 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return the location of a row as ``file:line``."""
         rows, place = self._find(row)
         return rows.where(place)
 
     def value(self, row: int) -> Any:
-        """Return the JSON value of a row, or a DataError that names its location."""
         rows, place = self._find(row)
         return rows.value(place)
 
@@ -110,8 +108,8 @@ class StoredRows:
         return self._shards[shard], row - self._firsts[shard]
 
     def _opened(self, file: Path, index: int, groups: int) -> LineRows:
-        """Open the rows of a shard. The index contains a checksum of each row, and store.json contains the index's checksum, so a shard
-        from another store is detected.
+        """Open a file of rows. The index contains a checksum of each row, and store.json contains the index's checksum, so a file from
+        another store is detected.
         """
         try:
             if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:

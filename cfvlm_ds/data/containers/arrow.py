@@ -38,9 +38,7 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return a number of rows per batch that keeps batches below _BYTES bytes, provided that the rows of each row group are similar in
-    size.
-    """
+    """Return a number of rows per batch that keeps batches below _BYTES bytes if the rows of each row group are similar in size."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))

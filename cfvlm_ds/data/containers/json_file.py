@@ -80,8 +80,8 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values that a COCO item has for the keys ``name`` and ``content``, and its other fields. Raises DataError if either value
-    is missing or invalid.
+    """Return a COCO item's values for the keys ``name`` and ``content``, and its other fields. Raises DataError if either is missing or
+    invalid.
     """
     row = _row(value)
     if isinstance(row, DataError):

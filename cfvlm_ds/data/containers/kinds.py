@@ -57,7 +57,7 @@ def container_of(path: Path) -> str:
 
 def sources_of(path: Path) -> list[Path]:
     """Return the files that a path refers to: the path itself, the files in a folder, or the matches of a pattern such as
-    ``train-*.parquet``. They are sorted by name, except that a saved data set defines its own order.
+    ``train-*.parquet``. They are sorted by name unless a saved data set defines their order.
 
     Raises DataError for a folder that contains no data, several splits or several kinds of files, and for a pattern that matches no files,
     JSON files, or several kinds of files.

@@ -301,8 +301,8 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are in the order of the first manifest row
-    that each contains. The join takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. They are ordered by their first manifest row. The join
+    takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.

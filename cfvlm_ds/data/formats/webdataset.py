@@ -4,8 +4,8 @@
 
 (The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture extension or the extension
 ``image``. The caption is ``txt`` or ``caption``, or a value in ``json``. ``neg_caption.txt`` and ``neg_image.jpg`` are a negative caption
-and a negative picture. If ``json`` is a row in the format ``llava``, ``messages`` or ``preference``, it is read in that format, and the
-sample's picture is used. Labels are read as in ``captions``.
+and a negative picture. If ``json`` is a row in the format ``llava``, ``messages`` or ``preference``, it is read in that format, with the
+sample's picture. Labels are read as in ``captions``.
 """
 
 from __future__ import annotations
