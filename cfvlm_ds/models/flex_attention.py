@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees. A block mask defines which tokens attend to which."""
+"""FlexAttention over a row of trees, with a block mask."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Blocks:
     ``depths`` [T], and bidirectional attention among tokens with the same index in ``pictures`` [T]. These are the forest's ``depths`` and
     ``block_of``.
 
-    With a sliding window, ``partial`` can contain unnecessary blocks, because only the smallest and largest depth in each block are
-    compared. These blocks do not change the result, because the mask is evaluated within them.
+    With a sliding window, ``partial`` can contain unnecessary blocks, because only the smallest and largest depths of each block are
+    compared. They do not change the result, because the mask is evaluated token by token within them.
     """
 
     sight: Sight
