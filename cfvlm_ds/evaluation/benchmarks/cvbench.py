@@ -23,7 +23,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the authors' mean 1/2 (1/2 (ADE20K + COCO) + Omni3D), its parts, and the accuracy over all items, which some papers report."""
+    """Return the authors' mean 1/2 (1/2 (ADE20K + COCO) + Omni3D), the accuracies by source and task, and the accuracy over all items."""
     values = {f"source/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("source")).items()}
     values |= {f"task/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("task")).items()}
     parts = [values.get(f"source/{name}") for name in ("ADE20K", "COCO", "Omni3D")]

@@ -32,7 +32,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task (accuracy plus the percentage of pictures with both answers right, at most 200), and sums of task
+    """Return the score of each task (accuracy plus the percentage of pictures with both answers correct, at most 200), and sums of task
     scores.
 
     The sum is at most 2,000 for perception and 800 for cognition. A sum is left out if one of its tasks is missing.

@@ -1,4 +1,4 @@
-"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture with a true caption and a hard negative; seven kinds of edits."""
+"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): a picture with a true caption and a hard negative, in seven kinds of edits."""
 
 from __future__ import annotations
 
