@@ -149,7 +149,7 @@ def _refuse_options(described: Any, folder: Path) -> None:
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
     """Return the transformers configuration that loads the language model's linear layers in 4 bits, or None if 4 bits are not requested.
 
-    The tower, the projector and the output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
+    The tower, the projector and the output head keep their precision. Raises the errors of ``check_4bit``.
     """
     if not config.lora.load_in_4bit:
         return None

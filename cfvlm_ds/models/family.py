@@ -40,8 +40,7 @@ class Family:
         output_head: prefix of the output head, which gets no adapter and is never loaded in 4 bits.
         image_inputs: names of the processor's outputs that are passed to the model's ``get_image_features``.
         grid: the entry of ``image_inputs`` that holds each image's patch grid, for families whose position ids depend on it.
-        positions: function that computes a prompt's position ids. The texts after the prompt continue at the largest id plus one, on every
-            axis.
+        positions: function that computes a prompt's position ids. Scored texts continue at the largest id plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when its prompt has no other image.
         from_grids: function that computes arguments of ``get_image_features`` in advance, because computing them in the tower would force a
             synchronisation with the device.

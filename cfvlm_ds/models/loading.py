@@ -69,7 +69,7 @@ def _go_offline_without_hub(name: str) -> None:
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Check a model folder, or the files of a hub name that are already cached. Weights that are not are checked after loading."""
+    """Check a model folder, or the files of a hub name that are already cached. ``load_model`` checks uncached files after loading."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):

@@ -73,7 +73,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 
 @lru_cache(1)
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return one text per object (a line of the synonyms file), and the object index of each name."""
+    """Return one text per object (line of the synonyms file), and name -> object index."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
     texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines if line)
     return texts, names_of(texts)

@@ -1,4 +1,4 @@
-"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): multiple choice on counting and relations (2D), and on depth and distance (3D)."""
+"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): questions about counting and relations (2D), and about depth and distance (3D)."""
 
 from __future__ import annotations
 

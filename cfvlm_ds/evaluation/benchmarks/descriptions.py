@@ -24,7 +24,7 @@ _PLURALS = (
 
 @lru_cache(16)
 def names_of(texts: tuple[str, ...]) -> dict[str, int]:
-    """Return a dict from each lower-case name to the index of its text. A name that occurs in several texts belongs to the last of them."""
+    """Return lower-case name -> index of its text. A name that occurs in several texts belongs to the last of them."""
     return {name.lower(): number for number, text in enumerate(texts) for name in text.partition(": ")[2].split(", ") if name}
 
 

@@ -1,4 +1,4 @@
-"""HallusionBench (Guan et al. 2024, arXiv 2310.14566): yes/no questions on figures, charts and edited pictures, some without a picture."""
+"""HallusionBench (Guan et al. 2024, arXiv 2310.14566): yes/no questions about figures, charts and edited pictures; some have no picture."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def text_right(judged: Judged, image: int = 0) -> float:
-    """Return 1 if every text that is true of an image scores higher than every text that is false of it, else 0.
+    """Return 1 if some text is true of an image and all true texts score higher than all false ones, else 0.
 
     For a blind table, return the probability of this outcome if ties are broken at random.
     """

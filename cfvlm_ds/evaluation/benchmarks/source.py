@@ -139,7 +139,7 @@ class Source:
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)
     _brought: tuple[Path, ...] = ()
-    """Folder of the pictures extracted from the current file, if any."""
+    """Folder with the converted pictures of the current file, if any."""
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:

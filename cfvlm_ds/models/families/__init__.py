@@ -55,6 +55,6 @@ _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
 PhiMoE's ``long_mscale``, depend on the largest position in the row.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
-"""Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling start at the row's
-first token.
+"""Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling are counted from the
+row's first token.
 """
