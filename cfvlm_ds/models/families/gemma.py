@@ -48,7 +48,7 @@ def _generates(config: Any) -> None:
 
 GEMMA_3 = Family(
     model_types=("gemma3",),
-    unused=lambda config: ("model.vision_tower.head",),  # a pooling head, which some checkpoints contain
+    unused=lambda config: ("model.vision_tower.head",),  # a pooling head, present in some checkpoints
     around=("\n\n", "\n\n"),
     whole_pictures=lambda config: "everywhere",
     visual_mark="token_type_ids",
