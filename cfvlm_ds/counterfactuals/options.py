@@ -109,7 +109,7 @@ class EditOptions:
         model: model folder or hub name for the diffusers editor.
         attempts: number of pictures to make per edit, for editors whose results depend on the seed.
         seed: random seed, combined with the id of the edit and the number of the attempt.
-        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
+        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png (or .jpg, .jpeg, .webp), for the folder editor.
         masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
         composite: where to restore the original pixels: outside the mask (mask), outside the visibly changed area (difference), or nowhere
             (none).
