@@ -1,4 +1,4 @@
-"""Layout of a batch (scored cells, true cells, token counts), built before the forward pass, and lookup of its stored scores."""
+"""Layout of a batch (scored cells, true cells, token counts), built before the forward pass, and lookup of stored scores."""
 
 from __future__ import annotations
 

@@ -288,8 +288,8 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return a key that texts of the same tree share: their pictures, and their prompt up to the last picture. Without pictures, all texts
-    of a group form one tree.
+    """Return the key of a text's tree: the pictures, and the prompt up to the last picture. Without pictures, all texts of a group form one
+    tree.
     """
     if not pictures:
         return (group,)

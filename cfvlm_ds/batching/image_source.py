@@ -1,4 +1,4 @@
-"""Source of picture inputs for a batch: the model's inputs for a picture file, and the placeholder ids that represent it in the prompt.
+"""Picture inputs of a batch: converts picture files to the model's inputs, and to the placeholder ids that represent them in a prompt.
 
 Sizes are (width, height) in pixels.
 """

@@ -31,7 +31,7 @@ from cfvlm_ds.models.forest import Forest
 class Tree:
     """Pictures and the texts that are scored on them. A branch is a pair: the flat index of a cell, and its encoded text.
 
-    If there are pictures, the prompts are identical up to and including the last one.
+    If there are pictures, the prompts are identical up to and including the last picture.
     """
 
     pictures: tuple[PictureKey, ...]

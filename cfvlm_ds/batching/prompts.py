@@ -206,7 +206,7 @@ class Prompts:
         """Render a conversation with the chat template. Raises _ModelFails if the template raises an exception."""
         try:
             written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
-        except Exception as error:  # a template can raise anything that Python raises
+        except Exception as error:  # a template can raise any exception
             raise _ModelFails(f"{_TEMPLATE} raises {type(error).__name__} ({error})") from error
         return written
 

@@ -162,7 +162,7 @@ def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
     try:
         return load_model(config, dtype)
     finally:
-        unset_hf_deepspeed_config()  # later calls of from_pretrained, such as the export's, must not partition
+        unset_hf_deepspeed_config()  # later calls to from_pretrained, such as the export's, must not partition
 
 
 def recompute_activations(model: Any) -> None:

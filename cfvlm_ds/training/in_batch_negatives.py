@@ -3,9 +3,9 @@
 The draw depends only on the ids of the step's groups, not on how the groups are distributed over ranks and micro-batches. Every rank
 therefore reads the data of all groups in the step, but opens only the pictures of its own groups.
 
-A loss that compares a text on several groups' images couples micro-batches and ranks. The gradients of a group's own scores are correct
-even if the other scores are treated as constants, so ranks exchange scores, but no gradients. Shapes: G groups, I images, C texts, R scores
-of a text on other groups' images.
+A loss that compares a text's scores on images of several groups couples micro-batches and ranks. The gradients of a group's own scores are
+correct even if the other scores are treated as constants, so ranks exchange scores but not gradients. Shapes: G groups, I images, C texts,
+R scores of a text on other groups' images.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and its number of pictures, because a prompt has different answers for one picture and for two."""
+"""A prompt and its number of pictures. Only groups that agree in both exchange texts."""
 
 
 class _Step:
@@ -189,8 +189,8 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> list[tuple[tuple[int, int], int, float]]:
-    """List the scores that other groups need. Each entry holds the text's source group and its index in that group, the group on whose
-    image it was scored, and the score in nats.
+    """List the scores that other groups need, as tuples: (source group of the text, its index in that group), group on whose image it was
+    scored, score in nats.
     """
     layout = scores.layout
     if layout.in_batch is None:

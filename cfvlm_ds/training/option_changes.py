@@ -120,7 +120,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def refused(changes: Sequence[Change], what: str, step: int | None, allowed: bool) -> str | None:
     """Return an error message if a run cannot continue from ``what`` (a run folder or checkpoint) with these changes, otherwise None.
 
-    ``step`` is the checkpoint's step, or None if the run has finished, so that nothing can be continued.
+    ``step`` is the checkpoint's step, or None if the run has finished and cannot continue.
     """
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"

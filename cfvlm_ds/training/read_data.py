@@ -53,8 +53,8 @@ class RunData:
 
     ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is the stores' picture
     table, or None if the data check opened no pictures; each picture is compared with its entry when it is opened. ``sources`` maps names
-    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks. On rank 0, ``overlaps`` maps the
-    name of an evaluation set or benchmark to the path of a training set and the number of rows and pictures that both have.
+    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks. On rank 0, ``overlaps`` describes
+    the rows and pictures that an evaluation set or benchmark (first key) shares with the training set at a path (second key).
     """
 
     groups: Groups
@@ -137,9 +137,10 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, which can use all cores of its machine while the other ranks wait. Return its result on every rank.
+    """Call a function on rank 0 while the other ranks wait and leave it all cores of its machine. Return its result on every rank.
 
-    Raises the function's error on every rank, and StorageError if a process that the function started was killed.
+    Raises the function's error on every rank, StorageError if a process that the function started was killed, and ConfigError if rank 0 no
+    longer makes progress.
     """
 
     def call() -> Any:
@@ -159,10 +160,10 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Mark the prepared training data as outdated, so that the next start prepares them again. Called if a start fails because of the data.
+    """Mark the prepared training data as outdated after a start has failed because of the data.
 
-    This way, the next start notices pictures that the user has restored, even if the manifest is unchanged. Unmodified pictures are not
-    opened again.
+    The next start then prepares it again and notices pictures that the user has restored, even if the manifest is unchanged. Unmodified
+    pictures are not opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():

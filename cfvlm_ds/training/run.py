@@ -248,8 +248,8 @@ def _order(config: RunConfig, data: RunData) -> Order:
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model. ``train.self_check`` determines whether a failure raises ConfigError or only causes a warning, or whether
-    the check is skipped.
+    """Run a check of the model. Depending on ``train.self_check``, a failure raises ConfigError or prints a warning, or the check is
+    skipped.
     """
     mode = config.train.self_check
     try:

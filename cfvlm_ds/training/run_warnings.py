@@ -22,7 +22,7 @@ _LACKS = {
 
 @dataclass(frozen=True)
 class Idle:
-    """Detects options that have no effect. It passes one warning per option to ``say``."""
+    """Detects options that have no effect, and warns about each of them once."""
 
     config: RunConfig
     say: Say

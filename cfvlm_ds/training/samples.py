@@ -142,7 +142,7 @@ class Samples:
 
     def _text(self, prompt: Prompt, pictures: Pictures) -> str:
         model, ranks = self.engine.module.model, self.world.size
-        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that finishes its text early still joins the others' forwards
+        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that finishes its text early joins the others' forward passes
         try:
             return write(model, self.collator, self.world.device, pictures, prompt, _MAX_NEW_TOKENS, **options)
         except DataError as error:

@@ -34,7 +34,7 @@ from cfvlm_ds.models.model_files import explained
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Dtype -> largest difference, in nats per token, that is accepted without measuring the rounding error."""
 _HALF = 0.05  # the same for half-precision dtypes
-_CELLS, _REPEATS = 8, 2  # to measure the rounding error: number of additional cells, and of differently rounded forwards per cell
+_CELLS, _REPEATS = 8, 2  # to measure the rounding error: additional cells, and differently rounded forward passes per cell
 _SPREADS = 3  # largest accepted difference, as a multiple of the rounding error
 _NAMED = 5
 
@@ -42,7 +42,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
+    Clipping bounds (names ending in _min or _max) may be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
     clipped.
     """
     tensors: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Gr
         allowed = bound
         if not worst <= bound and math.isfinite(worst):
             step = max(1, len(places) // _CELLS)
-            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # the same number of forwards on every rank
+            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # the same number of passes on every rank
             worst = _largest(cells, world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
     backend = attention(config.model.attn_implementation, model.config, dtype)
