@@ -75,7 +75,7 @@ class Batch:
     """The row's trees (cfvlm_ds.batching.packing.Material) if the row may have to be packed again, otherwise None."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return a copy of the batch with its tensors on ``device``. Picture sizes stay on the host."""
+        """Return a copy of the batch with its tensors on ``device``, except for picture sizes."""
         moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
         return moved
@@ -146,7 +146,7 @@ class MicroBatch:
         return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
 
     def pin_memory(self) -> MicroBatch:
-        """Return a copy in pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
+        """Return a copy in pinned memory. The DataLoader calls this."""
         return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 

@@ -326,8 +326,8 @@ def _check_window(groups: Groups, trees: Sequence[Tree], prompt_length: PromptLe
 
 
 def load_collator(model: ModelConfig, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> Collator:
-    """Load a model's processor and configuration, and build a collator for all image-text pairs of a group. Raises ConfigError if the
-    chat template or tokenizer cannot be used.
+    """Load a model's processor and configuration, and build a collator that scores all image-text pairs of a group. Raises ConfigError if
+    the chat template or tokenizer cannot be used.
     """
     config = load_config(model.name_or_path)
     processor = load_processor(model)

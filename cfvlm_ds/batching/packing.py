@@ -90,7 +90,7 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """A row's tokens, collected node by node. ``ends`` are the indices where the nodes end."""
+    """A row's tokens, collected node by node. ``ends`` holds the index at which each node ends."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -259,8 +259,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Split a tree into the fewest trees of at most ``max_tokens`` tokens. A text that, with its prompt, exceeds the limit gets its own
-    tree.
+    """Split a tree into trees of at most ``max_tokens`` tokens, keeping the order of its texts. A text that, with its prompt, exceeds the
+    limit gets its own tree.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens

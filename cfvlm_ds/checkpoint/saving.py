@@ -1,8 +1,7 @@
 """Checkpoint saving: atomically writes DeepSpeed's shards and the training loop's state.
 
 A checkpoint is written as ``checkpoint-STEP.partial`` and renamed to ``checkpoint-STEP`` when it is complete. Each rank computes the CRC-32
-of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. A run never resumes from a folder
-whose files do not match this list. Layout::
+of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. Layout::
 
     checkpoint-STEP/
         complete.json                     step, number of ranks, size and CRC-32 of every file, training loop state (state.py)

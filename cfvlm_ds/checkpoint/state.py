@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 
 SCHEMA = 3
-"""Version of the files that a run resumes from. It is also increased when the same options lead to a different loss."""
+"""Version of the files that a run resumes from. It is also increased when a code change alters the loss for the same options."""
 
 
 @dataclass

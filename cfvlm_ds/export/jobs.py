@@ -19,9 +19,9 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Tensors to store (``stored``) and the model's weights (``weights``) from which they are computed, by reversing the ``conversions``
-    that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged. If ``weights`` is empty, the tensors
-    are copied from the source.
+    """Tensors to write (``stored``) and how to compute them: from the model's ``weights``, by reversing the ``conversions`` that
+    transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged. If ``weights`` is empty, the tensors are
+    copied from the source.
     """
 
     stored: tuple[str, ...]

@@ -56,8 +56,7 @@ class Baseline:
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
         """Return the accuracies on the evaluation sets, from the cache where possible. Returns {} if ``train.eval_on_start`` is False.
 
-        The last row of each set (the means) gives the number of evaluated groups as ``num``. It is smaller than the set if only a random
-        sample was evaluated.
+        ``num`` in a set's last row (the means) is the number of groups evaluated, which is less than the set's size if a sample was drawn.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start}

@@ -35,7 +35,7 @@ BEFORE = "baseline/benchmarks"
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark that a run evaluates.
+    """A benchmark on which a run evaluates its model.
 
     ``plan`` holds the groups to score, ``identity`` is a fingerprint of the items, and ``prompt`` is the first item's prompt.
     """
@@ -106,7 +106,7 @@ def benchmark_names(benchmarks: Benchmarks) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Format a benchmark's headline metrics as a line for the progress log. The values for the controls follow each metric."""
+    """Format a benchmark's headline metrics as a line for the progress log. Each metric is followed by its values for the controls."""
     controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:

@@ -1,7 +1,7 @@
 """Model card for an export: base model, results, usage, data, objective and training.
 
-The card is a README.md with the front matter that Hugging Face reads. Each value is written with secrets removed, on one line and in a code
-span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Secrets are removed from each value, which is written on one line in
+a code span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ processor = AutoProcessor.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), name)"""
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.seed", *_STEP)
-"""Options that are listed even if they have their default values, in addition to module tuning and the options of adapters that are
-trained.
-"""
+"""Options that are listed even if they have their default values, as are module tuning and, if there are adapters, their options."""
 _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
@@ -65,8 +63,8 @@ def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. By default, they do if the run finished at the
-    checkpoint's step. ``repo`` is the hub name that the card's example loads the model from.
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint (default: if the run finished at its step). ``repo`` is
+    the hub name that the card's example loads the model from.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated, repo=repo)

@@ -1,6 +1,6 @@
 """Dry run: a report on a run's parameters and its memory per GPU, computed without weights, data or other ranks.
 
-The memory of the model's states follows DeepSpeed's formulas. That of a forward and backward pass is measured on meta tensors.
+The memory of the model's states follows DeepSpeed's formulas. The memory of a forward and backward pass is measured on meta tensors.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Normalise a text. Texts that are equal after normalisation count as the same text."""
+    """Normalise a text, so that equal texts compare equal regardless of case and spacing."""
     return normalised(text).casefold()
 
 
@@ -189,9 +189,7 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> list[tuple[tuple[int, int], int, float]]:
-    """List the scores that other groups need, as tuples: (source group of the text, its index in that group), group on whose image it was
-    scored, score in nats.
-    """
+    """List the scores that other groups need: ((source group of the text, index there), group on whose image it was scored, nats)."""
     layout = scores.layout
     if layout.in_batch is None:
         return []

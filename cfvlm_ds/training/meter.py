@@ -53,7 +53,7 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Return means over all ranks and rates per second of wall-clock time, and reset the meter for the next record.
 
-        Every rank must call this. Nothing else is transferred from the device for a record.
+        Every rank must call this. All sums leave the device in one transfer.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))

@@ -137,7 +137,7 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0 while the other ranks wait and leave it all cores of its machine. Return its result on every rank.
+    """Call a function on rank 0 while the other ranks wait, so that it can use all cores of the machine. Return its result on every rank.
 
     Raises the function's error on every rank, StorageError if a process that the function started was killed, and ConfigError if rank 0 no
     longer makes progress.
@@ -249,7 +249,7 @@ class _Stores:
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self.scan, progress=self.world.say)
 
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
-        """Raise DataError if the data set has problems. The message states the first problem."""
+        """Raise DataError for the first of the data set's problems, if any."""
         if not report.problems:
             return
         more = len(report.problems) - 1

@@ -1,9 +1,9 @@
 """Self-check before training: weights must be finite, and packed rows must give the same scores as unpacked rows, which have one text each
 and run with transformers' own attention.
 
-Untested combinations of kernels and library versions can give wrong scores without an error. The tolerance covers rounding errors from two
-sources: the spread of scores when every module's output is perturbed by its rounding error (measured on unpacked rows), and the rounding of
-the largest logit. A wrong mask or position causes a larger difference.
+Untested combinations of kernels and library versions can give wrong scores without an error. The tolerance covers two rounding errors: that
+of the module outputs, measured by perturbing them in unpacked rows, and that of the largest logit. A wrong mask or position causes a larger
+difference.
 """
 
 from __future__ import annotations
@@ -173,7 +173,6 @@ def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype
 
 
 def _mean(values: Sequence[float], world: World) -> float:
-    """Return the mean over the values of all ranks."""
     return fmean(value for of_rank in gather_objects(values, world) for value in of_rank)
 
 

@@ -213,7 +213,7 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint. Return metrics: how long saving took, in seconds and as a fraction of the time since the last checkpoint, and
+        """Save a checkpoint. Return as metrics how long this took (in seconds, and as a fraction of the time since the last checkpoint) and
         whether it failed.
 
         Raises SaveError if saving fails and ``needed`` is True. Otherwise, a failure is reported as a warning.
