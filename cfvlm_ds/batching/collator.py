@@ -51,9 +51,7 @@ class Collator:
     """Converts groups to batches.
 
     Args:
-        processor: the model's processor.
         family: the model's family record.
-        model_config: the model's configuration.
         max_length: the model's context window in tokens; a longer sequence raises DataError and is never truncated.
         max_pixels: maximum number of pixels per picture.
         checked: picture properties recorded by the data check; a picture is compared with its entry when it is opened.

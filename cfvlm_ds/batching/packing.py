@@ -62,10 +62,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Row:
-    """Trees packed into one row: the model's inputs and the scored tokens.
-
-    The fields have the same meaning as in Batch: ``cell`` [N], ``is_end`` [N], ``num_tokens`` and ``num_scored``.
-    """
+    """Trees packed into one row: the model's inputs and the scored tokens. The fields have the same meaning as in Batch."""
 
     model_inputs: Inputs
     cell: Tensor

@@ -74,7 +74,6 @@ class Prompts:
     """Encodes conversations for a model.
 
     Args:
-        processor: the model's processor.
         max_length: the model's context window in tokens.
         around: texts that the processor writes before and after each picture.
         vocabulary: size of the model's vocabulary; a tokenizer can have more tokens.

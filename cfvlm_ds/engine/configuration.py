@@ -124,7 +124,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""Valid top-level keys of a DeepSpeed JSON. DeepSpeed itself ignores unknown keys."""
+"""Valid top-level keys of a DeepSpeed JSON."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),

@@ -85,8 +85,8 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Remove the weights from each job whose weights the checkpoint lacks, for example because the module is frozen, and return all jobs.
-    The export copies the tensors of a job without weights from the source.
+    """Return the jobs, with ``weights`` emptied where the checkpoint lacks them, for example because the module is frozen. The export
+    copies the tensors of such a job from the source.
 
     Each tied weight is added to ``zero`` (the checkpoint's weights) under all its names. Raises ConfigError if a trained weight is missing,
     if the checkpoint has a trained weight that the source lacks, or if shapes differ.

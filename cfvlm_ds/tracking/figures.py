@@ -55,8 +55,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     Non-finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
-        path: PNG file to write.
-        metrics_jsonl: path of the run's metrics.
         counts: maps a metric to its number of groups, such as "120 of 450 groups", for the legend.
 
     Raises:

@@ -151,7 +151,9 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
 
 
 class Delivery:
-    """Sends a record and metrics.jsonl to MLflow in a thread. It uses only MlflowClient and does not change MLflow's global state."""
+    """Sends a record and metrics.jsonl to MLflow in a background thread. It uses only MlflowClient and leaves MLflow's global state
+    unchanged.
+    """
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, enabled: bool = True) -> None:
         self.record = record

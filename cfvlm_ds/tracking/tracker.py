@@ -113,7 +113,7 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Tracker that writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow. Created by ``open_tracker``.
+    """Writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow. Created by ``open_tracker``.
 
     As a context manager, it marks the run KILLED after KeyboardInterrupt or a non-zero SystemExit, FAILED after any other exception, and
     FINISHED otherwise. The exception is not suppressed.

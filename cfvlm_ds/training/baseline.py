@@ -37,7 +37,7 @@ _FORM = 4
 
 @dataclass(frozen=True)
 class Baseline:
-    """Accuracies on the evaluation sets before the first step.
+    """Measures a run's accuracies before the first step, and compares later accuracies with them.
 
     Args:
         model: fingerprint of the model's files, or None if unknown. Without a fingerprint, nothing is cached.

@@ -29,7 +29,6 @@ class EvaluationSample:
 
     Args:
         trained: number of groups that the run trains on, including repeats.
-        total_steps: number of steps in the run.
     """
 
     splits: Splits

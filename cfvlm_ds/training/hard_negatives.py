@@ -20,8 +20,8 @@ from cfvlm_ds.training.in_batch_negatives import look_ahead
 
 @dataclass(frozen=True)
 class Hardest:
-    """The selected cells [G, I, C], and two counts that cover only groups with a single prompt: ``proposed`` is the number of
-    counterfactuals that were scored, and ``entered`` the number that were kept.
+    """The selected cells [G, I, C], and the number of counterfactuals that were scored (``proposed``) and kept (``entered``). The counts
+    cover only groups with a single prompt.
     """
 
     cells: Tensor

@@ -58,7 +58,6 @@ class WithNegatives:
     """A run's training groups, each with its position in its step and with texts from the step's other groups.
 
     Args:
-        groups: the training groups.
         terms: objective term -> number of texts from other groups that it needs per image.
         seed: seed for drawing the texts.
     """
@@ -150,7 +149,7 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Normalise a text, so that equal texts compare equal regardless of case and spacing."""
+    """Normalise a text and fold its case. Texts with equal results count as the same text."""
     return normalised(text).casefold()
 
 

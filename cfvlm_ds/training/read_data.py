@@ -1,4 +1,4 @@
-"""A run's data. Before training, data sets are prepared as stores (indexed files) if necessary, and the stores are opened. Errors are
+"""A run's data. Before training, each data set is prepared as a store (indexed files) unless it is one already, and opened. Errors are
 raised on every rank.
 """
 
@@ -139,8 +139,8 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
     """Call a function on rank 0 while the other ranks wait, so that it can use all cores of the machine. Return its result on every rank.
 
-    Raises the function's error on every rank, StorageError if a process that the function started was killed, and ConfigError if rank 0 no
-    longer makes progress.
+    Raises the function's error on every rank, StorageError if a process that the function started was killed, and ConfigError if a rank is
+    lost.
     """
 
     def call() -> Any:

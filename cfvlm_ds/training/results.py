@@ -184,7 +184,7 @@ def harmless(path: Path, say: Say) -> Iterator[None]:
 def _worst_groups(
     config: RunConfig, step: int, splits: Mapping[str, GroupStore], scores: Mapping[str, Sequence[GroupScores]], say: Say
 ) -> bool:
-    """Write the page that shows the worst groups, and return True. If this fails, print a warning and return False."""
+    """Write the page that shows the worst groups, and return True if it was written. If this fails, print a warning."""
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)

@@ -83,8 +83,8 @@ def exit_with_message(world: World) -> Iterator[None]:
 def locked(run_dir: Path, world: World, check: Callable[[], object] = no_op, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
-    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
-    with these ``options``, or if ``check`` raises a ConfigError.
+    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder has entries that do not
+    belong to a run with these ``options``, or if ``check`` raises a ConfigError.
     """
     locks: list[RunLock] = []
 
