@@ -224,7 +224,7 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a row that contains a prompt with pictures of these ``sizes`` (width, height), one text and its end-of-turn
+        """Count the tokens of a row that holds a prompt, its pictures of these ``sizes`` (width, height), and one text with its end-of-turn
         token.
 
         Raises the same DataErrors as ``__call__``.
@@ -296,8 +296,8 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Return the trees without the in-batch negatives that, with their prompt, exceed the context window. Mark the cells of these negatives
-    as invalid in ``layout``.
+    """Return the trees without the in-batch negatives that exceed the context window together with their prompt. Mark the cells of these
+    negatives as invalid in ``layout``.
     """
     if layout.in_batch is None:
         return trees

@@ -256,8 +256,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Split a tree into trees of at most ``max_tokens`` tokens, keeping the order of its texts. A text that, with its prompt, exceeds the
-    limit gets its own tree.
+    """Split a tree into trees of at most ``max_tokens`` tokens, keeping the order of its texts. A text that exceeds the limit together with
+    its prompt gets its own tree.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens
