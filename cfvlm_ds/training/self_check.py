@@ -159,8 +159,8 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
     """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts. The first is the spread of a text's score when outputs are rounded differently; it grows with the square
-    root of the number of tokens. The second is one unit in the last place of the text's largest logit.
+    The rounding error has two parts. The first is the spread of a text's score when outputs are rounded differently; it grows with the
+    square root of the number of tokens. The second is one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):
