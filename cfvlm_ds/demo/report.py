@@ -1,5 +1,5 @@
-"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after the
-same training time.
+"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives trained for
+the same time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -37,7 +37,7 @@ AXES = {
 
 
 def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics in ``axes`` before and after a run. A metric's two values are the same if the run was evaluated only once."""
+    """Return the metrics in ``axes`` before and after a run; both are the same if the run was evaluated only once."""
     name = f"eval/{next(iter(axes.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     found = [{axis: line[f"eval/{metric}"] for axis, metric in axes.items() if f"eval/{metric}" in line} for line in evaluated]
@@ -45,7 +45,7 @@ def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> tuple[dict[str, float]
 
 
 def report(run: Path) -> str:
-    """Return a table of a run's results, the base model's results and the stored results of other objectives."""
+    """Return a table of the results of a run, the base model and other objectives (stored)."""
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     before, after = axes_of(run)
     columns = {"base": before, **{each["title"]: each["mean"] for each in measured.values()}, "this run": after}

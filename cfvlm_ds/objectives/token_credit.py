@@ -33,7 +33,7 @@ def token_weights(scores: Scores) -> Tensor:
 
 
 def token_credit(scores: Scores) -> Tensor:
-    """Return sum_t (w_t - 1) log p(token t) [G, I, C] in nats, the difference between the weighted score and ``logp``."""
+    """Return the weighted score minus ``logp``, sum_t (w_t - 1) log p(token t), [G, I, C] in nats."""
     weights = token_weights(scores)
     assert scores.tokens is not None
     return ((weights - 1) * scores.tokens).sum(-1)
