@@ -1,8 +1,8 @@
 """World with habits: synthetic scenes of a few things (objects) that mostly have their usual look and place.
 
 ``HABITS`` defines each kind's habits: its usual attributes, such as green for trees. ``draw_scene`` follows each habit with a given
-probability. In training sets, it is usually high, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a model
-that relies on habits.
+probability. In training sets, it is usually high, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a
+model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
 of a scene differ in kind, so "the cup" is unambiguous.
