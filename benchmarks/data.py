@@ -4,8 +4,9 @@
     python benchmarks/data.py FOLDER --rows 10000 10000000      # ten million: 12 GB, half an hour
 
 Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the largest resident size of any process
-during preparation. "Start" covers everything from a store to a run's first micro-batch: opening the store, mapping the token counts,
-building the packed sampler, counting its steps, and getting a batch of groups from a data worker. The script prints the table of RESULTS.md.
+during preparation. "Start" covers everything from a store to a run's first micro-batch: opening the store, mapping token counts,
+building the packed sampler, counting its steps, and getting a batch of groups from a data worker. The script prints the table in
+RESULTS.md.
 """
 
 from __future__ import annotations

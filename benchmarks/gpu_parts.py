@@ -370,8 +370,8 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train with two ranks on one GPU (over gloo, because NCCL does not support this). The results include the largest relative difference of
-    a loss from that of one rank with two micro-batches.
+    """Train with two ranks on one GPU (over gloo, because NCCL does not support this). The results include the largest relative difference
+    of a loss from that of one rank with two micro-batches.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
