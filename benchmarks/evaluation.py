@@ -1,6 +1,6 @@
 """Cost of many questions about one image, in evaluation and training, with one forest, one tree per question, or one sequence per answer.
 
-    python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
+    python benchmarks/evaluation.py                               # LLaVA, Qwen2.5-VL and Qwen3.5 with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
     python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as in evaluation
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2

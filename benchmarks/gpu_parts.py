@@ -370,9 +370,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train with two ranks on one GPU (over gloo, because NCCL does not support this). The results include the largest relative difference
-    of a loss from that of one rank with two micro-batches.
-    """
+    """Train with two ranks on one GPU (over gloo, because NCCL does not support this), and compare the losses with those of one rank."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")

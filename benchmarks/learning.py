@@ -239,7 +239,7 @@ def evaluation_sets(world: Path, data: str) -> dict[str, Any]:
 
 
 def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
-    """Return how many steps of an arm fit into the default's CPU time, together with the base's scoring if the arm needs it."""
+    """Return how many steps of an arm fit into the default's CPU time, together with scoring by the base if the arm needs it."""
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0, data=data)
@@ -254,7 +254,8 @@ def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
 
 
 def affordable(own: float, default: float, scored: float, budget: int = STEPS) -> int:
-    """Return the number of steps of ``own`` seconds that fit into the time of ``budget`` steps of the default (``default`` seconds each).
+    """Return how many steps of ``own`` seconds fit into the time of ``budget`` steps of ``default`` seconds.
+
     Scoring all training groups takes ``scored`` seconds, but only the groups that the steps use are counted, each once.
     """
     per_step = own + scored * GROUPS / TRAIN

@@ -28,7 +28,7 @@ DESCRIBE = (
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
 ASKED = 0.4
-"""Share of the natural pictures that get a question of a type, among those to which the type applies."""
+"""For each type of question, the share of suitable natural pictures that get one."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]

@@ -16,10 +16,9 @@ default objective. The default takes STEPS steps, or a third of them in runs tha
 same CPU time allows, measured with two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. Test groups
-change only held-out things. In benchmarks/real_prior/, each finished run adds a line to runs.jsonl or, if it serves to
-choose a rate, to rates.jsonl. To try another arm, add it to ARMS, and its runs to TRIED and SHOWN. The runs of arms with weights of 6 and
-0.6 were made when csd and fcd were means over groups, with weights of 1 and 0.1. The factual texts have 5.9 tokens on average, so these
-weights are equivalent.
+change only held-out things. In benchmarks/real_prior/, each finished run adds a line to runs.jsonl or, if it serves to choose a rate, to
+rates.jsonl. To try another arm, add it to ARMS, and its runs to TRIED and SHOWN. The arms with weights of 6 and 0.6 ran when csd and fcd
+were means over groups, with weights of 1 and 0.1. The factual texts have 5.9 tokens on average, so these weights are equivalent.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
 the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each run that serves to choose a rate, and 14 for each

@@ -1,6 +1,6 @@
 """Cost of scoring K texts on one image, forward and backward, in three layouts, compared with a supervised step on the same tokens.
 
-    python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
+    python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 1 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
     python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # only draws this file's figure
     python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, which fork their state
@@ -126,7 +126,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image, a prompt that contains it, and K texts of the same length, as random token ids."""
+    """Random inputs: one image, a prompt that contains it, and K texts of the same length."""
 
     model: Any
     family: str
@@ -345,7 +345,7 @@ def _status(name: str) -> int:
 
 
 def flop(name: str, of: Case) -> float:
-    """Return the number of floating-point operations of a forward and backward pass. ``name`` is cut at a comma."""
+    """Return the number of floating-point operations of a forward and backward pass. The part of ``name`` after a comma is ignored."""
     name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
     repeated = texts if name in ("concatenated", "sparse") else 1

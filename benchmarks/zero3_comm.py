@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
 The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward pass of the engine per
-text. The second step is measured: by then, DeepSpeed has recorded the order of modules and prefetches their weights. Weights are released
+text. The second step is measured: by then, DeepSpeed has recorded the order of modules, and prefetches their weights. Weights are released
 after each use.
 """
 

@@ -107,8 +107,8 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A falling mean of true pairs, in nats per
-    token, reveals likelihood displacement.
+    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A fall in the mean of true pairs, in nats
+    per token, reveals likelihood displacement.
 
     The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images for which it is false (lp_k0), and
     false texts on the factual image (lp_0k).

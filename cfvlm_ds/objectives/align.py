@@ -19,7 +19,7 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs.
 
-    Each part is averaged separately. Both NLLs are per token, including end-of-turn tokens. For the second NLL, log-likelihoods and token
+    The two NLLs are averaged separately, both per token, including end-of-turn tokens. For the second NLL, log-likelihoods and token
     counts are first averaged over each group's other true pairs.
 
     Args:

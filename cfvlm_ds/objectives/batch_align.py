@@ -26,7 +26,7 @@ class BatchAlign(Objective):
 
     - equals one of the group's texts or has its ``key``;
     - is listed in the group's ``exclude`` (by text or key);
-    - is marked in its own group as true of one of this group's pictures.
+    - is marked in its own group as true of one of this group's images.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
     and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs

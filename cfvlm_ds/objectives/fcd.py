@@ -16,7 +16,7 @@ from cfvlm_ds.objectives.objective import MarginTerm, comparisons, masked_max
 class Fcd(MarginTerm):
     """Margin between images: the factual text must prefer its own image to the hardest counterfactual image.
 
-    With margin m and link h, the loss is h(m + max_k S_k0 - S_00).
+    The loss is h(m + max_k S_k0 - S_00), with margin m and link h.
 
     Args:
         symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to images for which it is

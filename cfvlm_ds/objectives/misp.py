@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss that contrasts a text's own image with all images that contradict it."""
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: a text's own image against all images that contradict the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token credit: a token's weight depends on how much the picture changes its likelihood (TPO, arXiv 2412.14487).
+"""Token credit: a token's weight depends on how much the image changes its likelihood (TPO, arXiv 2412.14487).
 
 Shapes: G groups, I images, C candidates, T tokens of the longest text.
 """
@@ -40,7 +40,7 @@ def token_credit(scores: Scores) -> Tensor:
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the picture."""
+    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the image."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)

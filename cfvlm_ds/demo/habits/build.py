@@ -1,9 +1,9 @@
 """World with habits, written as a folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
-A habit is the usual attribute of a kind of thing: trees are usually green, and the moon is usually at the top. In ``train`` and
-``validation``, each thing in the first picture follows each of its habits with probability ``strength`` (default 0.96).
-The test sets are balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, every
-thing in the first picture breaks all of its habits, and the edit changes the set of broken habits or an unusual value.
+A habit is a usual attribute of a kind of thing, such as green for trees. In ``train`` and ``validation``, each thing in the first picture
+follows each of its habits with probability ``strength`` (default 0.96). The test sets are balanced between two values of ``meta.habit``. In
+"agrees" rows, no picture breaks a habit. In "contradicts" rows, every thing in the first picture breaks all of its habits, and the edit
+changes the set of broken habits or an unusual value.
 
 The prompts of ``test_agrees``, ``test_contradicts`` and ``test_combo`` ask for descriptions. In each first picture of ``test_combo``, one
 thing has a colour that its kind never has in training. The other test sets ask questions. The folders ``pope`` (questions in POPE's format)

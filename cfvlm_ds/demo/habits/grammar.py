@@ -55,7 +55,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Return a sentence in one of the phrasings in SENTENCES, without a capital letter and a full stop."""
+    """Return a sentence in one of the phrasings in SENTENCES, without a capital letter or a full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     at = "in" if slots.get("row") == "middle" else "at"
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**slots, **{"is": "are" if plural else "is", "at": at})

@@ -39,7 +39,7 @@ _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "coun
 """Edit type -> form of the statements that it changes, if the names differ."""
 
 Asked = tuple[tuple[Candidate, ...], list[list[int]]]
-"""Two answers to a prompt, and a truth table [scene][answer] of 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""
+"""Two answers to a prompt, and a truth table [scene][answer] with entries 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:

@@ -114,7 +114,7 @@ class Scene:
         return sum(thing.number for thing in self.things)
 
     def find(self, kind: str) -> Thing | None:
-        """Return the thing of a kind, or None."""
+        """Return the thing of the given kind, or None."""
         return next((thing for thing in self.things if thing.kind == kind), None)
 
     def free(self, row: int) -> set[int]:
