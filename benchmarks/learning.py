@@ -68,7 +68,7 @@ NO_CONTRAST = ("--objective.csd.weight=0", "--objective.fcd.weight=0")
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, as options for examples/quickstart.yaml. ``scores`` is True if the objective needs the base's scores."""
+    """An objective, as options for examples/quickstart.yaml. ``scores`` is True if it needs the base's scores."""
 
     title: str
     options: tuple[str, ...] = ()

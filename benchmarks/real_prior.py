@@ -115,12 +115,10 @@ class Arm:
 
 
 def _contrast(**options: float) -> tuple[str, ...]:
-    """Return options for both contrast terms."""
     return tuple(f"--objective.{term}.{name}={value}" for term in ("csd", "fcd") for name, value in options.items())
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for weight 6 and the given margins."""
     return (*_contrast(weight=6), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
