@@ -1,5 +1,5 @@
-"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after the
-same training time.
+"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives trained for
+the same time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -37,14 +37,14 @@ AXES = {
 
 
 def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> list[dict[str, float]]:
-    """Return the metrics in ``axes`` of each evaluation of a run that includes the first of them."""
+    """Return the metrics in ``axes``, one dict per evaluation of the run. Evaluations without the first metric are left out."""
     name = f"eval/{next(iter(axes.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
     return [{axis: line[f"eval/{metric}"] for axis, metric in axes.items() if f"eval/{metric}" in line} for line in evaluated]
 
 
 def report(run: Path) -> str:
-    """Return a table of a run's results, the base model's results (if they were measured) and the stored results of other objectives."""
+    """Return a table of the results of a run, the base model (if it was evaluated) and other objectives (stored)."""
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     if not (found := axes_of(run)):
         return f"{run} was not evaluated, so there is no table (data.evaluation in examples/quickstart.yaml)"
