@@ -457,7 +457,7 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
 
 
 def time_figure(path: Path, base: Mapping[str, float], budgets: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
-    """Draw the results of each arm against its training time, with 95 % t intervals, for the axes in CURVES."""
+    """Plot each arm's results against training time with 95 % t intervals, in one panel per evaluation axis in CURVES."""
     import matplotlib
 
     matplotlib.use("Agg")

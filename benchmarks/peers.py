@@ -408,7 +408,7 @@ def seconds(found: Result, name: str) -> float:
 
 
 def difference(found: Result, mine: Result) -> float:
-    """Return the largest difference between losses of the same step."""
+    """Return the largest difference between the losses of two runs at the same step."""
     return max(abs(one["loss"] - other["loss"]) for one, other in zip(found["steps"], mine["steps"], strict=True))
 
 

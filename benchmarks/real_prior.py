@@ -259,7 +259,7 @@ def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str]
 
 
 def written(options: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:
-    """Let a model describe the pictures of test groups with a changed colour or number, and evaluate the texts with ``statements``."""
+    """Have a model describe the pictures of test groups whose edit changes a colour or number, and score its texts with ``statements``."""
     data = options.out / "data"
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     pictures = [str(data / image["path"]) for row in rows if row["edits"][0]["type"] in WRITTEN for image in row["images"]]

@@ -31,7 +31,7 @@ STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image."
 
 
 def blank_view(num_pictures: int) -> Pictures:
-    """Return an image that consists of ``num_pictures`` blank pictures."""
+    """Return the ``num_pictures`` blank pictures that stand in for an image."""
     return tuple(BLANK.with_suffix(f".{k}") for k in range(num_pictures))
 
 

@@ -224,8 +224,8 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a row that holds a prompt, its pictures of these ``sizes`` (width, height), and one text with its end-of-turn
-        token.
+        """Count the tokens of a row that holds a prompt, its pictures with the given ``sizes`` (width, height), and one text with its
+        end-of-turn token.
 
         Raises the same DataErrors as ``__call__``.
         """

@@ -111,8 +111,8 @@ class ImageFiles:
         return self._counted[size, together]
 
     def _processed(self, opened: list[Image.Image], together: int) -> tuple[Inputs, list[list[int]]]:
-        """Run the processor, with the last ``together`` pictures in one prompt. Return the tower's inputs and each picture's placeholder
-        ids.
+        """Run the processor on ``opened``, of which the last ``together`` pictures share a prompt. Return the tower's inputs and each
+        picture's placeholder ids.
         """
         token, tokenizer = self.processor.image_token, self.processor.tokenizer
         alone = len(opened) - together

@@ -39,7 +39,7 @@ class Tree:
 
     @property
     def ordered(self) -> list[tuple[int, Encoded]]:
-        """Branches sorted by the token ids of their prompts, so that prompts with a common beginning are neighbours."""
+        """Branches sorted by the token ids of their prompts, so that prompts with a common prefix are neighbours."""
         return sorted(self.branches, key=lambda branch: branch[1].prompt_ids)
 
 

@@ -45,10 +45,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Head:
-    """A rendered prompt: its text and ids, the rendered conversation before and after the answer, and the error message, if any.
+    """A rendered prompt: its text and ids, and the error message, if any. ``before`` and ``after`` surround the answer where the template
+    renders a whole conversation.
 
-    ``stem`` is everything before the answer: ``text`` plus any white space that is tokenised with the answer. ``follows`` is True if the
-    template writes the answer directly after the prompt.
+    ``stem`` is the string that the answer is appended to before tokenisation: ``text`` plus any white space tokenised with the answer.
+    ``follows`` is True if the template writes the answer directly after the prompt.
     """
 
     text: str

@@ -93,8 +93,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options that have no effect, printed when a run starts. LoRA options need a module whose ``tuning`` is ``lora``,
-        whereas in other programs setting a rank enables LoRA.
+        """Warnings about options that have no effect, printed when a run starts. LoRA options need a module whose ``tuning`` is ``lora``;
+        a rank alone does not enable LoRA.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -190,7 +190,7 @@ class TrainConfig:
             in a row). In both cases, the weights stay unchanged, and nonfinite.jsonl in the run folder lists the groups.
         stop_margin_s: save a checkpoint and exit with code 85 when the time left in a Slurm job is less than this many seconds plus the
             duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough to save the first
-            checkpoint, whose duration is not yet known.
+            checkpoint, because the time that this takes is not known before.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
             this check.
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors

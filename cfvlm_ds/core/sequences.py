@@ -44,7 +44,7 @@ def differing(one: Sequence[T], other: Sequence[T]) -> tuple[slice, slice]:
 
 
 def side_by_side(function: Callable[[T], R], items: Iterator[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
-    """Yield each item and the result of ``function`` for it, in order, while threads compute the next ``ahead`` results."""
+    """Yield each item with ``function(item)``, in order, while threads compute the next ``ahead`` results."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque((item, pool.submit(function, item)) for item in islice(items, ahead))
         try:

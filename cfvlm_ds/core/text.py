@@ -28,7 +28,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def few(names: Collection[str], most: int = 5) -> str:
-    """Join the first ``most`` names with commas, and add an ellipsis if there are more. Long names are cut."""
+    """Join the first ``most`` names with commas, and add an ellipsis if there are more. Names are truncated to 60 characters."""
     return ", ".join(one_line(name, 60) for name in islice(names, most)) + ", ..." * (len(names) > most)
 
 

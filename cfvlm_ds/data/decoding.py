@@ -93,7 +93,7 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether the EXIF orientation swaps the image's width and height. For a TIFF, PIL has already swapped them in ``size``."""
+    """Return whether the EXIF orientation swaps the sides in ``image.size``. For a TIFF it does not: PIL has swapped them already."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 

@@ -42,8 +42,8 @@ class IndexedLines:
 
     @classmethod
     def scanned(cls, path: Path, *, alive: Alive = no_op, progress: Say = no_op) -> IndexedLines:
-        """Read a file once and index its lines. Raises OSError, ValueError (without the file's name) if the file is not regular or changes
-        meanwhile, and DataError for a line of more than MAX_LINE bytes.
+        """Read a file once and index its lines. Raises OSError if it cannot be read, ValueError (without the file's name) if it is not
+        regular or changes while it is read, and DataError for a line of more than MAX_LINE bytes.
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)
@@ -87,7 +87,7 @@ class IndexedLines:
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
-        """Return a row without its line break. Raises OSError, and DataError if the row has changed since the file was indexed."""
+        """Return a row without its line break. Raises OSError if the file cannot be read, and DataError if the indexed row has changed."""
         start, end = self.starts.item(row), self.starts.item(row + 1)
         data = self._held.read(start, min(end - start, MAX_LINE))
         line = data[: data.find(b"\n") + 1 or None]

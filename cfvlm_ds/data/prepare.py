@@ -324,7 +324,7 @@ class _Job:
 
 
 class Chunk(NamedTuple):
-    """Encoded rows of a range of groups, and their entries for the store's tables. ``rows`` contains the source row of each group."""
+    """Groups of a range, encoded as ``lines``, with their entries for the store's tables. ``rows`` has the source row of each group."""
 
     lines: bytes
     rows: Array
@@ -421,7 +421,7 @@ class _Files:
         return self._work / f"{self.name(number)}.{suffix}"
 
     def missing(self, shard: int = 0, of: int = 1) -> list[int]:
-        """Return the numbers of the incomplete files in a shard, or by default in all shards."""
+        """Return the indices of the incomplete files in a shard, or by default in all shards."""
         return [number for number in range(self.count)[shard::of] if not self.file(number, "json").exists()]
 
     def note(self, number: int, **record: Any) -> None:

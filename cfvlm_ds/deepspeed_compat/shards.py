@@ -224,7 +224,7 @@ class Shards:
         return {**old, "partition_count": count, self._base: {"state": state, "param_groups": groups}, self._flat: weights}
 
     def _elements(self, name: str, moment: str | None, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield elements ``start`` to ``stop`` of a weight or its ``moment``, one block per piece, without padding."""
+        """Yield the elements from ``start`` to ``stop`` of a weight or its ``moment``, as one tensor per piece, without padding."""
         stop, first = min(stop, self._shapes[name].numel()), 0
         for piece in self._pieces[name]:
             last = first + piece.stop - piece.start

@@ -164,7 +164,7 @@ def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torc
 
 
 def _parse(path: str, options: Mapping[str, Any]) -> Any:
-    """Parse the configuration with DeepSpeed. Raises ConfigError naming an invalid key."""
+    """Parse the configuration with DeepSpeed. Raises ConfigError, with the name of the invalid key, if DeepSpeed rejects it."""
     import_deepspeed()
     import deepspeed
     from pydantic import ValidationError

@@ -234,11 +234,10 @@ class _Tried(NamedTuple):
 
 
 def rehearse(forward: Forward, collator: Collator, splits: Mapping[str, Groups], world: World, batching: Batching) -> None:
-    """On every rank, score the batch with the largest forward pass (in case of a tie, the one with the most tokens in total) among those
-    that ``score_groups`` will run.
+    """On every rank, score the batch that needs the largest forward pass in ``score_groups``, to run out of memory now rather than later.
 
-    A forward pass exceeds ``max_tokens`` only if a single text with its prompt and image does. Raises the same errors as ``score_groups``,
-    on all ranks.
+    Ties go to the batch with the most tokens. A forward pass exceeds ``batching.max_tokens`` only if a single text with its prompt and
+    image does. Raises the same errors as ``score_groups``, on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator, batch_size, max_tokens = collator.scoring_everything(), batching.batch_size, batching.max_tokens

@@ -74,7 +74,7 @@ class Family:
     limited_by: tuple[str, ...] = ()
 
     def module_of(self, name: str) -> Module:
-        """Return the module that the parameter ``name`` belongs to. Raises KeyError if no prefix matches."""
+        """Return the name of the module that the parameter ``name`` belongs to. Raises KeyError if it belongs to none."""
         prefixes: dict[Module, tuple[str, ...]] = {
             "vision_tower": self.vision_tower,
             "projector": self.projector,

@@ -135,8 +135,8 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Use transformers' own attention within the block. It supports only rows with one text, whose scores serve as an independent
-    reference.
+    """Use transformers' own attention within the block, for generation and for the reference scores of the self-check. Each row must have
+    only one text.
     """
     parts = model.config.get_text_config(), model.config.vision_config
     backends = [part._attn_implementation for part in parts]

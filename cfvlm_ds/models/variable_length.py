@@ -1,8 +1,8 @@
 """Attention with variable-length kernels, over a row of trees or within the pictures or windows of a vision tower.
 
-In a row of trees, a segment consists of a node's queries and the keys gathered along its path. The kernel is causal and aligns a segment's
-last query with its last key, so a sliding window extends back along the path. Pictures with bidirectional attention are segments of a
-second call, which is not causal. The last key of each is the picture's last token.
+In a row of trees, a segment consists of a node's queries and the keys gathered along its path. One causal call of the kernel handles all
+segments. It aligns a segment's last query with its last key, so a sliding window extends back along the path. If attention within pictures
+is bidirectional, each picture is also a segment of a second, non-causal call, whose keys end with the picture's last token.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """

@@ -57,7 +57,7 @@ class Retain(Objective):
         return {"retain/ratio": (torch.where(selected, tokens * ratio.detach(), 0).sum(), torch.where(selected, tokens, 0).sum())}
 
     def _ratio(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return two tensors [G, I, C]: the log-ratio per token (0 outside the selected pairs), and the number of tokens."""
+        """Return two tensors [G, I, C]: each text's log-ratio divided by its tokens (0 outside the selected pairs), and its tokens."""
         if scores.reference is None:
             raise ValueError("retain needs reference scores: write them with `cfvlm-ds score` and pass --data.scores")
         tokens = scores.layout.num_tokens.clamp(min=1)

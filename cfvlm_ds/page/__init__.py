@@ -272,7 +272,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s!-/:-@\[-`{{-~{_CJK}]+|[!-/:-@\[-`{{-~]")
 def changed_words(reference: str, other: str) -> tuple[list[Span], list[Span]]:
     """Compare two texts, ignoring white space. Return the spans of whole words that differ, for each text.
 
-    If there are more than MAX_COMPARED word pairs, everything between the common beginning and the common end counts as changed.
+    If there are more than MAX_COMPARED word pairs, everything between the common prefix and the common suffix counts as changed.
     """
     word_matches = [list(_WORD.finditer(text)) for text in (reference, other)]
     words = [[match[0] for match in matches] for matches in word_matches]

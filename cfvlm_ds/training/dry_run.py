@@ -122,8 +122,8 @@ def working_memory(model: Any, ds_config: dict[str, Any], tokens: int, recompute
     """Estimate the memory that a forward and backward pass over ``tokens`` tokens needs in addition to ``model_states``, in bytes per GPU,
     keyed by purpose.
 
-    The model must be on the meta device with ``attention_without_data``. ``recompute`` is True for gradient checkpointing. The activations
-    of a trained vision tower are not counted. A frozen tower runs before the language model and saves no activations.
+    Call it inside ``attention_without_data``, with the model on the meta device. ``recompute`` is True for gradient checkpointing. The
+    activations of a trained vision tower are not counted. A frozen tower runs before the language model and saves no activations.
     """
     zero = ds_config.get("zero_optimization", {})
     sizes = {"activations": activations(model, tokens, recompute), "logits": _LOGIT_BYTES * LOGITS}

@@ -291,7 +291,7 @@ class _Stores:
 
 
 def _named(each: DataSet) -> str:
-    """Return the name of a data set's files in the run folder."""
+    """Return the stem of the names of a data set's files in the run folder."""
     parts = [os.path.abspath(each.path), each.root, each.format, each.limit]
     name = hashlib.blake2b(without_secrets(json.dumps(parts)).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return f"{Path(each.path).stem[:80].replace('*', '_')}-{name}"

@@ -74,7 +74,7 @@ _LEFT = {
 
 @contextlib.contextmanager
 def exit_with_message(world: World) -> Iterator[None]:
-    """If a signal makes a rank exit at once within the block, all ranks exit, and rank 0 prints how to continue the run."""
+    """If a signal makes a rank exit immediately while the block runs, all ranks exit, and rank 0 prints how to continue the run."""
     with signals.before_leaving(lambda code: world.say(_LEFT[code])), signals.leaving_together(world):
         yield
 

@@ -1,4 +1,4 @@
-"""Editor that mirrors pictures. Mirroring exactly exchanges left and right, but lettering can reveal it."""
+"""Editor that mirrors pictures, which exchanges left and right exactly. Captions that mention lettering are excluded."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _hash(text: str, size: int) -> bytes:
 
 
 class SlotIndex:
-    """A memory-mapped index from keys to rows. The rows of a key are sorted by the hash of the omitted word."""
+    """Memory-mapped index from keys (captions without one word) to rows. A key's rows are sorted by the hash of the word left out."""
 
     def __init__(self, path: Path) -> None:
         self._entries = np.memmap(path, _ENTRY, "r") if path.stat().st_size else np.empty(0, _ENTRY)

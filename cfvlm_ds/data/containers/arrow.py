@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures stored by ``datasets``. Each has bytes and its original path; the path is used if there are no bytes."""
+    """Return the bytes of each picture stored by ``datasets``, or its path if it has no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)

@@ -73,9 +73,9 @@ def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive 
     """Write the manifests, ``images/``, ``pope/``, ``habits/`` and ``habits.json`` to ``config.out_dir`` unless they exist. Return the
     folder.
 
-    The folder is built under a temporary name and renamed when it is complete. Two processes must not build a folder at the same time.
-    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if settings are incompatible or
-    the folder contains other files. Ranges are checked where options are parsed.
+    The folder is built under a temporary name and renamed when it is complete. Two processes must not build the same folder at the same
+    time. ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if settings are incompatible or
+    the folder contains other files. The ranges of single settings are checked where options are parsed, not here.
     """
     if config.text_bias and config.num_counterfactuals:
         raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")

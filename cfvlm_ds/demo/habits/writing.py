@@ -38,7 +38,7 @@ def write_scenes(folder: Path, pictures: Sequence[tuple[str, Scene, bytes]]) -> 
 
 
 def item(row: Row) -> Item:
-    """Build the benchmark item of a row. Its texts are the names in ``_COUNTED``."""
+    """Build a benchmark item from a row. The item's texts are the names in ``_COUNTED``."""
     scene = scene_from(row["scene"])
     tags = {"habit": row.text("habit"), "scene": json.dumps(row["scene"]), "things": str(len(scene.things))}
     picture = row.picture(row["image"], "../pope/val2014")

@@ -2,9 +2,9 @@
 
 The metrics of descriptions are those of the authors' inference.py, but words are matched by a simpler rule. The authors count the words in
 relation.json that NLTK tags as nouns. They also match a noun to any object with a similar word vector (spaCy's large model, cosine above
-0.8). This module counts every word in relation.json, whatever its part of speech, except "hot", and "can" unless it follows "a", "the" or a
-word such as "trash". A word matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can
-count as false here.
+0.8). This module counts every word in relation.json, whatever its part of speech. It ignores "hot" and most uses of "can", which counts
+only after "a", "the" or a word such as "trash". A word matches only the objects that relation.json lists it with, so a synonym that the
+authors' code accepts can count as false here.
 """
 
 from __future__ import annotations

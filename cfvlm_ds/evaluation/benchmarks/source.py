@@ -1,4 +1,4 @@
-"""Reading of a benchmark's official files: rows with their locations, and paths of pictures.
+"""Readers of a benchmark's official files, which yield rows with their locations, and paths of pictures.
 
 The files are untrusted, so their sizes are limited, and a name in a row cannot refer to a file outside the folder. A picture folder can be
 a link, because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to
@@ -227,8 +227,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Save a picture that was derived from an official one as the PNG file ``path``, and return ``path``. ``root`` is the benchmark's
-    folder.
+    """Save a picture to the PNG file ``path``, and return ``path``. ``root`` is the benchmark's folder.
 
     Raises StorageError if the file cannot be written, and ConfigError if a link leads out of the folder.
     """

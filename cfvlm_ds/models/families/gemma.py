@@ -25,8 +25,8 @@ def in_windows(config: PreTrainedConfig) -> Whole:
 
 
 def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Raise ConfigError if pan and scan is enabled. It splits a picture into several blocks of tokens, and the words between the blocks are
-    tokenised together with the prompt.
+    """Raise ConfigError if pan and scan is enabled. It is not supported because the processor then splits a picture into several blocks of
+    tokens, and the words between them cannot be tokenised separately from the prompt.
     """
     _generates(config)
     if processor is not None and getattr(processor.image_processor, "do_pan_and_scan", None):
