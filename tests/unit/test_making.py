@@ -963,7 +963,8 @@ def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch)
     sources = {record["source"]: bool(record["edits"]) for record in WorkFolder.open(whole).records("propose", 0)}
     assert (parts.sources["captions"], parts.sources["with a proposal"]) == (len(sources), sum(sources.values()))
     for options, place in (
-        *(({"splits": text}, "--splits") for text in ("train", "a=0.5", "a/b=1", "a=0,b=1", "a=60,b=40", "a=2,b=-1", "a=.nan")),
+        *(({"splits": text}, "--splits") for text in ("train", "a=0.5", "a/b=1", "a=0,b=1", "a=2,b=-1", "a=.nan")),
+        ({"splits": "a=60,b=40"}, "add up to 1"),
         ({"margin": 1000.0}, "score: "), ({"rule": "checks", "margin": 1.0}, "--margin"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=place):
