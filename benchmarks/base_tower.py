@@ -3,7 +3,7 @@ thing in its cell.
 
     python benchmarks/base_tower.py      # writes the model that base_sees.yaml trains; 8 minutes on two cores
 
-A LLaVA starts from a trained tower. From descriptions alone, a model of this size did not learn to recognise any kind of thing in 3,500
+The tower is trained first because, from descriptions alone, a model of this size did not learn to recognise any kind of thing in 3,500
 steps (TRIALS.md).
 """
 
@@ -101,7 +101,7 @@ def labels_of(scene: Scene, side: int) -> list[list[int]]:
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, str]:
-    """Return the sum of the three labels' cross-entropies, and each label's accuracy in cells with a thing."""
+    """Return the sum of the three labels' cross-entropies, and a text with each label's accuracy in cells with a thing."""
     parts = logits.split([len(BACKGROUNDS), len(KINDS) + 1, len(COLOURS) + 1], dim=-1)
     losses, right = [], []
     for name, part, label in zip(("background", "kind", "colour"), parts, labels.unbind(-1), strict=True):
@@ -112,7 +112,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, str]:
 
 
 def all_texts(seed: int, number: int) -> list[str]:
-    """Draw descriptions, prompts and answers from the whole grammar, for training a tokenizer."""
+    """Draw descriptions, prompts and answers that cover the grammar, to train a tokenizer."""
     rng = Random(f"{seed}/texts")
     texts = [*DESCRIBE, "Yes", "No", "A", "B", *NUMBERS[1:], *COLOURS]
     for index in range(number):

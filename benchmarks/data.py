@@ -3,10 +3,10 @@
     python benchmarks/data.py FOLDER                            # ten thousand and a million rows: 2 GB in FOLDER, four minutes
     python benchmarks/data.py FOLDER --rows 10000 10000000      # ten million: 12 GB, half an hour
 
-Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the largest resident size of any process that
-prepares. "Start" covers everything from a store to
-a run's first micro-batch: opening the store, mapping the token counts, building the packed sampler, counting its steps, and getting a batch
-of groups from a data worker. The script prints the table of RESULTS.md.
+Each row has two texts and two of a thousand pictures. Times are wall-clock seconds. Memory is the largest resident size of any process
+during preparation. "Start" covers everything from a store to a run's first micro-batch: opening the store, mapping token counts,
+building the packed sampler, counting its steps, and getting a batch of groups from a data worker. The script prints the table in
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def fresh(folder: Path, name: str, *arguments: object) -> dict[str, float]:
 
 
 def make(folder: Path, rows: int) -> None:
-    """Write a manifest with ``rows`` rows, and a file of their token counts."""
+    """Write a manifest with ``rows`` rows, and a file of random token counts."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pictures").mkdir(exist_ok=True)
     chance = random.Random(0)
@@ -124,7 +124,7 @@ def make(folder: Path, rows: int) -> None:
 
 
 def preparing(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the time and memory to check data and write a store, on all cores."""
+    """Measure the time and memory needed to check the data and write a store, on all cores."""
     began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.jsonl")
     report, whole = prepare(groups, folder / f"{rows}.store", rows, PrepareOptions(), str)
@@ -138,7 +138,7 @@ def preparing(folder: Path, rows: str) -> dict[str, float]:
 
 
 def opening(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the time to open a store, and to read a random row."""
+    """Measure the time to open a store and the time to read a random row."""
     began = time.perf_counter()
     groups = open_groups(folder / f"{rows}.store")
     seconds = time.perf_counter() - began
@@ -149,7 +149,7 @@ def opening(folder: Path, rows: str) -> dict[str, float]:
 
 
 def starting(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the time to get from a store to the first micro-batch of groups."""
+    """Measure the time from opening a store to the first micro-batch of groups."""
     began = time.perf_counter()
     groups, tokens = open_groups(folder / f"{rows}.store"), np.load(folder / f"{rows}.npy", mmap_mode="r")
     sampler = PackedSampler(tokens=tokens, max_tokens=8192, gradient_accumulation_steps=2, rank=0, world_size=4, seed=0)
@@ -160,7 +160,7 @@ def starting(folder: Path, rows: str) -> dict[str, float]:
 
 
 def reading(folder: Path, rows: str) -> dict[str, float]:
-    """Measure the rows per second that one data worker reads from a shuffled epoch."""
+    """Measure how many rows per second one data worker reads in a shuffled epoch."""
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(num_groups=len(groups), groups_per_micro_batch=8, gradient_accumulation_steps=1, rank=0, world_size=1, seed=0)
     loader: Any = DataLoader(
@@ -223,7 +223,7 @@ def consumed(folder: Path, rows: int, world: int, first: int, last: int) -> list
 
 
 def consuming(folder: Path, *given: str) -> dict[str, float]:
-    """Resume as one of a run's ranks from a given step, and write the groups that this rank consumes in each step."""
+    """Start from a given step as one rank of a run, and write the groups that this rank consumes in each step."""
     rows, world, rank, first, last = map(int, given[:5])
     groups = open_groups(folder / f"{rows}.store")
     sampler = GroupSampler(

@@ -1,12 +1,12 @@
-"""Cost of many questions about one image, in evaluation and training, with one forest, a tree per question, or a sequence per answer.
+"""Cost of many questions about one image, in evaluation and training, with one forest, one tree per question, or one sequence per answer.
 
-    python benchmarks/evaluation.py                               # LLaVA and Qwen2.5-VL with 576 visual tokens
+    python benchmarks/evaluation.py                               # LLaVA, Qwen2.5-VL and Qwen3.5 with 576 visual tokens
     python benchmarks/evaluation.py --family llava --visual 1024 --cases yes_no_10 --repeats 5
     python benchmarks/evaluation.py --family llava --forward      # without the backward pass, as in evaluation
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-Cases: 10 or 18 questions of 24 tokens with the answers yes and no; a question of 20 tokens with four options of 8 tokens in all 24 orders,
-answered with letters; 8 captions after one prompt. Every layout encodes the image once, so only the language model is compared. All layouts
+The cases are 10 or 18 questions of 24 tokens with the answers yes and no, a question of 20 tokens with four lettered options of 8 tokens in
+all 24 orders, and 8 captions after one prompt. Every layout encodes the image once, so only the language model is compared. All layouts
 must give the same scores. Times are medians, in CPU seconds of one thread or in seconds on the device. The layouts take turns.
 """
 
@@ -81,7 +81,7 @@ CASES = {"yes_no_10": questions(10), "yes_no_18": questions(18), "letters_24": l
 
 
 def rows(model: Any, family: str, visual: int, name: str) -> dict[str, dict[str, Any]]:
-    """Return the model inputs of each layout. The scored texts are in the same order in all layouts."""
+    """Return the inputs of each layout, with the scored texts in the same order in all layouts."""
     generator = torch.Generator().manual_seed(3)
     token, kin = model.config.image_token_id, FAMILIES[model.config.model_type]
     head = (*words(BEFORE, generator), token)

@@ -7,8 +7,9 @@
 The script needs a clone, torch, transformers with accelerate, and deepspeed, but no launcher, MLflow, network or installation.
 
     card      the GPU, its measured rates for a large matrix product and for a copy, and the attention back ends that it can run
-    kernels   attention alone, forward and backward, with the heads of a 7B model: each back end compared with one causal sequence of the
-              same length, and its error against float64 relative to dense attention in the same dtype (below 2 counts as exact)
+    kernels   attention alone, forward and backward, with the heads of a 7B model: the time of each back end relative to one causal
+              sequence of the same length, and its error against float64 relative to that of dense attention in the same dtype (below 2
+              counts as exact)
     scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end, one sequence per text, and a
               supervised step on the same tokens take turns
     training  50 steps with 4 layers of this model under ZeRO-3, on one rank with NCCL (gloo on a CPU); memory compared with --train.dry_run
@@ -16,8 +17,8 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
               a run on one rank
 
 Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
-part runs in its own process with a time limit. The table lists a failed case with its error; if a process crashes or is too late, the table
-lists the part's remaining cases with the reason.
+part runs in its own process with a time limit. The table lists a failed case with its error. If a process crashes or exceeds its limit,
+the table lists the part's remaining cases with the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 SHARES = {"card": 40, "kernels": 120, "scoring": 150, "training": 110, "ranks": 50}
-"""Time limit of each part in seconds. A part can also use the time that earlier parts have left."""
+"""Time limit of each part in seconds. Time that a part does not use is added to later limits."""
 
 Key = tuple[str, str]
 Results = dict[Key, dict[str, Any]]
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def run_part(part: str, limit: float, arguments: argparse.Namespace) -> Results:
-    """Run a part in a new process for at most ``limit`` seconds. A case without a result gets the reason as its error."""
+    """Run a part in a new process for at most ``limit`` seconds. A case without a result gets the reason for this as its error."""
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {})}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)

@@ -1,4 +1,4 @@
-"""Parts of benchmarks/gpu.py. Each runs in a separate process that writes a line to a file after each case."""
+"""Parts of benchmarks/gpu.py. Each part runs in its own process, which writes a line to a file after each case."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cfvlm_ds.models.forest_attention import BACKENDS, registered  # noqa: E402
 
 FAMILY = "qwen2_5_vl"
 EXACT = 2.0
-"""Error against float64, relative to dense attention's error in the same dtype, below which attention counts as exact."""
+"""Attention counts as exact if its error against float64 is below EXACT times that of dense attention in the same dtype."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ SMALL = Sizes(2000, _TINY, _TINY, _TINY, 16, (2, 1), 1, 2, 2, 2)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Settings of the process: device and sizes."""
+    """Device and sizes of the measurements in this process."""
 
     device: torch.device
     sizes: Sizes
@@ -75,7 +75,7 @@ class Run:
 
 
 class Unusable(Exception):
-    """Raised if this machine does not support a back end. The package provides the message."""
+    """Raised with the package's own message if this machine does not support a back end."""
 
 
 def usable(backend: str) -> None:
@@ -86,7 +86,7 @@ def usable(backend: str) -> None:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """Convert an error to a result."""
+    """Convert an exception to the result of a case."""
     name = "unusable" if isinstance(error, Unusable) else "error"
     said = str(error).strip().partition("\n")[0][:300]
     return {name: said if name == "unusable" else f"{type(error).__name__}: {said}"}
@@ -151,8 +151,8 @@ def forests(sizes: Sizes) -> dict[str, Forest]:
 
 
 def kernel(forest: Forest, backend: str, run: Run) -> dict[str, Any]:
-    """Measure a back end and compare its results with float64. The back end ``causal`` (one sequence of the same length, as in a supervised
-    step) is measured only.
+    """Measure a back end, and compare its output and gradients with float64. The back end ``causal`` (one sequence of the same length, as
+    in a supervised step) is only measured.
     """
     if backend != "causal":
         usable(backend)
@@ -232,8 +232,8 @@ def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> di
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    """Return a call's median time in seconds over ``repeats`` turns, after a warm-up. On a GPU, which queues calls, a turn has several
-    calls.
+    """Return a call's median time in seconds over ``repeats`` turns, after a warm-up. On a GPU, a turn has several calls, because calls are
+    queued.
     """
     calls = 10 if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):
@@ -259,7 +259,7 @@ STOCK = ("concatenated", "sparse", "supervised")  # layouts of benchmarks/scorin
 
 
 def layouts(texts: int, run: Run) -> dict[str, Any]:
-    """Measure all layouts in turns. A layout that fails is recorded with its error and left out."""
+    """Measure the layouts alternately. A layout that fails is recorded with its error and left out of the timing."""
     model = model_of(run)
     of = scoring.case(model, FAMILY, run.sizes.visual, texts)
     taken: dict[str, scoring.Layout] = {name: scoring.LAYOUTS[name] for name in STOCK}
@@ -314,7 +314,7 @@ def write_model(run: Run, size: dict[str, int], folder: Path) -> None:
 
 
 def trained(run: Run, folder: Path, steps: int, accumulation: int) -> dict[str, Any]:
-    """Train as one of the ranks. Returns the losses, the median step time, and the measured and planned memory."""
+    """Train as one of the ranks. Returns the losses, the step times, and the measured and planned memory."""
     from cfvlm_ds import engine
     from cfvlm_ds.training.dry_run import attention_without_data, model_states, working_memory
 
@@ -370,7 +370,7 @@ def ranks(run: Run) -> Iterator[Case]:
 
 
 def two_ranks(run: Run) -> dict[str, Any]:
-    """Train on the same groups with one rank and two micro-batches, and with two ranks on one GPU (gloo; NCCL does not support this)."""
+    """Train with two ranks on one GPU (over gloo, because NCCL does not support this), and compare the losses with those of one rank."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(run, run.sizes.shared, folder / "model")

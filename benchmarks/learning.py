@@ -1,4 +1,4 @@
-"""Comparison of objectives in equal CPU time, starting from the demo's base model: NLL, DPO with NLL, mDPO, SymMPO, S-VCO, and the default
+"""Comparison of objectives trained from the demo's base model for equal CPU time: NLL, DPO with NLL, mDPO, SymMPO, S-VCO, and the default
 objective, alone and with token credit or distillation.
 
     python benchmarks/learning.py --choose             # tries the learning rates of each arm with one seed, on the validation set
@@ -10,7 +10,7 @@ objective, alone and with token credit or distillation.
 Each run is one process of `train.py --config examples/quickstart.yaml` with the options of its arm. The default takes ``--steps`` steps.
 Other arms take as many steps as fit into the same CPU time, including the time to compute the base's scores if an arm needs them. An arm's
 time per step is measured with two short runs, in parallel with two short runs of the default. Each line of benchmarks/learning/runs.jsonl
-is a finished run, which is not repeated. rates.jsonl has the runs from which the rates were chosen.
+is a finished run, which is not repeated. rates.jsonl holds the runs from which the rates were chosen.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ BASE = "base"
 STEPS, GROUPS = 500, 12
 """Number of the default's steps, and of groups per step in every arm, as in the demo."""
 BUDGETS = (200, STEPS, 2000)
-"""Numbers of the default's steps that a comparison can have; they take about 2, 5 and 20 minutes."""
+"""Training times that can be compared, in steps of the default: about 2, 5 and 20 minutes."""
 DATA = PLAIN, WRONG, LONG_TEXTS = "plain", "wrong", "long"
-"""Training data: the demo's; with swapped texts in a tenth of the groups; with about MORE_WORDS more words in each description."""
+"""Training data: the demo's, either unchanged, with swapped texts in a tenth of the groups, or with longer descriptions."""
 SWAPPED, MORE_WORDS = 0.1, 60
 RATES = ("1e-4", "3e-4", "1e-3")
 CHOOSING = 99
-"""Seed of the runs that choose a rate; the table has others."""
+"""Seed of the runs that choose a rate. The runs in the tables have other seeds."""
 SHORT, LONG = 10, 50
-"""Numbers of steps in two runs whose difference in time gives the time per step."""
+"""Numbers of steps in two runs. The difference between their times gives the time per step."""
 TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
-"""Table row -> NLL of a set's captions or answers, in nats per token. The columns of arms show the difference from the base's NLL."""
+"""Table row -> metric: the NLL of a set's captions or answers, in nats per token. The arms' columns show the difference from the base."""
 DEMO = ("nll", "dpo-nll", "mdpo", "default")
 """Arms in the demo's table and in docs/learning.png."""
 CURVES = ("pairs, habit contradicted", "yes/no, habit contradicted", "POPE's form, F1", "false statements, habit contradicted")
@@ -99,7 +99,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Training run of one arm, rate and seed on ``data``, in the CPU time of ``budget`` steps of the default."""
+    """Training run of one arm with one rate and seed on ``data``, for the CPU time that ``budget`` steps of the default take."""
 
     arm: str
     rate: str
@@ -115,7 +115,7 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="(default: all)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm, from 0 (default 3)")
     parser.add_argument("--steps", type=int, default=STEPS, choices=BUDGETS, help="steps of the default (default %(default)s)")
     parser.add_argument("--data", default=PLAIN, choices=DATA, help="training data (default %(default)s)")
@@ -155,13 +155,11 @@ def best_rate(arm: str, budget: int) -> str:
 
 
 def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -> None:
-    """Run the jobs, ``arguments.jobs`` at a time, after a run of one step that writes the data."""
+    """Run the jobs, ``arguments.jobs`` at a time. Before that, a run of one step writes the data."""
     if not jobs:
         return
-    out: Path = arguments.out
+    out, budget, data = arguments.out, arguments.steps, arguments.data
     train(out, out / "build", Job("default", RATES[0], 0), 1, {})
-    budget: int = arguments.steps
-    data: str = arguments.data
     write_data(out, data)
     steps = {"default": budget} | {arm: steps_of(out, arm, budget, data) for arm in sorted({job.arm for job in jobs} - {"default"})}
     print("steps in equal processor time:", steps, flush=True)
@@ -178,11 +176,11 @@ def run_all(arguments: argparse.Namespace, records: Path, jobs: Sequence[Job]) -
             rows = json.loads((folder / "results.json").read_text())["validation"]
             add_record(records, job.name, record | {"validation": rows[-1]["metrics"]["group"]})
             return
-        base, axes = axes_of(folder, AXES | LIKELIHOODS)
+        evaluated = axes_of(folder, AXES | LIKELIHOODS)
         if first:
-            add_record(records, BASE, {"axes": base | known})
-        add_record(records, job.name, record | {"axes": axes})
-        print(job.name, json.dumps(axes), flush=True)
+            add_record(records, BASE, {"axes": evaluated[0] | known})
+        add_record(records, job.name, record | {"axes": evaluated[-1]})
+        print(job.name, flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(one, jobs))
@@ -193,7 +191,7 @@ def rows_of(out: Path, data: str) -> Path:
 
 
 def write_data(out: Path, data: str) -> None:
-    """Write the training rows of ``data`` beside those of the demo, from which they are made, unless they exist."""
+    """Make the training rows of ``data`` from the demo's rows, and write them to the same folder, unless they exist."""
     path = rows_of(out, data)
     if not path.exists():
         rng, change = Random(0), {WRONG: with_swapped_texts, LONG_TEXTS: with_longer_texts}[data]
@@ -202,15 +200,16 @@ def write_data(out: Path, data: str) -> None:
 
 
 def with_swapped_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
-    """Swap the texts of each prompt with a probability of SWAPPED, so that the false text is labelled as true."""
+    """With probability SWAPPED, swap the two texts of every prompt in a row, so that the false texts are labelled as true."""
     if rng.random() < SWAPPED:
         for first, second in zip(row["texts"][::2], row["texts"][1::2], strict=True):
-            first["text"], second["text"] = second["text"], first["text"]
+            for name in {"text", "key"} & {*first}:
+                first[name], second[name] = second[name], first[name]
     return row
 
 
 def with_longer_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
-    """Add sentences about things that no edit of the row changes to each description, until they have about MORE_WORDS words."""
+    """Lengthen each description in a row by up to MORE_WORDS words, with sentences about things that no edit of the row changes."""
     scenes, sentences = scenes_in(row["meta"]), list[str]()
     for thing in scenes[0].things:
         if all(thing in scene.things for scene in scenes):
@@ -225,7 +224,7 @@ def with_longer_texts(row: dict[str, Any], rng: Random) -> dict[str, Any]:
 
 
 def evaluation_sets(world: Path, data: str) -> dict[str, Any]:
-    """Return data.evaluation for the sets named in examples/quickstart.yaml, but with more groups, and longer descriptions if trained."""
+    """Return data.evaluation: the sets of examples/quickstart.yaml with more groups, and longer descriptions if ``data`` is long."""
     splits = ("agrees", "contradicts", "combo", "yes_no_agrees", "yes_no_contradicts", "choice", "count", "colour")
     return {split: str(world / f"test_{split}.jsonl") for split in splits} | {
         "pope": {"benchmark": "pope", "root": str(world)},
@@ -239,14 +238,14 @@ def evaluation_sets(world: Path, data: str) -> dict[str, Any]:
 
 
 def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
-    """Return the number of steps that an arm can take in the default's CPU time, which also covers scoring with the base if needed."""
+    """Return how many steps of an arm fit into the default's CPU time, together with scoring by the base if the arm needs it."""
 
     def seconds(one: str) -> float:
         job = Job(one, RATES[0], 0, data=data)
         short, long = (train(out, out / f"steps-{data}-{arm}-{one}-{steps}", job, steps, {}) for steps in (SHORT, LONG))
         return (long - short) / (LONG - SHORT)
 
-    # the blank picture, a third of a group's pictures, is scored for PMI only
+    # a third of the scoring is on the blank picture, which only PMI needs
     scored = score(out, data) * 2 / 3 if ARMS[arm].scores else 0.0
     with ThreadPoolExecutor(2) as pool:
         own, default = pool.map(seconds, (arm, "default"))
@@ -254,8 +253,9 @@ def steps_of(out: Path, arm: str, budget: int, data: str) -> int:
 
 
 def affordable(own: float, default: float, scored: float, budget: int = STEPS) -> int:
-    """Return the number of steps of ``own`` seconds that fit into the time of ``budget`` steps of the default (``default`` seconds each).
-    Scoring all training groups would take ``scored`` seconds, but only the groups that the steps use are scored, each once.
+    """Return how many steps of ``own`` seconds fit into the time of ``budget`` steps of ``default`` seconds.
+
+    Scoring all training groups takes ``scored`` seconds, but only the groups that the steps use are counted, each once.
     """
     per_step = own + scored * GROUPS / TRAIN
     steps = budget * default / per_step
@@ -271,7 +271,7 @@ def score(out: Path, data: str) -> float:
 
 
 def train(out: Path, folder: Path, job: Job, steps: int, sets: Mapping[str, Any], before: bool = False) -> float:
-    """Train to the end. Returns the CPU time in seconds, including the start and the evaluation of ``sets``."""
+    """Run ``job`` to the end. Returns the CPU time in seconds, including start-up and the evaluation on ``sets``."""
     if ARMS[job.arm].scores:
         score(out, job.data)
     options = {
@@ -312,9 +312,9 @@ def processor() -> str:
 
 
 def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None, leaves: str = "") -> float:
-    """Run a command unless ``folder`` records that it has finished. Returns the CPU time of all its starts in seconds.
+    """Run a command unless it has already finished. Returns the CPU time of all its attempts in seconds.
 
-    The output goes to FOLDER.log, and times to files beside the folder. If the command exits without having written the file ``leaves``, it
+    The output is written to FOLDER.log, and the times to files next to it. A command that exits without having written the file ``leaves``
     counts as interrupted and can be resumed.
     """
     whole, part, log = (folder.with_name(f"{folder.name}.{kind}") for kind in ("seconds", "seconds_so_far", "log"))
@@ -336,7 +336,7 @@ def run_process(command: Sequence[str], folder: Path, variables: Mapping[str, st
 
 
 def refuse_other_objective(command: Sequence[str], folder: Path) -> None:
-    """Exit if a finished run's objective differs from the command's current one, for instance because a default has changed."""
+    """Exit if a finished run had another objective than ``command`` now gives, for instance because a default has changed."""
     if "train.py" not in command or not (folder / "config.yaml").exists():
         return
     from cfvlm_ds.core.parsing import parse_config
@@ -353,7 +353,7 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def report() -> None:
-    """Write a table per budget and data to RESULTS.md, save the means in the package for the demo, and draw the figures."""
+    """Write one table per data set and budget to RESULTS.md, save the means in the package for the demo, and draw the figures."""
     records = read_records(RECORDS / RUNS)
     base = records.pop(BASE)["axes"]
     found = by_comparison(records.values())
@@ -412,7 +412,7 @@ def values_of(found: Sequence[Mapping[str, Any]], axis: str) -> list[float]:
 def table(base: Mapping[str, float], runs: Runs, axes: Iterable[str] = (*AXES, *LIKELIHOODS)) -> str:
     """Return a Markdown table of the base and each arm and rate: means over seeds with half the width of the 95 % t interval.
 
-    Old records lack the NLL. A cell without values is empty. A cell with values of some seeds states their number.
+    Old records lack the NLL. A cell without values is empty. If only some seeds have a value, the cell states how many.
     """
     titles = [
         f"{ARMS[arm].title} ({rate}, {'/'.join(sorted({str(each['steps']) for each in found}))} steps, seeds: {len(found)})"
@@ -432,7 +432,7 @@ def table(base: Mapping[str, float], runs: Runs, axes: Iterable[str] = (*AXES, *
 
 
 def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw a bar chart of results on pictures that contradict habit, for the base and each arm: means over seeds with 95 % t intervals."""
+    """Draw a bar chart of the base's and each arm's results on pictures that contradict habit: means over seeds with 95 % t intervals."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,9 +4,9 @@
     python benchmarks/making.py FOLDER --rows 2000 20000        # fewer captions
     python benchmarks/making.py FOLDER --rows 1000000 --steps propose edit
 
-The captions describe a thousand pictures. Each caption has a colour, two nouns and a side ("left") that `flip` exchanges. Twenty captions
-name the same street, and `mine` finds pairs among them. Each step runs in its own process. Times are CPU seconds. Memory is the peak
-private memory, without mapped files, which all processes share. The script prints the tables of RESULTS.md.
+The captions describe a thousand pictures. Each caption has a colour, two nouns and a side ("left") that `flip` exchanges. Each street
+occurs in twenty captions, among which `mine` finds pairs. Each step runs in its own process. Times are CPU seconds. Memory is the peak
+private memory, without mapped files, which all processes share. The script prints the tables in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def fresh(folder: Path, name: str, rows: int) -> dict[str, float]:
 
 
 def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
-    """Run a part, and return its result with its CPU time in seconds and its peak private memory in MB."""
+    """Run a measurement, and add its CPU time in seconds and its peak private memory in MB to its result."""
     most, over = [private_mb()], threading.Event()
 
     def watch() -> None:

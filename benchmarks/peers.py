@@ -12,9 +12,9 @@
 
 An image has one chosen text and K - 1 rejected texts. A trainer that only supports pairs gets K - 1 pairs. The other settings are aligned
 by options alone: float32, sdpa, all weights trained, no gradient checkpointing, no truncation, AdamW without decay at a constant rate,
-gradients clipped to a norm of 1, rows in the order of the data set. Only the text is scored: TRL gets strings formatted with the
-checkpoint's chat template, and a copy of the Qwen2-VL template without the end of the turn is registered with ms-swift and LLaMA-Factory,
-as they document. The reference model has other random weights than the policy, so that the loss does not start at log 2.
+gradients clipped to a norm of 1, rows in the order of the data set. Only the text is scored, not the end of the turn. TRL gets
+strings formatted with the checkpoint's chat template. ms-swift and LLaMA-Factory get a copy of the Qwen2-VL template without the end of the
+turn, registered as they document. The reference model and the policy have different random weights, so the loss does not start at log 2.
 
 Each trainer is installed from the package registry into its own environment under --environments, and runs in its own process with one
 thread. A step consists of forward, backward, clipping and update. Its time is the median CPU time after a warm-up step. Memory is the peak
@@ -23,7 +23,7 @@ prefix-grouper, the reference). The first step's loss is compared with one forwa
 
 Results are in OUT/PEER-K.json. Existing results are kept, so a stopped run continues; delete a file to repeat its run. The exit code is 1
 if a trainer fails, if token ids differ, if losses differ by more than 1e-4, or if the first step's log-probs or gradient norms differ from
-ours by more than a factor of 1e-4.
+ours by more than 1e-4 of their value.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ REQUIREMENTS: dict[str, Sequence[str]] = {
 }
 SIZE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 1  # steps
-BOUND = 1e-4  # largest difference between losses, and relative difference between log-probs and gradient norms of the first step
+BOUND = 1e-4  # on differences between losses, and on relative differences between log-probs and gradient norms of the first step
 QUESTION = "Describe the image."
 
 Pair = dict[str, str]
@@ -84,7 +84,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all trainers share. A step has one image with one chosen and ``batch`` rejected texts, which are ``batch`` pairs."""
+    """Settings that all trainers share. A step has one image with one chosen and ``batch`` rejected texts: ``batch`` pairs."""
 
     batch: int
     steps: int
@@ -134,8 +134,8 @@ def main() -> None:
 
 
 def prepare(folder: Path, settings: Settings) -> dict[str, float]:
-    """Write the models, and the pairs in every trainer's format, unless the folder exists. Returns the first step's loss and mean log-probs
-    from transformers alone. Exits if the folder was made with other settings.
+    """Write the models, and the pairs in every trainer's format, unless they exist. Returns the first step's loss and mean log-probs from
+    transformers alone. Exits if the folder was made with other settings.
     """
     done, wanted = folder / "plain.json", {**asdict(settings), "size": SIZE}
     if done.is_file():
@@ -174,7 +174,7 @@ def stored_scores(folder: Path, groups: Sequence[CounterfactualGroup]) -> Any:
 
 
 def write_model(out: Path, settings: Settings, seed: int) -> None:
-    """Write a Qwen2.5-VL checkpoint of SIZE, with random queries so large that positions and masks matter."""
+    """Write a random Qwen2.5-VL checkpoint of SIZE, with query weights large enough that positions and masks matter."""
 
     def make(partial: Path) -> tuple[Any, Any]:
         config, processor = SMALL["qwen2_5_vl"]("qwen2_5_vl")
@@ -198,7 +198,7 @@ def write_model(out: Path, settings: Settings, seed: int) -> None:
 
 
 def write_groups(folder: Path, settings: Settings) -> list[CounterfactualGroup]:
-    """Write one group per step, each with a noise image of ``settings.visual`` visual tokens and several captions, and return them."""
+    """Write and return one group per step, each with a noise image of ``settings.visual`` visual tokens and several captions."""
     generator, side = random.Random(0), 28 * math.isqrt(settings.visual)
     captions = sorted({describe([draw_scene(generator, STRENGTH)], str(number))[0] for number in range(2000)})
     groups = []
@@ -231,7 +231,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
-    """Return rows for ms-swift: messages that end with the chosen answer, and a rejected response. `<image>` marks the picture."""
+    """Return rows for ms-swift: messages that end with the chosen answer, and a rejected response. `<image>` stands for the image."""
     return [
         {
             "messages": [{"role": "user", "content": f"<image>{pair['question']}"}, {"role": "assistant", "content": pair["chosen"]}],
@@ -243,7 +243,7 @@ def swift_rows(pairs: Sequence[Pair], folder: Path) -> list[dict[str, Any]]:
 
 
 def llamafactory_files(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return files for LLaMA-Factory: ShareGPT conversations with a ranking, and a description of the data set."""
+    """Return {name: content} of the files for LLaMA-Factory: ranked ShareGPT conversations, and a description of the data set."""
     rows = [
         {
             "conversations": [{"from": "human", "value": f"<image>{pair['question']}"}],
@@ -360,7 +360,7 @@ class Side:
 
 
 def run(peer: str, environment: Path, folder: Path, settings: Settings) -> Result:
-    """Run one trainer. Returns the records of its steps."""
+    """Run one trainer. Returns its versions, memory, token ids and step records."""
     shutil.rmtree(folder / "trained", ignore_errors=True)
     side = Side(interpreter(environment, REQUIREMENTS[peer]) if REQUIREMENTS[peer] else sys.executable, peer, folder)
     found = {**side.first, "steps": [side.step() for _ in range(settings.steps)]}
@@ -413,8 +413,8 @@ def difference(found: Result, mine: Result) -> float:
 
 
 def disagreements(results: Sequence[Result]) -> list[str]:
-    """Return a line for each difference: of a run's first loss from transformers' loss, and of its tokens, later losses, and the first
-    step's log-probs and gradient norm from ours.
+    """Return a line for each disagreement. A run's first loss is compared with that of transformers. Its losses, its token ids, and the
+    first step's log-probs and gradient norm are compared with ours.
     """
     own = {found["texts"]: found for found in results if found["peer"] == "ours"}
     off = []

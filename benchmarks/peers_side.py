@@ -3,7 +3,7 @@
     python peers_side.py PEER FOLDER     one optimizer step of PEER (a name in PEERS) for every line on standard input
 
 FOLDER contains settings.json, the models policy and reference, and the data in the trainer's own format; benchmarks/peers.py writes them.
-The output is JSON lines. The first line has the versions, the resident memory before the first step, and the trainer's token ids of the
+The output is JSON lines. The first line has the versions, the resident memory before the first step, and the token ids of the trainer's
 first batch. Each step adds a line. Times are in seconds, and memory is in MB. Only `ours` needs this package.
 """
 
@@ -30,7 +30,7 @@ Rows = list[dict[str, list[int]]]
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # stdout is the protocol, so the output of libraries goes to stderr
+    os.dup2(2, 1)  # stdout carries the protocol, so the output of libraries goes to stderr
     torch.set_num_threads(1)
     peer, folder = PEERS[sys.argv[1]], Path(sys.argv[2]).resolve()
     peer(folder, json.loads((folder / "settings.json").read_text()), Clock(out))
@@ -53,7 +53,7 @@ def memory(name: str) -> float:
 
 
 class Clock:
-    """Clock that starts a step when a line arrives on standard input, and writes the step's cost and the trainer's metrics."""
+    """Clock that waits for a line on standard input before each step, and writes the step's cost and the trainer's metrics."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.ended, self.reference = out, time.process_time(), 0.0
@@ -135,7 +135,7 @@ def split(ids: torch.Tensor, scored: torch.Tensor) -> dict[str, list[int]]:
 
 
 def trainer_options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return options of transformers' Trainer, which all three trainers accept: plain AdamW steps in the order of the rows."""
+    """Return options of transformers' Trainer that all three trainers accept, for plain AdamW steps in the order of the rows."""
     return {
         "output_dir": str(folder / "trained"),
         "per_device_train_batch_size": settings["batch"],
@@ -287,7 +287,7 @@ def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Any, key: Any, value: Any, seen: Any, module: Any, **named: Any) -> torch.Tensor:
-        """Attend causally, only to keys that are not padding (True in ``seen`` [rows, keys]). The queries are the last positions. A single
+        """Attend causally to the keys marked in ``seen`` [rows, keys], which excludes padding. The queries are the last positions. A single
         prefix needs no mask.
         """
         whole = query.shape[2] == key.shape[2] and bool(seen.all())

@@ -28,7 +28,7 @@ DESCRIBE = (
 )
 ASK = ("{q}", "{q} Answer yes or no.", "Yes or no: {q}", "Look at the image. {q}")
 ASKED = 0.4
-"""Share of natural pictures with a question, for each applicable type of question."""
+"""For each type of question, the share of suitable natural pictures that get one."""
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MANIFESTS = ("natural", "train", "validation", "test", "yes_no", "names", "names_new")
 Sizes = dict[str, int]
@@ -86,11 +86,11 @@ class Maker:
         return self.row(name, [shown], texts, [[1] * len(texts)])
 
     def _alone(self, thing: Thing) -> Scene:
-        """Return a scene with one thing, either of any size and anywhere, or in one quarter, as in scenes with several things."""
+        """Return a scene with one thing, which has any size and place or, as in scenes with several things, fills a quarter."""
         return Scene((thing,), ("",), self.rng.choice(("free", "grid")))
 
     def _there(self, thing: Thing, there: Sequence[Thing]) -> tuple[str, str]:
-        """Return a question about the presence of a thing, and its answer. Half of the questions are about absent things."""
+        """Return a yes/no question about the presence of a thing, and the answer. Half of the questions are about absent things."""
         if self.rng.random() < 0.5:
             thing = self.rng.choice([each for each in self.things if each.name not in {seen.name for seen in there}])
         return self._asked(there_question(thing)), "yes" if thing in there else "no"
@@ -121,8 +121,8 @@ class Maker:
     # counterfactuals --------------------------------------------------------------------------------------------------------------------
 
     def group(self, name: str, edit: str, among: Sequence[Thing], as_question: bool = False) -> Row:
-        """Build a group from a natural picture and text and a copy of each with one change. With ``as_question`` (only for ``colour``), the
-        texts answer a yes/no question about the two pictures instead.
+        """Build a group of a natural picture and its text, and a copy of each with one change. With ``as_question`` (only for ``colour``),
+        the texts are the answers to a yes/no question about the two pictures instead.
         """
         rng = self.rng
         if edit == "colour":
@@ -146,8 +146,8 @@ class Maker:
         return self.row(name, scenes, [(prompt, text) for text in texts], [[1, 0], [0, 1]], about)
 
     def _question(self, name: str, scenes: Sequence[Scene], question: str, words: tuple[str, str]) -> Row:
-        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and the first text is its
-        true answer.
+        """Build a group with a question that names one of two ``words``. The first picture shows the first word, and the first text is the
+        answer for this picture.
         """
         answers = ["yes", "no"] if f" {words[0]}?" in question else ["no", "yes"]
         prompt = self._asked(question)
@@ -155,7 +155,7 @@ class Maker:
         return self.row(name, scenes, [(prompt, answer) for answer in answers], [[1, 0], [0, 1]], about)
 
     def there_group(self, name: str, among: Sequence[Thing]) -> Row:
-        """Build a group with pictures of two things, and a question about the presence of one of these things."""
+        """Build a group of two pictures with one thing each, and a question about the presence of one of the things."""
         first, second = self.rng.sample(list(among), 2)
         asked = self.rng.choice((first, second))
         prompt, answers = self._asked(there_question(asked)), ("yes", "no") if asked is first else ("no", "yes")

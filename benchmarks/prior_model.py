@@ -1,4 +1,4 @@
-"""LLaVA built from a pretrained SmolLM2-135M-Instruct (from a wheel of 93 MB) and a small vision tower."""
+"""LLaVA with a pretrained SmolLM2-135M-Instruct (from a wheel of 93 MB) and a small vision tower."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def small_llava(out: Path) -> TinyLlavaConfig:
-    """Return the configuration of the package's small LLaVA, in which training the tower is cheaper than with SmolLM2."""
+    """Return the configuration of a small LLaVA, in which the tower can be trained more cheaply than with SmolLM2."""
     return TinyLlavaConfig(str(out), **SMALL)
 
 
@@ -68,7 +68,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 def write_llava(language: Path, tower: Path | None, out: Path, projector: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write a LLaVA from a language model and a tower, and return ``out``. The tower comes from the small LLaVA in the folder ``tower``, or
-    is random if this is None.
+    is random if ``tower`` is None.
 
     Without ``projector`` weights, the projector's last layer starts at 0, so the language model behaves as if there were no picture.
     """

@@ -42,7 +42,7 @@ SHARE = 0.5
 """A thing has a natural colour if at least this share of its visible area has about the same hue."""
 NEAR = 32
 """Largest difference in degrees between a colour's hue and the hues of its highlights and shadows."""
-GLYPH = 109  # the only size of the font's bitmaps
+GLYPH = 109  # the only bitmap size in the font
 BLOCKS = ((0x2600, 0x27C0), (0x2B00, 0x2C00), (0x1F300, 0x1F600), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
 _FILE = yaml.safe_load(Path(__file__).with_name("prior_things.yaml").read_text())
 LISTED = {what: [name.strip() for name in text.split(";")] for what, text in _FILE.items()}
@@ -57,7 +57,7 @@ FORMS = inflect.engine()
 
 @lru_cache(1 << 12)
 def is_plural(noun: str) -> bool | None:
-    """Return True if a noun is a plural, or None if its form does not show it."""
+    """Return whether a noun is plural, or None if its form does not show it."""
     return None if noun.lower() in UNCOUNTED else bool(FORMS.singular_noun(noun.lower()))
 
 
@@ -78,7 +78,7 @@ def renumbered(noun: str, plural: bool) -> str | None:
 class Thing:
     """A cut-out with its name and its natural ``colour`` ("" for none).
 
-    ``alone`` is True if natural pictures never show more than one of it. ``held_out`` is True if training shows no counterfactual of it.
+    ``alone`` is True if natural pictures never show several copies. ``held_out`` is True if training has no counterfactual with the thing.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Thing:
 
     @property
     def colours(self) -> list[str]:
-        """Unnatural colours in which the thing can be shown."""
+        """Colours in which the thing can be shown, except its natural one."""
         return sorted(self._recoloured)
 
     @cached_property
@@ -132,7 +132,7 @@ class Thing:
 
 
 def named(hue: float, saturation: float, value: float) -> str:
-    """Return the unambiguous name of a colour, or "" if it is between two names or nearly grey."""
+    """Return the name of a colour, or "" if the colour lies between two names or is nearly grey."""
     if value < 0.25 or saturation < 0.25:
         return ""
     if (hue - 320) % 360 < 36 and saturation < 0.62 and value > 0.75:
@@ -160,7 +160,7 @@ def hsv_of(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
-    """Return the picture for arrays from ``hsv_of``."""
+    """Convert arrays from ``hsv_of`` back to a picture."""
     hue, saturation, value = np.moveaxis(hsv, -1, 0)
     turns = (np.array([5.0, 3.0, 1.0]) + hue[..., None] / 60) % 6
     rgb = value[..., None] * (1 - saturation[..., None] * np.clip(np.minimum(turns, 4 - turns), 0, 1))
@@ -168,7 +168,7 @@ def rgba_of(hsv: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def dominant(picture: Image.Image) -> str:
-    """Return the name of the colour that, with its highlights and shadows, covers most of a cut-out, or "" if there is none."""
+    """Return the name of the colour that covers most of a cut-out, including its highlights and shadows, or "" if there is none."""
     hsv, alpha = hsv_of(picture)
     part = _main_part(hsv, alpha)
     if not part.any() or part.sum() < SHARE * (alpha > 0.5).sum():
@@ -257,7 +257,7 @@ def _drawn_by(font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def cropped(picture: Image.Image) -> Image.Image:
-    """Crop a picture's empty margins."""
+    """Remove a picture's empty margins."""
     return picture.crop(picture.getchannel("A").point(lambda value: 255 * (value > 127)).getbbox())
 
 
@@ -277,7 +277,7 @@ class Scene:
     layout: str
 
     def drawn(self, rng: Random) -> Image.Image:
-        """Draw an RGB picture with a side of SIDE pixels. Its background is grey, so that only the things have a colour.
+        """Draw an RGB picture with a side of SIDE pixels, on a grey background, so that only the things have a colour.
 
         If two scenes are drawn with ``rng`` in the same state, the pictures differ only in their contents.
         """

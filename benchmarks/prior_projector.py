@@ -1,8 +1,8 @@
-"""Projector that maps pictures to the language model's own word vectors, so that the model can read pictures from the start.
+"""Projector that maps pictures to the language model's own word vectors, so that the model understands pictures from the start.
 
 From captions alone, a projector learns slowly, because its gradient passes through thirty layers: after 400 steps of eight rows, the model
 still guesses. This projector is trained separately, in minutes. Its loss pulls the mean of a picture's visual tokens towards the mean word
-vector of its thing's name and away from those of other names.
+vector of the thing's name, and away from those of other names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def translated(tower: Path, language: Path, rows: Path, out: Path) -> dict[str, 
     ``top5``.
 
     ``top1`` and ``top5`` are percentages of held-back pictures (of a single thing) whose name is the nearest, or among the five nearest.
-    The result is stored in ``out``, and read from there if it exists.
+    The result is cached in the file ``out``.
     """
     if out.exists():
         return dict(torch.load(out, weights_only=True))

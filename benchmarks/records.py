@@ -1,4 +1,4 @@
-"""Records of benchmark runs (JSON Lines with one named record per line), and their tables in pages."""
+"""Records of benchmark runs (JSON Lines with one named record per line), and the tables of pages that show them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 RUNS, RATE_RUNS = "runs.jsonl", "rates.jsonl"
-"""Files in a folder of records: runs that tables show, and runs from which a learning rate was chosen."""
+"""Files in a folder of records: runs shown in tables, and runs from which a learning rate was chosen."""
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Student's t for a 95 % interval, by number of values."""
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the records, sorted and keyed by name; {} if there is no file. If several records have the same name, the last one counts."""
+    """Return the records by name, sorted; {} if there is no file. If several records have the same name, the last one counts."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return dict(sorted({row.pop("name"): row for row in rows}.items()))
 

@@ -1,20 +1,20 @@
 """Cost of scoring K texts on one image, forward and backward, in three layouts, compared with a supervised step on the same tokens.
 
-    python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 2 to 8 texts
+    python benchmarks/scoring.py                                  # LLaVA and Qwen2.5-VL, 256 to 1024 visual tokens, 1 to 8 texts
     python benchmarks/scoring.py --family llava --visual 1024 --texts 8 --repeats 5 --json runs/scoring.json
     python benchmarks/scoring.py --figure docs/scoring.png --json runs/scoring.json          # only draws this file's figure
     python benchmarks/scoring.py --family qwen3_5 --visual 1024 --texts 8                    # gated delta nets, which fork their state
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --size 7b --attention flash_attention_2
 
-All layouts compute the same loss, InfoNCE over the texts' scores plus the first text's NLL, and the values are compared:
+The loss of every layout is InfoNCE over the texts' scores plus the first text's NLL. Its value must agree in the first three:
 
     concatenated   one sequence per text, each with the image; logits of every token (the usual batch of preference trainers)
     sparse         the same, with logits at scored tokens only
     shared prefix  cfvlm_ds: one row with the image and the prompt once, followed by every text
-    supervised     the shared prefix's tokens as one ordinary causal sequence, with the NLL of the texts: the minimum cost of these tokens
+    supervised     the shared prefix's tokens as one ordinary causal sequence: the minimum cost of these tokens
 
 Each row of the table has its own process, in which the layouts and a large matrix product take turns. Times are medians, in CPU seconds of
-one thread or in seconds on the device. Memory is given as the size of the tensors that autograd saves for the backward pass, and as the
+one thread or in seconds on the device. Memory is given twice: the size of the tensors that autograd saves for the backward pass, and the
 peak of the process (or device) above weights and gradients. FLOP ratios are analytic.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
     cases = itertools.product(arguments.family, arguments.visual, arguments.texts)
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as fresh:  # a new process, in which earlier rows have not fragmented memory
+    ) as fresh:  # a new process, whose memory earlier rows have not fragmented
         for row in fresh.map(measured, *zip(*cases, strict=True), itertools.repeat(arguments)):
             rows.append(row)
             show(row, first=len(rows) == 1)
@@ -126,7 +126,7 @@ def build(family: str, visual: int, size: dict[str, int], device: torch.device, 
 
 @dataclass(frozen=True)
 class Case:
-    """One image, a prompt that contains it, and K texts of the same length, as random token ids."""
+    """Random inputs: one image, a prompt that contains it, and K texts of the same length."""
 
     model: Any
     family: str
@@ -246,7 +246,7 @@ def measure(model: Any, family: str, visual: int, texts: int, arguments: argpars
 
 
 def take_turns(layouts: Mapping[str, Layout], of: Case, repeats: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Measure the layouts and a matrix product in turns. Returns each layout's results, and the median rate of the product."""
+    """Measure the layouts and a matrix product alternately. Returns each layout's results, and the median rate of the product."""
     clear(of.model)  # allocates gradients, which the first step's peak would otherwise include
     times: dict[str, list[float]] = {name: [] for name in layouts}
     found: dict[str, dict[str, Any]] = {}
@@ -288,7 +288,7 @@ def now(of: Case) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds: CPU time on a CPU; on a GPU, wall-clock time after its queue is finished."""
+    """Return the time in seconds: CPU time on a CPU; on a GPU, wall-clock time after all queued work has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -296,7 +296,7 @@ def clock(device: torch.device) -> float:
 
 
 def weighed(layout: Layout, of: Case) -> tuple[float, int, int]:
-    """Run a step. Returns (loss, bytes that autograd saves, peak bytes above the memory before the step)."""
+    """Run a step. Returns its loss, the bytes that autograd saves, and the peak in bytes above the memory before the step."""
     own = {parameter.untyped_storage().data_ptr() for parameter in of.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -345,7 +345,7 @@ def _status(name: str) -> int:
 
 
 def flop(name: str, of: Case) -> float:
-    """Return the number of floating-point operations of forward and backward. The part of ``name`` after a comma is ignored."""
+    """Return the number of floating-point operations of a forward and backward pass. The part of ``name`` after a comma is ignored."""
     name = name.partition(",")[0]
     texts, prefix = len(of.texts), len(of.prefix)
     repeated = texts if name in ("concatenated", "sparse") else 1

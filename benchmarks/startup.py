@@ -1,4 +1,4 @@
-"""Start-up times of commands that users wait for: wall-clock seconds, and CPU seconds of all processes together.
+"""Start-up times of commands that users wait for: wall-clock seconds, and CPU seconds of all processes.
 
     python benchmarks/startup.py [--runs 3]
 

@@ -1,5 +1,5 @@
-"""Tiny LLaVA of any size in the family's real on-disk format, with a newly trained SentencePiece tokenizer. The bases of the benchmarks and
-the model of most tests start from it.
+"""Random LLaVA of any size in the family's real on-disk format, with a newly trained SentencePiece tokenizer. Most tests use it, and the
+base models of the benchmarks are trained from it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def llava_processor(folder: Path, config: TinyLlavaConfig, texts: Sequence[str])
 
 
 def llava_config(config: TinyLlavaConfig, processor: Any) -> Any:
-    """Build a LLaVA configuration that fits ``processor``."""
+    """Build a LLaVA configuration that matches ``processor``."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     tokenizer, width = processor.tokenizer, config.hidden_size

@@ -1,4 +1,4 @@
-"""Forests of two levels, for benchmarks and tests: prefixes, each with its branches."""
+"""Forests of two levels (prefixes with branches), for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cfvlm_ds.models.forest import Forest
 
 
 def two_levels(prefixes: Sequence[int], branches: Sequence[Sequence[int]], blocks: tuple[tuple[int, int], ...] = ()) -> Forest:
-    """Build a forest from the token counts of prefixes and their branches. ``blocks`` is stored as it is."""
+    """Build a forest from the token counts of prefixes and their branches. ``blocks`` is passed on unchanged."""
     lengths, parents = list[int](), list[int]()
     for prefix, lengths_of_branches in zip(prefixes, branches, strict=True):
         root = len(lengths)

@@ -1,11 +1,11 @@
-"""Volume that ZeRO-3 gathers in a training step, relative to the number of parameters, with one or eight texts on an image.
+"""Number of elements that ZeRO-3 gathers in a training step, relative to the number of parameters, with one or eight texts per image.
 
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py                # gloo on a machine without GPUs
     deepspeed --num_gpus 2 benchmarks/zero3_comm.py --json runs/zero3_comm.json
 
 The layouts are the shared prefix and the supervised step of benchmarks/scoring.py and, for comparison, one forward pass of the engine per
-text. The second step is measured, because DeepSpeed has then recorded the order of modules and prefetches. Weights are released after each
-use.
+text. The second step is measured: by then, DeepSpeed has recorded the order of modules, and prefetches their weights. Weights are released
+after each use.
 """
 
 from __future__ import annotations

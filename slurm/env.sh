@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Settings of a site; no other file needs changes. Every script in this folder reads it, on the job's first node, in the submission folder.
+# Settings for your site; no other file needs changes. Every script in this folder sources this file on the job's first node, in the
+# submission folder.
 
 # Python: modules, a virtual environment or conda. The job does not inherit the submitting shell's environment (#SBATCH --export=NONE).
 # module load cuda
@@ -14,17 +15,17 @@ fi
 # CONTAINER_MOUNTS=$PWD:$PWD,$HOME/.cache/huggingface:$HOME/.cache/huggingface,/tmp:/tmp,/shared/data:/shared/data
 # CONTAINER_RUNTIME=apptainer
 
-# Caches: Hugging Face files are on the shared file system and downloaded before the job. Compiled kernels are on the node.
+# Caches: Hugging Face files are on the shared file system and should be downloaded before the job. Compiled kernels are on the node.
 export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
 # export HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/cfvlm_ds-$SLURM_JOB_ID/triton}"
 
-# GPU memory: with expandable segments, rows of different lengths cause less fragmentation.
+# GPU memory: expandable segments reduce the fragmentation that rows of different lengths cause.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 # Network.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# export CFVLM_MIN_GB_S=20    # minimum bandwidth between nodes; below it, no job starts
+# export CFVLM_MIN_GB_S=20    # minimum bandwidth between nodes; below it, training does not start
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # Tracking. By default, runs are tracked in the run folder.

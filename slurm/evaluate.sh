@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # sbatch slurm/evaluate.sh MODEL MANIFEST... [cfvlm-ds evaluate options]     on one GPU; without a GPU: --gpus-per-node=0
 # sbatch -N 2 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 slurm/evaluate.sh MODEL --benchmarks pope --benchmark_root FOLDER --out FOLDER
-# Tasks share the scoring of benchmarks. Such a job is requeued before its time limit and continues with the scores on disk. See docs/slurm.md.
+# The tasks share the scoring of benchmarks. A job with benchmarks is requeued before its time limit and continues from the scores on disk. See
+# docs/slurm.md.
 #SBATCH --job-name=cfvlm_ds-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,7 +19,7 @@ source slurm/launch.sh
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST:$(printf ' %q' cfvlm-ds evaluate "$@")"
 rendezvous "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 resumable=0 requeued=0
-if [[ " $* " == *" --benchmarks"[\ =]* ]]; then resumable=1; fi # in a trap, $* would be the arguments of the interrupted function
+if [[ " $* " == *" --benchmarks"[\ =]* ]]; then resumable=1; fi # here, because in a trap $* holds the interrupted function's arguments
 trap 'interrupted=1; if ((resumable)) && [[ -n ${ranks:-} ]]; then requeued=1; say "USR1: ending the ranks"; kill "$ranks"; fi' USR1
 trap 'interrupted=1; if [[ -n ${ranks:-} ]]; then kill "$ranks"; fi' TERM
 step -- cfvlm-ds evaluate "$@" &

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Start of the ranks on all nodes of an allocation. The scripts in this folder, which have the #SBATCH lines, source this file.
+# Starts the ranks on all nodes of an allocation. The scripts in this folder, which contain the #SBATCH lines, source this file.
 #
 #   start -> bound -> pre-flight -> srun train.py -> exit code 0 (finished), 2 (bad input)  -> end with this code
 #                                                    else (85 stopped, 86 hang, crash)      -> requeue, resume; 87 (full disk): after a pause
 #
-# CFVLM_MAX_STARTS starts in a row without a newer checkpoint end the job, regardless of who requeued it. See docs/slurm.md.
+# After CFVLM_MAX_STARTS consecutive starts without a newer checkpoint, the job ends, no matter who requeued it. See docs/slurm.md.
 set -euo pipefail
 unset SLURM_EXPORT_ENV # otherwise srun would start its tasks with an empty environment
 source slurm/env.sh
@@ -14,7 +14,7 @@ ulimit -l unlimited 2>/dev/null || : # InfiniBand pins memory; srun passes the l
 say() { echo "$(date '+%F %T') slurm/launch.sh: $*"; }
 
 if [[ -e ${CFVLM_SECRETS:=} ]]; then
-    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # -L: the permissions of the file, because those of a link are always open
+    if [[ $(stat -L -c %a "$CFVLM_SECRETS") != *00 ]]; then # -L: check the target of a link, because a link itself is always open
         say "error: other users can read $CFVLM_SECRETS; run chmod 600 on it"
         exit 2
     fi
@@ -36,7 +36,7 @@ container_runtime() {
     fi
 }
 
-# Steps run in the image with options of srun (pyxis) or with a command prefix (apptainer).
+# With an image, steps run in it through options of srun (pyxis) or a command prefix (apptainer).
 container=() inside=() shield=()
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     mkdir -p "$HF_HOME"
@@ -56,7 +56,7 @@ if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     esac
 fi
 
-# step SRUN-OPTIONS -- COMMAND...: run a command on the job's nodes, for at most step_limit seconds if the variable is set.
+# step SRUN-OPTIONS -- COMMAND...: run a command on the job's nodes, for at most step_limit seconds if that variable is set.
 step() {
     local options=()
     while [[ $1 != -- ]]; do
@@ -109,13 +109,13 @@ again() {
     say "requeue: $1; newest checkpoint: step $(newest_step)"
     if [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]] &&
         [[ $(scontrol show partition "$SLURM_JOB_PARTITION") =~ PreemptMode=[A-Z,]*REQUEUE ]]; then
-        exit "$2" # preempted: Slurm itself requeues the job now; a second requeue would start the job again after it has finished
+        exit "$2" # preempted: Slurm requeues the job itself; a second requeue would start the job again after it has finished
     fi
     scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job; the same sbatch command continues it"
     exit "$2"
 }
 
-# await PID: set rc to the exit code of a child, even if signals arrive while waiting (each signal ends a bash `wait`).
+# await PID: wait for a child and set rc to its exit code, even if signals arrive (each signal interrupts a bash `wait`).
 await() {
     interrupted=1
     while ((interrupted)); do
@@ -124,7 +124,7 @@ await() {
     done
 }
 
-# preflight: check every node, report bad ones, and fill good and bad. fault is a problem that cannot be attributed to one node.
+# preflight: check every node, report bad ones, and fill the arrays good and bad. Set fault to a problem that cannot be attributed to one node.
 preflight() {
     # The limit applies inside the container. Creating the container may take another ten minutes.
     local reports=$start_dir/nodes limit=${CFVLM_PREFLIGHT_S:-300} making=0 node line
@@ -184,8 +184,9 @@ launch() {
         say "training on ${good[*]}"
     fi
 
-    # Ignore signals until train.py blocks them in its first lines and later handles them: by default, USR1 ends a process. srun expands
-    # patterns in a file name, but not in --chdir. With %t, the nodes write the files; if srun wrote them, it would wait for a lost node.
+    # Ignore signals until train.py blocks them in its first lines (it handles them later), because USR1 ends a process by default. srun
+    # expands patterns in a file name, but not in --chdir. With %t, the nodes write the files; if srun wrote them, it would wait for a lost
+    # node.
     # shellcheck disable=SC2016
     shield=(sh -c 'trap "" USR1 TERM; cd "$0" && exec "$@"' "$PWD")
     : >"$start_dir/rank-0.log" # tail may miss a file that appears just before the ranks end

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sbatch --array=0-7 slurm/prepare_data.sh groups.jsonl --out STORE     the tasks share the work; submit it again when all of them have ended
+# sbatch --array=0-7 slurm/prepare_data.sh groups.jsonl --out STORE     the tasks share the work; submit this again when all of them have ended
 #
 # A killed or requeued task continues where it stopped. The first call checks pictures, the second writes rows. Number the tasks from 0.
 #SBATCH --job-name=cfvlm_ds-prepare

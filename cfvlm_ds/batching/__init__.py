@@ -1,1 +1,1 @@
-"""Batching: encodes prompts, opens pictures (or reads their cached features) and packs groups into token rows (forests)."""
+"""Batching: encodes prompts, opens pictures, and packs groups into token rows (forests)."""

@@ -27,7 +27,7 @@ BLANK_SIZE = (336, 336)
 """Width and height of a blank picture in pixels."""
 
 STAND_IN = CounterfactualGroup("", ((BLANK,),), (Candidate("Describe the image.", "a"),), ((1,),))
-"""Group that a rank scores if it can read none of its own. Under ZeRO-3, the other ranks wait for this rank's forward pass."""
+"""Group that a rank scores if it cannot read any of its own, because under ZeRO-3 the other ranks wait for its forward pass."""
 
 
 def blank_view(num_pictures: int) -> Pictures:
@@ -36,7 +36,7 @@ def blank_view(num_pictures: int) -> Pictures:
 
 
 def shown(group: CounterfactualGroup, image: int) -> Pictures:
-    """Return the pictures of the group's image at this index. Past the last image, return the same number of blank pictures."""
+    """Return the pictures of the group's image at this index. The index after the last image stands for the blank image."""
     return group.images[image] if image < len(group.images) else blank_view(group.num_pictures)
 
 
@@ -75,7 +75,7 @@ class Batch:
     """The row's trees (cfvlm_ds.batching.packing.Material) if the row may have to be packed again, otherwise None."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return a copy of the batch with its tensors on ``device``. Picture sizes stay on the host."""
+        """Return a copy of the batch with its tensors on ``device``, except for picture sizes."""
         moved: Batch = _mapped(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
         moved.model_inputs["image_inputs"] = on_device(self.model_inputs["image_inputs"], device)
         return moved
@@ -116,7 +116,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's groups whose gradients are computed together, in one or more forward passes.
+    """Groups whose gradients a rank computes together, in one or more forward passes.
 
     ``dropped`` lists (id, reason) for every group that was omitted.
     """
@@ -146,7 +146,7 @@ class MicroBatch:
         return replace(self, forwards=tuple(batch.to(device) for batch in self.forwards))
 
     def pin_memory(self) -> MicroBatch:
-        """Return a copy in pinned memory, so that transfers to the GPU overlap with computation. The DataLoader calls this."""
+        """Return a copy in pinned memory. The DataLoader calls this."""
         return replace(self, forwards=tuple(batch.pin_memory() for batch in self.forwards))
 
 
@@ -170,7 +170,9 @@ def _rejoined(skeleton: dict[str, Any], joined: Tensor) -> Batch:
 
 
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Return ``value`` with ``change`` applied to every object of type ``kind``, also inside dicts and the package's dataclasses."""
+    """Return ``value`` with ``change`` applied to every object of type ``kind``, including those inside dicts and the package's
+    dataclasses.
+    """
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Layout of a batch (scored cells, true cells, token counts), built before the forward pass, and lookup of its stored scores."""
+"""Layout of a batch (scored cells, true cells, token counts), built before the forward pass, and lookup of stored scores."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def in_batch_texts(group: CounterfactualGroup, prompts: Prompts) -> list[Encoded
 
 
 def without_broken_negatives(group: CounterfactualGroup, prompts: Prompts) -> CounterfactualGroup:
-    """Return the group without in-batch negatives that cannot be encoded. Their errors are reported for the groups that they come from."""
+    """Remove the in-batch negatives that cannot be encoded from a group. Their errors are reported for the groups that they come from."""
     if group.in_step is None:
         return group
     kept = []
@@ -154,7 +154,7 @@ def stored_scores(stored: ScoresById, groups: Groups, layout: GroupLayout) -> tu
     """Return the groups' stored reference scores [G, I, C] and prior scores [G, C] in nats. Cells without a stored score are 0. In-batch
     negatives have a prior score, but no reference score.
     """
-    reference = torch.zeros(layout.valid.shape)  # on the blank picture, the reference score is the prior
+    reference = torch.zeros(layout.valid.shape)  # on the blank image, the reference score is the prior score
     prior = torch.zeros(layout.valid.shape[0], layout.valid.shape[2])
     for g, group in enumerate(groups):
         if group.objectives is not None and group.id not in stored:

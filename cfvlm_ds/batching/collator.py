@@ -51,9 +51,7 @@ class Collator:
     """Converts groups to batches.
 
     Args:
-        processor: the model's processor.
         family: the model's family record.
-        model_config: the model's configuration.
         max_length: the model's context window in tokens; a longer sequence raises DataError and is never truncated.
         max_pixels: maximum number of pixels per picture.
         checked: picture properties recorded by the data check; a picture is compared with its entry when it is opened.
@@ -226,7 +224,7 @@ class Collator:
         return MicroBatch((replace(batch, layout=layout, reference=reference, prior=prior),), dropped)
 
     def row_length(self, prompt: Prompt, text: str, sizes: tuple[Size, ...]) -> int:
-        """Count the tokens of a row that contains a prompt with pictures of these ``sizes`` (width, height), one text and its end-of-turn
+        """Count the tokens of a row that holds a prompt, its pictures of these ``sizes`` (width, height), and one text with its end-of-turn
         token.
 
         Raises the same DataErrors as ``__call__``.
@@ -288,8 +286,8 @@ class Collator:
 
 
 def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: int) -> tuple[Any, ...]:
-    """Return a key that texts of the same tree share: their pictures, and their prompt up to the last picture. Without pictures, all texts
-    of a group form one tree.
+    """Return the key of a text's tree: the pictures, and the prompt up to the last picture. Without pictures, all texts of a group form one
+    tree.
     """
     if not pictures:
         return (group,)
@@ -298,8 +296,8 @@ def _tree_of(pictures: tuple[Any, ...], text: Encoded, group: int, image_token: 
 
 
 def _without_long_negatives(layout: GroupLayout, trees: list[Tree], prompt_length: PromptLength, window: int) -> list[Tree]:
-    """Return the trees without the in-batch negatives that, with their prompt, exceed the context window. Mark the cells of these negatives
-    as invalid in ``layout``.
+    """Return the trees without the in-batch negatives that exceed the context window together with their prompt. Mark the cells of these
+    negatives as invalid in ``layout``.
     """
     if layout.in_batch is None:
         return trees
@@ -326,8 +324,8 @@ def _check_window(groups: Groups, trees: Sequence[Tree], prompt_length: PromptLe
 
 
 def load_collator(model: ModelConfig, max_pixels: int = MAX_PIXELS, checked: PictureTable | None = None) -> Collator:
-    """Load a model's processor and configuration, and build a collator for all image-text pairs of a group. Raises ConfigError if the
-    chat template or tokenizer cannot be used.
+    """Load a model's processor and configuration, and build a collator that scores all image-text pairs of a group. Raises ConfigError if
+    the chat template or tokenizer cannot be used.
     """
     config = load_config(model.name_or_path)
     processor = load_processor(model)

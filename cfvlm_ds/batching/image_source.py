@@ -1,4 +1,4 @@
-"""Source of picture inputs for a batch: the model's inputs for a picture file, and the placeholder ids that represent it in the prompt.
+"""Picture inputs of a batch: converts picture files to the model's inputs, and to the placeholder ids that represent them in a prompt.
 
 Sizes are (width, height) in pixels.
 """
@@ -51,7 +51,6 @@ class ImageFiles:
     """Source of picture inputs that opens the files and runs the processor.
 
     Args:
-        processor: the model's processor.
         family, config: the model's family record and configuration.
         max_pixels: maximum number of pixels per picture.
         checked: picture properties recorded by the data check, or None; a picture that has changed since then raises DataError.
@@ -92,8 +91,8 @@ class ImageFiles:
             raise DataError(f"{key[0]}: image cannot be read ({reason}); restore the file, or correct its path in the manifest") from error
 
     def model_inputs(self, opened: Sequence[Any], keys: Sequence[PictureKey]) -> tuple[Inputs, list[list[int]]]:
-        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures from multi-image prompts must come last
-        in ``opened`` and ``keys``.
+        """Return the model's inputs for the pictures, and each picture's placeholder ids. Pictures from prompts with several pictures must
+        come last in ``opened`` and ``keys``.
 
         Raises Unprocessable for the first picture that the processor cannot process. The error names neither the file nor the group.
         """

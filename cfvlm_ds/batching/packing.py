@@ -31,7 +31,7 @@ from cfvlm_ds.models.forest import Forest
 class Tree:
     """Pictures and the texts that are scored on them. A branch is a pair: the flat index of a cell, and its encoded text.
 
-    If there are pictures, the prompts are identical up to and including the last one.
+    If there are pictures, the prompts are identical up to and including the last picture.
     """
 
     pictures: tuple[PictureKey, ...]
@@ -62,10 +62,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Row:
-    """Trees packed into one row: the model's inputs and the scored tokens.
-
-    The fields have the same meaning as in Batch: ``cell`` [N], ``is_end`` [N], ``num_tokens`` and ``num_scored``.
-    """
+    """Trees packed into one row: the model's inputs and the scored tokens. The fields have the same meaning as in Batch."""
 
     model_inputs: Inputs
     cell: Tensor
@@ -90,7 +87,7 @@ class _Prompt:
 
 @dataclass
 class _Tokens:
-    """A row's tokens, collected node by node. ``ends`` are the indices where the nodes end."""
+    """A row's tokens, collected node by node. ``ends`` holds the index at which each node ends."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -259,8 +256,8 @@ def divide(trees: Sequence[Tree], prompt_length: PromptLength, max_tokens: int |
 
 
 def _pieces(tree: Tree, prompt_length: PromptLength, max_tokens: int) -> list[Tree]:
-    """Split a tree into the fewest trees of at most ``max_tokens`` tokens. A text that, with its prompt, exceeds the limit gets its own
-    tree.
+    """Split a tree into trees of at most ``max_tokens`` tokens, keeping the order of its texts. A text that exceeds the limit together with
+    its prompt gets its own tree.
     """
     pieces = [Tree(tree.pictures, [])]
     left = max_tokens

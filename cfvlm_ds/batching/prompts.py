@@ -74,7 +74,6 @@ class Prompts:
     """Encodes conversations for a model.
 
     Args:
-        processor: the model's processor.
         max_length: the model's context window in tokens.
         around: texts that the processor writes before and after each picture.
         vocabulary: size of the model's vocabulary; a tokenizer can have more tokens.
@@ -206,7 +205,7 @@ class Prompts:
         """Render a conversation with the chat template. Raises _ModelFails if the template raises an exception."""
         try:
             written: str = self.processor.apply_chat_template(conversation, add_generation_prompt=ask, **options)
-        except Exception as error:  # a template can raise anything that Python raises
+        except Exception as error:  # a template can raise any exception
             raise _ModelFails(f"{_TEMPLATE} raises {type(error).__name__} ({error})") from error
         return written
 

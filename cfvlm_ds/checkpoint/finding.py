@@ -88,12 +88,12 @@ def newest(output_dir: Path) -> Path:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, the size and CRC-32 of each of the ``files``, and more."""
+    """Read complete.json, which contains ``step``, ``world_size``, ``run_id``, the size and CRC-32 of every file, and more."""
     return read_json(path / COMPLETE)
 
 
 def incomplete(path: Path) -> str | None:
-    """Describe a checkpoint's defect, or return None if every listed file exists and has its full size. File contents are not read."""
+    """Describe a checkpoint's defect, or return None if every listed file exists and has the listed size. File contents are not read."""
     try:
         described = description(path) if (path / COMPLETE).is_file() else {}  # reading a pipe would block
         listed = {name: (int(size), int(crc32)) for name, (size, crc32) in described["files"].items()}

@@ -53,8 +53,8 @@ def load(engine: Any, path: Path, state: TrainState, world: World, output_dir: P
 def reshard(source: Path, target: Path, rank: int, ranks: int, shapes: Shapes, sizes: Sequence[int]) -> None:
     """Reshard the checkpoint ``source`` for ``ranks`` ranks, and write rank ``rank``'s files to ``target`` in DeepSpeed's own format.
 
-    ``shapes`` and ``sizes`` describe this rank's engine, as returned by ``flat_tensors``. Raises ConfigError if the checkpoint and this run
-    train different weights.
+    ``shapes`` and ``sizes`` describe this rank's engine, as returned by ``flat_tensors``. Raises ConfigError if the checkpoint was trained
+    with a different set of trainable weights.
     """
     shards = Shards(source)
     if shards.trained != {name for group in shapes for name in group}:

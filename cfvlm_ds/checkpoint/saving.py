@@ -1,8 +1,7 @@
 """Checkpoint saving: atomically writes DeepSpeed's shards and the training loop's state.
 
 A checkpoint is written as ``checkpoint-STEP.partial`` and renamed to ``checkpoint-STEP`` when it is complete. Each rank computes the CRC-32
-of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. A run never resumes from a folder
-whose files do not match this list. Layout::
+of its files while writing them, and flushes them to disk. ``complete.json`` lists sizes and checksums. Layout::
 
     checkpoint-STEP/
         complete.json                     step, number of ranks, size and CRC-32 of every file, training loop state (state.py)
@@ -36,7 +35,7 @@ RANDOM_STATE = "random-state-{}.pt"
 
 
 class SaveError(StorageError):
-    """At least one rank could not write a checkpoint. The unfinished checkpoint has been removed; older checkpoints are unchanged."""
+    """Raised if a rank could not write a checkpoint. The unfinished checkpoint has been removed; older checkpoints are unchanged."""
 
 
 def save(engine: Any, state: TrainState, output_dir: Path, world: World, keep: int, keep_every: int = 0) -> Path:
@@ -101,8 +100,8 @@ def _delete_older(output_dir: Path, state: TrainState, keep: int, keep_every: in
 
 @contextlib.contextmanager
 def collect_failure(failures: list[str]) -> Iterator[None]:
-    """Append the message of a write error in the block to ``failures``. Storing the exception would keep the broken file open and its disk
-    space in use.
+    """Suppress a write error in the block, and append its message to ``failures``. The exception itself is not kept, because it would keep
+    the broken file open and its disk space in use.
     """
     try:
         yield
@@ -114,7 +113,7 @@ def collect_failure(failures: list[str]) -> Iterator[None]:
 
 
 def _written(states: Any, file: Path) -> tuple[int, int]:
-    """Write states to a file and flush it to disk. Returns the file's size and CRC-32, computed during the write."""
+    """Write states to a file, flush it to disk, and return its size and CRC-32, which are computed during the write."""
     with file.open("wb") as handle:
         summed: Any = Summed(handle)
         torch.save(states, summed)
@@ -124,7 +123,7 @@ def _written(states: Any, file: Path) -> tuple[int, int]:
 
 
 def flushed(file: Path) -> tuple[int, int]:
-    """Flush a file to disk, so that it survives a power loss. Returns its size and CRC-32."""
+    """Flush a file to disk, so that it survives a power loss, and return its size and CRC-32."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
     return file.stat().st_size, crc32_of(file)

@@ -11,7 +11,7 @@ from typing import Any
 from cfvlm_ds.core.errors import ConfigError
 
 SCHEMA = 3
-"""Version of the files that a run resumes from. It also rises when the same options give another loss."""
+"""Version of the files that a run resumes from. It is also increased when a code change alters the loss for the same options."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TrainState:
         baseline_lp: log-likelihood of the factual pairs at the first measurement, in nats per token.
         best: ``step`` and ``value`` of the best evaluation according to ``train.save_best``.
         worse: number of evaluations since the best evaluation.
-        skipped: id of each skipped group, mapped to the reason.
+        skipped: maps the id of each skipped group to the reason.
         record: the run's options (see option_changes.py).
     """
 
@@ -46,7 +46,7 @@ class TrainState:
         self.sampler = sampler
 
     def evaluated(self, value: float) -> bool:
-        """Record a value of the metric that ``train.save_best`` names. Returns True if it is the best so far; NaN is never the best."""
+        """Record a value of the metric that ``train.save_best`` names, and return True if it is the best so far. NaN is never the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best["value"]):
             self.worse += 1
             return False
@@ -67,8 +67,8 @@ class TrainState:
 
 
 def refuse_other_version(described: Mapping[str, Any], what: Path) -> None:
-    """Raise ConfigError if a record's schema is not ``SCHEMA``, because then a different package version wrote the record. The message
-    names ``what``, the record's file or run folder.
+    """Raise ConfigError if a record's schema is not ``SCHEMA``, that is, if another package version wrote it. The message names ``what``,
+    the record's file or run folder.
     """
     if described.get("schema") != SCHEMA:
         raise ConfigError(

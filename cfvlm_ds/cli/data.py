@@ -52,16 +52,16 @@ def _prepare(
     part: Part,
     reading: Reading,
 ) -> None:
-    """Check a data set and write it as a store, a folder that training opens at once. To divide the work among N processes, start one with
-    --shard I/N for every I, wait until all have finished, and start all of them again. The first round checks the pictures. The second
-    round writes the rows, and the last process to finish completes the store.
+    """Check a data set and write it as a store, a folder that training opens within a second. To divide the work among N processes, start
+    one with --shard I/N for every I, wait until all have finished, and start all of them again. The first round checks the pictures. The
+    second round writes the rows, and the last process to finish completes the store.
 
     Example: cfvlm-ds data prepare groups.jsonl --out STORE --pack
 
     Args:
         manifest: data in any known format.
-        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as the run would do
-            at its first start.
+        config: configuration file of a run, instead of a manifest. All data of the run are prepared in its run folder, as at the run's
+            first start.
         out: folder to write; work that an earlier call finished is not repeated.
         limit: write only the first N groups.
         pack: copy the pictures into tar files in the store; otherwise the rows refer to the original files.

@@ -27,8 +27,8 @@ def escape_unencodable() -> None:
 
 
 def explain_os_errors(function: Callable[[], None]) -> None:
-    """Call a function and flush stdout. Re-raises an OSError about a file, such as a full disk, as a StorageError with a one-sentence
-    message. Exits if the reader of stdout has closed the pipe.
+    """Call a function and flush stdout. Re-raises an OSError (a full disk, for example) as a StorageError with a one-sentence message.
+    Exits if the reader of stdout has closed the pipe.
     """
     try:
         function()
@@ -46,7 +46,7 @@ def explain_os_errors(function: Callable[[], None]) -> None:
 
 
 def exit_cleanly(function: Callable[[], None]) -> None:
-    """Call a function. If its input is bad, print one sentence on stderr and exit with code 2; --verbose adds a traceback.
+    """Call a function. If it raises an InputError, print the message to stderr and exit with code 2; --verbose adds a traceback.
 
     If there are several ranks, only one prints the error. A full disk has its own exit code, because the command can succeed once space is
     freed.

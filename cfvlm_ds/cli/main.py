@@ -1,4 +1,4 @@
-"""``cfvlm-ds``: entry point and parser of all commands. Bad input is reported in one sentence, with exit code 2.
+"""``cfvlm-ds``: entry point and parser for all commands. Bad input is reported in one sentence, with exit code 2.
 
 Heavy packages are imported only once the command is known. This keeps --help fast, and lets a training run block signals
 from the launcher before the slow imports start.

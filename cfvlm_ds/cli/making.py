@@ -63,7 +63,7 @@ def _propose(manifest: str, *, out: str, options: ProposeOptions, part: Part, re
     Example: cfvlm-ds data propose captions.jsonl --out W --with rules,mine --types colour,count,relation
 
     Args:
-        manifest: captions and pictures, in any known format.
+        manifest: captioned pictures, in any known format.
         out: work folder, created if necessary.
     """
     from cfvlm_ds.counterfactuals.propose.step import propose
@@ -137,7 +137,7 @@ def _select(work: str, *, out: str, options: SelectOptions) -> None:
 
     Args:
         work: work folder that `data propose` created.
-        out: file of groups to write.
+        out: file to write the groups to.
     """
     from cfvlm_ds.counterfactuals.select import select
 
@@ -223,7 +223,7 @@ def _sample(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Have a model write texts about pictures and a separate judge label them, and write groups of true and false texts.
+    """Sample texts about pictures from a model, label them with a separate judge, and write groups of true and false texts.
 
     Example: cfvlm-ds data sample runs/mine captions.jsonl --out W --judge my_judge:is_true
 
@@ -269,7 +269,6 @@ def author(
 
 
 def _print_roots(roots: Sequence[str]) -> None:
-    """Print which ``--root`` options are needed to read the groups."""
     if roots:
         words = shlex.join(word for root in roots for word in ("--root", root))
         print(f"their pictures are in other folders; read the groups with {printable(words)}, or list them in data.root")

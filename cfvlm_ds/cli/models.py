@@ -48,7 +48,7 @@ def _score(
     reading: Reading,
     limits: ImageLimits,
 ) -> None:
-    """Score the groups of a manifest, and write their reference scores (for DPO) and blind scores (for PMI).
+    """Score the groups of a manifest, and write their reference scores (for DPO) and their blind scores on a blank image (for PMI).
 
     Example: cfvlm-ds score runs/quickstart/base runs/quickstart/world/train.jsonl
 
@@ -107,7 +107,7 @@ def _scores(model: str, groups: Groups, scorer: Any, collator: Collator, world: 
 
 
 def _calibrate(model: str, manifest: str, *, scoring: Scoring, reading: Reading, limits: ImageLimits) -> None:
-    """Measure how well a model separates a manifest's true texts and images from its false ones.
+    """Measure how well a model separates the true texts and images of a manifest from the false ones.
 
     Example: cfvlm-ds calibrate runs/quickstart/base runs/quickstart/world/train.jsonl --limit 500
 

@@ -83,9 +83,12 @@ class ImageLimits:
     """Limits that determine the number of visual tokens per picture.
 
     Args:
-        min_pixels: minimum number of pixels per picture; use the same value as in training. By default, the model's own limit.
-        max_pixels: maximum number of pixels per picture; use the same value as in training. By default, the model's own limit.
-        max_tiles: maximum number of tiles per picture; use the same value as in training. By default, the model's own limit.
+        min_pixels: minimum number of pixels per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
+        max_pixels: maximum number of pixels per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
+        max_tiles: maximum number of tiles per picture; use the same value as in training. By default, that of the run folder, or else the
+            model's own.
     """
 
     PREFIX: ClassVar = "model."
@@ -111,7 +114,7 @@ def add_function(parent: Any, function: Callable[..., None]) -> None:
 
 @functools.cache
 def _parameters(described: Callable[..., Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the name and keyword arguments of add_argument for each parameter of a function or each field of a dataclass."""
+    """Return the name and keyword arguments to pass to add_argument for each parameter of a function or field of a dataclass."""
     helps, hints = sentences(described), get_type_hints(described, include_extras=True)
     prefix, result = getattr(described, "PREFIX", ""), []
     for parameter in inspect.signature(described).parameters.values():
@@ -156,7 +159,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Report an error for options that precede their command. Otherwise, argparse would mistake an option's value for the command."""
+        """Parse like argparse, but report an option that precedes its command: argparse would mistake the option's value for the
+        command.
+        """
         words = list(sys.argv[1:] if args is None else args)
         commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
         place = next((place for place, word in enumerate(words) if word in commands), 0)

@@ -32,7 +32,7 @@ from cfvlm_ds.training.run_start import FINISHED
 from cfvlm_ds.training.validation import scores_needed, validate
 
 _SAMPLED = "sampled"
-"""Name that the sampled groups have as a source of a round's training data."""
+"""Source name of the sampled groups in a round's training data."""
 
 _SHARDS = 64
 """Number of shards that a round's pictures are divided into. It is fixed, because the number of ranks can differ between two starts."""
@@ -105,7 +105,6 @@ def _refuse_run(out: Path) -> None:
 
 
 def _of_round(config: RunConfig, folder: Path, model: str, sources: list[Source]) -> RunConfig:
-    """Return the configuration of a round's run, which trains ``model`` on ``sources`` in ``folder``."""
     sections: dict[str, Any] = {
         "model": replace(config.model, name_or_path=model),
         "data": replace(config.data, train=sources, scores=None),

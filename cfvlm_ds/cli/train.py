@@ -96,7 +96,7 @@ def _with_model(config: RunConfig, folder: str) -> RunConfig:
 
 
 def build_once(config: BuildConfig, world: World) -> None:
-    """Run the build on rank 0. The other ranks wait as long as rank 0 makes progress. An error is raised on all ranks."""
+    """Run the build on rank 0. The other ranks wait for as long as rank 0 makes progress. An error is raised on all ranks."""
     from cfvlm_ds.core.distributed import ProgressBarrier, run_on_rank0
 
     barrier = ProgressBarrier(world)

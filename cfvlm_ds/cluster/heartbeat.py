@@ -7,8 +7,8 @@ A thread writes ``heartbeat/rank-N.json`` at regular intervals, even while the r
   step. Start-up, checkpoints, evaluation and export can take any amount of time; only the timeout of collectives limits them.
 
 The first rank that detects a hang prints a message and writes it to ``heartbeat/hang.txt``. Every rank that detects the hang exits with
-``EXIT_HANG``, so that the launcher terminates the job. Each rank measures with its own clock how long the files have not changed, so clocks
-of different machines are never compared.
+``EXIT_HANG``, so that the launcher terminates the job. Each rank uses its own clock to measure how long a file has been unchanged, so
+clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cfvlm_ds.core.secrets import print_line
 
 FOLDER, HANG_FILE = "heartbeat", "hang.txt"
 BOUNDED = ("data", "agreement", "computation")
-"""Phases of a training step. Within them, a rank must make progress within ``timeout_s``."""
+"""Phases of a training step, in which a rank must make progress within ``timeout_s``."""
 ENDED = "ended"
 _RECORD_BYTES = 512  # the record has a fixed size and is overwritten in place, so a full disk does not silence a healthy rank
 
@@ -71,7 +71,7 @@ class Peer:
 
 
 def verdict(peers: Sequence[Peer], timeout_s: float) -> tuple[int, str] | None:
-    """Return the hung rank and a sentence that describes the hang, or None if no rank hangs."""
+    """Return the hung rank and a sentence that describes the hang, or None if no rank is hung."""
     for rank, peer in enumerate(peers):
         if peer.silent_s > timeout_s and not _ended(peer):
             return rank, f"{_name(rank, peer)} has given no sign of life for {peer.silent_s:.0f} s; {_place(peer)}"

@@ -1,4 +1,4 @@
-"""Node check of a Slurm job: one task per node runs before the ranks start, and reports whether its node works.
+"""Node check for a Slurm job: one task per node runs before the ranks start, and reports whether its node works.
 
 Each task checks its node's GPUs, connects to the first node's TCP store, and checks that its packages and code match the first node's. All
 tasks then run one collective, and the first node prints the measured bandwidth. Each task writes one line to ``FOLDER/NODE``: ``ok``,

@@ -1,5 +1,5 @@
-"""Lock of a run folder: a file that the process using the folder locks, and that identifies this process. The lock is released when the
-process exits or crashes.
+"""Lock for a run folder: a file that is locked by the process using the folder and that identifies this process. The lock is released when
+the process exits or crashes.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ EXIT_STOPPED = 85
 EXIT_HANG = 86
 """Exit code of every rank that has detected a hung rank (see heartbeat.py)."""
 EXIT_DISK_FULL = 87
-"""Exit code of a command that failed because a disk or a quota is full."""
+"""Exit code of a command that failed because a disk was full or a quota was exceeded."""
 EXIT_INTERRUPTED = 130
 """Exit code of a run that a second Ctrl-C aborted. Its work since the last checkpoint is lost."""
 
@@ -99,7 +99,7 @@ def _leave(code: int) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         if children:
-            time.sleep(0.5)  # lets a thread that compiles an extension release its lock, for which the next start would wait
+            time.sleep(0.5)  # time for a thread that compiles an extension to release its lock; the next start would wait for it
     os._exit(code)
 
 
@@ -254,7 +254,7 @@ class Stop:
     """Vote of the ranks, once per step, on whether to stop the run.
 
     Args:
-        margin_s: margin in seconds for a step and a checkpoint. The ranks stop if the time to the job's end (``SLURM_JOB_END_TIME``, a
+        margin_s: margin in seconds for a step and a checkpoint. The ranks stop if the time until the job ends (``SLURM_JOB_END_TIME``, a
             Unix time) is less than this margin plus the longest interval so far between two votes. Such an interval can include an
             evaluation or a checkpoint.
     """

@@ -1,9 +1,9 @@
-"""Run configuration: nested dataclasses, filled from YAML files and dotted command-line options.
+"""Run configuration: nested dataclasses that are filled from YAML files and dotted command-line options.
 
 Unknown options are errors, and the resolved configuration can be printed as YAML. Options that also exist in transformers'
-TrainingArguments have the same names. The DeepSpeed JSON defines ZeRO, precision and offloading; the run configuration defines batch sizes,
-learning rates and steps. An "auto" in the JSON is replaced by the run's value. A conflict between the JSON and the run configuration is an
-error (see engine/configuration.py).
+TrainingArguments have the same names. The DeepSpeed JSON sets the ZeRO stage, precision and offloading; the run configuration sets batch
+sizes, learning rates and step counts. Each "auto" in the JSON is replaced by the run's value. A conflict between the JSON and the run
+configuration is an error (see engine/configuration.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cfvlm_ds.core.data_config import DataConfig, DataSet
 from cfvlm_ds.core.options import AT_LEAST_ONE, COUNT, FINITE, SHARE, option
 
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"]
-"""Learning rate schedules of transformers that need no options."""
+"""Learning rate schedules in transformers that need no further options."""
 CFVLM = ("align", "csd", "fcd")
 """Default terms of the objective, from CF-VLM (arXiv 2506.17267)."""
 
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """Training options of a module: vision tower, projector or language model.
+    """Training options for one module: the vision tower, the projector or the language model.
 
     Args:
         tuning: ``full`` trains every weight, ``lora`` trains adapters on the linear layers, and ``frozen`` trains nothing.
@@ -41,8 +41,8 @@ class LoraConfig:
 
     Args:
         rank: rank of the low-rank matrices.
-        alpha: an adapter's output is multiplied by alpha / rank.
-        dropout: dropout probability of an adapter's input.
+        alpha: scale of the adapters, whose output is multiplied by alpha / rank.
+        dropout: dropout probability for the input of an adapter.
         load_in_4bit: store the language model's base weights in 4 bits (QLoRA, arXiv 2305.14314); requires bitsandbytes and ZeRO-2.
         dora: also train the magnitude of each weight row (DoRA, arXiv 2402.09353).
         rslora: multiply an adapter's output by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, arXiv 2312.03732).
@@ -67,11 +67,12 @@ class ModelConfig:
 
     Args:
         name_or_path: model folder or hub name.
-        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or torch's GPU kernels ``varlen`` and ``flex``. ``auto``
-            selects flash-attn or ``varlen`` if the GPU supports one of them, otherwise sdpa.
+        attn_implementation: attention back end: ``flash_attention_2``, ``sdpa``, or one of torch's GPU kernels, ``varlen`` or ``flex``.
+            ``auto`` selects ``flash_attention_2`` or ``varlen`` if it is available and supports the model, otherwise ``sdpa``.
         gradient_checkpointing: recompute activations in the backward pass. This saves memory, but a step takes about a third longer.
-        min_pixels: scale smaller images up to this many pixels (Qwen-VL, GLM-4V).
-        max_pixels: scale larger images down to this many pixels, to limit their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma 4).
+        min_pixels: enlarge smaller images to at least this many pixels (Qwen-VL, GLM-4V).
+        max_pixels: shrink larger images to at most this many pixels, which limits their visual tokens (Qwen-VL, GLM-4V, Mistral 3, Gemma
+            4).
         max_tiles: cut an image into at most this many tiles (LLaVA-NeXT, OneVision, InternVL, Idefics3, SmolVLM, Aya, Command).
         vision_tower: tuning and learning rate of the vision tower.
         projector: tuning and learning rate of the projector.
@@ -92,8 +93,8 @@ class ModelConfig:
 
     @property
     def unused(self) -> list[str]:
-        """Warnings about options without effect, printed when a run starts. LoRA options have no effect unless some module's ``tuning`` is
-        ``lora``. In other programs, setting a rank enables LoRA.
+        """Warnings about options that have no effect, printed when a run starts. LoRA options need a module whose ``tuning`` is ``lora``,
+        whereas in other programs setting a rank enables LoRA.
         """
         if self.lora == LoraConfig() or "lora" in (self.vision_tower.tuning, self.projector.tuning, self.language_model.tuning):
             return []
@@ -119,13 +120,13 @@ class RoundsConfig:
 
     Args:
         number: number of rounds.
-        pictures: data set with pictures and true texts, in any supported format.
-        judge: judge that decides whether a text is true, as in ``cfvlm-ds data sample``: ``answers`` or MODULE:FUNCTION.
-        n: texts per picture and prompt.
+        pictures: data set of pictures with true texts, in any supported format.
+        judge: ``answers`` or MODULE:FUNCTION, which decides whether a text is true (as in ``cfvlm-ds data sample``).
+        n: number of texts to sample per picture and prompt.
         temperature: sampling temperature.
         max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
         prompt: one prompt for all pictures; by default, each picture is shown with the prompts of its row.
-        weight: weight of the sampled groups in the training mixture. A single training set without a weight has weight 1.
+        weight: weight of the sampled groups in the training mixture. A single training set without a weight gets weight 1.
     """
 
     number: int = option(within=AT_LEAST_ONE)
@@ -140,7 +141,7 @@ class RoundsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation and the run folder.
+    """Optimisation, evaluation, checkpoints and the run folder.
 
     Args:
         output_dir: run folder, for the configuration, metrics, checkpoints, tracking store and export.
@@ -160,7 +161,7 @@ class TrainConfig:
             takes extra time.
         hard_negatives: train only on this many counterfactuals per group: the ones that the model currently scores highest. They are
             selected in an extra forward pass without gradients. By default, a step trains on all counterfactuals.
-        lr_scheduler_type: learning rate schedule: any schedule of transformers that needs no options.
+        lr_scheduler_type: name of a transformers learning rate schedule that needs no further options.
         warmup_ratio: fraction of the steps over which the learning rate warms up linearly.
         num_train_epochs: passes over the training groups, if ``max_steps`` is not given.
         max_steps: number of optimizer steps; -1 uses ``num_train_epochs``.
@@ -168,17 +169,17 @@ class TrainConfig:
         bf16: train in bfloat16 (``true``) or float32 (``false``); ``auto`` uses bfloat16 if the device supports it.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates only at the end. By default, a random sample of at most 300 groups per set is
-            also evaluated after each quarter of training, which takes about a tenth of the training time; not in very short runs.
-        eval_on_start: evaluate before the first step, so that results.md shows what the training changed. "auto" evaluates a random sample
-            of at least 100 groups per set, which takes about a tenth of the training time; true evaluates all groups and benchmarks; false
-            skips this evaluation.
+            also evaluated after each quarter of training, which takes up to a tenth of the training time; not in very short runs.
+        eval_on_start: evaluate before the first step, so that results.md shows what the training changed. ``auto`` evaluates a random
+            sample of at least 100 groups per set, which takes about a tenth of the training time; ``true`` evaluates all groups and
+            benchmarks; ``false`` skips this evaluation.
         samples: number of evaluation pictures for which the model generates a text at each evaluation; results.md shows the texts.
         save_steps: steps between checkpoints; 0 saves only at the end.
-        save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables it.
+        save_minutes: also save when this many minutes have passed since the last checkpoint; 0 disables this.
         save_total_limit: keep only this many of the newest checkpoints; 0 keeps all.
-        save_keep_every: also keep checkpoints whose step is a multiple of this number; 0 disables it.
-        save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the metric's highest value is also
-            kept. It is saved right after the evaluation.
+        save_keep_every: also keep every checkpoint whose step is a multiple of this number; 0 disables this.
+        save_best: name of a metric in metrics.jsonl, such as ``eval/test/group``. The checkpoint with the highest value of this metric,
+            saved right after the evaluation, is also kept.
         early_stopping: stop training after this many consecutive evaluations without an improvement in the ``save_best`` metric.
         resume: ``auto`` continues from the newest complete checkpoint of output_dir, starts at step 0 if there is no checkpoint, and fails
             if there are only unusable ones; ``restart`` is like ``auto``, but starts at step 0 instead of failing; ``never`` starts at step
@@ -191,7 +192,7 @@ class TrainConfig:
             duration of the longest step so far (including its evaluation and checkpoint). The margin must be long enough to save the first
             checkpoint, whose duration is not yet known.
         hang_timeout_s: exit with code 86 when a rank shows no sign of life, or a step makes no progress, for this many seconds; 0 disables
-            it.
+            this check.
         self_check: check before the first step that all weights are finite, and that packing does not change scores beyond rounding errors
             (packed rows are compared with rows of one text). If the check fails, ``error`` stops and ``warn`` continues; ``off`` skips the
             check.
@@ -269,18 +270,19 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class HabitsConfig:
-    """The built-in world with habits, written as ordinary manifests with pictures of 64 x 64 pixels.
+    """The built-in world with habits: drawn scenes of things with usual attributes (such as white moons), written as ordinary manifests
+    with pictures of 64 x 64 pixels.
 
     Args:
         out_dir: folder to write; left unchanged if it already holds this world.
-        num_train: training groups.
-        num_test: groups in the validation set and in each test set.
-        num_counterfactuals: counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
+        num_train: number of training groups.
+        num_test: number of groups in the validation set and in each test set.
+        num_counterfactuals: number of counterfactual pairs per training group; 0 gives single pictures, for pretraining a base model.
         num_questions: maximum number of questions in a training group, in addition to the descriptions.
         seed: seed of all random numbers.
         strength: probability that a thing in a training picture follows each of its habits.
-        text_bias: probability that a training picture's texts state the usual attribute where the picture breaks a habit. Needs
-            num_counterfactuals 0. A base model pretrained on such texts states usual attributes even if the picture contradicts them.
+        text_bias: probability, for each habit that a training picture breaks, that its texts state the usual attribute anyway; requires
+            num_counterfactuals 0. A base model pretrained on these texts states usual attributes even if a picture contradicts them.
     """
 
     out_dir: str
@@ -299,7 +301,7 @@ class BuildConfig:
 
     Args:
         habits: the built-in world with habits.
-        base: folder for a copy of the package's small model, pretrained on that world.
+        base: folder for a copy of the package's small model, pretrained on the world with habits.
     """
 
     habits: HabitsConfig | None = option(None, on_resume="ignored")
@@ -323,7 +325,7 @@ class RunConfig:
     resolved: Mapping[str, Any]
     """The same configuration as plain nested values, with every default filled in."""
     yaml_folder: str = ""
-    """Folder of the last YAML file, used only in messages; relative paths in the file are resolved against the working directory."""
+    """Folder of the last YAML file. It is used only in messages: relative paths in the file are resolved against the working directory."""
 
     @property
     def loss(self) -> str:

@@ -23,7 +23,7 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A manifest with its own format and image folder.
+    """A data set with its own format, image folder and limit.
 
     Args:
         path: manifest of counterfactual groups, or data in any supported format (docs/formats.md).
@@ -74,7 +74,7 @@ class EvaluationSet(DataSet):
         limit: number of groups to use, starting with the first; by default all. For a benchmark, the approximate number of items, which are
             spread evenly over the benchmark.
         benchmark: name of a benchmark (docs/benchmarks/index.md), instead of ``path``.
-        probe: form of the benchmark's questions; every benchmark has a default form.
+        probe: way to ask the benchmark's questions; every benchmark has a default.
     """
 
     FORM: ClassVar[str] = (
@@ -97,27 +97,27 @@ class DataConfig:
             objectives and scores (docs/mixtures.md).
         stopping_strategy: condition that ends an epoch of a mixture. ``all_exhausted``: every source has been used completely; smaller
             sources are repeated until then. ``first_exhausted``: one source has been used completely.
-        evaluation: name -> manifest, evaluated every ``train.eval_steps`` steps and at the end; name -> {path: manifest, root: FOLDERS,
-            format: NAME, limit: N} if a manifest has its own root, format or limit (``--data.evaluation.NAME.root FOLDER``); or name ->
-            {benchmark: NAME, root: FOLDER} for a public benchmark.
+        evaluation: evaluation sets by name, evaluated every ``train.eval_steps`` steps and at the end. Each value is MANIFEST; {path:
+            MANIFEST, root: FOLDERS, format: NAME, limit: N} to override the root, format or limit (``--data.evaluation.NAME.root FOLDER``);
+            or {benchmark: NAME, root: FOLDER} for a public benchmark.
         format: row format, as NAME (a key of ``cfvlm_ds.data.formats.FORMATS``) or NAME:OPTION=VALUE,OPTION=VALUE, such as
             ``captions:image=file_name,caption=text``; ``auto`` detects the format from the keys of the first row, and reports it.
         root: folder of the images, or a list of folders; by default, the manifest's folder. A path in a manifest is absolute, or relative
             to the first of these folders that contains the file. After links are resolved, the file must be inside one of the folders.
-        scores: file written by ``cfvlm-ds score`` with the reference and blind log-likelihoods of the training manifest; DPO and PMI need
-            it.
+        scores: file that ``cfvlm-ds score`` wrote for the training manifest, with log-likelihoods under the reference model and on a blank
+            image; DPO and PMI need it.
         max_pixels: reject images with more pixels than this.
         check: ``full`` opens every image before training starts; ``rows`` checks only the manifests.
         on_error: action of all ranks if a training group cannot be read, for instance because an image was damaged after the check:
             ``error``, or ``skip`` the whole group. skipped.json in the run folder lists skipped groups. If the check before training finds
             broken data, the run does not start; ``cfvlm-ds data prepare --on_error skip`` leaves broken rows out.
-        max_skipped: maximum number of groups that are skipped in a run; if more cannot be read, the run fails.
+        max_skipped: maximum number of skipped groups in a run; the run fails if there are more.
         num_workers: processes per rank that prepare batches; by default one per spare core, at most 4.
         max_tokens_per_micro_batch: fill each micro-batch with whole groups up to this many tokens, instead of
             ``train.per_device_train_batch_size`` groups. The ranks then have similar amounts of work, even if images and texts differ in
             size.
         max_tokens_per_forward: split a micro-batch with more tokens than this into forward passes of at most this size; all but the last
-            run twice (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, and a step takes
+            run twice (gradient cache, arXiv 2101.06983). The gradients are the same. Only one pass has to fit into memory, but a step takes
             about a third longer. If an image has too many texts for one pass, the texts are divided among several.
     """
 

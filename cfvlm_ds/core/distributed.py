@@ -152,7 +152,7 @@ def all_reduce_rate(device: torch.device) -> float:
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Return the ``item`` of every rank, in rank order, on every rank. With a single rank, no process group is needed."""
+    """Gather every rank's ``item``, and return the items in rank order on all ranks. With a single rank, no process group is needed."""
     if world.size == 1:
         return [item]
     gathered: list[Any] = [None] * world.size
@@ -168,7 +168,7 @@ def broadcast_object(item: Any) -> Any:
 
 
 class ProgressBarrier:
-    """Barrier that is not subject to the timeout of collectives: ranks wait for each other as long as any of them makes progress.
+    """Barrier that is not subject to the timeout of collectives: a rank waits for as long as any rank is still making progress.
 
     Every rank must create the barrier at the same point of the program, call ``alive`` while it works, and call ``meet`` to wait for the
     other ranks.
@@ -181,7 +181,7 @@ class ProgressBarrier:
         self._last_sign = -math.inf
 
     def alive(self) -> None:
-        """Report that this rank is making progress. The call is cheap enough for every work item."""
+        """Report that this rank is making progress. This is cheap enough to call for every work item."""
         if self._store is not None and (now := time.monotonic()) - self._last_sign > _SIGN_OF_LIFE_S:
             self._last_sign = now
             self._store.add(f"{self._name}/alive", 1)
@@ -208,7 +208,7 @@ class ProgressBarrier:
 
 def run_on_rank0(world: World, function: Callable[[], Any], barrier: ProgressBarrier | None = None) -> Any:
     """Call a function on rank 0, and return its result or raise its error on every rank. If the call can take a long time, pass a
-    ``barrier`` where the other ranks wait.
+    ``barrier`` for the other ranks to wait at.
     """
     result: Any = None
     problem: InputError | None = None
@@ -242,8 +242,8 @@ def seed_everything(seed: int) -> None:
 def isolated_rng() -> torch.Generator:
     """Return a generator for the seeds of a DataLoader's iterators.
 
-    A resumed run creates its iterators at other steps than an uninterrupted run does. If the iterators drew their seeds from torch's global
-    generator, dropout would therefore differ between the two runs.
+    A resumed run and an uninterrupted run create their iterators at different steps. If the iterators drew their seeds from torch's global
+    generator, dropout would differ between the two runs.
     """
     return torch.Generator()
 

@@ -23,9 +23,8 @@ def first_line(error: BaseException) -> str:
 class InputError(ValueError):
     """An error that the user can correct: bad input, or too little space for the run. The command then exits with code 2.
 
-    The message is one printable line with secrets masked. Because it can quote ids, paths and values from untrusted files, line breaks,
-    escape sequences (which control the terminal) and unpaired surrogates (which cannot be printed) are shown in Python's notation. The
-    middle of a message longer than 2,000 characters is cut out.
+    The message is one printable line with secrets masked. It can quote ids, paths and values from untrusted files, so unprintable
+    characters are escaped (see ``printable``). The middle of a message longer than 2,000 characters is cut out.
     """
 
     def __init__(self, message: str) -> None:
@@ -64,7 +63,7 @@ _LONGEST = 2000  # characters
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether an error is a failure of a library, not a request to exit: any Exception, or a panic in a Rust library, which does not
-    derive from Exception.
+    """Return whether an error is a library failure rather than a request to exit. Failures are Exceptions, and panics in Rust libraries,
+    which do not derive from Exception.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

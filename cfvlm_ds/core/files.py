@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents; for a link, only the link itself."""
+    """Remove a file, a link (but not its target), or a folder with its contents."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -72,7 +72,7 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     even after a crash.
 
     If ``shared`` is True, several processes can write the file at the same time. Otherwise, raises ConfigError if another process is
-    writing it. If writing fails, raises an OSError that names ``path``. The temporary file is removed in any case.
+    writing it. If writing fails, raises an OSError that names ``path``.
     """
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     held = None
@@ -147,8 +147,8 @@ def file_lock(path: Path, waiting: Alive = no_op, alive: Alive = no_op) -> Itera
 def lock(handle: int, path: Path) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    If the file system does not support locks, print a warning once and return True. The package filelock is not used, because it locks a
-    separate file and raises an error on a file system without locks (ENOLCK, ENOTSUP).
+    If the file system does not support locks, print a warning once and return True. The filelock package is not suitable: it locks a
+    separate file, and raises an error on a file system without locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,7 +176,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """Create an empty temporary folder that is renamed to ``final`` at the end of the block. Until then, an existing ``final`` is kept.
 
     If two processes create the same folder at the same time, the later one removes the other's temporary folder and continues; the earlier
-    one raises FileExistsError. Raises OSError if a folder cannot be written. The temporary folder is removed in any case.
+    one raises FileExistsError. Raises OSError if a folder cannot be written.
     """
     partial, older, descriptor = final.with_name(f"{final.name}.partial"), aside_of(final), None
     try:

@@ -27,7 +27,7 @@ MAX_CELLS = 1 << 16
 """Maximum number of cells in a truth table."""
 MAX_COMPARISONS = 1 << 18
 """Maximum number of comparisons per group in an evaluation: pairs of a true and a false cell with the same image and prompt, or with the
-same text. 256 images with one text each give half this number. A table with MAX_CELLS cells, half of them true, would give millions.
+same text. A table with MAX_CELLS cells, half of them true, would give millions.
 """
 SHAM = "sham"
 """Edit type of an image that was rendered again without a change. The factual text is still true of it."""
@@ -41,15 +41,15 @@ Cells = Literal["anchor", "matched", "star", "full", "batch"]
 - ``anchor``: the factual pair;
 - ``matched``: every true pair;
 - ``star``: also the known cells in the row and column of each prompt's anchor (its first true cell). They pair the anchor's image with the
-  prompt's texts, and the anchor's text with every image. For the first prompt, they are row 0 and column 0;
+  prompt's texts, and the anchor's text with every image. For the first prompt, they are in row 0 and column 0;
 - ``full``: all cells;
-- ``batch``: ``star`` and, on each image of the group, texts of other groups in the optimizer step.
+- ``batch``: ``star``, plus texts of other groups in the optimizer step on each image of the group.
 """
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text to score and the prompt that it answers: a string, or a conversation (see cfvlm_ds.core.conversation)."""
+    """A text to score and the prompt that it answers. The prompt is a string or a conversation (see cfvlm_ds.core.conversation)."""
 
     prompt: Prompt
     text: str
@@ -174,7 +174,7 @@ class CounterfactualGroup:
 
     @classmethod
     def to_score(cls, id: str, images: tuple[Pictures, ...], candidates: tuple[Candidate, ...]) -> CounterfactualGroup:
-        """Build a group that is only scored. It must have a true cell, so its first cell counts as true, and all others as unknown."""
+        """Build a group for scoring only. Every group needs a true cell, so the first cell is marked as true and all others as unknown."""
         texts = len(candidates)
         return cls(id, images, candidates, ((1, *[None] * (texts - 1)), *[(None,) * texts] * (len(images) - 1)))
 
@@ -225,7 +225,7 @@ class CounterfactualGroup:
 
 
 Groups: TypeAlias = Sequence[CounterfactualGroup]
-"""A sequence of groups, which are in memory or read on access."""
+"""A sequence of groups, held in memory or read on access."""
 
 
 def check_comparisons(group: CounterfactualGroup) -> None:

@@ -1,4 +1,4 @@
-"""Append-only files. If a process is killed, only the last entry can be incomplete. It is dropped when the file is next opened."""
+"""Append-only files. If a process is killed, only the last entry can be incomplete, and it is then dropped when the file is next opened."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def records(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, line: str, say: Say) -> bool:
-    """Append a complete line to a file. If that fails, only warn. Return whether the line was appended."""
+    """Append a line to a file. If that fails, only warn. Return whether the line was appended."""
     try:
         with closing(Journal(path, alone=False)) as journal:
             journal.append(line.encode() + b"\n")

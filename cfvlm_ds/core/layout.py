@@ -25,7 +25,8 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class InBatchNegatives:
-    """For each group, N texts of other groups in the optimizer step. They are the layout's last N columns, and their truth is unknown.
+    """For each group in a batch, N texts from other groups in the optimizer step. They are the layout's last N columns, and their truth is
+    unknown.
 
     ``place`` [G] is each group's position in the step. ``source_group`` [G, N, 2] holds two numbers per text: the position of the text's
     own group in the step, and the text's index in that group. Both are -1 where a group has fewer than N negatives. ``share`` [G, N] is the
@@ -72,7 +73,9 @@ class GroupLayout:
         return self.valid.shape[2] - (0 if self.in_batch is None else self.in_batch.source_group.shape[1])
 
     def seen(self, in_batch: bool, blank: bool) -> GroupLayout:
-        """Return the layout, with the in-batch negatives included if ``in_batch`` is True, and the blank picture if ``blank`` is True."""
+        """Return the layout without the in-batch negatives if ``in_batch`` is False, and without the blank picture if ``blank`` is
+        False.
+        """
         in_batch, blank = in_batch and self.in_batch is not None, blank and self.blank
         if in_batch == (self.in_batch is not None) and blank == self.blank:
             return self

@@ -20,8 +20,8 @@ def named(kind: str, spec: str, known: Mapping[str, Any], besides: Collection[st
     """Return the entry of ``known`` that ``spec`` names, with the options in ``spec`` applied. A value with a comma must be in double
     quotes.
 
-    Only dataclass entries have options: their fields. ``besides`` holds further valid names, which are used only in error messages. Raises
-    ValueError for an unknown name, option or value.
+    Only dataclass entries have options, which are their fields. ``besides`` holds further valid names, which are used only in error
+    messages. Raises ValueError for an unknown name, option or value.
     """
     name, colon, options = spec.partition(":")
     if name not in known:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 OnResume = Literal["confirm", "refuse", "free", "ignored"]
 """Reaction to an option that has changed since the checkpoint. "confirm", the default, refuses the change unless ``train.resume_changes``
 allows it. "refuse" always refuses the change, because the run cannot continue from a checkpoint with a different value. "free" accepts it,
-because only speed or memory use changes. "ignored" excludes the option from the comparison: names, records and checks, and paths of files,
+because only speed or memory use changes. "ignored" excludes the option from the comparison, for instance because it is a name, or a path
 whose contents are compared instead.
 """
 
 Range = tuple[float, float]
 """Smallest and largest value of a numeric option."""
 ENDLESS = 2**53
-"""Upper bound of an option that declares none. Floats represent every whole number up to this bound."""
+"""Upper bound of an option that declares none. Floats represent every whole number up to this bound exactly."""
 COUNT, AT_LEAST_ONE, SHARE, FINITE = (0, ENDLESS), (1, ENDLESS), (0, 1), (0, 1e38)
 
 

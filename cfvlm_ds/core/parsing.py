@@ -1,4 +1,4 @@
-"""Option parsing: builds a RunConfig from YAML files and the command line; an invalid option or value raises a one-sentence error."""
+"""Option parsing: from YAML files and the command line to a RunConfig. An invalid option or value raises a one-sentence error."""
 
 from __future__ import annotations
 
@@ -203,7 +203,6 @@ def _check(model: ModelConfig, data: DataConfig, train: TrainConfig) -> None:
 
 
 def _check_evaluation_set(split: str, given: EvaluationSet) -> None:
-    """Raise ConfigError unless an evaluation set has a valid name and is either a manifest or a benchmark."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", split, re.ASCII):
         raise ConfigError(f"data.evaluation: {split!r} cannot be part of file and metric names; use letters, digits and _ . + -")
     if not given.path and not given.benchmark:

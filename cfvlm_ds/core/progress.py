@@ -24,7 +24,7 @@ FIRST_S, EVERY_S = 2.0, 5.0
 
 
 def time_left(passed_s: float, done: float, total: float) -> str:
-    """Estimate the time left from the rate so far, in hours, minutes and seconds."""
+    """Estimate the time left from the rate so far, and format it as hours, minutes and seconds."""
     return str(timedelta(seconds=round(passed_s * max(total - done, 0) / done))) if done else "an unknown time"
 
 

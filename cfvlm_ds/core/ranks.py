@@ -43,7 +43,7 @@ def others_wait() -> Iterator[None]:
 
 
 def cores_per_rank() -> int:
-    """Return the number of cores per rank on this machine or, within ``others_wait``, the number of all its cores."""
+    """Return the number of cores per rank on this machine or, within ``others_wait``, the total number of cores."""
     local_ranks = 1 if _others_wait else int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, cores // local_ranks)
@@ -57,7 +57,7 @@ def default_workers() -> int:
 def launcher() -> str:
     """Return a key that identifies this launch on this machine: the process id and start time of the ranks' parent.
 
-    The start time is in ticks since the machine booted. Unlike a time of day, it is the same in every process.
+    The start time is in ticks since the machine booted. Unlike a wall-clock time, it is the same in every process.
     """
     parent, started = os.getppid(), "0"
     with contextlib.suppress(OSError, IndexError):
@@ -72,8 +72,8 @@ def printed_once(sentence: str) -> Iterator[bool]:
 
     Usually rank 0 prints, because many users read only its log. The other ranks wait briefly, and one of them prints if rank 0 does not. A
     rank can fail before the process group is initialized, or while others wait in a collective, so the ranks cannot exchange messages.
-    Instead, the printing rank creates a marker file: an empty file in the machine's temporary folder, named after the launch and the
-    sentence. The sentence is therefore printed once per machine.
+    Instead, the printing rank creates an empty marker file in the machine's temporary folder, named after the launch and the sentence. The
+    sentence is therefore printed once per machine.
     """
     if num_ranks() == 1:
         yield True

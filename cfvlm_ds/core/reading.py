@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 
 MIB = 2**20
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""Errors that a missing, damaged or malformed file can cause, when it is read or when its values are used."""
+"""Errors that can occur when a missing, damaged or malformed file is read or its values are used."""
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _SPARE = 100  # stack frames kept free, of the 1,000 that Python allows
@@ -147,7 +147,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def yaml_of(value: Any) -> str:
-    """Format a value as YAML that ``parse_yaml`` and YAML 1.1 parsers read alike."""
+    """Format a value as YAML that YAML 1.1 parsers read the same way as ``parse_yaml``."""
     import yaml
 
     class Quoting(yaml.SafeDumper):

@@ -140,7 +140,7 @@ def recorded_model(run_dir: Path) -> ModelConfig:
 
 
 def base_of(folder: Path) -> str:
-    """Return the base model of the adapters in ``folder``, which are in peft's format. Raises ConfigError if there are none or they are not
+    """Return the name or path of the base model of the peft adapters in ``folder``. Raises ConfigError if there are none or they are not
     supported.
     """
     remedy = "name a folder that `cfvlm-ds export --adapter` wrote"

@@ -1,4 +1,4 @@
-"""Score matrices from logits, computed in fp32 for every compute dtype.
+"""Score matrices from logits, computed in float32 or higher precision for every compute dtype.
 
 S[g, i, c] = sum over response tokens t of log p(y_t | y_<t, image i, prompt), in nats. Shapes: N scored tokens, V vocabulary, G groups, I
 images, C candidates, T tokens of the longest text.
@@ -29,7 +29,7 @@ class Scores:
     without a gradient.
 
     ``cross_group`` [G, C, R] holds scores of the same texts on images of other groups in the optimizer step, padded with -inf to R. They
-    are detached here; their gradient is computed with those images' own groups.
+    are detached here; their gradient is computed with the groups that the images belong to.
 
     ``tokens`` [G, I, C, T] are the token log-probs whose sum is ``logp``, padded with 0 after the last token of a text. It is None unless
     an objective needs it.
@@ -48,7 +48,9 @@ class Scores:
     divergences: Mapping[Divergence, Tensor] = field(default_factory=dict)
 
     def seen(self, in_batch: bool, blank: bool) -> Scores:
-        """Return the scores, with the in-batch negatives included if ``in_batch`` is True, and the blank picture if ``blank`` is True."""
+        """Return the scores without the in-batch negatives if ``in_batch`` is False, and without the blank picture if ``blank`` is
+        False.
+        """
         layout = self.layout.seen(in_batch, blank)
         if layout is self.layout:
             return self
@@ -71,8 +73,8 @@ class Scores:
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute log p(target) per row, in nats: logits [N, V] of any floating dtype, targets [N] -> [N].
 
-    Logits are converted to float32 before the softmax. A bfloat16 log-softmax over 152k entries would shift a 64-token sum by 0.1 nats,
-    a large part of a typical margin of 0.25 nats. float64 stays float64.
+    Logits are converted to float32 before the softmax (float64 is kept). A bfloat16 log-softmax over 152k entries would shift a 64-token
+    sum by 0.1 nats, a large part of a typical margin of 0.25 nats.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -92,7 +94,8 @@ def score_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 
 
 def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: GroupLayout) -> Tensor | None:
-    """Arrange token log-probs by cell and position, [G, I, C, T], without end-of-turn tokens; None if the layout has no ``changed``.
+    """Arrange token log-probs by cell and position, [G, I, C, T], leaving out end-of-turn tokens. Returns None if the layout has no
+    ``changed``.
 
     Takes the same arguments as ``score_matrix``. The tokens of a cell must be adjacent and in order.
     """
@@ -105,7 +108,7 @@ def token_matrix(token_logp: Tensor, cell: Tensor, is_end: Tensor, layout: Group
 
 
 def token_counts(layout: GroupLayout, len_norm: LengthNorm) -> Tensor:
-    """Compute the divisor of each cell, [G, I, C]: the token count of the group's factual text (``anchor``) or of the cell's text
+    """Compute the divisor of each cell's score, [G, I, C]: the token count of the group's factual text (``anchor``) or of the cell's text
     (``own``), or 1 (``none``).
 
     With ``anchor``, all cells of a group have the same divisor. With ``own``, a comparison of two texts of different lengths also gives

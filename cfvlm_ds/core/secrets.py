@@ -21,10 +21,10 @@ _PARAMETER = re.compile(r"([?&#][^=&#\s\"<>]*=|[?&](?![^=&#\s\"<>]*=))[^&#\s\"<>
 """A parameter in a query or fragment, or a value without a name in a query. Anchors and punctuation after the URL do not match."""
 _QUERY = re.compile(r"[?#]\S+")
 _CLOSING = ")]}',.:;!"
-"""Punctuation that can follow a value and is part of the sentence."""
+"""Punctuation after a value that belongs to the surrounding sentence."""
 
 _NAME = re.compile(r"(?<![\w.\-])(?:([\w.\-]+)([\"']?\s{0,2}[=:]\s{0,2})|(-[\w.\-]+)([\"']?,?\s{1,2})(?!-))")
-"""A name and the separator before its value. After an option, the separator is a space, as in ``--api-key VALUE``."""
+"""A name and the separator before its value. After an option, the separator can also be a space, as in ``--api-key VALUE``."""
 _VALUE = re.compile(r"(?:(?:Bearer|Basic|Token)\s+)?(?:\"[^\"]{0,1000}\"|'[^']{0,1000}'|[^\s\"'&,;)\]}]+)", re.IGNORECASE)
 _ALWAYS = re.compile(
     r"pass(?:word|wd|phrase)s?$|^pwd$|secrets?$|credentials?$|^authorization$"
@@ -33,7 +33,7 @@ _ALWAYS = re.compile(
 )
 """Names, or endings of names, whose value is always a secret. The words of a name are joined by ``_`` before they are matched."""
 _UNLESS_NUMBER = {"token", "tokens", "key", "keys", "signature", "sig", "sas", "auth", "bearer", "cookie"}
-"""Words that mark a value as a secret unless it is a number, such as num_key_value_heads or token_budget."""
+"""Words that mark a value as a secret unless it is a number, as for num_key_value_heads or token_budget."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 

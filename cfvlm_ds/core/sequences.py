@@ -1,4 +1,4 @@
-"""Sequences: lazy sequences, common prefixes, and a threaded map with limited look-ahead."""
+"""Sequence utilities: lazy sequences, common prefixes, and a threaded map with limited look-ahead."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared_start(one: Sequence[T], other: Sequence[T]) -> int:
 
 
 def differing(one: Sequence[T], other: Sequence[T]) -> tuple[slice, slice]:
-    """Return a slice for each of two sequences: its part between their common prefix and the common suffix of the rest."""
+    """Return one slice per sequence, which leaves out the common prefix and then the common suffix of the rest."""
     first = shared_start(one, other)
     last = shared_start(one[first:][::-1], other[first:][::-1])
     return slice(first, len(one) - last), slice(first, len(other) - last)

@@ -23,7 +23,7 @@ def shipped(name: str) -> Path:
 
 
 def resolve_shipped(given: str, folder: str) -> str:
-    """Return a file name unchanged if the file exists, else the path of the file of that name in the package's ``folder``.
+    """Return a file name unchanged if the file exists; otherwise, return the path of the file with that name in the package's ``folder``.
 
     The name can start with that folder, as in ds_configs/z3.json. A name that cannot be resolved is returned unchanged.
     """

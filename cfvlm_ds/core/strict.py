@@ -1,5 +1,5 @@
-"""Strict options: dataclasses built from plain values. The error for an invalid value names the option, the value and a remedy in one
-sentence.
+"""Strict conversion of plain values to dataclasses of options. The error for an invalid value names the option, the value and a remedy in
+one sentence.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cfvlm_ds.core.text import one_line, quoted
 _MAIN_OPTION = {"model": "name_or_path", "data": "train", "lora": "rank"} | dict.fromkeys(
     ("vision_tower", "projector", "language_model"), "tuning"
 )
-"""Section -> the option that is suggested if a value is given for the section itself."""
+"""Section -> the option to suggest if a value is given for the section itself."""
 _KINDS = {
     float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list of texts", dict: "NAME: VALUE",
     NoneType: "null",
 }  # fmt: skip
 _LIKE = 0.65
 TERM: dict[str, Range] = {"weight": (0, 1e9), "warmup": (0, 1)}
-"""Ranges of the options that all objective terms share. Each term checks its own options."""
+"""Ranges of the options that all objective terms share. Each term checks its other options itself."""
 
 
 class Given(str):
@@ -36,7 +36,7 @@ class Given(str):
 
 
 def read_options(path: str | Path, remedy: str) -> dict[str, Any]:
-    """Read a YAML file of options. Raises ConfigError, whose message names the file and the ``remedy``."""
+    """Read a YAML file of options. If that fails, raises a ConfigError that names the file and the ``remedy``."""
     try:
         if not isinstance(options := read_yaml(path), dict):
             raise ValueError("it has no options" if options is None else f"it contains a {type(options).__name__}, not options")
@@ -48,7 +48,7 @@ def read_options(path: str | Path, remedy: str) -> dict[str, Any]:
 
 
 def dotted(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any, Any]]:
-    """Yield (name, class, field, type) of every option, including options in optional sections."""
+    """Yield (dotted name, dataclass, field, type) for every option, including options in optional sections."""
     hints = get_type_hints(kind)
     for option in fields(kind):
         hint = hints[option.name]
@@ -87,7 +87,7 @@ def build(kind: type, given: Any, name: str = "", known: Sequence[str] = ()) -> 
 
 
 def fitted(hint: Any, value: Any, option: str, within: Range = (-ENDLESS, ENDLESS), known: Sequence[str] = ()) -> Any:
-    """Convert a value to the type ``hint``. If that fails, raises a ConfigError whose message starts with the option's name, ``option``."""
+    """Convert a value to the type ``hint``. If that fails, raises a ConfigError whose message starts with ``option``, the option's name."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain, text = value, isinstance(value, Given)
     if text:
@@ -134,7 +134,7 @@ def _number(kind: Any, plain: Any) -> Any:
 
 
 def _misfit(hint: Any, value: Any, option: str) -> str:
-    """Return the part of an error message after the option's name: why the value does not match the expected type."""
+    """Explain why a value does not match the expected type. The result completes an error message that begins with the option's name."""
     if form := _form(hint):
         return f": {value!r} {form}"
     if is_dataclass(hint) and value is not None:
@@ -147,7 +147,7 @@ def _misfit(hint: Any, value: Any, option: str) -> str:
 
 
 def _form(hint: Any) -> str | None:
-    """Return the sentence that describes valid values (``FORM``) if the type is a data set, else None."""
+    """Return the advice on valid values (``FORM``) if the type is a data set, else None."""
     return next(filter(None, (getattr(hint, "FORM", None), *map(_form, get_args(hint)))), None)
 
 
@@ -159,10 +159,10 @@ def _called(hint: Any) -> list[str]:
 
 
 def nearest(option: str, names: Sequence[str]) -> str | None:
-    """Return the dotted option among ``names`` that an unknown ``option`` most likely means, or None.
+    """Return the dotted name in ``names`` that was most likely meant by an unknown ``option``, or None.
 
-    The result is the shortest name with all words of ``option`` and the same last word or, if there is none, the most similar name whose
-    last part is also similar: all options of a section begin with the same letters.
+    The result is the shortest name that contains all words of ``option`` and ends with the same word. If there is none, it is the most
+    similar name whose last part is also similar, because a shared section makes any two names similar.
     """
     last = option.rpartition(".")[2]
     words = {name: re.split(r"[._]", name) for name in (option, *names)}

@@ -15,8 +15,8 @@ def hashed(content: str | bytes) -> int:
 
 
 def printable(text: str) -> str:
-    """Return the text with unprintable characters escaped in Python's notation. Unescaped, an escape sequence would control the terminal, a
-    line break would end the sentence, and an unpaired surrogate could not be printed.
+    """Return the text with unprintable characters escaped in Python's notation. Otherwise, an escape sequence could control the terminal, a
+    line break would end the message, and an unpaired surrogate could not be printed.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -28,7 +28,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def few(names: Collection[str], most: int = 5) -> str:
-    """Join the first names with commas, and add an ellipsis if there are more. Long names are cut."""
+    """Join the first ``most`` names with commas, and add an ellipsis if there are more. Long names are cut."""
     return ", ".join(one_line(name, 60) for name in islice(names, most)) + ", ..." * (len(names) > most)
 
 
@@ -45,7 +45,9 @@ def in_cell(text: str, most: int = 60) -> str:
 
 
 def plain_tables(markdown: str) -> str:
-    """Format the Markdown tables in a text for a terminal: columns of fixed width without rules, pipes and the escapes of ``in_cell``."""
+    """Reformat the Markdown tables in a text for a terminal, with columns of fixed width and without rules, pipes or the escapes of
+    ``in_cell``.
+    """
     blocks: list[str] = []
     for is_table, lines in groupby(markdown.split("\n"), lambda line: line.startswith("|")):
         if not is_table:

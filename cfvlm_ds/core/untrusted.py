@@ -80,9 +80,7 @@ def output_file(path: Path, *inputs: str | Path, option: str = "--out") -> Path:
 
 
 def new_output(path: Path, *inputs: str | Path) -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError if the file exists. A file in a common format might
-    belong to the user, so it is never overwritten.
-    """
+    """Like ``output_file``, but also raises ConfigError if the file exists, because a file in a common format might belong to the user."""
     output_file(path, *inputs)
     if path.exists():
         raise ConfigError(f"{path} already exists and would be overwritten; remove it, or name another file with --out")
@@ -90,7 +88,7 @@ def new_output(path: Path, *inputs: str | Path) -> Path:
 
 
 def refuse_filled(folder: Path, except_for: Collection[str] = ()) -> None:
-    """Raise ConfigError if a folder that is about to be replaced has entries whose names are not in ``except_for``."""
+    """Raise ConfigError if a folder to be replaced is a link or a file, or has entries whose names are not in ``except_for``."""
     refuse_link(folder, remedy := "name another folder")
     if folder.exists() and (not folder.is_dir() or any(each.name not in except_for for each in folder.iterdir())):
         raise ConfigError(f"{folder} already exists, is not empty and would be replaced; {remedy}")
@@ -105,8 +103,8 @@ def refuse_replacing(
 ) -> Path:
     """Return the resolved path of a folder that can be replaced because it is new, empty, or of the same kind (it has the file ``marker``).
 
-    Raises ConfigError for any other folder, for a link or file, and for a folder that contains the working directory or a path in
-    ``needed``. If ``names`` is given, also raises it for a folder with an entry whose name is not in ``names``.
+    Raises ConfigError for any other folder, for a link or file, for a folder that contains the working directory or a path in ``needed``,
+    and, if ``names`` is given, for a folder with an entry that is not in ``names``.
     """
     refuse_link(folder, remedy)
     final = folder.resolve()
@@ -135,11 +133,10 @@ def replaced(folder: Path, marker: str, needed: Iterable[Path] = (), names: Coll
 
 
 def own_output(path: Path, ours: Callable[[IO[bytes]], bool], writer: str, *inputs: str | Path) -> Path:
-    """Check an output path with ``output_file`` and return it. Also raises ConfigError for an existing file, unless it is empty or was
-    written by ``writer``.
+    """Like ``output_file``, but also raises ConfigError if the file exists, unless it is empty or was written by ``writer``.
 
-    ``ours`` is a function that returns True for a file written by ``writer``. For any other file, it returns False or raises a parser's
-    error.
+    ``ours`` must return True for a file written by ``writer``. For any other file, it must return False or raise one of the ``MALFORMED``
+    errors.
     """
     output_file(path, *inputs)
     if path.exists() and path.stat().st_size > 0:

@@ -25,10 +25,9 @@ def version(package: str) -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Return the commit that this package was checked out or built from, or ``unknown``. The working directory does not matter.
+    """Return the commit that this package was checked out or built from, or ``unknown``.
 
-    If the package is installed inside another repository, for instance in its .venv, that repository's commit is not returned. A wheel
-    records the commit that it was built from.
+    If the package is installed inside another repository, for instance in its .venv, that repository's commit is not returned.
     """
     return (_git("ls-files", "--error-unmatch", "__init__.py") and _git("rev-parse", "HEAD")) or _built_from() or "unknown"
 

@@ -30,9 +30,9 @@ def compared(original: Path, edited: Path, mask: Image.Image | None = None) -> d
 
     Returns:
         A dict. ``hash`` is the number of differing bits in the 64-bit perceptual hashes. The other keys exist only if the sizes are equal.
-        ``identical`` is True if no pixel differs. ``changed`` is the fraction of pixels that differ visibly, and ``largest`` the fraction
-        of these in their largest connected component. ``outside``, which needs a mask, is the fraction of the pixels outside the mask that
-        differ at all.
+        ``identical`` is True if no pixel differs. ``changed`` is the fraction of pixels that differ visibly. ``largest``, which exists only
+        if there are such pixels, is the fraction of them in their largest connected component. ``outside``, which needs a mask, is the
+        fraction of the pixels outside the mask that differ at all.
     """
     first, second = open_image(original), open_image(edited)
     facts: dict[str, Any] = {"hash": (perceptual_hash(first) ^ perceptual_hash(second)).bit_count()}
@@ -56,9 +56,7 @@ def largest_piece(mask: Array) -> int:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Compute a picture's 64-bit pHash: one bit per coefficient of the 8 x 8 lowest DCT frequencies, set if the coefficient exceeds the
-    median.
-    """
+    """Compute a picture's 64-bit pHash: one bit for each of the lowest 8 x 8 DCT coefficients, set if it exceeds their median."""
     grey = np.asarray(image.convert("L").resize((_HASHED, _HASHED), Image.Resampling.BOX), np.float64)
     low = dctn(grey)[:8, :8].ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")

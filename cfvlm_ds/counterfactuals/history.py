@@ -32,7 +32,7 @@ class Edited:
 
     @property
     def best(self) -> Attempt:
-        """The good attempt with the largest minimum margin or, if none is good, the attempt that passed the most stages."""
+        """The good attempt whose smallest margin is largest or, if none is good, the attempt that passed the most stages."""
         return max(self.attempts, key=lambda attempt: (attempt.verdict.reason == GOOD, attempt.verdict.stage, attempt.verdict.worst))
 
     @property
@@ -53,8 +53,8 @@ class History:
 
 
 def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from ``file`` or, if that is "", from thresholds.json in the work folder, if it exists. With no file and no scored
-    candidates, the rule defaults to ``checks`` (pixels only).
+    """Read thresholds from ``file``. If ``file`` is "", use thresholds.json in the work folder, if it exists. If there is no file and no
+    candidate was scored, the rule defaults to ``checks`` (pixels only).
     """
     own = work.path / "thresholds.json"
     given = file or (str(own) if own.is_file() else "")

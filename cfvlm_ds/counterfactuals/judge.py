@@ -3,8 +3,8 @@ a model.
 
 A candidate is good if it wins all four comparisons by a margin: each picture scores higher with its own text than with the other, and each
 text scores higher with its own picture than with the other. In addition, the fraction of changed pixels must be within the limits for the
-edit type, and the changes must be neither scattered nor outside the mask. An accidental second change makes the new text fit its picture
-much worse than the caption fits the original; the threshold ``drop`` rejects these edits.
+edit type, and the changes must be neither scattered nor outside the mask. If an edit accidentally changes a second thing, the new text fits
+its picture much worse than the caption fits the original; the threshold ``drop`` rejects such edits.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def _log_odds(log_share: float | None) -> float:
 
 
 def read_thresholds(file: str | Path, rule: Rule | None = None, margin: float | None = None) -> Thresholds:
-    """Read thresholds from a YAML file, which can be JSON, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take
-    precedence over the file. Raises ConfigError for invalid thresholds.
+    """Read thresholds from a YAML or JSON file, or use the defaults if ``file`` is empty. ``rule`` and ``margin`` take precedence over the
+    file. Raises ConfigError for invalid thresholds.
     """
     given = {name: value for name, value in (("rule", rule), ("margin", margin)) if value is not None}
     try:
@@ -193,8 +193,8 @@ class Calibrated:
 def calibrated(labelled: Iterable[tuple[Mapping[str, Any], bool]], start: Thresholds, precision: float) -> Calibrated:
     """Find the ``margin`` and ``drop`` that keep as many labelled candidates as possible at a precision of at least ``precision``.
 
-    ``margin`` is at least 0. ``drop`` is set only if this keeps more candidates than ``margin`` alone. Raises ConfigError if no thresholds
-    reach the precision.
+    ``margin`` is at least 0. ``drop`` is set only if it allows more candidates to be kept than ``margin`` alone. Raises ConfigError if no
+    thresholds reach the precision.
     """
     start = replace(start, margin=0.0, drop=None)
     judged = [(record, verdict(record, start), good) for record, good in labelled]

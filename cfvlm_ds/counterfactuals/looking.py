@@ -20,7 +20,7 @@ from cfvlm_ds.page import Item, ScoreTable, Written, group_item, write_page
 
 
 def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, say: Say) -> Written:
-    """Write an HTML page of ``sample`` random candidates. If ``rejected`` is True, they are drawn only from the rejected candidates.
+    """Write an HTML page of ``sample`` random candidates, restricted to rejected ones if ``rejected`` is True.
 
     Raises ConfigError if ``out`` is not a work folder or has no candidate to show.
     """

@@ -108,8 +108,8 @@ class EditOptions:
             first editor that accepts it.
         model: model folder or hub name for the diffusers editor.
         attempts: number of pictures to make per edit, for editors whose results depend on the seed.
-        seed: random seed, combined with the edit's id and the number of the attempt.
-        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png, for the folder editor.
+        seed: random seed, combined with the id of the edit and the number of the attempt.
+        folder: folder of edited pictures, FOLDER/SOURCE/NUMBER.png (or .jpg, .jpeg, .webp), for the folder editor.
         masks: folder of masks, MASKS/SOURCE/NUMBER.png; white marks pixels that are allowed to change.
         composite: where to restore the original pixels: outside the mask (mask), outside the visibly changed area (difference), or nowhere
             (none).
@@ -169,8 +169,8 @@ class SelectOptions:
         margin: threshold in nats, at least 0. The margin of each comparison must exceed it.
         thresholds: file with thresholds. The default is thresholds.json in the work folder if `data verify --calibrate` wrote it.
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
-        per_source: maximum number of edits per caption, drawn at random from the good edits. Choosing by margin would favour easy edits.
-        splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1; one file per split.
+        per_source: maximum number of edits per caption, drawn at random from the good edits (a choice by margin would favour easy edits).
+        splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1. Writes one file per split.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.
         seed: seed for assigning pictures to splits.
@@ -196,7 +196,7 @@ class SampleOptions:
 
     Args:
         judge: judge that decides whether a text is true; it must not be the model itself. The judge ``answers`` compares short answers with
-            those in the data. MODULE:FUNCTION is a function of a text and its row that returns True, False or None (undecided).
+            those in the data. MODULE:FUNCTION names a function that takes a text and its row, and returns True, False or None (undecided).
         n: number of texts per picture and prompt, generated in one batch.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: each token is sampled from the smallest set of most likely tokens with at least this total probability; 1 for all tokens.

@@ -48,7 +48,7 @@ class Plan:
                 raise ConfigError(f"{option} is empty; name the captions and the work folder")
 
     def check(self) -> None:
-        """Raise ConfigError for options that a step would later refuse: invalid options, and options that differ from the recorded ones."""
+        """Raise ConfigError for options that a step would later refuse, because they are invalid or differ from the recorded ones."""
         from cfvlm_ds.counterfactuals.edit import step as edit
         from cfvlm_ds.counterfactuals.propose import PROPOSERS
         from cfvlm_ds.counterfactuals.propose import step as propose

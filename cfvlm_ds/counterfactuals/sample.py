@@ -37,8 +37,8 @@ GROUPS, COUNTS = "groups.jsonl", "counts.json"
 _LONGEST_ANSWER = 3  # words
 
 Judge = Callable[[str, Mapping[str, Any]], "bool | None"]
-"""Function of a text and its picture's ``cfgroup/1`` row that returns True, False or None (undecided). The row holds one picture, the
-prompt, the known true texts and the source's metadata.
+"""Function that takes a text and the ``cfgroup/1`` row of its picture, and returns True, False or None (undecided). The row holds one
+picture, the prompt, the known true texts and the source's metadata.
 """
 
 
@@ -59,8 +59,8 @@ def sample(
     say: Say,
     of: int | None = 1,
 ) -> tuple[list[dict[str, Any]], Counter[str] | None]:
-    """Generate the texts of ``shards`` (each 0 to ``of`` - 1). If all shards are finished, judge the texts and write OUT/groups.jsonl and
-    OUT/counts.json. Texts that an earlier call generated are reused.
+    """Generate the texts of ``shards`` (indices from 0 to ``of`` - 1), reusing those of earlier calls. Once all shards are finished, judge
+    the texts, and write OUT/groups.jsonl and OUT/counts.json.
 
     ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the completion records of ``shards``, and
     the counts if all shards are finished, otherwise None.
@@ -95,8 +95,7 @@ def sample(
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
     """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
 
-    Return None if a true text has more than three words, or if the answer contains a true text, as in "Yes, it is", or is part of a true
-    text.
+    Return None if a true text has more than three words, or if the answer contains a true text (as in "Yes, it is") or is part of one.
     """
     given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
     if any(len(each.split()) > _LONGEST_ANSWER for each in true):
@@ -107,7 +106,7 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data set's pictures and prompts, and the judge of the texts. In the rows passed to the judge or written to groups.jsonl, picture
+    """The pictures and prompts of a data set, and the judge. In the rows that are passed to the judge or written to groups.jsonl, picture
     paths are relative to ``folder``, or absolute for pictures outside it.
     """
 
@@ -125,7 +124,7 @@ class _Source:
         return found
 
     def question(self, entry: tuple[int, Sequence[int]]) -> Question:
-        """Build the question for an entry of ``places``. It has the true texts of all rows of the entry."""
+        """Build the question for an entry of ``places``, with the true texts of all its rows."""
         key, rows = entry
         first, texts = self.store[rows[0]], dict[str, Candidate]()
         for row in rows:
@@ -158,7 +157,7 @@ class _Source:
         return verdict
 
     def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate texts for a question. Return them with the counts of sampled and discarded texts."""
+        """Generate texts for a question. Return the texts, and the counts of sampled and discarded ones."""
         options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
         if self.verdict(first.text, question) is None:
             return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
@@ -178,8 +177,8 @@ class _Source:
         return {"texts": texts, "counts": counts}
 
     def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
-        """Judge a question's texts and count the verdicts in ``counts``. Return a group of the true and false texts, or None if no text is
-        false.
+        """Judge the texts generated for a question, and add the verdicts to ``counts``. Return a group of the true and false texts, or None
+        if no text is false.
         """
         group, most = question.group, self.options.most_false
         known = {normalised(candidate.text) for candidate in group.candidates}
@@ -204,7 +203,7 @@ class _Source:
 
 
 def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
-    """Return whether a text can be used for training. A text that contains a control token, for example, cannot."""
+    """Return whether a text can be used for training. For example, it must not contain a control token."""
     try:
         collator.prompts.encoded(candidate.prompt, candidate.text, num_pictures, "a text")
     except DataError:

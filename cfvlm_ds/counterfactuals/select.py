@@ -37,7 +37,7 @@ TWICE, ELSEWHERE = "its text is a duplicate", "its real picture belongs to anoth
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _MANY = 1000
-"""From this number of pictures on, a picture's split depends only on its contents and the seed, so the shares are approximate. With fewer
+"""With at least this many pictures, a picture's split depends only on its contents and the seed, so the shares are approximate. With fewer
 pictures, the shares are exact.
 """
 _SHOWN = ("settings", "scorer", "weights", "template", "seed", "cfvlm-ds", "composite")
@@ -49,8 +49,8 @@ class Survival:
     """Counts of edit outcomes, by edit type.
 
     ``sources`` holds the counts of the step ``propose``, such as the number of captions. ``files`` maps each written file to its number of
-    groups, and ``shares`` to the share that ``--splits`` requests. ``roots`` lists the folders of the pictures; it is empty if all pictures
-    are in the folder of the written files.
+    groups, and ``shares`` maps it to the share requested with ``--splits``. ``roots`` lists the folders of the pictures; it is empty if all
+    pictures are in the folder of the written files.
     """
 
     by_type: dict[str, Counter[str]] = field(default_factory=dict)
@@ -184,7 +184,7 @@ def _outside(row: Mapping[str, Any], roots: Sequence[Path]) -> Iterator[Path]:
 
 
 def _ranked(history: History) -> list[Edited]:
-    """Sort a source's good edits by a random number derived from the edit's id, so that quotas keep a random sample."""
+    """Return a source's good edits, sorted by a random number derived from the edit's id, so that quotas keep a random sample."""
     return sorted((edited for edited in history.edits if edited.reason == GOOD), key=_draw)
 
 
@@ -212,7 +212,7 @@ def _kept(
     home: str,
     ends: dict[str, float],
 ) -> list[Edited]:
-    """Return the edits of ``history`` that are kept, in the order of proposal. Count the outcome of every edit in ``survival``.
+    """Return the edits of ``history`` that are kept, in the order of proposal, and add the outcome of every edit to ``survival``.
 
     ``home`` is the source's split. Edits whose mined picture belongs to another split are left out.
     """
@@ -265,7 +265,7 @@ def _row(
 
 
 def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -> CounterfactualGroup:
-    """Build a source's group from the edits ``kept``. Cells that pair one edit's picture with another edit's text are unknown."""
+    """Build a source's group from its ``kept`` edits. Cells that pair one edit's picture with another edit's text are unknown."""
     images: list[tuple[Path, ...]] = [() if history.picture is None else (history.picture.absolute(),)]
     texts, edits = [history.caption], []
     match: list[list[int | None]] = [[1]]
@@ -301,7 +301,7 @@ def _place(history: History, seed: int) -> int:
 
 
 def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int) -> dict[str, float]:
-    """Map each split to its upper bound on the hashes of pictures (see ``_place``). If fewer than ``_MANY`` pictures have a good edit, the
+    """Map each split to the upper bound of its picture hashes (see ``_place``). If fewer than ``_MANY`` pictures have a good edit, the
     bounds give each split its exact share of these pictures.
     """
     good = (history for shard in range(work.shards if shares else 0) for history in histories(work, shard, thresholds) if _ranked(history))

@@ -1,4 +1,4 @@
-"""Status of a work folder: for each step, the finished shards with their counts, and the missing shards in sbatch's notation."""
+"""Status of a work folder: for each step, the number of finished shards, their counts, and the missing shards in sbatch's notation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step ``verify``: records scores and pixel comparisons of every candidate. Verdicts are derived from them later.
+"""Step ``verify``: records the scores and the pixel comparison of every candidate. Verdicts are derived from them later.
 
 The scorer processes a candidate's pictures and texts in one packed row. Each picture is therefore encoded only once for both probes:
 ``match`` (a yes/no question) and ``likelihood`` (the text as a caption).
@@ -164,8 +164,8 @@ def _item(candidate: Candidate) -> Item:
 
 
 def group_of(candidate: Candidate, options: VerifyOptions) -> CounterfactualGroup:
-    """Build a group with both pictures and all texts to score: both captions and, as answers to the question about each caption, every
-    spelling of "yes" and "no".
+    """Build a group of the pictures and all texts to score: the two captions, and every spelling of "yes" and "no" as an answer to the
+    question about each caption.
     """
     item = _item(candidate)
     cells = (*Match(options.template).cells(item), *Caption(prompt=options.prompt).cells(item))
@@ -203,8 +203,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:
-    """Fit thresholds to labelled candidates, and write thresholds.json to the work folder. The file ``labelled`` contains lines of the form
-    {"edit": ID, "attempt": 0, "good": true}.
+    """Fit thresholds to labelled candidates, and write them to thresholds.json in the work folder. The file ``labelled`` contains lines of
+    the form {"edit": ID, "attempt": 0, "good": true}.
 
     Raises DataError for labels that cannot be read or do not match any candidate, and ConfigError if no thresholds reach the precision.
     """

@@ -95,7 +95,8 @@ class WorkFolder:
     @classmethod
     def begin(cls, path: Path, store: GroupStore, shards: int | None, steps: Sequence[str] = STEPS) -> WorkFolder:
         """Open a work folder, or create it if it does not exist. If ``shards`` is None, the folder's number of shards is used, or 1 for a
-        new folder. Raises ConfigError if the folder was created with different data, steps or number of shards.
+        new folder. Raises ConfigError if the folder was created with different data or steps, or with another number of
+        shards.
         """
         _refuse_links(path)
         shards = int(_read(path / "run.json").get("shards", 1)) if shards is None else shards
@@ -186,8 +187,8 @@ class WorkFolder:
     def finished(self, step: str, shard: int, of: int | None, options: Any, say: Say = no_op) -> dict[str, Any] | None:
         """Return a step's completion record for a shard, or None if the shard is not finished.
 
-        Raises ConfigError if the folder does not have the step or shard, if the previous step is not finished, or if this step was started
-        with different options. Raises DataError for outdated records. No model is loaded for these checks.
+        Raises ConfigError if the folder has no such step or shard, if the previous step is not finished, or if this step was started with
+        different options. Raises DataError for outdated records. These checks do not load a model.
         """
         if step not in self.steps:
             raise ConfigError(f"{self.path} was begun by `cfvlm-ds data {self.steps[0]}` and has no step {step}; name another folder")
@@ -204,7 +205,7 @@ class WorkFolder:
 
 
 class ShardStep:
-    """A step that is in progress on a shard. The first ``count`` units already have a record.
+    """A step in progress on a shard. The first ``count`` units already have a record.
 
     Records contain neither times nor machine names, so that resumed work produces the same bytes as uninterrupted work.
     """

@@ -110,8 +110,8 @@ def _excluded(row: Row, where: str) -> tuple[str, ...]:
 
 
 def _unused(row: Row, *parts: Sequence[Row]) -> Any:
-    """Collect the metadata: the row's ``meta``, ``split`` and ``license``, and the metadata of its images, texts and edits under names such
-    as ``images.sha256``.
+    """Return a row's metadata: its ``meta``, ``split`` and ``license``, and the metadata of its images, texts and edits under keys such as
+    ``images.sha256``.
     """
     fields = {key: row[key] for key in _KEPT if key in row}
     for kind, listed in zip(("images", "texts", "edits"), parts, strict=True):

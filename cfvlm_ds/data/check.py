@@ -43,7 +43,7 @@ def open_pictures(
 ) -> tuple[PictureTable, dict[int, str]]:
     """Open each picture once. Return a table of the readable pictures, and a mapping from each broken picture's key to its problem.
 
-    The problems are also added to ``report``, with the location of the first group that contains the picture.
+    The problems are also added to ``report``, each with the location of the first group that contains the picture.
     """
     broken = dict[int, str]()
 
@@ -60,8 +60,8 @@ def open_pictures(
 
 
 def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[int, Path]]:
-    """Yield, for each picture, the index of the first group that contains it, and the picture's path. ``places[k]`` is that index for the
-    picture with the key ``keys[k]``. No other groups are read.
+    """For each picture, yield the index of the first group that contains it, and the picture's path. ``places[k]`` is the index for the
+    picture with the key ``keys[k]``. Only these groups are read.
     """
     left = np.ones(len(keys), bool)
     for index in np.unique(places).tolist():
@@ -74,8 +74,8 @@ def first_uses(store: GroupStore, keys: Array, places: Array) -> Iterator[tuple[
 
 
 class OpenedPicture(NamedTuple):
-    """Result of opening a picture: the index of the first group that contains it, its path, its properties or problem, and its bytes (empty
-    unless requested).
+    """Result of opening a picture: the index of the first group that contains it, its path, its properties or an error message, and its
+    bytes (empty unless requested).
     """
 
     group: int
@@ -109,7 +109,7 @@ def opened_pictures(
 def opened_picture(
     path: Path, known: PictureTable | None, prepared: PictureTable | None, max_pixels: int, contents: bool
 ) -> tuple[Picture | str, bytes]:
-    """Return a picture's properties or problem, and its bytes (empty unless requested).
+    """Open a picture. Return its properties or an error message, and its bytes (empty unless ``contents`` is True).
 
     A picture in the table ``known`` is opened only if its file has changed. A picture in a store must match its entry in the table
     ``prepared``.
@@ -134,7 +134,7 @@ def opened_picture(
 
 
 def equal_images(group: CounterfactualGroup, pictures: PictureTable) -> Iterator[str]:
-    """Yield a problem for each pair of images in a group that are byte-identical although the truth table distinguishes them."""
+    """Yield an error message for each pair of byte-identical images that a group's truth table distinguishes."""
     for second in range(1, len(group.images)):
         for first in range(second):
             if are_distinguished(group, first, second) and _same_bytes(group.images[first], group.images[second], pictures):
@@ -169,7 +169,7 @@ class Lengths(Protocol):
 
 
 _MERGED = 1 << 20
-"""Minimum number of picture keys that are collected before duplicates are removed."""
+"""Minimum number of picture keys to collect before duplicates are removed."""
 
 
 def check_rows(store: GroupStore, *, progress: Say) -> CheckReport:
@@ -277,8 +277,8 @@ def check_texts(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Text pass over a chunk of groups, as a callable. It returns a report, the hash and visual token count of each distinct image, and the
-    keys of the rows and pictures.
+    """Callable that runs the text pass over a chunk of groups. It returns a report, the hash and visual token count of each distinct image,
+    and the keys of the rows and pictures.
     """
 
     store: GroupStore
@@ -361,7 +361,7 @@ def check_manifest(
     max_pixels: int = MAX_PIXELS,
     progress: Say = print_line,
 ) -> CheckReport:
-    """Check a data set completely and return a report of its contents and problems. Problems do not raise exceptions. Every picture is
+    """Check a data set completely and return a report of its contents and problems. Problems are reported, not raised. Every picture is
     decoded once.
 
     If ``lengths`` is given (for instance a Collator), visual tokens are counted, and rows that exceed the model's context window are

@@ -58,7 +58,7 @@ class Confinement:
         if not inside:
             roots = f"root {self.roots[0]}" if len(self.roots) == 1 else f"roots {', '.join(map(str, self.roots))}"
             raise DataError(f"image path {str(path)!r} leads outside the data {roots} (to {target.resolve()}); {self._remedy}")
-        if mode is not None:  # a missing file may become a link later
+        if mode is not None:  # a missing file is not cached, because it may become a link later
             if len(self._files) >= _FOLDERS:
                 self._files.clear()
             self._files[file] = full
@@ -67,8 +67,8 @@ class Confinement:
     def _really(self, folder: str) -> tuple[str, bool]:
         """Return the real path of a folder, and whether it is inside a root.
 
-        Results are cached. Even a million images are usually in only a few folders, so most images need only one system call, which saves
-        time on a network file system.
+        Results are cached. Even a million images are usually in a few folders, so most need only one system call, which saves time on
+        network file systems.
         """
         target, inside = self._followed(Path(folder))
         return str(target), inside
@@ -86,4 +86,4 @@ def mode_of(path: str) -> int | None:
         return None
 
 
-_FOLDERS = 4096  # maximum number of cached folders and of cached files, because every row may have its own folder
+_FOLDERS = 4096  # limit on cached folders and on cached files, because every row may have its own folder

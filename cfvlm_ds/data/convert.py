@@ -23,7 +23,7 @@ from cfvlm_ds.data.report import CheckReport
 
 
 class Converted(NamedTuple):
-    """Number of groups written, problems of the groups left out, and the folder that picture paths are relative to (``root``)."""
+    """Number of groups written, the problem of each group that was left out, and the folder that picture paths are relative to."""
 
     groups: int
     problems: list[str]

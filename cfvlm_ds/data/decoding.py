@@ -34,7 +34,7 @@ _PIL_LIMIT = threading.Lock()
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image to RGB (8 bits per channel), turned upright according to its EXIF orientation. An animation's first frame is used.
+    """Decode an image to RGB (8 bits per channel) and apply its EXIF orientation. Only the first frame of an animation is used.
 
     ``max_pixels`` limits width x height, and MAX_ASPECT limits the ratio of the longer to the shorter side. Width and height are read from
     the header and checked before anything is decoded. Transparent pixels are blended with white. 16-bit grey is scaled to 8 bits. Raises a
@@ -93,7 +93,7 @@ def _check_size(path: str | Path, image: Image.Image, max_pixels: int) -> None:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Return whether turning the image upright swaps its width and height. For a TIFF, PIL has already swapped them in ``size``."""
+    """Return whether the EXIF orientation swaps the image's width and height. For a TIFF, PIL has already swapped them in ``size``."""
     return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 

@@ -40,7 +40,7 @@ _CHUNK = 256  # rows whose pictures are fetched concurrently
 
 
 class Downloaded(NamedTuple):
-    """Number of rows written, number of distinct pictures, and for each row left out, the reason."""
+    """Number of rows written, number of distinct pictures, and the reason for each row that was left out."""
 
     rows: int
     pictures: int

@@ -1,6 +1,6 @@
-"""Field validation for untrusted rows: raises DataError for a missing or unknown key, or a value of the wrong type.
+"""Field validation for untrusted rows. A missing or unknown key, or a value of the wrong type, raises DataError.
 
-Each error message is one sentence that begins with the argument ``where``: the row's location, or the part of it that the caller knows.
+Each error message is one sentence that begins with the argument ``where``, the row's location as far as the caller knows it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_keys(row: Row, allowed: Collection[str], where: str) -> None:
 
 
 def further_keys(row: Row, known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return the fields of a row whose keys are not in ``known``. Rows in published formats can have such fields.
+    """Return the fields of a row whose keys are not in ``known``. Rows in published formats often have extra fields.
 
     Raises DataError for a key that looks like a misspelling of a known key that the row lacks.
     """
@@ -141,7 +141,7 @@ def row_id(row: Row, *contents: Any) -> str:
     """Build a group's id from its row's id, if there is one, and a hash of the row's contents.
 
     The hash is needed because several rows of a public data set can have the same id. The group's id does not depend on the row's position.
-    A repeated row gets the same id, so it is detected as a duplicate.
+    A duplicate row gets the same id, so it is detected.
     """
     text = json.dumps(contents, ensure_ascii=False, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,5 +1,5 @@
-"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. An
-error message can therefore state which of these have changed.
+"""Data set identity: a fingerprint with one hash each for ids, texts, labels, weights, picture paths, picture contents and row order. Error
+messages can therefore name what has changed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def data_identity(
     roots: Sequence[Path],
     pictures: PictureTable | None = None,
 ) -> Identity:
-    """Compute the identity (a set of hashes) of a data set from its groups. Picture paths are hashed relative to ``roots``, so moving these
-    folders does not change the identity.
+    """Compute the identity of a data set from its groups. Picture paths are hashed relative to ``roots``, so moving these folders does not
+    change the identity.
 
     Edits are not part of the identity, because they only label rows of result tables.
     """

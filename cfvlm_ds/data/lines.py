@@ -26,7 +26,7 @@ _HEADER = np.dtype([("magic", "S16"), ("size", "<i8"), ("rows", "<i8")])
 
 
 class IndexedLines:
-    """Non-blank lines of a file, accessed by index. Threads and forked processes can share one object.
+    """Non-blank lines of a file, accessed by index. An instance can be shared by threads and forked processes.
 
     Args:
         path: the file.
@@ -42,8 +42,8 @@ class IndexedLines:
 
     @classmethod
     def scanned(cls, path: Path, *, alive: Alive = no_op, progress: Say = no_op) -> IndexedLines:
-        """Read a regular file once and index its lines. Raises OSError, ValueError (the message does not name the file), and DataError for
-        a line of more than MAX_LINE bytes.
+        """Read a file once and index its lines. Raises OSError, ValueError (without the file's name) if the file is not regular or changes
+        meanwhile, and DataError for a line of more than MAX_LINE bytes.
         """
         held = HeldFile(path)
         stat = os.fstat(held.number)
@@ -73,7 +73,7 @@ class IndexedLines:
 
     @classmethod
     def mapped(cls, path: Path) -> IndexedLines:
-        """Open a file with the index that ``write_index`` wrote. Raises OSError and ValueError."""
+        """Open a file, using the index that ``write_index`` wrote. Raises OSError or ValueError if either cannot be read."""
         data = np.memmap(index_file(path), np.uint8, "r")
         begin, rows = _HEADER.itemsize, int(data[: _HEADER.itemsize].view(_HEADER)["rows"][0])
         end = begin + 8 * (rows + 1)
@@ -87,7 +87,7 @@ class IndexedLines:
         return f"{self.path}:{row + 1 if self._numbers is None else self._numbers[row]}"
 
     def line(self, row: int) -> bytes:
-        """Return a row, with its line break removed. Raises OSError, and DataError if the row has changed since the file was indexed."""
+        """Return a row without its line break. Raises OSError, and DataError if the row has changed since the file was indexed."""
         start, end = self.starts.item(row), self.starts.item(row + 1)
         data = self._held.read(start, min(end - start, MAX_LINE))
         line = data[: data.find(b"\n") + 1 or None]

@@ -1,7 +1,7 @@
 """Mixtures of sources. The source at each position in the stream of groups is computed from the position alone.
 
-The stream repeats a pattern of at most about 2**20 draws. Each source has its share of the pattern, and its draws are evenly spaced. The
-stream does not depend on the number of ranks.
+The stream repeats a pattern of at most about 2**20 draws. Each source has its share of the draws in the pattern, evenly spaced. The stream
+does not depend on the number of ranks.
 
 Shapes: S sources, L draws in the pattern.
 """
@@ -49,8 +49,8 @@ class Draws:
 
     @functools.cached_property
     def pattern(self) -> tuple[Array, Array]:
-        """Source of each draw in the pattern, [L], and the number of earlier draws from this source, [L]. If a source has n draws, its draw
-        k is at the fraction (k + 1/2) / n of the pattern.
+        """Source of each draw in the pattern, [L], and the number of earlier draws from this source, [L]. Draw k (counted from 0) of a
+        source with n draws is placed at the fraction (k + 1/2) / n of the pattern.
         """
         source = np.repeat(np.arange(len(self.counts)), self.counts)
         earlier = np.concatenate([np.arange(count) for count in self.counts])

@@ -16,7 +16,7 @@ from cfvlm_ds.data.picture_index import PictureTable, picture_key
 
 
 class Shared(NamedTuple):
-    """Numbers of an evaluation set's distinct rows and pictures that also occur in the training set, and the total numbers."""
+    """Numbers of distinct rows and pictures in an evaluation set: shared with the training set, and in total."""
 
     rows: int
     pictures: int
@@ -61,7 +61,7 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 
 
 def _distinct(keys: Array) -> Array:
-    """Sort keys in place and return the distinct ones. ``np.unique`` returns the same, but takes twice the memory."""
+    """Sort keys in place and return them without duplicates. ``np.unique`` gives the same result but takes twice the memory."""
     keys.sort()
     first = np.ones(len(keys), bool)
     np.not_equal(keys[1:], keys[:-1], out=first[1:])

@@ -61,7 +61,7 @@ class Scan:
             batch_size=None,
             collate_fn=partial(work, done=lambda: None),  # type: ignore[call-arg]
             num_workers=cores,
-            prefetch_factor=8,  # the workers go on while this process writes a file to disk
+            prefetch_factor=8,  # the workers continue while this process writes a file to disk
             worker_init_fn=self.shield,
             generator=isolated_rng(),
         )

@@ -3,8 +3,8 @@
 For up to ``STORED`` groups, a permutation is drawn and kept in memory. For more groups, a Feistel network over the next power of two
 computes entries on demand. An entry that is too large is passed through the network again until it is a valid group index.
 
-If rows have several groups, such as the answers of a conversation, the rows are permuted and each row's groups stay together. A micro-batch
-can then encode their common part once.
+If rows have several groups, such as the answers of a conversation, the rows are permuted and each row's groups stay together, so a
+micro-batch encodes what they share only once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STORED = 1_000_000
 """Maximum number of groups in a permutation that is stored (8 MB per epoch)."""
 
 COMPUTED, TOGETHER = "feistel-1", "rows-1"
-"""Versions of the computed order and of the order of rows with several groups, stored in a sampler's state. If an order changes, its
-version must change.
+"""Versions of two orders, stored in a sampler's state: the computed order, and the order of rows with several groups. If an order changes,
+so must its version.
 """
 
 _BLOCK = 1 << 12  # positions computed at a time

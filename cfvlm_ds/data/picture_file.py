@@ -1,8 +1,8 @@
 """Picture files. A picture is a separate file, or a part of a container with a path such as ``images.tar#512+60123``.
 
 Such a path gives the container, offset and length of a member of an uncompressed tar or of a value in an Arrow file. The picture can
-therefore be read without listing the container's contents. All code that opens pictures, reads their size or checks that their paths stay
-in the data roots uses this module, which handles both kinds.
+therefore be read without listing the container's contents. This module handles both kinds, so all code that opens pictures, reads their
+sizes or confines their paths uses it.
 """
 
 from __future__ import annotations

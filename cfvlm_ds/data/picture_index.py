@@ -99,7 +99,7 @@ class PictureTable:
 
     @classmethod
     def of_files(cls, paths: Iterable[Path], say: Say = no_op) -> PictureTable:
-        """Build a table by hashing the contents of files. Unreadable files are left out; opening them later reports the error."""
+        """Build a table by hashing the contents of files. Unreadable files are left out; the error is reported when they are opened."""
 
         def look(path: Path) -> Picture | None:
             with contextlib.suppress(OSError, ValueError):
@@ -158,7 +158,7 @@ class PictureTable:
 
 
 class PictureTables(PictureTable):
-    """Several tables combined. A picture's entry comes from the first table that has the picture."""
+    """Combination of tables. A picture's entry comes from the first table that has the picture."""
 
     def __init__(self, tables: Sequence[PictureTable]) -> None:
         self._tables = tuple(tables)

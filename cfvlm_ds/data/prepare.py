@@ -1,8 +1,8 @@
 """Data set preparation: checks a data set completely and writes a store (cfvlm_ds/data/stored.py) for training.
 
 All pictures are opened before any rows are written. This work is divided into units. A unit consists of the pictures that first occur in a
-range of groups; if ``pack`` is set, they are copied into one uncompressed tar, where each is located by its offset. Each picture is copied
-once. The contents of every file depend only on the data set and the options, not on the number of processes or on interruptions.
+range of groups; if ``pack`` is set, they are copied into one uncompressed tar, and rows refer to them by offset. The contents of every file
+depend only on the data set and the options, not on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.data.stored import BEGUN, FILE, PARTS, PICTURE_KEYS, PICTURES, ROW_KEYS, SCHEMA, TOGETHER, is_store
 
 PICTURED = 1 << 15
-"""Number of groups whose pictures form one unit of work. With ``pack``, a unit is a tar with a few GB of photographs."""
+"""Number of groups whose pictures form one unit of work. With ``pack``, a unit is one tar of a few GB for photographs."""
 
 ROWS = 1 << 18
-"""Number of groups in one file of rows. It is large because a process keeps these files open."""
+"""Number of groups per file of rows. It is large because each process keeps all of these files open."""
 
 LEFT_OUT = "left_out.jsonl"
 _ANY_SCHEMA = SCHEMA.partition("/")[0]
@@ -62,7 +62,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.d
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options for preparing a data set. The same data set and options result in the same store.
+    """Options for preparing a data set. The same data set and options always produce the same store.
 
     Args:
         pack: copy the pictures into tars in the store; otherwise rows refer to the original files.
@@ -343,7 +343,7 @@ class RowLines:
         pictures: picture table; None if no picture was opened.
         broken: mapping from the key of each broken picture to its problem.
         repeats: indices of groups that repeat an earlier group's id.
-        name: function from a picture's path to the path to write; None for the picture's absolute path.
+        name: function that returns the path to write for a picture; None to write its absolute path.
     """
 
     source: GroupStore
@@ -442,8 +442,8 @@ def _opened_before(work: Path, number: int | None = None) -> list[PictureTable]:
 
 
 def _left_by_another(source: GroupStore, out: Path, stamp: str, remove_it: bool) -> PictureTables:
-    """If ``remove_it`` is True, remove from ``out`` any store, complete or not, of different data or different options. Return the
-    picture tables of the removed store, or no tables if nothing was removed.
+    """If ``remove_it`` is True, remove from ``out`` any store, complete or not, that belongs to different data or options. Return the
+    picture tables of the removed store; there are none if nothing was removed.
     """
     whole, known = out / FILE, list[PictureTable]()
     ours = whole.is_file() and not whole.is_symlink() and str(_read(whole, "schema")).startswith(_ANY_SCHEMA)
@@ -464,7 +464,7 @@ def _read(file: Path, key: str) -> str | None:
 
 
 def _begun(out: Path, stamp: str) -> Path:
-    """Return the folder for unfinished work, created unless the store is complete. Raises ConfigError if ``out`` contains other files."""
+    """Return the folder for unfinished work, creating it unless the store is complete. Raises ConfigError if ``out`` has other contents."""
     work, whole, begun = out / PARTS, out / FILE, out / BEGUN
     others = [file for file in (out, *out.rglob("*")) if file.is_file() and file.suffix != ".tmp"]  # .tmp files are from a killed call
     if others and not (begun.is_file() or whole.is_file()):

@@ -29,7 +29,7 @@ class CheckReport:
     manifest: str
     num_groups: int = 0
     num_images: int = 0
-    """Number of distinct files, including broken ones."""
+    """Number of distinct picture files, readable or not."""
     num_texts: int = 0
     num_cells: int = 0
     num_unknown_cells: int = 0
@@ -59,7 +59,7 @@ class CheckReport:
     visual_tokens: Counter[int] = field(default_factory=Counter)
     """Number of visual tokens -> number of distinct images with that many tokens; empty without a model."""
     metadata: Counter[str] = field(default_factory=Counter)
-    """Metadata key -> number of groups that have it, without the keys that record how a group was made."""
+    """Metadata key -> number of groups that have it. Keys that record how a group was made are excluded."""
     problems: list[str] = field(default_factory=list)
 
     def add_group(self, group: CounterfactualGroup) -> None:
@@ -158,7 +158,7 @@ class CheckReport:
 
 
 def without_place(problem: str) -> str:
-    """Return a problem's text without the file and row, so that the same problem in several rows has the same text."""
+    """Return a problem without its file and row, so that equal problems in different rows have equal texts."""
     place = _PLACE.search(problem)
     return problem[place.end() :] if place else problem
 

@@ -13,11 +13,11 @@ from cfvlm_ds.data.lines import IndexedLines
 
 
 class Rows(Protocol):
-    """Rows of a file, accessed by index. Threads and forked processes can share one object."""
+    """Rows of a file, accessed by index. An instance can be shared by threads and forked processes."""
 
     path: Path
     roots: tuple[Path, ...]
-    """Folders that references to pictures in containers are relative to; () for a file without such references."""
+    """Folders that picture paths can be relative to, in addition to the data roots."""
 
     def __len__(self) -> int: ...
 

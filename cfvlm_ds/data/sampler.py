@@ -8,7 +8,8 @@ epochs, so no batch is short and no group is dropped. Element j of a step goes t
 
 The groups of a step therefore depend only on B and the position, not on the factors of B.
 
-PackedSampler fills micro-batches up to a number of tokens instead. They have different numbers of groups, but similar numbers of tokens.
+PackedSampler instead fills each micro-batch up to a token limit. Its micro-batches have different numbers of groups but similar numbers of
+tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class GroupSampler:
     """Sampler that endlessly yields one rank's micro-batches of group indices. It can serve as a DataLoader's ``batch_sampler``.
 
     Because a DataLoader prefetches, the position counts consumed groups, not yielded groups. The training loop calls advance() once per
-    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` is the number of groups that all ranks consumed.
+    optimizer step, and a new iteration starts at the consumed position. ``samples_seen`` is the number of groups consumed by all ranks
+    together.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class GroupSampler:
         self.samples_seen += self.groups_per_step
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. In a step, micro-batch k belongs to
-        rank k % ``world_size``. Never ends.
+        """Endlessly yield the micro-batches of all ranks, step by step, from the consumed position on. In a step, micro-batch k belongs to
+        rank k % ``world_size``.
         """
         start, size = self.samples_seen, self.groups_per_micro_batch
         while True:
@@ -79,7 +81,7 @@ class GroupSampler:
             start += len(step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches, ``gradient_accumulation_steps`` per step, starting at the consumed position. Never ends."""
+        """Endlessly yield this rank's micro-batches, ``gradient_accumulation_steps`` per step, from the consumed position on."""
         for step in self.steps():
             yield from step[self.rank :: self.world_size]
 
@@ -98,7 +100,8 @@ class GroupSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved position. World size, accumulation and micro-batch size may have changed, because the position counts groups.
 
-        Raises DataError if the state belongs to different data (such as num_groups) or a different order (such as seed).
+        Raises DataError if the state belongs to different data (such as another ``num_groups``) or a different order (such as another
+        ``seed``).
         """
         for name, value in {"order": None, **self.order.identity()}.items():
             if state.get(name) != value:
@@ -111,7 +114,7 @@ class GroupSampler:
 
 @dataclass(frozen=True)
 class _Position:
-    """Position in the stream: the number of groups read so far, and those of them that still wait for a micro-batch with enough room."""
+    """Position in the stream: the number of groups read so far, and the groups that still wait for a micro-batch with enough room."""
 
     read: int = 0
     waiting: tuple[int, ...] = ()
@@ -125,8 +128,8 @@ class PackedSampler(GroupSampler):
     which it leaves the least room (best fit). A group that fits nowhere waits, and is placed first in the next step. The step is full when
     ``_WINDOW`` groups are waiting, or when the stream repeats a group that is still waiting; a small data set would otherwise repeat its
     other groups many times before the waiting group is used. Groups are then exchanged between the fullest and the emptiest micro-batch
-    until the two are balanced. No group of the stream is lost or repeated. The numbers of times that two groups have been used differ by at
-    most two. The order depends only on the data, the seed, ``max_tokens`` and the number of micro-batches per step.
+    until the two are balanced. No group of the stream is lost or repeated. At any time, the use counts of any two groups differ by at most
+    two. The order depends only on the data, the seed, ``max_tokens`` and the number of micro-batches per step.
     """
 
     def __init__(
@@ -157,12 +160,10 @@ class PackedSampler(GroupSampler):
         self._position = _Position()
 
     def advance(self) -> None:
-        """Advance the consumed position by one optimizer step."""
         _, self._position = self._pack(self._position)
         self.samples_seen = self._position.read - len(self._position.waiting)
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """Yield the micro-batches of all ranks, step by step, starting at the consumed position. Never ends."""
         position = self._position
         while True:
             bins, position = self._pack(position)
@@ -173,7 +174,7 @@ class PackedSampler(GroupSampler):
 
         For up to ``_COUNTED`` groups, the steps are counted. For more groups, only the steps of the first ``_TRIED`` groups are counted,
         and the result is extrapolated to all groups in proportion to their token counts. Because steps are nearly full, the error is below
-        one in a thousand. A resumed run gets the same result as a new one, and no whole epoch has to be packed before the first step.
+        one in a thousand. A resumed run gets the same result as a new one.
         """
         wanted = _groups_in(num_epochs, self.order.length)
         counted = wanted if wanted <= _COUNTED else min(wanted, _TRIED)
@@ -227,8 +228,8 @@ class PackedSampler(GroupSampler):
         return bins, _Position(read, (*waiting, *reversed(queue)))
 
     def _balance(self, bins: list[list[int]]) -> list[list[int]]:
-        """Exchange groups between the fullest and the emptiest micro-batch as long as this reduces the difference of their token counts.
-        Return the micro-batches, fullest first.
+        """Exchange groups between the fullest and the emptiest micro-batch as long as this reduces the difference between their token
+        counts. Return the micro-batches, fullest first.
         """
         ranked = sorted((int(self.tokens[groups].sum()), b) for b, groups in enumerate(bins))
         while True:
@@ -252,8 +253,8 @@ def find_best_swap(given: list[int], taken: list[int], gap: int) -> tuple[int, i
     groups in ``given`` and ``taken``, or None if no exchange improves the balance.
 
     ``given`` contains the token counts of the groups in the fuller micro-batch, and ``taken`` those in the emptier one; ``gap`` is the
-    difference of their sums. ``taken`` is sorted and starts with 0, so j = 0 moves group i without an exchange. An ideal exchange moves
-    half of ``gap``.
+    difference between their sums. ``taken`` is sorted and starts with 0, so j = 0 moves group i without an exchange. An ideal exchange
+    moves half of ``gap``.
     """
     best = gap, 0, 0
     for i, tokens in enumerate(given):

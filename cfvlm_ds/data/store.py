@@ -29,8 +29,8 @@ Format = Callable[[Row], CounterfactualGroup | Groups]
 
 
 class GroupStore(Lazy[CounterfactualGroup]):
-    """Groups of a manifest. Accessing a group in an invalid row raises a DataError that names the file, the row and the remedy. Threads and
-    forked processes can share one object.
+    """Groups of a manifest. Accessing a group in an invalid row raises a DataError that names the file, the row and the remedy. An instance
+    can be shared by threads and forked processes.
 
     Args:
         rows: rows of the manifest.
@@ -111,8 +111,8 @@ class GroupStore(Lazy[CounterfactualGroup]):
 
 
 class Unraised(Lazy[CounterfactualGroup | DataError]):
-    """Groups for a DataLoader worker. The error of an invalid row is returned, not raised, because an exception from a worker process loses
-    its message.
+    """Groups for a DataLoader worker. The error of an invalid row is returned, not raised, because a DataLoader would bury the message of a
+    worker's exception in a traceback.
     """
 
     def __init__(self, groups: Groups) -> None:

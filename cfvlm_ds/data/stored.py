@@ -1,9 +1,9 @@
 """Stores: data sets that ``cfvlm-ds data prepare`` writes and training opens. A store consists of indexed files of rows, a table of
 pictures and smaller tables, and store.json.
 
-A store never changes after it has been written. When a store is opened, file sizes and index checksums are checked, but modification times
-are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the file size, digest
-and dimensions of every picture, so no picture has to be opened to determine them.
+The files listed in store.json never change. When a store is opened, their sizes and the checksums of the indexes and tables are verified.
+Modification times are not, so a copy of a store is valid. Pictures are in tars in the store or in their original files. The table gives the
+file size, digest and dimensions of every picture, so no picture has to be opened to determine them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_store(folder: Path) -> bool:
 
 
 class StoredRows:
-    """Rows of a store, shard by shard, and the results of the data check during its preparation.
+    """Rows of a store, and the results of its data check.
 
     Args:
         folder: the store.
@@ -96,12 +96,10 @@ class StoredRows:
         return self._firsts[-1]
 
     def where(self, row: int) -> str:
-        """Return the location of a row as ``file:line`` of its shard."""
         rows, place = self._find(row)
         return rows.where(place)
 
     def value(self, row: int) -> Any:
-        """Return the JSON value of a row, or a DataError that names its location."""
         rows, place = self._find(row)
         return rows.value(place)
 
@@ -110,8 +108,8 @@ class StoredRows:
         return self._shards[shard], row - self._firsts[shard]
 
     def _opened(self, file: Path, index: int, groups: int) -> LineRows:
-        """Open the rows of a shard. The index contains a checksum of each row, and store.json contains the index's checksum, so a shard
-        from another store is detected.
+        """Open a file of rows. The index contains a checksum of each row, and store.json contains the index's checksum, so a file from
+        another store is detected.
         """
         try:
             if crc32_of(index_file(file)) != index or len(lines := IndexedLines.mapped(file)) != groups:

@@ -1,9 +1,10 @@
-"""Stored scores: a manifest's reference and blind log-likelihoods. ``cfvlm-ds score`` writes them once; DPO and PMI runs read them.
+"""Stored scores: log-likelihoods of a manifest's texts under a fixed model, given each image and given a blank image. ``cfvlm-ds score``
+writes them once; DPO and PMI runs read them.
 
 The first line of a file is a header {"schema": "cfscores/3", "data": identity, "groups": n, "model": name, "weights": sha256, "inputs":
 sha256, "dtype": "bfloat16"}. Each further line holds one group's scores: {"id": ..., "logp": [I][C] nats, "blank": [C] nats}. ``data``
 identifies the scored groups (see cfvlm_ds.data.identity). ``weights`` and ``inputs`` identify the model (see cfvlm_ds.models.identity); a
-run that records its own scores omits both, and ``dtype``. A line is read when its group is used.
+run that records its own scores omits them and ``dtype``. A line is read when its group is used.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def read_scores(
     made_by: Mapping[str, str] | None = None,
     say: Say = no_op,
 ) -> ScoresById:
-    """Open a scores file as a mapping from group ids to scores. Scores are read on access, so the score matrices are not kept in memory.
+    """Open a scores file as a mapping from group ids to scores. Scores are read on access, so they are not kept in memory.
 
     Raises DataError for a missing or incomplete file, for a value that is not finite, and for scores of groups with different ids, texts,
     prompts or pictures. If ``made_by`` is given, DataError is also raised for scores from different weights or a different tokenizer,

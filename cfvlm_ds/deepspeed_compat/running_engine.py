@@ -1,4 +1,4 @@
-"""Access to a running engine: optimizer options after a restore, time spent waiting for weights, prefetch trace, and release of memory."""
+"""Operations on a running engine: restore optimizer options, time the waiting for weights, drop the prefetch trace, and release memory."""
 
 from __future__ import annotations
 

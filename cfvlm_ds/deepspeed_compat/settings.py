@@ -19,10 +19,10 @@ def field_names() -> list[str]:
 def model_states(
     stage: int, trained: int, largest_layer: int, gpus_per_node: int, nodes: int, offloaded: Mapping[str, bool]
 ) -> tuple[int, int]:
-    """Estimate the memory for model states under ZeRO. Returns bytes per GPU, and bytes of host memory per node.
+    """Estimate the memory for model states under ZeRO, and return bytes per GPU and bytes of host memory per node.
 
-    ``trained`` and ``largest_layer`` are parameter counts. ``offloaded`` tells whether the states of the ``optimizer`` and the weights
-    (``param``) are in host memory; weights are only under ZeRO-3.
+    ``trained`` and ``largest_layer`` are parameter counts. ``offloaded`` states whether the states of the ``optimizer`` and the weights
+    (``param``) are in host memory; weights can be there only under ZeRO-3.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs

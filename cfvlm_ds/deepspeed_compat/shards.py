@@ -2,9 +2,10 @@
 
 ZeRO-3 splits every weight into one part per rank, padded to equal sizes. Each rank concatenates its parts in one flat tensor per sub-group.
 ZeRO-1 and 2 concatenate a group's weights, pad the end, and split the result over the ranks. Moments are laid out like their weights.
-DeepSpeed's script zero_to_fp32 defines the layout. The script is not used, because its lazy mode saves memory only for the trained weights
-of ZeRO-3: the script loads every frozen weight, concatenates all trained weights under ZeRO-2, and does not support frozen weights under
-ZeRO-1.
+
+The layout is defined by DeepSpeed's script zero_to_fp32. The script itself is not used: it loads every frozen weight, concatenates all
+trained weights under ZeRO-2, and does not support frozen weights under ZeRO-1. Its lazy mode saves memory only for the trained weights of
+ZeRO-3.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Weight:
 
 
 def layout(stage: int, shapes: Shapes, sizes: Sequence[Sequence[int]]) -> dict[str, list[Piece]]:
-    """Return the pieces of flat tensors that hold each weight, in order. ``sizes`` [rank][flat tensor] states each flat tensor's number of
-    elements. Raises ConfigError if sizes and shapes do not match.
+    """Return, for each weight, the pieces of flat tensors that hold it, in order. ``sizes`` [rank][flat tensor] holds the number of
+    elements of each flat tensor. Raises ConfigError if sizes and shapes do not match.
     """
     return _partitioned(shapes, sizes) if stage == 3 else _end_to_end(shapes, sizes)
 
@@ -171,7 +172,7 @@ class Shards:
         prefix = f"zero_pp_rank_{rank}_"
         first, model = self._optimizer[0], self._model[0]
         yield _RANK.sub(prefix, first.name), {**self.contents(first), _ZERO: self._optimizer_of(rank, ranks, shapes, sizes)}
-        # Unpartitioned entries are equal on all ranks, except for the random state, so each rank copies them from a different file.
+        # Entries that are not partitioned are the same in every file, so each rank can copy them from a different one.
         state = {**self.contents(self._model[rank % len(self._model)]), "dp_world_size": ranks}
         if self._stage == 3:
             yield _RANK.sub(prefix, model.name), {**state, "frozen_param_fragments": self._frozen_of(state, rank, ranks)}

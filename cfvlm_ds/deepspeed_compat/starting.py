@@ -13,8 +13,8 @@ _STALE_AFTER_S = 300.0
 
 
 def clear_stale_locks() -> None:
-    """Remove and print the build locks that killed processes left behind in torch's extension cache. Otherwise, every later start would
-    wait for these locks forever.
+    """Remove the build locks that killed processes left behind in torch's extension cache, and print each. Otherwise, every later start
+    would wait for these locks forever.
 
     A lock's holder keeps the file open, so a lock that no process on this machine has open is stale. On a network file system, the holder
     can be on another machine, so a lock there is removed only if its folder has not changed for five minutes.

@@ -1,3 +1,1 @@
-"""Built-in data and models for demos and tests, with no download: the world with habits, its pretrained base model, and small random
-checkpoints.
-"""
+"""Built-in data and models for demos and tests: the world with habits, its pretrained base model, and small random checkpoints."""

@@ -1,5 +1,4 @@
-"""Family checkpoints: small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat
-template).
+"""Small random models in each family's real on-disk format (configuration, safetensors, processor, tokenizer, chat template).
 
 They are for smoke tests of code and clusters. Their output is meaningless.
 """
@@ -341,8 +340,8 @@ SMALL: dict[str, Callable[[str], Parts]] = {
         parts={"image_processor": ("Gemma3ImageProcessor", {"size": {"height": 56, "width": 56}})},
         options={"image_seq_length": 16},
     ),
-    # All features of Gemma 4 except its mixture of experts. From the smaller models: per-layer embeddings, and keys and values that layers
-    # share. From the larger models: bidirectional attention within pictures, and full-attention layers that use their keys as values.
+    # All features of Gemma 4 except its mixture of experts. From the smaller models: per-layer embeddings, and layers that share
+    # keys and values. From the larger models: bidirectional attention within pictures, and full-attention layers that use keys as values.
     "gemma4": partial(
         _parts,
         special=["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4.values()],
@@ -418,4 +417,4 @@ SMALL: dict[str, Callable[[str], Parts]] = {
         },  # patch_size: number of visual tokens per side of a tile
     ),
 }
-"""Model type -> function that builds the configuration and processor, and writes the family's tokenizer file, if any, to the folder."""
+"""Model type -> function that builds its configuration and processor."""

@@ -1,5 +1,5 @@
-"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives after the
-same training time.
+"""Final table of `make demo`: results on the world with habits before and after a run, and stored results of other objectives trained for
+the same time.
 
 python -m cfvlm_ds.demo.report runs/quickstart
 """
@@ -36,19 +36,20 @@ AXES = {
 """Table row -> metric (%) of a run whose evaluation sets are named as in examples/quickstart.yaml."""
 
 
-def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics in ``axes`` before and after a run. A metric's two values are the same if the run was evaluated only once."""
+def axes_of(run: Path, axes: Mapping[str, str] = AXES) -> list[dict[str, float]]:
+    """Return the metrics in ``axes``, one dict per evaluation of the run. Evaluations without the first metric are left out."""
     name = f"eval/{next(iter(axes.values()))}"
     evaluated = [line for line in records(run / "metrics.jsonl", "its evaluations are left out") if name in line]
-    found = [{axis: line[f"eval/{metric}"] for axis, metric in axes.items() if f"eval/{metric}" in line} for line in evaluated]
-    return found[0], found[-1]
+    return [{axis: line[f"eval/{metric}"] for axis, metric in axes.items() if f"eval/{metric}" in line} for line in evaluated]
 
 
 def report(run: Path) -> str:
-    """Return a table of a run's results, the base model's results and the stored results of other objectives."""
+    """Return a table of the results of a run, the base model (if it was evaluated) and other objectives (stored)."""
     measured: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
-    before, after = axes_of(run)
-    columns = {"base": before, **{each["title"]: each["mean"] for each in measured.values()}, "this run": after}
+    if not (found := axes_of(run)):
+        return f"{run} was not evaluated, so there is no table (data.evaluation in examples/quickstart.yaml)"
+    base = {"base": found[0]} if len(found) > 1 else {}
+    columns = {**base, **{each["title"]: each["mean"] for each in measured.values()}, "this run": found[-1]}
     rows = [["%", *columns], ["---", *["---:"] * len(columns)]]
     rows += [[axis, *(f"{values[axis]:.1f}" if axis in values else "" for values in columns.values())] for axis in AXES]
     table = plain_tables("\n".join(f"| {' | '.join(row)} |" for row in rows))

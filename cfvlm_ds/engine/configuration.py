@@ -124,7 +124,7 @@ _KEYS = (
     "comms_logger", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "pipeline", "hybrid_engine", "data_efficiency",
     "expert_parallel", "tensor_parallel",
 )  # fmt: skip
-"""Valid top-level keys of a DeepSpeed JSON. DeepSpeed itself ignores unknown keys."""
+"""Valid top-level keys of a DeepSpeed JSON."""
 _INSIDE = {
     "optimizer": ("type", "params", "legacy_fusion"),
     "scheduler": ("type", "params"),
@@ -144,8 +144,8 @@ _INSIDE = {
 
 
 def validate(config: RunConfig, resolved: Any, world_size: int = 1, device: torch.device | None = None) -> None:
-    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, that this training does not support, or
-    that would fail after the model is loaded.
+    """Parse a resolved configuration with DeepSpeed. Refuse settings that DeepSpeed would ignore, that the training loop does not support,
+    or that would fail after the model is loaded.
 
     ``device`` is the run's device, or None if the run is on another machine. Raises ConfigError naming the key.
     """
@@ -195,7 +195,7 @@ def _refuse_key(path: str, section: str, key: str, known: Sequence[str]) -> NoRe
 
 
 def _unsupported(parsed: Any, options: Mapping[str, Any], world_size: int, device: torch.device | None) -> Iterator[str]:
-    """Yield one sentence for each setting that this training does not support, or that would make DeepSpeed fail after the model is
+    """Yield one sentence for each setting that the training loop does not support, or that would make DeepSpeed fail after the model is
     loaded.
     """
     for setting, value in flat(options).items():

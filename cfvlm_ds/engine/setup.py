@@ -158,11 +158,11 @@ def in_parts(config: ModelConfig, dtype: torch.dtype, world: World) -> Any:
 def _loaded(config: ModelConfig, dtype: torch.dtype, ds_config: Any) -> Any:
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    set_hf_deepspeed_config(ds_config)  # tells from_pretrained about ZeRO-3
+    set_hf_deepspeed_config(ds_config)  # makes from_pretrained partition the model under ZeRO-3
     try:
         return load_model(config, dtype)
     finally:
-        unset_hf_deepspeed_config()  # later calls of from_pretrained, such as the export's, must not partition
+        unset_hf_deepspeed_config()  # later calls to from_pretrained, such as the export's, must not partition
 
 
 def recompute_activations(model: Any) -> None:

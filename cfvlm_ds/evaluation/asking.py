@@ -53,7 +53,7 @@ class Packing:
         return number, tuple(known[key][0] for key in keys)
 
     def groups(self) -> tuple[CounterfactualGroup, ...]:
-        """Return the groups. Metrics ignore their truth tables: they use those of the items. Raises DataError if a group has too many
+        """Return the groups. Metrics use the items' truth tables instead of the groups' own. Raises DataError if a group has too many
         cells.
         """
         return tuple(

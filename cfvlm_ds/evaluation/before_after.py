@@ -32,7 +32,7 @@ changes less than a third of the groups, and a third of 20 groups is about ``FEW
 """
 _TOO_FEW = "too few groups to tell"
 _VERDICTS = ("worse", "better", "not resolved", _TOO_FEW, "unchanged")
-"""Verdicts in order of priority: an edit type has the first verdict that one of its rows has."""
+"""Verdicts in order of priority: an edit type gets the first one that any of its rows has."""
 _COLUMNS = (
     "set", "edit type", "groups", "of", "metric", "before, %", "after, %", "difference, points", "95 % low", "95 % high",
     "groups +", "groups -", "blank image after, %", "blank image before, %", "NLL before", "NLL after",
@@ -46,7 +46,7 @@ class Change:
     in %.
 
     ``groups`` is the number of groups whose metric was measured both before and after. ``of`` also counts groups that were measured only
-    once and groups for which the metric is not defined. ``better`` is the number of groups that improved, and ``worse`` the number that
+    once, and groups for which the metric is not defined. ``better`` is the number of groups that improved, and ``worse`` the number that
     got worse. ``low`` and ``high`` are the bounds of the 95 % interval of ``difference``. They are None if fewer than
     ``FEWEST_CHANGED`` groups changed, if all groups changed by the same amount, or if the edit type has only one group.
 
@@ -91,13 +91,13 @@ def to_table(changes: Sequence[Change]) -> dict[str, list[Any]]:
 
 def from_table(table: Mapping[str, Any]) -> list[Change]:
     """Return the rows of a table made by ``to_table``. Raises KeyError, TypeError or ValueError for any other table."""
-    if table["columns"] not in ([*_COLUMNS], [each.name for each in fields(Change)]):  # the second: until December 2026
+    if table["columns"] not in ([*_COLUMNS], [each.name for each in fields(Change)]):  # the second was used until December 2026
         raise ValueError(f"columns {table['columns']}")
     return [Change(*row) for row in table["data"]]
 
 
 def of_types(changes: Iterable[Change]) -> list[Change]:
-    """Return the rows for individual edit types, only from sets with several edit types."""
+    """Return the rows for individual edit types in sets with several types."""
     changes = list(changes)
     several = {each.set for each in changes if each.edit == MEAN}
     return [each for each in changes if each.set in several and each.edit != MEAN]
@@ -108,8 +108,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
 
     The first mean shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
     the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. A second row is added if this metric did not fall
-    but others did; it shows the metric that fell most. ``factual`` is left out if it is the same as ``pair``, because every group has one
-    image.
+    but others did; it shows the metric that fell most. ``factual`` is left out if it equals ``pair`` because every group has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
@@ -152,7 +151,7 @@ def _changes(name: str, metric: str, was: _Groups, now: _Groups) -> dict[str | N
     comparisons, have a positive sum.
     """
     pairs = defaultdict[str, dict[tuple[str, int], tuple[float, float, float]]](dict)  # edit -> group -> won before, won after, total
-    blinds = [defaultdict[str, list[float]](list) for _ in range(2)]  # before, after: edit -> comparisons won on a blank image by group
+    blinds = [defaultdict[str, list[float]](list) for _ in range(2)]  # before, after: edit -> comparisons won on a blank image, per group
     for key in (key for key in now if metric in was.get(key, ())):
         for edit, (won, made) in now[key].get(metric, {}).items():
             pairs[edit][key] = was[key][metric][edit][0], won, made
@@ -281,7 +280,7 @@ def rows_table(changes: Sequence[Change], names: tuple[str, str] = ("before", "a
 
 
 def is_results(path: Path) -> bool:
-    """Return True for a run folder or an accuracies file, False for a folder of benchmark results. Raises ConfigError for anything else."""
+    """Return True for a run folder or an accuracies file, and False for a folder of benchmark results. Raises ConfigError otherwise."""
     if path.is_file() or (path / "config.yaml").is_file():
         return True
     if not any(path.glob("*/*/results.json")):
@@ -306,8 +305,8 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
 
 
 def compare_results(before: Path, after: Sequence[Path], say: Say) -> dict[str, list[Change]]:
-    """Compare each result in ``after`` with ``before``. If ``after`` has several results, also compare their mean. Return the changes,
-    keyed by result.
+    """Compare each result in ``after`` with ``before``. If there are several, also compare their mean with it. Return the changes, keyed by
+    result.
 
     Raises DataError for a file without accuracies, and ConfigError if a result has no group in common with ``before``.
     """

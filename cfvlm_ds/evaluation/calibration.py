@@ -1,4 +1,4 @@
-"""Calibration: the gaps between a model's scores of true and false texts and images, before training.
+"""Calibration: the gaps between a model's scores for true and for false texts or images, before training.
 
 A gap is the score difference S[true] - S[false] of two texts on one image (for csd), or of two images for one text (for fcd).
 """
@@ -44,7 +44,7 @@ class Gap:
 
 
 def gaps(groups: Groups, scores: Sequence[GroupScores], length: Callable[[CounterfactualGroup], int]) -> Iterator[Gap]:
-    """Yield the gap of every comparison of two texts or two images in which both cells are star cells.
+    """Yield the gap of every comparison of two texts or two images in which both cells are star cells (see docs/glossary.md).
 
     In training, csd uses all of its comparisons, but fcd uses only the hardest one in each group. Scores must be finite. ``length`` returns
     the number of tokens in a group's factual text.

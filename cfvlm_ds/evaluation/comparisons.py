@@ -1,4 +1,5 @@
-"""Comparisons defined by a group's truth table. The group's edits only determine the edit type under which a comparison is reported.
+"""Comparisons defined by a group's truth table. Apart from marking sham images, the group's edits only determine the edit type under which
+a comparison is reported.
 
 Unknown cells are never compared. Texts are compared only if they answer the same prompt. A sham image shows the factual scene again, so it
 is used only in ``sham`` comparisons.

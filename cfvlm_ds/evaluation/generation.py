@@ -38,7 +38,7 @@ def write(*arguments: Any, **options: Any) -> str:
 def write_several(
     model: Any, collator: Collator, device: torch.device, shown: Pictures, prompt: Prompt, max_new_tokens: int, **options: Any
 ) -> list[Written]:
-    """Generate texts for a prompt and the pictures in ``shown``. ``options``, such as ``num_return_sequences``, are passed to transformers'
+    """Generate texts for a prompt and the pictures ``shown``. ``options``, such as ``num_return_sequences``, are passed to transformers'
     ``generate``. Beam search is off unless ``num_beams`` is passed, even if the model's generation_config.json enables it.
 
     ``model`` must be in evaluation mode. If it is partitioned, all ranks must call this with the same arguments and the option

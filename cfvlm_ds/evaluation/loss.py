@@ -23,7 +23,7 @@ from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.objectives import Objectives, denominators, required_cells, scores_of
 
 Reference = Callable[[Batch], Tensor]
-"""Function from a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it the same number of times."""
+"""Function that maps a batch to log-likelihoods [G, I, C] under the reference model. All ranks must call it the same number of times."""
 
 
 class EvaluationLoss:
@@ -78,7 +78,7 @@ class EvaluationLoss:
         """Return two fields of ``Accuracy``, computed over the groups of all ranks: ``nll`` (None without true texts) and ``losses``, which
         contains an entry for each term. All ranks must call this.
 
-        An entry's ``value`` is the term's unweighted mean, or None. If the term could not be computed, ``lacking`` is the reason, else "".
+        An entry's ``value`` is the term's unweighted mean, or None. ``lacking`` is the reason why it could not be computed, or "".
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums), world)
         likelihoods, lacking, sums = zip(*gathered, strict=True)

@@ -68,7 +68,7 @@ MEANINGS = {
 MEAN = "mean of edit types"
 """Table label of the mean row, in which every edit type has equal weight."""
 NAMED = 5
-"""Maximum number of groups without a comparison that are named for each metric."""
+"""Maximum number of groups without a comparison that are listed per metric."""
 Matrix = list[list[float]]
 
 
@@ -210,7 +210,8 @@ _SINGLE = {"text": "pair", "image": "image_pair", "sham": "sham"}
 
 
 def flat_metrics(splits: Mapping[str, Sequence[Accuracy]]) -> dict[str, float]:
-    """Return the accuracies keyed by logged name: eval/SPLIT/METRIC for the mean, and eval/SPLIT/EDIT/METRIC for an edit type.
+    """Return the accuracies keyed by logged name: eval/SPLIT/METRIC for the mean, eval/SPLIT/blind_METRIC for the mean on a blank image,
+    and eval/SPLIT/EDIT/METRIC for an edit type.
 
     eval/SPLIT/loss is the training loss, eval/SPLIT/loss_TERM is one of its terms, and eval/SPLIT/nll is the NLL of true texts in nats per
     token.

@@ -101,7 +101,7 @@ class Match(Probe):
 
 @dataclass(frozen=True)
 class Answers(Probe):
-    """Log-likelihood of each text (such as yes, no or a letter) as the answer to the item's question, summed over spellings."""
+    """Log-likelihood of each text (such as yes, no or a letter), in any of its spellings, as the answer to the item's question."""
 
     name: ClassVar[str] = "yes_no"
 
@@ -124,8 +124,8 @@ class Letters(Probe):
     """Multiple choice by letter. In each order of the options, the probability of an option's letter is normalised over the letters of all
     options. The option's score is the log of the mean of these probabilities over the orders.
 
-    Up to four options are presented in all orders; more than four, only in cyclic orders. Each option takes each position equally often, so
-    a bias of the model towards a position or a letter favours no option.
+    Up to four options are presented in all orders, and more than four only in cyclic orders. Each option takes each position equally
+    often, so a bias of the model towards a position or a letter favours no option.
 
     Args:
         question: question for items that have none, such as captions.
@@ -205,7 +205,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Write(Generate):
-    """Greedy generation of a description. The benchmark counts the objects that it mentions.
+    """Greedy generation of a description, in which the benchmark counts the objects mentioned.
 
     Args:
         prompt: prompt for items that have none.

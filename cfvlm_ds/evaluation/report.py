@@ -14,11 +14,10 @@ _MOST_TYPES = 12  # maximum number of edit types in a progress line
 
 def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] | None = None) -> str:
     """Return a Markdown table of the accuracies, split by split, with control rows for a blank image and for random scores. Metrics that
-    are missing from all splits are left out.
+    are missing from all splits are left out, and so is ``text_pmi``, because ``group_pmi`` includes it.
 
-    A second table counts the groups and comparisons behind each metric, and names a few groups without comparisons for it. ``text_pmi`` is
-    left out, because its counts are those of ``group_pmi``. A list explains the metrics, and gives the reason for each loss term that could
-    not be computed. ``plain`` escapes names from the data for a table cell.
+    A second table counts the groups and comparisons behind each metric, and names a few groups without comparisons for it. A list explains
+    the metrics, and gives the reason for each loss term that could not be computed. ``plain`` escapes names from the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell

@@ -64,7 +64,7 @@ class Batching:
 
     Args:
         batch_size: number of groups in a batch of one rank.
-        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. None: one pass per batch.
+        max_tokens: maximum number of tokens in a forward pass; a larger batch takes several passes. If None, each batch takes one pass.
         num_workers: number of processes per rank that prepare batches.
         remedy: advice for an out-of-memory error.
     """
@@ -78,9 +78,9 @@ class Batching:
 def guarded(
     collator: Collator, max_tokens: int | None = None
 ) -> Callable[[Sequence[CounterfactualGroup | DataError]], list[Batch] | DataError]:
-    """Return a collate function for worker processes, which calls ``Collator.parts``.
+    """Return a collate function for worker processes that calls ``Collator.parts``.
 
-    The function returns a DataError instead of raising it, because an error raised in a worker loses its message.
+    It returns a DataError instead of raising it, because an error raised in a worker loses its message.
     """
 
     def collate(groups: Sequence[CounterfactualGroup | DataError]) -> list[Batch] | DataError:
@@ -166,9 +166,9 @@ def scored_batches(
 
 
 def matrices(groups: Groups, indices: Sequence[int], scored: Sequence[Scores]) -> dict[int, GroupScores]:
-    """Return the scores of each group in a batch, keyed by group index. ``scored`` holds the batch's scores on the groups' own
-    images, followed by those on other images, the blank image last. If only the own images were scored, ``GroupScores.blank`` holds the
-    scores on the first of them.
+    """Return the scores of each group in a batch, keyed by group index. ``scored`` starts with the batch's scores on the groups' own
+    images and ends with those on the blank image. If only the groups' own images were scored, ``GroupScores.blank`` holds the scores on the
+    first of them.
     """
     seen, blind = scored[0].logp, scored[-1].logp
     by_index = {}
@@ -223,8 +223,8 @@ def score_batches(
 
 
 class _Tried(NamedTuple):
-    """An evaluation batch: token count of its largest forward pass, total token count, split name, and groups (with their own images or
-    a blank image).
+    """An evaluation batch: the token count of its largest forward pass, its total token count, its split, and its groups (with their own
+    images or a blank image).
     """
 
     largest: int
@@ -234,10 +234,11 @@ class _Tried(NamedTuple):
 
 
 def rehearse(forward: Forward, collator: Collator, splits: Mapping[str, Groups], world: World, batching: Batching) -> None:
-    """On every rank, score the evaluation batch with the largest forward pass (in case of a tie, the batch with the most tokens in total).
+    """On every rank, score the batch with the largest forward pass (in case of a tie, the one with the most tokens in total) among those
+    that ``score_groups`` will run.
 
-    All batches that ``score_groups`` will run are considered. A forward pass exceeds ``max_tokens`` only if a single text with its prompt
-    and image does. Raises the same errors as ``score_groups``, on all ranks.
+    A forward pass exceeds ``max_tokens`` only if a single text with its prompt and image does. Raises the same errors as ``score_groups``,
+    on all ranks.
     """
     barrier = ProgressBarrier(world)  # other ranks wait while rank 0 reads picture headers
     collator, batch_size, max_tokens = collator.scoring_everything(), batching.batch_size, batching.max_tokens

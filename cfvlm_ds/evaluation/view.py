@@ -33,8 +33,8 @@ SAMPLE, WORST = 200, 50
 class _Source(NamedTuple):
     """Groups of one manifest, and their scores keyed by group id ({} if there are none).
 
-    ``split`` is the name of the run's evaluation set. ``lost_before``, keyed by id and content hash, is True for a group if the model got
-    any of its comparisons wrong before training. Groups that were not evaluated before training are absent.
+    ``split`` is the name of the run's evaluation set. ``lost_before`` maps a group's id and content hash to whether the model
+    got any of its comparisons wrong before training. Groups that were not evaluated before training are absent.
     """
 
     groups: GroupStore
@@ -84,7 +84,7 @@ def view_worst(
     max_pixels: int,
     say: Say,
 ) -> Written:
-    """Write a page of the groups with the smallest margins per word after ``step`` steps, the same number from each split. Return the page.
+    """Write a page of the groups with the smallest margins per word after ``step`` steps, with the same number from each split.
 
     ``scores`` holds the scores of all groups, keyed by split. Raises the same errors as ``view``.
     """
@@ -131,7 +131,7 @@ def _page(
 
 
 def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
-    """Return whether the model got any comparison of a group wrong before training, keyed by id and content hash. Return {} if the set was
+    """Map each group's id and content hash to whether the model got any of its comparisons wrong before training. Return {} if the set was
     not evaluated before training.
     """
     try:

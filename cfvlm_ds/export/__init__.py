@@ -1,4 +1,4 @@
-"""Export of a DeepSpeed checkpoint as a Hugging Face folder with the same names, shapes, dtypes and files as its source model.
+"""Export of a DeepSpeed checkpoint as a Hugging Face folder with the same files, tensor names, shapes and dtypes as the source model.
 
 The model is never loaded as a whole. Each weight is read in blocks from the ranks' files, cast, and written at its offset in the output. An
 export therefore needs a few hundred MiB of memory, regardless of the model's size. If transformers converts weights when it loads them, the

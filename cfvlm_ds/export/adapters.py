@@ -55,7 +55,7 @@ class MergedWeights(ZeroWeights):
         yield from (block * factor[row] for block, row in self._added(name, layer))
 
     def _added(self, name: str, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield W + scaling * B A in flat blocks, each with the matrix row of every value in the block."""
+        """Yield W + scaling * B A in flat blocks, each with the row index of every element."""
         a, b = self.tensor(layer + _A, torch.float32), self.tensor(layer + _B, torch.float32)
         columns, start = a.shape[1], 0
         for block in super().blocks(name):

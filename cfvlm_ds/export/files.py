@@ -60,7 +60,7 @@ class Files:
 
 
 def write_index(folder: Path, saved: Mapping[str, Saved], metadata: Mapping[str, Any]) -> None:
-    """Write the model's index, which maps tensors to files and gives their total size in bytes. A model in a single file has no index."""
+    """Write the model's index, which maps tensors to files and states the total size in bytes. A model in a single file has no index."""
     if {tensor.file for tensor in saved.values()} == {SINGLE}:
         return
     total = sum(tensor.nbytes for tensor in saved.values())

@@ -27,7 +27,7 @@ _STEPS = re.compile(r"after \d+ optimizer steps")
 
 
 def sealed(text: str) -> str:
-    """Append a seal, a comment with the text's digest, to the text of a model card. The digest shows whether the card was edited later."""
+    """Append a seal to the text of a model card: a comment with the text's digest, which shows whether the card was edited later."""
     return f"{text}{_SEAL}{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()} -->\n"
 
 
@@ -63,7 +63,7 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def stale_card(folder: Path, card: str | None) -> str | None:
-    """Return an error message if the user has edited a folder's card and it describes another step than ``card``; otherwise None."""
+    """Return an error message if the user has edited a folder's card and it describes a different step than ``card``, otherwise None."""
     path = folder / CARD
     if not path.is_file() or is_own_card(path):
         return None

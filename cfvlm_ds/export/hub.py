@@ -13,7 +13,7 @@ from cfvlm_ds.core.secrets import without_secrets
 from cfvlm_ds.export.folder import CARD, UNNAMED_BASE
 
 _NAME = re.compile(rb'^name = ".*"$', re.MULTILINE)
-"""Line of the card's example: the model that it loads."""
+"""Line of the card's example that names the model to load."""
 
 
 def push(folder: Path, repo: str, say: Say) -> str:
@@ -21,7 +21,7 @@ def push(folder: Path, repo: str, say: Say) -> str:
 
     If HF_ENDPOINT names a server other than the hub, files are uploaded through Git LFS unless HF_HUB_DISABLE_XET is set: other servers
     often lack the Xet protocol, and the client would wait minutes for it. The export is not changed, except that the example in its card
-    loads ``repo`` after a successful upload. Raises ConfigError if the card does not name the base model, and if the hub refuses the upload
+    loads ``repo`` after a successful upload. Raises ConfigError if the card does not name the base model, or if the hub refuses the upload
     or cannot be reached.
     """
     from huggingface_hub import HfApi, constants
@@ -34,7 +34,7 @@ def push(folder: Path, repo: str, say: Say) -> str:
             "add `base_model: ORG/NAME` between the --- lines if the base model is on the hub, and push again; your changes are kept"
         )
     if constants.ENDPOINT != constants._HF_DEFAULT_ENDPOINT and "HF_HUB_DISABLE_XET" not in os.environ:
-        constants.HF_HUB_DISABLE_XET = True  # there is no option of a single call
+        constants.HF_HUB_DISABLE_XET = True  # a single call has no such option
     if (named := _NAME.sub(lambda _: f'name = "{repo}"'.encode(), text, count=1)) != text:
         replace(card, named)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

@@ -19,9 +19,9 @@ from cfvlm_ds.models import family_of
 
 @dataclass(frozen=True)
 class Job:
-    """Tensors to store (``stored``) and the model's weights (``weights``) from which they are computed, by reversing the ``conversions``
-    that transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged. If ``weights`` is empty, the tensors
-    are copied from the source.
+    """Tensors to write (``stored``) and how to compute them: from the model's ``weights``, by reversing the ``conversions`` that
+    transformers applies on loading. If ``conversions`` is None, the weight is stored unchanged. If ``weights`` is empty, the tensors are
+    copied from the source.
     """
 
     stored: tuple[str, ...]
@@ -85,8 +85,8 @@ def revert(model: Any, conversions: list[Any], tensors: dict[str, Tensor]) -> di
 
 
 def fill(jobs: list[Job], model: Any, zero: ZeroWeights, checkpoint: Path, source: str) -> list[Job]:
-    """Return the jobs, each without weights if the checkpoint lacks them, for example because the module is frozen. The export copies the
-    tensors of such a job from the source.
+    """Return the jobs, with ``weights`` emptied where the checkpoint lacks them, for example because the module is frozen. The export
+    copies the tensors of such a job from the source.
 
     Each tied weight is added to ``zero`` (the checkpoint's weights) under all its names. Raises ConfigError if a trained weight is missing,
     if the checkpoint has a trained weight that the source lacks, or if shapes differ.

@@ -55,8 +55,8 @@ def skeleton(source: str) -> Any:
 def read_saved(folder: Path, model: Any) -> tuple[dict[str, Saved], dict[str, Any]]:
     """Return the tensors to export, keyed by name, and the metadata of the source's index.
 
-    The tensors and their files are those of the source, in the order of the files. If the source has no safetensors files, the tensors are
-    those that transformers would save for its configuration, in one file.
+    They are the tensors of the source's safetensors files, in order. If there are no such files, they are the tensors that transformers
+    would save for the source's configuration, in one file.
     """
     if files := weight_files(folder):
         return read_headers(folder, files), {} if files == [SINGLE] else read_index(folder / INDEX, ".safetensors")[1]

@@ -19,7 +19,7 @@ from cfvlm_ds.core.run_folder import ADAPTER_WEIGHTS
 from cfvlm_ds.models.family import MODULES, Family, Module
 from cfvlm_ds.models.model_files import explained, header
 
-# When peft imports bitsandbytes, it logs an error about a missing kernel for 4-bit inference, which training does not use.
+# On import, bitsandbytes logs an error about a missing kernel for 4-bit inference, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -29,7 +29,7 @@ def adapted_modules(config: ModelConfig) -> list[Module]:
 
 
 def only_adapters_train(config: ModelConfig) -> bool:
-    """Return True if only adapters are trained. Without its adapters, the model then equals the initial model."""
+    """Return True if only adapters are trained. In this case, the model without its adapters is the initial model."""
     return bool(adapted_modules(config)) and all(getattr(config, module).tuning != "full" for module in MODULES)
 
 
@@ -71,7 +71,7 @@ def peft_config(model: Any, family: Family, modules: Sequence[Module], name_or_p
         base_model_name_or_path=name_or_path,
         target_modules=target_pattern(model, family, modules),
         r=lora.rank,
-        lora_alpha=lora.alpha,  # typed as an integer in peft, which only divides it
+        lora_alpha=lora.alpha,  # peft declares an integer, but only divides by the rank
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
@@ -86,7 +86,7 @@ def add_adapters(model: Any, family: Family, config: ModelConfig) -> None:
 
 
 def check_4bit(config: ModelConfig, zero3: bool) -> None:
-    """Raise ConfigError if 4-bit weights are requested but would have to be trained, or cannot be loaded (ZeRO-3, or no bitsandbytes)."""
+    """Raise ConfigError if 4-bit weights are requested but would be trained, or cannot be loaded (under ZeRO-3 or without bitsandbytes)."""
     if not config.lora.load_in_4bit:
         return
     if config.language_model.tuning != "lora" or not only_adapters_train(config):
@@ -101,7 +101,7 @@ def check_4bit(config: ModelConfig, zero3: bool) -> None:
 
 
 def attach_adapters(model: Any, folder: Path) -> Any:
-    """Add the adapters in ``folder`` (peft's format) to the model and return it. Raises ConfigError if they do not fit the model."""
+    """Add the adapters in ``folder`` (peft's format) to the model and return the model. Raises ConfigError if they do not fit the model."""
     import peft
     from safetensors.torch import load_file
 
@@ -132,11 +132,11 @@ _WITHOUT_EFFECT = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-"""Options of an adapter configuration that only affect training, or whose values are derived from the weights."""
+"""Options of an adapter configuration that affect only training, or whose values are instead derived from the weights."""
 
 
 def _refuse_options(described: Any, folder: Path) -> None:
-    """Raise ConfigError for unknown options in an adapter configuration, because some options would import modules by name."""
+    """Raise ConfigError for unknown options in an adapter configuration, because some options make peft import modules by name."""
     default = type(described)()
     known = _USED | _WITHOUT_EFFECT
     if foreign := [f.name for f in fields(default) if f.name not in known and getattr(described, f.name) != getattr(default, f.name)]:
@@ -149,7 +149,7 @@ def _refuse_options(described: Any, folder: Path) -> None:
 def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any:
     """Return the transformers configuration that loads the language model's linear layers in 4 bits, or None if 4 bits are not requested.
 
-    The tower, the projector and the output head keep their precision. Raises ConfigError if 4-bit weights would have to be trained.
+    The tower, the projector and the output head keep their precision. Raises the errors of ``check_4bit``.
     """
     if not config.lora.load_in_4bit:
         return None
@@ -162,7 +162,7 @@ def quantisation(family: Family, config: ModelConfig, dtype: torch.dtype) -> Any
 
 
 BYTES_OF_4BIT = 0.5 + 4 / 64
-"""Bytes per 4-bit weight, including its share of the float32 scale that each block of 64 weights has."""
+"""Bytes per 4-bit weight, including its share of the float32 scale of each block of 64 weights."""
 
 
 def linear_weights(model: Any, family: Family) -> int:
@@ -176,8 +176,8 @@ def linear_weights(model: Any, family: Family) -> int:
 def adapters_off(model: Any) -> Iterator[None]:
     """Disable the model's adapters within the block.
 
-    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules run. DoRA adapters do not run,
-    because even at scale 0 they would rescale the adapted weights.
+    LoRA adapters still run, scaled by 0, because ZeRO-3 prefetches weights in the order in which modules ran before. DoRA adapters do not
+    run, because even at scale 0 they would rescale the adapted weights.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -196,5 +196,5 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.scaling = scaling
         for layer in rescaling:
             layer.enable_adapters(True)
-        for parameter, was_required in requires_grad.items():  # peft disables and enables gradients together with the adapters
+        for parameter, was_required in requires_grad.items():  # peft toggles gradients together with adapters
             parameter.requires_grad_(was_required)

@@ -1,6 +1,7 @@
 """Log-probs of target tokens, computed from hidden states and the output head with only part of the logits in memory at a time.
 
-Shapes: P states that predict a target, N scored tokens, V vocabulary, d hidden size, D pairs of states whose distributions are compared.
+Shapes: P states that predict a target, N scored tokens, V vocabulary size, d hidden size, D pairs of states whose distributions are
+compared.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but not all logits are in memory at
-    once.
+    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but the logits are never all in
+    memory at once.
 
-    ``hidden`` [P, d] are the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] is the index of
-    the state that predicts each of ``targets`` [N]. The states are processed in parts of at most ``LOGITS`` logits. If there are several
-    parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. If ``cap`` is given, the logits
-    are soft-capped: cap * tanh(logit / cap).
+    ``hidden`` [P, d] holds the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] holds, for each
+    of ``targets`` [N], the index of the state that predicts it. The states are processed in parts of at most ``LOGITS`` logits. If there
+    are several parts, the backward pass recomputes the logits of each part and accumulates the gradient of the head. If ``cap`` is given,
+    the logits are soft-capped: cap * tanh(logit / cap).
 
     ``compared`` maps each divergence to indices [3, D] of states to compare: row 0 lists the states given a text's own image, and row 1 the
     states given another image (see ``Divergence``). Row 2 is not used here. The divergences [D] are appended to the log-probs.
@@ -104,7 +105,7 @@ def _pairs(
     """Split each divergence's pairs of states into parts that fit in memory. For each part, yield the divergence, the indices [2, D'] of
     its states, and two tensors of logits [D', V]: given the text's own image, and given another image.
 
-    A part and all tensors computed from it take no more memory than ``LOGITS`` logits with their probabilities and gradients.
+    The size of a part leaves room for the tensors computed from it.
     """
     for kind, states in compared.items():
         for part in states[:2].split(max(1, LOGITS // (4 * len(weight))), 1):

@@ -26,7 +26,7 @@ def sequential(config: PreTrainedConfig, visual: Tensor, grids: Tensor) -> Tenso
 
 
 Whole = Literal["nowhere", "windows", "everywhere"]
-"""Layers with bidirectional attention among the tokens of a picture: none, sliding-window layers, or all."""
+"""Layers in which a picture's tokens attend to each other in both directions: none, the sliding-window layers, or all."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,24 @@ class Family:
     """Properties of a model family that the package relies on.
 
     Args:
-        model_types: values of ``config.model_type`` that select the family; folder names are never used.
-        vision_tower, projector, language_model: prefixes of parameter names, without prefixes added by wrappers. The longest match decides,
-            so a projector can lie inside the tower. The output head belongs to the language model. The defaults are LLaVA's names.
-        output_head: prefix of the output head, which gets no adapter and keeps its precision.
-        image_inputs: the processor's outputs for images, which are passed to the model's ``get_image_features``.
-        grid: the member of ``image_inputs`` that holds an image's grid of patches, for families whose positions depend on it.
-        positions: function that computes a prompt's position ids. Texts that answer the prompt continue at the largest id plus one, on
-            every axis.
+        model_types: values of ``config.model_type`` that select the family. The model's folder name is never used.
+        vision_tower, projector, language_model: prefixes of parameter names, without prefixes added by wrappers. The longest match wins, so
+            a projector can lie inside the tower. The output head belongs to the language model. The defaults are LLaVA's names.
+        output_head: prefix of the output head, which gets no adapter and is never loaded in 4 bits.
+        image_inputs: names of the processor's outputs that are passed to the model's ``get_image_features``.
+        grid: the entry of ``image_inputs`` that holds each image's patch grid, for families whose position ids depend on it.
+        positions: function that computes a prompt's position ids. Scored texts continue at the largest id plus one, on every axis.
         tiles_alone: True if an image is cut into tiles only when its prompt has no other image.
-        from_grids: function that computes arguments of ``get_image_features`` in advance; computing them in the tower would synchronise
-            with the device.
+        from_grids: function that computes arguments of ``get_image_features`` in advance, because computing them in the tower would force a
+            synchronisation with the device.
         unused: function that returns the prefixes of checkpoint weights that the forward pass does not use.
-        take_trees: function that patches the non-attention layers so that they support rows of trees; called once per model, before
-            scoring.
+        take_trees: function that patches the non-attention layers so that they support rows of trees; called once per model before scoring.
         around: texts that the processor inserts before and after each picture; they are tokenised together with the neighbouring text.
         whole_pictures: function that returns the layers with bidirectional attention among a picture's tokens.
         visual_mark: keyword argument of the model's own ``forward`` that marks visual tokens, for families with bidirectional attention
             among a picture's tokens.
         logit_cap: function that returns the soft cap on the model's logits (logit -> cap * tanh(logit / cap)), or None.
-        limit: function that limits an image's visual tokens (visual_token_limits.py); ``limited_by`` names the options that it reads.
+        limit: function that limits an image's visual tokens (visual_token_limits.py). ``limited_by`` names the options that it reads.
     """
 
     model_types: tuple[str, ...]

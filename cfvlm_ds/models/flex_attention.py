@@ -1,4 +1,4 @@
-"""FlexAttention over a row of trees. A block mask defines which tokens attend to which."""
+"""FlexAttention over a row of trees, with a block mask."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BLOCK = 128  # side of a block in tokens
 class Blocks:
     """Block mask of a forest: the blocks of keys that each block of queries attends to, in part or in full.
 
-    For each token, ``stops`` [T] is the index where the subtree of its node ends. Nodes are in depth-first order, so a query attends to a
-    key if the key does not come after the query and the query comes before the key's stop. ``sight`` can add a sliding window, measured in
-    ``depths`` [T], and bidirectional attention among tokens with the same index in ``pictures`` [T]. These are the forest's ``depths`` and
-    ``block_of``.
+    For each token, ``stops`` [T] holds the index at which the subtree of its node ends. Nodes are in depth-first order, so a query attends
+    to a key if the key does not come after the query and the query comes before the key's stop. ``sight`` can add a sliding window,
+    measured in ``depths`` [T], and bidirectional attention among tokens with the same index in ``pictures`` [T]. These are the forest's
+    ``depths`` and ``block_of``.
 
-    With a sliding window, ``partial`` can contain unnecessary blocks, because only the smallest and largest depth in each block are
-    compared. These blocks do not change the result, because the mask is evaluated within them.
+    With a sliding window, ``partial`` can contain unnecessary blocks, because only the smallest and largest depths of each block are
+    compared. They do not change the result, because the mask is evaluated token by token within them.
     """
 
     sight: Sight

@@ -1,4 +1,4 @@
-"""Floating-point operations of the model for a micro-batch, used to compute throughput."""
+"""Number of floating-point operations per micro-batch, used to compute throughput."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class ModelFlops:
         self._pixels = getattr(vision, "in_channels", 3) * _square(vision.patch_size) * getattr(vision, "temporal_patch_size", 1)
 
     def of(self, inputs: Mapping[str, Any], num_scored: int) -> float:
-        """Count the operations for a batch's model inputs. ``num_scored`` is the number of positions that predict scored tokens."""
+        """Return the number of operations for a batch of model inputs. ``num_scored`` is the number of positions that predict scored
+        tokens.
+        """
         forest: Forest = inputs["forest"]
         of_pairs = sum(each * num_pairs(forest, forest.sight(window)) for window, each in self._pairs.items())
         tokens = {
@@ -77,13 +79,13 @@ def num_pairs(forest: Forest, sight: Sight) -> float:
     """Count the (query, key) pairs in which the query attends to the key."""
     reach, total = sight.window or forest.longest_path, 0.0
     for seen, length in zip(forest.seen, forest.lengths, strict=True):
-        unbounded = min(max(reach - seen, 0), length)  # tokens whose path is not longer than the window
+        unbounded = min(max(reach - seen, 0), length)  # tokens that see their whole path, because it fits into the window
         total += unbounded * seen + unbounded * (unbounded + 1) / 2 + (length - unbounded) * reach
     return total + sum((end - begin) * (end - begin - 1) / 2 for begin, end in forest.blocks if sight.blocks)
 
 
 def _operations_per_pair(text: Any) -> dict[int | None, float]:
-    """Return the forward operations per (query, key) pair, summed over layers and keyed by sliding window (None: full attention)."""
+    """Return the forward operations per (query, key) pair, summed over layers and keyed by window size (None for full attention)."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * text.num_hidden_layers
     operations: dict[int | None, float] = {}

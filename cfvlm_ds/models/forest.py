@@ -1,7 +1,7 @@
-"""Forest: the structure of a row of trees. A tree's nodes contain tokens, and each node attends to its ancestors and itself.
+"""Forest: the structure of a row of trees. A tree's nodes contain tokens, which attend to their own node and its ancestors.
 
-The forest reaches every layer as a keyword argument. Masks and indices that an attention back end derives from it are cached, so that all
-layers share them.
+The forest is passed to every layer as a keyword argument. Attention back ends derive masks and indices from it, which are cached and shared
+by all layers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Sight:
 
 @dataclass(frozen=True)
 class Forest:
-    """Row of trees, as nodes in depth-first order: each node's number of tokens and its parent (-1 for a root).
+    """Row of trees, stored as the length and the parent (-1 for a root) of each node, in depth-first order.
 
     A node's tokens attend to its ancestors and, causally, to each other. A node's first child follows it directly, and each later child
-    follows the previous child's subtree. ``blocks`` are the ranges of tokens (begin, end) with bidirectional attention: pictures, in some
-    families. Each lies inside one node. Unless ``blocks_everywhere`` is set, only sliding-window layers have this attention.
+    follows the previous child's subtree. In some families, attention is bidirectional within pictures: ``blocks`` lists their token ranges
+    (begin, end), each inside one node. Unless ``blocks_everywhere`` is set, this applies only to sliding-window layers.
     """
 
     lengths: tuple[int, ...]

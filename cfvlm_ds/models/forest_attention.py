@@ -1,9 +1,9 @@
-"""Attention over a row of trees. A root holds the pictures and the text that all its prompts share, its children hold the rest of the
-prompts, and the leaves hold the texts. Each node attends to its ancestors and itself.
+"""Attention over a row of trees. The root of a tree holds the pictures and the beginning that its prompts share, its children hold the rest
+of each prompt, and the leaves hold the texts. Each node attends to its ancestors and itself.
 
-The back ends compute the same function and are registered with transformers' public attention interface. The forest reaches them as a
-keyword argument that passes through every layer, even when gradient checkpointing recomputes a layer. It is never passed as a mask or as
-position ids that restart, because several kernels silently misinterpret these.
+The back ends compute the same function and are registered with transformers' public attention interface. They receive the forest as a
+keyword argument that passes through every layer, also when gradient checkpointing recomputes the layer. transformers never infers the trees
+from a mask or from position ids that restart, because several kernels silently misinterpret these.
 
 A layer can limit attention to a sliding window along a token's path, and can allow bidirectional attention among a picture's tokens.
 ``Sight`` describes both. Every back end implements both exactly.
@@ -40,8 +40,8 @@ _PADDED = 1.25  # largest ratio between the lengths of trees that are padded tog
 
 
 def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Sort the trees into buckets of similar length. Return each bucket as (its tokens' indices in the row [B, L], mask [B, 1, L, L] bool),
-    and, for each token of the row, its index in the concatenated buckets.
+    """Sort the trees into buckets of similar length. Return the buckets as (indices of the tokens in the row [B, L], mask [B, 1, L, L]
+    bool), and the index of each token in the concatenated buckets.
     """
     lengths = forest.tree_lengths
     order = sorted(range(len(lengths)), key=lambda tree: lengths[tree])
@@ -68,7 +68,7 @@ def _padded(forest: Forest, sight: Sight) -> tuple[list[tuple[Tensor, Tensor]], 
 def _tree_mask(forest: Forest, sight: Sight, tokens: Tensor, nodes: Tensor) -> Tensor:
     """Return a mask [B, 1, L, L] bool, True where a query may attend to a key.
 
-    ``tokens`` and ``nodes`` [B, L] are each token's index in the row and its node. For padding, ``nodes`` is the number of nodes. A token
+    ``tokens`` and ``nodes`` [B, L] hold each token's index in the row and its node. For padding, ``nodes`` is the number of nodes. A token
     attends to its own node and the node's ancestors, never to a sibling. Padding attends to itself, because a softmax over no keys is NaN.
     """
     attends = torch.eye(len(forest.lengths) + 1, dtype=torch.bool)
@@ -124,8 +124,8 @@ def registered(backend: str) -> str:
 def by_segments(vision: Any) -> None:
     """Configure a vision tower to compute the attention within all its pictures or windows in one call to a variable-length kernel.
 
-    transformers passes the segment boundaries to a back end only if its name contains "flash". A name with "flash" is set only after
-    loading, because transformers would otherwise look for the flash-attn package.
+    transformers passes the segment boundaries to a back end only if its name contains "flash". This name is set only after loading, because
+    transformers would otherwise look for the flash-attn package.
     """
     AttentionInterface.register("pictures_flash", tower)
     AttentionMaskInterface.register("pictures_flash", sdpa_mask)
@@ -135,7 +135,9 @@ def by_segments(vision: Any) -> None:
 
 @contextlib.contextmanager
 def stock_attention(model: Any) -> Iterator[None]:
-    """Use transformers' own attention within the block. It supports only rows of one text; their scores are an independent reference."""
+    """Use transformers' own attention within the block. It supports only rows with one text, whose scores serve as an independent
+    reference.
+    """
     parts = model.config.get_text_config(), model.config.vision_config
     backends = [part._attn_implementation for part in parts]
     for part in parts:

@@ -1,7 +1,7 @@
 """Gated delta nets over a row of trees (Qwen3.5). These layers carry a state from token to token, so no mask can separate the trees.
 
-Every node starts from its parent's final state, and the convolution reads the last tokens of its ancestors. A text after a prefix therefore
-has the same result as in a row of its own. The nodes of one level are computed together, and the next level starts from their states.
+Every node starts from its parent's final state, and its convolution also reads the last tokens of its ancestors. A text therefore has the
+same outputs as in a row of its own. The nodes of one level are computed together, and the next level starts from their states.
 
 Shapes: T tokens of the row, N nodes of a batch, L their padded length, C channels of the convolution, H heads, D head size.
 """
@@ -25,7 +25,7 @@ _PADDED = 1.25  # largest ratio between the chunk counts of nodes that are padde
 
 Level = list[tuple[Tensor, Tensor, Tensor | None]]
 """Batches of nodes in one level of the trees. A batch has three parts: its tokens' indices in the row, [N, L] (T for padding); the indices
-of its real tokens among the N * L; and its parents' indices in the level above, [N] (None for roots).
+of its real tokens among the N * L; and the indices of its nodes' parents in the level above, [N] (None for roots).
 """
 
 
@@ -63,8 +63,8 @@ def _forward(
 
 
 def _convolved(module: Any, mixed: Tensor, forest: Forest) -> Tensor:
-    """Return the causal convolution of ``mixed`` [1, T, C] along each path. One call to the layer suffices, because each node is preceded
-    by the last tokens of its ancestors.
+    """Return the causal convolution of ``mixed`` [1, T, C] along each path. One call to the layer suffices, because a copy of its
+    ancestors' last tokens is inserted before each node.
     """
     places, own = forest.on(_windows, mixed.device, module.conv_kernel_size)
     spread = _with_zeros(mixed).index_select(1, places).transpose(1, 2)
@@ -95,7 +95,7 @@ def _ruled(module: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 
     Padding leaves a state unchanged: its key is zero, and nothing decays.
     """
-    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # a faster kernel if transformers finds one
+    rule = sys.modules[type(module).__module__].torch_chunk_gated_delta_rule  # transformers substitutes a faster kernel if one is installed
     levels, back = forest.on(_levels, query.device)
     padded = [_with_zeros(padded_input)[0] for padded_input in (query, key, value, decay, beta)]
     outputs: list[Tensor] = []

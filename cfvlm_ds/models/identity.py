@@ -1,4 +1,4 @@
-"""Fingerprints of a model: hashes of its weights, and of the files that determine how images and texts become inputs."""
+"""Fingerprints of a model: hashes of its weights, and of the files that determine how images and texts are preprocessed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NOT_INPUTS = ("*.index.json", "config.json", "generation_config.json", "adapter
 
 
 def model_folder(name_or_path: str) -> Path:
-    """Return the folder of a model's files: the given folder, or the cached snapshot of a hub name. Raises ConfigError if it cannot be
-    read.
+    """Return the folder that contains a model's files. For a hub name, missing files are downloaded to the cache first. Raises ConfigError
+    if the files cannot be read.
     """
     if os.path.isdir(name_or_path):
         return Path(name_or_path).resolve()
     from huggingface_hub import HfApi, snapshot_download
 
     files: list[str] = []
-    with contextlib.suppress(Exception):  # without a network, the cached snapshot is used
+    with contextlib.suppress(Exception):  # offline, the cached snapshot is used
         files = HfApi().list_repo_files(name_or_path)
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=["README.md", *_INPUTS, *weight_patterns(files)]))
@@ -42,10 +42,10 @@ def model_folder(name_or_path: str) -> Path:
 
 
 def fingerprint(config: ModelConfig, alive: Alive = no_op, say: Say = no_op) -> dict[str, str]:
-    """Return {"weights": sha256, "inputs": sha256}.
+    """Return a model's fingerprint: {"weights": sha256, "inputs": sha256}.
 
-    "weights" covers the configuration and every byte of the weight files. A file is read again only if it has changed. "inputs" is the
-    result of ``inputs_fingerprint``. While files are read, ``alive`` is called regularly, and ``say`` is called with progress lines.
+    "weights" covers the configuration and every byte of the weight files. Unchanged files are not read again. "inputs" is the result of
+    ``inputs_fingerprint``. While files are being read, ``alive`` is called regularly and ``say`` receives progress lines.
     """
     folder = model_folder(config.name_or_path)
     weights = hashlib.sha256((folder / "config.json").read_bytes())
@@ -78,9 +78,9 @@ def inputs_fingerprint(config: ModelConfig) -> str:
 
 
 def file_digest(path: Path, read: Callable[[int], object]) -> str:
-    """Return the sha256 of a file. The digest is cached in the user's cache folder under a key that changes with any write to the file.
+    """Return the sha256 of a file. Digests are cached in the user's cache folder, and writing to the file invalidates its entry.
 
-    ``read`` is called after each block that is read, with the block's size in bytes.
+    ``read`` is called with the size in bytes of each block as it is read.
     """
     stat = path.stat()
     state = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -93,7 +93,7 @@ def file_digest(path: Path, read: Callable[[int], object]) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
             read(len(block))
-    with contextlib.suppress(OSError):  # if the cache folder is not writable, this only costs time
+    with contextlib.suppress(OSError):  # without a writable cache, the file is hashed again next time
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace(remembered, digest.hexdigest().encode(), shared=True)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Functions that load models, configurations and processors."""
+"""Loading of models, configurations and processors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from cfvlm_ds.models.variable_length import fastest, flash_attention, has_varlen
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """Return the model's configuration. Raises ConfigError if the folder or hub name does not exist."""
+    """Load a model's configuration. Raises ConfigError if the folder or hub name does not exist or is not a model."""
     if not name_or_path:
         raise ConfigError("model.name_or_path is not set; give a model folder or a hub name such as org/name")
     refuse_absent(name_or_path)
@@ -60,18 +60,18 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 def _go_offline_without_hub(name: str) -> None:
     """Set HF_HUB_OFFLINE for this process if the hub cannot be reached.
 
-    The hub's client would otherwise retry for half a minute for each file that is not cached, and a processor has eight optional files.
+    The hub client would otherwise spend half a minute on retries for each uncached file, and a processor has eight optional files.
     """
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:  # the hub has answered, for example with 404
         return
-    except Exception:  # any layer of the network may fail
+    except Exception:  # any network layer can fail
         constants.HF_HUB_OFFLINE = True
 
 
 def _check_folder(name_or_path: str) -> None:
-    """Check a model folder, or the cached files of a hub name. Files that are not cached yet are checked after loading."""
+    """Check a model folder, or the files of a hub name that are already cached. ``load_model`` checks uncached files after loading."""
     if os.path.isdir(name_or_path):
         check_files(Path(name_or_path).resolve())
     elif isinstance(config := try_to_load_from_cache(name_or_path, "config.json"), str):
@@ -79,17 +79,17 @@ def _check_folder(name_or_path: str) -> None:
 
 
 def _in_each_part(attn_implementation: str) -> dict[str, str]:
-    """Return the ``attn_implementation`` argument that selects this back end for the language model and the vision tower. Other submodels,
-    such as an audio encoder, keep transformers' default.
+    """Return the ``attn_implementation`` argument that selects a back end for the language model and the vision tower only. Other
+    submodels, such as an audio encoder, keep transformers' default.
     """
     return dict.fromkeys(("", "text_config", "vision_config"), attn_implementation)
 
 
 def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: bool = True) -> None:
-    """Raise ConfigError if the installed libraries or the model's configuration do not support the model options.
+    """Raise ConfigError if the installed libraries or the model's configuration do not support ``config``.
 
-    If ``there`` is False, the model does not exist yet, so only the options and the libraries are checked. If ``weights`` is True, the
-    model's files are also checked, but the weights are not read (see ``check_files``).
+    If ``there`` is False, the model does not exist yet, and only the options and the libraries are checked. If ``weights`` is True, the
+    weight files are also checked, but not read in full (see ``check_files``).
     """
     attention(config.attn_implementation, load_config(config.name_or_path) if there else None)
     if all(getattr(config, module).tuning == "frozen" for module in MODULES):
@@ -104,9 +104,9 @@ def check_model(config: ModelConfig, zero3: bool, there: bool = True, weights: b
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """Return the model's own processor (tokenizer, image processor and chat template), with the configured limits on visual tokens.
+    """Load the model's own processor (tokenizer, image processor and chat template), with the configured limits on visual tokens.
 
-    Raises ConfigError, naming the model, if one of the three parts is missing or cannot be used.
+    Raises ConfigError if any of the three is missing or cannot be loaded.
     """
     model_config = load_config(config.name_or_path)
     family_of(model_config)
@@ -134,10 +134,11 @@ def _limit_images(config: ModelConfig, processor: Any, model_config: Any) -> Non
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the pretrained model in ``dtype``, with adapters and gradients as configured. Under ZeRO-3, it is partitioned during loading.
+    """Load the pretrained model in ``dtype``, with adapters and ``requires_grad`` as configured. Under ZeRO-3, it is partitioned while it
+    is loaded.
 
-    Raises ConfigError if weights are missing or unexpected (the message names them), if pickled weights contain anything but tensors, or if
-    the folder does not contain a valid model.
+    Raises ConfigError if weights are missing, unexpected or of the wrong shape (the message names them), if pickled weights contain
+    anything but tensors, or if the folder does not contain a valid model.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -169,7 +170,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             if keys and kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 names = ", ".join(sorted(str(key) for key in keys)[:5])
                 raise ConfigError(f"checkpoint {config.name_or_path!r} has {len(keys)} {kind.replace('_', ' ')}: {names}; repair it")
-        _check_folder(config.name_or_path)  # the files of a hub name are cached by now
+        _check_folder(config.name_or_path)  # a hub model's files are cached by now
         _limit_images(config, None, model.config)
         # Under ZeRO-3, this version of transformers keeps unused conversions and would rename every weight when saving.
         model._weight_conversions = [c for c in model._weight_conversions or [] if c.was_used()] or None
@@ -182,9 +183,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class _PatchProduct(nn.Conv3d):
-    """Convolution over patches [N, C, T, H, W] that have the kernel's size, computed as a matrix product.
+    """Convolution over patches [N, C, T, H, W] of exactly the kernel's size, computed as a matrix product.
 
-    On a CPU, torch's convolution takes 4 times as long, and 15 times with gradients. In torch 2.9, it is slow on GPUs too.
+    On a CPU, torch's own convolution takes 4 times as long, or 15 times with gradients. In torch 2.9, it is also slow on GPUs.
     """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -192,8 +193,8 @@ class _PatchProduct(nn.Conv3d):
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Build the model on the meta device, with adapters and gradients as configured. Its parameters have names, shapes and
-    ``requires_grad``, but take no memory.
+    """Build the model on the meta device, with adapters and ``requires_grad`` as configured. Its parameters have names and shapes but take
+    no memory.
     """
     model_config = load_config(config.name_or_path)
     family = family_of(model_config)
@@ -211,9 +212,9 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, attn_implementation: str
 
 
 def tune(model: PreTrainedModel, family: Family, config: ModelConfig) -> None:
-    """Add adapters, and enable gradients for the parameters that the configuration trains.
+    """Add adapters, and set ``requires_grad`` for exactly the parameters that are to be trained.
 
-    Weights that the model's own forward pass does not use are not trained, because they would have no gradient.
+    Weights that the forward pass does not use stay frozen, because they would get no gradient.
     """
     if adapted_modules(config):
         add_adapters(model, family, config)

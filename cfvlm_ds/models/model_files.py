@@ -1,4 +1,4 @@
-"""Files of an untrusted model folder: their list, and checks of their names, links and completeness."""
+"""Listing and validation of the files in an untrusted model folder: names, links and completeness."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NOT_COPIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
 
 
 def check_files(folder: Path) -> None:
-    """Check a model folder without reading its weights. Raises ConfigError for missing or truncated weights, a folder with both a model and
-    adapters, a link that leads out of the folder, or an index that lists a path instead of a file name.
+    """Check a model folder without reading its weights. Raises ConfigError for a weight file that is truncated or listed but missing, a
+    folder with both a model and adapters, a link that leads out of the folder, or an index that lists a path instead of a file name.
     """
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         refuse_foreign(path, folder)
@@ -39,7 +39,7 @@ def check_files(folder: Path) -> None:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a model other than its weights: configuration, tokenizer and processor."""
+    """Yield a model's files other than its weights, such as those of the configuration, the tokenizer and the processor."""
     for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
         if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
             yield path
@@ -55,8 +55,8 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def weight_patterns(files: Iterable[str]) -> list[str]:
-    """Return patterns of the weight files to download for a hub model with these ``files``. As in transformers, pickled weights are a
-    fallback.
+    """Return glob patterns for the weight files to download from a hub repository that contains ``files``. As in transformers, pickled
+    weights are only a fallback.
     """
     if SINGLE in (names := set(files)):
         return [SINGLE]
@@ -69,7 +69,9 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read (tensor -> file name, metadata) from a model's index. Raises ConfigError if the index is invalid or lists a missing file."""
+    """Read a weight index and return (tensor name -> file name, metadata). Raises ConfigError if the index is invalid or lists a missing
+    file.
+    """
     remedy = "download the model again"
     try:
         index = read_json(path)
@@ -86,7 +88,9 @@ def read_index(path: Path, ending: str) -> tuple[dict[str, str], dict[str, Any]]
 
 
 def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Read tensor -> (shape, dtype) from a safetensors file, in the file's order. Raises ConfigError for an invalid or truncated file."""
+    """Read a safetensors header and return tensor name -> (shape, dtype), in the order of the file. Raises ConfigError for an invalid or
+    truncated file.
+    """
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(path, framework="pt") as handle:
@@ -101,10 +105,10 @@ def header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Convert a library's exception within the block to a ConfigError with the message "``what`` (reason); ``remedy``".
+    """Convert exceptions that libraries raise within the block to a ConfigError with the message "``what`` (reason); ``remedy``".
 
-    The libraries check little of a model folder, so a wrong value can cause any exception. Machine errors, such as a lack of memory, and
-    errors of other ranks are not converted.
+    Libraries barely validate a model folder, so an invalid value can raise any exception. Machine errors, such as running out of memory,
+    and errors of other ranks are not converted.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Router statistics of a mixture of experts: the number of tokens and the summed probability of each expert in a forward pass.
+"""Router statistics of a mixture of experts: token count and summed probability of each expert in a forward pass.
 
 A token counts once for each text that it belongs to, as if every text had a row of its own. The statistics therefore do not depend on
 packing.
@@ -23,9 +23,9 @@ class Routed:
     """Expert routing of one forward pass, summed over tokens and layers.
 
     Args:
-        taken: [E] number of tokens that are routed to each expert, without a gradient.
-        probability: [E] each expert's probability before the selection, in float32; gradients flow through it to the routers.
-        rows: number of tokens times layers, a scalar.
+        taken: [E] number of tokens routed to each expert, without a gradient.
+        probability: [E] each expert's probability before top-k selection, in float32; gradients flow through it to the routers.
+        rows: number of tokens times number of layers, a scalar tensor.
     """
 
     taken: Tensor

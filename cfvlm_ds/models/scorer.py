@@ -19,12 +19,12 @@ from cfvlm_ds.models.routers import Routed, Routers
 class ScoringHead(nn.Linear):
     """An output head that returns log-probs instead of logits if targets are given.
 
-    It is a separate module because ZeRO-3 gathers a weight only while the weight's module runs.
+    It is a separate module because ZeRO-3 gathers a weight only while the module that owns it runs.
     """
 
     def __init__(self, in_features: int, out_features: int, cap: float | None = None) -> None:
-        """Create the head on the meta device. ``cap`` bounds the logits that log-probs are computed from. Logits that the head returns are
-        not capped, because the model caps them itself.
+        """Create the head on the meta device. ``cap`` soft-caps the logits from which log-probs are computed. Logits that the head returns
+        are not capped, because the model does that itself.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.cap = cap
@@ -48,7 +48,7 @@ class ScoringHead(nn.Linear):
         compared: Mapping[Divergence, Tensor] | None = None,
     ) -> Tensor:
         """Return the logits [..., V] of ``hidden`` [..., d] or, given ``targets`` [N], their log-probs [N] followed by the divergences of
-        ``compared``. ``predicted_by`` [N] is the row of ``hidden`` [P, d] that predicts each target.
+        ``compared`` (see ``head_logprobs``). ``predicted_by`` [N] holds, for each target, the row of ``hidden`` [P, d] that predicts it.
         """
         if predicted_by is None or targets is None:
             return super().forward(hidden)
@@ -59,8 +59,8 @@ class Scorer(nn.Module):
     """The module that DeepSpeed runs. It encodes each distinct image once, runs the language model, and returns the log-probs of scored
     tokens.
 
-    Everything happens in one forward pass, so ZeRO-3 gathers each layer once for any number of candidates, and every rank calls every
-    submodule the same number of times. For a mixture of experts, ``routed`` holds the expert routing of the last forward pass.
+    Everything happens in one forward pass, so ZeRO-3 gathers each layer only once, however many candidates there are, and every rank calls
+    every submodule the same number of times. For a mixture of experts, ``routed`` holds the expert routing of the last forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -93,18 +93,18 @@ class Scorer(nn.Module):
             input_ids: [1, T].
             position_ids: [1, T] or [axes, 1, T].
             forest: the tree structure of the row's tokens.
-            visual: indices of visual tokens in the row.
+            visual: indices of the visual tokens in the row.
             scored: [P] positions whose logits are needed.
             predicted_by: [N] index into ``scored`` of the position that predicts each target.
-            images_of_tree: for each tree, its images as indices into the distinct images of ``image_inputs``.
+            images_of_tree: for each tree, the indices of its images among the distinct images in ``image_inputs``.
             visual_tokens: number of visual tokens in each distinct image.
-            image_inputs: inputs of the tower.
-            compared: pairs of positions for each divergence, as in ``head_logprobs``.
+            image_inputs: inputs of the vision tower.
+            compared: pairs of indices into ``scored`` for each divergence, as in ``head_logprobs``.
         """
         features, unused = self._encode(images_of_tree, visual_tokens, image_inputs)
 
         def show(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            """Insert image features at the visual tokens. The model's own code would synchronise with the device to find these tokens."""
+            """Insert image features at the visual tokens. The model's own code would have to synchronise with the device to find them."""
             embedded = named["inputs_embeds"]
             if features:
                 embedded = embedded.index_copy(1, visual, features[0].to(embedded.dtype).unsqueeze(0))
@@ -114,7 +114,7 @@ class Scorer(nn.Module):
             # text embeddings are frozen, only image features carry gradients through the language model.
             return args, named | {"inputs_embeds": embedded + 0 * unused}
 
-        # Only transformers' own attention uses the argument that marks visual tokens, in families whose masks need it.
+        # The argument that marks visual tokens is needed only by transformers' own attention, for the masks of some families.
         mark = self.family.visual_mark
         marked = {} if mark is None else {mark: (input_ids == self.model.config.image_token_id).long()}
         language_model = self.model.get_submodule(self.family.language_model[0])
@@ -136,8 +136,8 @@ class Scorer(nn.Module):
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Tensor]:
-        """Encode the images. Return the features of the trees' images, with one tensor for the embeddings and one for each deeper layer
-        that takes image features, and the sum of all other images' features, which keeps them in the autograd graph.
+        """Encode the images. Return the features of the images that occur in trees, as one tensor for the embeddings and one for each
+        deeper layer that takes image features. Also return the sum of all other features, which keeps their images in the autograd graph.
         """
         model: Any = self.model
         output = model.get_image_features(**image_inputs, return_dict=True)
@@ -149,7 +149,7 @@ class Scorer(nn.Module):
 
 
 def _per_image(features: Tensor | Sequence[Tensor], visual_tokens: Sequence[int]) -> list[Tensor]:
-    """Convert features in any family's form (per image, per tile, or in one piece) to one [visual tokens, hidden] tensor per image."""
+    """Return one tensor [visual tokens, hidden] per image. Families return features per image, per tile, or as a single tensor."""
     pieces = [features] if isinstance(features, Tensor) else features
     flat = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
     if len(flat) != sum(visual_tokens):

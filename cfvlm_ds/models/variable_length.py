@@ -1,8 +1,8 @@
 """Attention with variable-length kernels, over a row of trees or within the pictures or windows of a vision tower.
 
-In a row of trees, a segment consists of a node's queries and the gathered keys of their path. The kernel is causal and aligns a segment's
-last query with its last key, so a sliding window extends back along the path. A picture with bidirectional attention is a segment in a
-second call, which is not causal. The last key of this segment is the picture's last token.
+In a row of trees, a segment consists of a node's queries and the keys gathered along its path. The kernel is causal and aligns a segment's
+last query with its last key, so a sliding window extends back along the path. Pictures with bidirectional attention are segments of a
+second call, which is not causal. The last key of each is the picture's last token.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """
@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cfvlm_ds.models.forest import Forest, Sight
 
 Kernel = Callable[..., Tensor]
-"""(how many keys a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
+"""(number of keys that a query attends to before and after its own key, -1 for all; scale; query [T, H, D], key and value [gathered, J, D];
 starts of each segment's queries and keys [S + 1] int32; lengths of the longest queries and keys) -> [T, H, D].
 """
 
@@ -30,7 +30,7 @@ starts of each segment's queries and keys [S + 1] int32; lengths of the longest 
 def _calls(forest: Forest, sight: Sight) -> tuple[list[Any], Tensor | None]:
     """Return the kernel calls, and the index of each token in their concatenated outputs (None if they are in row order).
 
-    A call consists of the row indices of its queries (None: all, in order), the row indices of its keys, and the kernel's other arguments.
+    A call consists of the row indices of its queries (None for all, in order), those of its keys, and the kernel's other arguments.
     """
     blocks = dict(forest.blocks) if sight.blocks else {}
     causal, bidirectional = list[tuple[int, int, int]](), list[tuple[int, int, int]]()  # (node, begin, end)
@@ -90,7 +90,7 @@ def _varlen(window: tuple[int, int], scale: float, *segments: Any) -> Any:
 
 
 def _padded(window: tuple[int, int], scale: float, q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, longest: int, __: int) -> Tensor:
-    """Compute bidirectional attention within segments, which are padded to the longest. Segment lengths stay on the device."""
+    """Compute bidirectional attention within segments, which are padded to the longest. Segment boundaries are never copied to the host."""
     tokens = torch.arange(len(q), dtype=at.dtype, device=q.device)
     places = at[:-1].unsqueeze(1) + torch.arange(longest, device=q.device)
     query, key, value = (tensor[places.clamp(max=len(q) - 1)].transpose(1, 2) for tensor in (q, k, v))
@@ -106,7 +106,7 @@ varlen: Kernel = functools.partial(_attend, _varlen)
 
 
 def takes(dtype: torch.dtype, heads: Collection[int]) -> bool:
-    """Return True if flash attention supports this dtype and these head sizes. Some heads of Gemma 4, for example, are too wide."""
+    """Return True if flash attention supports this dtype and these head sizes. Some heads of Gemma 4, for example, are too large."""
     return dtype in (torch.float16, torch.bfloat16) and all(head <= 256 and head % 8 == 0 for head in heads)
 
 
@@ -151,7 +151,7 @@ def tower(
     max_length_q: int = 0,
     **options: Any,
 ) -> Any:
-    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: torch's usual attention or, if the tower supplies segment boundaries
+    """Compute a tower's attention, [B, H, T, D] -> [B, T, H, D]: standard SDPA or, if the tower supplies segment boundaries
     (``cu_seq_lens_q``), attention within each segment.
     """
     if cu_seq_lens_q is None:

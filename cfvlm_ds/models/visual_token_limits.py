@@ -1,7 +1,6 @@
-"""Limits on the number of visual tokens per image. Model families compute this number by different rules; each rule has a function here.
+"""Limits on the number of visual tokens per image, with a function for each rule by which model families compute this number.
 
-Each function changes the processor and, if the model also computes image sizes, the model's configuration. The
-processor or the configuration can be None.
+Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either can be None.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from cfvlm_ds.core.errors import ConfigError
 
 
 def pixels(processor: Any, config: Any, model: ModelConfig, counts_frames: bool = False) -> None:
-    """Scale images to a number of pixels between ``min_pixels`` and ``max_pixels`` (Qwen-VL, where a token covers a square whose side is
-    patch size x merge size). ``counts_frames`` is True for a processor that repeats a picture as several frames and counts all their pixels
+    """Have images scaled to between ``min_pixels`` and ``max_pixels`` pixels (Qwen-VL, where a token covers a square whose side is patch
+    size x merge size). ``counts_frames`` is True for a processor that repeats a picture as several frames and counts all their pixels
     (GLM-4V).
     """
     if processor is not None:
@@ -31,7 +30,7 @@ def longest_edge(processor: Any, config: Any, model: ModelConfig) -> None:
     """Limit the longest edge so that a square image consists of whole tokens and has at most ``max_pixels`` pixels (Mistral 3, whose images
     keep their aspect ratio).
 
-    The square must have at least 2 x 2 tokens, because transformers fails in a forward pass whose only image has a single visual token.
+    The square must have at least 2 x 2 tokens, because transformers' forward pass fails if its only image has a single visual token.
     """
     if processor is not None and model.max_pixels:
         images, side = processor.image_processor, processor.patch_size * processor.spatial_merge_size
@@ -44,7 +43,7 @@ _BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to the largest of the model's fixed budgets that fits into ``max_pixels`` (Gemma 4)."""
+    """Limit visual tokens to the largest of the model's fixed budgets that corresponds to at most ``max_pixels`` (Gemma 4)."""
     if processor is not None and model.max_pixels:
         images = processor.image_processor
         pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
@@ -55,8 +54,8 @@ def budgets(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def grids(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Remove tile grids with more than ``max_tiles`` tiles from the model's list (LLaVA-NeXT and OneVision, which use the best-fitting grid
-    for an image).
+    """Remove tile grids with more than ``max_tiles`` tiles from the model's list (LLaVA-NeXT and OneVision, which choose the best-fitting
+    grid for each image).
     """
     side = None if config is None else config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
@@ -70,7 +69,7 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def patches(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit the number of tiles to ``max_tiles``, not counting the overview (InternVL)."""
+    """Limit the number of tiles, excluding the overview, to ``max_tiles`` (InternVL)."""
     if processor is not None and model.max_tiles:
         images = processor.image_processor
         images.max_patches = model.max_tiles

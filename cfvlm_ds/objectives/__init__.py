@@ -48,13 +48,13 @@ Objectives = Mapping[str, Objective]
 
 
 def required_cells(objectives: Objectives) -> Cells:
-    """Return the smallest of the sets anchor, matched, star and full that includes all cells that the objectives need."""
+    """Return the smallest cell set (anchor, matched, star or full) that contains all cells that the objectives need."""
     own: list[Cells] = ["star" if objective.cells == "batch" else objective.cells for objective in objectives.values()]
     return CELLS[max(map(CELLS.index, own), default=0)]
 
 
 def scored_besides(objectives: Objectives) -> dict[str, Any]:
-    """Return arguments that make ``Collator.of_run`` add token scores, the blank picture and divergences if an objective needs them."""
+    """Return arguments for ``Collator.of_run``: whether to add token scores and the blank picture, and which divergences to compute."""
     terms = objectives.values()
     divergences = tuple(dict.fromkeys(term.divergence for term in terms if term.divergence is not None))
     needed = {"tokens": any(term.needs_tokens for term in terms), "blank": any(term.needs_blank for term in terms)}
@@ -88,7 +88,7 @@ def ramp(objective: Objective, progress: float) -> float:
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (loss, shares): this micro-batch's share of the step's loss, and the share [P] of each term's parts before weighting.
+    """Return (loss, shares): this micro-batch's share of the step's loss, and for each term its unweighted share [P], one value per part.
 
     Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
     up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed
@@ -107,8 +107,8 @@ def weighted_loss(
 
 
 def likelihood_report(scores: Scores) -> Report:
-    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A falling mean of true pairs, in nats per
-    token, reveals likelihood displacement.
+    """Return the log-likelihoods of four kinds of cells as (sum in nats, number of tokens). A fall in the mean of true pairs, in nats
+    per token, reveals likelihood displacement.
 
     The kinds are the factual pair (lp_00), the other true pairs (lp_kk), the factual text on images for which it is false (lp_k0), and
     false texts on the factual image (lp_0k).

@@ -19,7 +19,7 @@ from cfvlm_ds.objectives.objective import Objective
 class Align(Objective):
     """NLL of the factual pair + ``counterfactual`` x NLL of the other true pairs.
 
-    Each part is averaged separately. Both NLLs are per token, including end-of-turn tokens. For the second NLL, log-likelihoods and token
+    The two NLLs are averaged separately, both per token, including end-of-turn tokens. For the second NLL, log-likelihoods and token
     counts are first averaged over each group's other true pairs.
 
     Args:
@@ -45,8 +45,8 @@ class Align(Objective):
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """Return two sums over groups, weighted by the groups' weights: of the factual pair's entry in ``values`` [G, I, C], and of the mean
-    entry of the other true pairs.
+    """Sum ``values`` [G, I, C] over groups, weighted by ``layout.weight``. Return two scalars: the sum for the factual pairs, and the sum
+    of each group's mean over its other true pairs.
     """
     factual = layout.weight.to(values) * torch.where(layout.positive[:, 0, 0], values[:, 0, 0], 0)
     others = layout.positive.clone()

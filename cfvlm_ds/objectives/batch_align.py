@@ -22,16 +22,16 @@ class BatchAlign(Objective):
     """InfoNCE across groups: an image's own text must beat texts from the whole step, and each text must prefer its own image.
 
     A group's in-batch negatives are texts of other groups that answer the same prompt as the group's factual text. They are assumed to be
-    false; no other objective uses unknown cells as negatives. Excluded are texts that
+    false; no other objective uses unknown cells as negatives. A text is excluded if it
 
-    - equal one of the group's texts or have its ``key``;
-    - are listed in the group's ``exclude`` (by text or key);
-    - are marked in their own group as true of one of this group's pictures.
+    - equals one of the group's texts or has its ``key``;
+    - is listed in the group's ``exclude`` (by text or key);
+    - is marked in its own group as true of one of this group's images.
 
     Text side, for a true text c: log(1 + sum_d exp(s_d - s_c)), where d runs over the group's false texts and the texts of other groups,
     and s = (log p(text | image) - ``pmi`` x log p(text | blank)) / ``temperature``. Image side: the same formula for one text, where d runs
-    over images; the prior cancels and is left out. Each side has a weight of 1/2. The text side is averaged over a group's true pairs and
-    the image side over its texts, so that each group counts once.
+    over images; the prior is left out because it cancels. Each side has a weight of 1/2. The text side is averaged over a group's true
+    pairs, and the image side over its texts, so each group counts once.
 
     Args:
         weight: factor of the term in the loss.
@@ -102,8 +102,8 @@ class BatchAlign(Objective):
         return mean_over(_against(others, own_score, false, 1).squeeze(1), own.any(1))
 
     def _hosted(self, scores: Scores) -> Tensor:
-        """Return a scalar of value 0. Its gradient is that of other groups' image-side losses with respect to their texts' scores on this
-        batch's images.
+        """Return a scalar of value 0 whose gradient is that of other groups' image-side losses with respect to the scores of their texts on
+        this batch's images.
         """
         layout = scores.layout
         similarity, cross_group = self._between_images(scores)
@@ -136,7 +136,7 @@ def own_images(layout: GroupLayout) -> Tensor:
 
 
 def _in_batch(layout: GroupLayout) -> Tensor:
-    """Return a mask [G, I, C] of the scored cells with other groups' texts."""
+    """Return a mask [G, I, C] of the scored cells whose text belongs to another group."""
     foreign = torch.zeros_like(layout.valid)
     foreign[:, :, layout.num_own :] = True
     return layout.valid & foreign

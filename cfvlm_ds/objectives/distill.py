@@ -54,9 +54,9 @@ class ContrastDistill(DivergenceTerm):
     """KL(t || p) at a true text's tokens, where t is VCSD's target (arXiv 2607.21556) and p is the distribution on the text's own image.
 
     t is proportional to p (p / q)^alpha on the tokens with p >= beta max p, where q is the distribution on the image that ``contrast``
-    selects. The target favours tokens that are more likely on the text's own image. In t, p and q are detached: the teacher is the
-    current model. The texts come from the data. In the paper, the teacher's weights are an exponential moving average, the texts are
-    sampled from the model, and the temperature is 2 instead of 1.
+    selects. The target favours tokens that are more likely on the text's own image. In t, p and q are detached, so the teacher is
+    the current model. In the paper, the teacher's weights are an exponential moving average, the texts are sampled from the model instead
+    of taken from the data, and the temperature is 2 instead of 1.
 
     Args:
         contrast: ``edited`` compares with every image for which the text is false; ``blank`` compares with the blank picture (the paper's

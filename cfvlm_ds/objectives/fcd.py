@@ -14,7 +14,9 @@ from cfvlm_ds.objectives.objective import MarginTerm, comparisons, masked_max
 
 @dataclass(frozen=True, kw_only=True)
 class Fcd(MarginTerm):
-    """Margin between images: the factual text must prefer its own image to the hardest counterfactual image, h(m + max_k S_k0 - S_00).
+    """Margin between images: the factual text must prefer its own image to the hardest counterfactual image.
+
+    The loss is h(m + max_k S_k0 - S_00), with margin m and link h.
 
     Args:
         symmetric: add h(m + max_k (S_0k - S_kk)), so that each counterfactual text must prefer its own image to images for which it is
@@ -29,7 +31,7 @@ class Fcd(MarginTerm):
         return "star"
 
     def violations(self, similarity: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-        """Return (violation, mask), each [G, 1 or 2]: the factual text's hardest comparison and the other texts' hardest comparison."""
+        """Return (violation, mask), each [G, 1 or 2]: the hardest comparison of the factual text, and that of the other texts."""
         violation, mask = comparisons(*(each.transpose(1, 2) for each in (similarity, layout.own, layout.negative)))
         violation, mask = violation.flatten(2), mask.flatten(2)
         per_text, some = masked_max(violation, mask, 2), mask.any(2)

@@ -1,4 +1,4 @@
-"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: contrasts a text's own image with all images for which it is false."""
+"""MISP-DPO (arXiv 2509.25717), a baseline for the default loss: a text's own image against all images that contradict the text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Misp(ReferenceTerm):
     """DPO between texts, plus a Plackett-Luce loss for ranking a text's own image first: log(1 + sum_k exp(beta (r_k - r))).
 
     r = log p - log p_reference on the text's own image, and r_k is this log-ratio on an image for which the text is false. The reference
-    comes from ``--data.scores``. If the text is false of only one image, the Plackett-Luce loss is mDPO's image term. The paper's search
-    for negative pictures (CLIP, a sparse autoencoder, importance sampling) is not included; all negatives are pictures of the same group.
+    comes from ``--data.scores``. With only one such image, the Plackett-Luce loss is mDPO's image term. The paper's search for negative
+    images (CLIP, a sparse autoencoder, importance sampling) is not included; all negatives are images of the same group.
 
     Args:
         text_side: weight of the text pairs (plain DPO).

@@ -21,7 +21,7 @@ from cfvlm_ds.core.scores import LengthNorm, Scores, normalised_scores
 from cfvlm_ds.objectives.token_credit import credit_report, token_credit
 
 Report = dict[str, tuple[Tensor, Tensor]]
-"""Metric name -> (sum, count). Only sums and counts can be added over micro-batches and ranks."""
+"""Metric name -> (sum, count). Unlike means, sums and counts can be added over micro-batches and ranks."""
 
 
 class Objective(Protocol):
@@ -88,7 +88,7 @@ class Objective(Protocol):
 
 
 def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compare each true with each false entry along the last axis of ``scores`` [G, R, X].
+    """Compare each true entry with each false entry along the last axis of ``scores`` [G, R, X].
 
     Returns (violation, mask), each [G, R, X true, X false]. violation = S[false] - S[true] is positive if the model prefers the false
     entry. For the text side, pass scores [G, I, C] and, as ``together``, the layout's ``same_prompt`` [G, C, C], which marks the pairs of
@@ -100,7 +100,7 @@ def comparisons(scores: Tensor, positive: Tensor, negative: Tensor, together: Te
 
 
 def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Average the ``values`` in ``mask`` over all axes but the first. The result [G] is 0 for a group without such values."""
+    """Average the ``values`` in ``mask`` over all axes but the first. The result [G] is 0 for a group without values in the mask."""
     dims = tuple(range(1, values.dim()))
     return torch.where(mask, values, 0).sum(dims) / mask.sum(dims).clamp(min=1)
 
@@ -111,14 +111,14 @@ def has_any(mask: Tensor) -> Tensor:
 
 
 def no_scores(layout: GroupLayout) -> Tensor:
-    """Return scores of 0 for all cells. Denominators use them to count comparisons, since the count does not depend on scores."""
+    """Return scores of 0 for all cells. Denominators use them to count comparisons, because the count does not depend on the scores."""
     return torch.zeros_like(layout.num_tokens, dtype=layout.weight.dtype)
 
 
 def masked_max(values: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Return the maximum over ``dim`` of the entries in ``mask``, or 0 if there are none."""
     some = mask.any(dim)
-    # max instead of amax, because amax splits the gradient between ties, but exactly two cells should get it.
+    # not amax, which would split the gradient between ties: only one comparison should receive it
     top = torch.where(mask, values, float("-inf")).max(dim).values
     return torch.where(some, top, 0)
 
@@ -128,8 +128,8 @@ class MarginTerm(Objective):
     """Loss and options of the terms that require a margin between two likelihoods.
 
     By default, the terms compare summed log-likelihoods, because an edit changes only a few words and a mean over the whole text would
-    divide their gradient by the text's length. The loss is then divided by the token counts of the factual texts, like the NLL of align,
-    but only of groups with a comparison. If every group has one, a group's comparisons weigh ``weight`` times as much as the NLL of its
+    divide their gradient by the text's length. As in align, the loss is then divided by the token counts of the factual texts, but groups
+    without a comparison do not count. If every group has one, a group's comparisons weigh ``weight`` times as much as the NLL of its
     factual text, however long the text is. The default link saturates when a true text leads by a few nats, which keeps true texts likely.
     The paper uses a hinge link, len_norm anchor, weight 0.5, and margins of 0.25 (csd) and 0.30 (fcd).
 

@@ -1,4 +1,4 @@
-"""Log-ratios to a reference model, and comparisons within a group, for objectives with a reference.
+"""Log-ratios to a reference model and comparisons of them within a group, for objectives that need a reference.
 
 A preference data set has one row per chosen text. Accordingly, each true pair of a group (factual or counterfactual) serves once as the
 chosen pair, and the group's loss is the mean over these pairs.
@@ -87,5 +87,5 @@ def text_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
 
 
 def image_pairs(ratio: Tensor, layout: GroupLayout) -> Compared:
-    """Compare each text on its own image with the text on each image for which it is false. Results have shape [G, C, I true, I false]."""
+    """Compare each text's own image with each image for which the text is false. Results have shape [G, C, I true, I false]."""
     return comparisons(*(each.transpose(1, 2) for each in (ratio, layout.own, layout.negative)))

@@ -1,4 +1,4 @@
-"""S-VCO (arXiv 2502.13928): for each text, its own picture is preferred to a blank one, and the blank one to a picture that contradicts the
+"""S-VCO (arXiv 2502.13928): for each text, its own image is preferred to a blank one, and the blank one to an image that contradicts the
 text.
 """
 
@@ -16,11 +16,11 @@ from cfvlm_ds.objectives.reference import Compared, Part, ReferenceTerm
 
 @dataclass(frozen=True, kw_only=True)
 class Svco(ReferenceTerm):
-    """-log sigmoid(beta (r_ic - r_bc)) for text c's own image i, and -log sigmoid(beta (r_bc - r_kc)) for each image k of which c is false.
+    """-log sigmoid(beta (r_ic - r_bc)) for text c's own image i, and -log sigmoid(beta (r_bc - r_kc)) for each image k that contradicts c.
 
     r = log p - log p_reference, and b is the blank picture. The reference comes from ``--data.scores``. Both directions count: T_0 prefers
     I_0 to I_k, and T_k prefers I_k to I_0. Each part is a mean over a group's pairs, so for one counterfactual pair, the loss is half the
-    authors' sum of four terms. Instead of showing a blank picture, the authors leave the picture out of the prompt.
+    authors' sum of four terms. The authors leave the image out of the prompt instead of showing a blank one.
 
     Args:
         attend: weight of the comparisons between a text's own image and the blank picture.

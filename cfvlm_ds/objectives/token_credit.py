@@ -1,4 +1,4 @@
-"""Token credit: a token's weight depends on how much the picture changes its likelihood (TPO, arXiv 2412.14487).
+"""Token credit: a token's weight depends on how much the image changes its likelihood (TPO, arXiv 2412.14487).
 
 Shapes: G groups, I images, C candidates, T tokens of the longest text.
 """
@@ -33,14 +33,14 @@ def token_weights(scores: Scores) -> Tensor:
 
 
 def token_credit(scores: Scores) -> Tensor:
-    """Return sum_t (w_t - 1) log p(token t) [G, I, C] in nats, the difference between the weighted score and ``logp``."""
+    """Return the weighted score minus ``logp``, sum_t (w_t - 1) log p(token t), [G, I, C] in nats."""
     weights = token_weights(scores)
     assert scores.tokens is not None
     return ((weights - 1) * scores.tokens).sum(-1)
 
 
 def credit_report(scores: Scores, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the picture."""
+    """Return the mean weight of the tokens in which texts differ, as (sum, count). It exceeds 1 if these tokens depend on the image."""
     layout = scores.layout
     assert layout.changed is not None
     counted = layout.changed.unsqueeze(1) & (layout.positive | layout.negative).unsqueeze(-1)

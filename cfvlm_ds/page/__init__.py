@@ -129,7 +129,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """Written page: its folder and its contents. ``problems`` contains the reason for each picture that could not be shown."""
+    """A written page: its folder, and the number of its groups and pictures. ``problems`` maps each picture that could not be shown to the
+    reason.
+    """
 
     folder: Path
     num_items: int
@@ -214,8 +216,8 @@ def write_page(
     """Write a page of ``total`` items (at most the first ``MOST`` are shown) to a folder. An earlier page is replaced when the new page is
     complete.
 
-    ``scored`` is a description of the values in the score tables. ``beside`` maps names of additional files to their texts. Items are
-    consumed one at a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.
+    ``scored`` describes the values in the score tables. ``beside`` maps names of additional files to their texts. Items are consumed one at
+    a time. Only the page (without its pictures) and up to 2048 downsampled pictures (at most 57 MB) are kept in memory.
 
     Raises the same errors as refuse_foreign_folder, and StorageError if the folder cannot be written.
     """
@@ -318,8 +320,8 @@ def runs(text: str, marks: bytes = b"") -> Iterator[tuple[bool, bool, str]]:
 def _is_hidden(text: str, place: int) -> bool:
     """Return True if a character is invisible or changes the direction of the text after it.
 
-    This is true of all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian
-    and emoji.
+    These are all control and format characters except line breaks, tabs, and the joiners between letters in Indic scripts, Persian and
+    emoji.
     """
     character = text[place]
     if printable(character) == character or character in "\n\t" or unicodedata.category(character) == "Zs":

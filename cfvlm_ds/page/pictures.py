@@ -24,7 +24,7 @@ GRID = 96
 VISIBLE = 10
 """Difference between two cells' means (0 to 255) that counts as visible. JPEG and latent diffusion models cause smaller differences."""
 _MOST_SEGMENTS, _MOST_GROWTH, _EVERYWHERE = 1000, 8, 0.6  # limits of an outline; no outline for a larger changed share
-_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # maximum longer side, in pixels: any copy, PNG copies, enlarged copies
+_MAX_SIDE, _LOSSLESS_SIDE, SMALL_SIDE = 768, 256, 200  # longest side in pixels of any copy, of PNG copies, of enlarged copies
 _RECENT = 2048  # number of cached grids (at most 27 kB each); groups of the same scene share pictures
 
 

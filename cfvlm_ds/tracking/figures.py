@@ -55,8 +55,6 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
     Non-finite values leave gaps. Long series are drawn as a moving average over faint raw values.
 
     Args:
-        path: PNG file to write.
-        metrics_jsonl: path of the run's metrics.
         counts: maps a metric to its number of groups, such as "120 of 450 groups", for the legend.
 
     Raises:
@@ -86,7 +84,7 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
         for place, (title, label, chosen, others) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             finite = [value for points in chosen.values() for _, value in points if math.isfinite(value)]
-            # terms differ by orders of magnitude, and small ones would be flat lines
+            # terms differ by orders of magnitude, so small ones would look flat
             logarithmic = label == "loss" and any(finite) and min(finite) >= 0
             edge = max(min(filter(None, finite)) / 2, max(finite) / _MOST_RATIO) if logarithmic else -math.inf
             lines: dict[tuple[str, str], list[str]] = {}  # names of equal series, which would hide each other

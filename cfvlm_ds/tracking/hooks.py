@@ -75,7 +75,7 @@ class Hooks:
                 self._drop(name, error)
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Call the method ``method`` of every hook with ``arguments``."""
+        """Call ``method`` of every hook with ``arguments``."""
         for name, hook in [*self._hooks.items()]:
             try:
                 getattr(hook, method)(*arguments)

@@ -67,7 +67,7 @@ class DeliveryRecord:
 
     @classmethod
     def load(cls, run_dir: Path) -> DeliveryRecord | None:
-        """Read the record in a run folder. Return None if there is no record or a power loss has damaged it."""
+        """Read the record in a run folder. Return None if there is no record, or if it is damaged."""
         path = run_dir / RECORD_FILE
         try:
             return cls(**json.loads(path.read_bytes()))
@@ -151,7 +151,9 @@ def deliver(run_dir: Path, timeout: float = 600.0) -> bool:
 
 
 class Delivery:
-    """Delivery thread: sends a record and metrics.jsonl to MLflow. It uses only MlflowClient and does not change MLflow's global state."""
+    """Sends a record and metrics.jsonl to MLflow in a background thread. It uses only MlflowClient and leaves MLflow's global state
+    unchanged.
+    """
 
     def __init__(self, run_dir: Path, record: DeliveryRecord, enabled: bool = True) -> None:
         self.record = record
@@ -265,7 +267,7 @@ class Delivery:
 
     def _find_run(self, client: Any) -> Any:
         """Return the existing run, or None. The status of a run that is not finished is set to RUNNING. If the server no longer has the
-        run, all data go to a new run.
+        run, everything is sent to a new run.
         """
         record, run = self.record, None
         if record.run_id is not None:
@@ -296,7 +298,7 @@ class Delivery:
         run_id = run.info.run_id
         params = {_name(name): text[:_MAX_PARAM_CHARS] for name, text in _texts(self.record.params).items()}
         tags = {_name(name): text[:_MAX_TAG_CHARS] for name, text in _texts(self.record.tags).items() if name != NOTE}
-        known, complete = run.data.params, self.record.run_id is not None  # otherwise, only a part of the parameters may have arrived
+        known, complete = run.data.params, self.record.run_id is not None  # otherwise, only some of the parameters may have arrived
         changed = {name: text for name, text in params.items() if known.get(name, "None" if complete else text) != text}
         tags |= {_name(f"param_changed.{name}"): text[:_MAX_TAG_CHARS] for name, text in changed.items()}
         unknown = [entities.Param(name, text) for name, text in params.items() if name not in known and text != "None"]
@@ -355,7 +357,7 @@ class Delivery:
 
 
 def send(client: Any, run_id: str | None, kind: Literal["metrics", "params", "tags"], entities: list[Any]) -> None:
-    """Log entities (metrics, parameters or tags) in batches of the size that MLflow permits. An entity that MLflow refuses is reported and
+    """Log entities (metrics, parameters or tags) in batches no larger than MLflow permits. An entity that MLflow refuses is reported and
     skipped.
     """
     size = _MAX_PER_REQUEST[kind]
@@ -379,8 +381,8 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 def mlflow_names(metrics: Collection[str]) -> dict[str, str]:
     """Map names of metrics in metrics.jsonl to names in MLflow, such as ``Main/eval_test_group`` and ``detail/loss/csd``.
 
-    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital. ``Main/`` contains one headline metric of each evaluation
-    set in ``metrics``.
+    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital letter. ``Main/`` contains one headline metric of each
+    evaluation set in ``metrics``.
     """
     first = {metric for metric in metrics if _FIRST_PAGE.fullmatch(metric)}
     for name in {metric.split("/")[1] for metric in metrics if metric.startswith("eval/")}:

@@ -58,7 +58,7 @@ def open_tracker(
         params: nested mapping. For MLflow, nested names are joined with dots, values are truncated to MLflow's length limits, and values
             of None are left out. Secrets are masked, as in tags and inputs. On resume, a changed value becomes a tag
             ``param_changed.<name>``, because MLflow's parameters are immutable.
-        tags: plain strings.
+        tags: tags of the MLflow run.
         run_id: MLflow run to continue, as stored in a checkpoint. The record in the run folder takes precedence.
         resume_step: step that a run continues from. Metrics of later steps are removed from ``metrics.jsonl``, because they will be logged
             again. None starts a new run and discards earlier metrics in ``run_dir``.
@@ -113,7 +113,7 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Tracker that writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow. Created by ``open_tracker``.
+    """Writes metrics to ``metrics.jsonl`` and delivers them from there to MLflow. Created by ``open_tracker``.
 
     As a context manager, it marks the run KILLED after KeyboardInterrupt or a non-zero SystemExit, FAILED after any other exception, and
     FINISHED otherwise. The exception is not suppressed.
@@ -133,7 +133,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an optimizer step to ``metrics.jsonl``, without waiting for MLflow.
 
-        Data that cannot be written are kept in memory, with a warning, and written in order as soon as possible.
+        Lines that cannot be written are kept in memory, with a warning, and written in order as soon as possible.
 
         Raises:
             TypeError: a value is not a number.

@@ -1,7 +1,7 @@
-"""A run's baseline: its accuracies on the evaluation sets before the first step. The final accuracies are compared with them.
+"""Baseline of a run: the accuracies on its evaluation sets before the first step, with which the final accuracies are compared.
 
-These accuracies are stored in the run folder and in a cache keyed by model, precision and evaluation set, so that later runs from the same
-model need not repeat the evaluation.
+They are stored in the run folder, and in a cache keyed by model, precision and evaluation set, so that later runs of the same model can
+skip the evaluation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FORM = 4
 
 @dataclass(frozen=True)
 class Baseline:
-    """Accuracies on the evaluation sets before the first step.
+    """Measures a run's accuracies before the first step, and compares later accuracies with them.
 
     Args:
         model: fingerprint of the model's files, or None if unknown. Without a fingerprint, nothing is cached.
@@ -54,9 +54,9 @@ class Baseline:
     world: World
 
     def measure(self, evaluator: Evaluator) -> dict[str, list[Accuracy]]:
-        """Evaluate the sets unless ``train.eval_on_start`` is False, and return their accuracies.
+        """Return the accuracies on the evaluation sets, from the cache where possible. Returns {} if ``train.eval_on_start`` is False.
 
-        If only a random sample of a set is evaluated, ``num`` in the last row (mean accuracies) is the sample size.
+        ``num`` in a set's last row (the means) is the number of groups evaluated, which is less than the set's size if a sample was drawn.
         """
         say = self.world.say
         wanted = {name: self._drawn(name) for name in self.splits if self.config.train.eval_on_start}
@@ -96,9 +96,7 @@ class Baseline:
         return random_order(size, most)
 
     def _from_cache(self, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[Accuracy]]:
-        """Return the cached accuracies of the ``wanted`` sets, and copy them into the run folder. An earlier run's baseline is deleted from
-        there first.
-        """
+        """Return the cached accuracies of the ``wanted`` sets, and copy them into the run folder in place of any earlier baseline."""
         folder = self._file("").parent
         shutil.rmtree(folder, ignore_errors=True)
         if wanted:

@@ -1,6 +1,4 @@
-"""Benchmarks among a run's evaluation sets. They are read and checked before the first step, and scored with the training engine. Results
-are written at the end.
-"""
+"""Benchmarks that a run uses as evaluation sets. They are read and checked before the first step, and scored by the training engine."""
 
 from __future__ import annotations
 
@@ -32,12 +30,12 @@ from cfvlm_ds.models import adapter_fingerprint, fingerprint, only_adapters_trai
 FOLDER = "benchmarks"
 """Subfolder of the run folder for benchmark results, in the format that `cfvlm-ds compare` reads."""
 BEFORE = "baseline/benchmarks"
-"""Subfolder for benchmark results from before the first step. It exists if train.eval_on_start is true."""
+"""Subfolder for benchmark results from before the first step, written if train.eval_on_start is true."""
 
 
 @dataclass(frozen=True)
 class RunBenchmark:
-    """A benchmark that a run evaluates.
+    """A benchmark on which a run evaluates its model.
 
     ``plan`` holds the groups to score, ``identity`` is a fingerprint of the items, and ``prompt`` is the first item's prompt.
     """
@@ -108,7 +106,7 @@ def benchmark_names(benchmarks: Benchmarks) -> set[str]:
 
 
 def headline_of(benchmark: RunBenchmark, outcomes: Sequence[Outcome]) -> str:
-    """Format a benchmark's headline metrics, each with its values for the controls, as a line for the progress log."""
+    """Format a benchmark's headline metrics as a line for the progress log. Each metric is followed by its values for the controls."""
     controls = {"blank": "blank image", "random": "random scores"}
     tables, shown = results(benchmark.chosen.benchmark, outcomes), list[str]()
     for metric in benchmark.chosen.benchmark.headlines:
@@ -173,7 +171,9 @@ def changes_of_benchmarks(run_dir: Path, benchmarks: Benchmarks, say: Say) -> st
 
 
 def _identity(config: RunConfig, world: World, alive: Alive) -> dict[str, str]:
-    """Return the exported model's fingerprint. `cfvlm-ds evaluate` on the run folder computes the same fingerprint."""
+    """Return the exported model's fingerprint, as `cfvlm-ds evaluate` computes it for the run folder. Returns {} if the weights cannot be
+    read.
+    """
     run_dir = Path(config.train.output_dir)
     try:
         if only_adapters_train(config.model):

@@ -1,7 +1,7 @@
 """Model card for an export: base model, results, usage, data, objective and training.
 
-The card is a README.md with the front matter that Hugging Face reads. Each value is written with secrets removed, on one line and in a code
-span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
+The card is a README.md with the front matter that Hugging Face reads. Secrets are removed from each value, which is written on one line in
+a code span, so that Markdown and HTML in it have no effect. Because cards are published, only the last component of a path is shown.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ processor = AutoProcessor.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), name)"""
 _STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _ALWAYS = ("train.learning_rate", "train.lr_scheduler_type", "train.seed", *_STEP)
-"""Options that are listed even if they have their default values. Module tuning and adapter options are also always listed."""
+"""Options that are listed even if they have their default values, as are module tuning and, if there are adapters, their options."""
 _DEFAULTS = {name: each.default for section, options in SECTIONS.items() for name, _, each, _ in dotted(options, f"{section}.")}
 
 
@@ -63,8 +63,8 @@ def card_of(checkpoint: Path, say: Say, *, adapter: bool, evaluated: bool | None
     """Return the model card for an export of this checkpoint. If the card cannot be composed, warn and return None: an export never fails
     because of its card.
 
-    ``evaluated`` is True if the results in the run folder belong to this checkpoint. The default is True if the run finished at the
-    checkpoint's step. ``repo`` is the hub name that the card's example loads the model from.
+    ``evaluated`` is True if the results in the run folder belong to this checkpoint (default: if the run finished at its step). ``repo`` is
+    the hub name that the card's example loads the model from.
     """
     try:
         return model_card(checkpoint, adapter=adapter, evaluated=evaluated, repo=repo)
@@ -173,8 +173,8 @@ def _results(recorded: Mapping[str, Any], changes: Mapping[str, Any], evaluated:
 
 
 def _samples(run_dir: Path, step: int) -> list[str]:
-    """Return a Markdown table, as lines, of the first two texts that the model wrote at this step (``train.samples``); [] if there are
-    none.
+    """Return the lines of a Markdown table with the first two texts that the model wrote at this step (``train.samples``), or [] if there
+    are none.
     """
     written = [row for row in records(run_dir / "samples.jsonl", "delete it") if row["step"] == step][:2]
     rows = [[_cell(row["prompt"]), _cell(" / ".join(row["true"])), _cell(row["text"])] for row in written]

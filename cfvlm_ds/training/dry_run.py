@@ -1,6 +1,6 @@
 """Dry run: a report on a run's parameters and its memory per GPU, computed without weights, data or other ranks.
 
-The memory of the model's states follows DeepSpeed's formulas. That of a forward and backward pass is measured on meta tensors.
+The memory of the model's states follows DeepSpeed's formulas. The memory of a forward and backward pass is measured on meta tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dry_run(config: RunConfig) -> str:
     The memory for the model's states (weights, gradients, optimizer) is DeepSpeed's own estimate for mixed precision. The memory for
     activations is the language model's peak during a forward and backward pass in bfloat16.
     """
-    from cfvlm_ds.training.validation import validate  # not above, because benchmarks/gpu.py plans memory without Pillow
+    from cfvlm_ds.training.validation import validate  # imported here, because benchmarks/gpu.py runs without Pillow
 
     validate(config, None)
     resolved = engine.resolve(engine.read_json(config.deepspeed), config, 1, torch.device("cpu"), engine.hidden_size(config), 1)
@@ -164,7 +164,7 @@ def _free_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Peak(TorchDispatchMode):
-    """Dispatch mode that tracks the current and peak memory, in bytes, of live tensors that operations have created."""
+    """Dispatch mode that tracks the current and peak memory of the tensors created within it, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,7 +29,6 @@ class EvaluationSample:
 
     Args:
         trained: number of groups that the run trains on, including repeats.
-        total_steps: number of steps in the run.
     """
 
     splits: Splits
@@ -70,7 +69,7 @@ class EvaluationSample:
             if not rows or len(self.groups[name]) == len(self.splits[name]):
                 continue
             sampled = [points for group, content, points in rows[-1].by_group if (group, content) in keys]
-            metric = max(HEADLINES, key=lambda each: sum(each in points for points in sampled))  # of the sample, not of ``results``
+            metric = max(HEADLINES, key=lambda each: sum(each in points for points in sampled))  # chosen from the sample alone
             sums = defaultdict[str, list[float]](lambda: [0.0, 0])  # edit type -> comparisons won, comparisons made
             for points in sampled:
                 for edit, (won, made) in points.get(metric, {}).items():

@@ -98,7 +98,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.engine.eval()
-        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs the same number of forwards
+        hook = self.engine.register_forward_pre_hook(self._vote)  # every rank runs the same number of forward passes
         try:
             with together(), worker_deaths():
                 yield
@@ -135,7 +135,7 @@ class Evaluator:
 
 
 def check_best(config: RunConfig, splits: Splits, benchmarks: Benchmarks) -> None:
-    """Raise ConfigError if train.save_best names a metric that an evaluation on these data cannot produce."""
+    """Raise ConfigError if train.save_best names a metric that evaluating this run's data cannot produce."""
     name = config.train.save_best
     if name is not None and name not in (known := metric_names(splits) | benchmark_names(benchmarks)):
         raise ConfigError(

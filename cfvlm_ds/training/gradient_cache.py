@@ -14,7 +14,7 @@ from cfvlm_ds.core.distributed import random_state, set_random_state
 from cfvlm_ds.core.scores import Scores
 
 BesideOf = Callable[[Batch, bool], Tensor | float]
-"""(batch of the last forward pass, flag) -> additional loss of that pass. The flag is False for a padding copy (MicroBatch.padded), whose
+"""(batch of the latest forward pass, flag) -> additional loss of that pass. The flag is False for a padding copy (MicroBatch.padded), whose
 additional loss is 0.
 """
 ReferenceOf = Callable[[Batch], Tensor | None]

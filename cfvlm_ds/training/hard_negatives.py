@@ -20,8 +20,8 @@ from cfvlm_ds.training.in_batch_negatives import look_ahead
 
 @dataclass(frozen=True)
 class Hardest:
-    """The selected cells [G, I, C], and two counts that cover only groups with a single prompt: ``proposed`` is the number of
-    counterfactuals that were scored, and ``entered`` the number that were kept.
+    """The selected cells [G, I, C], and the number of counterfactuals that were scored (``proposed``) and kept (``entered``). The counts
+    cover only groups with a single prompt.
     """
 
     cells: Tensor
@@ -50,10 +50,10 @@ def cut_to_hardest(
 def hardest(scores: Scores, number: int) -> Hardest:
     """Select the ``number`` hardest counterfactuals of each group, and all cells that do not belong to any counterfactual.
 
-    A counterfactual is a text that is not true of the factual image, together with the images that match this text but not the factual one.
-    Any other image for which the factual text is false is also a counterfactual. Its hardness is the largest violation in a comparison with
-    the factual pair (two texts on one image, or two images for one text). Of equally hard counterfactuals, the first is selected. A group
-    with several prompts keeps all its cells.
+    A counterfactual is a text that is not true of the factual image, together with the images that match this text but not the factual
+    text. Any other image for which the factual text is false is also a counterfactual. The hardness of a counterfactual is the largest
+    violation in a comparison with the factual pair (two texts on one image, or two images for one text). Of equally hard counterfactuals,
+    the first is selected. A group with several prompts keeps all its cells.
     """
     layout, logp = scores.layout, scores.logp.detach().cpu()
     known = (layout.positive | layout.negative).cpu()

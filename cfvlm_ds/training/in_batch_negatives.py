@@ -3,9 +3,9 @@
 The draw depends only on the ids of the step's groups, not on how the groups are distributed over ranks and micro-batches. Every rank
 therefore reads the data of all groups in the step, but opens only the pictures of its own groups.
 
-A loss that compares a text on several groups' images couples micro-batches and ranks. The gradients of a group's own scores are correct
-even if the other scores are treated as constants, so ranks exchange scores, but no gradients. Shapes: G groups, I images, C texts, R scores
-of a text on other groups' images.
+A loss that compares a text's scores on images of several groups couples micro-batches and ranks. The gradients of a group's own scores are
+correct even if the other scores are treated as constants, so ranks exchange scores but not gradients. Shapes: G groups, I images, C texts,
+R scores of a text on other groups' images.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ class WithNegatives:
     """A run's training groups, each with its position in its step and with texts from the step's other groups.
 
     Args:
-        groups: the training groups.
         terms: objective term -> number of texts from other groups that it needs per image.
         seed: seed for drawing the texts.
     """
@@ -84,7 +83,7 @@ class _Offer(NamedTuple):
 
 
 _Question = tuple[Prompt, int]
-"""A prompt and its number of pictures, because a prompt has different answers for one picture and for two."""
+"""A prompt and its number of pictures. Only groups that agree in both exchange texts."""
 
 
 class _Step:
@@ -150,7 +149,7 @@ def _answers(group: CounterfactualGroup) -> Iterator[tuple[int, str, str]]:
 
 
 def _comparable(text: str) -> str:
-    """Normalise a text. Texts that are equal after normalisation count as the same text."""
+    """Normalise a text and fold its case. Texts with equal results count as the same text."""
     return normalised(text).casefold()
 
 
@@ -189,9 +188,7 @@ class CrossRankScores:
 
 
 def _entries(scores: Scores) -> list[tuple[tuple[int, int], int, float]]:
-    """List the scores that other groups need. Each entry holds the text's source group and its index in that group, the group on whose
-    image it was scored, and the score in nats.
-    """
+    """List the scores that other groups need: ((source group of the text, index there), group on whose image it was scored, nats)."""
     layout = scores.layout
     if layout.in_batch is None:
         return []

@@ -1,4 +1,4 @@
-"""Meter of training metrics. Sums stay on the device until metrics are recorded; they are then converted to means and rates per second."""
+"""Meter for training metrics. It keeps sums on the device, and converts them to means and rates per second when metrics are recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfvlm_ds.training.step import Measured
 
 
 class Meter:
-    """Running sums and counts of metrics since the last record. Ratios are computed only after sums and counts are added over ranks.
+    """Running sums and counts of metrics since the last record. They are added up over all ranks before any ratio is computed.
 
     ``gathering`` is a function that returns how many seconds computation has waited for partitioned weights since the previous call. It is
     None if weights are not partitioned.
@@ -37,8 +37,8 @@ class Meter:
         return len(self._sums)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float | None, part: int = 0) -> None:
-        """Add a value to the running float64 sum and count of one part of a metric. The metric is the sum of its parts' means or, if
-        ``count`` is None, a rate: the sum per second.
+        """Add ``total`` and ``count`` to the float64 sums of one part of a metric. The metric is the sum of its parts' means or, if
+        ``count`` is None, the total per second.
 
         Tensors stay on their device, because copying them to the host would force a synchronisation with the GPU.
         """
@@ -53,7 +53,7 @@ class Meter:
     def reduce(self, world: World) -> dict[str, float]:
         """Return means over all ranks and rates per second of wall-clock time, and reset the meter for the next record.
 
-        Every rank must call this. A record needs only this one transfer from the device.
+        Every rank must call this. All sums leave the device in one transfer.
         """
         values = [torch.as_tensor(value, dtype=torch.float64, device=world.device) for sums in self._sums.values() for value in sums]
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
@@ -82,7 +82,7 @@ def measure(
 
     Args:
         part_of_step: fraction of a step that the micro-batch represents. A step's loss is the sum over its micro-batches and ranks.
-        progress: fraction of all steps completed before this one. The warm-up of weights depends on it.
+        progress: fraction of all steps completed before this one. The warm-up of loss weights depends on it.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, each of which is also measured separately.
     """

@@ -101,7 +101,7 @@ def model_hashes(name_or_path: str, alive: Alive = no_op, say: Say = no_op) -> d
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Compare two records, and return those differences that affect the training."""
+    """Compare two records, and return the differences that affect the training."""
     old, new = _effective(before), _effective(now)
     for one, other in ((old, new), (new, old)):  # an absent term has a weight of 0
         missing = [name for name in other.keys() - one.keys() if name.startswith("objective.") and name.endswith(".weight")]
@@ -120,7 +120,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def refused(changes: Sequence[Change], what: str, step: int | None, allowed: bool) -> str | None:
     """Return an error message if a run cannot continue from ``what`` (a run folder or checkpoint) with these changes, otherwise None.
 
-    ``step`` is the checkpoint's step, or None if the run has finished, so that nothing can be continued.
+    ``step`` is the checkpoint's step, or None if the run has finished and cannot continue.
     """
     if fixed := "; ".join(str(change) for change in changes if change.fixed):
         return f"{what} cannot be continued with these changes: {fixed}; restore them, or choose another train.output_dir"
@@ -136,7 +136,7 @@ def refused(changes: Sequence[Change], what: str, step: int | None, allowed: boo
 
 
 def _effective(record: Mapping[str, Any]) -> _Effects:
-    """Return the options and settings that affect the training. Options that act together are replaced by one joint value."""
+    """Return the options and settings that affect the training. Options that act together are replaced by a joint value."""
     options = flat(record["options"])
     terms = {name.split(".")[1] for name in options if name.startswith("objective.")}
     absent = {term for term in terms if not options.get(f"objective.{term}.weight")}

@@ -1,4 +1,4 @@
-"""A run's data. Before training, data sets are prepared as stores (indexed files) if necessary, and the stores are opened. Errors are
+"""A run's data. Before training, each data set is prepared as a store (indexed files) unless it is one already, and opened. Errors are
 raised on every rank.
 """
 
@@ -53,8 +53,8 @@ class RunData:
 
     ``identity`` holds hashes of the training groups, and ``identities`` holds those of each split. ``pictures`` is the stores' picture
     table, or None if the data check opened no pictures; each picture is compared with its entry when it is opened. ``sources`` maps names
-    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks. On rank 0, ``overlaps`` maps the
-    name of an evaluation set or benchmark to the path of a training set and the number of rows and pictures that both have.
+    to the training sets that make up ``groups``, and ``benchmarks`` maps names to evaluation benchmarks. On rank 0, ``overlaps`` describes
+    the rows and pictures that an evaluation set or benchmark (first key) shares with the training set at a path (second key).
     """
 
     groups: Groups
@@ -137,9 +137,10 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
 
 
 def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0, which can use all cores of its machine while the other ranks wait. Return its result on every rank.
+    """Call a function on rank 0 while the other ranks wait, so that it can use all cores of the machine. Return its result on every rank.
 
-    Raises the function's error on every rank, and StorageError if a process that the function started was killed.
+    Raises the function's error on every rank, StorageError if a process that the function started was killed, and ConfigError if a rank is
+    lost.
     """
 
     def call() -> Any:
@@ -159,10 +160,10 @@ def by_rank_0(world: World, barrier: ProgressBarrier, what: str, function: Calla
 
 
 def forget(config: RunConfig, world: World) -> None:
-    """Mark the prepared training data as outdated, so that the next start prepares them again. Called if a start fails because of the data.
+    """Mark the prepared training data as outdated after a start has failed because of the data.
 
-    This way, the next start notices pictures that the user has restored, even if the manifest is unchanged. Unmodified pictures are not
-    opened again.
+    The next start then prepares it again and notices pictures that the user has restored, even if the manifest is unchanged. Unmodified
+    pictures are not opened again.
     """
     if world.is_main:
         for each in config.data.train_sets.values():
@@ -248,7 +249,7 @@ class _Stores:
         return open_groups(each.path, each.root, format, limit=each.limit, scan=self.scan, progress=self.world.say)
 
     def _refuse(self, each: DataSet, report: CheckReport) -> None:
-        """Raise DataError if the data set has problems. The message states the first problem."""
+        """Raise DataError for the first of the data set's problems, if any."""
         if not report.problems:
             return
         more = len(report.problems) - 1

@@ -44,8 +44,8 @@ WORST = "worst"
 def export_checkpoint(config: RunConfig, checkpoint: Path, say: Say, alive: Alive, dtype: torch.dtype) -> None:
     """Export a checkpoint as a Hugging Face folder, or as adapters if only adapters are trained.
 
-    ``alive`` is called repeatedly during the export. ``dtype`` is the dtype in which the run evaluates. The printed line notes if the
-    export's dtype differs.
+    ``alive`` is called repeatedly during the export. ``dtype`` is the dtype in which the run evaluates; if the export has a different one,
+    the printed line notes this.
     """
     model, (adapter, folder, _) = config.model, _exported(config)
     card = card_of(checkpoint, say, adapter=adapter)
@@ -78,7 +78,9 @@ def refuse_export(config: RunConfig) -> None:
 
 
 def _exported(config: RunConfig) -> tuple[bool, Path, str]:
-    """Return three values: whether a run exports adapters, the export's folder, and the name of the file that marks it as an export."""
+    """Return three values: whether a run exports adapters, the export's folder, and the name of the file by which the folder is recognised
+    as an export.
+    """
     adapter, run_dir = only_adapters_train(config.model), Path(config.train.output_dir)
     return adapter, *((run_dir / "adapter", "adapter_config.json") if adapter else (run_dir / "export", "config.json"))
 
@@ -98,7 +100,7 @@ def write_results(
     warning: str,
 ) -> tuple[str, list[Path]]:
     """Write results.md, results.json, before_after.json and every split's scores into the run folder. If ``train.figures`` is set, also
-    write a page that shows the worst groups. Return the opening of results.md, and the paths of results.md, results.json and
+    write a page that shows the worst groups. Return the first section of results.md, and the paths of results.md, results.json and
     before_after.json.
 
     results.md also contains the results in ``benchmarks``, the Markdown section ``samples``, and a ``warning`` about the training.
@@ -134,8 +136,8 @@ def write_results(
 
 
 def summary_of(config: RunConfig, trained: str, results: Mapping[str, Sequence[Accuracy]], changes: Sequence[Change], warning: str) -> str:
-    """Return the opening of results.md: model, data, amount of training (``trained``), objective, a note if options were changed on resume,
-    a ``warning`` about the training, if any, and the accuracies before and after training.
+    """Return the first section of results.md: model, data, amount of training (``trained``), objective, a note if options were changed on
+    resume, a ``warning`` about the training, if any, and the accuracies before and after training.
     """
     run_dir = Path(config.train.output_dir)
     changed = f" Options were changed on resume; see {OPTION_CHANGES}." if (run_dir / OPTION_CHANGES).is_file() else ""
@@ -161,7 +163,7 @@ def summary_of(config: RunConfig, trained: str, results: Mapping[str, Sequence[A
 
 
 def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None:
-    """Write results.html, which shows results.md and the figures in a browser. A failure only causes a warning."""
+    """Write results.html, which shows results.md and the figures in a browser. If this fails, print a warning."""
     with harmless(run_dir / PAGE, say):
         text = (run_dir / "results.md").read_text(encoding="utf-8")
         shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in figures)
@@ -170,7 +172,9 @@ def write_results_page(run_dir: Path, figures: Sequence[Path], say: Say) -> None
 
 @contextlib.contextmanager
 def harmless(path: Path, say: Say) -> Iterator[None]:
-    """Turn a failure of the block that writes ``path`` into a warning. Drawing libraries can fail on unusual captions or numbers."""
+    """Turn any exception raised in the block, which writes ``path``, into a warning. Drawing libraries can fail on unusual captions or
+    numbers.
+    """
     try:
         yield
     except Exception as error:
@@ -180,7 +184,7 @@ def harmless(path: Path, say: Say) -> Iterator[None]:
 def _worst_groups(
     config: RunConfig, step: int, splits: Mapping[str, GroupStore], scores: Mapping[str, Sequence[GroupScores]], say: Say
 ) -> bool:
-    """Write the page that shows the worst groups, and return True if it was written. A failure only causes a warning."""
+    """Write the page that shows the worst groups, and return True if it was written. If this fails, print a warning."""
     if not any(map(len, splits.values())):
         return False
     run_dir = Path(config.train.output_dir)
@@ -213,8 +217,8 @@ _NO_SETS = (
 
 
 def draw_curves(run_dir: Path, results: Mapping[str, Sequence[Accuracy]], samples: Mapping[str, str], say: Say) -> list[Path]:
-    """Draw the learning curves and return their path in a list, which is empty if they could not be drawn. A failure only causes a warning.
-    ``samples`` maps each metric of ``EvaluationSample`` to its sample size, as text.
+    """Draw the learning curves and return their path in a list. If this fails, print a warning and return an empty list. ``samples`` maps
+    each metric of ``EvaluationSample`` to its sample size, as text.
     """
     path = run_dir / "learning_curves.png"
     counts = {

@@ -64,7 +64,7 @@ class RouterBalance:
         return self.weight * self._share(routed) * self.world.size  # DeepSpeed averages gradients over ranks
 
     def taken(self) -> tuple[Tensor | None, list[Routed]]:
-        """Return this rank's unweighted part of the load-balancing loss and its routing statistics, both since the last call."""
+        """Return this rank's unweighted share of the load-balancing loss, and its routing statistics, since the last call."""
         since, self._since = self._since, []
         return torch.stack([self._share(routed) for routed in since]).sum() if since and self.weight else None, since
 

@@ -83,8 +83,8 @@ def exit_with_message(world: World) -> Iterator[None]:
 def locked(run_dir: Path, world: World, check: Callable[[], object] = no_op, options: Any = None) -> Iterator[None]:
     """Hold the run folder's lock within the block.
 
-    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder does not belong to a run
-    with these ``options``, or if ``check`` raises a ConfigError.
+    Raises ConfigError on all ranks, before anything is written, if another process holds the lock, if the folder has entries that do not
+    belong to a run with these ``options``, or if ``check`` raises a ConfigError.
     """
     locks: list[RunLock] = []
 
@@ -248,8 +248,8 @@ def _order(config: RunConfig, data: RunData) -> Order:
 
 
 def _checked(config: RunConfig, world: World, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of the model. ``train.self_check`` determines whether a failure raises ConfigError or only causes a warning, or whether
-    the check is skipped.
+    """Run a check of the model. Depending on ``train.self_check``, a failure raises ConfigError or prints a warning, or the check is
+    skipped.
     """
     mode = config.train.self_check
     try:

@@ -76,8 +76,8 @@ def _processor() -> str:
 
 
 def described(config: RunConfig, data: RunData) -> list[dict[str, Any]]:
-    """Describe a run's data sets by name, source, size and digest, and evaluation sets also by the rows and pictures that they share with
-    training sets. The data are not read again.
+    """Describe each data set of a run by name, source, size and digest, without reading it again. The entry of an evaluation set also
+    describes the rows and pictures that it shares with training sets.
     """
     sets: list[tuple[str, str, DataSet, GroupStore, Identity, Mapping[str, str]]] = [
         (name, "training", data_set, *data.sources[name], {}) for name, data_set in config.data.train_sets.items()

@@ -17,12 +17,12 @@ _LACKS = {
     "symmpo": ("symmpo/accuracy", "no counterfactual image with a text of its own", "without one, the term is dpo with an anchor"),
     "misp": ("misp/accuracy", "no image that the factual text is false of", "without one, the term is dpo"),
 }
-"""Term -> (metric that exists only if the data suit the term, the data that are missing otherwise, remedy)."""
+"""Term -> (metric that is logged only if the data suit the term, what the data lack otherwise, remedy)."""
 
 
 @dataclass(frozen=True)
 class Idle:
-    """Detects options that have no effect. It passes one warning per option to ``say``."""
+    """Detects options that have no effect, and warns about each of them once."""
 
     config: RunConfig
     say: Say

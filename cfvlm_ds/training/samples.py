@@ -63,8 +63,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts and write them to samples.jsonl, replacing texts written for this or a later step before the
-        run was restarted. If any rank cannot read a picture, the error message is written instead of the text.
+        """Generate the texts and write them to samples.jsonl. Texts that an earlier start of the run wrote for this or a later step are
+        replaced. If any rank cannot read a picture, the error message is written instead of the text.
         """
         if next(self._groups(), None) is None:
             return
@@ -88,8 +88,8 @@ class Samples:
             write_if_possible(self._file, "".join(json.dumps(line) + "\n" for line in self._lines), self.world.say)
 
     def report(self) -> tuple[str, list[Path]]:
-        """Save small copies of the pictures in ``samples/``, and return a section for results.md and the files to upload. If this fails,
-        print a warning and return an empty section.
+        """Save small copies of the pictures in ``samples/``. Return a section for results.md, and the list of files to upload. If this
+        fails, print a warning and return an empty section.
         """
         if next(self._groups(), None) is not None:
             with harmless(self.run_dir / "samples", self.world.say):
@@ -132,7 +132,7 @@ class Samples:
         return self.run_dir / "samples.jsonl"
 
     def _unreadable(self, pictures: Pictures) -> str:
-        """Return the error if this rank cannot read a picture, otherwise ""."""
+        """Return the error message if this rank cannot read a picture, otherwise ""."""
         try:
             for picture in pictures:
                 self.collator.files.open((picture, False))
@@ -142,7 +142,7 @@ class Samples:
 
     def _text(self, prompt: Prompt, pictures: Pictures) -> str:
         model, ranks = self.engine.module.model, self.world.size
-        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that finishes its text early still joins the others' forwards
+        options = {"do_sample": False, "synced_gpus": ranks > 1}  # a rank that finishes its text early joins the others' forward passes
         try:
             return write(model, self.collator, self.world.device, pictures, prompt, _MAX_NEW_TOKENS, **options)
         except DataError as error:
@@ -161,8 +161,8 @@ class Samples:
 
 
 def _preferred(group: CounterfactualGroup, logp: Sequence[float]) -> dict[str, Any]:
-    """Return the likeliest answer to the first prompt, and the margin of the likeliest true answer over the likeliest false one. If either
-    is missing, the margin is None.
+    """Return the likeliest answer to the first prompt, and the margin of the likeliest true answer over the likeliest false one. The margin
+    is None if there is no true or no false answer.
     """
     texts = [c for c, prompt in enumerate(group.prompt_ids) if prompt == group.prompt_ids[0]]
     best = {truth: max((logp[c] for c in texts if group.match[0][c] == truth), default=None) for truth in (0, 1)}

@@ -1,9 +1,9 @@
 """Self-check before training: weights must be finite, and packed rows must give the same scores as unpacked rows, which have one text each
 and run with transformers' own attention.
 
-Untested combinations of kernels and library versions can give wrong scores without an error. The tolerance covers rounding errors from two
-sources: the spread of scores when every module's output is perturbed by its rounding error (measured on unpacked rows), and the rounding of
-the largest logit. A wrong mask or position causes a larger difference.
+Untested combinations of kernels and library versions can give wrong scores without an error. The tolerance covers two rounding errors: that
+of the module outputs, measured by perturbing them in unpacked rows, and that of the largest logit. A wrong mask or position causes a larger
+difference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cfvlm_ds.models.model_files import explained
 UNSUSPICIOUS = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Dtype -> largest difference, in nats per token, that is accepted without measuring the rounding error."""
 _HALF = 0.05  # the same for half-precision dtypes
-_CELLS, _REPEATS = 8, 2  # to measure the rounding error: number of additional cells, and of differently rounded forwards per cell
+_CELLS, _REPEATS = 8, 2  # to measure the rounding error: additional cells, and differently rounded forward passes per cell
 _SPREADS = 3  # largest accepted difference, as a multiple of the rounding error
 _NAMED = 5
 
@@ -42,7 +42,7 @@ _NAMED = 5
 def refuse_nonfinite(model: nn.Module, source: str, world: World) -> None:
     """Raise ConfigError on all ranks if any weights are NaN or infinite, and name them. Under ZeRO-3, each rank checks its own partition.
 
-    Clipping bounds (names ending in _min or _max) are allowed to be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
+    Clipping bounds (names ending in _min or _max) may be infinite: Gemma 4's clipped layers have infinite bounds if nothing is
     clipped.
     """
     tensors: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ def check_scores(config: RunConfig, forward: Any, collator: Collator, groups: Gr
         allowed = bound
         if not worst <= bound and math.isfinite(worst):
             step = max(1, len(places) // _CELLS)
-            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # the same number of forwards on every rank
+            cells += [compared(places[step * k % len(places)]) for k in range(_CELLS)]  # the same number of passes on every rank
             worst = _largest(cells, world)
             allowed = max(bound, worst * _SPREADS / _spreads(forward, model, cells, dtype, world))
     backend = attention(config.model.attn_implementation, model.config, dtype)
@@ -159,8 +159,8 @@ def _alone(forward: Any, model: Any, single: Batch) -> float:
 def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype, world: World) -> float:
     """Return the root mean square of the differences over cells and ranks, in units of the rounding error.
 
-    The rounding error has two parts. The first is the spread of a text's score if outputs are rounded differently; it grows with the square
-    root of the number of tokens. The second is one unit in the last place of the text's largest logit.
+    The rounding error has two parts. The first is the spread of a text's score when outputs are rounded differently; it grows with the
+    square root of the number of tokens. The second is one unit in the last place of the text's largest logit.
     """
     squares = []
     for number in range(_REPEATS):
@@ -173,7 +173,6 @@ def _spreads(forward: Any, model: Any, cells: Sequence[Cell], dtype: torch.dtype
 
 
 def _mean(values: Sequence[float], world: World) -> float:
-    """Return the mean over the values of all ranks."""
     return fmean(value for of_rank in gather_objects(values, world) for value in of_rank)
 
 

@@ -1,4 +1,4 @@
-"""Unreadable groups and non-finite steps, which a run can skip. Every omission is counted and recorded."""
+"""Handling of unreadable groups and non-finite steps, which a run can skip. Everything that is skipped is counted and recorded."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class NonfiniteSteps:
     def note(self, step: int, losses: Sequence[tuple[MicroBatch, Tensor]], what: str, applied: bool) -> None:
         """Record a non-finite step with its groups. Every rank must call this. ``what`` is "loss" or "gradient".
 
-        For a loss, only the groups in micro-batches with a non-finite loss are listed. For a gradient, which is only known as the sum over
-        all ranks, all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, if the weights have
-        already been updated (``applied``), or if too many steps in a row are not finite.
+        For a loss, only the groups in micro-batches with a non-finite loss are listed. A gradient is known only as the sum over all ranks,
+        so all groups of the step are listed. Raises FloatingPointError if train.on_nonfinite is ``stop``, if the weights have already been
+        updated (``applied``), or if too many steps in a row are not finite.
         """
         file = self.run_dir / "nonfinite.jsonl"
         mine = [name for each, loss in losses if what == "gradient" or not torch.isfinite(loss) for name in each.layout.ids]

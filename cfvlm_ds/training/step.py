@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step: decisions that are equal on all ranks, and this rank's measurements (empty if the step was skipped).
+    """The outcome of a step: decisions that are the same on all ranks, and this rank's measurements (empty if the step was skipped).
 
     ``stop`` is the reason to stop after this step, if any. ``save_due`` is True if any rank wants a checkpoint. ``waited_s`` is the time
     spent waiting for data, in seconds.
@@ -199,7 +199,7 @@ class OptimizerStep:
         self.engine.eval()
         with torch.no_grad(), adapters_off(self.engine.module.model):
             logp = batch.scores(self.engine(**batch.model_inputs)).logp
-        drop_prefetch_recording(self.engine)  # the training forward begins like this one, but a backward pass follows it
+        drop_prefetch_recording(self.engine)  # a training pass starts with the same modules, but continues with a backward pass
         self.engine.train()
         return logp
 

@@ -1,4 +1,4 @@
-"""Token counts of all groups, which determine how micro-batches are packed. They are computed once, and all ranks memory-map one file."""
+"""Token counts of all groups, used to pack micro-batches. They are computed once, and all ranks memory-map the same file."""
 
 from __future__ import annotations
 

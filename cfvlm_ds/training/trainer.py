@@ -66,7 +66,7 @@ class Trainer:
     Args:
         engine: DeepSpeed engine that wraps a Scorer.
         collator: collator that makes batches from groups.
-        sampler: sampler of groups, already moved to the position where training starts or resumes.
+        sampler: sampler of groups, positioned where training starts or resumes.
         pulse: heartbeat that records the phase and step, so that a hang can be located.
     """
 
@@ -213,10 +213,10 @@ class Trainer:
             yield micro_batch
 
     def _save(self, needed: bool) -> dict[str, float]:
-        """Save a checkpoint. Return metrics: how long saving took, in seconds and as a fraction of the time since the last checkpoint, and
+        """Save a checkpoint. Return as metrics how long this took (in seconds, and as a fraction of the time since the last checkpoint) and
         whether it failed.
 
-        Raises SaveError if saving fails and ``needed`` is True. Otherwise, a failure only causes a warning.
+        Raises SaveError if saving fails and ``needed`` is True. Otherwise, a failure is reported as a warning.
         """
         started, train, failed = time.monotonic(), self.config.train, False
         try:
@@ -292,7 +292,7 @@ class Trainer:
         self.pulse.mark("evaluation and export", step)
         failed: Exception | None = None
         model = self.engine.module.model
-        barrier = ProgressBarrier(self.world)  # a long export would exceed the timeout of the evaluation's first collective
+        barrier = ProgressBarrier(self.world)  # otherwise, a long export would exceed the timeout of the next collective
         if self.world.is_main and config.train.export:
             try:
                 export_checkpoint(config, self._run_dir / f"checkpoint-{step}", say, barrier.alive, model.dtype)
@@ -360,7 +360,7 @@ class Trainer:
         sys.exit(1)
 
 
-_SHOWN_TFLOPS = 0.1  # smallest speed in the progress line; less is the speed of a CPU with a small model
+_SHOWN_TFLOPS = 0.1  # lowest speed that the progress line shows; a small model on a CPU is slower
 
 
 def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: str) -> str:

@@ -1,6 +1,6 @@
 """Validation of a run's options, its DeepSpeed JSON, the model's configuration and the installed libraries.
 
-Every rank validates before it opens pictures, loads weights or creates a folder or an MLflow run.
+Every rank validates them before it opens pictures, loads weights, or creates folders or an MLflow run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _UNKNOWN_WIDTH = 64
 def validate(config: RunConfig, world: World | None) -> None:
     """Raise ConfigError or DataError for settings that would make the run fail later.
 
-    ``world`` is None in a dry run, which needs neither the data nor the run's machine. Files that the ``build`` section will write need not
-    exist.
+    ``world`` is None in a dry run, which needs no data and can run on another machine. Files that the ``build`` section will write need not
+    exist yet.
     """
     raw, model = engine.read_json(config.deepspeed), config.model
     if not model.name_or_path:

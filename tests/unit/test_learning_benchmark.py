@@ -42,7 +42,7 @@ def test_longer_and_swapped_texts(tmp_path):
             len(new["texts"][0]["text"].split()) - len(old["texts"][0]["text"].split()) for old, new in zip(plain, changed, strict=True)
         ]
         assert (sum(more) / len(more) > 45 and max(more) <= 60) if data == learning.LONG_TEXTS else max(more) < 3
-        wrong = 0
+        wrong, known = 0, {text["text"]: text.get("key") for row in plain for text in row["texts"]}
         for row in changed:
             match = {(image, text): value for image, text, value in row["match"]}
             truths = [
@@ -50,6 +50,8 @@ def test_longer_and_swapped_texts(tmp_path):
             ]
             labels = [[match[f"i{i}", f"t{k}"] for k in range(2)] for i in range(2)]
             wrong += truths != labels
+            keys = {text["text"]: text.get("key") for text in row["texts"]}
+            assert data == learning.LONG_TEXTS or keys.items() <= known.items()
         assert wrong == swapped
 
 
@@ -85,3 +87,7 @@ def test_the_demo_prints_its_run_beside_what_was_measured(tmp_path, monkeypatch)
     rows = [line.split() for line in demo_report.report(tmp_path).splitlines()]
     assert rows[0] == ["%", "base", "NLL", "this", "run"] and rows[1] == ["pairs,", "habit", "agrees", "50.0", "61.0", "71.0"]
     assert ["POPE's", "form,", "F1", "61.0", "8.0"] in rows
+    write_rows(tmp_path / "metrics.jsonl", lines[1:])
+    assert demo_report.report(tmp_path).split()[:4] == ["%", "NLL", "this", "run"]
+    write_rows(tmp_path / "metrics.jsonl", lines[1:2])
+    assert "not evaluated" in demo_report.report(tmp_path)

@@ -16,7 +16,7 @@ from cfvlm_ds.data.decoding import open_image
 from cfvlm_ds.data.picture_index import content_digest
 
 NEAR = 8
-"""Pictures are near duplicates if their hashes differ in at most this number of bits (of 64)."""
+"""Two pictures are near duplicates if their hashes differ in at most this many of 64 bits."""
 _BLOCK = 64
 
 

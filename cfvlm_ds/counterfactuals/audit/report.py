@@ -156,8 +156,8 @@ def _shortcuts(report: Audit, sets: Sequence[_Set], options: AuditOptions, say: 
 
 
 def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
-    """Report original (unedited) pictures that occur in several groups, and pictures and texts (of more than three words) that occur in
-    several splits. Within a split, edited pictures are not compared, because edits of one picture resemble each other.
+    """Report original (unedited) pictures that several groups share, and pictures and texts (of more than three words) that several splits
+    share. Within a split, edited pictures are not compared, because edits of one picture resemble each other.
     """
     texts = []
     for k, split in enumerate(sets):
@@ -175,7 +175,7 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
         for other, other_texts in zip(sets[:k], texts, strict=False):
             theirs = list(other.looks.values())
             both = f"{other.name} and {split.name}"
-            kinds, owners = Counter[bool](), dict[str, None]()  # pairs can be as many as the product of the splits' sizes
+            kinds, owners = Counter[bool](), dict[str, None]()  # there can be as many pairs as the product of the splits' sizes
             for i, j, identical in near_pairs(theirs, looks):
                 kinds[identical] += 1
                 owners |= dict.fromkeys((*other.owners[theirs[i].path], *split.owners[looks[j].path]))

@@ -1,7 +1,7 @@
-"""Shortcuts: classifiers that recognise counterfactual texts by words or length, and edited pictures by grain (low-level statistics). They
-never compare texts with pictures.
+"""Shortcuts: classifiers that recognise counterfactual texts by their words or length, or edited pictures by their grain (low-level
+statistics). They never compare texts with pictures.
 
-The classifiers by words and by grain are fitted on one half of the groups and evaluated on the other. Groups with the same picture are in
+The classifiers that use words or grain are fitted on one half of the groups and evaluated on the other. Groups with the same picture are in
 the same half.
 """
 
@@ -25,13 +25,13 @@ _TELLING = 12
 _RIDGE = 1.0
 LIMIT_AUC = 0.6
 _FEWEST = 10
-"""Minimum number of pairs for fitting, and for evaluation. The interval of an AUC from 10 pairs is about 0.5 wide."""
+"""Minimum number of pairs, both for fitting and for evaluation. The interval of an AUC from 10 pairs is about 0.5 wide."""
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Result of a classifier: area under the ROC curve with its 95 % confidence interval (None if not measured), and number of evaluated
-    pairs. ``telling`` lists the strongest features or states why nothing was measured.
+    """Result of a classifier: area under the ROC curve with its 95 % confidence interval (None if not measured), and the number of
+    evaluated pairs. ``telling`` lists the strongest features, or the reason why nothing was measured.
     """
 
     name: str
@@ -107,7 +107,7 @@ FEATURES = (
 
 
 def grain(image: Image.Image) -> Array:
-    """Compute a picture's low-level statistics (listed in FEATURES), which depend on its production, not on its content."""
+    """Compute a picture's low-level statistics (listed in FEATURES), which reveal how it was made rather than what it shows."""
     image = image.copy()
     image.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), np.float64)

@@ -1,4 +1,4 @@
-"""Picture editors, which change only what a counterfactual caption requires. A new editor needs an entry in EDITORS."""
+"""Picture editors, which change only what a counterfactual caption requires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interface of picture editors: tasks, results, and functions that open pictures from external sources."""
+"""Interface of picture editors: tasks, results, and functions that find and open pictures from external sources."""
 
 from __future__ import annotations
 

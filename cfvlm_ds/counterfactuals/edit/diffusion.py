@@ -1,5 +1,5 @@
-"""Pipelines of the diffusers library. A pipeline that accepts a mask inpaints; one that accepts a picture but no mask edits by instruction.
-Others generate a new picture from the text.
+"""Editor that runs pipelines of the diffusers library. A pipeline that accepts a mask inpaints the picture. One that accepts a picture but
+no mask follows an editing instruction. Any other pipeline generates a new picture from the text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ any module that the folder names.
 
 
 class Diffusers(Editor):
-    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because a seed's result depends on the batch size."""
+    """Editor ``diffusers``: runs a diffusion pipeline. Each batch has one picture, because results depend on the batch size."""
 
     varies = True
 
@@ -104,7 +104,7 @@ class Diffusers(Editor):
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Pad a picture with copies of its last row and column to sides that are multiples of ``_MULTIPLE``, so that pipelines accept it."""
+    """Repeat a picture's last row and column until its sides are multiples of ``_MULTIPLE``, so that pipelines accept it."""
     pixels = np.asarray(image)
     sides = [(0, -side % _MULTIPLE) for side in pixels.shape[:2]]
     return Image.fromarray(np.pad(pixels, [*sides, (0, 0)][: pixels.ndim], "edge"))

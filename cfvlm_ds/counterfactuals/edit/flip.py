@@ -1,4 +1,4 @@
-"""Editor that mirrors pictures. A mirror image is an exact counterfactual for left and right unless lettering reveals the mirroring."""
+"""Editor that mirrors pictures. Mirroring exactly exchanges left and right, but lettering can reveal it."""
 
 from __future__ import annotations
 

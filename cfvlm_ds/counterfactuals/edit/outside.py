@@ -31,8 +31,8 @@ def png(image: Image.Image) -> bytes:
 
 
 class Folder(Editor):
-    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png for the edit with the id SOURCE/NUMBER. It accepts an edit only if the file
-    exists.
+    """Editor ``folder``: uses the file FOLDER/SOURCE/NUMBER.png (or .jpg, .jpeg, .webp) for the edit with the id SOURCE/NUMBER. It accepts
+    an edit only if this file exists.
     """
 
     def __init__(self, options: EditOptions) -> None:
@@ -49,7 +49,7 @@ class Folder(Editor):
 
 
 class TextAlone(Editor):
-    """Editor ``none``: only the text is edited."""
+    """Editor ``none``: edits only the text."""
 
     def settings(self) -> Mapping[str, Any]:
         return {}

@@ -26,11 +26,11 @@ from cfvlm_ds.data.decoding import MAX_BYTES
 from cfvlm_ds.data.picture_file import picture_bytes, tar_member
 
 STEP = "edit"
-_CHANGED = 24  # a composite keeps differences above this number of levels (of 255)
+_CHANGED = 24  # a composite keeps only differences above this level (of 255)
 
 
 class Unit(NamedTuple):
-    """One edit attempt, the name of its editor, and the fields that are copied from the step ``propose`` to the attempt's record."""
+    """One edit attempt, the name of its editor, and the fields copied from the step ``propose`` to the attempt's record."""
 
     task: Task
     editor: str

@@ -1,6 +1,4 @@
-"""Back ends that propose counterfactual captions, which differ from the source caption in one detail. A new back end needs an entry in
-PROPOSERS.
-"""
+"""Back ends that propose counterfactual captions, which differ from the source caption in one detail."""
 
 from __future__ import annotations
 

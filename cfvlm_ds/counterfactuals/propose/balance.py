@@ -28,9 +28,7 @@ Prices = Mapping[str, Mapping[str, float]]
 
 
 def share(edit: Edit, prices: Prices) -> float:
-    """Compute the probability of keeping an edit. It is 1 if the type has no prices or the edit only reorders words, and 0 if a word has no
-    price.
-    """
+    """Compute the probability of keeping an edit: 1 if its type has no prices or it only reorders words, and 0 if a word has no price."""
     if edit.type not in prices or not edit.gone:
         return 1.0
     gone, come = (prices[edit.type].get(word, 0.0) for word in (edit.gone, edit.come))
@@ -87,8 +85,8 @@ Move = tuple[int, Any, int]
 
 
 def _balanced(moves: Sequence[Move], edits: int, room: Callable[[Numbers], Numbers]) -> dict[Any, float]:
-    """Compute the logarithm of each word's price. The expected numbers of times that a word is introduced and removed differ by at most one
-    standard deviation.
+    """Compute the logarithm of each word's price. At these prices, the expected numbers of introductions and removals of a word differ by
+    at most one standard deviation.
     """
     places = {word: place for place, word in enumerate(dict.fromkeys(word for _, word, _ in moves))}
     edit, word, direction = np.array([(number, places[name], side) for number, name, side in moves], int).reshape(-1, 3).T

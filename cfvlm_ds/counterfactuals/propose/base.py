@@ -82,7 +82,7 @@ class Proposer(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
     def propose(self, source: Source) -> Found:
-        """Propose edits for a source. The result depends only on the source and the settings, not on the order of sources."""
+        """Propose edits for a source. The result must not depend on the order in which sources are processed."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Edit rules for captions, based on a parse and on word lists. They favour precision over recall."""
+"""Edit rules for captions, based on a parse and on word lists. The rules favour precision over recall."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from cfvlm_ds.counterfactuals.propose.vocabulary import (
 from cfvlm_ds.counterfactuals.propose.word_difference import defect, difference
 
 Change = tuple[dict[int, str], str]
-"""A mapping from the index of an old word to its replacement, and the instruction for a picture editor."""
+"""A mapping from the indices of old words to their replacements, and an instruction for a picture editor."""
 
 
 @dataclass(frozen=True)
 class Edit:
     """An edit that the rules allow.
 
-    ``changes`` maps the index of an old word to its replacement. ``gone`` and ``come`` are the words that the edit removes and introduces;
-    both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
+    ``changes`` maps the indices of old words to their replacements. ``gone`` and ``come`` are the words that the edit removes and
+    introduces; both are empty if the edit only reorders words. ``instruction`` is for a picture editor.
     """
 
     type: str
@@ -64,7 +64,7 @@ def _singular(noun: Any) -> str:
 
 
 def others(kind: str, word: str, noun: str) -> list[str]:
-    """Return the adjectives of type ``kind`` that can replace ``word`` before ``noun``. The list can be empty."""
+    """Return the adjectives of type ``kind`` that can replace ``word`` before ``noun``."""
     if kind == "colour":
         can = () if noun in word_set("one_colour") | _PEOPLE else by_word("colours_of").get(noun, COLOURS)
         return [new for new in can if new not in _ALIKE[word]]
@@ -111,7 +111,7 @@ def _attribute(kind: str) -> Callable[[Caption], Iterator[Change]]:
 
 
 def _is_compared(caption: Caption, size: Any) -> bool:
-    """Return whether the caption mentions another thing as a size reference. A picture of a single ball does not show its size."""
+    """Return whether the caption mentions another thing to compare sizes with. A picture of a single ball does not show its size."""
     if caption.distinct & word_set("fixed_size") or any(child.dep_ == "advmod" for child in size.children):
         return False
     return any(noun != described(size) and _singular(noun) not in word_set("scenery") for noun in caption.nouns())

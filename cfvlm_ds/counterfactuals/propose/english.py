@@ -1,4 +1,4 @@
-"""Dependency parses of captions with spaCy's small English pipeline, and queries for nouns, verbs and phrases."""
+"""Dependency parses of captions by spaCy's small English pipeline, and queries about their nouns, verbs and phrases."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Caption:
         return (token for token in self.doc if token.pos_ == "NOUN" and token.dep_ not in ("compound", "nmod", "poss"))
 
     def with_words(self, changes: Mapping[int, str]) -> str:
-        """Return the caption with the words at the given indices replaced and a/an adjusted. An empty replacement deletes the word."""
+        """Replace the words at the given indices, adjust a/an, and return the new caption. An empty replacement deletes the word."""
         replacements = dict(changes)
         for place, new in changes.items():
             if new and self.word(place - 1) in ("a", "an"):

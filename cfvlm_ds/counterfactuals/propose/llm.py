@@ -1,9 +1,9 @@
-"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted. Every edit is checked against the
-caption. A reply's size and duration are limited, redirects are refused, and secrets are removed from stored messages.
+"""Back end ``llm``: a server with an OpenAI-compatible API proposes the edits. Replies are untrusted: every edit is checked against the
+caption, the size and duration of replies are limited, redirects are refused, and secrets are removed from stored messages.
 
 The server is called with the standard library, because the openai client (version 3.57) does not give these guarantees. Despite a timeout
 of 0.5 s, it waited 6 s for a body that arrived byte by byte. It also read a 200 MB body, followed a redirect, and did not retry after a
-reply of prose or truncated JSON.
+reply in prose or truncated JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_TOKENS = 700  # limits replies of endless white space, a known failure mode
 _SIDE = 768  # longer side, in pixels, of the pictures in requests
 LONGEST_WAIT_S = 60.0
 IN_A_ROW = 20
-"""The step stops after this number of consecutive captions without a usable reply."""
+"""The step stops after this many consecutive captions without a usable reply."""
 pause = time.sleep
 """Function that waits before a repeated call; tests replace it."""
 
@@ -56,7 +56,7 @@ For swap_attribute and swap_object the new caption has the same words in another
 
 
 class LanguageModel:
-    """Back end ``llm``: requests edits of a caption from a language model, and checks each of them against the caption."""
+    """Back end ``llm``: requests edits of a caption from a language model, and checks them."""
 
     def __init__(self, context: Context) -> None:
         self._options = options = context.options

@@ -1,7 +1,7 @@
 """Mined counterfactuals: pairs of pictures in the user's own data whose captions differ in one word, for example a colour.
 
-A slot index finds the pairs: each word of a caption has a key, the hash of the caption without this word. The index is on disk, so memory
-does not grow with the data. Each pair is proposed once, for the source with the smaller id.
+A slot index finds the pairs: the key of each word is the hash of its caption without that word. The index is on disk, so memory use does
+not grow with the data. Each pair is proposed once, for the source with the smaller id.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _LISTS: dict[str, frozenset[str]] = {
 
 
 class Mine:
-    """Back end ``mine``: proposes captions of other pictures that differ in one word. Its index is a file in the work folder."""
+    """Back end ``mine``: proposes other pictures' captions that differ from the source's caption in one word."""
 
     threads = 1
 

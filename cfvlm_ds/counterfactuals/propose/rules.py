@@ -79,8 +79,8 @@ class Rules:
 
 
 def edits_of(text: str, types: Sequence[str], words: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Edit] | Rejected:
-    """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` maps a type to the
-    only words that its edits can introduce.
+    """Return all edits that the rules allow for a caption, ordered by type, or a rejection if there are none. ``words`` limits the words
+    that edits of a type can introduce.
     """
     if len(text) > MOST_CHARACTERS or printable(text) != text:
         return Rejected("rules", "the caption is not one printable line")

@@ -1,4 +1,4 @@
-"""Word difference between two captions, and the check that a counterfactual changes exactly one visible thing."""
+"""Word-by-word comparison of two captions, and a check that a counterfactual changes exactly one visible thing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SAME = """grey gray silver, purple violet, cyan turquoise aqua, beige tan, sofa
     6 six, 7 seven, 8 eight, 9 nine, 10 ten, car automobile, laptop notebook, trousers pants, jumper sweater, lorry truck, wood wooden
     taxi cab, mug cup, sitting seated, donut doughnut, donuts doughnuts"""
 SYNONYMS = {word: number for number, group in enumerate(_SAME.replace("\n", ",").split(",")) for word in group.split()}
-"""Word -> number of its synonym group. Replacing a word with a synonym does not count as a change."""
+"""Word -> index of its synonym group. Replacing a word with a synonym does not count as a change."""
 
 _EMPTY = """a an the some of to is are was were be being been that this these those there it its and also very quite just really
     has have with i we you he she they which who"""

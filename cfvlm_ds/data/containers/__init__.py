@@ -1,4 +1,4 @@
-"""Containers: data files other than JSON lines. Each is converted once to JSON lines, the only kind of file that the rest of the package
+"""Containers: data files other than JSON lines. Each is converted once to JSON lines, the only file type that the rest of the package
 reads.
 
 A container's parser yields the location of each row together with the row or, if the row is invalid, its error. It raises DataError for a

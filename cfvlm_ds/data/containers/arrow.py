@@ -21,7 +21,7 @@ _ROWS = 64  # rows in a batch: 256 MB if each has a picture of 4 MB
 _BYTES = 256 * MIB  # limit on a Parquet batch's uncompressed size as stated in the file; a few kB can decompress to a few GB
 
 Named = Callable[[Any], str | None]
-"""Function from a pyarrow buffer to a reference to its bytes in the file, or to None if they are not in the file."""
+"""Function that returns a reference to a pyarrow buffer's bytes in the file, or None if they are not in the file."""
 
 
 def parquet_rows(path: Path) -> Rows:
@@ -38,7 +38,7 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Return the number of rows per batch. It limits a batch to _BYTES bytes if the rows of each row group have similar sizes."""
+    """Return a number of rows per batch that keeps batches below _BYTES bytes if the rows of each row group are similar in size."""
     parts = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     largest = max((part.total_byte_size / part.num_rows for part in parts if part.num_rows), default=0)
     return max(1, min(_ROWS, int(_BYTES / max(largest, 1))))
@@ -128,7 +128,7 @@ def _valid(array: Any) -> list[bool]:
 
 
 def _pictures(array: Any, arrow: Any, named: Named | None) -> list[Any]:
-    """Convert pictures stored by ``datasets``. Each consists of bytes and the original path, which is used if there are no bytes."""
+    """Convert pictures stored by ``datasets``. Each has bytes and its original path; the path is used if there are no bytes."""
     columns = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
     contents = _values(columns["bytes"], arrow, named)
     paths = columns["path"].to_pylist() if "path" in columns else [None] * len(array)

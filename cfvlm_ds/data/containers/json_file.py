@@ -1,7 +1,7 @@
 """JSON files that contain a single value: a list of rows, COCO captions, or an object of numbered rows. The whole file is read into memory.
 
-A COCO file lists pictures and captions separately. A row combines a picture and the list of its captions. Every other field of the captions
-becomes a list with one value per caption. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
+A COCO file lists pictures and captions separately. Each row combines a picture with the list of its captions. Every other field of the
+captions becomes a list with one value per caption. An object of numbered rows, as in SugarCrepe, maps numbers to rows.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _of_coco(path: Path, pictures: Sequence[Any], annotations: Sequence[Any]) ->
 
 
 def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, str | int, Row]:
-    """Return the values of a COCO item's keys ``name`` and ``content``, and its other fields. Raises DataError if one of these values is
-    missing or invalid.
+    """Return a COCO item's values for the keys ``name`` and ``content``, and its other fields. Raises DataError if either is missing or
+    invalid.
     """
     row = _row(value)
     if isinstance(row, DataError):

@@ -57,10 +57,10 @@ def container_of(path: Path) -> str:
 
 def sources_of(path: Path) -> list[Path]:
     """Return the files that a path refers to: the path itself, the files in a folder, or the matches of a pattern such as
-    ``train-*.parquet``. They are sorted by name, except that a saved data set defines its own order.
+    ``train-*.parquet``. They are sorted by name unless a saved data set defines their order.
 
-    Raises DataError for a folder without data or with several splits, and for a pattern that does not match any files, or matches files of
-    several kinds.
+    Raises DataError for a folder that contains no data, several splits or several kinds of files, and for a pattern that matches no files,
+    JSON files, or several kinds of files.
     """
     if path.is_dir():
         return _in_folder(path)

@@ -129,9 +129,9 @@ class _Pictures:
         self._count = 0
 
     def name_of(self, value: Any) -> str:
-        """Return a reference to a picture in the tar, adding the picture if it is new.
+        """Return a reference to the picture with the bytes ``value``, adding it to the tar if it is new.
 
-        ``value`` is the picture's bytes, or a DataError, which is raised. Raises TypeError for any other type.
+        If ``value`` is a DataError, it is raised. Raises TypeError for any other type.
         """
         if isinstance(value, DataError):
             raise value

@@ -1,4 +1,4 @@
-"""WebDataset tars. All members with the same key form a row; their extensions are its columns.
+"""WebDataset tars. Members whose names agree up to the first dot form a row; the rest of each name is the column name.
 
 Pictures are not copied. A row refers to them by the offset and length of their bytes (``shard.tar#512+60123``), so a tar must not be
 compressed. Texts and JSON become values in the rows.
@@ -24,13 +24,13 @@ _HEADER = MIB
 
 
 def tar_rows(path: Path) -> Rows:
-    """Yield the key and columns of each sample in a tar."""
+    """Yield the location and columns of each sample in a tar."""
     with open_regular(path) as handle, tarfile.open(fileobj=cast(Any, _Headers(handle)), mode="r:") as tar:
         yield from _samples(path, handle, tar)
 
 
 class _Headers:
-    """File object for reading only a tar's headers. Raises ValueError for a header of more than _HEADER bytes."""
+    """File object for reading the headers of a tar. Raises ValueError for a header of more than _HEADER bytes."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle, self.name = handle, ""

@@ -67,10 +67,10 @@ class Captions:
         negative_caption: column with the captions that are false of the picture.
         negative_image: column with pictures for which the captions are false.
         prompt: column with the prompt that the captions answer.
-        edit: column with the counterfactuals' edit type, by which result tables are broken down.
+        edit: column with the edit type of the counterfactuals; result tables are broken down by edit type.
         id: column with the group's id.
         ask: prompt for rows that have none; empty for no prompt.
-        paired: if there are as many negative captions as negative pictures, whether the k-th caption is true of the k-th picture.
+        paired: whether the k-th negative caption is true of the k-th negative picture if there are equally many of both.
         label: column that marks the caption, or each caption in a list, as true or false.
         true: values of the label that mean true, joined by ``+``.
         false: values of the label that mean false.

@@ -2,7 +2,7 @@
 
 Messages are ``{"from": "human" | "gpt" | "system", "value": TEXT}`` (ShareGPT, LLaVA) or ``{"role": "user" | "assistant" | "system",
 "content": TEXT or PARTS}`` (OpenAI, TRL). In a text, the placeholder ``<image>`` marks the position of the row's next picture. Without
-placeholders, the pictures are placed at the beginning of the first user turn. White space around a turn and line breaks next to ``<image>``
+placeholders, the pictures are placed at the beginning of the first user turn. Whitespace around a turn and line breaks next to ``<image>``
 are removed. A column that is null is treated as missing, because Parquet stores missing values as nulls.
 """
 
@@ -298,8 +298,8 @@ class Instruct:
         return _Read(row, turns, pictures, (used[0], beside), {"id": row["id"], **kept} if "id" in row else kept)
 
     def _meta(self, read: _Read, number: int) -> dict[str, Any]:
-        """Return the row's metadata, including the extra keys (other than role and content) of the messages up to the scored answer,
-        message ``number``.
+        """Return the row's metadata. It includes the extra keys (other than role and content) of all messages up to message ``number``, the
+        scored answer.
         """
         column, beside = read.beside
         return read.meta | ({column: beside[: number + 1]} if any(beside) else {})

@@ -1,5 +1,5 @@
-"""Rows with columns of any name, as on the Hugging Face hub. The options state which columns are read and what they hold; all other columns
-are metadata.
+"""Rows whose columns have arbitrary names, as on the Hugging Face hub. The options state which columns are read and what they hold; all
+other columns are metadata.
 
     {"picture": "a.jpg", "qa": {"question": "How many dogs?", "answer": "Two."}, "wrong": ["Three.", "One."]}
     hf:image=picture,prompt=qa.question,caption=qa.answer,negative_caption=wrong

@@ -59,8 +59,8 @@ def open_data(
 
 
 def _taken(rows: Rows) -> str:
-    """Return the format of the first row whose format is recognised; for KTO rows, it includes the label column. Return the native format
-    if no row can be read. Raises DataError if rows can be read but no format is recognised.
+    """Return the format of the first row whose format is recognised, with the option ``label`` for KTO rows. Return the native format if no
+    row can be read. Raises DataError if rows can be read but no format is recognised.
     """
     first = {row: value for row in range(min(len(rows), _LOOKED_AT)) if isinstance(value := rows.value(row), Mapping)}
     for value in first.values():

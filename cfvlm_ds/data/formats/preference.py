@@ -11,9 +11,9 @@
 Messages are written as in ``llava`` or ``messages``. The question can also be in ``question``, or in ``instruction`` and ``input``. It can
 be omitted if ``chosen`` and ``rejected`` are complete conversations. If a row has ``image``, its ``image_path`` is metadata.
 
-If a row has only a rejected answer, this answer is false for the picture. If it has only ``rejected_images``, the chosen answer is false
-for them. If it has both, the rejected answer is false for the rejected pictures. It is unknown whether the rejected answer is true of the
-chosen pictures, or the chosen answer of the rejected pictures.
+If a row has only a rejected answer, this answer is false of the picture. If it has only ``rejected_images``, the chosen answer is false of
+them. If it has both, the rejected answer is false of the rejected pictures. It is unknown whether the rejected answer is true of the chosen
+pictures, or the chosen answer of the rejected pictures.
 """
 
 from __future__ import annotations

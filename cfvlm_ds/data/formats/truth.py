@@ -2,7 +2,9 @@
 
 The user names the label column (``label=COLUMN``). A column that no option names is rejected if its name and values are those of labels in
 public data sets, if its values can only be labels, or if its name suggests false texts. Without this check, training could treat false
-texts as true, or ignore them. A claim is the set of texts that one row labels. All claims about one image and prompt become one group.
+texts as true, or ignore them.
+
+A claim is the set of texts that one row labels. All claims about the same image and prompt form one group.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _SAID_FALSE = frozenset(_FALSE) - {
 """Values that identify a label column, regardless of its name."""
 
 _GAPS = {"nan", "na", "n/a", "none", "null", "-", "?"}
-"""Notations for missing values in tables."""
+"""Strings that stand for missing values in tables."""
 
 _FALSE_NAMES = frozenset((
     *(word for word in _FALSE if len(word) > 2), "mismatches", "foiled", "counterfactual", "hallucinations", "hallucinates", "contradicts",
@@ -59,7 +61,7 @@ _CHOICES = {"correct", "right", "answer"}
 """Words in the names of label columns whose values may also be indices into a list of texts."""
 
 _VERDICTS = {"label", "labels", "gold", "verdict"}
-"""Words in the names of label columns that may contain values that are not in ``_TRUTHS``."""
+"""Words in the names of label columns whose values need not be in ``_TRUTHS``."""
 _FEW = 5  # maximum number of distinct values in such a column
 _LABEL_NAMES = {
     *_TRUTHS, *_FALSE_NAMES, *_CHOICES, *_VERDICTS, "cls", "class", "truth", "target", "gt", "kto", "weight", "correctness", "validity",
@@ -127,7 +129,7 @@ class Column:
             return True
         has_few, has_verdict = 1 < len(values) <= _FEW, not _VERDICTS.isdisjoint(self.words)
         has_both = {0, 1} <= {_TRUTHS.get(value) for value in values if not value.isdecimal()}
-        return has_few + has_verdict + has_both > 1  # two signs suffice: a label may have typing errors, another language or a 1-5 scale
+        return has_few + has_verdict + has_both > 1  # two signs suffice: labels can have typos, another language or a 1-5 scale
 
     @property
     def negative(self) -> str:
@@ -143,7 +145,7 @@ def marks(rows: Iterable[tuple[int, Row, bool]], ignore: str) -> list[Column]:
     """Return suspicious metadata columns: first possible labels, then possible false texts, then picture names in rows without pictures.
 
     Args:
-        rows: index and metadata of each row, and True if the row has no pictures.
+        rows: index and metadata of each row, and whether the row lacks pictures.
         ignore: columns to skip, joined by ``+``.
     """
     columns: dict[str, Column] = {}
@@ -265,8 +267,8 @@ class Claim(NamedTuple):
 
 
 def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
-    """Merge the claims about one image and prompt into a group, true texts first. Duplicates of a text are dropped, and their number is
-    recorded in the metadata.
+    """Merge all claims about an image and prompt into a group, true texts first. Duplicate texts are dropped; their number is recorded in
+    the metadata.
 
     Raises DataError, without the file and line, if two claims contradict each other, or if no text is true.
     """
@@ -299,12 +301,12 @@ def joined(claims: Sequence[Claim]) -> CounterfactualGroup:
 
 
 class JoinedRows:
-    """Rows of a manifest after joining all rows about the same image and prompt. Joined rows are in the order of the first manifest row
-    that each contains. The join takes 8 bytes of memory per manifest row.
+    """Rows of a manifest after joining all rows about the same image and prompt. They are ordered by their first manifest row. The join
+    takes 8 bytes of memory per manifest row.
 
     Args:
         rows: rows of the manifest.
-        claim: the format's function from a row to its claim.
+        claim: the format's function that returns the claim of a row.
         over: callable that maps a function over chunks of the rows.
     """
 

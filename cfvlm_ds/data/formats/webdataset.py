@@ -1,11 +1,11 @@
-"""Samples of a WebDataset tar. All members ``KEY.EXTENSION`` with the same key form a sample, keyed by extension.
+"""Samples of a WebDataset tar. Members ``KEY.EXTENSION`` with the same key form a sample; their extensions are its columns.
 
     {"__key__": "000017", "jpg": "shard-000.tar#512+60123", "txt": "two dogs on a lawn", "json": {"license": "CC0"}}
 
 (The tar contains ``000017.jpg``, ``000017.txt`` and ``000017.json``.) The picture is the member with a picture extension or the extension
 ``image``. The caption is ``txt`` or ``caption``, or a value in ``json``. ``neg_caption.txt`` and ``neg_image.jpg`` are a negative caption
-and a negative picture. If ``json`` is a row in the format ``llava``, ``messages`` or ``preference``, it is read in that format, and the
-sample's picture is used. Labels are read as in ``captions``.
+and a negative picture. If ``json`` is a row in the format ``llava``, ``messages`` or ``preference``, it is read in that format, with the
+sample's picture. Labels are read as in ``captions``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Members(Captions):
     source = "webdataset"
 
     def __post_init__(self) -> None:
-        """Skip the checks of options, because the user does not set these options."""
+        """Skip the option checks, because these options are not set by the user."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WebDataset:
     """Format of the samples in a WebDataset tar.
 
     Args:
-        caption: member or ``json`` column with the caption; ``txt.KEY`` selects a value from a ``txt`` that is a JSON object.
+        caption: member or ``json`` column with the caption; ``txt.KEY`` selects a value from a ``txt`` member that contains a JSON object.
         json: whether captions may be JSON objects.
         ask: prompt for the captions; empty for no prompt.
         label: member or ``json`` column that marks the text as true or false.

@@ -1,9 +1,9 @@
 """World with habits, written as a folder of ``cfgroup/1`` manifests. The pictures of each split are in an uncompressed tar file.
 
-A habit is the usual attribute of a kind of thing: trees are usually green, and the moon is usually at the top. In ``train`` and
-``validation``, each thing in the first picture follows each of its habits with probability ``strength`` (default 0.96, as in pretraining).
-The test sets are balanced between two values of ``meta.habit``. In "agrees" rows, no picture breaks a habit. In "contradicts" rows, every
-thing in the first picture breaks all of its habits, and the edit changes the set of broken habits or an unusual value.
+A habit is a usual attribute of a kind of thing, such as green for trees. In ``train`` and ``validation``, each thing in the first picture
+follows each of its habits with probability ``strength`` (default 0.96). The test sets are balanced between two values of ``meta.habit``. In
+"agrees" rows, no picture breaks a habit. In "contradicts" rows, every thing in the first picture breaks all of its habits, and the edit
+changes the set of broken habits or an unusual value.
 
 The prompts of ``test_agrees``, ``test_contradicts`` and ``test_combo`` ask for descriptions. In each first picture of ``test_combo``, one
 thing has a colour that its kind never has in training. The other test sets ask questions. The folders ``pope`` (questions in POPE's format)
@@ -65,7 +65,7 @@ class Drawn:
 
     @property
     def habit(self) -> str:
-        """Return "agrees" if no scene breaks a habit, else "contradicts"."""
+        """``agrees`` if no scene breaks a habit, else ``contradicts``."""
         return "contradicts" if any(scene.broken for scene in self.scenes) else "agrees"
 
 
@@ -74,8 +74,8 @@ def build_habits(config: HabitsConfig, progress: Say = print_line, alive: Alive 
     folder.
 
     The folder is built under a temporary name and renamed when it is complete. Two processes must not build a folder at the same time.
-    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if settings exclude each other or
-    the folder contains other files; ranges are checked where options are parsed.
+    ``alive`` is called for every group, so that waiting processes do not time out. Raises DataError if settings are incompatible or
+    the folder contains other files. Ranges are checked where options are parsed.
     """
     if config.text_bias and config.num_counterfactuals:
         raise DataError("habits: text_bias needs num_counterfactuals: 0, because texts about edited pictures must be exact")
@@ -128,8 +128,8 @@ def scenes_in(meta: Mapping[str, Any]) -> list[Scene]:
 
 
 def is_true(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Return whether a text is true of the first picture of a row, for `data sample --judge`; None if the text is empty or a sentence is
-    outside the grammar.
+    """Return whether a text is true of a row's first picture, or None if the text is empty or a sentence is outside the grammar. Used by
+    `data sample --judge`.
     """
     verdict = judge(text, scenes_in(row["meta"])[0])
     return None if verdict.unparsed or not verdict.statements else all(verdict.statements.values())
@@ -165,7 +165,7 @@ def draw_group(config: HabitsConfig, split: str, index: int) -> Drawn:
         if len(edited) < len(edits):
             continue
         if split in TESTS:
-            # a test row breaks no habit at all, or it breaks one and the edit changes which are broken, or what is unusual about a thing
+            # "agrees" rows break no habit; in "contradicts" rows, the first scene breaks habits and the edit changes which, or how
             first, second = anchor.broken, edited[0].broken
             if (first or second) if agrees else (not first or first == second):
                 continue
@@ -193,7 +193,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
     match = [[int(all(judge(text, scene).statements.values())) for text in texts] for scene in scenes] if edits else [[1]]
     if any(match[0][k] and match[k][0] for k in range(1, len(texts))):
         return None  # the caption does not mention what was edited
-    kinds = ["yes_no", *QUESTIONS]  # yes/no is asked twice as often, because most edit types change its answer
+    kinds = ["yes_no", *QUESTIONS]  # yes/no counts twice, because most edit types change its answer
     for answers, truths in _asked(scenes, edits, kinds, config.num_questions, rng) if split == "train" else ():
         candidates += answers
         match = [line + more for line, more in zip(match, truths, strict=True)]
@@ -201,7 +201,7 @@ def _with_texts(config: HabitsConfig, split: str, scenes: tuple[Scene, ...], edi
 
 
 def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], number: int, rng: Random) -> list[Asked]:
-    """Build up to ``number`` different questions about the first edit, or about new edits if the group has none."""
+    """Build up to ``number`` different questions about the group's first edit, or about new edits if it has none."""
     asked = dict[Prompt, Asked]()
     for _ in range(4 * number):
         if len(asked) == number:
@@ -218,7 +218,7 @@ def _asked(scenes: tuple[Scene, ...], edits: tuple[str, ...], kinds: list[str], 
 
 
 def as_group(drawn: Drawn, group_id: str, images: Sequence[Path]) -> CounterfactualGroup:
-    """Build a group from a drawn group and its picture files."""
+    """Convert a drawn group to a ``CounterfactualGroup`` with the pictures ``images``."""
     texts = [candidate.text for candidate in drawn.candidates]
     edits = []
     for k, kind in enumerate(drawn.edits, start=1):

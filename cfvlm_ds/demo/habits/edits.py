@@ -1,7 +1,7 @@
 """Counterfactual edits: each changes one factor of a scene and keeps everything else, including the jitter (small random variations).
 
-An edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if the edit does not apply. Things keep their order and
-are added or removed at the end, so the captions of both scenes differ only where the edit changed something. ``may_hold_out`` allows
+An edit takes ``(scene, rng, may_hold_out)`` and returns the edited scene, or None if the edit does not apply. Things keep their order, and
+are added and removed only at the end, so the captions of both scenes differ only where the edit changed something. ``may_hold_out`` allows
 held-out colours, which a kind never has in training.
 """
 

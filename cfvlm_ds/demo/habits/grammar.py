@@ -1,4 +1,4 @@
-"""Grammar for texts about a scene: sentences, the statements that they make, and a judge that checks any text.
+"""Grammar of texts about a scene: sentences, the statements that they make, and a judge of arbitrary texts.
 
 A statement is a tuple of words, such as ``("colour", "cup", "red")``. It is either true or false of a scene. ``read`` returns the
 statements of a sentence, or None if the grammar does not produce the sentence. Errors are not corrected: for "there is two cup", it returns
@@ -55,7 +55,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def form(name: str, phrasing: int, **slots: str) -> str:
-    """Fill in one of the phrasings in SENTENCES. The resulting sentence has no capital letter and no full stop."""
+    """Return a sentence in one of the phrasings in SENTENCES, without a capital letter or a full stop."""
     plural = slots["x"] not in KINDS if "x" in slots else not slots.get("things", "").startswith("a ")
     at = "in" if slots.get("row") == "middle" else "at"
     return SENTENCES[name][phrasing % len(SENTENCES[name])].format(**slots, **{"is": "are" if plural else "is", "at": at})
@@ -163,8 +163,8 @@ def judge(text: str, scene: Scene) -> Verdict:
 def describe(scenes: Sequence[Scene], seed: str) -> list[str]:
     """Return a description of each scene. The descriptions differ only where the scenes differ.
 
-    All things are listed with number and colour, except that one colour can be stated in a separate sentence. If none is, a sentence states
-    the row of a thing. A row or background that differs between scenes is always mentioned. If a thing was added or removed, the total
+    All things are listed with number and colour, but one colour can be moved to a separate sentence. If none is, a sentence states the row
+    of a thing instead. A row or background that differs between scenes is always mentioned. If a thing was added or removed, the total
     number of things is mentioned, because the shorter list would otherwise be true of both scenes.
     """
     rng = Random(seed)
@@ -213,5 +213,5 @@ def key(things: Sequence[Thing]) -> str:
 
 
 def true_keys(scene: Scene) -> list[str]:
-    """Return the keys of all texts that list at least two of the things in a scene and can be true of it."""
+    """Return the keys of all descriptions that list at least two of a scene's things and can be true of it."""
     return [key(things) for size in range(2, len(scene.things) + 1) for things in combinations(scene.things, size)]

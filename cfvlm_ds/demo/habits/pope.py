@@ -1,6 +1,6 @@
 """Questions about whether a thing is in a scene, in POPE's file format (arXiv 2305.10355).
 
-Half of the questions are about absent things. Depending on the file, these are chosen at random, by popularity (frequency in pretraining
+Half of the questions are about absent things. Depending on the file, these are chosen at random, by popularity (frequency in training
 scenes) or adversarially: first the usual company of a thing in the picture (a kind that usually appears with it), then kinds that usually
 have the picture's background, then popular kinds.
 """
@@ -19,13 +19,13 @@ from cfvlm_ds.demo.habits.world import HABITS, KINDS, STRENGTH, Scene, draw_scen
 
 _SPLITS = ("random", "popular", "adversarial")
 _COUNTED = 2000
-"""Number of pretraining scenes drawn to rank kinds by popularity."""
+"""Number of training scenes drawn to rank kinds by popularity."""
 _EACH = 2
 """Number of questions per picture and answer (yes or no)."""
 
 
 def popular_kinds(seed: int) -> list[str]:
-    """Return all kinds, with the most frequent in pretraining scenes first."""
+    """Return all kinds, in order of decreasing frequency in training scenes."""
     rng = Random(f"{seed}/popular")
     counts = Counter(thing.kind for _ in range(_COUNTED) for thing in draw_scene(rng, STRENGTH).things)
     return sorted(KINDS, key=lambda kind: -counts[kind])

@@ -39,12 +39,12 @@ _FACTORS = {"colour_swap": "colour", "kind": "thing", "presence": "thing", "coun
 """Edit type -> form of the statements that it changes, if the names differ."""
 
 Asked = tuple[tuple[Candidate, ...], list[list[int]]]
-"""Two answers to a prompt, and a truth table [scene][answer] of 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""
+"""Two answers to a prompt, and a truth table [scene][answer] with entries 0 and 1. Answer 0 is true of scene 0, and answer 1 of scene 1."""
 
 
 def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Asked | None:
-    """Build a question about the difference between scenes 0 and 1, made by an edit of type ``edit``. Return None if no question of this
-    kind has different answers for the two scenes.
+    """Build a question about what an edit of type ``edit`` changed between scenes 0 and 1. Return None if no question of this kind has
+    different answers for the two scenes.
     """
     factor = _FACTORS.get(edit, edit)
     answers: tuple[str, ...]
@@ -77,7 +77,7 @@ def asking(kind: str, edit: str, scenes: tuple[Scene, ...], rng: Random) -> Aske
 
 
 def _facts(scene: Scene, factor: str) -> list[Statement]:
-    """Return the statements about a factor that are true of a scene."""
+    """Return all true statements about one factor of a scene, such as "colour"."""
     if factor == "background":
         return [(factor, scene.background)]
     if factor == "thing":

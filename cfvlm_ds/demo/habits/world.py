@@ -1,8 +1,8 @@
-"""World with habits: synthetic scenes of a few things (objects), most of which have their usual look and place.
+"""World with habits: synthetic scenes of a few things (objects) that mostly have their usual look and place.
 
 ``HABITS`` defines each kind's habits: its usual attributes, such as green for trees. ``draw_scene`` follows each habit with a given
-probability. In pretraining pictures, this probability is 0.96, so that a model learns the habits as priors. In test sets, it is 1 or 0, to
-expose a model that relies on habits.
+probability. In training sets, it is usually high, so that a model learns the habits as priors. In test sets, it is 1 or 0, to expose a
+model that relies on habits.
 
 A picture has three rows of three cells. A thing has one kind, one colour and one to three copies in neighbouring cells of a row. The things
 of a scene differ in kind, so "the cup" is unambiguous.
@@ -57,10 +57,10 @@ HABITS = {
     "car": Habit(row="bottom"),
     "key": Habit(colour="purple"),
 }
-"""Kind -> habits. Every background is usual for two kinds, so all backgrounds are equally frequent."""
+"""Kind -> habits. All backgrounds are equally frequent, so each must be usual for the same number of kinds (two)."""
 KINDS = tuple(HABITS)
 STRENGTH = 0.96
-"""Probability that a thing in a pretraining picture follows a given habit."""
+"""Default probability that a thing in a training picture follows a given habit."""
 _NUMBERS = {1: 0.8, 2: 0.15, 3: 0.05}
 _THINGS = {2: 0.35, 3: 0.4, 4: 0.25}
 HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] for i, (kind, habit) in enumerate(HABITS.items())}
@@ -69,7 +69,7 @@ HELD_OUT = {kind: COLOURS[(i + 3 if COLOURS[i % 6] == habit.colour else i) % 6] 
 
 @dataclass(frozen=True)
 class Thing:
-    """One or more copies of a kind of thing, one in each of the adjacent ``columns`` of a row."""
+    """Copies of one kind of thing, one in each of the adjacent ``columns`` of a row."""
 
     kind: str
     colour: str
@@ -87,7 +87,7 @@ class Thing:
         return HELD_OUT[self.kind] == self.colour
 
     def as_usual(self, *factors: str) -> Thing:
-        """Return the thing with its usual colour, number or row, for each of ``factors`` that is a habit of its kind."""
+        """Return a copy in which each of ``factors`` (colour, number, row) has its usual value, if the kind has one."""
         habit, thing = HABITS[self.kind], self
         if habit.colour and "colour" in factors:
             thing = replace(thing, colour=habit.colour)
@@ -100,8 +100,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, and things of different kinds in the order in which captions mention them. ``seed`` determines all jitter (small random
-    variations of the drawing).
+    """Background, and things of different kinds in the order in which captions mention them. ``seed`` determines the jitter: small random
+    variations of the drawing.
     """
 
     things: tuple[Thing, ...]
@@ -114,7 +114,7 @@ class Scene:
         return sum(thing.number for thing in self.things)
 
     def find(self, kind: str) -> Thing | None:
-        """Return the thing of a kind, or None."""
+        """Return the thing of the given kind, or None."""
         return next((thing for thing in self.things if thing.kind == kind), None)
 
     def free(self, row: int) -> set[int]:
@@ -134,8 +134,7 @@ class Scene:
 
     def as_usual(self, share: float, rng: Random) -> Scene:
         """Return the scene that a biased text describes. Each broken habit is restored with probability ``share``: the thing gets its usual
-        colour, number or row, or the thing that usually accompanies it is added. Two things can then share a cell. The background is
-        unchanged.
+        colour, number or row, or its usual company is added. Two things can then share a cell. The background is unchanged.
 
         Return the original scene if the result would have more than MOST copies of things.
         """
@@ -172,7 +171,7 @@ def places(free: set[int], number: int) -> list[tuple[int, ...]]:
 
 
 def draw_scene(rng: Random, strength: float, held_out: bool = False) -> Scene:
-    """Draw a scene that follows each habit of its things with probability ``strength``.
+    """Draw a scene in which each habit is followed with probability ``strength``.
 
     If ``held_out`` is True, exactly one thing has the held-out colour of its kind; otherwise, none does.
     """

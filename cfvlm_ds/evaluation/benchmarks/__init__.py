@@ -1,4 +1,4 @@
-"""Public benchmarks, read from their official files. Each benchmark has a module that converts rows to items and defines metrics.
+"""Public benchmarks, read from their official files. A benchmark's module converts rows to items and defines metrics.
 
 Licences, known pitfalls and published values are in docs/benchmarks. Nothing is downloaded. To add a benchmark of your own, register it:
 ``BENCHMARKS["mine"] = Benchmark(...)``.

@@ -1,9 +1,10 @@
 """AMBER (Wang et al. 2023, arXiv 2311.07397): descriptions, and yes/no questions about existence, attributes and relations.
 
-Descriptions have the same metrics as in the authors' inference.py, but words are matched by a simpler rule. The authors count words that
-NLTK tags as nouns and that relation.json contains. They also match a noun to any object with a similar word vector (spaCy's large model,
-cosine above 0.8). This module counts every word of relation.json, whatever its part of speech, except "can" as a verb and "hot". A word
-matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can count as false here.
+The metrics of descriptions are those of the authors' inference.py, but words are matched by a simpler rule. The authors count the words in
+relation.json that NLTK tags as nouns. They also match a noun to any object with a similar word vector (spaCy's large model, cosine above
+0.8). This module counts every word in relation.json, whatever its part of speech, except "hot", and "can" unless it follows "a", "the" or a
+word such as "trash". A word matches only the objects that relation.json lists it with, so a synonym that the authors' code accepts can
+count as false here.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ AMBER = Benchmark(
     title="AMBER (discriminative)",
     files=(QUERIES,),
     item=item,
-    metrics=by("type", partial(yes_no, positive=1)),  # F1 is for the answer no, so it measures detection of absent things
+    metrics=by("type", partial(yes_no, positive=1)),  # the positive class is no, so F1 measures the detection of absent things
     headline="f1",
     beside="yes_ratio",
     probes=("yes_no", "generate"),
@@ -74,9 +75,9 @@ def description(row: Row) -> Item:
     """Return an item with one text per object in the picture, one per object that models often hallucinate there, one for the safe words,
     and one for all other words.
 
-    Each word belongs to one text. All safe words belong to the text for safe words. Any other word belongs to the first object that
-    relation.json lists it with, else to the object that has this name; objects in the picture take precedence. An object whose words all
-    belong to other texts never counts as mentioned.
+    Each word belongs to one text. All safe words belong to the text for safe words. Any other word belongs to the first of the item's
+    objects with which relation.json lists it, or else to the object with this name; objects in the picture take precedence. An object whose
+    words all belong to other texts never counts as mentioned.
     """
     known, (relation, safe) = _annotation(row), _words(row.source)
     there, imagined = known["truth"], known.values.get("hallu")
@@ -89,7 +90,7 @@ def description(row: Row) -> Item:
     for start, objects in ((0, there), (imagined_at, imagined)):
         owners += [(word, number) for number, name in enumerate(objects, start) for word in relation[name]]
         owners += [(name, number) for number, name in enumerate(objects, start)]
-    owner = dict(reversed(owners))  # the first entry of a word counts
+    owner = dict(reversed(owners))  # a word's first owner counts
     texts: list[list[str]] = [[] for _ in range(safe_at + _OTHERS)]
     for word in dict.fromkeys(word for name, words in relation.items() for word in (name, *words)):
         texts[owner.get(word, safe_at + 1)].append(word)
@@ -116,7 +117,7 @@ def nouns(text: str, item: Item) -> tuple[float, ...]:
 
 
 def generative(table: Sequence[Judged]) -> Values:
-    """Return four metrics in %. CHAIR: share of mentions that name something absent. Cover: share of the picture's objects that are
+    """Return four metrics in %. CHAIR: share of mentions that name nothing in the picture. Cover: share of the picture's objects that are
     mentioned. Hal: share of descriptions with a false mention. Cog: share of often-hallucinated objects that are mentioned.
     """
     if not table:

@@ -1,7 +1,7 @@
-"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption against a copy with two parts swapped.
+"""ARO (Yuksekgonul et al. 2023, arXiv 2210.01936), VG-Relation and VG-Attribution: a true caption, and a copy with two words or phrases
+swapped.
 
-As in the authors' loader, pictures are cropped to the box that the official file gives. Crops are saved as PNG files in the folder ``cut``
-and reused.
+As in the authors' loader, pictures are cropped to the annotated boxes. Crops are saved as PNG files in the folder ``cut`` and reused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cfvlm_ds.evaluation.benchmarks.source import File, Row, keep_picture
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 CUTS = "cut"
 LEAST = 25
-"""Minimum number of items for a pair of attributes to count in the mean, as in the authors' code."""
+"""Minimum number of items that an attribute pair needs to count towards the mean, as in the authors' code."""
 _SYMMETRIC = (
     "adjusting|attached to|between|bigger than|biting|boarding|brushing|chewing|cleaning|climbing|close to|coming from|"
     "coming out of|contain|crossing|dragging|draped over|drinking|drinking from|driving|driving down|driving on|"

@@ -1,8 +1,8 @@
-"""ARO, COCO-Order and Flickr30k-Order: a caption against shuffled copies, which this module generates itself.
+"""ARO, COCO-Order and Flickr30k-Order: a caption and shuffled copies of it, which this module generates.
 
 The authors' code shuffles differently in every run and needs a part-of-speech tagger. In a test of that code, 19 % of 150 captions had a
-copy equal to the caption. Here, the copies depend only on the caption: a hash of it determines the order, and a word list replaces the
-tagger. A copy that equals the caption or another copy is shuffled again, and dropped after four attempts.
+copy equal to the caption. Here, a hash of the caption determines the order, and a word list replaces the tagger. A copy that equals the
+caption or another copy is shuffled again, and dropped after four attempts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FUNCTION_WORDS = frozenset(_WORDS.split())
 
 
 def cleaned(caption: str) -> str:
-    """Normalise a caption as the authors' loader does: lower case, no punctuation, at most MAX_WORDS words."""
+    """Normalise a caption as the authors' loader does: lower case, without most punctuation, at most MAX_WORDS words."""
     plain = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     return " ".join(plain.rstrip("\n").split()[:MAX_WORDS])
 
@@ -94,7 +94,7 @@ def _items(*folders: str) -> Callable[[Row], list[Item]]:
         return [
             single(f"{row.number}/{number}", picture, texts, str(row["image"]), one_hot(0, len(texts)), options=str(len(texts)))
             for number, texts in enumerate(orders)
-            if len(texts) > 1  # a one-word caption has no other order
+            if len(texts) > 1  # a one-word caption cannot be shuffled
         ]
 
     return items

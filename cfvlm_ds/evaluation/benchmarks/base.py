@@ -84,16 +84,16 @@ def single(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of an item under a probe (a way to query the model).
+    """Scores of an item under one probe (a way to query the model).
 
     If the model generates an answer, the chosen text scores 1 and all others 0. If it generates a description, each text's score is the
-    number of times the description mentions it. Other probes compute scores from log-likelihoods.
+    number of times the description mentions it. All other probes score by log-likelihood.
 
     Args:
         seen: scores on the item's own images, indexed [image][text].
         blank: scores of the texts on a blank image, which measure the language prior.
         consistency: share of option orders in which the model chooses the option with the highest mean probability over all orders; None if
-            the order is fixed.
+            the order of the options is fixed.
         said: generated text for each image; None if the probe does not generate text.
     """
 
@@ -120,8 +120,8 @@ class Judged:
 
 
 Values = dict[str, float]
-"""Metric -> value in %; NaN if the metric is not defined. ``macro`` is the value for the whole benchmark, and ``macro/add_att`` is the
-value for one part.
+"""Metric -> value in %; NaN if the metric is not defined. ``macro`` is the value for the whole benchmark, and a name such as
+``macro/add_att`` is the value for one part.
 """
 Metrics = Callable[[Sequence[Judged]], Values]
 Mentions = Callable[[str, Item], tuple[float, ...]]
@@ -133,17 +133,17 @@ class Benchmark:
     """A public benchmark, or one of your own: ``BENCHMARKS["mine"] = Benchmark(...)``.
 
     Args:
-        title: name that the authors gave the benchmark.
+        title: display name.
         files: official files that contain the items.
-        item: function that converts a row to one or more items, or to None for a row that the benchmark excludes. An exception that it
-            raises is reported as an error in the row.
+        item: function that converts a row to one or more items, or to None for a row that the benchmark excludes. Its exceptions are
+            reported as errors in the row.
         metrics: pure function of items and their scores.
-        headline: metric that an overview shows.
+        headline: main metric, which overviews show.
         beside: metric without which the headline would be misleading; every table shows both.
         probes: names of the supported probes, the default first.
-        mentions: function that counts the mentions in a description; None if the model answers questions instead.
-        random: known chance levels in %, for metrics whose comparisons share scores, such as Winoground's group score;
-            ``random_scores`` computes those of all other metrics.
+        mentions: function that counts the mentions in a description; None if the benchmark has no descriptions.
+        random: known chance levels in %, for metrics whose comparisons share scores, such as Winoground's group score; ``random_scores``
+            computes all others.
         total: total number of rows in the official files; None if unknown.
         unofficial: deviations from the authors' protocol.
     """
@@ -168,9 +168,9 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Items of a benchmark. Its files contain ``in_files`` items, of which about ``limit`` are loaded, or all if ``limit`` is None.
+    """Items loaded from a benchmark's files: about ``limit`` of the ``in_files`` items, or all if ``limit`` is None.
 
-    ``problems`` contains an error for each unreadable row, and for each item with a missing picture. ``notes`` describe deviations from the
+    ``problems`` contains an error for each invalid row or item and each item with a missing picture. ``notes`` describe deviations from the
     published benchmark. ``own_files`` is True if a file's row count differs from the published count.
     """
 
@@ -255,7 +255,7 @@ def clusters_of(items: Iterable[Item]) -> list[list[int]]:
 
 
 def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
-    """Return the tables that metrics are computed from: ``seen`` (scores on the items' own images), and ``blank`` (on a blank image).
+    """Return the tables that metrics are computed from: ``seen`` (scores on the items' own images) and ``blank`` (scores on a blank image).
     Return {} if there are no outcomes.
     """
     if not outcomes:
@@ -265,8 +265,8 @@ def judged(outcomes: Sequence[Outcome]) -> dict[str, list[Judged]]:
 
 
 def random_scores(benchmark: Benchmark, items: Sequence[Item]) -> Values:
-    """Return the chance level of each metric on these items. If the benchmark does not define a chance level for a metric, compute it by
-    giving all texts the same score and counting each tie as a random guess.
+    """Return the chance level of each metric on these items. Levels that the benchmark does not define are computed by giving all texts the
+    same score and counting each tie as a random guess.
     """
     names = benchmark.metrics(tied(items))
     stated = {name: benchmark.random[base] for name in names if (base := name.split("/")[0]) in benchmark.random}
@@ -280,7 +280,7 @@ def tied(items: Sequence[Item], blind: bool = False) -> list[Judged]:
 
 def results(benchmark: Benchmark, outcomes: Sequence[Outcome]) -> dict[str, Values]:
     """Return the metrics of each table (see ``judged``). Unless the model writes descriptions, add a table ``random`` with the chance level
-    of each metric. ``seen`` also contains ``consistency`` in %, averaged over items.
+    of each metric. If options are reordered, ``seen`` also contains the mean ``consistency`` in %.
     """
     values = {name: benchmark.metrics(table) for name, table in judged(outcomes).items()}
     consistent = [outcome.consistency for outcome in outcomes if outcome.consistency is not None]

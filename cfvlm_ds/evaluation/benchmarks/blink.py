@@ -1,4 +1,6 @@
-"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation set: fourteen multiple-choice perception tasks with one to four pictures."""
+"""BLINK (Fu et al. 2024, arXiv 2404.12390), validation set: fourteen multiple-choice perception tasks, with one to four pictures per
+question.
+"""
 
 from __future__ import annotations
 

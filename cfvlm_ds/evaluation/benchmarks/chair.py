@@ -1,7 +1,7 @@
 """CHAIR (Rohrbach et al. 2018, arXiv 1809.02156): hallucinated objects in descriptions of COCO pictures.
 
 An object is in a picture if it is annotated as an instance or mentioned in a caption. Words are parsed as in the authors' utils/chair.py,
-with one exception: the authors singularise words with a library, but here a word matches a name exactly or without its plural ending.
+except that the authors singularise words with a library, whereas here a word matches a name either exactly or without its plural ending.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _with_phrases(texts: tuple[str, ...]) -> dict[str, int]:
 
 @lru_cache(1)
 def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return one text per object (a line of the synonyms file), and the object index of each name."""
+    """Return one text per object (line of the synonyms file), and name -> object index."""
     lines = [[name for part in row.text("names").split(",") if (name := part.strip())] for row in source.sound_rows(SYNONYMS)]
     texts = tuple(f"{line[0]}: {', '.join(dict.fromkeys(line))}" for line in lines if line)
     return texts, names_of(texts)
@@ -81,8 +81,8 @@ def _objects(source: Source) -> tuple[tuple[str, ...], dict[str, int]]:
 
 @lru_cache(1)
 def _captions(source: Source) -> dict[tuple[str, Any], set[int]]:
-    """Return a dict from each (part, picture id) to the indices of the objects that the captions of the part's picture mention. Parts can
-    number their pictures alike, so captions_PART.json belongs to instances_PART.json alone.
+    """Return (part, picture id) -> indices of the objects that the picture's captions mention. Picture ids are unique only within a part,
+    so captions_PART.json applies only to instances_PART.json.
     """
     texts, _ = _objects(source)
     reader, found = Item("captions", ((),), texts, ((0,) * len(texts),)), defaultdict[tuple[str, Any], set[int]](set)

@@ -1,4 +1,4 @@
-"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): multiple choice on counting and relations (2D), and on depth and distance (3D)."""
+"""CV-Bench (Tong et al. 2024, arXiv 2406.16860): questions about counting and relations (2D), and about depth and distance (3D)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the authors' mean 1/2 (1/2 (ADE20K + COCO) + Omni3D), its parts, and the accuracy over all items, which some papers report."""
+    """Return the authors' mean 1/2 (1/2 (ADE20K + COCO) + Omni3D), the accuracies by source and task, and the accuracy over all items."""
     values = {f"source/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("source")).items()}
     values |= {f"task/{name}": accuracy(part)["accuracy"] for name, part in grouped(table, tag("task")).items()}
     parts = [values.get(f"source/{name}") for name in ("ADE20K", "COCO", "Omni3D")]

@@ -1,4 +1,4 @@
-"""Metrics of descriptions: the share of mentioned objects that are hallucinated, and the share of the picture's objects that are mentioned.
+"""Metrics for descriptions: the share of mentioned objects that are hallucinated, and the share of a picture's objects that are mentioned.
 
 An item has one text per recognisable object, such as "chair: chair, seat, stool": a label, then names of one or two words. The text is true
 if the picture shows the object. A text's score is the number of times the description mentions the object.
@@ -24,13 +24,13 @@ _PLURALS = (
 
 @lru_cache(16)
 def names_of(texts: tuple[str, ...]) -> dict[str, int]:
-    """Return a dict from each lower-case name to the index of its text. A name that occurs in several texts belongs to the last of them."""
+    """Return lower-case name -> index of its text. A name that occurs in several texts belongs to the last of them."""
     return {name.lower(): number for number, text in enumerate(texts) for name in text.partition(": ")[2].split(", ") if name}
 
 
 @lru_cache(1 << 16)
 def _forms(word: str) -> tuple[str, ...]:
-    """Return a word and its possible singulars. Most of these are not real words, so they match no name."""
+    """Return a word and its possible singulars. Most candidates are not real words, so they match no name."""
     if word == "leaves":  # WordNet's singular, although AMBER lists an object "leave"
         return word, "leaf"
     return word, *(word.removesuffix(plural) + singular for plural, singular in _PLURALS if word.endswith(plural))
@@ -39,8 +39,8 @@ def _forms(word: str) -> tuple[str, ...]:
 def named(text: str, names: Mapping[str, object]) -> list[str]:
     """Return the ``names`` that a text mentions, in order of occurrence. Case is ignored, and plurals match their singulars.
 
-    The text is split into words at spaces and punctuation, so "dog's" mentions a dog. Two-word names take precedence: "hot dogs" are not
-    dogs. Any use of a word counts, even the verb "to sink".
+    The text is split into words at spaces and at punctuation other than hyphens, so "dog's" mentions a dog. Two-word names take precedence:
+    "hot dogs" are not dogs. Any use of a word counts, even the verb "to sink".
     """
     tokens, found, place = [_forms(token) for token in _TOKEN.findall(text.lower())], list[str](), 0
     while place < len(tokens):
@@ -53,15 +53,17 @@ def named(text: str, names: Mapping[str, object]) -> list[str]:
 
 
 def tally(found: Iterable[str], names: Mapping[str, int], num_texts: int) -> tuple[float, ...]:
-    """Count the mentions of each text. ``found`` lists the mentioned names, and ``names`` maps a name to its text index, or to -1 to ignore
-    it.
+    """Count the mentions of each text. ``found`` lists the mentioned names, and ``names`` maps each name to its text index, or to -1 if it
+    is to be ignored.
     """
     counts = Counter(names[name] for name in found)
     return tuple(float(counts[number]) for number in range(num_texts))
 
 
 class Counts(NamedTuple):
-    """Counts over descriptions. The last four fields count (description, object) pairs. An object is false if it is not in the picture."""
+    """Counts over descriptions. The last four fields count pairs of a description and an object. An object is false if it is not in the
+    picture.
+    """
 
     inventing: float
     """Number of descriptions that mention a false object."""
@@ -98,8 +100,8 @@ def described(table: Sequence[Judged]) -> Values:
     """Return four metrics in %, pooled over all descriptions. An object is hallucinated if it is mentioned but not in the picture.
 
     ``hallucinated``: share of distinct mentioned objects that are hallucinated. ``covered``: share of the pictures' objects that are
-    mentioned. ``chair_i`` (CHAIR): share of mentions, counting repetitions, of hallucinated objects. ``chair_s`` (CHAIR): share of
-    descriptions with a hallucinated object.
+    mentioned. ``chair_i`` (CHAIR): share of all mentions, including repetitions, that name a hallucinated object. ``chair_s`` (CHAIR):
+    share of descriptions that mention a hallucinated object.
     """
     if not table:
         return {}

@@ -32,7 +32,7 @@ def item(row: Row) -> Item:
 
 
 def _picture(row: Row, name: Any) -> Path:
-    """Return the path of a picture. Official video frames are BGR arrays and are converted to PNG once."""
+    """Return the path of a picture. Official video frames are BGR arrays, which are converted to PNG files once."""
     path, source = row.picture(name, "images"), row.source
     if path.suffix != ".npy" or path in source.absent:
         return path

@@ -1,4 +1,4 @@
-"""HallusionBench (Guan et al. 2024, arXiv 2310.14566): yes/no questions on figures, charts and edited pictures, some without a picture."""
+"""HallusionBench (Guan et al. 2024, arXiv 2310.14566): yes/no questions about figures, charts and edited pictures; some have no picture."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return aAcc, the share of right answers; qAcc, the share of questions answered correctly on all figures of their set; and fAcc, the
+    """Return aAcc, the share of correct answers; qAcc, the share of questions answered correctly on all figures of their set; and fAcc, the
     share of figures with all questions answered correctly.
 
-    These metrics cover all rows, as in the authors' code. Variants with the suffix ``_pictures`` cover only rows with a picture;
-    leaderboards show the mean of the three variants. Sets and figures are identified by category, subcategory and number, because the
-    ``ocr`` subcategories of VD and VS use the same numbers.
+    As in the authors' code, these metrics cover all rows, except that fAcc excludes figure 0 of VS. Variants with the suffix ``_pictures``
+    cover only rows with a picture; leaderboards show the mean of these three. Sets and figures are identified by category, subcategory and
+    number, because VD and VS both have a subcategory ``ocr`` with the same numbers.
     """
     values = _three(table, "")
     pictured = _three([judged for judged in table if judged.item.tags["picture"] == "with"], "_pictures")

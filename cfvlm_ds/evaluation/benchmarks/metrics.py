@@ -19,11 +19,11 @@ from cfvlm_ds.evaluation.benchmarks.base import Judged, Metrics, Values
 
 Key = Callable[[Judged], str]
 _KNOWN = 1 << 16
-"""Number of items whose results are cached, because a bootstrap draws an item up to a thousand times."""
+"""Maximum number of cached results. A bootstrap can draw the same item a thousand times."""
 
 
 def tag(*names: str) -> Key:
-    """Return a function that looks up a tag of an item. If there are several names, the function joins the values."""
+    """Return a function that looks up an item's tag, or joins the values of several tags."""
     first, *others = names
     if not others:
         return lambda judged: judged.item.tags[first]
@@ -39,7 +39,7 @@ def grouped(table: Iterable[Judged], key: Key) -> dict[str, list[Judged]]:
 
 
 def sets(table: Iterable[Judged], key: Key) -> list[list[Judged]]:
-    """Return sets of items that share a key and are judged together, such as pairs. A pair that a bootstrap draws twice forms two sets."""
+    """Return the sets of items that share a key, such as pairs. A pair that a bootstrap draws twice forms two sets."""
     return list(grouped(table, lambda judged: f"{judged.draw}\0{key(judged)}").values())
 
 
@@ -49,7 +49,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def text_right(judged: Judged, image: int = 0) -> float:
-    """Return 1 if every text that is true of an image beats every text that is false of it, else 0.
+    """Return 1 if some text is true of an image and all true texts score higher than all false ones, else 0.
 
     For a blind table, return the probability of this outcome if ties are broken at random.
     """
@@ -91,7 +91,7 @@ def image_right(judged: Judged) -> float:
 
 
 def accuracy(table: Sequence[Judged]) -> Values:
-    """Return ``accuracy``: the share of images whose true texts all beat their false texts, in %."""
+    """Return ``accuracy``: the share of images whose true texts all score higher than their false texts, in %."""
     values = [text_right(judged, image) for judged in table for image in range(len(judged.scores))]
     return {"accuracy": mean(values)} if values else {}
 
@@ -124,15 +124,17 @@ def macro_by(name: str, least: int = 1) -> Metrics:
 
 
 def means(values: Values, starts: Mapping[str, str]) -> Values:
-    """Return means of metrics. ``starts`` maps the name of each mean to the prefix of the metrics to average. A mean is omitted if no
-    metric has its prefix.
+    """Return means of metrics. ``starts`` maps the name of each mean to the prefix of the names of the metrics to average. A mean is
+    omitted if no metric has its prefix.
     """
     parts = {name: [value for key, value in values.items() if key.startswith(start)] for name, start in starts.items()}
     return {name: sum(matching) / len(matching) for name, matching in parts.items() if matching}
 
 
 def quads(table: Sequence[Judged]) -> Values:
-    """Return Winoground's text, image and group scores, and ``pair``: the share of individual text comparisons that are won."""
+    """Return Winoground's text, image and group scores, and ``pair``, the share of images on which the true text scores higher than the
+    false one.
+    """
     if not table:
         return {}
     values = {"text": mean([all_right(judged) for judged in table]), "pair": accuracy(table)["accuracy"]}
@@ -143,7 +145,7 @@ def quads(table: Sequence[Judged]) -> Values:
 
 
 QUAD_RANDOM = {"text": 25.0, "pair": 50.0, "image": 25.0, "group": 100 / 6}
-"""Metrics under random scores for two images and two texts, in %."""
+"""Chance levels for two images and two texts, in %."""
 
 
 def together(table: Sequence[Judged], key: Key) -> float | None:
@@ -168,14 +170,15 @@ def answers(table: Sequence[Judged]) -> Any:
     """Return an array [items, 6] for items with the texts yes and no.
 
     The first five columns are indicators, 0 or 1 (1/2 for a tie in a blind table): answer is yes, answer is no, yes is correct, no is
-    correct, answer is correct. The last column contains the log-odds of yes over no in nats.
+    correct, answer is correct. The last column contains the score of yes minus the score of no: log-odds in nats, unless the answers were
+    generated.
     """
     return np.fromiter(chain.from_iterable(map(_answer, table)), float).reshape(-1, 6)
 
 
 def auc(margins: Any, truth: Any) -> float | None:
-    """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger log-odds. A
-    tie counts as one half. ``margins`` [items] holds the log-odds of yes over no in nats. ``truth`` [items] is 1 where yes is correct.
+    """Return the area under the ROC curve in %: the share of pairs (yes item, no item) in which the yes item has the larger margin. A tie
+    counts as one half. ``margins`` [items] holds the score of yes minus that of no. ``truth`` [items] is 1 where yes is correct.
 
     Return None if yes or no is never correct, or if a score is NaN.
     """
@@ -190,7 +193,7 @@ def yes_no(table: Sequence[Judged], positive: int = 0) -> Values:
     """Return accuracy, the share of yes answers, the area under the ROC curve, and precision, recall and F1 for the answer ``positive`` (0:
     yes, 1: no).
 
-    Items have the texts yes and no, in this order. An item without an answer (a tie) counts as wrong but not as a prediction. If
+    Items have the texts yes and no, in this order. An item without an answer (a tie) counts as wrong, but not as a prediction. If
     ``positive`` is never correct, precision, recall and F1 are left out. If the model never gives this answer, precision and F1 are NaN.
     """
     if not table:

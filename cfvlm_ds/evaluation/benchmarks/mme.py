@@ -32,10 +32,10 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the score of each task (accuracy plus the percentage of pictures with both answers right, at most 200), and sums of task
+    """Return the score of each task (accuracy plus the percentage of pictures with both answers correct, at most 200), and sums of these
     scores.
 
-    The sum is at most 2,000 for perception and 800 for cognition. A sum is left out if one of its tasks is missing.
+    The sums are at most 2,000 for perception and 800 for cognition. A sum is left out if any of its tasks is missing.
     """
     if not table:
         return {}

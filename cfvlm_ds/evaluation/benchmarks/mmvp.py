@@ -28,7 +28,7 @@ def item(row: Row) -> Item:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the share of pairs with both answers right, and the accuracy on individual questions."""
+    """Return the share of pairs with both answers correct, and the accuracy on individual questions."""
     value = together(table, tag("pair"))
     return {} if value is None else {"pair": value} | accuracy(table)
 

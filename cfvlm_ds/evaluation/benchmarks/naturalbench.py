@@ -39,8 +39,8 @@ def items(row: Row) -> list[Item]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return accuracy, the share of right answers; q_acc, the share of questions answered correctly on both pictures; i_acc, the share of
-    pictures with both questions answered correctly; and g_acc, the share of groups with all answers right.
+    """Return accuracy, the share of correct answers; q_acc, the share of questions answered correctly on both pictures; i_acc, the share of
+    pictures with both questions answered correctly; and g_acc, the share of groups with all answers correct.
     """
     if not table:
         return {}

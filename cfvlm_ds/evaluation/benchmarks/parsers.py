@@ -1,7 +1,7 @@
-"""Parsers of generated text: functions that return the index of the item text that the model chose, or None, which counts as wrong.
+"""Parsers of generated text. A parser returns the index of the item text that the model chose, or None, which counts as wrong.
 
-If a benchmark's authors published a rule, the parser is named after the benchmark. The other parsers are strict: the article "A" is not
-taken for option A, nor an initial "The" for option T.
+If a benchmark's authors published a rule, the parser is named after the benchmark. The other parsers are strict: they do not mistake the
+article "A" for option A, or an initial "The" for option T.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Official files in a benchmark's folder: rows with their locations, and pictures with their paths.
+"""Reading of a benchmark's official files: rows with their locations, and paths of pictures.
 
-The files are untrusted, so their sizes are limited, and a name in a row cannot lead to a file outside the folder. A picture folder can be a
-link, because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to JSON
-lines, and their pictures are copied into one file (cfvlm_ds.data.containers).
+The files are untrusted, so their sizes are limited, and a name in a row cannot refer to a file outside the folder. A picture folder can be
+a link, because picture collections are large and shared, but a link inside it must not lead outside. Parquet files are converted once to
+JSON lines, and their pictures are copied into one file (cfvlm_ds.data.containers).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class File:
 
     Args:
         name: path below the benchmark's folder; ``*`` matches any name, and ``**`` matches any number of folders.
-        columns: names of the columns, for rows that are lists of values. In other files, each row names its columns.
+        columns: names of the columns if rows are lists of values; in other files, each row names its columns.
         rows: number of rows in the official file; None if unknown.
         lines: JSON lines file that is read instead if it exists.
         part: part of the benchmark that the rows belong to, such as a split.
@@ -58,8 +58,8 @@ class Row:
 
     Args:
         values: column -> value.
-        where: location of the row, with which every error message begins.
-        number: number of the row in its file, from 1, or its key if the file is a JSON object.
+        where: location of the row, with which its error messages begin.
+        number: 1-based number of the row in its file, or its key if the file is a JSON object.
         part: part of the benchmark that the file belongs to.
         file: path of the file below the benchmark's folder.
         source: folder of the benchmark.
@@ -85,7 +85,7 @@ class Row:
         return DataError(f"{self.where}: {problem}; {remedy}")
 
     def rows(self, column: str) -> Iterator[Row]:
-        """Yield the objects in a list-valued column as rows. Raises DataError if the value is not a list."""
+        """Yield the objects in a list-valued column as rows. Raises DataError if the value is not a list of objects."""
         values = self[column]
         if not isinstance(values, list):
             raise self.error(f"{column!r} must be a list, not {quoted(values)}")
@@ -94,7 +94,7 @@ class Row:
             yield Row(_checked(where, value), where, str(number), self.part, self.file, self.source)
 
     def text(self, column: str) -> str:
-        """Return the text in a column with surrounding white space removed. Raises DataError if the value is empty or not a text."""
+        """Return the text in a column with surrounding white space removed. Raises DataError if the value is empty or not a string."""
         value = self[column]
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"{column!r} must be a text, not {quoted(value)}")
@@ -128,7 +128,7 @@ class Source:
     """Folder of a benchmark. ``say`` is called with progress messages.
 
     Attributes:
-        counts: name of an official file -> number of its rows, without those that the benchmark excludes (see ``Benchmark.item``).
+        counts: name of an official file -> number of its rows, excluding those for which ``Benchmark.item`` returns None.
         read: name of an official file -> name of the file that was actually read.
         absent: path of a missing picture -> error for the first row that names it.
     """
@@ -139,7 +139,7 @@ class Source:
     read: dict[str, str] = field(default_factory=dict)
     absent: dict[Path, DataError] = field(default_factory=dict)
     _brought: tuple[Path, ...] = ()
-    """Folder of the pictures extracted from the current file, if any."""
+    """Folder with the converted pictures of the current file, if any."""
     _confined: dict[tuple[Path, ...], Confinement] = field(default_factory=dict)
 
     def rows(self, file: File) -> Iterator[Row | DataError]:
@@ -205,8 +205,8 @@ class Source:
     def picture(self, where: str, name: Any, *folders: str) -> Path:
         """Return the path of a picture in the first of ``folders`` that contains it. If none does, record its path in ``absent``.
 
-        A folder that begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. For an invalid name,
-        raises a DataError whose message starts with ``where``.
+        A folder whose name begins with ``../`` lies beside the benchmark's folder and is shared by several benchmarks. Raises DataError for
+        an invalid name; the message begins with ``where``.
         """
         if not isinstance(name, str):
             raise DataError(f"{where}: {quoted(name)} is not the name of a picture; {_AGAIN}")
@@ -227,7 +227,7 @@ class Source:
 
 
 def keep_picture(root: Path, path: Path, image: Image.Image) -> Path:
-    """Save a picture that was derived from an official one to the PNG file ``path``, and return ``path``. ``root`` is the benchmark's
+    """Save a picture that was derived from an official one as the PNG file ``path``, and return ``path``. ``root`` is the benchmark's
     folder.
 
     Raises StorageError if the file cannot be written, and ConfigError if a link leads out of the folder.
@@ -258,7 +258,7 @@ _Placed = Iterator[tuple[str, Any]]
 
 
 def _json_values(path: Path) -> _Placed:
-    """Yield the rows of a .json file, which contains one JSON value, or one object per line. Published files come in both forms."""
+    """Yield the rows of a .json file, which contains either one JSON value or one object per line. Published files use both forms."""
     content = read_bytes(path, MAX_FILE).decode("utf-8-sig")
     try:
         value = parse_json(content)

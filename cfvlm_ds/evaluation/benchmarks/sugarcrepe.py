@@ -1,4 +1,4 @@
-"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): one picture with a true caption and a hard negative; seven kinds of edits."""
+"""SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): a picture, its caption, and a hard negative made by one of seven kinds of edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SugarCrepe++ (Dumpala et al. 2024, arXiv 2406.11171): two true captions in different words, and a false one that resembles the first."""
+"""SugarCrepe++ (Dumpala et al. 2024, arXiv 2406.11171): two differently worded true captions, and a false one that resembles the first."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ VISUAL_COUNTERFACT = Benchmark(
     ),
     item=item,
     metrics=by("part", quads),
-    headline="text",  # a model that answers from memory is right only on the first picture and scores 0
+    headline="text",  # a model that answers from memory is right only on the first picture, so it scores 0
     probes=("caption", "generate"),
     random=QUAD_RANDOM,
     unofficial="the order of the objects in the questions about size",

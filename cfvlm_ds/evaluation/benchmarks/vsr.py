@@ -1,4 +1,4 @@
-"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: sentences about a spatial relation, true or false of a picture."""
+"""VSR (Liu et al. 2023, arXiv 2205.00363), zero-shot split: sentences about a spatial relation that are true or false of a picture."""
 
 from __future__ import annotations
 

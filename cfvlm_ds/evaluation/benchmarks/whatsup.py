@@ -61,11 +61,11 @@ def scene_of(row: Row, path: PurePosixPath) -> tuple[str, str]:
 
 
 def metrics(table: Sequence[Judged]) -> Values:
-    """Return the accuracy of each part. For the controlled parts, also return the share of pairs and the share of scenes for which the
-    model is right on every picture.
+    """Return the accuracy on each part. For the controlled parts, also return the shares of pairs and of scenes in which the model is right
+    on every picture.
 
-    An incomplete pair or scene counts as wrong. As in the authors' code, the number of pairs is taken to be half the number of pictures,
-    and the number of scenes a quarter of it.
+    As in the authors' code, the number of pairs is taken to be half the number of pictures, and the number of scenes a quarter of it. An
+    incomplete pair or scene counts as wrong.
     """
     values: Values = {}
     for part, members in grouped(table, tag("part")).items():

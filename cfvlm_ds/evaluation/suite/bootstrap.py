@@ -2,8 +2,8 @@
 
 Intervals for a single model come from a bootstrap. Items of a cluster, such as all items about one picture, are not independent, so they
 are drawn together. Draw k depends only on the seed and k, so the draws can be divided among ranks. Percentile intervals from few clusters
-are too narrow, so none are given for fewer than ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which exchanges
-their answers to whole clusters and is exact for any number of clusters.
+are too narrow, so they are not computed for fewer than ``FEWEST_DRAWN`` clusters. Two models are compared by a permutation test, which
+exchanges their answers to whole clusters and is exact for any number of clusters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FEWEST_DRAWN = 30
 """Minimum number of clusters for a bootstrap. In simulations, intervals from 30 clusters contain the true share in 92 to 96 % of cases,
 from 10 clusters in 66 to 96 %, and from 6 clusters in 45 to 97 %."""
 MOST_DRAWS, LEAST_DRAWS = 1000, 200
-_ITEMS_OF_ALL = 10_000_000  # maximum of items x draws; large benchmarks get fewer draws
+_ITEMS_OF_ALL = 10_000_000  # maximum number of items x draws; large benchmarks get fewer draws
 
 
 def draws_for(num_items: int) -> int:
@@ -59,8 +59,8 @@ def _copy(judged: Judged, copy: int) -> Judged:
 
 
 def exchanges(members: Sequence[Sequence[int]], draws: int) -> Iterator[set[int]]:
-    """Yield sets of item indices. In a permutation test, two models exchange their answers to the items of a set. A set consists of whole
-    clusters; the first set is empty.
+    """Yield the sets of item indices for which two models exchange their answers in a permutation test. A set consists of whole clusters;
+    the first set is empty.
 
     The other sets cover all choices of clusters or, if there are more than ``draws`` choices, ``draws`` random ones. The first cluster is
     never exchanged, because exchanging the complement of a set instead would only reverse the sign of the difference.
@@ -79,7 +79,7 @@ def drawn_together(
 ) -> list[Values]:
     """Return the metrics of each bootstrap draw, in order, on every rank. Return [] if there are too few clusters.
 
-    The draws are divided among the ranks. A rank that finishes early waits for the others while any of them makes progress.
+    The draws are divided among the ranks. A rank that finishes early waits for as long as any other is still making progress.
     """
     members, table = clusters_of(outcome.item for outcome in outcomes), judged(outcomes)["seen"]
     draws = draws_for(len(outcomes)) if draws is None else draws
@@ -114,8 +114,8 @@ def intervals(drawn: Sequence[Values]) -> dict[str, Interval]:
 
 
 def exchange_intervals(differences: Sequence[Values], names: Sequence[str]) -> dict[str, Interval]:
-    """Return intervals for the differences between two models. ``differences`` contains the observed differences, then those after each
-    exchange.
+    """Return intervals for the differences between two models. ``differences`` contains the observed differences, followed by those
+    after each exchange.
 
     As in an exact test, an interval excludes 0 if at most 5 % of the exchanges give a difference at least as large as the observed one. The
     metrics are tested jointly (max-T of Westfall and Young): for two equally good models, all intervals contain 0 in 95 % of cases.

@@ -35,7 +35,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after, and the interval of its difference (None without draws or if too few clusters changed).
+    """A metric before and after, and the interval of the difference (None without draws, or if too few clusters changed).
 
     ``changed`` contains the number of clusters in which the metric rose and the number in which it fell. It is None for a metric that is
     not defined on a single cluster; such a metric is tested if the total number of ``clusters`` is large enough.
@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Comparison of two models on one benchmark with the same probe: pairs of outcomes for the shared items, and differences of metrics."""
+    """Comparison of two models on one benchmark with the same probe: pairs of outcomes for the shared items, and differences in metrics."""
 
     before: Result
     benchmark: Benchmark
@@ -98,7 +98,7 @@ def is_right(benchmark: Benchmark, outcome: Outcome) -> bool:
 
 
 def compare_results(before: Path, after: Path, draws: int | None = None, say: Say = no_op) -> list[Compared]:
-    """Compare the results that both folders have, in the order of ``before``.
+    """Compare the results that both folders contain, in the order of ``before``.
 
     Raises ConfigError if the folders have no result or item in common, and DataError for files that are not results.
     """

@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked_items(items: Sequence[Item], way: Way, collator: Collator, world: World, label: str) -> Checked:
-    """Check all items. Return the valid ones, and the reason for leaving out each of the others. All ranks must call this."""
+    """Check all items. Return the valid ones, and the reason why each of the others is left out. All ranks must call this."""
     barrier = ProgressBarrier(world)
 
     def gathered(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

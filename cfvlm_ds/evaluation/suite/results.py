@@ -71,7 +71,7 @@ class Result:
 
     @property
     def shown(self) -> str:
-        """Name shown in tables: the value of ``called``, followed by a note if the files differ from the published files."""
+        """Name shown in tables: the value of ``called``, followed by a note if the files differ from the published ones."""
         return f"{self.called} (own files)" if self.record.get("own_files") else self.called
 
 
@@ -90,9 +90,9 @@ def result_of(
 ) -> Result:
     """Build the result of an evaluation.
 
-    The record contains the ``header`` (everything that the scores depend on), the name of the ``model``, the metrics of every table,
+    Its record contains the ``header`` (everything that the scores depend on), the name of the ``model``, the metrics of every table,
     intervals from the bootstrap draws (``drawn``), the ``prompt`` of one item, the items left out, notes, and ``own_files`` (True if the
-    files differ from the published files).
+    files differ from the published ones).
     """
     benchmark = chosen.benchmark
     counts = {"in files": len(outcomes) if in_files is None else in_files, "asked": len(outcomes), "left out": len(left_out)}
@@ -233,7 +233,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     old, new = (flat(json.loads(json.dumps(header))) for header in (before, now))
     for name in sorted(
         new, key=lambda name: not name.startswith("settings.")
-    ):  # settings first: report a changed limit rather than its effect on the items
+    ):  # settings first, to report a changed limit rather than its effect on the items
         was, value = old.get(name), new[name]
         if was != value:
             raise ConfigError(

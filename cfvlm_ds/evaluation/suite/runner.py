@@ -55,7 +55,7 @@ _TABLES = "results.md"
 
 @dataclass(frozen=True)
 class Asked:
-    """Model under evaluation: its forward pass, in evaluation mode on every rank, and its identity (hashes).
+    """Model under evaluation: its forward pass (in evaluation mode on every rank) and its identity.
 
     ``identity`` contains the hashes ``weights`` and ``inputs`` (see cfvlm_ds.models.identity), ``adapter`` if the model has adapters, and
     ``writing`` (hash of the generation options) if it generates text. ``say`` generates a text from pictures, a prompt and a maximum number
@@ -76,7 +76,7 @@ class Settings(Batching):
     """Settings of a benchmark evaluation.
 
     Args:
-        skip: leave out and report items that the model cannot process. Otherwise, the first such item raises an error.
+        skip: leave out and report items that the model cannot process. If False, the first of them raises an error.
         draws: number of bootstrap draws; by default it depends on the number of items.
     """
 
@@ -106,7 +106,7 @@ def results_held(out: Path, world: World) -> Iterator[None]:
         with locks[0] if locks else contextlib.nullcontext():
             yield
     finally:
-        if locks:  # so that a refused evaluation leaves no empty folder
+        if locks:  # a refused evaluation must not leave an empty folder
             with contextlib.suppress(OSError):
                 out.rmdir()
 
@@ -234,8 +234,8 @@ def _written(
 
 
 def _with_problem(turns: Iterator[_Rows]) -> Iterator[tuple[_Rows, InputError | None]]:
-    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop. The caller can then raise the
-    error on all ranks.
+    """Yield (rows, None) for each batch in ``turns``. If a batch raises an error, yield ({}, error) and stop, so that the caller can raise
+    the error on all ranks.
     """
     try:
         for rows in turns:

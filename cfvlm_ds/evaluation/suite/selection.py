@@ -45,7 +45,7 @@ class Chosen:
         return f"{self.name}/{self.label}"
 
     def header(self, model: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that the scores depend on, as stored in results.json. ``model`` maps names to the hashes of the model."""
+        """Return everything that the scores depend on, as stored in results.json. ``model`` holds the model's hashes by name."""
         names = (*OF_MODEL, "writing") if isinstance(self.way, Generate) else OF_MODEL
         return {
             "benchmark": self.name,

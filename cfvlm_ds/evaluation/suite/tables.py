@@ -13,7 +13,7 @@ from cfvlm_ds.evaluation.suite.results import Result
 TABLES = {"blank": "blank image", "random": "random scores"}
 """Name of a control table -> column heading."""
 _WITHOUT_IMAGES = ("accuracy", "pair", "text")
-"""Metrics shown for a blank image if the headline metric compares images, and is therefore undefined there."""
+"""Metrics shown for a blank image if the headline metric compares images and is therefore undefined there."""
 HEADING = "# Results"
 INTERVALS = (
     "95 %: percentile interval of a bootstrap over clusters (pictures, pairs). No interval is given if there are fewer than "
@@ -40,8 +40,8 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def summary(result: Result) -> str:
-    """Return a line that states by how many points the model exceeds random scores, with the items' images and with a blank image. For a
-    benchmark with two headline metrics, the line states the values of both metrics instead.
+    """Return a line with the number of points by which the model exceeds random scores, with the items' images and with a blank image. For
+    a benchmark with two headline metrics, return a line with the values of both instead.
     """
     seen, blank, random = (result.metrics.get(name, {}) for name in ("seen", "blank", "random"))
     if len(result.headlines) > 1:

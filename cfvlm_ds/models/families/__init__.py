@@ -51,10 +51,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 _ROPES = ("default", "dynamic", "linear", "llama3", "proportional", "yarn")
-"""Types of rotary position embedding that have the same frequencies for all rows within the context window. ``longrope``, and any type with
-phimoe's ``long_mscale``, depend on the largest position in a row.
+"""Types of rotary position embedding whose frequencies are the same for all rows within the context window. ``longrope``, and any type with
+PhiMoE's ``long_mscale``, depend on the largest position in the row.
 """
 _LAYERS = ("full_attention", "sliding_attention", "linear_attention")
-"""Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling start at the row's
-first token.
+"""Layer types that support rows of trees. ``chunked_attention`` does not, because its chunks and its length scaling are counted from the
+row's first token.
 """

@@ -1,8 +1,8 @@
 """Gemma 3 and 4: sliding-window layers between full-attention layers, and bidirectional attention among the tokens of a picture.
 
-Gemma 3 has a SigLIP tower with a fixed number of visual tokens. A picture's tokens attend to each other in both directions in all layers.
-Gemma 4 has a different tower, and its number of visual tokens is configurable. In its larger models, attention among a picture's tokens is
-bidirectional only in the sliding-window layers; in its smaller models, it is causal everywhere.
+Gemma 3 has a SigLIP tower with a fixed number of visual tokens per picture. A picture's tokens attend to each other in both directions in
+all layers. Gemma 4 has a different tower, and its number of visual tokens is configurable. In its larger models, attention among a
+picture's tokens is bidirectional only in the sliding-window layers; in its smaller models, it is causal everywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def no_crops(processor: Any, config: Any, model: ModelConfig) -> None:
 
 
 def largest_budget(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Limit visual tokens to the largest budget within ``max_pixels``. Raises ConfigError for a model whose text attends to later text."""
+    """Limit visual tokens to the largest budget within ``max_pixels``. Raises ConfigError if the model's text attends to later text."""
     _generates(config)
     budgets(processor, config, model)
 
@@ -48,7 +48,7 @@ def _generates(config: Any) -> None:
 
 GEMMA_3 = Family(
     model_types=("gemma3",),
-    unused=lambda config: ("model.vision_tower.head",),  # a pooling head, which some checkpoints contain
+    unused=lambda config: ("model.vision_tower.head",),  # a pooling head, present in some checkpoints
     around=("\n\n", "\n\n"),
     whole_pictures=lambda config: "everywhere",
     visual_mark="token_type_ids",
@@ -57,10 +57,10 @@ GEMMA_3 = Family(
 
 GEMMA_4 = Family(
     model_types=("gemma4",),
-    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two are for audio and unused
+    vision_tower=("model.vision_tower", "model.audio_tower", "model.embed_audio"),  # the last two process audio and are unused
     projector=("model.embed_vision",),
     image_inputs=("pixel_values", "image_position_ids"),
-    unused=lambda config: ("model.audio_tower", "model.embed_audio"),  # which some checkpoints contain
+    unused=lambda config: ("model.audio_tower", "model.embed_audio"),  # present in some checkpoints
     whole_pictures=in_windows,
     visual_mark="mm_token_type_ids",
     logit_cap=lambda config: config.get_text_config().final_logit_softcapping,

@@ -1,7 +1,7 @@
 """LLaVA: a CLIP or SigLIP tower, a two-layer projector and a causal language model.
 
 LLaVA-1.5 has a fixed number of visual tokens per image. LLaVA-NeXT and OneVision cut the image into tiles and add a learned newline token
-after each row.
+after each row of features.
 """
 
 from __future__ import annotations

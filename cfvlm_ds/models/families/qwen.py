@@ -61,7 +61,7 @@ def tower_inputs(config: PreTrainedConfig, grids: Tensor) -> dict[str, Any]:
 
 
 def add_at_places(model: nn.Module) -> None:
-    """Patch the language model's method that adds image features to visual tokens, so that it accepts token indices, not only a mask."""
+    """Patch the language model's method that adds image features to visual tokens to accept token indices as well as a mask."""
     text: Any = model.get_submodule("model.language_model")
     original: Callable[..., Tensor] = type(text)._deepstack_process
 
@@ -90,10 +90,10 @@ QWEN_3_5 = replace(QWEN_VL, model_types=("qwen3_5", "qwen3_5_moe"), projector=("
 
 
 class TransposeByWholeShape(Transpose):
-    """Transposition of expert weights in published Qwen3-VL-MoE checkpoints, unless they already have the model's shape.
+    """Conversion that transposes the expert weights of published Qwen3-VL-MoE checkpoints, unless they already have the model's shape.
 
-    To decide this, transformers compares their shape with the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so
-    this class uses the unpartitioned shape instead.
+    transformers decides this by the parameter's ``shape``. Under ZeRO-3, the parameter is an empty tensor, so this class compares with the
+    unpartitioned shape.
     """
 
     def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
