@@ -283,8 +283,8 @@ def _describe(
         raise ConfigError(f"{missing[0]} is not a file; name the model first, then image files")
     if choices and (misplaced := [each for each in choices if Path(each).is_file()]):
         raise ConfigError(f"--choices: {misplaced[0]} is a file, not a text; put pictures before the options")
-    if choices and len(set(choices)) < len(choices):
-        raise ConfigError("--choices has the same text twice; give different texts")
+    if choices and len(set(choices)) < max(2, len(choices)):
+        raise ConfigError("--choices must be at least two texts, all different; correct it")
     from cfvlm_ds.demo.family_checkpoints import is_random
     from cfvlm_ds.evaluation.generation import write
     from cfvlm_ds.models import load_config
@@ -340,4 +340,7 @@ def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: 
     return "\n".join([*lines, preferred, _COLUMNS])
 
 
-_COLUMNS = "nats: log p(text | picture); behind: distance to the first text; blank: nats on a blank picture; gain: nats - blank"
+_COLUMNS = (
+    "nats: log p(text | picture), usually lower for a longer text; behind: distance to the first text; blank: nats on a blank picture; "
+    "gain: nats - blank"
+)

@@ -57,7 +57,8 @@ def init(folder: str) -> None:
         environment.write_text(_with_python(environment.read_text()))
         for name in SHIPPED:
             put_in_place(Path(partial) / name, to / name, Path(partial) / "older")
-    print(f"wrote {', '.join(SHIPPED)} to {to}; next: cd {to}, edit slurm/env.sh, sbatch slurm/train_1node.sh --config FILE")
+    print(f"wrote {', '.join(SHIPPED)} to {to}; next, in this folder: deepspeed --num_gpus 1 train.py --config FILE")
+    print("on a Slurm cluster: edit slurm/env.sh, then sbatch slurm/train_1node.sh --config FILE")
 
 
 def _with_python(environment: str) -> str:

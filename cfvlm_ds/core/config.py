@@ -169,7 +169,7 @@ class TrainConfig:
         bf16: train in bfloat16 (``true``) or float32 (``false``); ``auto`` uses bfloat16 if the device supports it.
         logging_steps: steps between progress lines and metric records.
         eval_steps: steps between evaluations; 0 evaluates only at the end. By default, a random sample of at most 300 groups per set is
-            also evaluated after each quarter of training, which takes up to a tenth of the training time.
+            also evaluated after each quarter of training, which takes up to a tenth of the training time; not in very short runs.
         eval_on_start: evaluate before the first step, so that results.md shows what the training changed. ``auto`` evaluates a random
             sample of at least 100 groups per set, which takes about a tenth of the training time; ``true`` evaluates all groups and
             benchmarks; ``false`` skips this evaluation.

@@ -5,6 +5,7 @@ The functions raise ValueError or OSError without the file's name, which the cal
 
 from __future__ import annotations
 
+import difflib
 import errno
 import glob
 import json
@@ -40,6 +41,12 @@ def is_there(path: Path) -> bool:
 def counted_from(path: str | Path) -> str:
     """Return a suffix for messages about missing files: the folder that a relative path is resolved against, or "" for an absolute path."""
     return "" if os.path.isabs(path) else f" (relative paths are resolved against {os.getcwd()})"
+
+
+def similar_names(path: str | Path) -> str:
+    """Return the question "did you mean ...?" with up to three similar names in the folder of ``path``, or "" if there are none."""
+    near = difflib.get_close_matches(Path(path).name, [each.name for each in Path(path).parent.glob("*")], n=3)
+    return f"did you mean {' or '.join(repr(str(Path(path).with_name(name))) for name in near)}?" if near else ""
 
 
 class TooLarge(ValueError):

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import similar_names
 from cfvlm_ds.core.versions import PACKAGE
 
 SHIPPED = ("train.py", "ds_configs", "examples", "slurm")
@@ -38,7 +39,8 @@ def refuse_no_file(given: str, path: str) -> None:
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name a file of options in it")
     if not os.path.lexists(path):
-        raise ConfigError(f"--config {given}: no such file; give the path of your file, or one of {listed('examples', given)}")
+        remedy = similar_names(given) or f"give the path of your file, or one of {listed('examples', given)}"
+        raise ConfigError(f"--config {given}: no such file; {remedy}")
 
 
 def listed(folder: str, given: str = "") -> str:

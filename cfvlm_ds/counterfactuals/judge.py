@@ -21,7 +21,7 @@ from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
-GOOD = ""
+GOOD, UNSCORED = "", "not scored, nothing wrong with pixels"
 _CERTAIN = 40.0  # log-odds used for probabilities of exactly 0 and 1
 
 

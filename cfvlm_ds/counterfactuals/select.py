@@ -32,8 +32,8 @@ from cfvlm_ds.data.cfgroup import SCHEMA, to_row
 from cfvlm_ds.data.containers.prepared import ENDING
 from cfvlm_ds.data.lines import MAX_LINE
 
-KEPT, NO_ROOM, QUOTA = "kept", "good, but over the quota of its source", "good, but over the quota of its type"
-TWICE, ELSEWHERE = "good, but its text is a duplicate", "good, but its real picture belongs to another split"
+KEPT, NO_ROOM, QUOTA = "kept", "not drawn: over --per_source", "not drawn: over --per_type"
+TWICE, ELSEWHERE = "its text is a duplicate", "its real picture belongs to another split"
 REPEATED = "its source has the id of an earlier row"
 _ROWS = 24
 _MANY = 1000
@@ -288,9 +288,9 @@ def group_of(history: History, kept: Sequence[Edited], options: SelectOptions) -
 def parse_splits(text: str) -> dict[str, float]:
     """Parse ``train=0.9,test=0.1`` into shares. Raises ConfigError for malformed shares, and for shares that do not add up to 1."""
     given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
-    shares: dict[str, float] = fitted(dict[str, float], given, "--splits", (1e-9, 1))
-    if shares and abs(sum(shares.values()) - 1) > 1e-6:
-        raise ConfigError(f"--splits {text}: the shares add up to {sum(shares.values()):g} instead of 1")
+    shares: dict[str, float] = fitted(dict[str, float], given, "--splits")
+    if shares and not (min(shares.values()) > 0 and abs(sum(shares.values()) - 1) < 1e-6):
+        raise ConfigError(f"--splits {text}: shares must be positive and add up to 1, as in train=0.9,test=0.1")
     return shares
 
 

@@ -236,12 +236,13 @@ class ShardStep:
 
     def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Say) -> dict[str, Any]:
         """Write and return the completion record, and warn about the first row or picture that could not be used."""
-        counts, unusable = Counter[str](), ""
+        counts, unusable, details = Counter[str](), "", 0
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
             unusable = unusable or record.get("detail", "")
+            details += "detail" in record
         if unusable:
-            say(f"warning: {self.step}: some rows or pictures could not be used and are counted; the first: {unusable}")
+            say(f"warning: {self.step}: {details} of {self.count} records could not be used; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         steps = self.work.steps
@@ -280,7 +281,9 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
     if current == wanted_now:
         return
     remedy = f"use the same settings, or a folder other than {folder}"
-    if path.stem != "run":
+    if path.stem == "run":
+        remedy += ", or remove it"
+    else:
         remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and the same for the following steps"
     old, new = flat(current), flat(wanted_now)
     differing = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

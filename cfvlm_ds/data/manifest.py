@@ -55,7 +55,7 @@ def open_groups(
     if os.path.exists(path):
         for data_root in roots:
             if not data_root.is_dir():
-                remedy = "pass the folder that image paths are relative to as root"
+                remedy = "pass the folder that image paths are relative to as --root or data.root"
                 raise DataError(f"{path}: its data root {data_root} is not a folder; {remedy}")
     from cfvlm_ds.data.formats.open import open_data  # training on a store does not need it
 

@@ -46,7 +46,8 @@ class LineRows:
 
     def value(self, row: int) -> Any:
         try:
-            value = parsed(self._lines.line(row), self.where(row), "write one JSON object per line, or put a list in a file named .json")
+            remedy = "write one JSON object per line, or name a file with a list .json and a table .csv or .tsv"
+            value = parsed(self._lines.line(row), self.where(row), remedy)
         except DataError as error:
             return error
         except OSError as error:

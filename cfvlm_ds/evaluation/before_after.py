@@ -222,9 +222,12 @@ def changes_table(
     notes = [f"{metric}: {MEANINGS[metric]}" for metric in dict.fromkeys(each.metric for each in changes)]
     if any(each.metric == "group" for each in changes):
         missing = ", ".join(metric for metric in MEANINGS if metric not in COMPARED)
-        notes.append(f"{missing}: not compared; for one model, `cfvlm-ds evaluate` and All metrics give them")
+        notes.append(f"{missing}: not compared; `cfvlm-ds evaluate` gives them for one model")
     if any(each.edit == MEAN for each in changes):
-        notes.append(f"{MEAN}: unweighted, so a type with few groups counts as much as one with many")
+        notes.append(
+            f"{MEAN}: unweighted, over the types that have the metric (group and image_pair need edited pictures), so a type with few "
+            "groups counts as much as one with many"
+        )
     notes.append(
         "edit types: worse or better if an interval excludes 0 (worse if one metric fell and one rose), otherwise too few to tell if there "
         f"are fewer than {FEWEST_GROUPS} groups, otherwise unchanged if no group changed, or not resolved"
@@ -243,11 +246,8 @@ def changes_table(
             "NLL: negative log-likelihood of the true texts in nats per token, including the end-of-turn token; if it rises, true texts "
             "have become less likely"
         )
-        if vocabulary:
-            notes.append(
-                f"NLL of uniform guessing: {math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens); above it, the texts "
-                "are less likely than random tokens"
-            )
+        guess = f"{math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)" if vocabulary else "not known here"
+        notes.append(f"NLL of uniform guessing: {guess}; above it, the texts are less likely than random tokens")
     notes.append(
         "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, or if an edit type has one group"

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.reading import similar_names
 from cfvlm_ds.core.run_folder import named_model, refuse_absent
 from cfvlm_ds.deepspeed_compat.parameters import whole_shape
 from cfvlm_ds.models.adapters import (
@@ -48,7 +49,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     what, remedy = f"model.name_or_path {name_or_path!r} cannot be read", "give a model folder with a valid config.json, or a hub name"
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is not a local folder and could not be read from the hub"
-        remedy = f"correct it, or download it first on a machine with a network: hf download {name_or_path}"
+        download = f"correct it, or download it first on a machine with a network: hf download {name_or_path}"
+        remedy = similar_names(name_or_path) or download
         _go_offline_without_hub(name_or_path)
     with explained(what, remedy):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)

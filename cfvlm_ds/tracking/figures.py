@@ -104,7 +104,8 @@ def learning_curves_figure(path: Path, metrics_jsonl: Path, counts: Mapping[str,
                 short = [f"{text}, {counts[each]}" if each in counts else text for each, text in zip((name, *equal), short, strict=True)]
                 # matplotlib's legend omits labels that begin with an underscore
                 text = "\n= ".join(short).lstrip("_") or "series"
-                axes.plot(steps, smooth, color=colour, linewidth=1.7, marker=marker, markersize=3.5, label=text)
+                width = 3.4 if label == "%" and index == 0 else 1.7  # other curves would hide the headline metric
+                axes.plot(steps, smooth, color=colour, linewidth=width, marker=marker, markersize=3.5, label=text)
             note = "; each line averages only the groups with such a pair" if len(lines) > 1 and label == "nats per token" else ""
             axes.set(title=title, xlabel=f"optimizer step{note}", ylabel=label)
             axes.grid(axis="y")

@@ -119,7 +119,7 @@ def model_card(checkpoint: Path, *, adapter: bool, evaluated: bool | None = None
         "Use": ["```python", _EXAMPLE.format(name=json.dumps(repo or UNNAMED_REPO), load=load), "```"],
         "Data": [_IDENTITY, "", *_table("set | use | groups | format | manifest | identity", sets)] if data else [_NO_DATA],
         "Objective": ["The loss is the weighted sum of these terms.", "", *_table("term | weight | settings", terms)],
-        "Training": _training(flat(options), flat(environment), flat(ds_config), step),
+        "Training": _training(flat(options), flat(environment), flat(ds_config), step, adapter),
     }
     for title, section in sections.items():
         lines += [f"## {title}", "", *section, ""]
@@ -130,7 +130,7 @@ _NO_DATA = "Not known: the run folder has no readable data.json."
 _IDENTITY = "The identity is a digest of texts, labels, weights and pictures. It stays the same if a data set is moved with its folder."
 
 
-def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list[str]:
+def _training(options: Any, environment: Any, ds_config: Any, step: int, adapter: bool) -> list[str]:
     adapted = any(options.get(f"model.{module}.tuning") == "lora" for module in ("vision_tower", "projector", "language_model"))
     listed = {}
     for name, kind in ON_RESUME.items():
@@ -144,7 +144,8 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int) -> list
         "ranks": environment.get("world_size"),
         "device": environment.get("device"),
         "ZeRO stage": ds_config.get("zero_optimization.stage"),
-        "precision of training and evaluation": precision or ("fp32" if ds_config else None),
+        "precision of training and evaluation" + "; these weights have the base model's" * (not adapter): precision
+        or ("fp32" if ds_config else None),
         **listed,
         **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},
         "cfvlm-ds (training)": environment.get("packages.cfvlm-ds"),
@@ -196,7 +197,8 @@ def license_of(base: str) -> str:
 
     try:
         path: Any = own_file(Path(base), CARD, base) if os.path.isdir(base) else try_to_load_from_cache(base, CARD)
-        front = ModelCard.load(path).data.to_dict() if isinstance(path, str | Path) and os.path.isfile(path) else {}
+        text = Path(path).read_text() if isinstance(path, str | Path) and os.path.isfile(path) else ""
+        front = ModelCard(text).data.to_dict() if text.lstrip().startswith("---") else {}  # huggingface_hub warns about other cards
     except Exception:  # a card can contain anything
         return ""
     stated = front.get("license_name") or front.get("license")

@@ -132,7 +132,7 @@ def _refuse_idle(config: RunConfig, train: Mapping[str, GroupStore]) -> None:
     if idle:
         raise ConfigError(
             f"no training group used by {', '.join(idle)} has a text that is false of one of its images, so there is nothing to compare; "
-            "if that is intended, remove these terms from objective or set their weight to 0"
+            "make false texts (`cfvlm-ds data propose`), or remove these terms from objective or set their weight to 0"
         )
 
 

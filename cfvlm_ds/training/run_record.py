@@ -24,7 +24,7 @@ from cfvlm_ds.core.secrets import masked, without_secrets
 from cfvlm_ds.core.versions import git_revision, version
 from cfvlm_ds.data import GroupStore
 from cfvlm_ds.data.identity import Identity, digest
-from cfvlm_ds.models import Scorer, load_config, parameter_counts
+from cfvlm_ds.models import Scorer, adapted_modules, load_config, parameter_counts
 from cfvlm_ds.tracking import open_tracker
 from cfvlm_ds.tracking.mlflow_delivery import INPUT, TABLES
 from cfvlm_ds.training.read_data import RunData
@@ -104,15 +104,17 @@ def tracker_of(config: RunConfig, world: World, checkpoint_dir: Path | None, dat
     at_step_0 = {"step": None if config.train.resume == "never" else 0}
     description: dict[str, Any] = at_step_0 if checkpoint_dir is None else checkpoint.description(checkpoint_dir)
     run_dir, revision = Path(config.train.output_dir), git_revision()
-    train = dict(config.resolved["train"])
+    train, model = dict(config.resolved["train"]), dict(config.resolved["model"])
     if config.train.max_steps > 0:
         del train["num_train_epochs"]  # not used
+    if not adapted_modules(config.model):
+        del model["lora"]
     return open_tracker(
         enabled=world.is_main,
         run_dir=run_dir,
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name or run_dir.name,
-        params={**config.resolved, "train": train},
+        params={**config.resolved, "train": train, "model": model},
         tags={
             "git_revision": revision,
             "world_size": str(world.size),

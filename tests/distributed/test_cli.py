@@ -491,6 +491,8 @@ def test_describe_writes_and_prefers_as_the_library_does(runs, model_dir, manife
         )
         assert float(gain) == pytest.approx(float(seen) - float(blank), abs=0.011)
     assert rows[0][4] in preferred
+    for wrong in (texts[:1], texts[:1] * 2):
+        assert "at least two texts" in refused(capsys, "describe", export, picture, "--choices", *wrong)
 
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{broken}\n{picture}\n\nnever read\n"))

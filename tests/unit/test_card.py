@@ -92,6 +92,8 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     assert "train.adam_epsilon" not in body and "data.stopping_strategy" not in body, "which have their defaults"
     assert body.index("## Results") < body.index("## Use") < body.index("## Training")
     assert "local folder" not in body
+    named = [next(line for line in model_card(checkpoint, adapter=each).splitlines() if "precision of" in line) for each in (False, True)]
+    assert ["these weights" in line for line in named] == [True, False], "adapters have that of the training"
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
@@ -101,7 +103,7 @@ def test_a_card_compares_the_nll_with_that_of_uniform_guessing(tmp_path):
     (line,) = (line for line in model_card(checkpoint, adapter=False).splitlines() if "uniform" in line)
     assert " 3.91 " in line, "e to this power is 50"
     earlier = run_folder(tmp_path / "earlier", before_after=table)
-    assert "uniform" not in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
+    assert "uniform guessing: not known" in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
 
 
 def test_a_card_says_what_it_does_not_know(tmp_path):
@@ -173,14 +175,15 @@ def test_secrets_are_masked(tmp_path):
         ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
         ("---\nlicense: other\nlicense_name: 'a\n\n  b https://me:hunter2@x/'\n---\n", "a b https://***@x/"),
         ("---\nlicense: [mit]\n---\n", ""),
+        ("# A card without metadata\n", ""),
         ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", ""),
         ("---\nx: " + "[" * 1000 + "\n---\n", ""),
     ],
-    ids=range(5),
+    ids=range(6),
 )
-def test_a_license_is_named_as_that_of_the_base(card, expected, tmp_path):
+def test_a_license_is_named_as_that_of_the_base(card, expected, tmp_path, caplog):
     (tmp_path / CARD).write_bytes(card.encode())
-    assert license_of(str(tmp_path)) == expected
+    assert license_of(str(tmp_path)) == expected and "metadata" not in caplog.text
     front, body = parts(
         model_card(run_folder(tmp_path / "run", config={**OPTIONS, "model": {"name_or_path": str(tmp_path)}}), adapter=False)
     )

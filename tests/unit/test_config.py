@@ -145,6 +145,13 @@ def test_a_mistake_is_one_sentence_that_names_the_option(written, named, tmp_pat
         assert len(said) < 900 + len(given) and "here" not in os.listdir(tmp_path)
 
 
+def test_a_mistyped_file_of_options_is_the_one_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("twenty.yaml").touch()
+    with pytest.raises(ConfigError, match=r"did you mean 'twenty.yaml'\?$"):
+        parse("--config", "twnty.yaml")
+
+
 def test_a_value_of_one_file_and_a_section_of_another_are_refused(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("train: 5\n")

@@ -250,6 +250,10 @@ def test_several_files_are_one_source(folder):
     for k in range(3):
         (folder / f"part-{k}.csv").write_text(f"image,caption\nimages/000.png,dog {k}\n" + "x\n" * (k == 1))
     (folder / "other.jsonl").touch()
+    for number, text in enumerate(("image;caption\na.png;a dog\n", "a.png,a dog\nb.png,a cat\n")):
+        (path := folder / f"bad{number}.csv").write_text(text)
+        with pytest.raises(DataError, match="columns in the first line, separated by commas"):
+            open_groups(path)
     assert sources_of(folder / "part-*.csv") == [folder / f"part-{k}.csv" for k in range(3)]
     groups = [item for item in check_manifest(folder / "part-*.csv", format="captions", progress=str).problems]
     assert groups == [

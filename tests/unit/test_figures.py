@@ -81,6 +81,7 @@ def test_accuracies_are_percent_and_few_enough_to_read(tmp_path, drawn):
     assert accuracy.get_ylim()[0] < 0 and 100 < accuracy.get_ylim()[1] < 110
     shown = [f"split_{split}/{metric}" for metric in ("group", "pair") for split in range(4)]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [*shown, f"and {len(names) - 8} more in metrics.jsonl"]
+    assert accuracy.lines[0].get_linewidth() > accuracy.lines[1].get_linewidth(), "visible behind the others"
     assert all(line.get_ydata()[-1] == rows[-1][f"eval/{name}"] for line, name in zip(accuracy.lines, shown, strict=False))
 
 

@@ -550,6 +550,11 @@ def test_false_texts_that_a_refusal_names_are_read_by_what_it_says(tmp_path):
     path = lines(tmp_path / "rows.jsonl", [CAPTION | {"edited_image": IMAGE.replace("000", "001")}])
     with pytest.raises(DataError, match=r"add negative_image=edited_image to"):
         read_manifest(path)
+    path = lines(
+        tmp_path / "both.jsonl", [CAPTION | {"edited_image": IMAGE.replace("000", "001"), "edited_caption": "a cat", "neg": "a bus"}]
+    )
+    with pytest.raises(DataError, match=r"add negative_image=edited_image,negative_caption=edited_caption\+neg to"):
+        read_manifest(path)
 
 
 @pytest.mark.parametrize("first", [None, 0])

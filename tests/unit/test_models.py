@@ -107,6 +107,10 @@ def test_without_a_network_a_hub_name_is_read_from_the_cache_or_refused_without_
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError, match=r"'models/tinny' is not a local folder and could not be read from the hub"):
         load_config("models/tinny")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="did you mean 'models/tiny'"):
+        load_config("models/tinny")
     assert time.monotonic() - start < 20
 
 

@@ -179,6 +179,7 @@ def proposed(folder: Path, captions: Sequence[str], shards: int = 1, **options: 
     """Source -> edits of the step, of captions in a file, in so many shards."""
     folder.mkdir(exist_ok=True)
     path = folder / "captions.jsonl"
+    (folder / "0.png").touch()
     write_rows(path, ({"id": f"r{k}", "caption": said, "image": f"{k}.png"} for k, said in enumerate(captions)))
     for shard in range(shards):
         proposing(path, folder / "W", shard=shard, shards=shards, **options)
@@ -558,6 +559,7 @@ def mined(tmp_path: Path, **options: Any) -> set[tuple[str, str, str]]:
     ]  # fmt: skip
     tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "mine.jsonl"
+    (tmp_path / "0.png").touch()
     write_rows(path, ({"id": i, "caption": c, "image": p} for i, c, p in rows))
     propose(open_groups(path, None, "auto"), tmp_path / "M", ProposeOptions(back_ends="mine", per_type=9, **options), 0, quiet)
     records = read_rows(tmp_path / "M" / "propose" / "shard-00000.jsonl")
@@ -582,6 +584,7 @@ def test_one_shard_and_seven_find_the_same_pairs_whoever_makes_the_index(tmp_pat
         {"id": f"r{k}", "caption": "a {} {} in a {}".format(*(chance.choice(words) for words in texts)), "image": f"{k}.png"}
         for k in range(120)
     ]
+    (tmp_path / "0.png").touch()
     write_rows(tmp_path / "c.jsonl", rows)
     made = {}
     for shards in (1, 7):
@@ -654,6 +657,7 @@ def test_a_caption_said_of_many_pictures_does_not_hide_the_others(tmp_path):
     """Two thousand pictures say the same; the one that differs in a word is found by all that come before it, and few rows are read."""
     rows = [{"id": f"r{k:04}", "caption": "a red car in a street", "image": f"{k}.png"} for k in range(2000)]
     rows.append({"id": "s", "caption": "a blue car in a street", "image": "s.png"})
+    (tmp_path / "0.png").touch()
     write_rows(tmp_path / "c.jsonl", rows)
     proposing(tmp_path / "c.jsonl", tmp_path / "W", back_ends="mine")
     records = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")

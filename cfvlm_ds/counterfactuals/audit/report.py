@@ -175,14 +175,12 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
         for other, other_texts in zip(sets[:k], texts, strict=False):
             theirs = list(other.looks.values())
             both = f"{other.name} and {split.name}"
-            kinds, owners = Counter[bool](), set[str]()  # there can be as many pairs as the product of the splits' sizes
+            kinds, owners = Counter[bool](), dict[str, None]()  # there can be as many pairs as the product of the splits' sizes
             for i, j, identical in near_pairs(theirs, looks):
                 kinds[identical] += 1
-                owners.update(other.owners[theirs[i].path], split.owners[looks[j].path])
+                owners |= dict.fromkeys((*other.owners[theirs[i].path], *split.owners[looks[j].path]))
             if kinds:
-                report.fault(
-                    f"{both}: {kinds[True]} pairs of pictures are identical, and {kinds[False]} are near duplicates", sorted(owners)
-                )
+                report.fault(f"{both}: {kinds[True]} pairs of pictures are identical, and {kinds[False]} are near duplicates", [*owners])
             shared = sorted(texts[k] & other_texts)
             report.facts.append((f"texts of {both}", f"{len(shared)} in both{''.join(f', such as {text!r}' for text in shared[:1])}"))
 

@@ -13,12 +13,15 @@ class Flip(Editor):
     """Editor ``flip``: mirrors the picture if the edit only exchanges left and right."""
 
     def takes(self, task: Task) -> bool:
-        """Return whether the text equals the caption with every "left" and "right" exchanged."""
+        """Return whether the text equals the caption with "left" and "right" exchanged, and the caption mentions no lettering."""
         old, new = words(task.caption), words(task.text)
         turned = {"left": "right", "right": "left"}
-        return task.type == "relation" and bool({"left", "right"} & set(old)) and tuple(turned.get(word, word) for word in old) == new
+        return (
+            not LETTERING & set(old)
+            and task.type == "relation"
+            and bool({"left", "right"} & set(old))
+            and tuple(turned.get(word, word) for word in old) == new
+        )
 
     def edit(self, task: Task) -> Picture | Refused | None:
-        if shown := sorted(LETTERING & set(words(task.caption))):
-            return Refused(f"the caption mentions a {shown[0]}, which a mirror image shows reversed")
         return Picture(ImageOps.mirror(task.image()))

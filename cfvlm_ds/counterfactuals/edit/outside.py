@@ -93,6 +93,8 @@ class Command(Editor):
             request.write_text(json.dumps(task_json))
             command_line = [word.replace("{request}", str(request)).replace("{output}", str(output)) for word in self._words]
             problem = self._run(command_line, folder / "errors")
+            if not problem and not output.is_file():
+                problem = "the command wrote no picture to {output}"
             return Refused(problem) if problem else opened(output, "the command's picture")
 
     def _run(self, words: list[str], errors: Path) -> str:

@@ -16,6 +16,7 @@ from cfvlm_ds.counterfactuals.options import ProposeOptions, named
 from cfvlm_ds.counterfactuals.propose import PROPOSERS
 from cfvlm_ds.counterfactuals.propose.base import Context, Found, Proposal, Rejected, Source, sources
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder, seed_of
+from cfvlm_ds.data.picture_file import picture_file
 from cfvlm_ds.data.store import GroupStore
 
 STEP = "propose"
@@ -25,11 +26,17 @@ def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, s
     """Propose edits for shard ``shard`` (0 to ``of`` - 1), and return its completion record. Work that an earlier call finished is not
     repeated.
 
-    Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder, and DataError if no row is usable.
+    Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder, and DataError if no row is usable
+    or no picture exists.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
         raise DataError(str(store.entry(0)) + f" (none of the {len(store)} groups is usable)" * (len(store) > 1))
+    first = [group for _, group in store.entries(range(min(len(store), 100))) if not isinstance(group, DataError)]
+    pictures = [path for group in first for path in group.images[0]]
+    if pictures and not any(picture_file(path).is_file() for path in pictures):
+        remedy = "name the pictures' folder (--root), or correct the column with their names"
+        raise DataError(f"{store.path}: none of its pictures exists, for example {pictures[0]}; {remedy}")
     words = read_words(options.words)
     work = WorkFolder.begin(out, store, of)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,7 +10,7 @@ from typing import Any
 
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.progress import Alive, Say, no_op
-from cfvlm_ds.core.reading import counted_from, is_there
+from cfvlm_ds.core.reading import counted_from, is_there, similar_names
 from cfvlm_ds.data.containers.kinds import LINES, container_of
 from cfvlm_ds.data.containers.prepared import Prepared, prepare
 from cfvlm_ds.data.lines import IndexedLines
@@ -74,6 +73,4 @@ def open_rows(
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{path}: no such manifest, and its folder {path.parent} does not exist; correct the path{counted_from(path)}"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3)
-    hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "correct the path"
-    return f"{path}: no such manifest; {hint}{counted_from(path)}"
+    return f"{path}: no such manifest; {similar_names(path) or 'correct the path'}{counted_from(path)}"

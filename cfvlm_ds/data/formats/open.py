@@ -70,8 +70,9 @@ def _taken(rows: Rows) -> str:
     if first:
         row, value = next(iter(first.items()))
         shown = ", ".join(repr(key) for key in list(value)[:20]) or "none"
+        header = "name the columns in the first line, separated by commas, or " * (rows.path.suffix == ".csv")
         raise DataError(
-            f"{rows.where(row)}: no format matches the keys of this row ({shown}); select one and map its columns, as in "
+            f"{rows.where(row)}: no format matches the keys of this row ({shown}); {header}select one and map its columns, as in "
             "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
         )
     return NATIVE
@@ -140,7 +141,12 @@ def _refuse_marks(store: GroupStore, convert: Any, alive: Alive) -> None:
         what, option, use = "may hold false texts or pictures", first.negative, "use another format, or a row for each false text"
     if hasattr(convert, option) and not label:
         join = " (join it with + to the columns that are already read)" * (option != "label")
-        use = f"add {option}={option_value(first.name)} to --format {store.format.partition(':')[0]}:...{join}"
+        named: dict[str, list[str]] = {option: [first.name]}
+        for column in columns[1:]:
+            if option == first.negative and column.false_text and hasattr(convert, column.negative):
+                named.setdefault(column.negative, []).append(column.name)
+        use = ",".join(f"{name}={option_value('+'.join(of))}" for name, of in named.items())
+        use = f"add {use} to --format {store.format.partition(':')[0]}:...{join}"
     ignore = option_value("+".join(filter(None, [convert.ignore, *(column.name for column in columns)])))
     listed = f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
     remedy = f"{use} if so, otherwise add ignore={ignore}"
