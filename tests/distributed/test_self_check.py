@@ -21,8 +21,9 @@ from cfvlm_ds.core.groups import CounterfactualGroup
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.models import Scorer, family_of, load_model
 from cfvlm_ds.models import forest_attention as attention
+from cfvlm_ds.training import self_check
 from cfvlm_ds.training.run import _checked
-from cfvlm_ds.training.self_check import check_scores, refuse_nonfinite
+from cfvlm_ds.training.self_check import Cell, check_scores, refuse_nonfinite, rounded_otherwise
 
 
 class Engine:
@@ -162,3 +163,20 @@ def test_the_check_can_be_a_warning_or_left_out(capsys):
         assert capsys.readouterr().out == said
     with pytest.raises(ConfigError, match="found"):
         _checked(SimpleNamespace(train=SimpleNamespace(self_check="error")), ONE, find)  # type: ignore[arg-type]
+
+
+def test_rounding_is_shifted_up_and_down_alike():
+    """Of 1.5, by at most one unit of the last place; a mean of 0."""
+    layer = torch.nn.Identity()
+    with rounded_otherwise(layer, torch.float32, 0, torch.device("cpu")):
+        shifted = (layer(torch.full((100_000,), 1.5)).double() - 1.5) / torch.finfo(torch.float32).eps
+    assert set(shifted.tolist()) == {-1.0, 0.0, 1.0} and abs(float(shifted.mean())) < 0.02
+    assert bool((layer(torch.full((3,), 1.5)) == 1.5).all())
+
+
+def test_differences_in_units_of_the_rounding_error(monkeypatch):
+    """By hand: scores that rounding shifts by 0.1 per root of the tokens, and a difference of 0.2 at four tokens: one unit."""
+    cells = [Cell(0.0 + off, 0.0, tokens, None, 0.0) for off, tokens in ((0.2, 4), (-0.3, 9))]
+    monkeypatch.setattr(self_check, "_alone", lambda forward, model, single: 0.1 * next(turns) ** 0.5)
+    turns = iter([4, 9] * 2)
+    assert self_check._spreads(None, torch.nn.Identity(), cells, torch.float32, ONE) == pytest.approx(1.0)

@@ -47,7 +47,7 @@ from cfvlm_ds.evaluation.metrics import METRICS
 from cfvlm_ds.objectives import OBJECTIVES, Csd, Dpo, Fcd, SymMPO
 from cfvlm_ds.training import results, trainer
 from cfvlm_ds.training.evaluator import check_best
-from cfvlm_ds.training.samples import Samples
+from cfvlm_ds.training.samples import Samples, _preferred
 
 Truth = list[list[int | None]]
 
@@ -507,3 +507,14 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
     assert capsys.readouterr().out.count("warning: ") == 1
     samples.splits = {"one": groups[:1], "test": groups}
     assert [name for name, _ in samples._groups()] == ["one", *["test"] * len(groups)], "in turn, and the longer set's rest"
+
+
+def test_the_margin_of_a_sample_needs_a_true_and_a_false_answer():
+    """To the first prompt; an unknown answer may be preferred and is in no margin."""
+    answers = tuple((PROMPT, each) for each in "abc")
+
+    def margin_of(match: list[int | None]) -> dict[str, Any]:
+        return _preferred(group([[*match, 0]], texts=(*answers, ("Another?", "d"))), [-2.0, -3.5, -1.0, 0.0])
+
+    assert margin_of([1, 0, None]) == {"preferred": "c", "margin": 1.5} and margin_of([1, None, 0])["margin"] == -1.0
+    assert margin_of([1, 1, None]) == {"preferred": "c", "margin": None}

@@ -97,6 +97,18 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 
+def test_a_card_lists_adapters_where_a_module_has_them_and_the_precision(tmp_path):
+    def rows(name: str, tuning: str, **ds_config: Any) -> dict[str, str]:
+        options = OPTIONS | {"model": OPTIONS["model"] | {"language_model": {"tuning": tuning}}}
+        card = model_card(run_folder(tmp_path / name, config=options, ds_config=ds_config or None), adapter=True)
+        return {cells[1]: cells[2] for line in card.splitlines() if len(cells := [cell.strip() for cell in line.split("|")]) == 4}
+
+    adapted, whole = rows("adapted", "lora", bf16={"enabled": True}), rows("whole", "full", zero_optimization={"stage": 3})
+    assert (adapted["model.lora.rank"], adapted["model.language_model.tuning"]) == ("`8`", "`lora`") and "model.lora.rank" not in whole
+    precision = "precision of training and evaluation"
+    assert (adapted[precision], whole[precision], rows("none", "full")[precision]) == ("`bf16`", "`fp32`", "not known")
+
+
 def test_a_card_compares_the_nll_with_that_of_uniform_guessing(tmp_path):
     table = to_table([Change("test", "colour", 1, 1, "pair", 0.0, 0.0, 0.0, None, None, 0, 0, nll_before=2.5, nll_after=2.0)])
     checkpoint = run_folder(tmp_path / "run", environment=ENVIRONMENT | {"vocabulary": 50}, before_after=table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -350,3 +351,11 @@ def test_what_the_library_cannot_load_is_one_sentence(tmp_path):
     for engine, reason in ((Stumbling(), "RuntimeError"), (Refusing(), "DeepSpeed")):
         with pytest.raises(ConfigError, match=f"checkpoint-3.*{reason}"):
             checkpoint.load(engine, saved, TrainState(), ONE, tmp_path)
+
+
+def test_the_best_value_is_the_first_of_the_highest():
+    state = TrainState(1)
+    assert [state.evaluated(value) for value in (50.0, 50.0, math.nan, 49.0)] == [True, False, False, False]
+    assert (state.best, state.worse) == ({"step": 1, "value": 50.0}, 3)
+    state.step_done({})
+    assert state.step == 2 and state.evaluated(50.5) and (state.best, state.worse) == ({"step": 2, "value": 50.5}, 0)

@@ -122,7 +122,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "objective.csd": ("objective: {csd: null}", "--objective.csd.mode crossed", "--objective.csd.warmup 1.5"),
     "weight 0": (" ".join(f"--objective.{name}.weight 0" for name in OBJECTIVES),),
     **{f"{option} must": (f"--objective.{term}.{option} {value}",) for term, option, value in (
-        ("csd", "hinge_cap", -1), ("csd", "margin", 0), ("batch_align", "temperature", 0), ("dpo", "beta", 0))},
+        ("csd", "hinge_cap", -1), ("csd", "margin", 0), ("batch_align", "temperature", 0), ("dpo", "beta", 0),
+        ("contrast_distill", "beta", 0))},
     "run.yaml": ("hello", "[" * 5000, "train: {seed: \udcff}", 'train: !!python/object/apply:os.system ["touch here"]'),
     "run.yaml: broken YAML at line 1, column 16": ("train: {seed: 1",),
     "--config": ("my.yaml", "--config=", "--config .", "--config no/such.yaml", f"--config {'x' * 300}"),

@@ -19,7 +19,7 @@ from cfvlm_ds.core.parsing import parse_config
 from cfvlm_ds.models import family_of, meta_model
 from cfvlm_ds.models.adapters import BYTES_OF_4BIT, linear_weights
 from cfvlm_ds.objectives import OBJECTIVES
-from cfvlm_ds.training.dry_run import activations, attention_without_data, dry_run
+from cfvlm_ds.training.dry_run import activations, attention_without_data, dry_run, model_states, working_memory
 
 RECIPES = sorted(path for path in (REPO / "examples").glob("*.yaml") if path.stem not in ("quickstart", "build_coco"))
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -269,3 +269,35 @@ def test_a_model_that_a_run_would_build_is_built_elsewhere(kind, tmp_path, capsy
     capsys.readouterr()
     train(options)
     assert before.endswith(capsys.readouterr().out)  # DeepSpeed warns once, before the first report
+
+
+def test_memory_of_a_layer_by_hand():
+    """1,000 trained and 100 frozen weights. ZeRO-1 on 4 GPUs: the gradients of the other three quarters in float32, and the frozen weights
+    in 2 bytes. ZeRO-3: a quarter of the frozen weights, and with hpz a copy of all weights that 2 GPUs share."""
+    model = torch.nn.Sequential(torch.nn.Linear(100, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
+    model[1].requires_grad_(False)
+
+    def card(gpus: int, **zero: int) -> int:
+        return model_states(model, {"zero_optimization": zero}, gpus, 8)[0]
+
+    assert card(4, stage=1) - card(4, stage=2) == 4 * 1000 * 3 // 4
+    model[1].requires_grad_(True)
+    trained = {stage: card(4, stage=stage) for stage in (2, 3)}
+    assert card(4, stage=3, zero_hpz_partition_size=2) - trained[3] == 2 * 1100 // 2
+    model.requires_grad_(True)[1].requires_grad_(False)
+    frozen, without = card(4, stage=2), torch.nn.Sequential(model[0])
+    assert frozen - model_states(without, {"zero_optimization": {"stage": 2}}, 4, 8)[0] == 2 * 100
+    of_3 = [model_states(each, {"zero_optimization": {"stage": 3}}, 4, 8)[0] for each in (model, without)]
+    assert of_3[0] - of_3[1] == 2 * 100 // 4
+
+
+def test_buckets_of_a_stage(tmp_path):
+    """Two while one is reduced; the weights that ZeRO-3 gathers; 2 bytes an element."""
+    config = configured(REPO / "examples" / "llava15_7b.yaml", tmp_path)
+    keep_three_layers(Path(config.model.name_or_path))
+    model, buckets = meta_model(config.model, torch.bfloat16, attention_without_data()), {}
+    for stage in (1, 2, 3):
+        zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 10}
+        needed = working_memory(model, {"zero_optimization": zero}, 8, False)
+        buckets[stage] = needed["gradient buckets"], needed.get("gathered weights")
+    assert buckets == {1: (4000, None), 2: (4000, None), 3: (2000, 20)}

@@ -94,7 +94,10 @@ def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, mani
         shares = {"one": torch.tensor(one), "two": torch.tensor(two), "none": torch.zeros(1)}
         compared = {"one": torch.tensor([some]), "two": torch.tensor([True, some]), "none": torch.tensor([False])}
         measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, 1.0, flops)
+    stand_in = Scores(replace(batch.layout, ids=()), logp, logp)
+    measure(meter, Measured(MicroBatch((batch,)), stand_in, torch.ones(()), {}, {}), {"csd": OBJECTIVES["csd"]()}, 1.0, 1.0, flops)
     found = meter.reduce(alone)
+    assert not any(name.startswith(("csd/", "logp/")) and value != value for name, value in found.items())
     assert (found["loss/one"], found["loss/two"]) == (1.0, 2.0 + 3.0) and "loss/none" not in found
 
 

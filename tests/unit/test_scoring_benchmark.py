@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import scoring
 import torch
@@ -9,6 +11,7 @@ from conftest import read_json, run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvlm_ds.models import FAMILIES, MODULES, ModelFlops, Scorer
+from cfvlm_ds.models.flops import _operations_per_pair
 from cfvlm_ds.models.forest_attention import registered
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -63,3 +66,14 @@ def test_zero3_gathers_no_more_for_eight_texts_than_for_one(tmp_path):
     assert [(row["layout"], row["texts"]) for row in rows] == [(name, k) for k in (1, 8) for name in ("supervised", "shared prefix")]
     assert len({(row["elements"], row["collectives"]) for row in rows}) == 1
     assert 1.9 < rows[0]["elements"] < 2.05
+
+
+@pytest.mark.parametrize(
+    ("window", "kinds", "head_dim"), [(None, None, None), (8, None, 6), (8, ["full_attention", "sliding_attention"], 6)]
+)
+def test_operations_of_attention_by_hand(window, kinds, head_dim):
+    """Two products of 2 operations per head and width, per layer; the width of a head is that of the model by the heads, if not given."""
+    layer = SimpleNamespace(num_attention_heads=4, hidden_size=20, head_dim=head_dim)
+    text = SimpleNamespace(sliding_window=window, layer_types=kinds, num_hidden_layers=2, per_layer_config=[layer, layer])
+    each = 4 * 4 * (head_dim or 5)
+    assert _operations_per_pair(text) == ({None: each, 8: each} if kinds else {window: 2 * each})
