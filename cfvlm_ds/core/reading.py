@@ -14,6 +14,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -45,7 +46,11 @@ def counted_from(path: str | Path) -> str:
 
 def similar_names(path: str | Path) -> str:
     """Return the question "did you mean ...?" with up to three similar names in the folder of ``path``, or "" if there are none."""
-    near = difflib.get_close_matches(Path(path).name, [each.name for each in Path(path).parent.glob("*")], n=3)
+    try:
+        names = [entry.name for entry in islice(os.scandir(Path(path).parent), 10_000)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(Path(path).name, names, n=3)
     return f"did you mean {' or '.join(repr(str(Path(path).with_name(name))) for name in near)}?" if near else ""
 
 

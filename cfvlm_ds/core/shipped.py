@@ -39,8 +39,10 @@ def refuse_no_file(given: str, path: str) -> None:
     if os.path.isdir(path):
         raise ConfigError(f"--config {given} is a folder; name a file of options in it")
     if not os.path.lexists(path):
-        remedy = similar_names(given) or f"give the path of your file, or one of {listed('examples', given)}"
-        raise ConfigError(f"--config {given}: no such file; {remedy}")
+        near, examples = similar_names(given), listed("examples", given)
+        if not near or examples != listed("examples"):
+            near = f"{near} give the path of your file, or one of {examples}".lstrip()
+        raise ConfigError(f"--config {given}: no such file; {near}")
 
 
 def listed(folder: str, given: str = "") -> str:

@@ -290,7 +290,9 @@ def parse_splits(text: str) -> dict[str, float]:
     given = {name: Given(share) for name, share in pairs(text, "--splits", "train=0.9,test=0.1").items()}
     shares: dict[str, float] = fitted(dict[str, float], given, "--splits")
     if shares and not (min(shares.values()) > 0 and abs(sum(shares.values()) - 1) < 1e-6):
-        raise ConfigError(f"--splits {text}: shares must be positive and add up to 1, as in train=0.9,test=0.1")
+        raise ConfigError(
+            f"--splits {text}: shares must be positive and add up to 1 (not {sum(shares.values()):g}), as in train=0.9,test=0.1"
+        )
     return shares
 
 

@@ -282,7 +282,7 @@ def _settled(path: Path, wanted: Mapping[str, Any], folder: Path) -> None:
         return
     remedy = f"use the same settings, or a folder other than {folder}"
     if path.stem == "run":
-        remedy += ", or remove it"
+        remedy += f", or remove {folder}"
     else:
         remedy += f"; to repeat {path.stem}, remove {path} and {path.with_suffix('')}, and the same for the following steps"
     old, new = flat(current), flat(wanted_now)

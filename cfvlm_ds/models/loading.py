@@ -50,7 +50,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if not os.path.isdir(name_or_path):
         what = f"model.name_or_path {name_or_path!r} is not a local folder and could not be read from the hub"
         download = f"correct it, or download it first on a machine with a network: hf download {name_or_path}"
-        remedy = similar_names(name_or_path) or download
+        remedy = f"{similar_names(name_or_path)} {download}".lstrip()
         _go_offline_without_hub(name_or_path)
     with explained(what, remedy):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)

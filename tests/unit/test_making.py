@@ -309,14 +309,17 @@ def test_captions_without_their_pictures_or_in_their_place_begin_no_work_folder(
     (tmp_path / "other").mkdir()
     shutil.copy(photos, tmp_path / "other" / "captions.jsonl")
     for path in (tmp_path / "swapped.jsonl", tmp_path / "other" / "captions.jsonl"):
-        assert (
-            f"{path}: none of its pictures" in (said := refused(capsys, "data", "propose", path, "--out", tmp_path / "W"))
-            and "--root" in said
-        )
+        said = refused(capsys, "data", "propose", path, "--out", tmp_path / "W")
+        assert f"{path}: none of the pictures of 6 groups" in said and "--root" in said
     assert not (tmp_path / "W").exists()
     shutil.copy(tmp_path / "5.png", tmp_path / "other")
     assert "6 captions" in printed(capsys, "data", "propose", tmp_path / "other" / "captions.jsonl", "--out", tmp_path / "W")
-    assert f"or a folder other than {tmp_path / 'W'}, or remove it" in refused(capsys, "data", "propose", photos, "--out", tmp_path / "W")
+    late = [{"image": f"gone{n}.png", "caption": "a red cup"} for n in range(150)] + [{"image": "5.png", "caption": "a red cup"}]
+    write_rows(tmp_path / "other" / "late.jsonl", late)
+    assert "151 captions" in printed(capsys, "data", "propose", tmp_path / "other" / "late.jsonl", "--out", tmp_path / "late")
+    (tmp_path / "other" / "5.png").unlink()
+    printed(capsys, "data", "propose", tmp_path / "other" / "late.jsonl", "--out", tmp_path / "late")  # finished before
+    assert f"or a folder other than {tmp_path / 'W'}, or remove " in refused(capsys, "data", "propose", photos, "--out", tmp_path / "W")
 
 
 def test_what_nothing_has_scored_is_not_called_good(photos, tmp_path, capsys):

@@ -22,22 +22,27 @@ from cfvlm_ds.data.store import GroupStore
 STEP = "propose"
 
 
+def _refuse_without_pictures(store: GroupStore) -> None:
+    sample = [group for _, group in store.entries(range(0, len(store), len(store) // 100 + 1)) if not isinstance(group, DataError)]
+    pictures = [path for group in sample for path in group.images[0]]
+    if pictures and not any(picture_file(path).is_file() for path in pictures):
+        found = f"none of the pictures of {len(sample)} groups exists, for example {pictures[0]}"
+        raise DataError(f"{store.path}: {found}; name the pictures' folder (--root), or correct the column with their names")
+
+
 def propose(store: GroupStore, out: Path, options: ProposeOptions, shard: int, say: Say, of: int | None = 1) -> dict[str, Any]:
     """Propose edits for shard ``shard`` (0 to ``of`` - 1), and return its completion record. Work that an earlier call finished is not
     repeated.
 
     Raises ConfigError if a back end is unknown or options differ from those recorded in the work folder, and DataError if no row is usable
-    or no picture exists.
+    or, in a new work folder, if none of a sample's pictures exists.
     """
     names = named(options.back_ends, PROPOSERS, "--with")
     if all(isinstance(entry, DataError) for _, entry in store.entries()):
         raise DataError(str(store.entry(0)) + f" (none of the {len(store)} groups is usable)" * (len(store) > 1))
-    first = [group for _, group in store.entries(range(min(len(store), 100))) if not isinstance(group, DataError)]
-    pictures = [path for group in first for path in group.images[0]]
-    if pictures and not any(picture_file(path).is_file() for path in pictures):
-        remedy = "name the pictures' folder (--root), or correct the column with their names"
-        raise DataError(f"{store.path}: none of its pictures exists, for example {pictures[0]}; {remedy}")
     words = read_words(options.words)
+    if not out.exists():
+        _refuse_without_pictures(store)
     work = WorkFolder.begin(out, store, of)
     if (done := work.finished(STEP, shard, of, options, say)) is not None:
         return done

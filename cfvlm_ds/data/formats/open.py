@@ -70,7 +70,7 @@ def _taken(rows: Rows) -> str:
     if first:
         row, value = next(iter(first.items()))
         shown = ", ".join(repr(key) for key in list(value)[:20]) or "none"
-        header = "name the columns in the first line, separated by commas, or " * (rows.path.suffix == ".csv")
+        header = "name the columns in the first line, separated by commas, or " * (rows.path.suffix.lower() == ".csv")
         raise DataError(
             f"{rows.where(row)}: no format matches the keys of this row ({shown}); {header}select one and map its columns, as in "
             "--format captions:image=COLUMN,caption=COLUMN (`cfvlm-ds data formats` lists all formats)"
