@@ -262,7 +262,7 @@ def test_a_bad_row_of_a_published_format_names_file_line_and_field(folder, bad, 
 def test_bad_files(folder):
     manifest(folder, row(), name="train.jsonl")
     cases = [
-        (folder / "trian.jsonl", {}, "'train.jsonl'"),
+        (folder / "trian.jsonl", {}, r"train\.jsonl'"),
         (folder / "none" / "m.jsonl", {}, "its folder"),
         (folder, {}, "name the data file"),
         (manifest(folder, "", " ", name="empty.jsonl"), {}, "no rows"),
