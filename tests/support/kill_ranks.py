@@ -7,6 +7,7 @@ that of an uninterrupted run. The script prints a row for docs/reliability.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -51,7 +52,8 @@ def main(ranks: int, rounds: int, seed: int) -> None:
             wait_for(folder / "killed", before, lives, steps, processes)
             time.sleep(chance.uniform(0, whole_s / steps if lives is not None else 5))
             victim = chance.randrange(ranks)
-            os.kill(processes[victim].pid or 0, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended: the last step came before the kill
+                os.kill(processes[victim].pid or 0, signal.SIGKILL)
             killed_at, kills = time.monotonic(), kills + 1
             codes = ended(processes, PEERS_END_S)
             waits.append(time.monotonic() - killed_at)
