@@ -1,4 +1,5 @@
-"""Measurements that need a GPU, in one command: attention kernels, the cost of scoring, a training run with its memory, and two ranks.
+"""Measurements that need a GPU, in one command: attention kernels, the cost of scoring, the time and memory of a training run, and a
+run on two ranks.
 
     python benchmarks/gpu.py                                       # one GPU of 80 GB, at most 8 minutes; writes runs/gpu.json
     python benchmarks/gpu.py --parts card kernels scoring
@@ -10,15 +11,15 @@ The script needs a clone, torch, transformers with accelerate, and deepspeed, bu
     kernels   attention alone, forward and backward, with the heads of a 7B model: the time of each back end relative to one causal
               sequence of the same length, and its error against float64 relative to that of dense attention in the same dtype (below 2
               counts as exact)
-    scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py): every back end, one sequence per text, and a
-              supervised step on the same tokens take turns
+    scoring   K texts on one image through 8 layers of a 7B model (benchmarks/scoring.py), measured in turn: a shared prefix with each
+              back end, one sequence per text, and a supervised step on the same tokens
     training  50 steps with 4 layers of this model under ZeRO-3, on one rank with NCCL (gloo on a CPU); memory compared with --train.dry_run
     ranks     a smaller model on two ranks that share the GPU, with gloo, because NCCL allows one rank per GPU; losses compared with
               a run on one rank
 
-Everything is in bfloat16. Times are medians, with synchronisation before and after. Rates are relative to the measured matrix product. Each
-part runs in its own process with a time limit. The table lists a failed case with its error. If a process crashes or exceeds its limit,
-the table lists the part's remaining cases with the reason.
+Models and attention inputs are in bfloat16, except that `scoring` uses float32 on a CPU. Times are medians, with synchronisation before and
+after. Rates are relative to the measured matrix product. Each part runs in its own process with a time limit. The table lists a failed case
+with its error. If a process crashes or exceeds its limit, the table lists the part's remaining cases with the reason.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ def llamafactory(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
 
 
 def prefix_grouper(folder: Path, settings: dict[str, Any], clock: Clock) -> None:
-    """Run prefix-grouper through the attention interface of transformers' model, with DPO and stored reference scores."""
+    """Run prefix-grouper on a transformers model, through ``AttentionInterface``, with DPO and stored reference scores."""
     from PIL import Image
     from prefix_grouper import PrefixGrouper
     from prefix_grouper.forward import AttentionForward

@@ -303,6 +303,6 @@ def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:
-    counts = [f"{count} {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda entry: -entry[1])]
-    more = [f"{len(counts) - 12} more counts (`cfvlm-ds data status`)"] * (len(counts) > 12)
-    print(f"{step}: {done['records']} records: {', '.join(counts[:12] + more) or 'nothing'}")
+    counts = [f"{count:>9,}  {one_line(name, 100)}" for name, count in sorted(done["counts"].items(), key=lambda entry: -entry[1])]
+    more = [f"{len(counts) - 12:>9,}  more counts (`cfvlm-ds data status`)"] * (len(counts) > 12)
+    print("\n".join([f"{step}: {done['records']:,} records", *counts[:12], *more]))

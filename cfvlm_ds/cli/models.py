@@ -161,6 +161,8 @@ def export(run: str, *, adapter: bool = False, out: str | None = None, push: str
     from cfvlm_ds.export.folder import refuse_others_model, stale_card
     from cfvlm_ds.training.card import card_of
 
+    if push is not None and not (len(parts := push.split("/")) == 2 and all(parts)):
+        raise ConfigError(f"--push {push} must have the form USER/NAME")
     path = Path(run)
     run_dir = path.parent if path.name.startswith("checkpoint-") else path
     if not (run_dir / "config.yaml").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -25,9 +25,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Edited:
-    """A proposal and its attempts, in order."""
+    """A proposal and its attempts, in order. ``excluded`` is True if the user rejected the edit."""
 
     proposal: Mapping[str, Any]
+    excluded: bool = False
     attempts: list[Attempt] = field(default_factory=list)
 
     @property
@@ -38,7 +39,7 @@ class Edited:
     @property
     def reason(self) -> str:
         """Reason for rejecting the best attempt, or "" if it is good."""
-        return self.best.verdict.reason
+        return "excluded by --exclude" if self.excluded else self.best.verdict.reason
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ def thresholds_of(work: WorkFolder, file: str = "", rule: Rule | None = None, ma
     return read_thresholds(given, rule or (None if given or scored else "checks"), margin)
 
 
-def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[History]:
-    """Yield a shard's histories, one per source with candidates. Only one history is in memory at a time."""
+def histories(work: WorkFolder, shard: int, thresholds: Thresholds, excluded: Container[str] = ()) -> Iterator[History]:
+    """Yield a shard's histories, one per source with candidates. Only one history is in memory at a time. ``excluded`` holds the ids of
+    edits that the user rejected.
+    """
     for source, records in groupby(work.records("verify", shard), key=lambda record: str(record["source"])):
         edits: dict[str, Edited] = {}
         for record in records:
@@ -71,5 +74,5 @@ def histories(work: WorkFolder, shard: int, thresholds: Thresholds) -> Iterator[
             proposal, caption, original, license = (made.pop(key) for key in ("proposal", "caption", "original", "license"))
             picture = work.picture(made["picture"]) if made.get("picture") else None
             attempt = Attempt(made, record, verdict(record, thresholds), picture)
-            edits.setdefault(record["edit"], Edited(proposal)).attempts.append(attempt)
+            edits.setdefault(record["edit"], Edited(proposal, record["edit"] in excluded)).attempts.append(attempt)
         yield History(source, caption, None if original is None else Path(original), license, [*edits.values()])

@@ -21,7 +21,7 @@ from cfvlm_ds.core.reading import read_yaml
 from cfvlm_ds.core.strict import build
 from cfvlm_ds.counterfactuals.options import Rule
 
-GOOD, UNSCORED = "", "not scored, nothing wrong with pixels"
+GOOD = ""
 _CERTAIN = 40.0  # log-odds used for probabilities of exactly 0 and 1
 
 
@@ -80,16 +80,22 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
         return Verdict(reason, -math.inf, 1)
     if thresholds.rule == "checks":
         return Verdict(GOOD, 0.0, 2)
-    named = margins(record, thresholds.rule)
-    if not named:
+    of_comparisons = margins(record, thresholds.rule)
+    if not of_comparisons:
         return Verdict("no scores; run verify with --scorer, or select with the rule checks", -math.inf, 1)
-    worst = min(named.values())
+    worst = min(of_comparisons.values())
     if not math.isfinite(worst):
         return Verdict("scores are not finite", -math.inf, 2)
-    reason = next((f"score: {name}" for name, margin in named.items() if margin <= thresholds.margin), GOOD)
+    reason = next((f"score: {name}" for name, margin in of_comparisons.items() if margin <= thresholds.margin), GOOD)
     if not reason and thresholds.drop is not None and _drop(record) > thresholds.drop:
         reason = "score: the new text fits worse than the caption did"
     return Verdict(reason, worst, 2)
+
+
+def label(record: Mapping[str, Any], reason: str) -> str:
+    """Return a label for a verdict's ``reason`` that names what was judged."""
+    unscored = "not scored (no edited picture)" if record.get("checks") is None else "not scored (pixels passed)"
+    return reason or ("good" if "scores" in record else unscored)
 
 
 def _picture_defect(checks: Mapping[str, Any], kind: str, thresholds: Thresholds, mined: bool) -> str:

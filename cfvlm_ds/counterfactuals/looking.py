@@ -12,7 +12,7 @@ from pathlib import Path
 from cfvlm_ds.core.errors import ConfigError
 from cfvlm_ds.core.progress import Say
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
-from cfvlm_ds.counterfactuals.judge import GOOD, UNSCORED, margins
+from cfvlm_ds.counterfactuals.judge import GOOD, label, margins
 from cfvlm_ds.counterfactuals.options import SelectOptions
 from cfvlm_ds.counterfactuals.select import group_of
 from cfvlm_ds.counterfactuals.work_folder import WorkFolder
@@ -44,7 +44,7 @@ def view_work(out: Path, page: Path, *, rejected: bool, sample: int, seed: int, 
 
 def _item(history: History, edited: Edited) -> Item:
     best = edited.best
-    reason = edited.reason or ("good" if "scores" in best.measured else UNSCORED)
+    reason = label(best.measured, edited.reason)
     attempts = [{"edit": attempt.made, "verify": attempt.measured} for attempt in edited.attempts]
     meta = json.dumps({"propose": edited.proposal, "attempts": attempts})
     table = None

@@ -171,6 +171,7 @@ class SelectOptions:
         per_type: maximum number of edits per type, drawn at random from the good edits; 0 for all.
         per_source: maximum number of edits per caption, drawn at random from the good edits (a choice by margin would favour easy edits).
         splits: share of the source pictures in each split, NAME=SHARE,..., such as train=0.9,test=0.1. Writes one file per split.
+        exclude: file with the ids of edits to leave out, one per line, as the page of `data view` shows them.
         prompt: prompt that the texts answer.
         source: name of the data set, written to every row.
         seed: seed for assigning pictures to splits.
@@ -182,6 +183,7 @@ class SelectOptions:
     per_type: int = 0
     per_source: int = 4
     splits: str = ""
+    exclude: str = ""
     prompt: str = PROMPT
     source: str = "made"
     seed: int = 0

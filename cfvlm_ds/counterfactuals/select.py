@@ -22,7 +22,7 @@ from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalise
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.reading import lines, parse_json
 from cfvlm_ds.core.strict import Given, fitted
-from cfvlm_ds.core.text import in_cell
+from cfvlm_ds.core.text import few, in_cell
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -114,16 +114,18 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
         thresholds = thresholds_of(work, options.thresholds, options.rule, options.margin)
-        cuts = _cuts(work, thresholds, options) if options.per_type else {}
+        excluded = _excluded(options.exclude)
+        cuts = _cuts(work, thresholds, options, excluded) if options.per_type else {}
         ends = _ends(work, thresholds, shares, options.seed)
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
         settings = {step: work.settings(step) for step in STEPS}
         steps = {step: {key: values[key] for key in _SHOWN if key in values} for step, values in settings.items()}
         progress = Progress(say, "select", work.shards, "shards")
-        written, seen = Counter[str](), set[int]()
+        written, seen, unknown = Counter[str](), set[int](), set(excluded)
         for shard in progress.over(range(work.shards)):
-            for history in histories(work, shard, thresholds):
+            for history in histories(work, shard, thresholds, excluded):
+                unknown.difference_update(str(edited.proposal["id"]) for edited in history.edits)
                 name = _split(_place(history, options.seed), ends)
                 if (number := seed_of(history.id)) in seen:  # the id occurs in another shard
                     for edited in history.edits:
@@ -135,6 +137,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     handles[name].write(row_line(row))
                     written[name] += 1
                     outside.update(_outside(row, further))
+        if unknown:
+            raise ConfigError(f"{options.exclude}: no edits of {out} have these ids: {few(sorted(unknown))}; correct or remove them")
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
@@ -158,6 +162,14 @@ def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[
         own_output(path, _is_selected, "select", data)
     own_output(_beside(file), _is_survival, "select", data)
     return files, shares
+
+
+def _excluded(file: str) -> frozenset[str]:
+    """Return the ids of excluded edits, one per line of ``file``. The result is empty if ``file`` is ""."""
+    try:
+        return frozenset(filter(None, map(str.strip, Path(file).read_text("utf-8").splitlines()))) if file else frozenset()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--exclude {file} cannot be read ({error}); write one edit's id per line") from error
 
 
 def _beside(file: Path) -> Path:
@@ -192,13 +204,13 @@ def _draw(edited: Edited) -> int:
     return seed_of(edited.proposal["id"])
 
 
-def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions) -> dict[str, int]:
+def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions, excluded: frozenset[str]) -> dict[str, int]:
     """Map each edit type that exceeds its quota to a cutoff: edits with a larger random number (see ``_draw``) are left out. This takes 8
     bytes of memory per good edit.
     """
     draws: dict[str, array[int]] = {}
     for shard in range(work.shards):
-        for history in histories(work, shard, thresholds):
+        for history in histories(work, shard, thresholds, excluded):
             for edited in _ranked(history)[: options.per_source]:
                 draws.setdefault(str(edited.proposal["type"]), array("Q")).append(_draw(edited))
     return {kind: sorted(values)[options.per_type - 1] for kind, values in draws.items() if len(values) > options.per_type}

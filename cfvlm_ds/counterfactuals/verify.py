@@ -24,7 +24,7 @@ from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line
 from cfvlm_ds.counterfactuals.checks import compared
 from cfvlm_ds.counterfactuals.edit.base import picture_by_id, sha256_of
-from cfvlm_ds.counterfactuals.judge import GOOD, UNSCORED, Calibrated, Thresholds, calibrated, verdict
+from cfvlm_ds.counterfactuals.judge import Calibrated, Thresholds, calibrated, label, verdict
 from cfvlm_ds.counterfactuals.options import VerifyOptions
 from cfvlm_ds.counterfactuals.work_folder import ShardStep, WorkFolder
 from cfvlm_ds.data.decoding import MAX_BYTES, open_image
@@ -197,9 +197,8 @@ def counted(record: Mapping[str, Any], counts: Counter[str]) -> None:
     counts["candidates"] += 1
     if scored := "scores" in record:
         counts["scored"] += 1
-    good = "good by default thresholds" if scored else UNSCORED
     reason = verdict(record, Thresholds(rule="match" if scored else "checks")).reason
-    counts[good if reason == GOOD else f"not: {reason[:80]}"] += 1
+    counts[f"verdict: {label(record, reason)[:80]}"] += 1
 
 
 def calibrate(out: Path, labelled: Path, start: Thresholds, precision: float) -> Calibrated:

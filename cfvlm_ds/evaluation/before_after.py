@@ -235,8 +235,9 @@ def changes_table(
     notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
     if any(each.blank is not None for each in changes):
         notes.append(
-            f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; above 50 %, the "
-            "texts alone reveal which is true; below 50 %, the model prefers the false texts if it sees nothing. pair is always 50 % here "
+            f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; far above 50 %, "
+            "the texts alone reveal which is true; far below 50 %, the model prefers the false texts if it sees nothing; with few groups, "
+            "it may differ from 50 % by chance. pair is always 50 % here "
             "if every text is true of one picture and false of another: see factual. If this rises as much as the result, the model has "
             "learned from the texts, not from the pictures. If a result is lower than this, the pictures mislead the model more often than "
             "they help, or the groups are few"
@@ -246,10 +247,12 @@ def changes_table(
             "NLL: negative log-likelihood of the true texts in nats per token, including the end-of-turn token; if it rises, true texts "
             "have become less likely"
         )
-        guess = f"{math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)" if vocabulary else "not known here"
-        notes.append(f"NLL of uniform guessing: {guess}; above it, the texts are less likely than random tokens")
+        if vocabulary:
+            guess = f"{math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)"
+            notes.append(f"NLL of uniform guessing: {guess}; above it, the texts are less likely than random tokens")
     notes.append(
-        "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse. There is no interval if fewer than "
+        "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse; in a "
+        "mean, a group with several edit types counts once, by the sign of the mean of its changes. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, or if an edit type has one group"
     )
     if any(each.groups < each.of for each in changes):

@@ -79,6 +79,7 @@ class EvaluationLoss:
         contains an entry for each term. All ranks must call this.
 
         An entry's ``value`` is the term's unweighted mean, or None. ``lacking`` is the reason why it could not be computed, or "".
+        ``parts`` counts the term's parts, and ``without`` those that have no comparison in the split. ``value`` does not include them.
         """
         gathered = gather_objects((self._likelihood, self._lacking, self._sums), world)
         likelihoods, lacking, sums = zip(*gathered, strict=True)
@@ -87,13 +88,16 @@ class EvaluationLoss:
         for name, term in self._objectives.items():
             reasons = [each[name] for each in lacking if name in each]
             parts = [each[name] for each in sums if name in each]
-            value = _mean(*(sum(each) for each in zip(*parts, strict=True))) if parts else None
+            numerators, counts = [torch.as_tensor(sum(each)) for each in zip(*parts, strict=True)] or [torch.zeros(0)] * 2
+            value = _mean(numerators, counts)
             if value is not None and not math.isfinite(value):
                 reasons.append("scores of some groups are not finite")
             terms[name] = {
                 "weight": term.weight,
                 "value": None if reasons else value,
                 "lacking": reasons[0] if reasons else "",
+                "parts": len(counts),
+                "without": int((counts == 0).sum()),
             }
         return {"losses": terms, "nll": nats / tokens if tokens and math.isfinite(nats) else None}
 

@@ -17,7 +17,8 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
     are missing from all splits are left out, and so is ``text_pmi``, because ``group_pmi`` includes it.
 
     A second table counts the groups and comparisons behind each metric, and names a few groups without comparisons for it. A list explains
-    the metrics, and gives the reason for each loss term that could not be computed. ``plain`` escapes names from the data for a table cell.
+    the metrics, and names each loss term, or number of its parts, that is not in the loss, with the reason. ``plain`` escapes names from
+    the data for a table cell.
     """
     reason = plain or partial(in_cell, most=_REASON_CHARS)
     plain = plain or in_cell
@@ -42,9 +43,12 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
             left = row.num - groups
             missing = f"{left}: {', '.join(map(plain, unused))}{', ...' * (left > len(unused))}" * bool(left) if groups else "all"
             lines.append(f"| {split} | {', '.join(metrics)} | {groups} | {comparisons} | {missing} |")
-        notes += [
-            f"- eval/{split}/loss_{name} is not computed: {reason(why)}" for name, term in row.losses.items() if (why := term["lacking"])
-        ]
+        for name, term in row.losses.items():
+            if why := term["lacking"]:
+                notes.append(f"- eval/{split}/loss_{name} is not computed: {reason(why)}")
+            elif without := term.get("without"):  # results.json of earlier versions has no such entry
+                part = f"{without} of the {term['parts']} parts of {name}" if without < term["parts"] else name
+                notes.append(f"- eval/{split}/loss does not include {part}: the set has no comparisons for it")
     return "\n".join([*lines, *([""] * bool(notes)), *notes])
 
 

@@ -80,11 +80,6 @@ def scores_of(name: str, objective: Objective, scores: Scores) -> Scores:
     return replace(visible, layout=visible.layout.of_objective(name))
 
 
-def ramp(objective: Objective, progress: float) -> float:
-    """Return the warm-up factor of an objective's weight. ``progress`` is the fraction of all steps completed so far."""
-    return 1.0 if progress >= objective.warmup else progress / objective.warmup
-
-
 def weighted_loss(
     objectives: Objectives, scores: Scores, global_denominators: Mapping[str, Tensor], world_size: int = 1, progress: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +88,8 @@ def weighted_loss(
     Each numerator is divided by its *global* denominator. Over all micro-batches and ranks of an optimizer step, the shares therefore add
     up to exactly the global means, however groups are distributed over ranks. The loss is multiplied by ``world_size``, because DeepSpeed
     averages gradients over ranks. DeepSpeed must not also average over accumulation steps (``engine.backward(..., scale_wrt_gas=False)``).
-    A part with a denominator of 0 contributes nothing.
+    A part with a denominator of 0 contributes nothing. ``progress``, the fraction of all steps completed so far, determines the warm-up of
+    the weights.
     """
     loss = scores.logp.sum() * 0  # every rank must run a backward pass, even without any comparison
     shares: dict[str, Tensor] = {}
@@ -102,7 +98,8 @@ def weighted_loss(
         numerators = torch.atleast_1d(objective.numerator(scores_of(name, objective, scores)))
         share = torch.where(denominator > 0, numerators / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0)
         shares[name] = share.detach()
-        loss = loss + objective.weight * ramp(objective, progress) * share.sum()
+        ramp = 1.0 if progress >= objective.warmup else progress / objective.warmup
+        loss = loss + objective.weight * ramp * share.sum()
     return loss * world_size, shares
 
 

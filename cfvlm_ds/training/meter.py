@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfvlm_ds.core.distributed import World, all_reduce_sums
 from cfvlm_ds.models import ModelFlops
-from cfvlm_ds.objectives import Objectives, likelihood_report, ramp, scores_of
+from cfvlm_ds.objectives import Objectives, likelihood_report, scores_of
 from cfvlm_ds.training.step import Measured
 
 
@@ -74,7 +74,6 @@ def measure(
     measured: Measured,
     objectives: Objectives,
     part_of_step: float,
-    progress: float,
     flops: ModelFlops,
     sources: Sequence[str] = (),
 ) -> None:
@@ -82,15 +81,11 @@ def measure(
 
     Args:
         part_of_step: fraction of a step that the micro-batch represents. A step's loss is the sum over its micro-batches and ranks.
-        progress: fraction of all steps completed before this one. The warm-up of loss weights depends on it.
         flops: counter of the model's floating-point operations.
         sources: names of a mixture's sources, each of which is also measured separately.
     """
     scores = measured.scores
     real = float(len(scores.layout.ids) > 0)  # a stand-in for unreadable groups is not measured
-    missing = {name: objective.weight * (1 - ramp(objective, progress)) for name, objective in objectives.items()}
-    loss = measured.loss + sum(weight * measured.shares[name].sum() for name, weight in missing.items() if weight)
-    meter.add("loss", loss, part_of_step)  # with the full weights, because a loss that rises with a warm-up looks like divergence
     for name, shares in measured.shares.items():
         for part, (share, some) in enumerate(zip(shares, measured.has_comparisons[name], strict=True)):
             meter.add(f"loss/{name}", share, some * part_of_step, part)

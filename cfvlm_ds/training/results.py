@@ -205,10 +205,12 @@ def description(summary: str, files: Sequence[Path]) -> str:
 _MOST_DESCRIBED = 4000
 """Maximum length of the summary in the description, in characters. MLflow accepts tags of up to 5,000 characters."""
 _METRICS = """\
-- loss: the weighted sum of the terms; compare it with detail/eval/SET/loss
+- loss: the weighted sum of the terms; detail/eval/SET/loss is the same for SET, but only of the terms that SET has comparisons for: the
+  end of results.md names the others
 - learning_rate: of the last step; the parameter train.learning_rate is the rate that was set
 - grad_norm: before clipping
-- eval_SET_METRIC: nll in nats per token, others in %; accuracies are means of edit types; the tables above give the number of groups"""
+- eval_SET_METRIC: accuracy in %, a mean of edit types (the tables above give the number of groups), or nll in nats per token if the set has
+  no accuracy; detail/eval/SET/nll exists for every set"""
 """Explanations of the metrics in ``Main/`` for the description."""
 _NO_SETS = (
     "No evaluation sets. Add one with `--data.evaluation.NAME FILE`, in any format that training reads, for example with rows held out "

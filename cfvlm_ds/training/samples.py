@@ -63,8 +63,8 @@ class Samples:
                 self.world.say(f"warning: {self._file}: earlier samples cannot be read ({error})")
 
     def write(self, step: int) -> None:
-        """Generate the texts and write them to samples.jsonl. Texts that an earlier start of the run wrote for this or a later step are
-        replaced. If any rank cannot read a picture, the error message is written instead of the text.
+        """Generate the texts and write them to samples.jsonl. Texts already recorded there for this or a later step, for example before the
+        run was resumed from a checkpoint, are dropped. If any rank cannot read a picture, the error message is written instead of the text.
         """
         if next(self._groups(), None) is None:
             return

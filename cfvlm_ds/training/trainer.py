@@ -152,8 +152,7 @@ class Trainer:
                 self._end(tracker, f"at step {state.step + 1}, {lost}", f"{then}, and the same command continues", alone=False)
             meter.wait(result.waited_s)
             for measured in result.measured:
-                progress = state.step / self.total_steps
-                measure(meter, measured, self.config.objective, part_of_step, progress, self._flops, self._sources)
+                measure(meter, measured, self.config.objective, part_of_step, self._flops, self._sources)
             self.sampler.advance()
             state.step_done(self.sampler.state_dict())
             stop, save_due, last = result.stop, result.save_due, state.step == self.total_steps
@@ -235,6 +234,10 @@ class Trainer:
         """Log and print the metrics accumulated since the last record."""
         engine, state, world = self.engine, self.state, self.world
         metrics = meter.reduce(world)
+        weights = {name: term.weight for name, term in self.config.objective.items()}
+        weights["router_balance"] = self.config.train.router_balance
+        # with the final weights, because a loss that rises with a warm-up looks like divergence
+        metrics = {"loss": sum(weight * metrics.get(f"loss/{name}", 0.0) for name, weight in weights.items()), **metrics}
         rates = {group["name"].split(".")[0]: group["lr"] for group in engine.optimizer.param_groups}
         metrics |= {"learning_rate": max(rates.values())} | {f"learning_rate/{module}": rate for module, rate in rates.items()}
         metrics["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)

@@ -200,5 +200,7 @@ def test_the_routers_are_balanced_over_the_whole_step(models, manifest, tmp_path
     assert len(expected) == STEPS
     for name in ("ranks", "accumulated", "both, in parts"):
         assert [[row[key] for key in keys] for row in rows[name]] == [pytest.approx(row, rel=2e-4) for row in expected], name
+    without, balanced = rows["unbalanced"][0]["loss"], rows["one"][0]
+    assert balanced["loss"] == pytest.approx(without + 5 * balanced["loss/router_balance"], rel=2e-4)
     assert "loss/router_balance" not in rows["unbalanced"][0] and rows["unbalanced"][0]["router/load/000"] == pytest.approx(expected[0][2])
     assert rows["unbalanced"][-1]["router/load/000"] != pytest.approx(expected[-1][2], rel=1e-3), "it matters"

@@ -95,6 +95,8 @@ def test_equals_the_plain_torch_reference(steps, trajectories, model_dir, manife
     ramps = [min(1.0, number / steps / 0.5) for number in range(steps)]  # the reference prints what it minimises, the run the full weights
     found = [row["loss/align"] + ramp * (0.5 * row["loss/csd"] + 0.7 * row["loss/fcd"]) for row, ramp in zip(rows, ramps, strict=True)]
     assert found == pytest.approx(expected, rel=2e-4)
+    final = [row["loss/align"] + 0.5 * row["loss/csd"] + 0.7 * row["loss/fcd"] for row in rows]
+    assert [row["loss"] for row in rows] == pytest.approx(final)
     if steps == 20:
         golden = read_json(REPO / "tests/golden/train20.json")
         assert expected == pytest.approx(golden, rel=2e-3), "the reference itself moved: see CONTRIBUTING on golden files"

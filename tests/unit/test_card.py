@@ -115,7 +115,7 @@ def test_a_card_compares_the_nll_with_that_of_uniform_guessing(tmp_path):
     (line,) = (line for line in model_card(checkpoint, adapter=False).splitlines() if "uniform" in line)
     assert " 3.91 " in line, "e to this power is 50"
     earlier = run_folder(tmp_path / "earlier", before_after=table)
-    assert "uniform guessing: not known" in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
+    assert "uniform" not in model_card(earlier, adapter=False), "an earlier run's record has no vocabulary"
 
 
 def test_a_card_says_what_it_does_not_know(tmp_path):

@@ -644,6 +644,19 @@ def test_a_loss_that_cannot_be_computed_is_named_with_the_reason(collator, score
     assert not any("loss" in name for name in none), "no group has anything for it"
 
 
+def test_terms_and_parts_without_comparisons_are_named(collator, scorer, groups):
+    """Without edited pictures, ``fcd`` and the second part of ``align`` have nothing to compare, so the sum is that of the others."""
+    texts_only = [replace(each, images=each.images[:1], match=each.match[:1], edits=()) for each in groups if len(each.candidates) > 1]
+    terms: dict[str, Any] = {"align": Align(), "csd": Csd(weight=2.0), "fcd": Fcd(weight=4.0)}
+    for some, left_out in ((groups, []), (texts_only, ["1 of the 2 parts of align", "fcd"])):
+        rows, _ = evaluate(scorer, collator, {"s": some}, ALONE, Batching(3), objectives=terms)
+        assert re.findall(r"- eval/s/loss does not include (.*): the set has no comparisons for it", table(rows)) == left_out
+        flat = flat_metrics(rows)
+        fcd = 4 * flat.get("eval/s/loss_fcd", 0.0)
+        assert flat["eval/s/loss"] == pytest.approx(flat["eval/s/loss_align"] + 2 * flat["eval/s/loss_csd"] + fcd)
+        assert bool(fcd) == (not left_out)
+
+
 def test_names_from_the_data_are_text_in_a_table_and_nothing_else():
     """By two readers of Markdown: no bar ends a cell, and there is neither HTML nor a link, nor a picture that a reader would fetch."""
     names = [

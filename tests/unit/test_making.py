@@ -313,10 +313,10 @@ def test_captions_without_their_pictures_or_in_their_place_begin_no_work_folder(
         assert f"{path}: none of the pictures of 6 groups" in said and "--root" in said
     assert not (tmp_path / "W").exists()
     shutil.copy(tmp_path / "5.png", tmp_path / "other")
-    assert "6 captions" in printed(capsys, "data", "propose", tmp_path / "other" / "captions.jsonl", "--out", tmp_path / "W")
+    assert "6  captions" in printed(capsys, "data", "propose", tmp_path / "other" / "captions.jsonl", "--out", tmp_path / "W")
     late = [{"image": f"gone{n}.png", "caption": "a red cup"} for n in range(150)] + [{"image": "5.png", "caption": "a red cup"}]
     write_rows(tmp_path / "other" / "late.jsonl", late)
-    assert "151 captions" in printed(capsys, "data", "propose", tmp_path / "other" / "late.jsonl", "--out", tmp_path / "late")
+    assert "151  captions" in printed(capsys, "data", "propose", tmp_path / "other" / "late.jsonl", "--out", tmp_path / "late")
     (tmp_path / "other" / "5.png").unlink()
     printed(capsys, "data", "propose", tmp_path / "other" / "late.jsonl", "--out", tmp_path / "late")  # finished before
     assert f"or a folder other than {tmp_path / 'W'}, or remove " in refused(capsys, "data", "propose", photos, "--out", tmp_path / "W")
@@ -331,10 +331,10 @@ def test_what_nothing_has_scored_is_not_called_good(photos, tmp_path, capsys):
 
 
 def test_no_count_is_left_out_without_a_word(capsys):
-    for number, more in ((12, ""), (14, ", 2 more counts")):
+    for number, more in ((12, ""), (14, "2  more counts")):
         _print_done("propose", {"records": 1, "counts": {f"count {k}": 1 for k in range(number)}})
         said = capsys.readouterr().out
-        assert said.count("1 count ") == 12 and (more in said) and ("more" in said) == bool(more)
+        assert said.count("1  count ") == 12 and (more in said) and ("more" in said) == bool(more)
 
 
 def test_status_names_missing_shards_as_an_array(world, tmp_path):
@@ -948,6 +948,27 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
     assert kept == sum(len(group.candidates) - 1 for group in groups)
 
 
+def test_excluded_edits_are_left_out_and_counted(whole, tmp_path):
+    """Their places within the quota go to other edits. An id that no edit has is refused before a file is written."""
+
+    def ids(excluded: str, name: str, most: int = 1) -> tuple[set[str], int]:
+        (tmp_path / "wrong.txt").write_text(excluded)
+        options = SelectOptions(per_source=most, exclude=str(tmp_path / "wrong.txt"))
+        survival = select(whole, tmp_path / name, options, quiet)
+        rows = read_rows(tmp_path / name)
+        return {edit["propose"]["id"] for row in rows for edit in row["meta"]["edits"]}, survival.total["excluded by --exclude"]
+
+    (kept, none), (good, _) = ids("", "one.jsonl"), ids("", "all.jsonl", 9)
+    others = Counter(name.rpartition("/")[0] for name in good - kept)
+    wrong = sorted(name for name in kept if others[name.rpartition("/")[0]])[:2]
+    rest, excluded = ids(f"{wrong[0]}\n\n  {wrong[1]}\r\n", "rest.jsonl")
+    assert (none, excluded) == (0, 2) and not rest & set(wrong) and kept - rest == set(wrong)
+    assert [name.rpartition("/")[0] for name in sorted(rest - kept)] == [name.rpartition("/")[0] for name in wrong]
+    with pytest.raises(ConfigError, match=r"wrong.txt: no edits of .*these ids: no-such/7"):
+        ids(f"{wrong[0]}\nno-such/7\n", "x.jsonl")
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_quotas_splits_and_what_is_left_of_nothing(whole, tmp_path, monkeypatch):
     every, few = (select(whole, tmp_path / f"{most}.jsonl", SelectOptions(per_type=most, per_source=9), quiet) for most in (0, 3))
     assert all(counts["kept"] == min(3, every.by_type[kind]["kept"]) for kind, counts in few.by_type.items())
@@ -1018,8 +1039,8 @@ def test_a_real_pair_is_of_one_split_or_of_none(tmp_path):
     propose(open_groups(tmp_path / "c.jsonl", None, "auto"), tmp_path / "W", options, 0, quiet)
     edit(tmp_path / "W", EditOptions(back_ends="none"), 0, quiet)
     done = verified(tmp_path / "W")
-    assert done["counts"]["not: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
-    assert not any(name == "scored" or name.startswith("good") for name in done["counts"]), "nothing is good without a scorer"
+    assert done["counts"]["verdict: a picture cannot be read"] == 2  # in a pair, and as one that is to be edited
+    assert not any(name == "scored" or name.startswith("verdict: good") for name in done["counts"]), "nothing is good without a scorer"
     parts = select(tmp_path / "W", tmp_path / "g.jsonl", SelectOptions(splits="a=0.5,b=0.5"), quiet)
     counts = parts.by_type["colour"]
     assert counts["its real picture belongs to another split"] > 1 and counts["kept"] > 15
@@ -1084,7 +1105,8 @@ def test_clean_data_pass_and_every_planted_fault_is_found(tmp_path):
     (tmp_path / "cue").mkdir()
     found, _ = audited(tmp_path / "cue", {"train": pair_rows(tmp_path / "cue", 40, cue=" indeed")})
     assert [sentence.split(":")[0] for sentence, _ in found.faults] == ["texts by length", "texts by their words"]
-    assert found.shortcuts[1].telling[0].startswith("indeed (0 original")
+    telling = dict(re.fullmatch(r"(\w+) \((.*)\)", each).groups() for each in found.shortcuts[1].telling)
+    assert found.shortcuts[1].telling[0].startswith("indeed ") and telling["indeed"] == "0 original, 40 counterfactual", "all pairs"
 
     (tmp_path / "paste").mkdir()
 

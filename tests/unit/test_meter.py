@@ -56,11 +56,11 @@ def test_a_micro_batch_fetches_nothing_from_its_device(model_dir, manifests):
         counts = denominators(objective, batch.layout)
         loss, shares = weighted_loss(objective, scores, counts, 2, 0.5)
         compared = {name: count > 0 for name, count in counts.items()}
-        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares, compared), objective, 0.25, 0.5, flops)
+        measure(meter, Measured(MicroBatch((batch,)), scores, loss, shares, compared), objective, 0.25, flops)
         backward(loss)
     with pytest.raises((NotImplementedError, RuntimeError)):  # what the check rests on
         float(batch.layout.weight.sum())
-    assert {"loss", "loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {name for name, *_ in meter._sums}
+    assert {"loss/csd", "loss/fcd", "loss/align", "loss/dpo", "logp/lp_00"} <= {name for name, *_ in meter._sums}
 
 
 def test_sums_are_those_of_float64(alone):
@@ -93,9 +93,9 @@ def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, mani
     for one, two, some in (([0.0], [1.0, 0.0], False), ([2.0], [3.0, 4.0], True), ([0.0], [2.0, 2.0], True)):
         shares = {"one": torch.tensor(one), "two": torch.tensor(two), "none": torch.zeros(1)}
         compared = {"one": torch.tensor([some]), "two": torch.tensor([True, some]), "none": torch.tensor([False])}
-        measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, 1.0, flops)
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, flops)
     stand_in = Scores(replace(batch.layout, ids=()), logp, logp)
-    measure(meter, Measured(MicroBatch((batch,)), stand_in, torch.ones(()), {}, {}), {"csd": OBJECTIVES["csd"]()}, 1.0, 1.0, flops)
+    measure(meter, Measured(MicroBatch((batch,)), stand_in, torch.ones(()), {}, {}), {"csd": OBJECTIVES["csd"]()}, 1.0, flops)
     found = meter.reduce(alone)
     assert not any(name.startswith(("csd/", "logp/")) and value != value for name, value in found.items())
     assert (found["loss/one"], found["loss/two"]) == (1.0, 2.0 + 3.0) and "loss/none" not in found
@@ -121,7 +121,7 @@ def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manife
 
     for half in (groups[:4], groups[4:]):
         batch, scores = scored(half)
-        measure(meter, Measured(MicroBatch((batch,)), scores, torch.zeros(()), {}, {}), OBJECTIVE, 0.5, 1.0, flops, ("a", "b", "c"))
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.zeros(()), {}, {}), OBJECTIVE, 0.5, flops, ("a", "b", "c"))
     found = meter.reduce(alone)
     for source in "ab":
         _, scores = scored([replace(group, objectives=None) for group in groups if group.source == source])

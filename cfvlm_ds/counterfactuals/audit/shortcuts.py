@@ -82,19 +82,22 @@ def by_length(pairs: Sequence[tuple[str, str]]) -> Shortcut:
     return Shortcut("texts by length", area, low, high, len(pairs), description)
 
 
+def _log_odds(pairs: Sequence[tuple[str, str]]) -> tuple[list[Counter[str]], dict[str, float]]:
+    """Count the original and the counterfactual texts that contain each word, and return the counts and the words' log-odds."""
+    counts = [Counter(word for pair in pairs for word in set(words(pair[side]))) for side in (0, 1)]
+    return counts, {word: math.log((counts[1][word] + 0.5) / (counts[0][word] + 0.5)) for word in {*counts[0], *counts[1]}}
+
+
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
     """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), estimated on
-    one half of the groups.
+    one half of the groups. ``telling`` counts the texts of all pairs.
     """
     if min(map(halves.count, (True, False))) < _FEWEST:
         return _not_measured("texts by their words")
-    counts: list[Counter[str]] = [Counter(), Counter()]
-    for pair, fitted in zip(pairs, halves, strict=True):
-        for side, text in enumerate(pair if fitted else ()):
-            counts[side].update(set(words(text)))
-    weight = {word: math.log((counts[1][word] + 0.5) / (counts[0][word] + 0.5)) for word in {*counts[0], *counts[1]}}
+    _, weight = _log_odds([pair for pair, fitted in zip(pairs, halves, strict=True) if fitted])
     judged = [pair for pair, fitted in zip(pairs, halves, strict=True) if not fitted]
     scores = [[math.fsum(weight.get(word, 0.0) for word in set(words(pair[side]))) for pair in judged] for side in (1, 0)]
+    counts, weight = _log_odds(pairs)  # what a reader of the data sees
     most = sorted(weight, key=lambda word: (-abs(weight[word]) * math.sqrt(counts[0][word] + counts[1][word]), word))[:_TELLING]
     telling = tuple(f"{word} ({counts[0][word]} original, {counts[1][word]} counterfactual)" for word in most)
     return Shortcut("texts by their words", *auc(*scores), len(judged), telling)

@@ -96,8 +96,9 @@ def _taken(value: Any, name: str, content: str, where: str) -> tuple[str | int, 
 def is_lines(path: Path) -> bool:
     """Return whether a .json file has one object per line, as in some published data sets.
 
-    A single object counts as one row unless it is a COCO file or all its values are lists or objects (probably rows or columns). Raises the
-    same errors as open_regular.
+    Only the first non-empty line is parsed. Return False if it is not a whole object, or if the object has the keys of a COCO file. Also
+    return False if nothing follows the line and all values of the object are lists or objects, because they are probably the rows or
+    columns of a table. Raises the same errors as open_regular.
     """
     with open_regular(path) as handle:
         line = handle.readline(MAX_ROW + 1)
