@@ -49,7 +49,7 @@ class Samples:
     world: World
     run_dir: Path
     max_pixels: int
-    evaluator: Evaluator | None = None
+    evaluator: Evaluator
     _lines: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
@@ -79,7 +79,7 @@ class Samples:
             text = problem or self._text(prompt, pictures)
             lines.append({"step": step, "set": name, "group": group.id, "prompt": readable(prompt), "true": true, "text": text})
         self.engine.train()
-        if self.evaluator is not None and scored:
+        if scored:
             _, scores = self.evaluator({"samples": [group for _, group in scored]})
             for (place, group), score in zip(scored, scores["samples"], strict=True):
                 lines[place] |= _preferred(group, score.logp[0].tolist())

@@ -327,7 +327,7 @@ class Trainer:
             figures = draw_curves(self._run_dir, results, self.sample.counts, say) if config.train.figures else []
             write_results_page(self._run_dir, figures, say)
             written += figures
-            if config.train.export and failed is None:
+            if exported:
                 complete_card(config, self._run_dir / f"checkpoint-{step}", say)
             tracker.describe(description(first, written))
             for path in written:

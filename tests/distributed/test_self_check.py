@@ -117,6 +117,19 @@ def test_good_runs_in_bfloat16_are_not_refused(model_dir, collator, answers, cap
     assert all(("bfloat16 explains" in line) == (value > 0.05) for line, value in zip(said, off, strict=True))
 
 
+def test_the_largest_logit_is_that_of_the_separate_row(model_dir, collator, answers):
+    engine = wide(model_dir, torch.float32, 0)
+    head = engine.module.model.get_output_embeddings()
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        row = collator.parts(answers[:2], None)[0]
+        scores = row.scores(engine(**row.model_inputs))
+        head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        cell = self_check._compared(engine, engine.module.model, collator, answers[:2], scores, [0, 0, 0])
+        logits = [abs(float(state @ token)) for state in states[0].double() for token in head.weight.double()]
+    assert len(states) == 1 and cell.largest_logit == pytest.approx(max(logits), rel=1e-5) and min(logits) < max(logits) / 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("wrong", [seeing_siblings, going_on_counting, other_images])
 def test_wrong_masks_positions_and_images_are_refused(

@@ -492,7 +492,8 @@ def test_the_table_of_samples_has_every_group_and_no_text_of_an_abandoned_step(t
         for name in shown
     ]
     write_rows(tmp_path / "samples.jsonl", rows)
-    samples = Samples(9, {"test": groups}, None, None, World(0, 1, torch.device("cpu")), tmp_path, 10**6)
+    unused: Any = None
+    samples = Samples(9, {"test": groups}, unused, unused, World(0, 1, torch.device("cpu")), tmp_path, 10**6, unused)
     samples.resume(5)
     section, files = samples.report()
     assert [file.name for file in files] == ["samples.jsonl", "1.png", "1-1.png", "3.png"]

@@ -16,7 +16,7 @@ from conftest import ONE as ALONE
 from conftest import PROMPT, draw, plain_logp
 from torch import Tensor
 
-from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_in_batch_negatives
+from cfvlm_ds.batching.batch_layout import group_layout, stored_scores, with_blank_picture, with_in_batch_negatives
 from cfvlm_ds.batching.collator import load_collator
 from cfvlm_ds.batching.prompts import Encoded
 from cfvlm_ds.core.config import ModelConfig
@@ -296,8 +296,19 @@ def test_report_by_hand():
     scores = Scores(layout, logp, torch.zeros_like(logp))
     scores = CrossRankScores([scores], ALONE).added_to(scores)
     assert scores.cross_group.flatten().tolist() == pytest.approx([0.0, math.log(4)] * 2)
-    report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0).report(scores).items()}
+    report = {name: (float(total), int(count)) for name, (total, count) in BatchAlign(pmi=0.0, texts=1).report(scores).items()}
     assert report == {"violated/batch_align": (0, 2), "batch_align/texts": (2, 2)}
+
+
+def test_columns_of_guests():
+    """They answer the prompt of the group's first text, and the blank picture, whose columns of own texts are scored, does not see them."""
+    groups = in_a_step(many(6), {"batch_align": 2})
+    layout = layout_of(groups)
+    own, exists = layout.num_own, layout.in_batch.source_group[..., 0] >= 0
+    assert exists.all(1).any() and (layout.prompt[:, 0] != layout.prompt[:, 1]).any()
+    assert torch.equal(layout.prompt[:, own:], torch.where(exists, layout.prompt[:, :1], -1))
+    blank = with_blank_picture(layout, groups).valid[:, -1]
+    assert blank[:, :own].any() and not blank[:, own:].any()
 
 
 def test_other_terms_do_not_see_the_guests():
