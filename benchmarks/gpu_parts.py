@@ -232,8 +232,8 @@ def distances(forest: Forest, backend: str, run: Run, found: list[Tensor]) -> di
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
-    """Return a call's median time in seconds over ``repeats`` turns, after a warm-up. On a GPU, a turn has several calls, because calls are
-    queued.
+    """Return the median time of a call in seconds over ``repeats`` measurements, after a warm-up. On a GPU, where calls are queued, each
+    measurement times several calls together and divides by their number.
     """
     calls = 10 if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):

@@ -40,8 +40,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 def without_secrets(text: str) -> str:
     """Return the text with *** in place of everything that looks like a secret.
 
-    Secrets are: the user name and password in a URL; the values in a URL's query and fragment, which contain the signature of a signed URL;
-    and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
+    These count as secrets: the user name and password in a URL; the values in a URL's query and fragment, because a signed URL carries its
+    signature there; and the value in ``name=value``, ``name: value`` or ``--name value`` if the name denotes a credential.
     """
     text = _URL.sub(
         lambda url: _QUERY.sub(lambda query: _PARAMETER.sub(rf"\1{MASK}", query[0]), _USERINFO.sub(rf"\1{MASK}@", url[0])), text

@@ -38,7 +38,7 @@ class Keys(NamedTuple):
 def shared_with(train: Keys, evaluation: Keys) -> Shared:
     """Count the rows and pictures that an evaluation set shares with the training set.
 
-    Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and the order of texts. Pictures are compared
+    Rows are equal if their prompts, texts and pictures are equal, regardless of ids, labels and order. Pictures are compared
     by contents if these are known, otherwise by path.
     """
     rows, pictures = (int(contains(train_keys, keys).sum()) for train_keys, keys in zip(train, evaluation, strict=True))

@@ -1,4 +1,6 @@
-"""Export jobs, which map the model's weights to the tensors on disk that are computed from them."""
+"""Export jobs. Each job lists tensors of the export and the model's weights from which they are computed. The tensors of a job without
+weights are copied from the source.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but the logits are never all in
+    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but at most ``LOGITS`` logits are in
     memory at once.
 
     ``hidden`` [P, d] holds the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] holds, for each

@@ -2,7 +2,8 @@
 
 In a row of trees, a segment consists of a node's queries and the keys gathered along its path. One causal call of the kernel handles all
 segments. It aligns a segment's last query with its last key, so a sliding window extends back along the path. If attention within pictures
-is bidirectional, each picture is also a segment of a second, non-causal call, whose keys end with the picture's last token.
+is bidirectional, a node's queries are split around its pictures. Each picture's queries then form a segment of a separate, non-causal call,
+and the keys of this segment end with the picture's last token.
 
 Shapes: T tokens of the row, H query heads, J key-value heads, D head size, S segments.
 """

@@ -90,7 +90,7 @@ def _log_odds(pairs: Sequence[tuple[str, str]]) -> tuple[list[Counter[str]], dic
 
 def by_words(pairs: Sequence[tuple[str, str]], halves: Sequence[bool]) -> Shortcut:
     """Classify texts by a bag of words. A text's score is the sum of its words' log-odds (counterfactual against original), estimated on
-    one half of the groups. ``telling`` counts the texts of all pairs.
+    one half of the groups. The words in ``telling`` are chosen and counted over all pairs.
     """
     if min(map(halves.count, (True, False))) < _FEWEST:
         return _not_measured("texts by their words")
