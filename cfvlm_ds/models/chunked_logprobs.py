@@ -24,8 +24,8 @@ def head_logprobs(
     cap: float | None = None,
     compared: Mapping[Divergence, Tensor] | None = None,
 ) -> Tensor:
-    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but at most ``LOGITS`` logits are in
-    memory at once.
+    """Return the log-probs [N] of ``targets`` in nats and fp32. They equal those of ``token_logprobs``, but at most ``LOGITS`` logits are
+    in memory at once.
 
     ``hidden`` [P, d] holds the states that predict targets, ``weight`` [V, d] is the output head, and ``predicted_by`` [N] holds, for each
     of ``targets`` [N], the index of the state that predicts it. The states are processed in parts of at most ``LOGITS`` logits. If there
