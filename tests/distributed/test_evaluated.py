@@ -172,6 +172,10 @@ def test_a_training_evaluates_benchmarks(model_dir, manifests, root, tmp_path, c
     assert f"data.evaluation.crepe: {len(own & shown)} of its {len(own)} pictures also occur in the training set" in said
     assert "21 items of SugarCrepe, probe caption, in" in said and "after step 1, crepe: macro " in said
     evaluated = [row for row in recorded if "eval/crepe/macro" in row]
+    shown = re.search(r"after step 1, crepe: macro ([\d.]+) \(blank image ([\d.]+), random scores [\d.]+\)", said)
+    assert shown and [float(each) for each in shown.groups()] == pytest.approx(
+        [evaluated[0]["eval/crepe/macro"], evaluated[0]["eval/crepe/blind_macro"]], abs=0.051
+    )
     assert len(evaluated) == 2 and {"eval/crepe/blind_macro", "eval/crepe/accuracy", "eval/test/pair"} <= evaluated[0].keys()
     assert re.search(r"\| crepe \(own files\) \| caption \| 21 \| \d+ \| macro \|", (run_dir / "results.md").read_text())
     compared = printed(capsys, "compare", run_dir / "benchmarks", run_dir / "benchmarks")
