@@ -1,6 +1,6 @@
 """Limits on the number of visual tokens per image, with a function for each rule by which model families compute this number.
 
-Each function changes the processor and, if the model also computes image sizes, the model's configuration. Either can be None.
+Each function changes the processor and, if the model also computes image sizes, the model's configuration. The processor can be None.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def grids(processor: Any, config: Any, model: ModelConfig) -> None:
     """Remove tile grids with more than ``max_tiles`` tiles from the model's list (LLaVA-NeXT and OneVision, which choose the best-fitting
     grid for each image).
     """
-    side = None if config is None else config.vision_config.image_size
+    side = config.vision_config.image_size
     for holder in (processor and processor.image_processor, config):
         if holder is not None and model.max_tiles:
-            side = side or min(min(grid) for grid in holder.image_grid_pinpoints)
             kept = [grid for grid in holder.image_grid_pinpoints if grid[0] * grid[1] <= model.max_tiles * side**2]
             if not kept:
                 least = min(grid[0] * grid[1] for grid in holder.image_grid_pinpoints) // side**2

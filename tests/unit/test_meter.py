@@ -91,12 +91,13 @@ def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, mani
     logp = -torch.ones(batch.layout.valid.shape)
     scores, meter = Scores(batch.layout, logp, logp), Meter(None)
     flops: Any = SimpleNamespace(of=lambda inputs, scored: 0.0)
+    csd = {"csd": OBJECTIVES["csd"]()}
     for one, two, some in (([0.0], [1.0, 0.0], False), ([2.0], [3.0, 4.0], True), ([0.0], [2.0, 2.0], True)):
         shares = {"one": torch.tensor(one), "two": torch.tensor(two), "none": torch.zeros(1)}
         compared = {"one": torch.tensor([some]), "two": torch.tensor([True, some]), "none": torch.tensor([False])}
-        measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, flops)
+        measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), csd, 1.0, flops)
     stand_in = Scores(replace(batch.layout, ids=()), logp, logp)
-    measure(meter, Measured(MicroBatch((batch,)), stand_in, torch.ones(()), {}, {}), {"csd": OBJECTIVES["csd"]()}, 1.0, flops)
+    measure(meter, Measured(MicroBatch((batch,)), stand_in, torch.ones(()), {}, {}), csd, 1.0, flops)
     found = meter.reduce(alone)
     assert all(math.isfinite(value) for value in found.values()), "a stand-in is not measured"
     assert (found["loss/one"], found["loss/two"]) == (1.0, 2.0 + 3.0) and "loss/none" not in found
