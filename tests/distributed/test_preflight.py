@@ -236,7 +236,8 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
         return group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
 
     assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
-    with pytest.raises(DataError, match=f"{least} tokens .*data.max_tokens_per_forward is {least - 1}"):
+    largest = next(group.id for group in groups if any(part.num_tokens == least for part in collator.parts([group], max_tokens=1)))
+    with pytest.raises(DataError, match=f"group '{largest}' has {least} tokens .*data.max_tokens_per_forward is {least - 1}"):
         tokens(least - 1)
 
 
