@@ -227,7 +227,9 @@ def test_another_template_or_tokenizer_in_the_same_folder_is_tried_again(own, co
 
 def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config, data):
     """An image's texts are divided between forwards; one text with its prompt and image is not."""
-    groups, collator = read_manifest(data), load_collator(config.model)
+    groups, collator = list(read_manifest(data)), load_collator(config.model)
+    text = groups[3].candidates[1]
+    groups[3] = replace(groups[3], candidates=(groups[3].candidates[0], replace(text, text=f"{text.text} and a red circle")))
     batches = collator.parts(groups, max_tokens=1)
     least, whole = max(batch.num_tokens for batch in batches), max(part.num_tokens for group in groups for part in collator.parts([group]))
     assert least < whole
@@ -236,8 +238,7 @@ def test_what_cannot_be_divided_is_refused_for_a_forward_and_nothing_else(config
         return group_tokens(groups, collator, replace(config.data, max_tokens_per_forward=limit), ONE)
 
     assert max(tokens(least)) == whole and all(part.num_tokens <= least for part in collator.parts(groups, least))
-    largest = next(group.id for group in groups if any(part.num_tokens == least for part in collator.parts([group], max_tokens=1)))
-    with pytest.raises(DataError, match=f"group '{largest}' has {least} tokens .*data.max_tokens_per_forward is {least - 1}"):
+    with pytest.raises(DataError, match=f"group '{groups[3].id}' has {least} tokens .*data.max_tokens_per_forward is {least - 1}"):
         tokens(least - 1)
 
 
