@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from test_run_files import full, handle_of
 from torch import Tensor
 
 from cfvlm_ds import OBJECTIVES, GroupLayout, Scores, checkpoint
+from cfvlm_ds.checkpoint import loading
 from cfvlm_ds.cli.exits import exit_cleanly
 from cfvlm_ds.cli.train import run
 from cfvlm_ds.core.errors import ConfigError
@@ -43,22 +44,29 @@ def nothing() -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def full_disk(*steps: int) -> Iterator[None]:
-    """Make the system refuse files of more than 50 KB on rank 1 while checkpoints of these steps are saved."""
-    save = checkpoint.save
+def on_full_disk(write: Callable[..., Any], applies: Callable[..., bool]) -> Callable[..., Any]:
+    """Make the system refuse files of more than 50 KB on rank 1 in calls of ``write`` whose arguments ``applies`` accepts."""
 
-    def limited(engine, state, *arguments):  # type: ignore[no-untyped-def]
+    def limited(*arguments: Any) -> Any:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank() == 1 and state.step in steps:
+        if rank() == 1 and applies(*arguments):
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            return save(engine, state, *arguments)
+            return write(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with patch.object(checkpoint, "save", limited):
-        yield
+    return limited
+
+
+def full_disk(*steps: int) -> contextlib.AbstractContextManager[Any]:
+    """A full disk while checkpoints of these steps are saved."""
+    return patch.object(checkpoint, "save", on_full_disk(checkpoint.save, lambda engine, state, *_: state.step in steps))
+
+
+def full_at_resize() -> contextlib.AbstractContextManager[Any]:
+    """A full disk while a checkpoint is resharded."""
+    return patch.object(loading, "reshard", on_full_disk(loading.reshard, lambda *_: True))
 
 
 @contextlib.contextmanager
@@ -275,6 +283,7 @@ FAULTS = {
     "without": without,
     "nothing": nothing,
     "full disk": full_disk,
+    "full at resize": full_at_resize,
     "full metrics": full_metrics,
 }
 
