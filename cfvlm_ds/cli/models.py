@@ -343,6 +343,6 @@ def _preferences(scorer: Any, collator: Any, world: Any, picture: Path, prompt: 
 
 
 _COLUMNS = (
-    "nats: log p(text | picture), usually lower for a longer text; behind: distance to the first text; blank: nats on a blank picture; "
+    "nats: log p(text | picture), usually lower for a longer text; behind: distance to the first row; blank: nats on a blank picture; "
     "gain: nats - blank"
 )

@@ -33,8 +33,8 @@ def status(out: Path) -> str:
         through = work.shards - len(missing)
         lines.append(f"{step}: {through} of {work.shards} shards, {records} records")
         shown = counts.most_common(_MOST)
-        lines += [f"    {one_line(name, _CHARS)}: {count}" for name, count in shown]
-        lines += [f"    and {len(counts) - _MOST} more counts"] * (len(counts) > _MOST)
+        lines += [f"{count:>9,}  {one_line(name, _CHARS)}" for name, count in shown]
+        lines += [f"{len(counts) - _MOST:>9,}  more counts"] * (len(counts) > _MOST)
         if missing and through:
             lines.append(f"    missing: --array={ranges(missing)}")
     lines += ["", "all shards are finished" if not unfinished else f"missing: --array={ranges(sorted(unfinished))}"]

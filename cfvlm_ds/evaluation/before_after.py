@@ -107,8 +107,8 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     """Return an evaluation set's rows: one mean over edit types for each metric of ``COMPARED``, then one or two rows per edit type.
 
     The first mean shows the metric that is defined for the most groups. The first row of an edit type shows the metric that is defined for
-    the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. A second row is added if this metric did not fall
-    but others did; it shows the metric that fell most. ``factual`` is left out if it equals ``pair`` because every group has one image.
+    the most groups of this type. Ties go to the metric that comes first in ``COMPARED``. A second row is added if another metric fell
+    more; it shows the one that fell most. ``factual`` is left out if it equals ``pair`` because every group has one image.
 
     A metric has rows only if at least one group has a value for it both before and after. Groups are matched by id and content
     (``content_hash``). If a set has only one edit type, its rows are named after that type, and there is no mean row.
@@ -131,7 +131,7 @@ def compare_accuracies(name: str, before: Sequence[Accuracy], after: Sequence[Ac
     for edit in types if len(types) > 1 else ():
         of_edit = [found[edit] for found in rows.values() if edit in found]
         row, lowest = max(of_edit, key=lambda each: each.groups), min(of_edit, key=lambda each: each.difference)
-        shown = [row, lowest] if round(lowest.difference, 1) < 0 <= round(row.difference, 1) else [row]
+        shown = [row, lowest] if round(lowest.difference, 1) < min(0, round(row.difference, 1)) else [row]
         changes += [replace(each, of=sum(edit in edits for edits in total.values())) for each in shown]
     return changes
 
@@ -232,15 +232,17 @@ def changes_table(
         "edit types: worse or better if an interval excludes 0 (worse if one metric fell and one rose), otherwise too few to tell if there "
         f"are fewer than {FEWEST_GROUPS} groups, otherwise unchanged if no group changed, or not resolved"
     )
-    notes.append("fell: metrics of the second table that are lower than before; falls in a single edit type are in the rows of that type")
+    notes.append(
+        "fell: metrics of the second table that are lower than before; a single edit type has a row for the metric with the most groups "
+        "and, if another fell more, for the one that fell most"
+    )
     if any(each.blank is not None for each in changes):
         notes.append(
             f"blank image: the same metric of the same groups ({first} -> {last}) if a blank image replaces the pictures; far above 50 %, "
             "the texts alone reveal which is true; far below 50 %, the model prefers the false texts if it sees nothing; with few groups, "
-            "it may differ from 50 % by chance. pair is always 50 % here "
-            "if every text is true of one picture and false of another: see factual. If this rises as much as the result, the model has "
-            "learned from the texts, not from the pictures. If a result is lower than this, the pictures mislead the model more often than "
-            "they help, or the groups are few"
+            "it may differ from 50 % by chance. pair is always 50 % here if every text is true of one picture and false of another: see "
+            "factual. If this rises as much as the result, the model has learned from the texts, not from the pictures. If a result is "
+            "lower than this, the pictures mislead the model more often than they help, or the groups are few"
         )
     if any(each.nll_after is not None for each in changes):
         notes.append(
@@ -251,8 +253,8 @@ def changes_table(
             guess = f"{math.log(vocabulary):.2f} (ln of the vocabulary's {vocabulary:,} tokens)"
             notes.append(f"NLL of uniform guessing: {guess}; above it, the texts are less likely than random tokens")
     notes.append(
-        "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse; in a "
-        "mean, a group with several edit types counts once, by the sign of the mean of its changes. There is no interval if fewer than "
+        "difference [95 % interval]: paired by group. Groups +, -: groups that got better and worse; in a mean, a group with several edit "
+        "types counts once, by the sum of its changes, each divided by the type's comparisons. There is no interval if fewer than "
         f"{FEWEST_CHANGED} groups changed, if all changed alike, or if an edit type has one group"
     )
     if any(each.groups < each.of for each in changes):
@@ -343,7 +345,7 @@ def comparison_tables(before: Path, compared: Mapping[str, Sequence[Change]]) ->
     tables = list[str]()
     for label, changes in compared.items():
         tables.append(changes_table(changes, (str(before), label)))
-        tables += [rows_table(types, (str(before), label))] if (types := of_types(changes)) else []
+        tables += ["By edit type:", rows_table(types, (str(before), label))] if (types := of_types(changes)) else []
     note = ["The interval of a mean accounts for the choice of groups, not for that of seeds."] * (len(compared) > 1)
     return "\n\n".join([*tables, *note])
 

@@ -100,7 +100,7 @@ _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _TOKEN_TAG = "cfvlm_ds.run_token"
 _UNFIT_FOR_A_NAME = re.compile(r"[^\w\-./: ]|(?<![^/])\.{0,2}(?![^/])")  # also matches the path segments "", "." and ".."
 _FIRST_PAGE = re.compile("loss|learning_rate|grad_norm|throughput/(groups_per_s|mfu)|eval/[^/]+/(covered|cover|yes_ratio)")
-"""Metrics that MLflow shows first (``Main/``), in addition to one headline metric per evaluation set."""
+"""Metrics that MLflow shows first (``Main/``), in addition to the headline metrics of evaluation sets."""
 _HEADLINES = (
     *("f1_macro", "g_acc", "mean_pictures", "individual", "group_macro", "macro", "cv_bench", "perception", "chair", "hallucinated"),
     *("group", "pair", "image_pair", "f1", "accuracy", "factual", "nll"),
@@ -381,13 +381,13 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 def mlflow_names(metrics: Collection[str]) -> dict[str, str]:
     """Map names of metrics in metrics.jsonl to names in MLflow, such as ``Main/eval_test_group`` and ``detail/loss/csd``.
 
-    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital letter. ``Main/`` contains one headline metric of each
-    evaluation set in ``metrics``.
+    MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital letter. ``Main/`` contains a headline metric of each
+    evaluation set in ``metrics`` and, because more groups have it, ``pair``.
     """
     first = {metric for metric in metrics if _FIRST_PAGE.fullmatch(metric)}
     for name in {metric.split("/")[1] for metric in metrics if metric.startswith("eval/")}:
         wanted = (f"eval/{name}/{metric}" for metric in (_OWN_HEADLINES.get(name), *_HEADLINES))
-        first |= {*[metric for metric in wanted if metric in metrics][:1]}
+        first |= {*[metric for metric in wanted if metric in metrics][:1], *{f"eval/{name}/pair"}.intersection(metrics)}
     return {metric: _name("Main/" + metric.replace("/", "_") if metric in first else f"detail/{metric}") for metric in metrics}
 
 

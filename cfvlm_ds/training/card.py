@@ -144,7 +144,7 @@ def _training(options: Any, environment: Any, ds_config: Any, step: int, adapter
         "ranks": environment.get("world_size"),
         "device": environment.get("device"),
         "ZeRO stage": ds_config.get("zero_optimization.stage"),
-        "precision of training and evaluation" + "; these weights have the base model's" * (not adapter): precision
+        "precision of training and evaluation" + " (the weights are stored in the base model's)" * (not adapter): precision
         or ("fp32" if ds_config else None),
         **listed,
         **{name: environment.get(f"packages.{name}") for name in ("torch", "transformers", "deepspeed")},

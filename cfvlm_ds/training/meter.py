@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -18,12 +19,15 @@ from cfvlm_ds.training.step import Measured
 class Meter:
     """Running sums and counts of metrics since the last record. They are added up over all ranks before any ratio is computed.
 
+    After ``reduce``, ``incomplete`` maps each metric of which only some parts were measured to a note, such as " (1 of 2 parts)".
+
     ``gathering`` is a function that returns how many seconds computation has waited for partitioned weights since the previous call. It is
     None if weights are not partitioned.
     """
 
     def __init__(self, gathering: Callable[[], float] | None) -> None:
         self.gathering = gathering
+        self.incomplete: dict[str, str] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -59,9 +63,13 @@ class Meter:
         both = dict(zip(self._sums, all_reduce_sums([torch.stack(values).view(-1, 2)], world.device)[0].tolist(), strict=True))
         elapsed = time.monotonic() - self.since
         metrics: dict[str, float] = {}
+        parts, measured = Counter[str](), Counter[str]()
         for (name, _, is_rate), (total, count) in both.items():
+            parts[name] += 1
             if count:
+                measured[name] += 1
                 metrics[name] = metrics.get(name, 0.0) + total / (elapsed if is_rate else count)
+        self.incomplete = {name: f" ({count} of {parts[name]} parts)" for name, count in measured.items() if count < parts[name]}
         metrics["throughput/data_wait_share"] = self._waited / elapsed
         if self.gathering is not None:
             metrics["throughput/all_gather_share"] = self.gathering() / elapsed

@@ -1,8 +1,8 @@
 """Option changes: the differences between a run and the run that it resumes, and their effect on resuming.
 
-Every option declares how a change affects resuming (see core/options.py). The effects of changed DeepSpeed settings are listed below. All
-fields of an objective affect the training. A checkpoint contains the record of its run. A run that resumes from the checkpoint compares
-this record with its own before it writes anything.
+Every option declares how a change affects resuming (``on_resume`` in core/config.py). The effects of changed DeepSpeed settings are listed
+below. All fields of an objective affect the training. A checkpoint contains the record of its run. A run that resumes from the checkpoint
+compares this record with its own before it writes anything.
 """
 
 from __future__ import annotations

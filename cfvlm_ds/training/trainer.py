@@ -249,7 +249,7 @@ class Trainer:
         if (fastest := peak(world.device)) is not None:
             metrics["throughput/mfu"] = metrics["throughput/model_tflop_per_s"] * 1e12 / (fastest * world.size)
         tracker.log(state.step, metrics)
-        world.say(_progress(state.step, self.total_steps, metrics, left))
+        world.say(_progress(state.step, self.total_steps, metrics, meter.incomplete, left))
         self._displacement.recorded(metrics)
         self._idle.recorded(metrics)
 
@@ -366,8 +366,10 @@ class Trainer:
 _SHOWN_TFLOPS = 0.1  # lowest speed that the progress line shows; a small model on a CPU is slower
 
 
-def _progress(step: int, total_steps: int, metrics: Mapping[str, float], left: str) -> str:
-    terms = " ".join(f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if re.fullmatch("loss/[^/]+", name))
+def _progress(step: int, total_steps: int, metrics: Mapping[str, float], incomplete: Mapping[str, str], left: str) -> str:
+    terms = " ".join(
+        f"{name.split('/')[1]} {value:.4f}{incomplete.get(name, '')}" for name, value in metrics.items() if re.fullmatch("loss/[^/]+", name)
+    )
     rates = {name: metrics[f"throughput/{name}"] for name in ("groups_per_s", "tokens_per_s", "data_wait_share")}
     utilisation = f" (MFU {metrics['throughput/mfu']:.1%})" if "throughput/mfu" in metrics else ""
     gathering = f" all-gather {metrics['throughput/all_gather_share']:.1%}" if "throughput/all_gather_share" in metrics else ""

@@ -97,7 +97,11 @@ def test_metrics_are_on_the_server_as_on_disk(client, finished):
     assert 0 < found["checkpoint/share"][0][1] < 1 and 0 < found["checkpoint/seconds"][0][1] < 60, "of the time since the start"
     for name in every_step:
         assert [step for step, _ in found[name]] == [1, 2, 3, 4], name
-    for name in ("eval_test_group", *map("eval/test/{}".format, ("pair", "text", "image", "group_pmi", "sham", "blind_pair", "loss"))):
+    for name in (
+        "eval_test_group",
+        "eval_test_pair",
+        *map("eval/test/{}".format, ("text", "image", "group_pmi", "sham", "blind_pair", "loss")),
+    ):
         assert [step for step, _ in found[name]] == [2, 4], name
     for name, separator in (("loss", "/"), ("eval/test/loss", "_")):
         terms = (found[f"{name}{separator}{term}"] for term in ("align", "csd", "fcd"))

@@ -93,7 +93,7 @@ def test_a_card_says_base_data_objective_settings_and_results(tmp_path):
     assert body.index("## Results") < body.index("## Use") < body.index("## Training")
     assert "local folder" not in body
     named = [next(line for line in model_card(checkpoint, adapter=each).splitlines() if "precision of" in line) for each in (False, True)]
-    assert ["these weights" in line for line in named] == [True, False]
+    assert ["the base model's" in line for line in named] == [True, False]
     assert "dpo" not in body and "lora" not in body and "/home/me" not in body
 
 

@@ -298,6 +298,18 @@ def test_opposite_changes_of_edit_types_are_seen_behind_a_mean_of_zero():
     assert "| s | 75 | 1 worse | none |" in changes_table(changes), "a metric that rose does not hide one that fell"
 
 
+def test_a_type_has_a_row_for_the_metric_that_fell_most():
+    """``pair``, which has the most groups, fell; ``group``, of the one group with an edited picture, fell further."""
+    full = group(Edit("a", 1, 1))
+    texts = CounterfactualGroup("", full.images[:1], full.candidates, ((1, 0),), (Edit("a", None, 1),))
+    groups = [full, *(replace(texts, id=f"{n}") for n in range(9)), replace(texts, id="b", edits=(Edit("b", None, 1),))]
+    wins, loses = ((scores([[a, b], [b, a]]), scores([[a, b]])) for a, b in ((-1.0, -2.0), (-2.0, -1.0)))
+    before = accuracies(groups, [wins[0], *[wins[1]] * 10])
+    after = accuracies(groups, [loses[0], loses[1], *[wins[1]] * 9])
+    found = [(each.edit, each.metric, round(each.difference)) for each in of_types(compare_accuracies("s", before, after))]
+    assert found == [("a", "pair", -27), ("a", "group", -100), ("b", "pair", 0)]
+
+
 def test_table_is_valid_markdown_and_metrics_are_named():
     shammed = group(Edit("count", 1, 1), Edit(SHAM, 2), num_images=3)
     splits = {

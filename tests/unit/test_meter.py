@@ -101,6 +101,10 @@ def test_a_term_counts_only_in_steps_with_its_comparisons(alone, model_dir, mani
     found = meter.reduce(alone)
     assert all(math.isfinite(value) for value in found.values()), "a stand-in is not measured"
     assert (found["loss/one"], found["loss/two"]) == (1.0, 2.0 + 3.0) and "loss/none" not in found
+    assert meter.incomplete == {}
+    shares, compared = {"two": torch.tensor([1.0, 0.0])}, {"two": torch.tensor([True, False])}
+    measure(meter, Measured(MicroBatch((batch,)), scores, torch.ones(()), shares, compared), {}, 1.0, flops)
+    assert meter.reduce(alone)["loss/two"] == 1.0 and meter.incomplete["loss/two"] == " (1 of 2 parts)"
 
 
 def test_losses_by_source_are_those_of_its_groups_alone(alone, model_dir, manifests):

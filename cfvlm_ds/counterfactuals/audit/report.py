@@ -16,7 +16,7 @@ from cfvlm_ds.core.groups import SHAM, Groups
 from cfvlm_ds.core.progress import Progress, Say
 from cfvlm_ds.core.ranks import cores_per_rank
 from cfvlm_ds.core.text import few, in_cell, one_line
-from cfvlm_ds.counterfactuals.audit.duplicates import Look, look, near_pairs
+from cfvlm_ds.counterfactuals.audit.duplicates import NEAR, Look, look, near_pairs
 from cfvlm_ds.counterfactuals.audit.shortcuts import LIMIT_AUC, Array, Shortcut, by_grain, by_length, by_words, grain
 from cfvlm_ds.counterfactuals.options import AuditOptions
 from cfvlm_ds.counterfactuals.verify import Score
@@ -50,7 +50,10 @@ class Audit:
     def markdown(self) -> str:
         """Format the report as Markdown."""
         lines = ["# Audit\n\n| | |\n|---|---|", *(f"| {in_cell(name, 400)} | {in_cell(value, 400)} |" for name, value in self.facts), ""]
-        lines += [f"| shortcut | result with 95 % interval (limit {LIMIT_AUC}) | pairs | strongest features |", "|---|---|---:|---|"]
+        lines += [
+            f"| shortcut | result with 95 % interval (limit {LIMIT_AUC}) | pairs judged | strongest features (word counts: all pairs) |",
+            "|---|---|---:|---|",
+        ]
         for cue in self.shortcuts:
             lines.append(f"| {cue.name} | {cue} | {cue.pairs} | {in_cell(', '.join(cue.telling[:8]), 400)} |")
         lines += ["", "## Exceeded limits", ""]
@@ -159,6 +162,7 @@ def _duplicates(report: Audit, sets: Sequence[_Set]) -> None:
     """Report original (unedited) pictures that several groups share, and pictures and texts (of more than three words) that several splits
     share. Within a split, edited pictures are not compared, because edits of one picture resemble each other.
     """
+    report.facts.append(("near duplicates", f"pictures whose perceptual hashes differ in at most {NEAR} of 64 bits"))
     texts = []
     for k, split in enumerate(sets):
         firsts = {group.images[0][0]: group.id for group in split.groups if group.num_pictures == 1}
