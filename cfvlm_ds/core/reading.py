@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from cfvlm_ds.core.errors import DataError
+
 MIB = 2**20
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Errors that can occur when a missing, damaged or malformed file is read or its values are used."""
@@ -188,3 +190,16 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would build a decoder for each text
+
+
+def read_ids(file: Path) -> dict[str, int]:
+    """Read ids from a file with one id per line, and map each id to its line number. Raises DataError if the file cannot be read."""
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: ids cannot be read ({error}); write one id per line, in UTF-8") from error
+    ids: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if name := line.strip():
+            ids.setdefault(name, number)
+    return ids

@@ -9,20 +9,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
-from cfvlm_ds.core.errors import ConfigError
+from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.core.files import replace, whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.progress import Progress, Say
-from cfvlm_ds.core.reading import lines, parse_json
+from cfvlm_ds.core.reading import lines, parse_json, read_ids
 from cfvlm_ds.core.strict import Given, fitted
-from cfvlm_ds.core.text import few, in_cell
+from cfvlm_ds.core.text import in_cell, quoted
 from cfvlm_ds.core.untrusted import own_output
 from cfvlm_ds.counterfactuals.history import Edited, History, histories, thresholds_of
 from cfvlm_ds.counterfactuals.judge import GOOD, Thresholds, read_thresholds
@@ -114,9 +114,9 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
         thresholds = thresholds_of(work, options.thresholds, options.rule, options.margin)
-        excluded = _excluded(options.exclude)
+        excluded = read_ids(Path(options.exclude)) if options.exclude else {}
         cuts = _cuts(work, thresholds, options, excluded) if options.per_type else {}
-        ends = _ends(work, thresholds, shares, options.seed)
+        ends = _ends(work, thresholds, shares, options.seed, excluded)
         folder, outside = file.parent.absolute(), set[Path]()
         further = [root for root in (*work.roots, work.path.absolute()) if not root.is_relative_to(folder)]
         settings = {step: work.settings(step) for step in STEPS}
@@ -138,7 +138,8 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
                     written[name] += 1
                     outside.update(_outside(row, further))
         if unknown:
-            raise ConfigError(f"{options.exclude}: no edits of {out} have these ids: {few(sorted(unknown))}; correct or remove them")
+            line, name = min((excluded[name], name) for name in unknown)
+            raise DataError(f"{options.exclude}:{line}: {out} has no edit {quoted(name)}; correct or remove the line")
         if not written:
             became = ", ".join(f"{name}: {count}" for name, count in survival.total.most_common(6)) or "nothing was proposed"
             raise ConfigError(f"{out}: no candidate was kept; outcomes: {became}")
@@ -153,23 +154,17 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
 
 def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
     """Return each split's output file and share. Raises ConfigError if options are invalid or an output file was written by
-    another program.
+    another program, and DataError if the file of excluded ids cannot be read.
     """
     shares = parse_splits(options.splits)
+    if options.exclude:
+        read_ids(Path(options.exclude))
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for path in files.values():
         own_output(path, _is_selected, "select", data)
     own_output(_beside(file), _is_survival, "select", data)
     return files, shares
-
-
-def _excluded(file: str) -> frozenset[str]:
-    """Return the ids of excluded edits, one per line of ``file``. The result is empty if ``file`` is ""."""
-    try:
-        return frozenset(filter(None, map(str.strip, Path(file).read_text("utf-8").splitlines()))) if file else frozenset()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--exclude {file} cannot be read ({error}); write one edit's id per line") from error
 
 
 def _beside(file: Path) -> Path:
@@ -204,7 +199,7 @@ def _draw(edited: Edited) -> int:
     return seed_of(edited.proposal["id"])
 
 
-def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions, excluded: frozenset[str]) -> dict[str, int]:
+def _cuts(work: WorkFolder, thresholds: Thresholds, options: SelectOptions, excluded: Container[str]) -> dict[str, int]:
     """Map each edit type that exceeds its quota to a cutoff: edits with a larger random number (see ``_draw``) are left out. This takes 8
     bytes of memory per good edit.
     """
@@ -314,11 +309,12 @@ def _place(history: History, seed: int) -> int:
     return seed_of(seed, made.get("parent_sha256") or history.picture or history.id)
 
 
-def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int) -> dict[str, float]:
+def _ends(work: WorkFolder, thresholds: Thresholds, shares: Mapping[str, float], seed: int, excluded: Container[str]) -> dict[str, float]:
     """Map each split to the upper bound of its picture hashes (see ``_place``). If fewer than ``_MANY`` pictures have a good edit, the
     bounds give each split its exact share of these pictures.
     """
-    good = (history for shard in range(work.shards if shares else 0) for history in histories(work, shard, thresholds) if _ranked(history))
+    shards = range(work.shards if shares else 0)
+    good = (history for shard in shards for history in histories(work, shard, thresholds, excluded) if _ranked(history))
     places = set[int]()
     while len(places) < _MANY and (history := next(good, None)) is not None:
         places.add(_place(history, seed))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cfvlm_ds.core.text import in_cell, one_line
-from cfvlm_ds.evaluation.metrics import MEAN, MEANINGS, RANDOM, Accuracy, headline_metric
+from cfvlm_ds.evaluation.metrics import MEAN, MEANINGS, RANDOM, Accuracy, headline_metric, total_loss
 
 _REASON_CHARS = 200
 _MOST_TYPES = 12  # maximum number of edit types in a progress line
@@ -46,7 +46,7 @@ def table(splits: Mapping[str, Sequence[Accuracy]], plain: Callable[[str], str] 
         for name, term in row.losses.items():
             if why := term["lacking"]:
                 notes.append(f"- eval/{split}/loss_{name} is not computed: {reason(why)}")
-            elif without := term.get("without"):  # results.json of earlier versions has no such entry
+            elif (without := term.get("without")) and total_loss(row.losses) is not None:  # older results.json files lack the entry
                 part = f"{without} of the {term['parts']} parts of {name}" if without < term["parts"] else name
                 notes.append(f"- eval/{split}/loss does not include {part}: the set has no comparisons for it")
     return "\n".join([*lines, *([""] * bool(notes)), *notes])

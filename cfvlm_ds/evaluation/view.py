@@ -15,7 +15,7 @@ from cfvlm_ds.core.data_config import AUTO
 from cfvlm_ds.core.errors import DataError
 from cfvlm_ds.core.groups import CounterfactualGroup, Groups
 from cfvlm_ds.core.progress import Say
-from cfvlm_ds.core.reading import read_json
+from cfvlm_ds.core.reading import read_ids, read_json
 from cfvlm_ds.core.run_folder import BASELINE
 from cfvlm_ds.core.secrets import print_line
 from cfvlm_ds.core.text import quoted
@@ -146,17 +146,13 @@ def _lost_before(run_dir: Path, name: str) -> dict[tuple[str, int], bool]:
 
 def _named(file: Path, groups: Groups, source: str) -> list[int]:
     """Return the indices of the groups whose ids are listed in a file, one per line. Raises DataError for an unknown id."""
-    try:
-        lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n")]
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{file}: ids cannot be read ({error}); write one id per line, in UTF-8") from error
-    ids = dict.fromkeys(filter(None, lines))
+    ids = read_ids(file)
     if not ids:
         raise DataError(f"{file}: the file contains no id; write one id per line")
     places = {group.id: index for index, group in enumerate(groups) if group.id in ids}
-    for name in ids:
+    for name, line in ids.items():
         if name not in places:
-            raise DataError(f"{file}:{lines.index(name) + 1}: {source} has no group {quoted(name)}; correct or remove the line")
+            raise DataError(f"{file}:{line}: {source} has no group {quoted(name)}; correct or remove the line")
     return [places[name] for name in ids]
 
 

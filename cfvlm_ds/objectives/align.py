@@ -37,11 +37,12 @@ class Align(Objective):
         return "matched" if self.counterfactual else "anchor"
 
     def denominator(self, layout: GroupLayout) -> Tensor:
-        return torch.stack(_factual_and_rest((layout.num_tokens + layout.num_end_tokens).to(layout.weight), layout))
+        parts = _factual_and_rest((layout.num_tokens + layout.num_end_tokens).to(layout.weight), layout)
+        return torch.stack(parts if self.counterfactual else parts[:1])
 
     def numerator(self, scores: Scores) -> Tensor:
         factual, rest = _factual_and_rest(-(scores.logp + scores.end_logp), scores.layout)
-        return torch.stack([factual, self.counterfactual * rest])
+        return torch.stack([factual, self.counterfactual * rest] if self.counterfactual else [factual])
 
 
 def _factual_and_rest(values: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:

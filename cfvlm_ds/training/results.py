@@ -205,8 +205,8 @@ def description(summary: str, files: Sequence[Path]) -> str:
 _MOST_DESCRIBED = 4000
 """Maximum length of the summary in the description, in characters. MLflow accepts tags of up to 5,000 characters."""
 _METRICS = """\
-- loss: the weighted sum of the terms; detail/eval/SET/loss is the same for SET, but only of the terms that SET has comparisons for (the
-  end of results.md names any others)
+- loss: the weighted sum of the terms; detail/eval/SET/loss is the same for SET, but only of the terms that SET has comparisons for
+  (results.md names any others)
 - learning_rate: of the last step; the parameter train.learning_rate is the rate that was set
 - grad_norm: before clipping
 - eval_SET_METRIC: accuracy in %, a mean of edit types (the tables above give the number of groups), or nll in nats per token if the set has

@@ -49,7 +49,7 @@ from cfvlm_ds.counterfactuals.options import TYPES, AuditOptions, EditOptions, P
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.counterfactuals.propose.vocabulary import NOUNS
-from cfvlm_ds.counterfactuals.select import REPEATED, Survival, ranges, select
+from cfvlm_ds.counterfactuals.select import REPEATED, Survival, checked, ranges, select
 from cfvlm_ds.counterfactuals.status import status
 from cfvlm_ds.counterfactuals.verify import calibrate, verify
 from cfvlm_ds.counterfactuals.work_folder import OUTDATED, WorkFolder
@@ -951,9 +951,9 @@ def test_groups_are_the_best_of_each_edit_with_their_history(whole, tmp_path):
 def test_excluded_edits_are_left_out_and_counted(whole, tmp_path):
     """Their places within the quota go to other edits. An id that no edit has is refused before a file is written."""
 
-    def ids(excluded: str, name: str, most: int = 1) -> tuple[set[str], int]:
-        (tmp_path / "wrong.txt").write_text(excluded)
-        options = SelectOptions(per_source=most, exclude=str(tmp_path / "wrong.txt"))
+    def ids(excluded: str, name: str, most: int = 1, per_type: int = 0) -> tuple[set[str], int]:
+        (tmp_path / "wrong.txt").write_text(excluded, "utf-8-sig")
+        options = SelectOptions(per_source=most, exclude=str(tmp_path / "wrong.txt"), per_type=per_type)
         survival = select(whole, tmp_path / name, options, quiet)
         rows = read_rows(tmp_path / name)
         return {edit["propose"]["id"] for row in rows for edit in row["meta"]["edits"]}, survival.total["excluded by --exclude"]
@@ -964,7 +964,12 @@ def test_excluded_edits_are_left_out_and_counted(whole, tmp_path):
     rest, excluded = ids(f"{wrong[0]}\n\n  {wrong[1]}\r\n", "rest.jsonl")
     assert (none, excluded) == (0, 2) and not rest & set(wrong) and kept - rest == set(wrong)
     assert [name.rpartition("/")[0] for name in sorted(rest - kept)] == [name.rpartition("/")[0] for name in wrong]
-    with pytest.raises(ConfigError, match=r"wrong.txt: no edits of .*these ids: no-such/7"):
+    one_each, _ = ids("", "quota.jsonl", 9, 1)
+    others, _ = ids("\n".join(one_each), "quota2.jsonl", 9, 1)
+    assert not one_each & others and len(others) > len(one_each) / 2, "an excluded edit takes no place"
+    with pytest.raises(DataError, match=r"no-such.txt: ids cannot be read"):
+        checked(tmp_path / "y.jsonl", SelectOptions(exclude=str(tmp_path / "no-such.txt")), tmp_path)
+    with pytest.raises(DataError, match=r"wrong.txt:2: .* has no edit 'no-such/7'"):
         ids(f"{wrong[0]}\nno-such/7\n", "x.jsonl")
     assert not list(tmp_path.glob("x*"))
 

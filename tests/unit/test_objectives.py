@@ -229,7 +229,7 @@ def twin_align(g: Group, o: Align) -> list[tuple[float, float]]:
     return [
         (nll(g, 0, 0), count(0)),
         (o.counterfactual * mean([nll(g, i, c) for i, c in others]), mean([count(c) for _, c in others])),
-    ]
+    ][: 2 if o.counterfactual else 1]
 
 
 def twin_csd(g: Group, o: Csd) -> list[tuple[float, float]]:
