@@ -382,12 +382,14 @@ def mlflow_names(metrics: Collection[str]) -> dict[str, str]:
     """Map names of metrics in metrics.jsonl to names in MLflow, such as ``Main/eval_test_group`` and ``detail/loss/csd``.
 
     MLflow sorts the prefix ``Main/`` before ``detail/`` because of its capital letter. ``Main/`` contains a headline metric of each
-    evaluation set in ``metrics`` and, because more groups have it, ``pair``.
+    evaluation set and benchmark in ``metrics``, and ``pair`` of each evaluation set, because more groups have it.
     """
     first = {metric for metric in metrics if _FIRST_PAGE.fullmatch(metric)}
     for name in {metric.split("/")[1] for metric in metrics if metric.startswith("eval/")}:
         wanted = (f"eval/{name}/{metric}" for metric in (_OWN_HEADLINES.get(name), *_HEADLINES))
-        first |= {*[metric for metric in wanted if metric in metrics][:1], *{f"eval/{name}/pair"}.intersection(metrics)}
+        first |= {*[metric for metric in wanted if metric in metrics][:1]}
+        if f"eval/{name}/nll" in metrics:  # not a benchmark
+            first |= {f"eval/{name}/pair"}.intersection(metrics)
     return {metric: _name("Main/" + metric.replace("/", "_") if metric in first else f"detail/{metric}") for metric in metrics}
 
 
