@@ -80,13 +80,13 @@ def verdict(record: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
         return Verdict(reason, -math.inf, 1)
     if thresholds.rule == "checks":
         return Verdict(GOOD, 0.0, 2)
-    of_comparisons = margins(record, thresholds.rule)
-    if not of_comparisons:
+    named = margins(record, thresholds.rule)
+    if not named:
         return Verdict("no scores; run verify with --scorer, or select with the rule checks", -math.inf, 1)
-    worst = min(of_comparisons.values())
+    worst = min(named.values())
     if not math.isfinite(worst):
         return Verdict("scores are not finite", -math.inf, 2)
-    reason = next((f"score: {name}" for name, margin in of_comparisons.items() if margin <= thresholds.margin), GOOD)
+    reason = next((f"score: {name}" for name, margin in named.items() if margin <= thresholds.margin), GOOD)
     if not reason and thresholds.drop is not None and _drop(record) > thresholds.drop:
         reason = "score: the new text fits worse than the caption did"
     return Verdict(reason, worst, 2)

@@ -109,12 +109,11 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
         )
     for shard in range(work.shards):
         work.need("verify", shard)
-    files, shares = checked(file, options, work.about["source"]["path"])
+    files, shares, excluded = checked(file, options, work.about["source"]["path"])
     survival = Survival()
     with ExitStack() as stack:
         handles: dict[str, IO[bytes]] = {name: stack.enter_context(whole_file(path)) for name, path in files.items()}
         thresholds = thresholds_of(work, options.thresholds, options.rule, options.margin)
-        excluded = read_ids(Path(options.exclude)) if options.exclude else {}
         cuts = _cuts(work, thresholds, options, excluded) if options.per_type else {}
         ends = _ends(work, thresholds, shares, options.seed, excluded)
         folder, outside = file.parent.absolute(), set[Path]()
@@ -152,19 +151,18 @@ def select(out: Path, file: Path, options: SelectOptions, say: Say) -> Survival:
     return survival
 
 
-def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Return each split's output file and share. Raises ConfigError if options are invalid or an output file was written by
-    another program, and DataError if the file of excluded ids cannot be read.
+def checked(file: Path, options: SelectOptions, data: str | Path) -> tuple[dict[str, Path], dict[str, float], dict[str, int]]:
+    """Return each split's output file and share, and the line number of each excluded id. Raises ConfigError if options are invalid or an
+    output file was written by another program, and DataError if the file of excluded ids cannot be read.
     """
     shares = parse_splits(options.splits)
-    if options.exclude:
-        read_ids(Path(options.exclude))
+    excluded = read_ids(Path(options.exclude)) if options.exclude else {}
     read_thresholds(options.thresholds, options.rule, options.margin)
     files = {name: file.with_name(f"{file.stem}.{name}{file.suffix}") for name in shares} if shares else {"": file}
     for path in files.values():
         own_output(path, _is_selected, "select", data)
     own_output(_beside(file), _is_survival, "select", data)
-    return files, shares
+    return files, shares, excluded
 
 
 def _beside(file: Path) -> Path:
