@@ -74,17 +74,22 @@ def warning(all_gaps: Sequence[Gap]) -> str:
 
 
 def table(all_gaps: Sequence[Gap]) -> str:
-    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles of the gaps."""
+    """Return a Markdown table of the gaps by edit type: win rates on the image and on a blank image, and quantiles of the gaps.
+
+    *against the prior* is the win rate on the image where the blank image favours the false text.
+    """
     head = " | ".join(f"{q} %" for q in QUANTILES)
-    lines = [f"| side | edit | comparisons | won | blank image | nats: {head} | nats per token: {head} |"]
-    lines.append("|---|---|" + "---:|" * (3 + 2 * len(QUANTILES)))
+    lines = [f"| side | edit | comparisons | won | blank image | against the prior | nats: {head} | nats per token: {head} |"]
+    lines.append("|---|---|" + "---:|" * (4 + 2 * len(QUANTILES)))
     for side in TERMS:
         of_side = [gap for gap in all_gaps if gap.side == side]
         labels = sorted({label for gap in of_side for label in gap.labels})
         rows = [(label, [gap for gap in of_side if label in gap.labels]) for label in labels]
         for label, some in [*rows, *[("all", of_side)] * bool(of_side)]:
             blind = [(gap.prior > 0) + (gap.prior == 0) / 2 for gap in some if gap.prior is not None]
-            cells = [str(len(some)), f"{100 * fmean([gap.nats > 0 for gap in some]):.1f}", f"{100 * fmean(blind):.1f}" if blind else ""]
+            against = [gap.nats > 0 for gap in some if gap.prior is not None and gap.prior < 0]
+            won = [gap.nats > 0 for gap in some]
+            cells = [str(len(some)), *(f"{100 * fmean(rates):.1f}" if rates else "" for rates in (won, blind, against))]
             for values, form in (([gap.nats for gap in some], ".2f"), ([gap.nats / gap.tokens for gap in some], ".3f")):
                 cells += [format(quantile(values, q), form) for q in QUANTILES]
             lines.append(f"| {side} | {in_cell(label)} | {' | '.join(cells)} |")

@@ -74,7 +74,10 @@ def test_by_hand():
     assert sorted((gap.side, gap.nats, gap.prior) for gap in found if gap.side == "text") == [("text", 2.0, -3.0), ("text", 3.0, 3.0)]
     assert sorted(gap.nats for gap in found if gap.side == "image") == [2.0, 3.0]
     lines = table(found).splitlines()
-    assert lines[2] == "| text | unlabelled | 2 | 100.0 | 50.0 | 2.05 | 2.25 | 2.50 | 2.75 | 2.95 | 1.025 | 1.125 | 1.250 | 1.375 | 1.475 |"
+    rates, quantiles = ("2", "100.0", "50.0", "100.0"), "2.05 | 2.25 | 2.50 | 2.75 | 2.95 | 1.025 | 1.125 | 1.250 | 1.375 | 1.475"
+    assert lines[2] == f"| text | unlabelled | {' | '.join(rates)} | {quantiles} |"
+    won = [Gap("text", ("colour",), nats, 2, prior) for nats, prior in ((3.0, 1.0), (1.0, -1.0), (-1.0, -2.0), (-2.0, -1.0), (2.0, 0.0))]
+    assert "| 5 | 60.0 | 30.0 | 33.3 | -1.80" in table(won), "of three texts that the blank image disfavours, one wins"
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
 
 
