@@ -358,7 +358,8 @@ def report() -> None:
     base = records.pop(BASE)["axes"]
     found = by_comparison(records.values())
     main = (PLAIN, STEPS)
-    tables = {command(*key): table(base, runs, [*AXES, *LIKELIHOODS] if key == main else [*AXES]) for key, runs in found.items()}
+    few = [axis for axis in AXES if "agrees" not in axis]
+    tables = {command(*key): table(base, runs, [*AXES, *LIKELIHOODS] if key == main else few) for key, runs in found.items()}
     print(*(f"`python {each}`:\n\n{text}\n" for each, text in tables.items()), sep="\n")
     page = REPO / "benchmarks" / "RESULTS.md"
     page.write_text(with_tables(page.read_text(), tables))
@@ -374,8 +375,7 @@ def report() -> None:
     MEASURED.write_text(json.dumps(means, indent=1) + "\n")
     figure(REPO / "docs" / "learning.png", base, runs)
     budgets = {budget: by_arm(runs) for (data, budget), runs in found.items() if data == PLAIN}
-    if len(budgets) > 1:
-        time_figure(REPO / "docs" / "learning_time.png", base, budgets)
+    time_figure(REPO / "docs" / "learning_time.png", base, budgets)
 
 
 def by_comparison(records: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Runs]:

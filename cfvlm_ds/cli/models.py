@@ -142,7 +142,8 @@ def _calibrate(model: str, manifest: str, *, scoring: Scoring, reading: Reading,
         if len(all_gaps) < calibration.FEW
         else ""
     )
-    print("\n\n".join(part for part in (calibration.table(all_gaps), without, few, calibration.warning(all_gaps)) if part))
+    parts = calibration.table(all_gaps), calibration.advice(all_gaps), without, few, calibration.warning(all_gaps)
+    print("\n\n".join(part for part in parts if part))
 
 
 def export(run: str, *, adapter: bool = False, out: str | None = None, push: str | None = None) -> None:

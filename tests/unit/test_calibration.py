@@ -21,7 +21,7 @@ from cfvlm_ds.core.layout import GroupLayout
 from cfvlm_ds.core.scores import Scores
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.data.cfgroup import to_row
-from cfvlm_ds.evaluation.calibration import Gap, gaps, quantile, table, warning
+from cfvlm_ds.evaluation.calibration import Gap, advice, gaps, quantile, table, warning
 from cfvlm_ds.evaluation.scoring import GroupScores, score_groups
 from cfvlm_ds.objectives import Csd
 
@@ -78,6 +78,7 @@ def test_by_hand():
     assert lines[2] == f"| text | unlabelled | {' | '.join(rates)} | {quantiles} |"
     won = [Gap("text", ("colour",), nats, 2, prior) for nats, prior in ((3.0, 1.0), (1.0, -1.0), (-1.0, -2.0), (-2.0, -1.0), (2.0, 0.0))]
     assert "| 5 | 60.0 | 30.0 | 33.3 | -1.80" in table(won), "of three texts that the blank image disfavours, one wins"
+    assert "33.3 %" in advice(won) and advice(won[:1]) == ""
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
 
 
