@@ -59,6 +59,8 @@ TRAIN, TEST, WRITTEN = 6000, 400, 400
 """Numbers of training groups (as in the demo), of groups per test set, and of pictures to describe."""
 LIKELIHOODS = {f"{axis}: NLL": metric.replace("/group", "/nll") for axis, metric in AXES.items() if metric.endswith("/group")}
 """Table row -> metric: the NLL of a set's captions or answers, in nats per token. The arms' columns show the difference from the base."""
+FEW = [axis for axis in AXES if "agrees" not in axis and axis != "outside the grammar"]
+"""Axes in docs/learning.png and in all tables but the first."""
 DEMO = ("nll", "dpo-nll", "mdpo", "default")
 """Arms in the demo's table and in docs/learning.png."""
 CURVES = ("pairs, habit contradicted", "yes/no, habit contradicted", "POPE's form, F1", "false statements, habit contradicted")
@@ -358,8 +360,7 @@ def report() -> None:
     base = records.pop(BASE)["axes"]
     found = by_comparison(records.values())
     main = (PLAIN, STEPS)
-    few = [axis for axis in AXES if "agrees" not in axis]
-    tables = {command(*key): table(base, runs, [*AXES, *LIKELIHOODS] if key == main else few) for key, runs in found.items()}
+    tables = {command(*key): table(base, runs, [*AXES, *LIKELIHOODS] if key == main else FEW) for key, runs in found.items()}
     print(*(f"`python {each}`:\n\n{text}\n" for each, text in tables.items()), sep="\n")
     page = REPO / "benchmarks" / "RESULTS.md"
     page.write_text(with_tables(page.read_text(), tables))
@@ -438,17 +439,16 @@ def figure(path: Path, base: Mapping[str, float], runs: Mapping[str, Sequence[Ma
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [axis for axis in AXES if "agrees" not in axis and axis != "outside the grammar"]
-    bars: list[tuple[str, list[list[float]]]] = [("base", [[base[axis]] for axis in shown])]
-    bars += [(f"+ {ARMS[arm].title}", [[each["axes"][axis] for each in found] for axis in shown]) for arm, found in runs.items()]
+    bars: list[tuple[str, list[list[float]]]] = [("base", [[base[axis]] for axis in FEW])]
+    bars += [(f"+ {ARMS[arm].title}", [[each["axes"][axis] for each in found] for axis in FEW]) for arm, found in runs.items()]
     canvas, axes = pyplot.subplots(figsize=(10, 3.8), layout="constrained")
     width = 0.8 / len(bars)
     for k, (name, each) in enumerate(bars):
-        place = [x + (k - (len(bars) - 1) / 2) * width for x in range(len(shown))]
+        place = [x + (k - (len(bars) - 1) / 2) * width for x in range(len(FEW))]
         means = [statistics.mean(values) for values in each]
         widths = [half_width(values) for values in each] if len(each[0]) > 1 else None
         axes.bar(place, means, 0.92 * width, yerr=widths, color=f"C{k - 1}" if k else "#c9c9c9", label=name)
-    axes.set_xticks(range(len(shown)), [axis.replace(", ", ",\n") for axis in shown], fontsize=7)
+    axes.set_xticks(range(len(FEW)), [axis.replace(", ", ",\n") for axis in FEW], fontsize=7)
     axes.set_ylim(0, 100)
     axes.set_ylabel("%")
     axes.spines[["top", "right"]].set_visible(False)

@@ -81,7 +81,7 @@ def advice(all_gaps: Sequence[Gap]) -> str:
         return ""
     return (
         f"true texts win {100 * fmean(won):.1f} % of the comparisons against the prior. In our experiments, csd and fcd improved on NLL "
-        "(align alone) where this was about 30 %, but not where it was 83 %"
+        "(align alone) where this was below 50 %, but not where it was 83 %"
     )
 
 
