@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from cfvlm_ds.core.config import IMAGE_LIMITS, ModelConfig
 from cfvlm_ds.core.errors import ConfigError
@@ -147,6 +147,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     trees = registered(attention(config.attn_implementation, model_config, dtype))
     backends = _in_each_part("sdpa") | {"text_config": trees}
     with explained(f"the model {config.name_or_path!r} cannot be loaded", "compare its config.json and weights with the published ones"):
+        # DeepSpeed drops decorators of `__init__` from classes that are first imported inside zero.Init: import them before.
+        for part in (model_config, *(getattr(model_config, name) for name in model_config.sub_configs)):
+            MODEL_MAPPING.get(type(part), None)
         try:
             result: Any = AutoModelForImageTextToText.from_pretrained(
                 config.name_or_path,
