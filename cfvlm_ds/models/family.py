@@ -51,6 +51,7 @@ class Family:
         visual_mark: keyword argument of the model's own ``forward`` that marks visual tokens, for families with bidirectional attention
             among a picture's tokens.
         logit_cap: function that returns the soft cap on the model's logits (logit -> cap * tanh(logit / cap)), or None.
+        logit_scale: function that returns the factor by which the model multiplies its logits.
         limit: function that limits an image's visual tokens (visual_token_limits.py). ``limited_by`` names the options that it reads.
     """
 
@@ -70,6 +71,7 @@ class Family:
     whole_pictures: Callable[[PreTrainedConfig], Whole] = lambda config: "nowhere"
     visual_mark: str | None = None
     logit_cap: Callable[[PreTrainedConfig], float | None] = lambda config: None
+    logit_scale: Callable[[PreTrainedConfig], float] = lambda config: 1.0
     limit: Callable[[Any, Any, ModelConfig], None] | None = None
     limited_by: tuple[str, ...] = ()
 

@@ -159,6 +159,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
                 quantization_config=quantised,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # mismatches are refused below, by name
+                use_kernels=False,  # transformers' default restores patched forwards, and downloads kernels on a GPU
             )
             model, info = result
         except pickle.UnpicklingError:

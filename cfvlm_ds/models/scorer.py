@@ -131,7 +131,8 @@ class Scorer(nn.Module):
                 self.routed = routers.routed(forest)
         finally:
             handle.remove()
-        return self.model.get_output_embeddings()(hidden[0].index_select(0, scored), predicted_by, targets, compared=compared)
+        states = hidden[0].index_select(0, scored) * self.family.logit_scale(self.model.config)
+        return self.model.get_output_embeddings()(states, predicted_by, targets, compared=compared)
 
     def _encode(
         self, images_of_tree: Sequence[Sequence[int]], visual_tokens: Sequence[int], image_inputs: dict[str, Any]

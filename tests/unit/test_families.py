@@ -122,7 +122,7 @@ def sharp(folder):
                 weight *= 20
             if name.endswith("q_norm.weight"):  # a norm undoes this, and has 1 or 0 at first
                 weight += 3
-    return Scorer(model, family_of(model.config))
+    return Scorer(model, family_of(model.config)).train().eval()  # as a run does: a change of mode must not undo patches
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,8 +56,12 @@ def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir, tmp_path):
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption})
     write_rows(tmp_path / "c.jsonl", rows)
     store = open_groups(tmp_path / "c.jsonl", None, "auto")
-    with served(model_dir, tmp_path / "log") as server:
-        options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model_dir), llm_attempts=2, llm_timeout_s=600)
+    shutil.copytree(model_dir, model := tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 4096  # more than the request's 740 tokens
+    (model / "config.json").write_text(json.dumps(config))
+    with served(model, tmp_path / "log") as server:
+        options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model), llm_attempts=2, llm_timeout_s=600)
         done = propose(store, tmp_path / "W", options, 0, quiet)
     lines = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert done["counts"]["without a reply"] == 2 and len(lines) == 2

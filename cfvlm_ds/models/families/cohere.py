@@ -8,4 +8,9 @@ from cfvlm_ds.models.families.internvl import INTERNVL
 from cfvlm_ds.models.families.llava import after_selected_layer
 
 COMMAND = replace(INTERNVL, model_types=("cohere2_vision",))
-AYA = replace(INTERNVL, model_types=("aya_vision",), unused=after_selected_layer)
+AYA = replace(
+    INTERNVL,
+    model_types=("aya_vision",),
+    unused=after_selected_layer,
+    logit_scale=lambda config: config.get_text_config().logit_scale,  # Command A Vision's class in transformers does not scale logits
+)
