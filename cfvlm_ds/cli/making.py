@@ -20,8 +20,9 @@ from cfvlm_ds.core.text import one_line, printable
 from cfvlm_ds.counterfactuals.options import AuditOptions, EditOptions, ProposeOptions, SampleOptions, SelectOptions, VerifyOptions
 
 if TYPE_CHECKING:
-    from cfvlm_ds.batching.collator import Collator
+    from cfvlm_ds.core.config import ModelConfig
     from cfvlm_ds.core.distributed import World
+    from cfvlm_ds.counterfactuals.authors import Author
     from cfvlm_ds.counterfactuals.verify import Score
 
 
@@ -122,8 +123,8 @@ def _verify(
         print(f"wrote {folder.path / 'thresholds.json'}; `data select` uses it")
         return
     done = folder.finished("verify", number, of, options)
-    score, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
-    _print_done("verify", step.verify(folder.path, options, number, say, score, of, identity))
+    load, identity = _scoring(options.scorer, options.batch_size) if options.scorer and done is None else (None, None)
+    _print_done("verify", step.verify(folder.path, options, number, say, load and load(), of, identity))
     if not options.scorer:
         print(
             f"no --scorer was given, so only pixels were compared: review the texts with `cfvlm-ds data view {printable(work)} --out PAGE`"
@@ -160,7 +161,7 @@ def _audit(manifest: list[str], *, out: str = "audit", options: AuditOptions, re
     from cfvlm_ds.page import refuse_foreign_folder
 
     folder = refuse_foreign_folder(Path(out))
-    score = _scoring(options.scorer, 16)[0] if options.scorer else None
+    score = _scoring(options.scorer, 16)[0]() if options.scorer else None
     findings, sets = audit(manifest, reading.root, reading.format, options, say, score)
     write_report(findings, sets, folder, say)
     print(findings.markdown())
@@ -228,7 +229,8 @@ def _sample(
     Example: cfvlm-ds data sample runs/mine captions.jsonl --out W --judge my_judge:is_true
 
     Args:
-        model: model folder or hub name, run folder, or folder of adapters.
+        model: model folder or hub name, run folder, folder of adapters, or address of an OpenAI-compatible server, such as
+            http://node7:8000/v1.
         manifest: pictures with true texts, in any known format; only the first image of a group is used.
         out: work folder, created if necessary; groups are written to OUT/groups.jsonl.
         limit: use only the first N groups.
@@ -238,7 +240,7 @@ def _sample(
 
     number, of = part.shard or (0, 1)
     store = sound_groups(manifest, reading.root, reading.format, limit, say)
-    identity, load = author(model, limits, reading.max_pixels, say)
+    identity, load = author(model, options, limits, reading.max_pixels, say)
     (done,), counts = sample(store, Path(out), options, identity, load, [number], say, of)
     _print_done("sample", done)
     if counts is None:
@@ -251,21 +253,46 @@ def _sample(
 
 
 def author(
-    model: str, limits: ImageLimits, max_pixels: int, say: Say, world: World | None = None
-) -> tuple[dict[str, Any], Callable[[], tuple[Any, Collator, World]]]:
-    """Return the identity (name and hashes) of a model that writes texts, and a cached function that loads the model and returns its
-    scorer, its collator and the ``World``.
+    model: str, options: SampleOptions, limits: ImageLimits, max_pixels: int, say: Say, world: World | None = None
+) -> tuple[dict[str, Any], Callable[[], tuple[Author, Score | None]]]:
+    """Return the identity (names and hashes) of a model that writes texts and of the scorer that judges them, and a cached function that
+    loads both. Raises ConfigError if an option does not apply to the model, or if the scorer is the model itself.
     """
     from cfvlm_ds.cli.models import load_scorer
+    from cfvlm_ds.counterfactuals.authors import LocalAuthor, ServerAuthor
     from cfvlm_ds.counterfactuals.work_folder import sha256_of_file
-    from cfvlm_ds.models import adapter_fingerprint, fingerprint, model_folder
+    from cfvlm_ds.models import model_folder
 
-    config, adapter = model_named(model, limits)
-    identity: dict[str, Any] = {"model": model, **fingerprint(config, say=say)}
-    identity |= {"adapter": adapter_fingerprint(adapter)} if adapter else {}
-    writing = model_folder(config.name_or_path) / "generation_config.json"  # sets the repetition penalty, for example
-    identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
-    return identity, functools.cache(lambda: load_scorer(config, adapter, max_pixels=max_pixels, world=world))
+    identity: dict[str, Any] = {"model": model}
+    if model.startswith(("http://", "https://")):
+        if limits != ImageLimits():
+            raise ConfigError(f"--min_pixels, --max_pixels and --max_tiles do not apply to the server {model}; set limits there")
+        server = ServerAuthor(model, options, max_pixels)
+        write: Callable[[], Author] = lambda: server  # noqa: E731
+    else:
+        if options.served_model:
+            raise ConfigError(f"--served_model applies to a server, but {model} is no address such as http://node7:8000/v1")
+        config, adapter = model_named(model, limits)
+        identity |= _hashes(config, adapter, say)
+        writing = model_folder(config.name_or_path) / "generation_config.json"  # sets the repetition penalty, for example
+        identity |= {"writing": sha256_of_file(writing)} if writing.is_file() else {}
+
+        def write() -> Author:
+            scorer, collator, where = load_scorer(config, adapter, max_pixels=max_pixels, world=world)
+            return LocalAuthor(scorer.model, collator, where)
+
+    if not options.scorer:
+        return identity, functools.cache(lambda: (write(), None))
+    load_score, judge = _scoring(options.scorer, 1, world)
+    if all(identity.get(name) == judge.get(name) for name in ("weights", "adapter")):
+        raise ConfigError(f"--scorer {options.scorer} is the model that writes; its judge must be another model")
+    return identity | {"judged_by": judge}, functools.cache(lambda: (write(), load_score()))
+
+
+def _hashes(config: ModelConfig, adapter: Path | None, say: Say) -> dict[str, str]:
+    from cfvlm_ds.models import adapter_fingerprint, fingerprint
+
+    return {**fingerprint(config, say=say), **({"adapter": adapter_fingerprint(adapter)} if adapter else {})}
 
 
 def _print_roots(roots: Sequence[str]) -> None:
@@ -276,30 +303,30 @@ def _print_roots(roots: Sequence[str]) -> None:
         print("their pictures are given relative to the file, which therefore needs no --root or data.root")
 
 
-def _scoring(name: str, batch_size: int) -> tuple[Score, dict[str, Any]]:
-    """Return a function that scores groups with a model, and a dict that identifies the model by its name and hashes."""
+def _scoring(name: str, batch_size: int, world: World | None = None) -> tuple[Callable[[], Score], dict[str, Any]]:
+    """Return a function that loads a model and returns the function that scores groups with it. Also return a dict that identifies the
+    model by its name and hashes.
+    """
     from cfvlm_ds.cli.models import load_scorer
     from cfvlm_ds.core.distributed import World
     from cfvlm_ds.data.decoding import MAX_PIXELS
     from cfvlm_ds.evaluation import Batching, score_groups
-    from cfvlm_ds.models import fingerprint
 
     class Quiet(World):
-        """A ``World`` that prints only warnings, because the calling step reports its own progress."""
+        """A ``World`` of one rank that prints only warnings, because the calling step reports its own progress."""
 
         def say(self, message: str) -> None:
             if message.startswith("warning: "):
                 super().say(message)
 
     model, adapter = model_named(name)
-    scorer, collator, world = load_scorer(model, adapter, max_pixels=MAX_PIXELS)
-    identity: dict[str, Any] = {"model": name, **fingerprint(model)}
-    quiet = Quiet(*vars(world).values())
 
-    def score(groups: Sequence[Any]) -> Sequence[Any]:
-        return score_groups(scorer, collator, groups, quiet, Batching(batch_size, remedy=f"lower --batch_size ({batch_size})"))
+    def load() -> Score:
+        scorer, collator, where = load_scorer(model, adapter, max_pixels=MAX_PIXELS, world=world)
+        batching = Batching(batch_size, remedy=f"lower --batch_size ({batch_size})")
+        return lambda groups: score_groups(scorer, collator, groups, Quiet(0, 1, where.device), batching)
 
-    return score, identity | ({"adapter": str(adapter)} if adapter else {})
+    return load, {"model": name, **_hashes(model, adapter, say)}
 
 
 def _print_done(step: str, done: dict[str, Any]) -> None:

@@ -128,8 +128,11 @@ def _sample(config: RunConfig, world: World, model: str, work: Path) -> list[str
         root, form = data.root if pictures.root is None else pictures.root, pictures.format or data.format
         store = sound_groups(pictures.path, root, form, pictures.limit, say)
         limits = ImageLimits(config.model.min_pixels, config.model.max_pixels, config.model.max_tiles)
-        identity, load = author(model, limits, data.max_pixels, say, world)
-        options = SampleOptions(rounds.judge, rounds.n, rounds.temperature, max_new_tokens=rounds.max_new_tokens, prompt=rounds.prompt)
+        options = SampleOptions(
+            rounds.judge, rounds.scorer, n=rounds.n, temperature=rounds.temperature, max_new_tokens=rounds.max_new_tokens,
+            prompt=rounds.prompt,
+        )  # fmt: skip
+        identity, load = author(model, options, limits, data.max_pixels, say, world)
         sample(store, work, options, identity, load, range(world.rank, _SHARDS, world.size), say, _SHARDS)
     except InputError as error:
         problem = error

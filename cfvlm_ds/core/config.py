@@ -121,7 +121,8 @@ class RoundsConfig:
     Args:
         number: number of rounds.
         pictures: data set of pictures with true texts, in any supported format.
-        judge: ``answers`` or MODULE:FUNCTION, which decides whether a text is true (as in ``cfvlm-ds data sample``).
+        judge: ``answers``, ``match`` or MODULE:FUNCTION, which decides whether a text is true (as in ``cfvlm-ds data sample``).
+        scorer: model that the judge ``match`` asks; every rank loads it in addition to the model.
         n: number of texts to sample per picture and prompt.
         temperature: sampling temperature.
         max_new_tokens: maximum number of tokens per text; texts that are cut off are discarded.
@@ -132,6 +133,7 @@ class RoundsConfig:
     number: int = option(within=AT_LEAST_ONE)
     pictures: DataSet = option()
     judge: str = option()
+    scorer: str = ""
     n: int = option(8, within=AT_LEAST_ONE)
     temperature: float = option(1.0, within=(0.01, 1e3))
     max_new_tokens: int = option(128, within=AT_LEAST_ONE)

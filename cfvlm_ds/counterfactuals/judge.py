@@ -121,7 +121,7 @@ def margins(record: Mapping[str, Any], rule: str) -> dict[str, float]:
     if not isinstance(scores, Mapping):
         return {}
     if rule == "match":
-        by_text = by_image = [[_log_odds(value) for value in row] for row in scores["match"]]
+        by_text = by_image = [[log_odds(value) for value in row] for row in scores["match"]]
     else:
         by_image = [list(map(_number, row)) for row in scores["likelihood"]]
         blank = list(map(_number, scores["blank"]))
@@ -148,7 +148,8 @@ def _drop(record: Mapping[str, Any]) -> float:
     return drop if math.isfinite(drop) else math.inf
 
 
-def _log_odds(log_share: float | None) -> float:
+def log_odds(log_share: float | None) -> float:
+    """Return the log-odds, in nats, of a log-probability, limited to +-40. The result is NaN if there is none."""
     if log_share is None or not log_share < 0:
         return _CERTAIN if log_share == 0 else math.nan
     return max(-_CERTAIN, min(_CERTAIN, log_share - math.log(-math.expm1(log_share))))

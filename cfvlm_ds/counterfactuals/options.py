@@ -48,6 +48,11 @@ def pairs(listed: str, option: str, example: str) -> dict[str, str]:
     return values
 
 
+def _check_template(template: str) -> None:
+    if "{text}" not in template:
+        raise ConfigError(f"--template {template!r} lacks {{text}}, which stands for the text in question; add it")
+
+
 def meaning(options: Any) -> dict[str, Any]:
     """Return the options that determine a step's records. All other options can be changed when the step is resumed."""
     return {name: value for name, value in asdict(options).items() if name not in options.FREE}
@@ -155,8 +160,7 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, batch_size=1)
-        if "{text}" not in self.template:
-            raise ConfigError(f"--template {self.template!r} lacks {{text}}, which stands for the caption; add it")
+        _check_template(self.template)
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,11 @@ class SampleOptions:
 
     Args:
         judge: judge that decides whether a text is true; it must not be the model itself. The judge ``answers`` compares short answers with
-            those in the data. MODULE:FUNCTION names a function that takes a text and its row, and returns True, False or None (undecided).
+            those in the data; ``match`` asks the model in --scorer. MODULE:FUNCTION names a function that takes a text and its row, and
+            returns True, False or None (undecided).
+        scorer: model folder, hub name or run folder of the model that the judge match asks.
+        template: question of the judge match about {text}; {prompt} stands for the prompt that the text answers.
+        margin: threshold of the judge match, in nats: a text is true if the log-odds of yes exceed it, and false if those of no do.
         n: number of texts per picture and prompt, generated in one batch.
         temperature: sampling temperature; 1 is the model's own distribution.
         top_p: each token is sampled from the smallest set of most likely tokens with at least this total probability; 1 for all tokens.
@@ -207,10 +215,17 @@ class SampleOptions:
             is shown with the prompts of its row.
         most_false: maximum number of false texts in a group.
         seed: sampling seed, combined with the picture's contents and the prompt.
+        served_model: name of the model on the server, if MODEL is the address of an OpenAI-compatible server.
+        calls: maximum number of concurrent calls to the server.
+        timeout_s: time limit per call, in seconds.
+        attempts: maximum number of calls per request.
     """
 
-    FREE: ClassVar = ("most_false",)
+    FREE: ClassVar = ("margin", "most_false", "calls", "timeout_s", "attempts")
     judge: str
+    scorer: str = ""
+    template: str = TEMPLATE
+    margin: float = 0.0
     n: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
@@ -218,9 +233,16 @@ class SampleOptions:
     prompt: str = ""
     most_false: int = 4
     seed: int = 0
+    served_model: str = ""
+    calls: int = 8
+    timeout_s: float = 120.0
+    attempts: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, n=1, temperature=0.01, top_p=0.01, max_new_tokens=1, most_false=1)
+        _at_least(self, n=1, temperature=0.01, top_p=0.01, max_new_tokens=1, most_false=1, margin=0, calls=1, timeout_s=_SOON, attempts=1)
+        _check_template(self.template)
+        if (self.judge == "match") != bool(self.scorer):
+            raise ConfigError("--judge match and --scorer go together: the scorer is the model that the judge asks")
         if self.top_p > 1:
             raise ConfigError(f"--top_p {self.top_p} must be at most 1")
         if self.prompt and self.judge == "answers":

@@ -1,8 +1,8 @@
 """Step ``sample``: a model writes texts about pictures, a separate judge decides which of them are true, and the texts about a picture form
 a group.
 
-The journal holds only the texts, not the verdicts. The texts are judged after all shards are finished, so they can be judged again with a
-corrected judge.
+The journal holds the texts and, for the judge ``match``, their scores, but no verdicts. The texts are judged after all shards are finished,
+so they can be judged again with a corrected judge or another margin.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from cfvlm_ds.batching.collator import Collator
-from cfvlm_ds.core.distributed import World
+from cfvlm_ds.core.conversation import texts_of
 from cfvlm_ds.core.errors import ConfigError, DataError, first_line
 from cfvlm_ds.core.files import replace as write_whole
 from cfvlm_ds.core.files import whole_file
 from cfvlm_ds.core.groups import Candidate, CounterfactualGroup, Edit, normalised
 from cfvlm_ds.core.named import imported
 from cfvlm_ds.core.progress import Progress, Say
+from cfvlm_ds.core.sequences import side_by_side
 from cfvlm_ds.core.text import one_line, quoted
-from cfvlm_ds.counterfactuals.edit.base import sha256_of
+from cfvlm_ds.counterfactuals.authors import Author
+from cfvlm_ds.counterfactuals.judge import log_odds
 from cfvlm_ds.counterfactuals.options import SampleOptions
+from cfvlm_ds.counterfactuals.verify import Score, rounded
 from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, row_line, seed_of
 from cfvlm_ds.data.cfgroup import to_row
 from cfvlm_ds.data.store import GroupStore
-from cfvlm_ds.evaluation.generation import write_several
+from cfvlm_ds.evaluation.benchmarks.base import Item
+from cfvlm_ds.evaluation.probes import Match
 
 GROUPS, COUNTS = "groups.jsonl", "counts.json"
 _LONGEST_ANSWER = 3  # words
@@ -54,7 +56,7 @@ def sample(
     out: Path,
     options: SampleOptions,
     model: Mapping[str, str],
-    load: Callable[[], tuple[Any, Collator, World]],
+    load: Callable[[], tuple[Author, Score | None]],
     shards: Sequence[int],
     say: Say,
     of: int | None = 1,
@@ -62,16 +64,19 @@ def sample(
     """Generate the texts of ``shards`` (indices from 0 to ``of`` - 1), reusing those of earlier calls. Once all shards are finished, judge
     the texts, and write OUT/groups.jsonl and OUT/counts.json.
 
-    ``load`` returns the scorer, collator and world, and ``model`` identifies the model. Return the completion records of ``shards``, and
-    the counts if all shards are finished, otherwise None.
+    ``load`` returns the author of the texts and, for the judge ``match``, the function that scores them; ``model`` identifies the models.
+    Return the completion records of ``shards``, and the counts if all shards are finished, otherwise None.
 
     Raises ConfigError if options differ from those recorded in OUT, if the judge returns None for the first known true text of every
     picture and prompt, or if no generated text is false. Raises DataError if the judge fails on a text.
     """
-    judge = answers if options.judge == "answers" else imported(options.judge, "judge", "answers or MODULE:FUNCTION")
+    judges: dict[str, Judge | None] = {"answers": answers, "match": None}
+    known = options.judge in judges
+    judge = judges[options.judge] if known else imported(options.judge, "judge", "answers, match or MODULE:FUNCTION")
     source = _Source(store, options, judge, out.absolute())
     places = source.places(say)
-    if all(source.verdict(question.group.candidates[0].text, question) is None for question in map(source.question, places.items())):
+    questions = map(source.question, places.items())
+    if judge and all(source.verdict(question.group.candidates[0].text, question) is None for question in questions):
         raise ConfigError(f"the judge {options.judge} decides on no true text with a picture in {store.path}; use another judge or prompt")
     work = WorkFolder.begin(out, store, of, (SAMPLE,))
     finished = [work.finished(SAMPLE, shard, of, options) for shard in shards]
@@ -83,10 +88,10 @@ def sample(
         if done is None:
             own = list(places.items())[shard :: work.shards]
             with ShardStep(work, SAMPLE, shard) as step:
-                scorer, collator, world = load()
-                asked = step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts")
-                for question in asked:
-                    step.add({"id": question.group.id} | source.asked(question, scorer.model, collator, world.device))
+                author, score = load()
+                left = step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts")
+                for question, record in source.written(left, author):
+                    step.add({"id": question.group.id} | (source.scored(question, record, score) if score else record))
                 done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
         records.append(done)
     return records, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
@@ -106,13 +111,13 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """The pictures and prompts of a data set, and the judge. In the rows that are passed to the judge or written to groups.jsonl, picture
-    paths are relative to ``folder``, or absolute for pictures outside it.
+    """The pictures and prompts of a data set, and the judge, which is None if recorded scores decide. In the rows that are passed to the
+    judge or written to groups.jsonl, picture paths are relative to ``folder``, or absolute for pictures outside it.
     """
 
     store: GroupStore
     options: SampleOptions
-    judge: Judge
+    judge: Judge | None
     folder: Path
 
     def places(self, say: Say) -> dict[int, list[int]]:
@@ -149,6 +154,7 @@ class _Source:
         """Judge a text. Raises DataError naming the row if the judge fails or returns anything but True, False or None."""
         about = f"{question.where}: the judge {self.options.judge}, called with {quoted(text, 80)},"
         try:
+            assert self.judge is not None
             verdict = self.judge(text, to_row(question.group, self.folder))
         except Exception as error:  # a user's function may raise anything
             raise DataError(f"{about} raises {first_line(error)}; correct the function") from error
@@ -156,45 +162,72 @@ class _Source:
             raise DataError(f"{about} returns {quoted(verdict, 80)}; return True, False or None")
         return verdict
 
-    def asked(self, question: Question, model: Any, collator: Collator, device: torch.device) -> dict[str, Any]:
-        """Generate texts for a question. Return the texts, and the counts of sampled and discarded ones."""
-        options, shown, first = self.options, question.group.images[0], question.group.candidates[0]
-        if self.verdict(first.text, question) is None:
-            return {"texts": [], "counts": {"not asked, because the judge does not decide on the true text": 1}}
+    def written(self, questions: Iterator[Question], author: Author) -> Iterator[tuple[Question, dict[str, Any]]]:
+        """Yield each question with the author's texts, and the counts of sampled and discarded ones. User functions are called in this
+        thread only.
+        """
+        decided = ((each, not self.judge or self.verdict(each.group.candidates[0].text, each) is not None) for each in questions)
+        answered = partial(self._answered, author)
+        if author.threads == 1:  # torch generates in this thread
+            results: Iterator[Any] = ((entry, answered(entry)) for entry in decided)
+        else:
+            results = side_by_side(answered, decided, author.threads, author.threads)
+        return ((question, record) for (question, _), record in results)
+
+    def _answered(self, author: Author, entry: tuple[Question, bool]) -> dict[str, Any]:
+        question, decided = entry
+        if not decided:
+            return _unasked("not asked, because the judge does not decide on the true text")
         try:
-            digests = [sha256_of(collator.files.content((picture, len(shown) > 1))) for picture in shown]
-            torch.manual_seed(seed_of(options.seed, *digests, first.prompt))
-            written = write_several(
-                model, collator, device, shown, first.prompt, options.max_new_tokens, do_sample=True, temperature=options.temperature,
-                top_p=options.top_p, top_k=0, num_return_sequences=options.n,
-            )  # fmt: skip
+            written = author.write(question.group.images[0], question.group.candidates[0].prompt, self.options)
         except DataError as error:
-            return {"texts": [], "counts": {"not asked, because of an error": 1}, "detail": one_line(str(error), 300)}
+            return _unasked("not asked, because of an error", error)
         ended = [each.text.strip() for each in written if each.ended]
-        texts = [text for text in ended if text and _is_accepted(collator, Candidate(first.prompt, text), len(shown))]
+        texts = [text for text in ended if text]
         cut, refused = len(written) - len(ended), len(ended) - len(texts)
         counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty or with a control token": refused}
         return {"texts": texts, "counts": counts}
 
-    def judged(self, question: Question, texts: Sequence[str], counts: Counter[str]) -> CounterfactualGroup | None:
-        """Judge the texts generated for a question, and add the verdicts to ``counts``. Return a group of the true and false texts, or None
+    def scored(self, question: Question, record: dict[str, Any], score: Score) -> dict[str, Any]:
+        """Add the log-odds of "yes, the picture shows it" to a record, in nats, for the first known true text and each generated text."""
+        if not record["texts"]:
+            return record
+        group, prompt = question.group, " ".join(texts_of(question.group.candidates[0].prompt))
+        texts = tuple(dict.fromkeys([group.candidates[0].text, *record["texts"]]))
+        item, probe = Item(group.id, group.images, texts, ((1,) * len(texts),)), Match(self.options.template.replace("{prompt}", prompt))
+        try:
+            (scores,) = score([CounterfactualGroup.to_score(group.id, group.images, probe.cells(item))])
+        except DataError as error:
+            return _unasked("not judged, because of an error", error)
+        shares = probe.row(item, tuple(scores.logp[0].tolist()), (), ())
+        return record | {"log_odds": {text: rounded(log_odds(share)) for text, share in zip(texts, shares, strict=True)}}
+
+    def judged(self, question: Question, record: Mapping[str, Any], counts: Counter[str]) -> CounterfactualGroup | None:
+        """Judge the texts in a question's record, and add the verdicts to ``counts``. Return a group of the true and false texts, or None
         if no text is false.
         """
-        group, most = question.group, self.options.most_false
+        group, most, odds = question.group, self.options.most_false, record.get("log_odds")
+
+        def verdict(text: str) -> bool | None:
+            if self.judge:
+                return self.verdict(text, question)
+            value = odds[text] if odds else None
+            return None if value is None or abs(value) <= self.options.margin else value > 0
+
         known = {normalised(candidate.text) for candidate in group.candidates}
         different = dict[str, str]()
-        for text in texts:
+        for text in record["texts"]:
             different.setdefault(normalised(text), text)
         found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
         new = [text for form, text in different.items() if form not in known]
         for text in new:
-            found[self.verdict(text, question)].append(Candidate(group.candidates[0].prompt, text))
+            found[verdict(text)].append(Candidate(group.candidates[0].prompt, text))
         true, false, undecided = found.values()
         counts.update({
             "different": len(different), "equal to a true text of the data": len(different) - len(new), "true": len(true),
             "false": len(false), "not judged": len(undecided), "false, left out by --most_false": len(false[most:]),
             "prompts without a false text": not false, "groups": bool(false),
-            "true texts of the data that the judge calls false": self.verdict(group.candidates[0].text, question) is False,
+            "true texts of the data that the judge calls false": verdict(group.candidates[0].text) is False,
         })  # fmt: skip
         candidates, num_true = (*group.candidates, *true, *false[:most]), len(group.candidates) + len(true)
         edits = tuple(Edit("sampled", text=place) for place in range(num_true, len(candidates)))
@@ -202,13 +235,8 @@ class _Source:
         return replace(group, candidates=candidates, match=match, edits=edits) if false else None
 
 
-def _is_accepted(collator: Collator, candidate: Candidate, num_pictures: int) -> bool:
-    """Return whether a text can be used for training. For example, it must not contain a control token."""
-    try:
-        collator.prompts.encoded(candidate.prompt, candidate.text, num_pictures, "a text")
-    except DataError:
-        return False
-    return True
+def _unasked(reason: str, error: DataError | None = None) -> dict[str, Any]:
+    return {"texts": [], "counts": {reason: 1}} | ({"detail": one_line(str(error), 300)} if error else {})
 
 
 def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequence[int]], say: Say) -> Counter[str]:
@@ -223,7 +251,7 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
             record = next(journals[shard], {})
             if record.get("id") != question.group.id:
                 raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
-            if group := source.judged(question, record["texts"], counts):
+            if group := source.judged(question, record, counts):
                 file.write(row_line(to_row(group, source.folder)))
         if not counts["groups"]:
             found = ", ".join(f"{count} {name}" for name, count in counts.items())

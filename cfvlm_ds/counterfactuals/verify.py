@@ -180,13 +180,13 @@ def score_record(candidate: Candidate, scores: GroupScores, options: VerifyOptio
     num_match = len(probe.cells(item))
     rows = [tuple(row) for row in scores.logp.tolist()]
     return {
-        "match": [[_rounded(value) for value in probe.row(item, row[:num_match], (), ())] for row in rows],
-        "likelihood": [[_rounded(value) for value in row[num_match:]] for row in rows],
-        "blank": [_rounded(value) for value in scores.blank.tolist()[num_match:]],
+        "match": [[rounded(value) for value in probe.row(item, row[:num_match], (), ())] for row in rows],
+        "likelihood": [[rounded(value) for value in row[num_match:]] for row in rows],
+        "blank": [rounded(value) for value in scores.blank.tolist()[num_match:]],
     }
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Round a number. If it is not finite, return None, because JSON cannot represent it."""
     value = round(float(value), _DECIMALS)
     return value if value - value == 0 else None

@@ -121,7 +121,7 @@ def score_groups(
         if loss is not None and indices:
             loss.add([groups[index] for index in indices], scored[0])
         for index, scores in matrices(groups, indices, scored).items():
-            local[index] = [np.array(part, np.float32) for part in vars(scores).values()]
+            local[index] = [np.array(part.numpy(), np.float32) for part in vars(scores).values()]
         progress.advance(min(batch_size * world.size, len(groups) - number * batch_size * world.size))
     every = {index: arrays for part in gather_objects(local, world) for index, arrays in part.items()}
     results = Lazy(lambda index: GroupScores(*map(torch.from_numpy, every[index])), len(groups))

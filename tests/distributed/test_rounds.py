@@ -99,6 +99,19 @@ def decides_only_on_known(text, row):
 
 
 @pytest.mark.long
+def test_a_scorer_judges_a_round_of_two_ranks_as_one_process(trained, world, tmp_path, capsys):
+    scorer, out, work = trained / "out" / "round-1" / "export", tmp_path / "out", tmp_path / "W"
+    told = {"number": 1, "pictures": {"path": str(world / "train.jsonl")}, "judge": "match", "scorer": str(scorer), "n": 4}
+    told |= {"max_new_tokens": 48, "weight": 0.5}
+    run_train(2, [*rounds(trained / "base", world, out), "--train.rounds", json.dumps(told)])
+    given = ["--out", work, "--judge", "match", "--scorer", scorer, "--n", 4, "--max_new_tokens", 48]
+    printed(capsys, "data", "sample", trained / "base", world / "train.jsonl", *given)
+    groups = (work / "groups.jsonl").read_bytes()
+    assert (out / "sampled-1" / "groups.jsonl").read_bytes() == groups and groups
+    assert read_json(out / "sampled-1" / "counts.json") == read_json(work / "counts.json") and len(losses(out / "round-1")) == 2
+
+
+@pytest.mark.long
 def test_rounds_with_adapters_on_captions(trained, world, tmp_path):
     """The adapters are merged. The data's format and root are not those of the groups. An options file that is edited meanwhile is not
     read again."""

@@ -136,7 +136,7 @@ def test_the_reference_lists_what_the_parser_takes():
     nested = ("build.habits", "train.rounds")
     prefixes = tuple(f"{name}." for name in (*nested, "data.evaluation.NAME", "data.train.SOURCE"))
     inside = {name for name in rows if name.startswith(prefixes)}
-    assert rows.keys() - inside == taken.keys() - set(nested) and len(inside) == 8 + 8 + 11 + 6
+    assert rows.keys() - inside == taken.keys() - set(nested) and len(inside) == 8 + 9 + 11 + 6
     for name, default in taken.items():
         if name in rows:
             shown = rows[name][2].strip("`")

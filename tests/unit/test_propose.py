@@ -22,12 +22,12 @@ from conftest import REPO, draw, read_json, read_rows, write_rows
 
 from cfvlm_ds.core.errors import ConfigError, DataError
 from cfvlm_ds.counterfactuals.audit.shortcuts import by_words
+from cfvlm_ds.counterfactuals.chat_server import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.options import TYPES, EditOptions, ProposeOptions, SelectOptions, VerifyOptions
 from cfvlm_ds.counterfactuals.plan import read_plan
 from cfvlm_ds.counterfactuals.propose import PROPOSERS, balance, english, mine, vocabulary
 from cfvlm_ds.counterfactuals.propose.base import Proposal, Rejected
 from cfvlm_ds.counterfactuals.propose.english import Caption
-from cfvlm_ds.counterfactuals.propose.llm import CallFailed, check_url, post
 from cfvlm_ds.counterfactuals.propose.rules import Edit, edits_of
 from cfvlm_ds.counterfactuals.propose.step import propose
 from cfvlm_ds.counterfactuals.propose.word_difference import defect
@@ -379,7 +379,7 @@ def lines_of(out: Path, step: str = "propose") -> list[dict[str, Any]]:
 def at_once(monkeypatch):
     """Pauses between calls are noted and not waited for."""
     pauses = []
-    monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.pause", pauses.append)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.pause", pauses.append)
     return pauses
 
 
@@ -476,8 +476,8 @@ def test_a_source_without_a_reply_is_a_named_failure_and_a_server_that_is_down_e
         done = asked_model(captions, tmp_path / "W", server, llm_calls=1)
         assert done["counts"]["without a reply"] == 4 and len(server.asked) == 12
         assert "status 500: boom" in lines_of(tmp_path / "W")[0]["rejected"][0]["reason"]
-        monkeypatch.setattr("cfvlm_ds.counterfactuals.propose.llm.IN_A_ROW", 3)
-        with pytest.raises(ConfigError, match="3 captions"):
+        monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.IN_A_ROW", 3)
+        with pytest.raises(ConfigError, match="3 requests"):
             asked_model(captions, tmp_path / "V", server, llm_calls=1)
     for status, text in ((404, "bad model"), (302, "bad model"), (422, "no such option")):
         server = Server(lambda body, number, status=status, text=text: (status, text.encode(), {"Location": "http://elsewhere/"}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -22,6 +25,7 @@ from conftest import (
     contents,
     draw,
     environment,
+    plain_logp,
     printed,
     read_json,
     read_rows,
@@ -31,6 +35,7 @@ from conftest import (
     write_rows,
 )
 from PIL import Image
+from test_propose import Server
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cfvlm_ds.cli import models
@@ -39,6 +44,7 @@ from cfvlm_ds.core.config import HabitsConfig
 from cfvlm_ds.counterfactuals.sample import answers
 from cfvlm_ds.data import read_manifest
 from cfvlm_ds.demo.habits import build_habits, is_true
+from cfvlm_ds.evaluation.probes import variants
 
 N, LONGEST, ROWS = 8, 24, 9
 QUESTION = "Is it a circle?"
@@ -119,7 +125,7 @@ def source(tmp_path_factory):
     return write_rows(folder / "rows.jsonl", [*rows, again, text_only])
 
 
-def command(model: Path, manifest: Path, out: Path, judge: str = "my_judges:by_hash", *more: str) -> list[str]:
+def command(model: Path | str, manifest: Path, out: Path, judge: str = "my_judges:by_hash", *more: str) -> list[str]:
     sizes = ["--n", str(N), "--max_new_tokens", str(LONGEST), "--temperature", "0.9", "--top_p", "0.95", "--seed", "3"]
     return ["data", "sample", str(model), str(manifest), "--out", str(out), "--judge", judge, *sizes, *more]
 
@@ -335,6 +341,161 @@ def test_a_judge_that_fails_late_costs_no_text(speaker, source, judges, tmp_path
     assert {row["prompt"] for row in rows} == {"What is there?"} and not [
         row for row in rows if any(t["text"] == "Yes" for t in row["texts"])
     ]
+
+
+def told(*texts: Any, ended: str = "stop") -> tuple[int, bytes, dict[str, str]]:
+    """A server's reply with these texts."""
+    choices = [{"index": k, "finish_reason": ended, "message": {"role": "assistant", "content": text}} for k, text in enumerate(texts)]
+    return 200, json.dumps({"choices": choices}).encode(), {}
+
+
+def asked(url: str, manifest: Path, out: Path, *more: str) -> list[str]:
+    return command(url, manifest, out, "my_judges:is_known", "--served_model", "m", *more)
+
+
+def texts_about(body: dict[str, Any]) -> list[str]:
+    """What a pretended model writes about a picture and prompt: some texts repeat, as those of a model do."""
+    chance = random.Random(json.dumps(body["messages"]) + str(body["seed"]))
+    return [f" a shape {chance.randrange(9)} " for _ in range(N)]
+
+
+@pytest.mark.parametrize("heeds_n", [True, False])
+def test_a_server_writes_the_texts(heeds_n, source, tmp_path, capsys):
+    """One that returns n texts and one that returns one at a time: each text is in the journal, in order, also after a kill."""
+
+    def answers_to(body: dict[str, Any], number: int) -> tuple[int, bytes, dict[str, str]]:
+        return told(*texts_about(body)[: body["n"] if heeds_n else 1])
+
+    server, out = Server(answers_to), tmp_path / "W"
+    with server.running():
+        printed(capsys, *asked(server.url, source, out))
+        records = read_rows(out / "sample" / "shard-00000.jsonl")
+        prompts, calls = ROWS + ROWS // 3, 1 if heeds_n else N
+        assert len(records) == prompts and len(server.asked) == prompts * calls and 1 < server.most_at_once <= 8
+        whole = contents(out)
+        journal = out / "sample" / "shard-00000.jsonl"
+        os.truncate(journal, journal.stat().st_size - 9)
+        (out / "sample" / "shard-00000.done.json").unlink()
+        printed(capsys, *asked(server.url, source, out, "--calls", "1"))
+        assert contents(out) == whole and len(server.asked) == (prompts + 1) * calls
+        assert "served_model" in refused(capsys, *asked(server.url, source, out, "--served_model", "other"))
+    body = next(body for body in server.asked if body["messages"][0]["content"][1]["text"] == PROMPT)
+    wanted = {"model": "m", "temperature": 0.9, "top_p": 0.95, "max_tokens": LONGEST, "n": N}
+    assert wanted.items() <= body.items() and len(body["messages"]) == 1
+    kind, _, data = body["messages"][0]["content"][0]["image_url"]["url"].partition(";base64,")
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), float)
+    pictures = [np.asarray(Image.open(source.parent / f"{k}.png").convert("RGB"), float) for k in range(3)]
+    assert kind == "data:image/jpeg" and min(abs(sent - picture).mean() for picture in pictures) < 8
+    bodies = {json.dumps(each["messages"]) + str(each["seed"]): each for each in server.asked}.values()
+    possible = {tuple(text.strip() for text in texts_about(each)) for each in bodies if each["n"] == N}
+    found = {tuple(record["texts"]) for record in records}
+    assert found == possible if heeds_n else {each[0] for each in found} == {each[0] for each in possible}
+    assert all(len(record["texts"]) == N == record["counts"]["sampled"] for record in records)
+
+
+FAULTS = {
+    "cut off": (told(*["a shape"] * N, ended="length"), {"sampled": N, "cut off by --max_new_tokens": N}, ""),
+    "empty": (told(None, *[" "] * (N - 1)), {"sampled": N, "empty or with a control token": N}, ""),
+    "surrogate": (told("a \ud800 shape"), {"not asked, because of an error": 1}, "surrogate"),
+    "no choices": (told(), {"not asked, because of an error": 1}, "no choices"),
+    "number": (told(7), {"not asked, because of an error": 1}, "choices"),
+    "too long": ((400, b"too many tokens", {}), {"not asked, because of an error": 1}, "too many tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_reply_that_cannot_be_used_costs_its_prompt_alone(fault, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.pause", lambda seconds: None)
+    bad, counts, reason = FAULTS[fault]
+    server = Server(lambda body, number: bad if QUESTION in json.dumps(body) else told("a green hat", *["a cup"] * (N - 1)))
+    with server.running():
+        said = printed(capsys, *asked(server.url, source, tmp_path / "W", "--attempts", "2"))
+    records = read_rows(tmp_path / "W" / "sample" / "shard-00000.jsonl")
+    failed = [record for record in records if record["id"].endswith("#2")]
+    assert len(failed) == ROWS // 3 and all(counts.items() <= record["counts"].items() and not record["texts"] for record in failed)
+    assert all(reason in record.get("detail", "") for record in failed) and (not reason or reason in said)
+    rest = [record["texts"] for record in records if record not in failed]
+    assert rest == [["a green hat", *["a cup"] * (N - 1)]] * ROWS
+
+
+def test_a_server_that_is_not_there_ends_the_command(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.pause", lambda seconds: None)
+    out = tmp_path / "W"
+    assert "cannot be reached" in refused(capsys, *asked("http://127.0.0.1:9/v1", source, out))
+    assert not (out / "groups.jsonl").exists() and not (out / "sample").exists()
+    for url, more, named in (
+        ("http://127.0.0.1:9/v1", ("--served_model", ""), "--served_model"),
+        ("http://me:secret@127.0.0.1:9/v1", (), "user name or password"),
+        ("http://127.0.0.1:9/v1", ("--max_tiles", "3"), "--max_tiles"),
+    ):
+        assert named in refused(capsys, *asked(url, source, tmp_path / "V", *more)) and not (tmp_path / "V").exists()
+
+
+@pytest.fixture(scope="module")
+def other(speaker, tmp_path_factory):
+    """Another model than the one that writes, with weights drawn wide: it knows its opinion."""
+    folder = shutil.copytree(speaker, tmp_path_factory.mktemp("other") / "llava")
+    model, generator = AutoModelForImageTextToText.from_pretrained(folder), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_scorer_judges_as_plain_forwards_do(speaker, other, source, tmp_path, capsys, monkeypatch):
+    """The share of yes is summed by hand from the library's own forwards; another margin needs no model."""
+    out, template = tmp_path / "W", "{prompt} Is {text} right?"
+    words = command(speaker, source, out, "match", "--scorer", str(other), "--template", template)
+    printed(capsys, *words)
+    model, processor = AutoModelForImageTextToText.from_pretrained(other).eval(), AutoProcessor.from_pretrained(other)
+    record = next(record for record in read_rows(out / "sample" / "shard-00000.jsonl") if record["id"] == "r4")
+    assert list(record["log_odds"]) == list(dict.fromkeys(["a green circle", *record["texts"]]))
+    for text, odds in record["log_odds"].items():
+        total = dict[str, float]()
+        for answer in ("Yes", "No"):
+            with torch.no_grad():
+                each = [
+                    plain_logp(model, processor, (source.parent / "4.png",), template.format(prompt=PROMPT, text=text), spelling)[0].sum()
+                    for spelling in variants(answer)
+                ]
+            total[answer] = float(torch.stack(each).logsumexp(0))
+        assert odds == pytest.approx(total["Yes"] - total["No"], abs=2e-3), text
+    monkeypatch.setattr(models, "load_scorer", None)
+    every = sorted(abs(odds) for each in read_rows(out / "sample" / "shard-00000.jsonl") for odds in each.get("log_odds", {}).values())
+    for margin in (0.0, every[len(every) // 2]):
+        printed(capsys, *words, "--margin", str(margin), "--most_false", "99")
+        counts, by_id = read_json(out / "counts.json"), {row["id"]: row for row in read_rows(out / "groups.jsonl")}
+        seen = Counter[str]()
+        for each in read_rows(out / "sample" / "shard-00000.jsonl"):
+            row = by_id.get(each["id"], {"texts": [], "match": []})
+            truth = {text["text"]: cell[2] for text in row["texts"] for cell in row["match"] if cell[1] == text["id"]}
+            for text in dict.fromkeys(each["texts"]):
+                odds = each["log_odds"][text]
+                verdict = "not judged" if abs(odds) <= margin else "true" if odds > 0 else "false"
+                seen[verdict] += 1
+                assert row["texts"] == [] or truth.get(text) == {"not judged": None, "true": 1, "false": 0}[verdict]
+        assert all(counts[name] == seen[name] for name in ("true", "false", "not judged")) and seen["false"] and seen["true"]
+        assert bool(seen["not judged"]) == bool(margin)
+    assert "template" in refused(capsys, *words, "--template", "Is {text} right?")
+
+
+@pytest.mark.parametrize(
+    ("judge", "more", "named"),
+    [
+        ("match", (), "--scorer"),
+        ("answers", ("--scorer", "other"), "--judge match"),
+        ("match", ("--scorer", "no such model"), "no such model"),
+        ("match", ("--scorer", "other", "--template", "Is it right?"), "--template"),
+        ("match", ("--scorer", "other", "--margin", "-1"), "--margin"),
+        ("match", ("--scorer", "speaker"), "the model that writes"),
+        ("answers", ("--served_model", "m"), "--served_model"),
+    ],
+)
+def test_a_wrong_scorer_or_server_is_one_sentence(judge, more, named, speaker, other, source, tmp_path, capsys, no_model):
+    names = {"other": str(other), "speaker": str(speaker)}
+    more = [names.get(word, word) for word in more]
+    assert named in refused(capsys, *command(speaker, source, tmp_path / "W", judge, *more)) and not (tmp_path / "W").exists()
 
 
 def test_short_answers_by_hand():

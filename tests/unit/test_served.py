@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import draw, read_rows, run_ranks, train_arguments, write_rows
+from conftest import draw, read_json, read_rows, run_ranks, train_arguments, write_rows
 from test_propose import quiet
 
 from cfvlm_ds.cli.main import main
@@ -48,11 +48,15 @@ def served(model: Path, log: Path) -> Iterator[str]:
             process.wait(30)
 
 
+def is_known(text, row):
+    return text in [known["text"] for known in row["texts"]]
+
+
 @pytest.mark.long
 def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir, tmp_path):
     rows = []
     for k, caption in enumerate(["a red circle and a blue square", "two dogs on a couch"]):
-        draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")])
+        draw(tmp_path / f"{k}.png", [("red", "circle"), ("blue", "square")][:: 1 - 2 * k])
         rows.append({"id": f"c{k}", "image": f"{k}.png", "caption": caption})
     write_rows(tmp_path / "c.jsonl", rows)
     store = open_groups(tmp_path / "c.jsonl", None, "auto")
@@ -60,9 +64,15 @@ def test_a_real_server_that_talks_nonsense_breaks_nothing(model_dir, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 4096  # more than the request's 740 tokens
     (model / "config.json").write_text(json.dumps(config))
+    ends = list(range(2, config["text_config"]["vocab_size"], 16))  # so that some texts of 24 tokens end
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "do_sample": True}))
     with served(model, tmp_path / "log") as server:
         options = ProposeOptions(back_ends="rules,llm", llm_url=server, llm_model=str(model), llm_attempts=2, llm_timeout_s=600)
         done = propose(store, tmp_path / "W", options, 0, quiet)
+        sample = ["data", "sample", server, str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "S"), "--judge", "test_served:is_known"]
+        main([*sample, "--served_model", str(model), "--n", "6", "--max_new_tokens", "24", "--timeout_s", "600"])
+    texts = [text["text"] for row in read_rows(tmp_path / "S" / "groups.jsonl") for text in row["texts"]]
+    assert read_json(tmp_path / "S" / "counts.json")["sampled"] == 12 and len(set(texts)) == len(texts) > 2
     lines = read_rows(tmp_path / "W" / "propose" / "shard-00000.jsonl")
     assert done["counts"]["without a reply"] == 2 and len(lines) == 2
     for line in lines:
