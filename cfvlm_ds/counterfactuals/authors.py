@@ -30,7 +30,7 @@ class Author(Protocol):
 
     def write(self, shown: Pictures, prompt: Prompt, options: SampleOptions) -> list[Written]:
         """Write ``options.n`` texts in answer to a prompt about the pictures ``shown``. A text that cannot be used for training,
-        for example because it contains a control token, is returned as "". Raises DataError if the texts cannot be written.
+        because it contains a control token or a server has filtered it, is returned as "". Raises DataError if the texts cannot be written.
         """
 
 
@@ -110,4 +110,4 @@ def _texts(reply: Any) -> list[Written]:
         raise CallFailed("the reply contains half of a surrogate pair") from None
     if not choices:
         raise CallFailed("the reply has no choices")
-    return [Written(text, ended == "stop") for text, ended in choices]
+    return [Written("" if ended == "content_filter" else text, ended != "length") for text, ended in choices]

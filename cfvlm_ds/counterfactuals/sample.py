@@ -153,8 +153,8 @@ class _Source:
     def verdict(self, text: str, question: Question) -> bool | None:
         """Judge a text. Raises DataError naming the row if the judge fails or returns anything but True, False or None."""
         about = f"{question.where}: the judge {self.options.judge}, called with {quoted(text, 80)},"
+        assert self.judge is not None
         try:
-            assert self.judge is not None
             verdict = self.judge(text, to_row(question.group, self.folder))
         except Exception as error:  # a user's function may raise anything
             raise DataError(f"{about} raises {first_line(error)}; correct the function") from error
@@ -185,33 +185,47 @@ class _Source:
         ended = [each.text.strip() for each in written if each.ended]
         texts = [text for text in ended if text]
         cut, refused = len(written) - len(ended), len(ended) - len(texts)
-        counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty or with a control token": refused}
+        counts = {"sampled": len(written), "cut off by --max_new_tokens": cut, "empty, filtered or with a control token": refused}
         return {"texts": texts, "counts": counts}
 
     def scored(self, question: Question, record: dict[str, Any], score: Score) -> dict[str, Any]:
-        """Add the log-odds of "yes, the picture shows it" to a record, in nats, for the first known true text and each generated text."""
+        """Add the log-odds of "yes, the picture shows it" to a record, in nats, for the first known true text and each generated text.
+
+        Texts that the scorer refuses get none. They are counted, and the record names the first reason.
+        """
         if not record["texts"]:
             return record
         group, prompt = question.group, " ".join(texts_of(question.group.candidates[0].prompt))
-        texts = tuple(dict.fromkeys([group.candidates[0].text, *record["texts"]]))
-        item, probe = Item(group.id, group.images, texts, ((1,) * len(texts),)), Match(self.options.template.replace("{prompt}", prompt))
-        try:
+        probe, texts = Match(self.options.template.replace("{prompt}", prompt)), dict.fromkeys([group.candidates[0].text, *record["texts"]])
+
+        def odds(*texts: str) -> dict[str, float | None]:
+            item = Item(group.id, group.images, texts, ((1,) * len(texts),))
             (scores,) = score([CounterfactualGroup.to_score(group.id, group.images, probe.cells(item))])
-        except DataError as error:
-            return _unasked("not judged, because of an error", error)
-        shares = probe.row(item, tuple(scores.logp[0].tolist()), (), ())
-        return record | {"log_odds": {text: rounded(log_odds(share)) for text, share in zip(texts, shares, strict=True)}}
+            shares = probe.row(item, tuple(scores.logp[0].tolist()), (), ())
+            return {text: rounded(log_odds(share)) for text, share in zip(texts, shares, strict=True)}
+
+        try:
+            return record | {"log_odds": odds(*texts)}
+        except DataError:  # of one text at least: the others are scored without it
+            found, errors = dict[str, float | None](), list[str]()
+            for text in texts:
+                try:
+                    found |= odds(text)
+                except DataError as error:
+                    errors.append(one_line(str(error), 300))
+            counts = record["counts"] | {"not scored, because of an error": len(errors)}
+            return record | {"log_odds": found, "counts": counts} | ({"detail": errors[0]} if errors else {})
 
     def judged(self, question: Question, record: Mapping[str, Any], counts: Counter[str]) -> CounterfactualGroup | None:
         """Judge the texts in a question's record, and add the verdicts to ``counts``. Return a group of the true and false texts, or None
         if no text is false.
         """
-        group, most, odds = question.group, self.options.most_false, record.get("log_odds")
+        group, most, odds = question.group, self.options.most_false, record.get("log_odds", {})
 
         def verdict(text: str) -> bool | None:
             if self.judge:
                 return self.verdict(text, question)
-            value = odds[text] if odds else None
+            value = odds.get(text)
             return None if value is None or abs(value) <= self.options.margin else value > 0
 
         known = {normalised(candidate.text) for candidate in group.candidates}

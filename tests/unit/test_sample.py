@@ -233,7 +233,7 @@ def test_judging_and_grouping_are_those_of_a_naive_twin(judged, whole, source):
     assert counted["sampled"] == asked and counted["prompts"] == ROWS + ROWS // 3 == len(records)
     assert counted["rows without a picture"] == 1 and counted["not asked, because the judge does not decide on the true text"] == ROWS // 3
     texts = sum(len(record["texts"]) for record in read_rows(whole / "sample" / "shard-00000.jsonl"))
-    assert counted["cut off by --max_new_tokens"] + counted["empty or with a control token"] + texts == asked
+    assert counted["cut off by --max_new_tokens"] + counted["empty, filtered or with a control token"] + texts == asked
     if judged != whole:
         assert counted["equal to a true text of the data"] > 3 and counted["false, left out by --most_false"] > 3
     assert counted["groups"] == len(found) == counted["prompts"] - counted["prompts without a false text"]
@@ -395,7 +395,8 @@ def test_a_server_writes_the_texts(heeds_n, source, tmp_path, capsys):
 
 FAULTS = {
     "cut off": (told(*["a shape"] * N, ended="length"), {"sampled": N, "cut off by --max_new_tokens": N}, ""),
-    "empty": (told(None, *[" "] * (N - 1)), {"sampled": N, "empty or with a control token": N}, ""),
+    "empty": (told(None, *[" "] * (N - 1)), {"sampled": N, "empty, filtered or with a control token": N}, ""),
+    "filtered": (told(*["a sha"] * N, ended="content_filter"), {"sampled": N, "empty, filtered or with a control token": N}, ""),
     "surrogate": (told("a \ud800 shape"), {"not asked, because of an error": 1}, "surrogate"),
     "no choices": (told(), {"not asked, because of an error": 1}, "no choices"),
     "number": (told(7), {"not asked, because of an error": 1}, "choices"),
@@ -478,6 +479,27 @@ def test_a_scorer_judges_as_plain_forwards_do(speaker, other, source, tmp_path, 
         assert all(counts[name] == seen[name] for name in ("true", "false", "not judged")) and seen["false"] and seen["true"]
         assert bool(seen["not judged"]) == bool(margin)
     assert "template" in refused(capsys, *words, "--template", "Is {text} right?")
+
+
+def test_a_text_that_the_scorer_refuses_costs_no_other_text(other, source, tmp_path, capsys):
+    """The other texts have the scores of a run without it, and the refused one is counted, named, and in no group."""
+    said, bad = [], "a <image> shape"
+    for folder, first in (("plain", "a cup"), ("refused", bad)):
+        texts = {True: ["a cup", "a hat", "a green hat"], False: [first, "a hat", "a green hat"]}
+        server = Server(lambda body, number, texts=texts: told(*texts[QUESTION in json.dumps(body)]))
+        with server.running():
+            words = command(server.url, source, tmp_path / folder, "match", "--scorer", str(other), "--served_model", "m", "--n", "3")
+            said.append(printed(capsys, *words))
+    plain, records = (read_rows(tmp_path / folder / "sample" / "shard-00000.jsonl") for folder in ("plain", "refused"))
+    failed = [record for record in records if bad in record["texts"]]
+    assert len(failed) == ROWS < len(records)
+    for before, after in zip(plain, records, strict=True):
+        kept = {text: odds for text, odds in before["log_odds"].items() if after not in failed or text != "a cup"}
+        assert after["log_odds"] == pytest.approx(kept, abs=1e-4), "scored one at a time"
+    assert all(record["counts"]["not scored, because of an error"] == 1 and "<image>" in record["detail"] for record in failed)
+    counts = read_json(tmp_path / "refused" / "counts.json")
+    assert counts["not scored, because of an error"] == counts["not judged"] == ROWS
+    assert "<image>" in said[1] and "not scored" not in said[0] and bad not in (tmp_path / "refused" / "groups.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
