@@ -269,6 +269,8 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
                 file.write(row_line(to_row(group, source.folder)))
         if not counts["groups"]:
             found = ", ".join(f"{count} {name}" for name, count in counts.items())
-            raise ConfigError(f"{work.path}: no picture has a false text: {found}; raise n or temperature, or use other pictures")
+            raise ConfigError(
+                f"{work.path}: no picture has a false text: {found}; raise n or temperature, or use other pictures or another judge"
+            )
     write_whole(work.path / COUNTS, json.dumps(counts, indent=1).encode() + b"\n", shared=True)
     return counts

@@ -235,14 +235,14 @@ class ShardStep:
         yield from Progress(say, self.step, max(total - self.count, 1), unit).over(units)
 
     def finish(self, counted: Callable[[Mapping[str, Any], Counter[str]], None], say: Say) -> dict[str, Any]:
-        """Write and return the completion record, and warn about the first row or picture that could not be used."""
+        """Write and return the completion record, and warn about the first row, picture or text that could not be used."""
         counts, unusable, details = Counter[str](), "", 0
         for record in self.work.records(self.step, self.shard):
             counted(record, counts)
             unusable = unusable or record.get("detail", "")
             details += "detail" in record
         if unusable:
-            say(f"warning: {self.step}: {details} of {self.count} records could not be used; the first: {unusable}")
+            say(f"warning: {self.step}: {details} of {self.count} records have errors; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         steps = self.work.steps
