@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,12 +32,14 @@ from cfvlm_ds.counterfactuals.options import SampleOptions
 from cfvlm_ds.counterfactuals.verify import Score, rounded
 from cfvlm_ds.counterfactuals.work_folder import SAMPLE, ShardStep, WorkFolder, row_line, seed_of
 from cfvlm_ds.data.cfgroup import to_row
+from cfvlm_ds.data.picture_file import picture_stat
 from cfvlm_ds.data.store import GroupStore
 from cfvlm_ds.evaluation.benchmarks.base import Item
 from cfvlm_ds.evaluation.probes import Match
 
 GROUPS, COUNTS = "groups.jsonl", "counts.json"
 _LONGEST_ANSWER = 3  # words
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 Judge = Callable[[str, Mapping[str, Any]], "bool | None"]
 """Function that takes a text and the ``cfgroup/1`` row of its picture, and returns True, False or None (undecided). The row holds one
@@ -45,10 +48,22 @@ picture, the prompt, the known true texts and the source's metadata.
 
 
 class Question(NamedTuple):
-    """A picture, a prompt and the known true texts. ``where`` is the location of the first row with this picture and prompt."""
+    """A picture, a prompt and the known true texts. ``false`` holds the comparable forms of the known false texts, and ``where`` is the
+    location of the first row with this picture and prompt.
+    """
 
     group: CounterfactualGroup
+    false: frozenset[str]
     where: str
+
+    def named(self) -> dict[str, Any]:
+        """Return what identifies the question in a record: its id, and a hash of the prompt, the true texts and the picture's size."""
+        try:
+            size = picture_stat(self.group.images[0][0])[0]
+        except (OSError, DataError):  # the author reports the picture
+            size = 0
+        candidates = self.group.candidates
+        return {"id": self.group.id, "asked": seed_of(size, candidates[0].prompt, *(each.text for each in candidates))}
 
 
 def sample(
@@ -89,24 +104,52 @@ def sample(
             own = list(places.items())[shard :: work.shards]
             with ShardStep(work, SAMPLE, shard) as step:
                 author, score = load()
-                left = step.remaining(map(source.question, own), lambda question: {"id": question.group.id}, say, len(own), "prompts")
+                left = step.remaining(map(source.question, own), Question.named, say, len(own), "prompts")
+                failed = list[dict[str, Any]]()  # since the last success: asked again if the author gives up
                 for question, record in source.written(left, author):
-                    step.add({"id": question.group.id} | (source.scored(question, record, score) if score else record))
+                    failed.append(question.named() | (source.scored(question, record, score) if score else record))
+                    if "detail" not in record:
+                        while failed:
+                            step.add(failed.pop(0))
+                for each in failed:
+                    step.add(each)
                 done = step.finish(lambda record, counts: counts.update(record["counts"]), say)
         records.append(done)
     return records, None if work.missing(SAMPLE) else _write_groups(work, source, places, say)
 
 
 def answers(text: str, row: Mapping[str, Any]) -> bool | None:
-    """Judge a short answer: it is true if it equals a true text of the row, ignoring case, white space and a final full stop.
+    """Judge a short answer: it is true if its comparable form is that of a true text of the row, otherwise false.
 
-    Return None if a true text has more than three words, or if the answer contains a true text (as in "Yes, it is") or is part of one.
+    Return None if a true text has more than three words (six characters of a script without spaces), if the answer contains a true text
+    (as in "Yes, it is") or is part of one, or if they cannot be compared: a word with a number, an option's letter with a word.
     """
-    given, *true = (normalised(each).casefold().rstrip(" .") for each in (text, *(known["text"] for known in row["texts"])))
-    if any(len(each.split()) > _LONGEST_ANSWER for each in true):
+    given, *true = (comparable(each) for each in (text, *(known["text"] for known in row["texts"])))
+    if any(len(each.split()) > _LONGEST_ANSWER or sum(map(_is_wide, each)) > 2 * _LONGEST_ANSWER for each in true):
         return None
-    within = [(part, whole) for each in true for part, whole in ((each, given), (given, each))]
-    return given in true or (None if any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part, whole in within) else False)
+    return given in true or (None if any(_overlap(given, each) for each in true) else False)
+
+
+def comparable(text: str) -> str:
+    """Return a text without differences of case, white space, width, quotes, emphasis and final punctuation, with "two" as 2."""
+    text = unicodedata.normalize("NFKC", text).translate({0x2019: "'", 0x2212: "-"}).casefold()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(text.split()).strip(" .!\u3002*_`'\"\u201c\u201d\u2018"))
+    return str(_NUMBERS.index(text)) if text in _NUMBERS else text
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether one answer may say the same as another, different one."""
+    numbers = [{*re.findall(r"\d+(?:\.\d+)?", each)} for each in (one, other)]
+    if any(numbers):
+        return not all(numbers) or not numbers[0].isdisjoint(numbers[1])
+    if not (one + other).isascii():  # some scripts have no spaces
+        return one in other or other in one
+    within = any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part, whole in ((one, other), (other, one)))
+    return within or (len(one) == 1) != (len(other) == 1)
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
 
 
 @dataclass(frozen=True)
@@ -124,30 +167,34 @@ class _Source:
         """Map a hash of each distinct (picture, prompt) pair to the indices of the rows with this pair, in the order of the data."""
         found: dict[int, list[int]] = {}
         for place, group in enumerate(Progress(say, "listing pictures", len(self.store), "rows").over(self.store)):
-            for key in self._true(group):
-                found.setdefault(key, []).append(place)
+            for key, texts in self._texts(group).items():
+                if any(truth for truth, _ in texts):
+                    found.setdefault(key, []).append(place)
         return found
 
     def question(self, entry: tuple[int, Sequence[int]]) -> Question:
-        """Build the question for an entry of ``places``, with the true texts of all its rows."""
+        """Build the question for an entry of ``places``, with the texts of all its rows."""
         key, rows = entry
-        first, texts = self.store[rows[0]], dict[str, Candidate]()
+        first, texts, false = self.store[rows[0]], dict[str, Candidate](), set[str]()
         for row in rows:
-            for candidate in self._true(self.store[row])[key]:
-                texts.setdefault(normalised(candidate.text), candidate)
-        number = list(self._true(first)).index(key)
+            for truth, candidate in self._texts(self.store[row])[key]:
+                if truth:
+                    texts.setdefault(normalised(candidate.text), candidate)
+                else:
+                    false.add(comparable(candidate.text))
+        number = [each for each, labelled in self._texts(first).items() if any(truth for truth, _ in labelled)].index(key)
         name = f"{first.id}#{number + 1}" if number else first.id
         candidates, match = tuple(texts.values()), ((1,) * len(texts),)
         group = replace(first, id=name, images=first.images[:1], candidates=candidates, match=match, edits=(), keys=())
-        return Question(group, self.store.where(rows[0]))
+        return Question(group, frozenset(false), self.store.where(rows[0]))
 
-    def _true(self, group: CounterfactualGroup) -> dict[int, list[Candidate]]:
-        """Return the true texts of a group's first image, keyed by a hash of the image and the prompt."""
-        asked, found = self.options.prompt, dict[int, list[Candidate]]()
+    def _texts(self, group: CounterfactualGroup) -> dict[int, list[tuple[int, Candidate]]]:
+        """Return the true and false texts of a group's first image, each with its truth, keyed by a hash of the image and the prompt."""
+        asked, found = self.options.prompt, dict[int, list[tuple[int, Candidate]]]()
         for truth, candidate in zip(group.match[0], group.candidates, strict=True):
-            if truth == 1 and group.num_pictures and not (asked and candidate.prompt != group.candidates[0].prompt):
+            if truth is not None and group.num_pictures and not (asked and candidate.prompt != group.candidates[0].prompt):
                 prompt = asked or candidate.prompt
-                found.setdefault(seed_of(*group.images[0], prompt), []).append(Candidate(prompt, candidate.text))
+                found.setdefault(seed_of(*group.images[0], prompt), []).append((truth, Candidate(prompt, candidate.text)))
         return found
 
     def verdict(self, text: str, question: Question) -> bool | None:
@@ -223,15 +270,17 @@ class _Source:
         group, most, odds = question.group, self.options.most_false, record.get("log_odds", {})
 
         def verdict(text: str) -> bool | None:
+            if comparable(text) in question.false:
+                return False
             if self.judge:
                 return self.verdict(text, question)
             value = odds.get(text)
             return None if value is None or abs(value) <= self.options.margin else value > 0
 
-        known = {normalised(candidate.text) for candidate in group.candidates}
+        known = {comparable(candidate.text) for candidate in group.candidates}
         different = dict[str, str]()
         for text in record["texts"]:
-            different.setdefault(normalised(text), text)
+            different.setdefault(comparable(text), text)
         found: dict[bool | None, list[Candidate]] = {True: [], False: [], None: []}
         new = [text for form, text in different.items() if form not in known]
         for text in new:
@@ -263,11 +312,16 @@ def _write_groups(work: WorkFolder, source: _Source, places: Mapping[int, Sequen
         for number, entry in enumerate(Progress(say, "judge", len(places), "prompts").over(places.items())):
             shard, question = number % work.shards, source.question(entry)
             record = next(journals[shard], {})
-            if record.get("id") != question.group.id:
-                raise DataError(f"{work.file(SAMPLE, shard)} does not belong to {source.store.path}; {work.again(SAMPLE, shard)}")
+            if not question.named().items() <= record.items():
+                raise DataError(
+                    f"{work.file(SAMPLE, shard)}: the record of {question.group.id!r} is about another prompt, text or picture than "
+                    f"{question.where}; {work.again(SAMPLE, shard)}"
+                )
             if group := source.judged(question, record, counts):
                 file.write(row_line(to_row(group, source.folder)))
         if not counts["groups"]:
+            (work.path / GROUPS).unlink(missing_ok=True)  # of an earlier judge
+            (work.path / COUNTS).unlink(missing_ok=True)
             found = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise ConfigError(
                 f"{work.path}: no picture has a false text: {found}; raise n or temperature, or use other pictures or another judge"

@@ -242,7 +242,8 @@ class ShardStep:
             unusable = unusable or record.get("detail", "")
             details += "detail" in record
         if unusable:
-            say(f"warning: {self.step}: {details} of {self.count} records have errors; the first: {unusable}")
+            remedy = f"to try them again, {self.work.again(self.step, self.shard)}"
+            say(f"warning: {self.step}: {details} of {self.count} records have errors; {remedy}; the first: {unusable}")
         self._journal.close()
         done: dict[str, Any] = {"records": self.count, "sha256": sha256_of_file(self._journal.path), "counts": dict(sorted(counts.items()))}
         steps = self.work.steps

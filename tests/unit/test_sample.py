@@ -13,11 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
@@ -113,7 +116,7 @@ def source(tmp_path_factory):
         rows.append({"id": f"r{k}", "prompt": PROMPT, "images": images, "texts": texts + asked, "match": match, "meta": {"k": k}})
     again = {"id": "again", "prompt": PROMPT, "images": [{"id": "i", "path": "1.png"}], "meta": {}}
     again |= {
-        "texts": [{"id": "a", "text": "two green shapes"}, {"id": "b", "text": "a green  circle"}],
+        "texts": [{"id": "a", "text": "Two green shapes."}, {"id": "b", "text": "a green  circle"}],
         "match": [["i", "a", 1], ["i", "b", 1]],
     }
     text_only = {
@@ -172,19 +175,23 @@ def naive(source: Path, records: list[dict[str, Any]], most: int = 4) -> tuple[d
     """The groups and counts again, from plain rows and the texts of the journal."""
     from my_judges import by_hash
 
-    true_of: dict[tuple[str, str], list[str]] = {}
+    def plain(text: str) -> str:
+        return " ".join(text.split()).lower().removesuffix(".")
+
+    labelled: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for row in read_rows(source):
-        true = [cell[1] for cell in row["match"] if cell[0] == "i" and cell[2]]
+        truth = {cell[1]: cell[2] for cell in row["match"] if cell[0] == "i"}
         for text in row["texts"]:
-            if row["images"][0]["path"] and text["id"] in true:
-                known = true_of.setdefault((row["images"][0]["path"], text.get("prompt", row.get("prompt"))), [])
-                known += [text["text"]] if " ".join(text["text"].split()) not in known else []
+            if row["images"][0]["path"] and text["id"] in truth:
+                of = labelled.setdefault((row["images"][0]["path"], text.get("prompt", row.get("prompt"))), ([], []))
+                of[not truth[text["id"]]].extend([text["text"]] * (plain(text["text"]) not in map(plain, of[0])))
     groups, counts = dict[str, Any](), Counter[str]()
-    for ((picture, prompt), known), record in zip(true_of.items(), records, strict=True):
+    for ((picture, prompt), (known, wrong)), record in zip(labelled.items(), records, strict=True):
         about = {"prompt": prompt, "texts": [{"text": text} for text in known]}
-        different = list(dict.fromkeys(" ".join(text.split()) for text in record["texts"]))
-        plain = {" ".join(text.split()): text for text in reversed(record["texts"])}
-        verdicts = [(plain[text], by_hash(plain[text], about)) for text in different if text not in known]
+        different = {plain(text): text for text in reversed(record["texts"])}
+        order = dict.fromkeys(map(plain, record["texts"]))
+        verdicts = [(text, plain(text) not in map(plain, wrong) and by_hash(text, about)) for text in map(different.get, order)
+                    if plain(text) not in map(plain, known)]  # fmt: skip
         true, false = ([text for text, verdict in verdicts if verdict is truth] for truth in (True, False))
         counts.update({"different": len(different), "true": len(true), "false": len(false), "left out": len(false[most:])})
         counts.update({"not judged": len(verdicts) - len(true) - len(false)})
@@ -200,7 +207,7 @@ def judged(request, whole, speaker, source, tmp_path, capsys):
         return whole
     out, chance = shutil.copytree(whole, tmp_path / "W"), random.Random(0)
     journal = out / "sample" / "shard-00000.jsonl"
-    known = ["a red circle", "a  green circle", "two green\nshapes", "a blue circle"]
+    known = ["a red circle", "a green circle.", "A Green circle", "two green\nshapes", "a blue circle", "A Yellow square."]
     some = [*known, *(f"a{' ' * (1 + k // 12)}shape {k % 12}." for k in range(24))]
     rows = [record | ({"texts": chance.sample(some, 16)} if record["texts"] else {}) for record in read_rows(journal)]
     write_rows(journal, rows)
@@ -221,7 +228,7 @@ def test_judging_and_grouping_are_those_of_a_naive_twin(judged, whole, source):
         assert json.loads(group.meta) == {"k": int(group.id[1:].partition("#")[0])}
         found[group.id] = (picture.name, prompt, texts[:num_true], texts[num_true:])
     assert found == groups and len(found) > 3
-    assert found["r1"][2][:2] == ["a green circle", "two green shapes"], "of both rows of the picture"
+    assert found["r1"][2][:2] == ["a green circle", "Two green shapes."], "of both rows of the picture"
     assert counted["different"] == sum(counted[n] for n in ("equal to a true text of the data", "true", "false", "not judged"))
     names = {
         name: counts[{"false, left out by --most_false": "left out"}.get(name, name)]
@@ -364,6 +371,7 @@ def test_a_server_writes_the_texts(heeds_n, source, tmp_path, capsys):
     """One that returns n texts and one that returns one at a time: each text is in the journal, in order, also after a kill."""
 
     def answers_to(body: dict[str, Any], number: int) -> tuple[int, bytes, dict[str, str]]:
+        time.sleep(0.05)  # so that calls meet
         return told(*texts_about(body)[: body["n"] if heeds_n else 1])
 
     server, out = Server(answers_to), tmp_path / "W"
@@ -417,6 +425,62 @@ def test_a_reply_that_cannot_be_used_costs_its_prompt_alone(fault, source, tmp_p
     assert all(reason in record.get("detail", "") for record in failed) and (not reason or reason in said)
     rest = [record["texts"] for record in records if record not in failed]
     assert rest == [["a green hat", *["a cup"] * (N - 1)]] * ROWS
+
+
+def test_prompts_that_a_failing_server_did_not_answer_are_asked_again(source, tmp_path, capsys, monkeypatch):
+    """After the command has given up, or as its warning says if it has not: nothing is answered that would not have been."""
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.pause", lambda seconds: None)
+    monkeypatch.setattr("cfvlm_ds.counterfactuals.chat_server.IN_A_ROW", 4)
+    out, again, up = tmp_path / "W", ("--calls", "1", "--attempts", "1"), list[bool]()
+    server = Server(lambda body, number: told(*["a cup", "a hat"] * N) if up or number == 3 else (503, b"", {}))
+    with server.running():
+        assert "4 requests in a row" in refused(capsys, *asked(server.url, source, out, *again))
+        records, before = read_rows(out / "sample" / "shard-00000.jsonl"), len(server.asked)
+        assert ["detail" in record for record in records] == [True, True, True, False], "those before an answer stay"
+        up.append(True)
+        said = printed(capsys, *asked(server.url, source, out, *again))
+        assert len(server.asked) - before == ROWS + ROWS // 3 - len(records) and f"3 of {ROWS + ROWS // 3} records" in said
+        assert f"{out / 'sample'}/shard-00000.*" in said
+        for path in (out / "sample").iterdir():
+            path.unlink()
+        printed(capsys, *asked(server.url, source, out, *again))
+        printed(capsys, *asked(server.url, source, tmp_path / "whole", *again))
+    assert contents(out / "sample") == contents(tmp_path / "whole" / "sample")
+
+
+@pytest.mark.parametrize("change", ["prompt", "text", "picture"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_texts_about_other_rows_are_not_used(finished, change, tmp_path, capsys):
+    """Of a folder, which has no hash, or with another picture under the same name."""
+    data, out = tmp_path / "data", tmp_path / "W"
+    data.mkdir()
+    draw(data / "0.png", [("red", "circle")] * 2)
+
+    def write(prompt: str, text: str) -> None:
+        row = {"id": "r", "prompt": prompt, "image": (data / "0.png").read_bytes(), "caption": text}
+        pq.write_table(pa.Table.from_pylist([row]), data / "a.parquet")
+
+    write("What colour?", "red")
+    server = Server(lambda body, number: told(*["blue", "green"] * N))
+    with server.running():
+        words = command(server.url, data, out, "answers", "--served_model", "m")
+        printed(capsys, *words)
+        if not finished:
+            (out / "sample" / "shard-00000.done.json").unlink()
+        printed(capsys, *words)
+        draw(data / "0.png", [("red", "circle"), ("blue", "square")] if change == "picture" else [("red", "circle")] * 2)
+        write("What shade?" if change == "prompt" else "What colour?", "crimson" if change == "text" else "red")
+        said = refused(capsys, *words)
+    assert "shard-00000" in said and len(server.asked) == 1
+
+
+def test_no_groups_of_an_earlier_judge_stay(whole, speaker, source, judges, tmp_path, capsys, monkeypatch):
+    import my_judges
+
+    out = shutil.copytree(whole, tmp_path / "W")
+    monkeypatch.setattr(my_judges, "by_hash", lambda text, row: True)
+    assert "no picture has a false text" in refused(capsys, *command(speaker, source, out))
+    assert not (out / "groups.jsonl").exists() and not (out / "counts.json").exists()
 
 
 def test_a_server_that_is_not_there_ends_the_command(source, tmp_path, capsys, monkeypatch):
@@ -525,7 +589,21 @@ def test_short_answers_by_hand():
         return answers(text, {"texts": [{"text": each} for each in true]})
 
     assert [judged(text, "Yes") for text in ("yes.", " YES", "No", "Yes, it is", "yesterday")] == [True, True, False, None, False]
-    assert [judged(text, "+3", "a dog") for text in ("It is +3", "+3.", "dog", "a dogma", "a")] == [None, True, None, False, None]
+    assert [judged(text, "a dog") for text in ("A dog!", "dog", "a dogma", "a", "_A dog_", "3 dogs")] == [
+        True,
+        None,
+        False,
+        None,
+        True,
+        None,
+    ]
+    assert [judged(text, "+3") for text in ("It is +3", "+3.", "-3", "+4", "13")] == [None, True, None, False, False]
+    assert [judged(text, "5 cm") for text in ("5cm", "five centimetres", "15 cm", "3 cm")] == [None, None, False, False]
+    assert [judged(text, "1000") for text in ("1,000", "\uff11\uff10\uff10\uff10", "100,0", "2,000")] == [True, True, False, False]
+    assert [judged(text, "don't know") for text in ("Don\u2019t know", "yes")] == [True, False]
+    assert [judged(text, "B") for text in ("b.", "(B)", "C", "a cat")] == [True, None, False, None]
+    assert [judged(text, "\u732b") for text in ("\u4e00\u53ea\u732b", "\u72d7", "\u732b\u3002")] == [None, False, True], "a cat, dog, cat"
+    assert judged("\u9ed2\u3044\u732b", "\u30bd\u30d5\u30a1\u3067\u5bdd\u3066\u3044\u308b\u9ed2\u732b") is None, "a long text"
     assert [judged(text, "two", "2") for text in ("2", "Two", "three", "twenty-two")] == [True, True, False, None]
     assert [judged(text, "a dog on the lawn") for text in ("a dog on the lawn", "a cat")] == [None, None]
 
