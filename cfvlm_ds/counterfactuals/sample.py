@@ -132,8 +132,9 @@ def answers(text: str, row: Mapping[str, Any]) -> bool | None:
 
 def comparable(text: str) -> str:
     """Return a text without differences of case, white space, width, quotes, emphasis and final punctuation, with "two" as 2."""
-    text = unicodedata.normalize("NFKC", text).translate({0x2019: "'", 0x2212: "-"}).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(text.split()).strip(" .!\u3002*_`'\"\u201c\u201d\u2018"))
+    text = " ".join(unicodedata.normalize("NFKC", text).translate({0x2019: "'", 0x2212: "-"}).casefold().split())
+    text = text.lstrip(" *_`'\"\u201c\u2018").rstrip(" .!\u3002*_`'\"\u201d")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return str(_NUMBERS.index(text)) if text in _NUMBERS else text
 
 
@@ -145,7 +146,7 @@ def _overlap(one: str, other: str) -> bool:
     if not (one + other).isascii():  # some scripts have no spaces
         return one in other or other in one
     within = any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part, whole in ((one, other), (other, one)))
-    return within or (len(one) == 1) != (len(other) == 1)
+    return within or (len(one) < 2) != (len(other) < 2)
 
 
 def _is_wide(character: str) -> bool:

@@ -599,8 +599,9 @@ def test_short_answers_by_hand():
     ]
     assert [judged(text, "+3") for text in ("It is +3", "+3.", "-3", "+4", "13")] == [None, True, None, False, False]
     assert [judged(text, "5 cm") for text in ("5cm", "five centimetres", "15 cm", "3 cm")] == [None, None, False, False]
+    assert [judged(text, "5") for text in (".5", "0.5", "'5'.", "\u201cfive.\u201d")] == [None, False, True, True]
     assert [judged(text, "1000") for text in ("1,000", "\uff11\uff10\uff10\uff10", "100,0", "2,000")] == [True, True, False, False]
-    assert [judged(text, "don't know") for text in ("Don\u2019t know", "yes")] == [True, False]
+    assert [judged(text, "don't know") for text in ("Don\u2019t know", "yes", "...")] == [True, False, None]
     assert [judged(text, "B") for text in ("b.", "(B)", "C", "a cat")] == [True, None, False, None]
     assert [judged(text, "\u732b") for text in ("\u4e00\u53ea\u732b", "\u72d7", "\u732b\u3002")] == [None, False, True], "a cat, dog, cat"
     assert judged("\u9ed2\u3044\u732b", "\u30bd\u30d5\u30a1\u3067\u5bdd\u3066\u3044\u308b\u9ed2\u732b") is None, "a long text"
